@@ -1,0 +1,25 @@
+"""gramlip: how much a layer or a network can stretch its input, as an interval with a proof."""
+
+from __future__ import annotations
+
+from gramlip.bound import Bound
+from gramlip.errors import InputError, UnsupportedError
+from gramlip.gram import gram_norm
+from gramlip.layers import describe
+from gramlip.methods import METHODS
+from gramlip.norm import bound
+from gramlip.operators import Conv, Dense, Diagonal
+
+__all__ = [
+    "METHODS",
+    "Bound",
+    "Conv",
+    "Dense",
+    "Diagonal",
+    "InputError",
+    "UnsupportedError",
+    "bound",
+    "describe",
+    "gram_norm",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,78 @@
+"""`Bound`: an interval that holds a norm, with the reasons why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from typing import TYPE_CHECKING
+
+from gramlip import rounding as rd
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def decimals(x: float, *, upward: bool, digits: int = 6) -> str:
+    """The number in decimal with `digits` significant digits, rounded outward so that the text stays true."""
+    if x in (float("inf"), float("-inf")) or x != x:
+        return str(x)
+    context = Context(prec=digits, rounding=ROUND_CEILING if upward else ROUND_FLOOR)
+    return f"{context.create_decimal(Decimal(x)):g}"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A proved interval `lower <= ||A||_2 <= upper` and the chain of reasons `because`.
+
+    Both ends are floats on the certified path; `upper` is a tensor with its graph on the differentiable path.
+    `a @ b` bounds the composition, `a + b` the sum, `Bound.concat` a concatenation, `Bound.max` a choice of branches;
+    all of them round outward.
+
+    >>> print(Bound(1.0, 2.0, "given") @ Bound(3.0, 3.0, "given"))
+    [0, 6.00001]  given; given; product along a chain
+    """
+
+    lower: float
+    upper: float | Tensor
+    because: str
+
+    @property
+    def rtol(self) -> float:
+        """Relative width `upper / lower - 1`: 0 for the zero map, infinite where nothing below is known."""
+        upper = float(self.upper)
+        if upper == self.lower:
+            return 0.0
+        return upper / self.lower - 1 if self.lower > 0 else float("inf")
+
+    def __str__(self) -> str:
+        interval = f"[{decimals(float(self.lower), upward=False)}, {decimals(float(self.upper), upward=True)}]"
+        return f"{interval}  {self.because}"
+
+    def _repr_html_(self) -> str:
+        return f"<code>{self}</code>"
+
+    def __matmul__(self, other: Bound) -> Bound:
+        upper = rd.mul_up(float(self.upper), float(other.upper))
+        return Bound(0.0, upper, f"{self.because}; {other.because}; product along a chain")
+
+    def __add__(self, other: Bound) -> Bound:
+        upper = rd.add_up(float(self.upper), float(other.upper))
+        gap = max(self.lower - float(other.upper), other.lower - float(self.upper), 0.0)
+        return Bound(rd.down(gap), upper, f"{self.because}; {other.because}; sum of branches")
+
+    @staticmethod
+    def concat(bounds: Iterable[Bound]) -> Bound:
+        """Bound of `x -> (A x, B x, ...)`: the root of the sum of squares."""
+        parts = list(bounds)
+        lower = max((b.lower for b in parts), default=0.0)
+        upper = rd.hypot_up(float(b.upper) for b in parts)
+        return Bound(lower, upper, "; ".join([*(b.because for b in parts), "root of squares at a concatenation"]))
+
+    @staticmethod
+    def max(bounds: Iterable[Bound]) -> Bound:
+        """Bound of a block-diagonal map or of a choice between branches: the largest."""
+        parts = list(bounds)
+        lower = max((b.lower for b in parts), default=0.0)
+        upper = max((float(b.upper) for b in parts), default=0.0)
+        return Bound(lower, upper, "; ".join([*(b.because for b in parts), "largest of independent blocks"]))

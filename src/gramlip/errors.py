@@ -1,0 +1,11 @@
+"""What can go wrong, each with one line that says what was given, what was expected and what to type."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Input that cannot be used: wrong values, shapes, files or options."""
+
+
+class UnsupportedError(TypeError):
+    """A layer or operation that no rule covers; it is never guessed."""

@@ -1,0 +1,53 @@
+"""`bound`: the one verb."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from gramlip.bound import Bound
+from gramlip.errors import InputError
+from gramlip.layers import describe
+from gramlip.methods import METHODS
+from gramlip.operators import Conv, Dense, Diagonal, Ints
+
+Finite = bool | str
+
+
+def bound(
+    x: nn.Module | Tensor | Conv | Dense | Diagonal,
+    input_size: Ints | None = None,
+    *,
+    rtol: float = 1e-2,
+    method: str = "certify",
+    finite: bool | str = "auto",
+) -> Bound:
+    """Interval that holds the l2 norm of a layer: `lower <= ||A||_2 <= upper`, rounding included.
+
+    Args:
+        x: a layer (`nn.Linear`, `nn.Conv*d`, `nn.ConvTranspose*d`, or registered), an operator or a matrix.
+        input_size: spatial size of the input; None holds for every size.
+        rtol: close the interval to `upper / lower - 1 <= rtol` where the geometry allows it.
+        method: a name in `METHODS`; a published method that is only a lower estimate leaves `upper` infinite.
+        finite: True closes on the finite zero-padded layer itself, False never, "auto" where it is cheap.
+
+    Raises:
+        InputError: weights, sizes or options that cannot be used.
+        UnsupportedError: a layer without a rule.
+
+    Reference: docs/theory.md; arXiv 2305.16173.
+
+    >>> import torch
+    >>> bound(torch.diag(torch.tensor([3.0, 4.0]))).upper >= 4.0
+    True
+    """
+    if not isinstance(rtol, float | int) or isinstance(rtol, bool) or not 0 < rtol < float("inf"):
+        msg = f"rtol={rtol!r} was given; expected a positive number such as 1e-2"
+        raise InputError(msg)
+    if method not in METHODS:
+        msg = f"method={method!r} is unknown; expected one of {sorted(METHODS)}"
+        raise InputError(msg)
+    if finite not in (True, False, "auto"):
+        msg = f"finite={finite!r} was given; expected True, False or 'auto'"
+        raise InputError(msg)
+    op = describe(x) if input_size is None else describe(x, input_size)
+    return METHODS[method](op, rtol=rtol, finite=finite)

@@ -1,0 +1,196 @@
+"""Operators: which linear map it is. Frozen data, checked once; nothing is computed here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gramlip.errors import InputError
+
+Ints = int | Sequence[int]
+MODES = ("circular", "reflect", "replicate", "zeros")
+
+
+def check_weight(weight: Tensor, name: str = "weight") -> None:
+    """Refuse what has no norm: not a floating tensor, empty, NaN or infinite."""
+    if not isinstance(weight, Tensor):
+        msg = f"{name} is a {type(weight).__name__}; expected a torch.Tensor of floats: type torch.as_tensor({name})"
+        raise InputError(msg)
+    if not (weight.is_floating_point() or weight.is_complex()):
+        msg = f"{name} has dtype {weight.dtype}; expected a floating or complex dtype: type {name}.float()"
+        raise InputError(msg)
+    if weight.layout != torch.strided or weight.is_meta:
+        kind = "on the meta device" if weight.is_meta else f"stored as {weight.layout}"
+        msg = f"{name} is {kind}; expected a dense tensor with values: type {name}.to_dense() or load the weights"
+        raise InputError(msg)
+    if weight.numel() == 0:
+        msg = f"{name} has shape {tuple(weight.shape)}; expected every axis to be at least 1"
+        raise InputError(msg)
+    if not bool(torch.isfinite(weight.detach()).all()):
+        msg = f"{name} holds NaN or infinite values; expected finite weights"
+        raise InputError(msg)
+
+
+def _axes(name: str, value: Ints, dims: int, least: int) -> tuple[int, ...]:
+    given = (value,) * dims if isinstance(value, int) else tuple(value)
+    if len(given) != dims or any(isinstance(v, bool) or not isinstance(v, int) or v < least for v in given):
+        msg = f"{name}={value!r} was given; expected an integer of at least {least}, or {dims} of them"
+        raise InputError(msg)
+    return given
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A matrix of shape (m, n), real or complex.
+
+    >>> Dense(torch.eye(2)).weight.shape
+    torch.Size([2, 2])
+    """
+
+    weight: Tensor
+
+    def __post_init__(self) -> None:
+        check_weight(self.weight)
+        if self.weight.ndim != 2:
+            msg = f"weight has shape {tuple(self.weight.shape)}; expected a matrix (m, n): type weight.flatten(1)"
+            raise InputError(msg)
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """Multiplication of each entry by its own constant.
+
+    >>> Diagonal(torch.tensor([1.0, -3.0])).weight.shape
+    torch.Size([2])
+    """
+
+    weight: Tensor
+
+    def __post_init__(self) -> None:
+        check_weight(self.weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Conv:
+    """A convolution as torch computes it (cross-correlation), in 1, 2 or 3 dimensions.
+
+    Args:
+        weight: (c_out, c_in / groups, *k), or (c_in, c_out / groups, *k) when `transposed`.
+        input_size: spatial size of the input, an integer for all axes or one each; None means every size.
+        stride, dilation, groups, output_padding: as in `torch.nn`.
+        padding: an integer, one per axis, a pair (before, after) per axis, "same" or "valid".
+        padding_mode: "zeros", "circular", "reflect" or "replicate".
+        transposed: the map of `torch.nn.ConvTranspose*d`.
+
+    Raises:
+        InputError: what was given, what was expected.
+
+    >>> Conv(torch.ones(1, 1, 3, 3), input_size=8, padding="same").padding
+    ((1, 1), (1, 1))
+    """
+
+    weight: Tensor
+    input_size: Ints | None = None
+    stride: Ints = 1
+    padding: Ints | Sequence[tuple[int, int]] | Literal["same", "valid"] = 0
+    padding_mode: str = "zeros"
+    dilation: Ints = 1
+    groups: int = 1
+    transposed: bool = False
+    output_padding: Ints = 0
+
+    def __post_init__(self) -> None:
+        check_weight(self.weight)
+        if not 3 <= self.weight.ndim <= 5:
+            msg = f"weight has shape {tuple(self.weight.shape)}; expected (c_out, c_in / groups, *kernel) with 1 to 3 kernel axes"
+            raise InputError(msg)
+        d = self.dims
+        put = object.__setattr__  # the one moment at which the frozen fields take their normal form
+        put(self, "stride", _axes("stride", self.stride, d, 1))
+        put(self, "dilation", _axes("dilation", self.dilation, d, 1))
+        put(self, "output_padding", _axes("output_padding", self.output_padding, d, 0))
+        put(self, "padding", self._pairs())
+        if self.padding_mode not in MODES:
+            msg = f"padding_mode={self.padding_mode!r} is unknown; expected one of {list(MODES)}"
+            raise InputError(msg)
+        if self.transposed and self.padding_mode != "zeros":
+            msg = f"padding_mode={self.padding_mode!r} was given for a transposed convolution; expected 'zeros'"
+            raise InputError(msg)
+        if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1 or self.weight.shape[0] % self.groups:
+            msg = f"groups={self.groups!r} was given for {self.weight.shape[0]} channels; expected a divisor of them"
+            raise InputError(msg)
+        if self.input_size is not None:
+            put(self, "input_size", _axes("input_size", self.input_size, d, 1))
+            self._check_size()
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial axes."""
+        return self.weight.ndim - 2
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """Side of the dilated kernel on each axis."""
+        return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.weight.shape[2:], strict=True))  # type: ignore[arg-type]
+
+    @property
+    def output_size(self) -> tuple[int, ...] | None:
+        """Spatial size of the output, None where the input's is not given."""
+        if self.input_size is None:
+            return None
+        axes = zip(self.input_size, self.spans, self.stride, self.padding, self.output_padding, strict=True)  # type: ignore[arg-type]
+        if self.transposed:
+            return tuple((n - 1) * s - lo - hi + span + extra for n, span, s, (lo, hi), extra in axes)  # type: ignore[misc]
+        return tuple((n + lo + hi - span) // s + 1 for n, span, s, (lo, hi), _ in axes)  # type: ignore[misc]
+
+    def _pairs(self) -> tuple[tuple[int, int], ...]:
+        if self.padding == "valid":
+            return ((0, 0),) * self.dims
+        if self.padding == "same":
+            if any(s != 1 for s in self.stride):  # type: ignore[union-attr]
+                msg = f"padding='same' was given with stride={self.stride}; expected stride 1, as in torch"
+                raise InputError(msg)
+            return tuple(((span - 1) // 2, span - 1 - (span - 1) // 2) for span in self.spans)
+        if isinstance(self.padding, str):
+            msg = f"padding={self.padding!r} is unknown; expected an integer, one per axis, 'same' or 'valid'"
+            raise InputError(msg)
+        if not isinstance(self.padding, int) and any(isinstance(p, Sequence) for p in self.padding):
+            pairs = tuple(_axes("padding", p, 2, 0) for p in self.padding)
+            if len(pairs) == self.dims:
+                return tuple((lo, hi) for lo, hi in pairs)
+            msg = f"padding={self.padding!r} was given; expected {self.dims} pairs (before, after)"
+            raise InputError(msg)
+        return tuple((p, p) for p in _axes("padding", self.padding, self.dims, 0))  # type: ignore[arg-type]
+
+    def _check_size(self) -> None:
+        output = self.output_size
+        assert output is not None
+        if min(output) < 1:
+            msg = (
+                f"input_size={self.input_size} with padding={self.padding} is smaller than the kernel, {self.spans} with "
+                f"its dilation; expected an input at least as large: pass a larger input_size or more padding"
+            )
+            raise InputError(msg)
+        limit = {"reflect": -1, "circular": 0}.get(self.padding_mode)
+        for n, pair in zip(self.input_size, self.padding, strict=True):  # type: ignore[arg-type]
+            if limit is not None and max(pair) > n + limit:  # type: ignore[type-var,operator]
+                msg = f"padding={pair} was given with {self.padding_mode} mode and input size {n}; expected at most {n + limit}, as in torch"
+                raise InputError(msg)
+        if self.transposed:
+            pairs = zip(self.output_padding, self.stride, self.dilation, strict=True)  # type: ignore[arg-type]
+            if any(extra >= max(s, d) for extra, s, d in pairs):
+                msg = f"output_padding={self.output_padding} was given; expected less than stride or dilation, as in torch"
+                raise InputError(msg)
+
+
+Operator = Dense | Diagonal | Conv
+
+
+def product(sizes: Sequence[int]) -> int:
+    """The product, as an integer of any size."""
+    return math.prod(sizes)

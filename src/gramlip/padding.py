@@ -1,0 +1,89 @@
+"""Padding theorems: one axis of a convolution becomes points of a circle, a stride and a factor.
+
+Each entry of `PADDING` maps the geometry of an axis to a `Circle`: the layer's norm is at most `factor` times the largest
+norm of the polyphase symbol (stride `stride`, dilation 1) over the frequencies `2 pi j / points`, or over the whole circle
+where `points` is None. Proofs: docs/theory.md, the section named in each docstring.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a convolution as torch has it; `size` is the input's, `outputs` the output's, None for every size."""
+
+    size: int | None
+    outputs: int | None
+    kernel: int
+    stride: int
+    dilation: int
+    before: int
+    after: int
+
+    @property
+    def span(self) -> int:
+        """Side of the dilated kernel."""
+        return self.dilation * (self.kernel - 1) + 1
+
+
+@dataclass(frozen=True)
+class Circle:
+    """What an axis became; `exact` where the bound is attained, `square` the factor's square (an integer)."""
+
+    points: int | None
+    stride: int
+    square: int
+    exact: bool
+    because: str
+
+
+def zeros(axis: Axis) -> Circle:
+    """Zero padding is a restriction of a circulant of size >= n + p. docs/theory.md#zero-padding."""
+    stride = axis.stride // math.gcd(axis.stride, axis.dilation)
+    if axis.size is None or axis.outputs is None:
+        return Circle(None, stride, 1, True, "zero padding of every size: supremum over all frequencies")
+    reach = axis.span - 1
+    last = (axis.outputs - 1) * axis.stride - axis.before + axis.span
+    least = max(axis.size + min(axis.before, reach), min(last, axis.size + reach), 1)
+    # Any larger circulant serves as well; a multiple of stride and dilation decouples their phases.
+    points = -(-least // math.lcm(axis.stride, axis.dilation))
+    because = f"zero padding: restriction of a circulant of size {points * math.lcm(axis.stride, axis.dilation)} >= n + p"
+    return Circle(points, stride, 1, axis.kernel == 1 and axis.stride == 1, because)
+
+
+def circular(axis: Axis) -> Circle:
+    """Circular padding keeps rows of a circulant, each as often as the outputs wrap. docs/theory.md#circular-padding."""
+    if axis.size is None or axis.outputs is None:
+        square = max(_wraps(axis, n) for n in _small_sizes(axis))
+        stride = axis.stride // math.gcd(axis.stride, axis.dilation) if axis.stride == 1 else 1
+        return Circle(None, stride, square, axis.stride == 1 and square == 1, "circular padding of every size: supremum over all frequencies")
+    step = math.gcd(axis.stride, axis.size)
+    period = axis.size // step
+    square = _wraps(axis, axis.size)
+    shared = math.gcd(step, axis.dilation)
+    points = period // math.gcd(period, axis.dilation // shared)
+    because = f"circular padding: rows of a circulant of size {axis.size}"
+    if step != axis.stride:
+        because += f" (stride {axis.stride} taken as {step}, which divides it)"
+    if square > 1:
+        because += f", each kept up to {square} times"
+    return Circle(points, step // shared, square, axis.outputs == square * period, because)
+
+
+def _wraps(axis: Axis, size: int) -> int:
+    """How often the most frequent row of the circulant of that size occurs among the outputs."""
+    outputs = (size + axis.before + axis.after - axis.span) // axis.stride + 1
+    return -(-outputs * math.gcd(axis.stride, size) // size)
+
+
+def _small_sizes(axis: Axis) -> range:
+    """The sizes that torch accepts, up to where the number of wraps no longer grows: docs/theory.md#circular-padding."""
+    least = max(axis.before, axis.after, axis.span - axis.before - axis.after, 1)
+    return range(least, least + axis.stride * (axis.before + axis.after + 2 * axis.stride) + 2)
+
+
+PADDING: dict[str, Callable[[Axis], Circle]] = {"zeros": zeros, "circular": circular}

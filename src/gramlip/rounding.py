@@ -1,0 +1,82 @@
+"""Outward rounding: directed scalar arithmetic, error bounds of products, the shift of a Cholesky certificate.
+
+Every statement is proved in docs/rounding.md. Nothing here trusts a global setting: certified work runs in float64,
+which TF32, the matmul precision and autocast leave alone, and results below the normal range are pushed outward so that
+flushed denormals cannot void them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+
+TINY = sys.float_info.min  # the least normal number: what a flushed denormal may have hidden
+UNIT = 2.0**-53  # unit roundoff of float64
+
+
+def up(x: float) -> float:
+    """A float above every real number that rounds to x."""
+    if 0.0 <= x < TINY:
+        return TINY
+    return math.nextafter(x, math.inf)
+
+
+def down(x: float) -> float:
+    """A float below every real number that rounds to x; never below zero for x >= 0."""
+    if 0.0 <= x <= TINY:
+        return 0.0
+    return math.nextafter(x, -math.inf)
+
+
+def add_up(*terms: float) -> float:
+    """Upper bound of a sum of nonnegative numbers; exact zeros cost nothing."""
+    total = 0.0
+    for term in terms:
+        total = term if total == 0.0 else total if term == 0.0 else up(total + term)
+    return total
+
+
+def mul_up(a: float, b: float) -> float:
+    """Upper bound of a product of nonnegative numbers; zero annihilates, one is neutral."""
+    if a == 0.0 or b == 0.0:
+        return 0.0
+    if a == 1.0 or b == 1.0:
+        return a * b
+    return up(a * b)
+
+
+def mul_down(a: float, b: float) -> float:
+    """Lower bound of a product of nonnegative numbers."""
+    if a == 1.0 or b == 1.0:
+        return a * b
+    return down(a * b)
+
+
+def sqrt_up(x: float) -> float:
+    """Upper bound of a square root, exact where the root is."""
+    root = math.sqrt(x)
+    return root if root * root == x and root > 2.0**-500 or x == 0.0 else up(root)
+
+
+def sqrt_down(x: float) -> float:
+    """Lower bound of a square root of x >= 0."""
+    return down(math.sqrt(x))
+
+
+def hypot_up(terms: Iterable[float]) -> float:
+    """Upper bound of the root of a sum of squares; one nonzero term is returned as it is."""
+    some = [t for t in terms if t != 0.0]
+    if len(some) <= 1:
+        return some[0] if some else 0.0
+    if math.inf in some:
+        return math.inf
+    scale = 2.0 ** math.frexp(max(some))[1]
+    return mul_up(sqrt_up(add_up(*(up((t / scale) ** 2) for t in some))), scale)
+
+
+def gamma(n: float, unit: float = UNIT) -> float:
+    """Upper bound of n u / (1 - n u): the relative error of n roundings in a row (Higham, lemma 3.1)."""
+    if n * unit >= 0.5:
+        return math.inf
+    return up(up(n * unit) / down(1.0 - up(n * unit)))
