@@ -1,0 +1,173 @@
+"""`Report`: one row a layer, what was left out and why, the network's interval; as text for people, as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from gramlip.bound import Bound, decimals
+from gramlip.errors import InputError
+
+
+def printable(text: str) -> str:
+    """The text on one line, with escapes for what a terminal would act on (names come from files of unknown origin)."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's row: the operator that was bounded, and its interval; `input_size` is None where it holds for every size.
+
+    >>> print(Layer("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix")).upper)
+    1.5
+    """
+
+    name: str
+    op: str
+    weight_shape: tuple[int, ...]
+    input_size: tuple[int, ...] | None
+    bound: Bound
+    seconds: float | None = None
+
+    @property
+    def lower(self) -> float:
+        """At most the norm of the operator."""
+        return float(self.bound.lower)
+
+    @property
+    def upper(self) -> float:
+        """At least the norm of the operator; infinite where nothing is known."""
+        return float(self.bound.upper)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row in the JSON schema; an infinite `upper` is null."""
+        size = None if self.input_size is None else list(self.input_size)
+        row = {"name": self.name, "op": self.op, "weight_shape": list(self.weight_shape), "input_size": size}
+        return row | _interval(self.bound) | {"because": self.bound.because, "seconds": self.seconds}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What no row covers, and why; `is_weight` where it acts on the input, so that nothing is known about that layer."""
+
+    name: str
+    weight_shape: tuple[int, ...]
+    reason: str
+    is_weight: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row in the JSON schema."""
+        return {"name": self.name, "weight_shape": list(self.weight_shape), "reason": self.reason, "is_weight": self.is_weight}
+
+
+@dataclass(frozen=True)
+class Report:
+    """The answer of an audit: `print` it for a table, `to_dict` or `to_json` it for a program.
+
+    `network` bounds the whole network, None where only weights are known. `notes` state what holds for every row.
+    Printed numbers are rounded outward; JSON numbers are exact, and null stands for infinity (no bound).
+
+    >>> row = Layer("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix"))
+    >>> print(Report("w.safetensors", (row,)))
+    w.safetensors
+    <BLANKLINE>
+    layer  operator  shape  input  interval  width  why
+    fc     Dense     2x3    any    [1, 1.5]   50 %  1
+    <BLANKLINE>
+    why
+      1  a matrix
+    """
+
+    target: str
+    layers: tuple[Layer, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    network: Bound | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def lower(self) -> float:
+        """At most the network's Lipschitz constant."""
+        return float(self._whole().lower)
+
+    @property
+    def upper(self) -> float:
+        """At least the network's Lipschitz constant."""
+        return float(self._whole().upper)
+
+    def _whole(self) -> Bound:
+        if self.network is None:
+            msg = f"{self.target} holds weights alone; expected a model where the network is bounded: type gramlip.audit(model, example)"
+            raise InputError(msg)
+        return self.network
+
+    def above(self, limit: float | Decimal) -> list[str]:
+        """What is not proved to be at most `limit`, each with its upper side; empty where all of it is.
+
+        A weight that was left out counts as infinite.
+        """
+        rows = [(row.name, row.upper) for row in self.layers]
+        rows += [(row.name, math.inf) for row in self.left_out if row.is_weight]
+        if self.network is not None:
+            rows.append(("the network", float(self.network.upper)))
+        return [f"{name} (upper {decimals(upper, upward=True)})" for name, upper in rows if not upper <= limit]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types, schema 1."""
+        return {
+            "schema": 1,
+            "target": self.target,
+            "layers": [row.to_dict() for row in self.layers],
+            "network": None if self.network is None else _interval(self.network) | {"because": self.network.because},
+            "left_out": [row.to_dict() for row in self.left_out],
+            "notes": list(self.notes),
+        }
+
+    def to_json(self) -> str:
+        """The report as standard JSON text: no NaN or Infinity tokens; floats survive the round trip exactly."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def __str__(self) -> str:
+        reasons: dict[str, int] = {}
+
+        def why(because: str) -> str:
+            return " ".join(str(reasons.setdefault(part, len(reasons) + 1)) for part in dict.fromkeys(because.split("; ")))
+
+        rows = [("layer", "operator", "shape", "input", "interval", "width", "why")]
+        for row in self.layers:
+            size = "any" if row.input_size is None else _times(row.input_size)
+            rows.append((row.name, row.op, _times(row.weight_shape), size, *_shown(row.bound), why(row.bound.because)))
+        if self.network is not None:
+            rows.append(("network", "", "", "", *_shown(self.network), why(self.network.because)))
+        parts = ["\n".join([self.target, *(f"  {note}" for note in self.notes)]), aligned(rows, right=(5,))]
+        if reasons:
+            parts.append("\n".join(["why", *(f"  {i}  {part}" for part, i in reasons.items())]))
+        if self.left_out:
+            rows = [(f"  {row.name}", _times(row.weight_shape) or "-", row.reason) for row in self.left_out]
+            parts.append("left out\n" + aligned(rows))
+        return "\n".join(printable(line) for line in "\n\n".join(parts).split("\n"))
+
+
+def aligned(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
+    """The rows as text, columns two spaces apart, those in `right` aligned to the right."""
+    rows = [tuple(printable(cell) for cell in row) for row in rows]
+    widths = [max(len(row[j]) for row in rows) for j in range(len(rows[0]))]
+    cells = [[c.rjust(w) if j in right else c.ljust(w) for j, (c, w) in enumerate(zip(row, widths, strict=True))] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in cells)
+
+
+def _interval(bound: Bound) -> dict[str, float | None]:
+    ends = {"lower": float(bound.lower), "upper": float(bound.upper)}
+    return {side: value if math.isfinite(value) else None for side, value in ends.items()}
+
+
+def _shown(bound: Bound) -> tuple[str, str]:
+    """The interval and its relative width, both rounded outward."""
+    lower, upper = decimals(float(bound.lower), upward=False), decimals(float(bound.upper), upward=True)
+    return f"[{lower}, {upper}]", f"{decimals(100 * bound.rtol, upward=True, digits=2)} %"
+
+
+def _times(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
