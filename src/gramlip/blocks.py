@@ -105,14 +105,20 @@ def blocks(op: Dense | Conv, torus: int = 32) -> Blocks:
     Reference: docs/theory.md#from-a-grid-to-the-torus. For real kernels half of the grid stands for all of it.
     """
     sym = symbol(op)
-    grid, factor, because = [], math.sqrt(sym.square), sym.because
+    sides, factor, because = grid(sym, torus)
+    return Blocks(transform(sym.kernel, sides), factor, sym.exact and None not in sym.points, because)
+
+
+def grid(sym: Symbol, torus: int = 32) -> tuple[list[int], float, str]:
+    """The points of each axis, the factor from their largest block to the operator's norm, and why."""
+    sides, factor, because = [], math.sqrt(sym.square), sym.because
     for points, degree in zip(sym.points, sym.degrees, strict=True):
         side = points if points is not None else torus * max(1, math.ceil(degree / 2)) if degree else 1
-        grid.append(side)
+        sides.append(side)
         if points is None and degree:
             factor /= math.cos(math.pi * degree / side)
             because += f"; {side}-point grid with the cosine factor"
-    return Blocks(transform(sym.kernel, grid), factor, sym.exact and None not in sym.points, because)
+    return sides, factor, because
 
 
 def transform(kernel: Tensor, grid: list[int]) -> Tensor:
