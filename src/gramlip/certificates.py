@@ -1,0 +1,83 @@
+"""Certificates: is the largest eigenvalue of each Hermitian block at most a threshold? Proofs: docs/rounding.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gramlip import rounding as rd
+
+
+def shift(side: int) -> float:
+    """Relative shift s: if the Cholesky factorisation of `t I - G` completes, then `lambda_1(G) <= t (1 + s)`.
+
+    The backward error is at most `gamma |R*||R|` entrywise, so its norm is at most `gamma tr(t I - G) <= gamma c t`
+    (Rump 2006; Higham, theorem 10.3); 8(c + 2) covers complex arithmetic and the rounding of the diagonal.
+    docs/rounding.md#cholesky.
+    """
+    return rd.mul_up(rd.gamma(8.0 * (side + 2)), float(side))
+
+
+def cholesky(g: Tensor, threshold: Tensor, noise: Tensor) -> Tensor:
+    """True where `lambda_1(G) <= threshold` is proved for blocks g (F, c, c) known up to `noise` (F,); destroys g."""
+    side = g.shape[-1]
+    t = (threshold - noise) * (1.0 - 2.0 * shift(side)) - 4.0 * noise * 2.0**-50
+    matrix = g.neg_()
+    matrix.diagonal(dim1=-2, dim2=-1).add_(t[:, None])
+    return (torch.linalg.cholesky_ex(matrix).info == 0) & (t > 0)
+
+
+def moments(g: Tensor, noise: Tensor) -> Tensor:
+    """Upper bound of `lambda_1(G)` from the trace and the Frobenius norm (Wolkowicz and Styan), one Gram step; (F,).
+
+    docs/theory.md#two-moments; rounding: docs/rounding.md#moments.
+    """
+    side = g.shape[-1]
+    mean = g.diagonal(dim1=-2, dim2=-1).real.sum(-1) / side
+    frobenius = torch.linalg.vector_norm(g, dim=(-2, -1))
+    spread = (frobenius.square() - side * mean.square()).clamp_min(0.0)
+    slack = rd.gamma(16.0 * side * side)
+    # The subtraction may cancel: its error is relative to the square of the Frobenius norm.
+    deviation = (spread + 4 * slack * frobenius.square()).sqrt() * ((side - 1) / side) ** 0.5
+    return torch.minimum(mean + deviation, frobenius) * (1 + 4 * slack) + 4 * slack * frobenius + noise
+
+
+def gram(g: Tensor, noise: Tensor) -> Tensor:
+    """The same one Gram step further, with the a posteriori rounding of that step: docs/rounding.md#gram; (F,)."""
+    side = g.shape[-1]
+    frobenius = torch.linalg.vector_norm(g, dim=(-2, -1))
+    scale = torch.where(frobenius > 0, frobenius, 1.0)
+    unit = g / scale[:, None, None]
+    error = torch.full_like(noise, 2 * rd.gamma(8.0 * (side + 2)))
+    return moments(unit @ unit, error).sqrt() * scale * (1 + 2.0**-48) + noise
+
+
+def rayleigh(g: Tensor, v: Tensor, noise: Tensor) -> Tensor:
+    """Lower bound of `lambda_1(G)` from a vector each: the Rayleigh quotient less its rounding; (F,). docs/rounding.md#rayleigh."""
+    image = (g @ v[..., None])[..., 0]
+    quotient = (v.conj() * image).sum(-1).real / (v.conj() * v).sum(-1).real
+    error = rd.gamma(16.0 * (v.shape[-1] + 4)) * torch.linalg.vector_norm(g, dim=(-2, -1))
+    return (quotient - error - noise).clamp_min(0.0)
+
+
+def lanczos(g: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Leading Ritz values and vectors of the blocks after a few Lanczos steps from `start` (F, c)."""
+    steps = min(steps, g.shape[-1])
+    basis, diagonal, beside = [start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)], [], []
+    for j in range(steps):
+        w = (g @ basis[-1][..., None])[..., 0]
+        diagonal.append((basis[-1].conj() * w).sum(-1).real)
+        if j + 1 == steps:
+            break
+        for _ in range(2):  # orthogonalised twice against all: the basis is short
+            q = torch.stack(basis, -1)
+            w = w - (q @ (q.mH @ w[..., None]))[..., 0]
+        size = torch.linalg.vector_norm(w, dim=-1)
+        beside.append(size)
+        basis.append(w / torch.where(size > 0, size, 1.0)[:, None])
+    small = torch.diag_embed(torch.stack(diagonal, -1))
+    if beside:
+        off = torch.diag_embed(torch.stack(beside, -1), offset=1)
+        small = small + off + off.mH
+    values, vectors = torch.linalg.eigh(small)
+    return values[:, -1], (torch.stack(basis, -1) @ vectors[..., -1:].to(g.dtype))[..., 0]
