@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gramlip.bound import Bound
+from gramlip.conv_gram import conv_gram_norm
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.gram import gram_norm
 from gramlip.layers import describe
@@ -19,6 +20,7 @@ __all__ = [
     "InputError",
     "UnsupportedError",
     "bound",
+    "conv_gram_norm",
     "describe",
     "gram_norm",
 ]

@@ -1,0 +1,95 @@
+"""The differentiable norm of a convolution: Gram iteration on its blocks, gradient at the arg-max block alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gramlip.blocks import grid, symbol, transform
+from gramlip.gram import gram_norm
+from gramlip.operators import Conv, Dense, Ints
+
+
+def operator_gram_norm(op: Dense | Conv, n_iter: int = 6) -> Tensor:
+    """Upper bound (in exact arithmetic) of the operator's norm as a 0-d tensor with its graph.
+
+    The arg-max block is found without a graph and alone carries the gradient, which there is that of the maximum:
+    docs/methods.md#the-gradient. Memory does not grow with `n_iter`.
+
+    >>> operator_gram_norm(Dense(torch.diag(torch.tensor([3.0, 4.0]))), n_iter=8).item()
+    4.0
+    """
+    if isinstance(op, Dense):
+        return gram_norm(_wide(op.weight), n_iter)
+    sym = symbol(op)
+    sides, factor, _ = grid(sym)
+    with torch.no_grad():
+        norms = gram_norm(transform(sym.kernel.detach(), sides), n_iter)
+        place = norms.flatten().argmax()
+    frequency: list[Tensor] = []
+    for side, half in zip(reversed(sides), reversed(norms.shape[1:]), strict=True):
+        frequency.append((place % half).to(norms.dtype) * (2 * math.pi / side))
+        place = place // half
+    block = sym.at(torch.stack(frequency[::-1])[None]).index_select(0, place[None])[0, 0]
+    return factor * gram_norm(block, n_iter)
+
+
+def conv_gram_norm(
+    weight: Tensor,
+    input_size: Ints | None = 32,
+    n_iter: int = 6,
+    stride: Ints = 1,
+    padding_mode: str = "circular",
+    *,
+    padding: Ints | Sequence[tuple[int, int]] | Literal["same", "valid"] | None = None,
+    dilation: Ints = 1,
+    groups: int = 1,
+    transposed: bool = False,
+    output_padding: Ints = 0,
+) -> Tensor:
+    """Upper bound (in exact arithmetic) of a convolution's spectral norm, differentiable: the paper's bound.
+
+    Zero padding uses a circulant of size n + p, stride the polyphase blocks, groups the largest of them. The two-moment
+    bound closes the iteration (see `gram_norm`). Values are not checked, so that nothing waits for the device: a weight
+    with NaN gives NaN. Rounding is not included: for a proved interval call `gramlip.bound`.
+
+    Args:
+        weight: (c_out, c_in / groups, *k), or (c_in, c_out / groups, *k) when `transposed`; 1 to 3 kernel axes.
+        input_size: spatial size of the input; None holds for every size.
+        n_iter: Gram steps, at least 1.
+        stride, dilation, groups, output_padding: as in `torch.nn`.
+        padding_mode: "circular" or "zeros".
+        padding: as in `gramlip.Conv`; None is half of the dilated kernel, which keeps the size at stride 1.
+        transposed: the map of `torch.nn.ConvTranspose*d`.
+
+    Returns:
+        0-d real tensor in the weight's precision (float32 for half precisions); a zero weight gives zero.
+
+    Raises:
+        InputError: a geometry that torch does not accept.
+
+    Reference: arXiv 2305.16173, algorithm 3; docs/methods.md#gram.
+
+    >>> weight = torch.ones(1, 1, 3, 3, requires_grad=True)
+    >>> norm = conv_gram_norm(weight, input_size=8)
+    >>> norm.backward()
+    >>> round(norm.item(), 4), round(weight.grad.sum().item(), 4)
+    (9.0, 9.0)
+    """
+    shape = torch.ones(()).expand(weight.shape)  # a geometry needs a shape, not values: vmap and compile go through
+    options = (padding_mode, dilation, groups, transposed, output_padding)
+    if padding is None:
+        spans = Conv(shape, dilation=dilation).spans
+        padding = [((span - 1) // 2, span - 1 - (span - 1) // 2) for span in spans]
+    op = Conv(shape, input_size, stride, padding, *options)
+    object.__setattr__(op, "weight", weight)
+    return operator_gram_norm(op, n_iter)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precisions as float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
