@@ -61,7 +61,7 @@ def symbol(op: Dense | Conv) -> Symbol:
     circles = [PADDING[op.padding_mode](axis) for axis in axes(op)]
     kernel = grouped(op)
     for j, circle in enumerate(circles):
-        kernel = _polyphase(kernel, 3 + j, circle.stride)
+        kernel = polyphase(kernel, 3 + j, circle.stride)
     reasons = list(dict.fromkeys(c.because for c in circles))
     if op.groups > 1:
         reasons.append(f"largest of {op.groups} groups")
@@ -87,7 +87,7 @@ def grouped(op: Conv) -> Tensor:
     return op.weight.reshape(op.groups, op.weight.shape[0] // op.groups, *op.weight.shape[1:])
 
 
-def _polyphase(kernel: Tensor, axis: int, stride: int) -> Tensor:
+def polyphase(kernel: Tensor, axis: int, stride: int) -> Tensor:
     """Phases of the axis moved to the input channels; phases without a tap are left out."""
     if stride == 1:
         return kernel

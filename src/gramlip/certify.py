@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
-from gramlip.blocks import Symbol, symbol
+from gramlip.blocks import symbol
 from gramlip.bound import Bound
+from gramlip.boundary import excess
 from gramlip.finite import Certificate, Layer
 from gramlip.gramian import Gramian
 from gramlip.operators import Conv, Dense, Diagonal
@@ -50,39 +52,54 @@ class _Enclosing:
         self.search = Search(self.gram, self.sym.points, rtol)
 
     def bound(self) -> Bound:
+        """The interval."""
         self.search.start()
         if max(self.gram.mass) == 0.0:
             return Bound(0.0, 0.0, f"{self.sym.because}; all weights are zero")
-        factor = rd.sqrt_up(float(self.sym.square))
-        if self.sym.exact or not isinstance(self.op, Conv) or self.op.input_size is None:
-            found = self.search.close(self.rtol)
-            lower = rd.mul_down(found.lower, rd.down(factor) if factor != 1.0 else 1.0)
-            if not self.sym.exact:
-                lower = found.lower if self.sym.square == 1 else 0.0
-            return self._scaled(lower, rd.mul_up(found.upper, factor), self._why(found))
-        return self._finite(factor)
-
-    def _finite(self, factor: float) -> Bound:
-        """A layer of given size whose blocks bound it from above only."""
+        if isinstance(self.op, Conv) and self.op.input_size is not None and not self.sym.exact:
+            return self._of_size(self.op)
+        found = self.search.close(self.rtol)
+        upper, why = self._above(found)
+        if self.sym.exact:
+            factor = math.sqrt(self.sym.square)
+            return self._scaled(rd.mul_down(found.lower, factor if factor == 1.0 else rd.down(factor)), upper, why)
         assert isinstance(self.op, Conv)
-        layer = Layer(self.op, self.gram.exponent)
+        if all(s == 1 for s in self.op.stride):  # type: ignore[union-attr]
+            return self._scaled(found.lower, upper, f"{why}; lower side: large inputs come as close to the supremum as one likes")
+        large = certify(replace(self.op, padding_mode="zeros"), rtol=self.rtol)
+        return Bound(large.lower, self._scaled(0.0, upper, "").upper, f"{why}; lower side: large inputs of a multiple of the stride")
+
+    def _of_size(self, op: Conv) -> Bound:
+        """A layer of given size whose blocks bound it from above only."""
+        layer = Layer(op, self.gram.exponent)
         group = self.search.where[0]
-        above = math.sqrt(self.search.best) * factor
-        x, lower = self._ascend(layer, group, _wave(self.sym, self.search, self.op, layer), above)
-        certificate = None if self.finite is False else Certificate(layer, group)
+        above = math.sqrt(self.search.best * self.sym.square)
+        x, lower = self._ascend(layer, group, _wave(self.search, op, layer), above)
         gap = above / lower - 1 if lower else math.inf
-        if certificate is not None and gap > self.rtol * 0.9 and self._worth(certificate):
-            return self._own(layer, lower, x)
+        note = ""
+        if self.finite is not False and gap > self.rtol * 0.9:
+            certificate = Certificate(layer, group)
+            if certificate.bytes > FINITE_BYTES:
+                note = f"; the finite layer's own certificate would need {certificate.bytes / 2**30:.1f} GiB" if self.finite is True else ""
+            elif self.finite is True or certificate.cost * self.gram.groups <= AUTO_OPERATIONS:
+                return self._own(layer, lower, x)
         room = (1 + self.rtol) / (1 + gap) - 1 if gap < math.inf else 0.0
         found = self.search.close(max(room * 0.98, self.rtol / 4))
-        upper = rd.mul_up(found.upper, factor)
-        why = f"{self._why(found)}; lower side from the layer itself"
-        return self._scaled(min(lower, upper), upper, why)
+        upper, why = self._above(found)
+        return self._scaled(min(lower, upper), upper, f"{why}; lower side from the layer itself{note}")
 
-    def _worth(self, certificate: Certificate) -> bool:
-        groups = self.gram.groups
-        fits = certificate.bytes <= FINITE_BYTES
-        return fits and (self.finite is True or certificate.cost * groups <= AUTO_OPERATIONS)
+    def _above(self, found: Enclosure) -> tuple[float, str]:
+        """The layer's upper bound from the symbol's: times the padding's factor, or plus what the boundary adds."""
+        upper = rd.mul_up(found.upper, rd.sqrt_up(float(self.sym.square)))
+        if self.sym.square > 1 and isinstance(self.op, Conv) and self.op.padding_mode in ("reflect", "replicate"):
+            parts = [excess(self.op, g, self.gram.exponent, self.gram.mass[g]) for g in range(self.gram.groups)]
+            if None not in parts:
+                extra = max(p for p in parts if p is not None)
+                other = rd.sqrt_up(rd.add_up(rd.mul_up(found.upper, found.upper), extra))
+                if other < upper:
+                    return other, f"{self._why(found)}; plus the boundary's share"
+        factor = f"; times sqrt({self.sym.square}), the norm of the padding" if self.sym.square > 1 else ""
+        return upper, self._why(found) + factor
 
     def _ascend(self, layer: Layer, group: int, x: Tensor, above: float) -> tuple[Tensor, float]:
         """Lanczos steps on the layer until its Rayleigh quotient is as close to the blocks' norm as it can come."""
@@ -101,26 +118,26 @@ class _Enclosing:
 
     def _own(self, layer: Layer, lower: float, x: Tensor) -> Bound:
         """The finite layer's own certificate, group by group."""
-        operations = 0
-        top = lower
+        top, factorizations, width = lower, 0, self.rtol * 0.98
         for group in range(self.gram.groups):
-            if self.gram.mass[group] == 0.0:
+            if rd.mul_up(self.gram.mass[group], rd.sqrt_up(float(layer.shared))) <= top:
                 continue
             certificate = Certificate(layer, group)
             certificate.prepare()
-            start = x if group == self.search.where[0] else _start_like(layer, x)
-            for _ in range(4 * TRIES):
-                operations += 1
-                if certificate.proves(top * (1 + self.rtol * 0.98), self.gram.mass[group]):
+            vector = x if group == self.search.where[0] else _start_like(layer, x)
+            while True:
+                factorizations += 1
+                if certificate.proves(top * (1 + width), self.gram.mass[group]):
                     break
-                start = layer.ascend(start, group, 24)
-                value = layer.lower(start, group, self.gram.mass[group])
-                top = max(top, value)
-            else:
-                return self._scaled(top, math.inf, "unreachable")
-        upper = rd.up(rd.mul_up(top, rd.up(1 + self.rtol * 0.98)))
+                before = top
+                vector = layer.ascend(vector, group, 24)
+                top = max(top, layer.lower(vector, group, self.gram.mass[group]))
+                if top <= before * (1 + width / 50):  # no better vector is in reach: the interval stays wider than asked for
+                    width *= 1.5
+        upper = rd.mul_up(top, rd.up(1 + width))
         size = "x".join(map(str, layer.sizes))
-        why = f"{self.sym.because.split(';')[0]}; the finite layer itself at size {size}: block-banded Cholesky, {operations} factorization(s)"
+        mode = {"zeros": "zero"}.get(self.op.padding_mode, self.op.padding_mode)  # type: ignore[union-attr]
+        why = f"{mode} padding: the finite layer itself at size {size}, block-banded Cholesky, {factorizations} factorizations"
         return self._scaled(top, upper, why)
 
     def _scaled(self, lower: float, upper: float, why: str) -> Bound:
@@ -148,7 +165,7 @@ def _times_power(x: float, exponent: int, *, upward: bool) -> float:
     return y
 
 
-def _wave(sym: Symbol, search: Search, op: Conv, layer: Layer) -> Tensor:
+def _wave(search: Search, op: Conv, layer: Layer) -> Tensor:
     """A start for the layer's own power steps: the best block's singular vector on a plane wave under a sine window."""
     n = layer.kernel.shape[2]
     window = torch.ones((), dtype=torch.float64, device=layer.kernel.device)

@@ -15,25 +15,8 @@ from gramlip import rounding as rd
 from gramlip.blocks import axes, grouped
 from gramlip.certificates import shift
 from gramlip.operators import Conv
-from gramlip.padding import Axis
+from gramlip.padding import index_map
 from gramlip.widen import widen
-
-
-def index_map(axis: Axis, mode: str) -> Tensor:
-    """(k, outputs): the input position that tap p of output o reads, -1 for a padded zero."""
-    assert axis.size is not None
-    assert axis.outputs is not None
-    n = axis.size
-    at = torch.arange(axis.kernel)[:, None] * axis.dilation + torch.arange(axis.outputs)[None, :] * axis.stride - axis.before
-    if mode == "circular":
-        return at.remainder(n)
-    if mode == "replicate":
-        return at.clamp(0, n - 1)
-    if mode == "reflect":
-        period = max(2 * n - 2, 1)
-        folded = at.remainder(period)
-        return torch.where(folded < n, folded, period - folded)
-    return torch.where((at >= 0) & (at < n), at, -1)
 
 
 class Layer:

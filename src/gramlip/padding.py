@@ -11,6 +11,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -86,4 +89,41 @@ def _small_sizes(axis: Axis) -> range:
     return range(least, least + axis.stride * (axis.before + axis.after + 2 * axis.stride) + 2)
 
 
-PADDING: dict[str, Callable[[Axis], Circle]] = {"zeros": zeros, "circular": circular}
+def index_map(axis: Axis, mode: str) -> Tensor:
+    """(k, outputs): the input position that tap p of output o reads, -1 for a padded zero."""
+    assert axis.size is not None
+    assert axis.outputs is not None
+    n = axis.size
+    at = torch.arange(axis.kernel)[:, None] * axis.dilation + torch.arange(axis.outputs)[None, :] * axis.stride - axis.before
+    if mode == "circular":
+        return at.remainder(n)
+    if mode == "replicate":
+        return at.clamp(0, n - 1)
+    if mode == "reflect":
+        period = max(2 * n - 2, 1)
+        folded = at.remainder(period)
+        return torch.where(folded < n, folded, period - folded)
+    return torch.where((at >= 0) & (at < n), at, -1)
+
+
+def reflect(axis: Axis) -> Circle:
+    """Reflect padding repeats inputs: the norm of the padding map times the supremum. docs/theory.md#reflect-and-replicate."""
+    return _repeating(axis, "reflect")
+
+
+def replicate(axis: Axis) -> Circle:
+    """Replicate padding repeats the edge: the norm of the padding map times the supremum. docs/theory.md#reflect-and-replicate."""
+    return _repeating(axis, "replicate")
+
+
+def _repeating(axis: Axis, mode: str) -> Circle:
+    pad = axis.before + axis.after
+    least = max(axis.before, axis.after) + 1 if mode == "reflect" else 1
+    sizes = [axis.size] if axis.size is not None else range(least, least + pad + 2)
+    maps = [index_map(Axis(n, n + pad, 1, 1, 1, axis.before, axis.after), mode) for n in sizes]
+    square = max(int(m.flatten().bincount().max()) for m in maps)
+    because = f"{mode} padding: supremum over all frequencies"
+    return Circle(None, axis.stride // math.gcd(axis.stride, axis.dilation), square, False, because)
+
+
+PADDING: dict[str, Callable[[Axis], Circle]] = {"zeros": zeros, "circular": circular, "reflect": reflect, "replicate": replicate}

@@ -1,0 +1,137 @@
+"""Reflect and replicate padding: what the boundary adds to the supremum of the symbol. docs/theory.md#reflect-and-replicate.
+
+`T T* = sum_{p,p'} K_p K_p'* (x) N_pp'` with `N_pp'` the outputs that tap p and tap p' make read the same input. On every axis
+`N = Toeplitz + F`, F supported on a few outputs at each end. The Toeplitz part alone is bounded by S^2; each set of axes
+that takes its F instead adds the positive part of its largest eigenvalue.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from gramlip import certificates as cert
+from gramlip import rounding as rd
+from gramlip.blocks import axes, grouped, polyphase
+from gramlip.operators import Conv
+from gramlip.padding import Axis, index_map
+from gramlip.widen import widen
+
+LARGEST = 1536  # order of the largest boundary matrix that is formed
+POINTS = 48  # frequencies a side on the axes that stay Toeplitz, for each unit of degree
+
+
+def excess(op: Conv, group: int, exponent: int, mass: float) -> float | None:
+    """Upper bound of `||T||^2 - S^2` for one group, weights divided by `2**exponent`; None where its matrices are too large."""
+    geometry = axes(op)
+    parts = [_ends(axis, op.padding_mode) for axis in geometry]
+    kernel = widen(grouped(op).detach()[group], exponent)[0]
+    total = 0.0
+    for size in range(1, op.dims + 1):
+        for chosen in itertools.combinations(range(op.dims), size):
+            worst = 0.0
+            for ends in itertools.product(*(parts[j] for j in chosen)):
+                if math.prod(f.shape[-1] for f in ends) * kernel.shape[0] > LARGEST:
+                    return None
+                worst = max(worst, _largest(kernel, geometry, chosen, ends, mass))
+            total = rd.add_up(total, worst)
+    return total
+
+
+def _ends(axis: Axis, mode: str) -> list[Tensor]:
+    """The matrices F (k, k, r, r) of the two ends of an axis, for its size or for every size; none without padding."""
+    if axis.before == axis.after == 0:
+        return []
+    apart = 4 * (axis.before + axis.after + axis.span + axis.stride)  # from this size on the two ends no longer meet
+    least = max(axis.before, axis.after) + 1 if mode == "reflect" else 1
+    least = max(least, axis.span - axis.before - axis.after)
+    if axis.size is not None:
+        sizes = [axis.size if axis.size < apart else apart + (axis.size - apart) % axis.stride]
+    else:
+        sizes = list(range(least, apart + axis.stride))
+    found: list[Tensor] = []
+    for n in sizes:
+        outputs = (n + axis.before + axis.after - axis.span) // axis.stride + 1
+        found += _components(_boundary(Axis(n, outputs, axis.kernel, axis.stride, axis.dilation, axis.before, axis.after), mode))
+    unique: dict[bytes, Tensor] = {bytes(str(f.tolist()), "ascii"): f for f in found}
+    return list(unique.values())
+
+
+def _boundary(axis: Axis, mode: str) -> Tensor:
+    """N - Toeplitz, (k, k, outputs, outputs)."""
+    reads = index_map(axis, mode)
+    free = torch.arange(axis.kernel)[:, None] * axis.dilation + torch.arange(reads.shape[1])[None, :] * axis.stride
+    same = reads[:, None, :, None] == reads[None, :, None, :]
+    return same.to(torch.float64) - (free[:, None, :, None] == free[None, :, None, :]).to(torch.float64)
+
+
+def _components(f: Tensor) -> list[Tensor]:
+    """F restricted to each of its connected pieces: pieces that share no output act on orthogonal spaces."""
+    touched = f.abs().sum((0, 1)) > 0
+    left = touched.any(-1).nonzero()[:, 0].tolist()
+    pieces: list[Tensor] = []
+    while left:
+        piece, grown = {left[0]}, True
+        while grown:
+            reach = set(touched[sorted(piece)].any(0).nonzero()[:, 0].tolist()) | piece
+            grown, piece = reach != piece, reach
+        at = torch.tensor(sorted(piece))
+        pieces.append(f[:, :, at][:, :, :, at])
+        left = [i for i in left if i not in piece]
+    return pieces
+
+
+def _largest(kernel: Tensor, geometry: list[Axis], chosen: tuple[int, ...], ends: tuple[Tensor, ...], mass: float) -> float:
+    """Upper bound of the positive part of the largest eigenvalue of one boundary term over all frequencies of the other axes.
+
+    On the other axes it is a Hermitian trigonometric polynomial, closed by the corner theorem on a grid.
+    """
+    rest = [j for j in range(len(geometry)) if j not in chosen]
+    ordered = kernel[None].permute(0, 1, 2, *(3 + j for j in rest), *(3 + j for j in chosen))
+    for i, j in enumerate(rest):
+        axis = geometry[j]
+        ordered = polyphase(ordered, 3 + i, axis.stride // math.gcd(axis.stride, axis.dilation))
+    spans = ordered.shape[3 : 3 + len(rest)]
+    stacked = ordered[0].flatten(2 + len(rest)).flatten(2, 1 + len(rest)) if rest else ordered[0].flatten(2)[:, :, None]
+    m, n, taps, picks = stacked.shape
+    f = ends[0]
+    for other in ends[1:]:
+        k, r, q, s = f.shape[0], f.shape[2], other.shape[0], other.shape[2]
+        f = torch.einsum("abij,cdkl->acbdikjl", f, other).reshape(k * q, k * q, r * s, r * s)
+    counts = [max(1, POINTS * (k - 1)) for k in spans]
+    grid = torch.tensor(list(itertools.product(*map(range, counts))), dtype=torch.float64).reshape(math.prod(counts), len(rest))
+    if not kernel.is_complex() and rest:
+        half = grid[:, -1] <= counts[-1] // 2
+        grid = grid[half]
+    positions = torch.tensor(list(itertools.product(*map(range, spans))), dtype=torch.float64).reshape(taps, len(rest))
+    angles = grid * (2 * math.pi) / torch.tensor(counts, dtype=torch.float64) @ positions.mT
+    side, width = m * f.shape[-1], float(f.abs().sum((0, 1)).sum(-1).max())
+    size = rd.up(mass * mass * width * (1 + 1e-9))  # bounds the norm at every frequency, by Schur's test on F
+    noise = size * rd.gamma(16.0 * (n * taps * picks**2 + 64))
+    slack = size * sum(1 - math.cos(math.pi * (k - 1) / c) for k, c in zip(spans, counts, strict=True)) * (1 + 1e-9)
+    worst = 0.0
+    for part in angles.split(max(1, (32 << 20) // (16 * side**2))):
+        waves = torch.polar(torch.ones_like(part), -part)
+        d = torch.einsum("mntp,ft->fpmn", stacked.to(torch.complex128), waves)
+        pairs = torch.einsum("fpmn,fqkn->fpqmk", d, d.conj())
+        e = torch.einsum("fpqmk,pqij->fmikj", pairs, f.to(torch.complex128)).reshape(len(part), side, side)
+        e = (e + e.mH) / 2
+        worst = max(worst, _positive(e, noise, size))
+    return rd.up(worst + slack) if worst + slack > 0 else 0.0
+
+
+def _positive(e: Tensor, noise: float, size: float) -> float:
+    """A value above the largest eigenvalue of every block and zero, proved by Cholesky.
+
+    The blocks are indefinite: the trace in the factorisation's error is at most `c (t + size)`, hence the second term of `each`.
+    """
+    top = max(0.0, float(torch.linalg.eigvalsh(e).max()))
+    each = torch.full((len(e),), noise + 4 * cert.shift(e.shape[-1]) * size, dtype=torch.float64, device=e.device)
+    margin = 1e-9 * size + 2 * float(each[0])
+    while True:
+        if bool(cert.cholesky(e.clone(), torch.full_like(each, top + margin), each).all()):
+            return top + margin
+        margin *= 4
