@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -21,6 +23,8 @@ def printable(text: str) -> str:
 class Layer:
     """A layer's row: the operator that was bounded, and its interval; `input_size` is None where it holds for every size.
 
+    `share` is the layer's part of the logarithm of the network's constant by composition (docs/network.md#shares).
+
     >>> print(Layer("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix")).upper)
     1.5
     """
@@ -31,6 +35,7 @@ class Layer:
     input_size: tuple[int, ...] | None
     bound: Bound
     seconds: float | None = None
+    share: float | None = None
 
     @property
     def lower(self) -> float:
@@ -46,7 +51,8 @@ class Layer:
         """The row in the JSON schema; an infinite `upper` is null."""
         size = None if self.input_size is None else list(self.input_size)
         row = {"name": self.name, "op": self.op, "weight_shape": list(self.weight_shape), "input_size": size}
-        return row | _interval(self.bound) | {"because": self.bound.because, "seconds": self.seconds}
+        share = {} if self.share is None else {"share": self.share}
+        return row | _interval(self.bound) | {"because": self.bound.because, "seconds": self.seconds} | share
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class Report:
     """The answer of an audit: `print` it for a table, `to_dict` or `to_json` it for a program.
 
     `network` bounds the whole network, None where only weights are known. `notes` state what holds for every row.
+    `unsupported` lists the calls that no rule covers, each with its place in the source; the network is unbounded then.
     Printed numbers are rounded outward; JSON numbers are exact, and null stands for infinity (no bound).
 
     >>> row = Layer("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix"))
@@ -75,10 +82,7 @@ class Report:
     w.safetensors
     <BLANKLINE>
     layer  operator  shape  input  interval  width  why
-    fc     Dense     2x3    any    [1, 1.5]   50 %  1
-    <BLANKLINE>
-    why
-      1  a matrix
+    fc     Dense     2x3    any    [1, 1.5]   50 %  a matrix
     """
 
     target: str
@@ -86,6 +90,7 @@ class Report:
     left_out: tuple[LeftOut, ...] = ()
     network: Bound | None = None
     notes: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
 
     @property
     def lower(self) -> float:
@@ -123,6 +128,7 @@ class Report:
             "network": None if self.network is None else _interval(self.network) | {"because": self.network.because},
             "left_out": [row.to_dict() for row in self.left_out],
             "notes": list(self.notes),
+            "unsupported": list(self.unsupported),
         }
 
     def to_json(self) -> str:
@@ -130,23 +136,33 @@ class Report:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     def __str__(self) -> str:
-        reasons: dict[str, int] = {}
+        bounds = [row.bound for row in self.layers] + ([] if self.network is None else [self.network])
+        counts = Counter(part for b in bounds for part in _parts(b))
+        common = [part for part, n in counts.items() if n > max(1, len(bounds) / 3)]  # said once, below the table
+        marks = {part: f"[{i}]" for i, part in enumerate(common, 1)}
 
-        def why(because: str) -> str:
-            return " ".join(str(reasons.setdefault(part, len(reasons) + 1)) for part in dict.fromkeys(because.split("; ")))
+        def shown(b: Bound) -> tuple[str, str, str]:
+            lower, upper = decimals(float(b.lower), upward=False), decimals(float(b.upper), upward=True)
+            shared = "".join(marks[part] for part in _parts(b) if part in marks)
+            own = "; ".join(part for part in _parts(b) if part not in marks)
+            return f"[{lower}, {upper}]", f"{decimals(100 * b.rtol, upward=True, digits=2)} %", f"{shared} {own}".strip()
 
         rows = [("layer", "operator", "shape", "input", "interval", "width", "why")]
         for row in self.layers:
             size = "any" if row.input_size is None else _times(row.input_size)
-            rows.append((row.name, row.op, _times(row.weight_shape), size, *_shown(row.bound), why(row.bound.because)))
+            rows.append((row.name, row.op, _times(row.weight_shape), size, *shown(row.bound)))
         if self.network is not None:
-            rows.append(("network", "", "", "", *_shown(self.network), why(self.network.because)))
+            rows.append(("network", "", "", "", *shown(self.network)))
         parts = ["\n".join([self.target, *(f"  {note}" for note in self.notes)]), aligned(rows, right=(5,))]
-        if reasons:
-            parts.append("\n".join(["why", *(f"  {i}  {part}" for part, i in reasons.items())]))
-        if self.left_out:
-            rows = [(f"  {row.name}", _times(row.weight_shape) or "-", row.reason) for row in self.left_out]
-            parts.append("left out\n" + aligned(rows))
+        if marks:
+            parts.append("\n".join(f"{mark} {part}" for part, mark in marks.items()))
+        for title, is_weight in (("weights without a bound", True), ("left out", False)):
+            reasons = dict.fromkeys(row.reason for row in self.left_out if row.is_weight == is_weight)
+            names = {
+                reason: [row.name for row in self.left_out if (row.reason, row.is_weight) == (reason, is_weight)] for reason in reasons
+            }
+            if names:
+                parts.append("\n".join([title, *(_wrapped(f"{reason}: {', '.join(names[reason])}") for reason in names)]))
         return "\n".join(printable(line) for line in "\n\n".join(parts).split("\n"))
 
 
@@ -163,10 +179,14 @@ def _interval(bound: Bound) -> dict[str, float | None]:
     return {side: value if math.isfinite(value) else None for side, value in ends.items()}
 
 
-def _shown(bound: Bound) -> tuple[str, str]:
-    """The interval and its relative width, both rounded outward."""
-    lower, upper = decimals(float(bound.lower), upward=False), decimals(float(bound.upper), upward=True)
-    return f"[{lower}, {upper}]", f"{decimals(100 * bound.rtol, upward=True, digits=2)} %"
+def _parts(bound: Bound) -> list[str]:
+    return list(dict.fromkeys(bound.because.split("; ")))
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(
+        printable(text), 120, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _times(sizes: tuple[int, ...]) -> str:

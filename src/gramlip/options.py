@@ -1,0 +1,52 @@
+"""Types of command line options, each of which says what was given and what was expected."""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentTypeError
+from decimal import Decimal, InvalidOperation
+
+
+def tolerance(text: str) -> float:
+    """A positive relative width.
+
+    >>> tolerance("1e-2")
+    0.01
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        msg = f"{text!r} was given; expected a positive number such as 1e-2"
+        raise ArgumentTypeError(msg)
+    return value
+
+
+def limit(text: str) -> Decimal:
+    """A number of at least 0, exactly as typed: `0.1` is one tenth, not the float beside it.
+
+    >>> limit("0.1") < 0.1
+    True
+    """
+    try:
+        value = Decimal(text)
+    except InvalidOperation:
+        value = Decimal("NaN")
+    if not value.is_finite() or value < 0:
+        msg = f"{text!r} was given; expected a number of at least 0 such as 1.0"
+        raise ArgumentTypeError(msg)
+    return value
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Sizes of an input without the batch, `3,224,224`.
+
+    >>> shape("3,224,224")
+    (3, 224, 224)
+    """
+    sizes = text.split(",")
+    if not all(size.isascii() and size.isdigit() and len(size) < 10 and int(size) > 0 for size in sizes):
+        msg = f"{text!r} was given; expected positive sizes joined by commas, without the batch: 3,224,224"
+        raise ArgumentTypeError(msg)
+    return tuple(int(size) for size in sizes)

@@ -1,0 +1,77 @@
+"""Standard output, notes, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from gramlip.errors import InputError
+from gramlip.report import printable
+
+T = TypeVar("T")
+
+
+def emit(text: str) -> None:
+    """Write to standard output; a reader that has gone away (`| head`) is no error."""
+    if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison]
+        return
+    try:
+        sys.stdout.write(text.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more at exit: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def note(text: str) -> None:
+    """Write one line to standard error."""
+    if sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
+        sys.stderr.write(f"gramlip: {printable(text)}\n")
+
+
+def watched(items: Sequence[T]) -> Iterable[T]:
+    """The items behind a progress bar on standard error, where that is a terminal."""
+    return tqdm(items, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False, unit="layer")
+
+
+def check_output(option: str, name: str | None) -> Path | None:
+    """The file that an option names, None for nothing or `-`; refused now if it could not be written later.
+
+    Raises:
+        InputError: a folder, a device, a folder that is missing or cannot be written.
+    """
+    if name is None or name == "-":
+        return None
+    path = Path(os.path.realpath(name))
+    if path.is_dir() or not name:
+        problem = "is a folder" if name else "is empty"
+    elif path.exists() and not path.is_file():
+        problem = "is not a regular file"
+    elif not path.parent.is_dir():
+        problem = f"lies in {path.parent}, which does not exist"
+    elif not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        problem = "cannot be written"
+    else:
+        return path
+    msg = f"{option} {name} {problem}; expected a file in a folder that can be written: type {option} FILE, or - for standard output"
+    raise InputError(msg)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write the file whole or not at all: a temporary file beside it takes its place, and is removed on any failure."""
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,61 @@
+"""TARGET: what the user typed becomes a source of layers. One entry of `RESOLVERS` for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Protocol
+
+from gramlip.checkpoint import read, read_bytes
+from gramlip.errors import InputError
+from gramlip.operators import Conv, Dense
+from gramlip.report import Report
+from gramlip.weights import Watch, Weights
+
+Shape = tuple[int, ...]
+
+
+class Source(Protocol):
+    """What a target turns out to be: operators by name, and an audit."""
+
+    def operators(self) -> Iterable[tuple[str, Dense | Conv]]:
+        """Every linear map by name."""
+        ...
+
+    def audit(self, *, rtol: float, watch: Watch) -> Report:
+        """The report; `watch` may show progress."""
+        ...
+
+
+def _weights(target: str, inputs: Shape | None) -> Source:
+    if inputs is not None:
+        given = ",".join(map(str, inputs))
+        msg = f"--input {given} was given, but {target} holds weights alone, bounded for every input size; expected no --input"
+        raise InputError(msg)
+    if target in DEMOS:
+        return Weights(target, read_bytes((resources.files("gramlip") / "data" / f"{target}.safetensors").read_bytes()))
+    return Weights(target, read(Path(target)))
+
+
+DEMOS = ("demo", "demo-regularised")
+"""Trained networks that the package holds."""
+
+RESOLVERS: dict[str, Callable[[str, Shape | None], Source]] = {name: _weights for name in DEMOS}
+"""A whole name (`demo`), a file's suffix (`.pt2`) or a scheme (`timm:`) -> (target, input shape) -> source; files are weights."""
+
+
+def resolve(target: str, inputs: Shape | None = None) -> Source:
+    """The source that a TARGET names.
+
+    Raises:
+        InputError: no such file, an unknown kind, or a file that cannot be used.
+    """
+    scheme, colon, _ = target.partition(":")
+    for key in (target, f"{scheme}:" if colon else target, Path(target).suffix):
+        if key in RESOLVERS:
+            return RESOLVERS[key](target, inputs)
+    if colon and not Path(target).exists():
+        msg = f"{target} is of an unknown kind; expected a file of weights or one of {', '.join(sorted(RESOLVERS))}"
+        raise InputError(msg)
+    return _weights(target, inputs)

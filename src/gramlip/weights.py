@@ -1,0 +1,147 @@
+"""Weights alone, without their model: which tensor is a linear map, which is left out and why, and the audit of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+
+from gramlip.bound import Bound
+from gramlip.checkpoint import Entry, Stored
+from gramlip.errors import InputError
+from gramlip.norm import bound
+from gramlip.operators import Conv, Dense, check_weight
+from gramlip.report import Layer, LeftOut, Report
+
+NOTES = (
+    "From the weights alone: 2 axes are a matrix, 3 to 5 axes a convolution kernel (channels, channels, *kernel) at stride 1, ungrouped.",
+    "upper holds for every input size, stride, dilation, number of groups and for the transposed layer; lower is that of the stride-1",
+    "ungrouped convolution over all input sizes: a layer with a stride, groups or a small input may lie below it.",
+    "Assumed: padding with zeros, or circular padding of at most kernel - 1 in all on each axis; reflect and replicate may exceed upper.",
+)
+DOMINATES = "stride-1 ungrouped operator: dominates every stride, dilation, grouping and the transpose (docs/theory.md#weights-alone)"
+_FLOATS = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
+_EMBEDDING = re.compile(r"(^|_)(emb|embed|embeds|embedding|embeddings|wte|wpe)(_(?!out)|$)|^shared$", re.I)
+_TABLE = re.compile(r"(^|_)(pos|position|positional|cls|class|mask|query|register)_?(emb\w*|enc\w*|tokens?|table)$|(^|_)tokens?$", re.I)
+_NORM = re.compile(r"(^|_)(norm|bn|ln|gn|layer_?norm|batch_?norm|group_?norm|rms_?norm)\d*$", re.I)
+_BIAS = re.compile(r"(^|_)bias(es)?(_|$)", re.I)
+Watch = Callable[[list[str]], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Stored tensors as a source of operators; `target` is what the user typed."""
+
+    target: str
+    stored: Stored
+
+    def sort(self) -> tuple[list[str], tuple[LeftOut, ...]]:
+        """The names of the linear maps, and what is left out.
+
+        Raises:
+            InputError: nothing to bound.
+        """
+        entries = self.stored.entries
+        reasons = {name: left_out_of(name, entries) for name in entries}
+        kept = [name for name, out in reasons.items() if out is None]
+        left_out = [out for out in reasons.values() if out is not None]
+        if not kept:
+            first = f"{left_out[0].name}: {left_out[0].reason}" if left_out else "no tensor at all"
+            msg = f"{self.target} holds nothing to bound ({first}); expected matrices or convolution kernels: save model.state_dict()"
+            raise InputError(msg)
+        left_out += [LeftOut(name, (), "state of training") for name in self.stored.skipped]
+        return kept, tuple(left_out)
+
+    def operator(self, name: str) -> Dense | Conv:
+        """The operator that dominates the layer of this tensor: a matrix, or a stride-1 ungrouped convolution of every size."""
+        weight = self.stored.entries[name].load()
+        check_weight(weight, name)
+        return Dense(weight) if weight.ndim == 2 else Conv(weight)
+
+    def operators(self) -> Iterator[tuple[str, Dense | Conv]]:
+        """Every linear map by name, read one at a time."""
+        for name in self.sort()[0]:
+            yield name, self.operator(name)
+
+    def audit(self, *, rtol: float = 1e-2, watch: Watch = iter) -> Report:
+        """The report: for each linear map an interval with `upper` at least the layer's norm; `watch` may show progress.
+
+        Proof that the operator dominates the layer: docs/theory.md#weights-alone.
+
+        Raises:
+            InputError: NaN or infinite entries, an axis of size zero, nothing to bound.
+        """
+        kept, left_out = self.sort()
+        for name in kept:  # all of them before the work starts
+            self.operator(name)
+        rows = [_row(name, self.operator(name), rtol) for name in watch(kept)]
+        return Report(self.target, tuple(rows), left_out, notes=NOTES)
+
+
+def _row(name: str, op: Dense | Conv, rtol: float) -> Layer:
+    start = perf_counter()
+    found = bound(op, rtol=rtol)
+    seconds = perf_counter() - start
+    if isinstance(op, Conv):
+        found = Bound(found.lower, found.upper, f"{found.because}; {DOMINATES}")
+    kind = "Dense" if isinstance(op, Dense) else f"Conv{op.dims}d"
+    return Layer(name, kind, tuple(op.weight.shape), None, found, seconds)
+
+
+def left_out_of(name: str, entries: Mapping[str, Entry]) -> LeftOut | None:
+    """Why this tensor is not bounded, None where it is; a weight whose layer cannot be known from it is marked so."""
+    shape, dtype = entries[name].shape, entries[name].dtype
+    for reason in (_parametrized(name, entries), _no_map(name, entries)):
+        if reason is not None:
+            return LeftOut(name, shape, reason[0], reason[1])
+    if dtype not in _FLOATS:
+        return LeftOut(name, shape, f"{dtype} entries: quantised, its scale is not part of it", "weight" in name or "float8" in dtype)
+    if len(shape) > 5:
+        return LeftOut(name, shape, f"{len(shape)} axes: no convolution of 1 to 3 dimensions", True)
+    return None
+
+
+def _parametrized(name: str, entries: Mapping[str, Entry]) -> tuple[str, bool] | None:
+    """Tensors from which torch computes the weight that the layer uses: that weight is not in the file."""
+    matrix = len(entries[name].shape) > 1
+    what, tensor = "a parametrization", name
+    if (found := re.search(r"(?:^|\.)parametrizations\.\w+\.", name)) is not None:
+        stem, rest = name[: found.end()], name[found.end() :]
+        if not rest.startswith("original"):
+            return "a part of a parametrization", False
+        what = "weight_norm" if f"{stem}original1" in entries else "spectral_norm" if f"{stem}0._u" in entries else what
+        matrix = matrix and rest != "original0"
+    elif name.endswith("_orig"):
+        tensor = name.removesuffix("_orig")
+        what = "pruning" if f"{tensor}_mask" in entries else "spectral_norm" if f"{tensor}_u" in entries else what
+    elif name.endswith(("_u", "_v", "_mask")) and f"{name.rpartition('_')[0]}_orig" in entries:
+        return "what torch's spectral_norm or pruning keeps beside a weight", False
+    elif name.endswith(("_g", "_v")) and {f"{name[:-2]}_g", f"{name[:-2]}_v"} <= set(entries):
+        what, matrix = "weight_norm", name.endswith("_v")
+    else:
+        return None
+    return f"raw tensor of {what}: the layer's own weight is not stored; remove it before saving (remove_parametrizations)", matrix
+
+
+def _no_map(name: str, entries: Mapping[str, Entry]) -> tuple[str, bool] | None:
+    """Tensors that no linear map of the input is made of."""
+    entry, (stem, _, leaf) = entries[name], name.rpartition(".")
+    module, axes = stem.rpartition(".")[2], len(entry.shape)
+    bias = entries.get(f"{stem}.bias" if stem else "bias")
+    reason = None
+    if leaf in ("running_mean", "running_var", "num_batches_tracked"):
+        reason = "running statistics of a normalisation"
+    elif entry.dtype == "bool" or (entry.dtype not in _FLOATS and "int" in entry.dtype and "weight" not in leaf):
+        reason = f"{entry.dtype} entries: a counter, an index or a mask"
+    elif axes == 0:
+        reason = "a single number"
+    elif _BIAS.search(leaf):
+        reason = "a bias: added, stretches nothing"
+    elif axes == 1:
+        reason = "one axis: the scale of a normalisation" if leaf in ("weight", "gamma", "scale") else "one axis: no matrix"
+    elif (bias is not None and bias.shape == entry.shape) or (leaf == "weight" and _NORM.search(module)):
+        reason = "the scale of a normalisation, entry by entry"
+    elif _TABLE.search(leaf) or (axes == 2 and bias is None and _EMBEDDING.search(module if leaf == "weight" else leaf)):
+        reason = "named as an embedding: rows that are looked up or added, no map of the input"
+    return None if reason is None else (reason, False)
