@@ -1,0 +1,8 @@
+"""Training with a Lipschitz constant: normalise, rescale, penalise, and bake what was learned into certified weights."""
+
+from __future__ import annotations
+
+from gramlip.nn.parametrize import normalised, remove
+from gramlip.nn.spectral_norm import spectral_norm, spectral_norm_
+
+__all__ = ["normalised", "remove", "spectral_norm", "spectral_norm_"]

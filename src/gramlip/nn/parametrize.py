@@ -1,0 +1,201 @@
+"""What the parametrizations share: attaching them to a layer, pickling, walking a model, and baking into certified plain weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from gramlip.errors import InputError, UnsupportedError
+from gramlip.layers import describe
+from gramlip.norm import bound
+from gramlip.operators import Conv, Dense, Diagonal, Ints
+
+TRIES = 40  # each try widens the margin twofold: from one rounding unit to far more than a cast can lose
+
+
+class Normalised(nn.Module):
+    """Base of the parametrizations: a weight's value with a norm of at most `target`, as a function of the weight alone.
+
+    It holds no tensors: nothing to synchronise, save, average or freeze.
+    """
+
+    def __init__(self, input_size: Ints | None, target: float) -> None:
+        super().__init__()
+        self.input_size = input_size
+        self.target = target
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Assigning a weight stores it; what the layer then uses is its normalised value."""
+        return weight
+
+
+def positive(name: str, value: float) -> float:
+    """The value as a float, refused unless positive and finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        msg = f"{name}={value!r} was given; expected a positive number such as 1.0"
+        raise InputError(msg)
+    return float(value)
+
+
+def operator(module: nn.Module, name: str, input_size: Ints | None) -> Dense | Conv | Diagonal:
+    """The operator whose weight is `module.name`: by its rule for "weight", otherwise a matrix."""
+    weight = getattr(module, name, None)
+    if not isinstance(weight, Tensor):
+        have = [n for n, _ in module.named_parameters(recurse=False)]
+        msg = f"{type(module).__name__} has no tensor {name!r}; expected the name of one of its parameters: {have}"
+        raise InputError(msg)
+    if name == "weight" and describe.dispatch(type(module)) is not describe.dispatch(object):
+        return describe(module, input_size)
+    if weight.ndim == 2:
+        return Dense(weight)
+    given = f"{type(module).__name__}.{name} has shape {tuple(weight.shape)} and no rule"
+    msg = f"{given}; expected a matrix or a layer that gramlip knows: type @gramlip.describe.register"
+    raise UnsupportedError(msg)
+
+
+def attach(module: nn.Module, name: str, parametrization: Normalised) -> None:
+    """Register it on `module.name`, once, so that the whole module can still be pickled."""
+    if parametrize.is_parametrized(module, name) and any(isinstance(p, Normalised) for p in module.parametrizations[name]):  # type: ignore[union-attr,index]
+        msg = f"{type(module).__name__}.{name} is normalised already; expected a plain weight: type gramlip.nn.remove(module) first"
+        raise InputError(msg)
+    parametrize.register_parametrization(module, name, parametrization)
+    _teach(type(module))
+
+
+def _teach(kind: type[nn.Module]) -> None:
+    """Give the class that torch made for one parametrized module a way to be pickled and copied."""
+    kind.__reduce_ex__ = _reduce  # type: ignore[assignment,method-assign]
+    kind.__deepcopy__ = _deepcopy  # type: ignore[attr-defined]
+
+
+def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy with a class of its own: removing the parametrization of one leaves the other alone, which torch's copy does not."""
+    kind = type(module)
+    own = type(kind.__name__, kind.__bases__, {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")})
+    memo[id(module)] = twin = own.__new__(own)
+    twin.__dict__ = copy.deepcopy(module.__dict__, memo)
+    return twin
+
+
+def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """Pickle a parametrized module as its plain class, its state and what was registered (torch refuses otherwise)."""
+    plain = type(module).__mro__[1]
+    state = {k: v for k, v in module.__dict__.items() if k != "_modules"}
+    state["_modules"] = {k: m for k, m in module._modules.items() if k != "parametrizations"}
+    lists = dict(module.parametrizations.items())  # type: ignore[union-attr,operator]
+    if any(not hasattr(chain, "original") for chain in lists.values()):
+        msg = f"{plain.__name__} has a parametrization of several tensors, which cannot be pickled; save its state_dict instead"
+        raise UnsupportedError(msg)
+    return _restore, (plain, state, {name: (list(chain), chain.original) for name, chain in lists.items()})
+
+
+def _restore(plain: type[nn.Module], state: dict[str, Any], chains: dict[str, tuple[list[nn.Module], Tensor]]) -> nn.Module:
+    module = plain.__new__(plain)
+    module.__dict__.update(state)
+    for name, (chain, original) in chains.items():
+        put = module.register_parameter if isinstance(original, nn.Parameter) else module.register_buffer
+        put(name, original)  # type: ignore[arg-type]
+        kept = original.detach().clone()
+        for parametrization in chain:
+            parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+        with torch.no_grad():
+            module.parametrizations[name].original.copy_(kept)  # type: ignore[union-attr,index,operator]
+    _teach(type(module))
+    return module
+
+
+def normalised(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Normalised]]:
+    """Every (path, module, tensor name, parametrization) of ours in a model, each module once."""
+    for path, module in list(model.named_modules()):
+        if parametrize.is_parametrized(module):
+            for name, chain in list(module.parametrizations.items()):  # type: ignore[union-attr,operator]
+                for parametrization in chain:
+                    if isinstance(parametrization, Normalised):
+                        yield path, module, name, parametrization
+
+
+def remove(model: nn.Module, rtol: float = 1e-3) -> nn.Module:
+    """Bake: replace every parametrization of gramlip by a plain weight whose certified norm is at most its target.
+
+    The weights keep the values that the network used, shrunk, where `gramlip.bound` asks for it, until
+    `gramlip.bound(layer, input_size).upper <= target` holds for the stored numbers in their own dtype. In place.
+
+    Args:
+        model: a layer or a whole network.
+        rtol: width of the certificate; the weights shrink by about as much.
+
+    Raises:
+        InputError: nothing to remove, or a target below what the dtype can hold.
+
+    Reference: docs/training.md#baking.
+
+    >>> from gramlip import bound
+    >>> layer = remove(spectral_norm(nn.Conv2d(2, 2, 3), target=0.5))
+    >>> bound(layer).upper <= 0.5
+    True
+    """
+    found = list(normalised(model))
+    if not found:
+        msg = f"{type(model).__name__} holds no parametrization of gramlip; expected one: type gramlip.nn.spectral_norm(module) first"
+        raise InputError(msg)
+    for path, module, name, parametrization in found:
+        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        try:
+            shrink(module, name, parametrization.input_size, parametrization.target, rtol)
+        except InputError as error:
+            msg = f"{path or type(module).__name__}.{name}: {error}"
+            raise InputError(msg) from error
+    return model
+
+
+def shrink(module: nn.Module, name: str, input_size: Ints | None, target: float, rtol: float) -> None:
+    """Scale `module.name` down, in its own dtype, until its certified norm is at most `target`."""
+    weight: Tensor = getattr(module, name).data
+    start, margin = weight.detach().clone(), torch.finfo(weight.dtype).eps / 4
+    scale = 1.0
+    for _ in range(TRIES):
+        upper = float(bound(operator(module, name, input_size), rtol=rtol).upper)
+        if upper <= target:
+            return
+        scale *= target / upper * (1 - margin)
+        margin = min(2 * margin, 0.5)
+        weight.copy_((start.to(torch.promote_types(start.dtype, torch.float64)) * scale).to(weight.dtype))
+    msg = f"the certified norm stays at {upper:.6g} after {TRIES} tries; expected at most the target {target:.6g}: use a wider dtype"  # pyright: ignore[reportPossiblyUnboundVariable]
+    raise InputError(msg)
+
+
+def layers(model: nn.Module, example: Any, where: Callable[[str, nn.Module], bool] | None) -> list[tuple[str, nn.Module, Ints | None]]:
+    """The linear layers that a forward pass of `example` uses, with their input sizes; None where sizes differ or none is given."""
+    found = {
+        path: module
+        for path, module in model.named_modules()
+        if describe.dispatch(type(module)) is not describe.dispatch(object)
+        and isinstance(getattr(module, "weight", None), Tensor)
+        and module.weight.ndim >= 2  # type: ignore[union-attr,operator]
+        and (where is None or where(path, module))
+    }
+    if not found:
+        msg = f"{type(model).__name__} has no layer to bound; expected at least one linear or convolution layer"
+        raise InputError(msg)
+    if example is None:
+        return [(path, module, None) for path, module in found.items()]
+    sizes: dict[str, set[tuple[int, ...]]] = {path: set() for path in found}
+
+    def note(path: str, axes: int) -> Callable[..., None]:
+        return lambda _module, inputs: sizes[path].add(tuple(inputs[0].shape[-axes:]) if axes else ())
+
+    handles = [m.register_forward_pre_hook(note(path, m.weight.ndim - 2)) for path, m in found.items()]  # type: ignore[operator,union-attr]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(*(example if isinstance(example, tuple) else (example,)))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return [(path, m, next(iter(sizes[path])) or None if len(sizes[path]) == 1 else None) for path, m in found.items()]

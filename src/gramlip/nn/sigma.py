@@ -1,0 +1,221 @@
+"""The norm of a layer as a function of its weight alone: one opaque, differentiable operation for eager, compiled and exported code.
+
+`Plan` is the layer's geometry, worked out once; `Plan.sigma(weight)` is the upper bound, with the gradient of the largest block.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramlip.blocks import axes, symbol, transform
+from gramlip.errors import InputError
+from gramlip.gram import gram_norm
+from gramlip.operators import Conv, Dense, Diagonal
+from gramlip.padding import PADDING
+
+POWER_STEPS = 4  # cheap lower estimates that say which blocks cannot be the largest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Geometry of a layer without its weight: `norm <= factor * max over the grid of ||D(w)||`, for any weight of that shape."""
+
+    groups: int
+    strides: tuple[int, ...]
+    grid: tuple[int, ...]
+    factor: float
+    because: str
+
+    @staticmethod
+    def of(op: Dense | Conv | Diagonal, torus: int = 16) -> Plan:
+        """The plan of an operator: on each axis the padding theorem's own grid, or one of `torus` points where that is smaller.
+
+        On a grid of N points the supremum over all frequencies costs the factor `1 / cos(pi (k - 1) / (2 N))`:
+        docs/theory.md#from-a-grid-to-the-torus.
+
+        >>> Plan.of(Conv(torch.ones(4, 4, 3, 3), input_size=56, padding=1)).grid
+        (16, 16)
+        """
+        if isinstance(op, Diagonal):
+            msg = "a diagonal layer was given; expected a matrix or a convolution: clamp its entries instead"
+            raise InputError(msg)
+        if isinstance(torus, bool) or not isinstance(torus, int) or torus < 4:
+            msg = f"torus={torus!r} was given; expected an integer of at least 4 grid points per axis, such as 16"
+            raise InputError(msg)
+        if isinstance(op, Dense):
+            return Plan(1, (), (), 1.0, "a matrix")
+        sym = symbol(op)
+        strides = tuple(PADDING[op.padding_mode](axis).stride for axis in axes(op))
+        grid, factor, because = [], math.sqrt(sym.square), sym.because
+        for points, degree in zip(sym.points, sym.degrees, strict=True):
+            side = torus * max(1, math.ceil(degree)) if degree else 1
+            if points is not None and points <= side:
+                grid.append(points)
+                continue
+            grid.append(side)
+            if degree:
+                factor /= math.cos(math.pi * degree / side)
+                because += f"; {side}-point grid with the cosine factor"
+        return Plan(op.groups, strides, tuple(grid), factor, because)
+
+    def kernel(self, weight: Tensor) -> Tensor:
+        """The polyphase kernel (groups, m, n, *k) of a weight; linear."""
+        return kernel(weight, self.groups, self.strides)
+
+    def sigma(self, weight: Tensor, n_iter: int = 6) -> Tensor:
+        """Upper bound (up to rounding) of the layer's norm, a scalar tensor with its gradient; float32 at least.
+
+        The value depends on the weight alone. The gradient is that of the largest block. A sharded weight is gathered.
+        """
+        if (sharded := _replicated(weight)) is not None:
+            full, wrap = sharded
+            return wrap(self.sigma(full, n_iter))
+        top, _ = torch.ops.gramlip.largest_block(weight, self.groups, self.strides, self.grid, n_iter)
+        return top * self.factor
+
+
+def _replicated(weight: Tensor) -> tuple[Tensor, Any] | None:
+    """For a DTensor: the full tensor and the way back to a replicated DTensor. None for a plain tensor."""
+    if not torch.distributed.is_available() or type(weight) in (Tensor, torch.nn.Parameter):
+        return None
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not isinstance(weight, DTensor):
+        return None
+    mesh = weight.device_mesh
+    return weight.full_tensor(), lambda x: DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim)
+
+
+def kernel(weight: Tensor, groups: int, strides: tuple[int, ...] | list[int]) -> Tensor:
+    """A weight as (groups, m, n, *k), the phases of each strided axis moved to the columns; missing taps are zeros."""
+    out = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    for j, stride in enumerate(strides):
+        axis, k = 3 + j, weight.shape[2 + j]
+        if stride == 1:
+            continue
+        taps = -(-k // stride)
+        spare = taps * stride - k
+        if spare:
+            out = torch.cat([out, torch.zeros_like(out.narrow(axis, 0, 1)).repeat_interleave(spare, axis)], axis)
+        out = out.unflatten(axis, (taps, stride)).narrow(axis + 1, 0, min(stride, k)).movedim(axis + 1, 3).flatten(2, 3)
+    return out
+
+
+def full_products() -> bool:
+    """Whether float32 products are float32 products: no TF32 and no bfloat16 behind them."""
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    modes = [getattr(backend, "fp32_precision", None) for backend in backends]
+    if modes[0] is None:  # before torch 2.9 there was one switch
+        return torch.get_float32_matmul_precision() == "highest"
+    return all(mode in (None, "none", "ieee") for mode in modes)
+
+
+def wide(weight: Tensor) -> Tensor:
+    """The weight in the precision that norms are computed in: at least float32, float64 where float32 products are cut short."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32 if full_products() else torch.float64))
+
+
+def real_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of a norm of this weight: float64 for double precision, otherwise float32."""
+    return torch.float64 if weight.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+@torch.library.custom_op("gramlip::largest_block", mutates_args=())
+def _largest(weight: Tensor, groups: int, strides: list[int], grid: list[int], n_iter: int) -> tuple[Tensor, Tensor]:
+    """The largest Gram bound over groups and frequencies, and its flat index."""
+    with torch.autocast(weight.device.type, enabled=False):
+        blocks = transform(kernel(wide(weight), groups, strides), grid)
+        blocks = blocks.reshape(-1, *blocks.shape[-2:])
+        value, index = largest(blocks, n_iter)
+    return value.to(real_dtype(weight)), index
+
+
+def largest(blocks: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
+    """Largest `gram_norm` of blocks (F, m, n) and its index; blocks that a lower estimate rules out are dropped on the way."""
+    keep = torch.arange(blocks.shape[0], device=blocks.device)
+    floor = power(blocks, POWER_STEPS)[0].amax() * (1 - 1e-5)
+    for steps in (0, *(t for t in (1, 3) if t < n_iter), n_iter):
+        some = blocks[keep] if len(keep) < len(blocks) else blocks
+        value = gram_norm(some, steps) if steps else torch.linalg.vector_norm(some, dim=(-2, -1))
+        alive = ~(value < floor)  # a NaN stays, and is seen
+        keep, value = keep[alive], value[alive]
+    top, where = value.max(0)  # pyright: ignore[reportPossiblyUnboundVariable]
+    return top, keep[where]
+
+
+def power(blocks: Tensor, steps: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Lower estimates (F,) of the norms of blocks (F, m, n) and their unit right vectors (F, n), by power iteration."""
+    if start is None:  # the longest row: a zero block alone maps it to zero
+        rows = torch.linalg.vector_norm(blocks, dim=-1).argmax(-1)
+        start = blocks.take_along_dim(rows[:, None, None], 1)[:, 0].conj()
+    v = unit(start)
+    for _ in range(steps):
+        v = unit((blocks.mH @ (blocks @ v[..., None]))[..., 0])
+    return torch.linalg.vector_norm((blocks @ v[..., None])[..., 0], dim=-1), v
+
+
+def unit(v: Tensor) -> Tensor:
+    """Vectors of length one along the last axis; zero stays zero. Divided by the peak first: squares neither over- nor underflow."""
+    peak = v.abs().amax(-1, keepdim=True)
+    v = v / torch.where(peak > 0, peak, 1.0)
+    norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    return v / torch.where(norm > 0, norm, 1.0)
+
+
+@_largest.register_fake
+def _(weight: Tensor, groups: int, strides: list[int], grid: list[int], n_iter: int) -> tuple[Tensor, Tensor]:
+    return weight.new_empty((), dtype=real_dtype(weight)), weight.new_empty((), dtype=torch.int64)
+
+
+@torch.library.custom_op("gramlip::largest_block_slope", mutates_args=())
+def _slope(weight: Tensor, index: Tensor, groups: int, strides: list[int], grid: list[int], n_iter: int) -> Tensor:
+    """Gradient of the Gram bound of one block with respect to the weight."""
+    with torch.autocast(weight.device.type, enabled=False):
+        _, pull = torch.func.vjp(lambda w: gram_norm(block_at(kernel(w, groups, strides), index, grid), n_iter), wide(weight))
+        (slope,) = pull(torch.ones((), dtype=wide(weight).real.dtype, device=weight.device))
+    return slope.to(weight.dtype).contiguous()
+
+
+@_slope.register_fake
+def _(weight: Tensor, index: Tensor, groups: int, strides: list[int], grid: list[int], n_iter: int) -> Tensor:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def block_at(kernel: Tensor, index: Tensor, grid: tuple[int, ...] | list[int]) -> Tensor:
+    """The block (m, n) at a flat index of the grid that `transform` returns: the last axis is halved for real kernels."""
+    if not grid:
+        return kernel[index]
+    half = [*grid[:-1], grid[-1] if kernel.is_complex() else grid[-1] // 2 + 1]
+    rest, turns = index, []
+    for side, n in zip(reversed(half), reversed(grid), strict=True):
+        turns.append((rest % side, n))
+        rest = rest // side
+    phase = torch.zeros((), dtype=kernel.real.dtype if kernel.is_complex() else kernel.dtype, device=kernel.device)
+    for (turn, n), k in zip(reversed(turns), kernel.shape[3:], strict=True):
+        step = (turn * torch.arange(k, device=kernel.device)) % n
+        phase = phase[..., None] + step.to(phase.dtype) * (2 * math.pi / n)
+    wave = torch.polar(torch.ones_like(phase), -phase).flatten()
+    taps = kernel.flatten(3).index_select(0, rest.reshape(1))[0]
+    return (taps.to(wave.dtype) * wave).sum(-1)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    weight, *ctx.geometry = inputs
+    ctx.save_for_backward(weight, output[1])
+
+
+def _pull(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    weight, index = ctx.saved_tensors
+    grad = grads[0]
+    if grad is None:
+        return (None,) * 5
+    slope = torch.ops.gramlip.largest_block_slope(weight, index, *ctx.geometry)
+    return grad.to(slope.real.dtype if slope.is_complex() else slope.dtype) * slope, None, None, None, None
+
+
+_largest.register_autograd(_pull, setup_context=_save)

@@ -1,0 +1,308 @@
+"""The stateless spectral norm: one-sided against the real module, then the ordinary life of a torch module."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+
+import gramlip as gl
+from gramlip import nn as gnn
+from gramlip.nn.sigma import Plan
+
+
+def truth(layer: nn.Module, shape: tuple[int, ...]) -> float:
+    """The norm of the layer as torch runs it: a basis through the real module in float64, then the SVD."""
+    twin = copy.deepcopy(layer)
+    if parametrize.is_parametrized(twin):
+        parametrize.remove_parametrizations(twin, "weight")
+    twin = twin.double()
+    twin.bias = None
+    basis = torch.eye(torch.Size(shape).numel(), dtype=torch.float64).reshape(-1, *shape)
+    with torch.no_grad():
+        return float(torch.linalg.matrix_norm(twin(basis).flatten(1), 2))
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(7, 5), (7,)),
+    "conv": (lambda: nn.Conv2d(3, 4, 3, padding=1), (3, 6, 6)),
+    "conv, no padding": (lambda: nn.Conv2d(3, 4, 3), (3, 6, 5)),
+    "conv, stride": (lambda: nn.Conv2d(3, 4, 3, padding=1, stride=2), (3, 7, 8)),
+    "conv, groups": (lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), (4, 6, 6)),
+    "conv, dilation": (lambda: nn.Conv2d(2, 3, 3, padding=2, dilation=2), (2, 7, 7)),
+    "conv, even": (lambda: nn.Conv2d(2, 3, 4, padding=2), (2, 6, 6)),
+    "conv, tall": (lambda: nn.Conv2d(2, 3, (5, 1), padding=(2, 0)), (2, 6, 6)),
+    "conv, circular": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (3, 5, 6)),
+    "conv, circular, stride": (lambda: nn.Conv2d(3, 4, 3, padding=1, stride=2, padding_mode="circular"), (3, 6, 6)),
+    "conv, wide circular": (lambda: nn.Conv2d(2, 2, 3, padding=3, padding_mode="circular"), (2, 6, 6)),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, output_padding=1), (3, 5, 5)),
+    "1d": (lambda: nn.Conv1d(3, 4, 5, padding=2), (3, 9)),
+    "3d": (lambda: nn.Conv3d(1, 2, 2), (1, 4, 4, 4)),
+}
+FILLS = {
+    "random": torch.Tensor.normal_,
+    "ones": torch.Tensor.zero_,  # and then one
+    "tiny": lambda w: w.normal_().mul_(1e-30),
+    "denormal": lambda w: w.fill_(1e-40),
+    "huge": lambda w: w.normal_().mul_(1e30),
+    "alternating": lambda w: w.copy_(torch.tensor([1.0, -1.0]).repeat(-(-w.numel() // 2))[: w.numel()].reshape(w.shape)),
+}
+
+
+def make(name: str, fill: str = "random", **options: object) -> tuple[nn.Module, tuple[int, ...]]:
+    torch.manual_seed(sum(map(ord, name + fill)))
+    build, shape = LAYERS[name]
+    layer = build()
+    with torch.no_grad():
+        FILLS[fill](layer.weight)
+        if fill == "ones":
+            layer.weight.add_(1.0)
+    return gnn.spectral_norm(layer, **options), shape
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_norm_of_the_real_layer_is_at_most_the_target(name: str, fill: str, sized: bool) -> None:
+    shape = LAYERS[name][1]
+    layer, _ = make(name, fill, input_size=shape[1:] if sized and len(shape) > 1 else None, target=0.7)
+    norm = truth(layer, shape)
+    assert norm <= 0.7 * (1 + 2e-6)
+    assert norm > 0.7 * 0.5 or not sized  # tightness: half of the target at the very least
+
+
+@pytest.mark.parametrize("name", ["linear", "conv, stride", "conv, groups", "transposed"])
+def test_gradient_is_that_of_the_value(name: str) -> None:
+    layer, _ = make(name)
+    layer = layer.double()
+    weight = layer.parametrizations.weight.original.detach().requires_grad_()
+    chain = layer.parametrizations.weight[0]
+    assert torch.autograd.gradcheck(chain, weight)
+    chain.soft = True
+    assert torch.autograd.gradcheck(chain, weight)
+
+
+def test_complex_weights() -> None:
+    layer = gnn.spectral_norm(nn.Linear(4, 3, dtype=torch.complex64))
+    assert torch.linalg.matrix_norm(layer.weight.detach().to(torch.complex128), 2) <= 1 + 1e-6
+
+
+def test_a_second_derivative_through_sigma_is_an_error_not_a_wrong_number() -> None:
+    weight = torch.randn(3, 3, requires_grad=True)
+    sigma = Plan.of(gl.Dense(weight)).sigma(weight)
+    (slope,) = torch.autograd.grad(sigma, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        slope.sum().backward()
+
+
+def test_zero_stays_zero_and_its_gradient_finite() -> None:
+    layer = nn.Conv2d(2, 2, 3)
+    nn.init.zeros_(layer.weight)
+    gnn.spectral_norm(layer)
+    layer.weight.sum().backward()
+    assert layer.weight.eq(0).all()
+    assert layer.parametrizations.weight.original.grad.isfinite().all()
+
+
+def test_value_is_a_function_of_the_weight_alone() -> None:
+    layer, _ = make("conv")
+    first = layer.weight.clone()
+    for _ in range(20):
+        layer(torch.randn(1, 3, 6, 6))
+    assert torch.equal(first, layer.weight)
+    assert torch.equal(first, layer.eval().weight)
+    assert [n for n, _ in layer.named_parameters()] == ["bias", "parametrizations.weight.original"]
+    assert not list(layer.buffers())
+
+
+def test_soft_divides_only_above_the_target() -> None:
+    small = nn.Linear(4, 4)
+    nn.init.eye_(small.weight).data.mul_(0.25)
+    assert torch.equal(gnn.spectral_norm(small, soft=True).weight, 0.25 * torch.eye(4))
+    large, shape = make("conv", "huge", soft=True, input_size=6)
+    assert 0.9 < truth(large, shape) <= 1 + 1e-6
+
+
+def test_assigning_a_weight_and_the_call_of_torch() -> None:
+    layer = gnn.spectral_norm(nn.Linear(3, 3), "weight", 1, 1e-12, None)
+    layer.weight = 5 * torch.eye(3)
+    assert torch.allclose(layer.weight, torch.eye(3))
+    assert torch.equal(layer.parametrizations.weight.original, 5 * torch.eye(3))
+    parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer) is nn.Linear
+    other = gnn.spectral_norm(nn.MultiheadAttention(4, 2), "in_proj_weight")
+    assert torch.linalg.matrix_norm(other.in_proj_weight, 2) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["linear", "conv", "conv, stride", "conv, circular", "transposed"])
+def test_baked_weights_are_certified_in_their_own_dtype(name: str, dtype: torch.dtype) -> None:
+    layer, shape = make(name, input_size=LAYERS[name][1][1:] or None)
+    layer = gnn.remove(layer.to(dtype))
+    size = shape[1:] or None
+    assert type(layer) is type(LAYERS[name][0]())
+    assert layer.weight.dtype == dtype
+    assert gl.bound(layer, size, rtol=1e-3).upper <= 1.0
+    assert 0.9 < truth(layer, shape) <= 1.0
+
+
+def test_baking_a_random_layer_many_times_never_exceeds_the_target() -> None:
+    for seed in range(40):
+        torch.manual_seed(seed)
+        layer = gnn.remove(gnn.spectral_norm(nn.Linear(6, 4), target=3.0))
+        assert truth(layer, (6,)) <= 3.0
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(64, 3))
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    return gnn.spectral_norm_(net(), torch.zeros(1, 3, 8, 8))
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_model_wide(model: nn.Sequential, x: torch.Tensor) -> None:
+    assert [p.input_size for *_, p in gnn.normalised(model)] == [(8, 8), (4, 4), None]
+    assert model.training
+    plain = gnn.remove(copy.deepcopy(model))
+    assert torch.allclose(plain(x), model(x), atol=0.05)
+    assert all(gl.bound(m, s, rtol=1e-3).upper <= 1.0 for m, s in [(plain[0], (8, 8)), (plain[2], (4, 4)), (plain[4], None)])
+    only = gnn.spectral_norm_(net(), where=lambda path, _: path == "4", target=2.0)
+    assert [(path, p.target) for path, *_, p in gnn.normalised(only)] == [("4", 2.0)]
+
+
+def test_a_layer_used_at_two_sizes_is_bounded_for_every_size() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(nn.functional.avg_pool2d(self.conv(x), 2))
+
+    ((*_, parametrization),) = gnn.normalised(gnn.spectral_norm_(Twice(), torch.zeros(1, 2, 8, 8)))
+    assert parametrization.input_size is None
+
+
+def test_state_dict_deepcopy_pickle_and_save(model: nn.Sequential, x: torch.Tensor) -> None:
+    other = gnn.spectral_norm_(net().apply(lambda m: getattr(m, "reset_parameters", lambda: None)()), torch.zeros(1, 3, 8, 8))
+    assert not torch.equal(other(x), model(x))
+    other.load_state_dict(model.state_dict())
+    plain = {k.replace("parametrizations.weight.original", "weight") for k in model.state_dict()}
+    assert plain == set(net().state_dict())
+    for twin in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(pickle.loads(pickle.dumps(model)))):
+        assert torch.equal(twin(x), model(x))
+        assert type(gnn.remove(twin)[0]) is nn.Conv2d
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(x), model(x))
+
+
+def test_average_of_weights(model: nn.Sequential, x: torch.Tensor) -> None:
+    average = AveragedModel(model)
+    for value in (1.0, 3.0):
+        with torch.no_grad():
+            model[4].parametrizations.weight.original.fill_(value)
+        average.update_parameters(model)
+    assert torch.allclose(average.module[4].parametrizations.weight.original, torch.tensor(2.0))
+    assert truth(average.module[4], (64,)) <= 1 + 1e-6
+    assert average(x).isfinite().all()
+
+
+def test_autocast_does_not_void_it(model: nn.Sequential, x: torch.Tensor) -> None:
+    outside = model[2].weight.clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model[2].weight, outside)
+        model(x).float().sum().backward()
+    assert model[2].parametrizations.weight.original.grad.dtype == torch.float32
+
+
+def test_matmul_precision_is_neither_used_nor_changed() -> None:
+    layer, _ = make("conv")
+    exact, before = layer.weight.clone(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.allclose(layer.weight, exact, rtol=1e-6, atol=0)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(model: nn.Sequential, x: torch.Tensor, reentrant: bool) -> None:
+    model(x).sum().backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    checkpoint(model, x.clone().requires_grad_(), use_reentrant=reentrant).sum().backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(plain, model.parameters(), strict=True))
+
+
+def test_several_forwards_before_a_backward_and_cached(model: nn.Sequential, x: torch.Tensor) -> None:
+    (model(x).sum() + model(2 * x).sum()).backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with parametrize.cached():
+        assert model[0].weight is model[0].weight
+        (model(x).sum() + model(2 * x).sum()).backward()
+    assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-5) for a, p in zip(plain, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compile_in_one_graph(backend: str) -> None:
+    torch._dynamo.reset()
+    model = gnn.spectral_norm_(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    x = torch.randn(2, 4)
+    model(x).sum().backward()
+    expected = model[0].parametrizations.weight.original.grad.clone()
+    model.zero_grad()
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning):  # inductor calling what torch itself has deprecated
+            warnings.filterwarnings("ignore", category=category, module=r"torch\.")
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        y = compiled(x)
+        y.sum().backward()
+    assert torch.allclose(y, model(x))
+    assert torch.allclose(model[0].parametrizations.weight.original.grad, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_before_and_after_baking(model: nn.Sequential, x: torch.Tensor, strict: bool) -> None:
+    program = torch.export.export(model, (x,), strict=strict)
+    assert torch.allclose(program.module()(x), model(x))
+    gnn.remove(model)
+    program = torch.export.export(model, (x,), strict=strict)
+    assert "gramlip" not in str(program.graph)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: gnn.spectral_norm(nn.ReLU()), "has no tensor 'weight'"),
+        (lambda: gnn.spectral_norm(nn.Linear(2, 2), target=0.0), "target=0.0"),
+        (lambda: gnn.spectral_norm(nn.Linear(2, 2), torus=2), "torus=2"),
+        (lambda: gnn.spectral_norm(gnn.spectral_norm(nn.Linear(2, 2))), "normalised already"),
+        (lambda: gnn.spectral_norm(nn.Linear(2, 2), "bias"), "no rule"),
+        (lambda: gnn.remove(nn.Linear(2, 2)), "holds no parametrization"),
+        (lambda: gnn.spectral_norm_(nn.ReLU()), "has no layer"),
+        (lambda: gnn.spectral_norm(nn.Conv2d(1, 1, 3), input_size=2), "smaller than the kernel"),
+    ],
+)
+def test_errors(call: object, message: str) -> None:
+    with pytest.raises((gl.InputError, gl.UnsupportedError), match=message):
+        call()
