@@ -1,0 +1,124 @@
+"""Composition: the constant of each step, and of the whole network by products, sums and roots of squares. docs/network.md#composition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gramlip import rounding as rd
+from gramlip.bound import Bound
+from gramlip.norm import bound
+from gramlip.operators import Dense, Diagonal
+from gramlip.steps import Input, Linear, Lipschitz, Network, Pad, Product, Scale, Shape, Slope, Step, Sum, Unbounded
+
+SMALL = 256  # matrices with a side of at most this are closed to 1e-6: it costs next to nothing
+
+
+def constant(step: Step, shapes: Sequence[Shape], rtol: float = 1e-2) -> Bound:
+    """Interval of the step's own Lipschitz constant in all its sources joined; 1 for sums, joins and products, which `compose` treats."""
+    what = step.what
+    if isinstance(what, Linear):
+        small = isinstance(what.op, Dense) and min(what.op.weight.shape) <= SMALL
+        own = what.known or bound(
+            Diagonal(what.op.weight) if isinstance(what.op, Scale) else what.op, rtol=min(rtol, 1e-6) if small else rtol
+        )
+        if what.error == 0.0:
+            return own
+        lower = max(0.0, rd.down(own.lower - what.error))
+        return Bound(lower, rd.add_up(float(own.upper), what.error), f"{own.because}; rounding of the fold added")
+    if isinstance(what, Slope):
+        ends = [float(x.abs().max()) if isinstance(x, Tensor) else abs(x) for x in (what.low, what.high)]
+        return Bound(max(ends) * (1 - 2.0**-40), max(ends), what.because)
+    if isinstance(what, Lipschitz):
+        return Bound(0.0, what.upper, what.because)
+    if isinstance(what, Pad):
+        most = math.prod(_repeats(n, pair, what.mode) for n, pair in zip(shapes[0][2:], what.pairs, strict=True))
+        return Bound(rd.sqrt_down(float(most)), rd.sqrt_up(float(most)), f"{what.mode} padding: an entry occurs at most {most} times")
+    if isinstance(what, Unbounded):
+        return Bound(0.0, math.inf, what.reason)
+    return Bound(0.0, 1.0, "")
+
+
+def _repeats(size: int, pair: tuple[int, int], mode: str) -> int:
+    if mode == "zeros":
+        return 1
+    index = torch.nn.functional.pad(torch.arange(size, dtype=torch.float64).reshape(1, 1, -1), pair, mode=mode)
+    return int(torch.bincount(index.reshape(-1).long()).max())
+
+
+@dataclass(frozen=True)
+class Composition:
+    """The network's constant, each step's (from the input to its value), and each step's share of the logarithm of the whole."""
+
+    upper: float
+    lips: tuple[float, ...]
+    parts: tuple[float, ...] | None
+
+
+def compose(network: Network, constants: Sequence[Bound]) -> Composition:
+    """The constant of the whole: products along chains, sums at residuals, roots of squares at joins, rounded upward.
+
+    `parts` adds up to the logarithm of the constant of the network: docs/network.md#shares. None where it is zero or infinite.
+    """
+    lips: list[float] = []
+    for step, own in zip(network.steps, constants, strict=True):
+        lips.append(rd.mul_up(float(own.upper), _joined(step, [lips[s] for s in step.sources])))
+    ends = [lips[i] for i in network.outputs]
+    upper = ends[0] if len(ends) == 1 else rd.hypot_up(ends)
+    return Composition(upper, tuple(lips), _parts(network, lips, upper))
+
+
+def _joined(step: Step, lips: list[float]) -> float:
+    """The constant of what the step reads, all sources together."""
+    what = step.what
+    if isinstance(what, Input):
+        return 1.0
+    if isinstance(what, Sum):
+        return rd.add_up(*lips)
+    if isinstance(what, Product):
+        if what.caps is None:
+            return 0.0 if max(lips) == 0.0 else math.inf
+        a, b = what.caps
+        return rd.mul_up(what.scale, rd.add_up(rd.mul_up(b, lips[0]), rd.mul_up(a, lips[1])))
+    return rd.hypot_up(lips)
+
+
+def _weights(step: Step, lips: list[float]) -> list[float]:
+    """What each source has in the step's constant: they add up to 1 (derivatives of its logarithm)."""
+    if isinstance(step.what, Sum):
+        terms = lips
+    elif isinstance(step.what, Product) and step.what.caps is not None:
+        terms = [step.what.caps[1] * lips[0], step.what.caps[0] * lips[1]]
+    else:
+        terms = [x * x for x in lips]
+    total = math.fsum(terms)
+    return [t / total for t in terms]
+
+
+def _parts(network: Network, lips: list[float], upper: float) -> tuple[float, ...] | None:
+    if not 0.0 < upper < math.inf:
+        return None
+    flow = [0.0] * len(lips)
+    ends = [lips[i] for i in network.outputs]
+    top = max(ends)
+    squares = [(x / top) ** 2 for x in ends]
+    for i, square in zip(network.outputs, squares, strict=True):
+        flow[i] += square / math.fsum(squares)
+    parts = [0.0] * len(lips)
+    for i in reversed(range(len(lips))):
+        step = network.steps[i]
+        if flow[i] == 0.0 or not step.sources:
+            continue
+        sources = [lips[s] for s in step.sources]
+        largest = max(sources)
+        shares = _weights(step, [x / largest for x in sources])
+        below = 0.0
+        for s, share in zip(step.sources, shares, strict=True):
+            flow[s] += flow[i] * share
+            below += share * math.log(lips[s]) if share else 0.0
+        parts[i] = flow[i] * (math.log(lips[i]) - below)
+    return tuple(parts)

@@ -1,0 +1,272 @@
+"""Folding: linear stretches that are one operator become one operator. docs/network.md#folding.
+
+Each fold is done in float64 and carries, in `Linear.error`, an upper bound of the norm of what its rounding changed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gramlip import rounding as rd
+from gramlip.errors import InputError
+from gramlip.operators import Conv, Dense
+from gramlip.steps import Linear, Network, Pad, Scale, Step, Sum, renumbered
+
+Op = Conv | Dense | Scale
+LARGEST = 2**22  # entries of a kernel that a fold may create by spreading groups
+
+
+def fold(network: Network) -> Network:
+    """The same function in fewer steps: pads into convolutions, scales and 1x1 kernels into their neighbours, parallel branches summed."""
+    while True:
+        steps: list[Step | None] = list(network.steps)
+        users = network.users()
+        ends = set(network.outputs)
+        changed = False
+        for i, step in enumerate(network.steps):
+            if steps[i] is None or any(steps[s] is not network.steps[s] for s in step.sources):
+                continue  # a neighbour changed in this pass: the next one sees it
+            if isinstance(step.what, Linear):
+                source = step.sources[0]
+                inner = network.steps[source]
+                if len(users[source]) > 1 or source in ends:
+                    continue
+                made = _chain(step, inner, network)
+                if made is not None:
+                    steps[i] = replace(step, what=made, sources=inner.sources, name=_names(inner, step, made))
+                    steps[source] = None
+                    changed = True
+            elif isinstance(step.what, Sum):
+                folded = _branches(step, network, users, ends)
+                if folded is not None:
+                    made, base, gone = folded
+                    names = " + ".join(dict.fromkeys(network.steps[g].name for g in gone)) or step.name
+                    steps[i] = replace(step, what=made, sources=(base,), name=f"{names} + skip" if len(gone) == 1 else names)
+                    for g in gone:
+                        steps[g] = None
+                    changed = True
+        if not changed:
+            return network
+        network = renumbered(steps, network.outputs, {})
+
+
+def _names(inner: Step, outer: Step, made: Linear) -> str:
+    if isinstance(inner.what, Pad) or inner.name == outer.name:
+        return outer.name
+    scalar = [s for s in (inner, outer) if isinstance(s.what, Linear) and isinstance(s.what.op, Scale) and s.what.op.weight.numel() == 1]
+    if len(scalar) == 1:
+        return (outer if scalar[0] is inner else inner).name
+    return f"{inner.name} + {outer.name}"
+
+
+def crude(op: Op) -> float:
+    """A quick upper bound of the norm: Frobenius norms of the taps, times the repeats of the padding."""
+    if isinstance(op, Scale):
+        return float(op.weight.abs().max())
+    weight = op.weight.detach().double()
+    if isinstance(op, Dense):
+        return rd.mul_up(float(torch.linalg.vector_norm(weight)), 1 + 1e-9)
+    taps = torch.linalg.vector_norm(weight.flatten(2), dim=(0, 1)).sum()
+    repeats = math.prod(1 + lo + hi for lo, hi in op.padding) if op.padding_mode != "zeros" else 1  # type: ignore[misc]
+    return rd.mul_up(rd.mul_up(float(taps), 1 + 1e-9), rd.sqrt_up(float(repeats)))
+
+
+def _linear(op: Op, outer: Linear, inner: Linear, roundings: float) -> Linear:
+    """The folded map: float product `op` of two maps that carry errors themselves."""
+    a, b = crude(outer.op), crude(inner.op)
+    error = rd.add_up(
+        rd.mul_up(a, inner.error),
+        rd.mul_up(outer.error, b),
+        rd.mul_up(outer.error, inner.error),
+        rd.mul_up(rd.gamma(roundings), rd.mul_up(a, b)),
+    )
+    return Linear(op, error)
+
+
+def _chain(step: Step, inner: Step, network: Network) -> Linear | None:
+    outer, first = step.what, inner.what
+    assert isinstance(outer, Linear)
+    if isinstance(first, Pad):
+        return _padded(outer, first, network.steps[inner.sources[0]].shape)
+    if not isinstance(first, Linear):
+        return None
+    a, b = outer.op, first.op
+    if isinstance(a, Scale) and isinstance(b, Scale):
+        return _linear(Scale(a.weight * b.weight), outer, first, 2)
+    if isinstance(a, Scale):
+        return None if (scaled := _rows(b, a, len(step.shape))) is None else _linear(scaled, outer, first, 2)
+    if isinstance(b, Scale):
+        return None if (scaled := _columns(a, b, len(inner.shape))) is None else _linear(scaled, outer, first, 2)
+    if isinstance(a, Dense) and isinstance(b, Dense):
+        return _linear(Dense(a.weight.detach().double() @ b.weight.detach().double()), outer, first, b.weight.shape[0] + 2)
+    if isinstance(a, Conv) and isinstance(b, Conv):
+        return _pointwise(outer, first, a, b)
+    return None
+
+
+def _padded(outer: Linear, pad: Pad, shape: tuple[int, ...]) -> Linear | None:
+    op = outer.op
+    if not isinstance(op, Conv) or op.transposed or len(pad.pairs) != op.dims:
+        return None
+    own = any(map(any, op.padding))  # type: ignore[arg-type]
+    if own and not (pad.mode == "zeros" and op.padding_mode == "zeros" and pad.value == 0.0):
+        return None
+    pairs = [(a + c, b + d) for (a, b), (c, d) in zip(pad.pairs, op.padding, strict=True)]  # type: ignore[misc]
+    return replace(outer, op=replace(op, padding=pairs, padding_mode=pad.mode, input_size=shape[2:]), known=None)
+
+
+def _vector(scale: Scale, axis: int, ndim: int, size: int) -> Tensor | None:
+    """The scale as one factor for each index of an axis, None where it varies along another."""
+    shape = [1] * (ndim - scale.weight.ndim) + list(scale.weight.shape)
+    if len(shape) != ndim or any(n != 1 for j, n in enumerate(shape) if j != axis):
+        return None
+    return scale.weight.reshape(-1).expand(size)
+
+
+def _rows(op: Conv | Dense, scale: Scale, ndim: int) -> Conv | Dense | None:
+    """The operator followed by the scale."""
+    weight = op.weight.detach().double()
+    if isinstance(op, Dense):
+        v = _vector(scale, ndim - 1, ndim, weight.shape[0])
+        return None if v is None else Dense(v[:, None] * weight)
+    v = _vector(scale, 1, ndim, _channels(op)[1])
+    if v is None:
+        return None
+    return replace(op, weight=_scaled(weight, v, op.groups, rows=not op.transposed))
+
+
+def _columns(op: Conv | Dense, scale: Scale, ndim: int) -> Conv | Dense | None:
+    """The operator after the scale."""
+    weight = op.weight.detach().double()
+    if isinstance(op, Dense):
+        v = _vector(scale, ndim - 1, ndim, weight.shape[1])
+        return None if v is None else Dense(weight * v)
+    v = _vector(scale, 1, ndim, _channels(op)[0])
+    return None if v is None else replace(op, weight=_scaled(weight, v, op.groups, rows=op.transposed))
+
+
+def _scaled(weight: Tensor, v: Tensor, groups: int, rows: bool) -> Tensor:
+    """Kernel scaled along its first axis, or along the second one, which holds the channels of one group."""
+    if rows:
+        return weight * v.reshape([-1] + [1] * (weight.ndim - 1))
+    split = weight.unflatten(0, (groups, -1)) * v.reshape([groups, 1, -1] + [1] * (weight.ndim - 2))
+    return split.flatten(0, 1)
+
+
+def _channels(op: Conv) -> tuple[int, int]:
+    """Channels in and out."""
+    one, other = op.weight.shape[0], op.weight.shape[1] * op.groups
+    return (one, other) if op.transposed else (other, one)
+
+
+def _is_pointwise(op: Conv) -> bool:
+    plain = all(k == 1 for k in op.weight.shape[2:]) and all(s == 1 for s in op.stride) and not any(map(any, op.padding))  # type: ignore[union-attr,arg-type]
+    return plain and not op.transposed and op.groups == 1
+
+
+def _pointwise(outer: Linear, inner: Linear, a: Conv, b: Conv) -> Linear | None:
+    if a.transposed or b.transposed or a.groups > 1 or b.groups > 1 or not (_is_pointwise(a) or _is_pointwise(b)):
+        return None
+    one, other = a.weight.detach().double(), b.weight.detach().double()
+    if _is_pointwise(a):
+        op = replace(b, weight=torch.einsum("om,mi...->oi...", one.flatten(1), other))
+    else:
+        op = replace(a, weight=torch.einsum("om...,mi->oi...", one, other.flatten(1)))
+    return _linear(op, outer, inner, b.weight.shape[0] + 2)
+
+
+def _branches(step: Step, network: Network, users: list[list[int]], ends: set[int]) -> tuple[Linear, int, list[int]] | None:
+    """Two summed branches that read one value, each linear or the value itself."""
+    if len(step.sources) != 2:
+        return None
+    one, other = step.sources
+    if one == other:
+        return Linear(Scale(torch.tensor(2.0, dtype=torch.float64))), one, []
+    for base in dict.fromkeys((one, other, *network.steps[one].sources[:1])):
+        maps: list[Linear] = []
+        gone: list[int] = []
+        for s in step.sources:
+            inner = network.steps[s]
+            if s == base:
+                maps.append(Linear(Scale(torch.tensor(1.0, dtype=torch.float64))))
+            elif isinstance(inner.what, Linear) and inner.sources == (base,) and len(users[s]) == 1 and s not in ends:
+                maps.append(inner.what)
+                gone.append(s)
+        if len(maps) == 2:
+            made = _added(maps[0], maps[1], network.steps[base].shape)
+            return None if made is None else (made, base, gone)
+    return None
+
+
+def _added(one: Linear, other: Linear, shape: tuple[int, ...]) -> Linear | None:
+    a, b = one.op, other.op
+    error = rd.add_up(one.error, other.error, rd.mul_up(rd.gamma(2), rd.add_up(crude(a), crude(b))))
+    if isinstance(a, Scale) and isinstance(b, Scale):
+        return Linear(Scale(a.weight + b.weight), error)
+    if isinstance(a, Scale):
+        a, b = b, a
+    assert not isinstance(a, Scale)
+    if isinstance(a, Dense):
+        wide = b.weight.detach().double() if isinstance(b, Dense) else _eye(b, len(shape), shape[-1]) if isinstance(b, Scale) else None
+        return None if wide is None or wide.shape != a.weight.shape else Linear(Dense(a.weight.detach().double() + wide), error)
+    if isinstance(b, Scale):
+        v = _vector(b, 1, len(shape), shape[1])
+        if v is None or a.transposed or _channels(a)[0] != _channels(a)[1]:
+            return None
+        inside = torch.zeros(shape[1], shape[1] // a.groups, *[1] * a.dims, dtype=torch.float64)
+        channels = torch.arange(shape[1])
+        inside.flatten(1)[channels, channels % (shape[1] // a.groups)] = v
+        b = Conv(inside, input_size=a.input_size, groups=a.groups)
+    if not isinstance(b, Conv):
+        return None
+    op = _parallel(a, b)
+    return None if op is None else Linear(op, error)
+
+
+def _eye(scale: Scale, ndim: int, size: int) -> Tensor | None:
+    v = _vector(scale, ndim - 1, ndim, size)
+    return None if v is None else torch.diag(v)
+
+
+def _parallel(a: Conv, b: Conv) -> Conv | None:
+    """The sum of two convolutions of one input as one, where their taps meet on one grid."""
+    if math.prod(a.spans) < math.prod(b.spans):
+        a, b = b, a
+    if a.transposed or b.transposed or a.stride != b.stride or a.output_size != b.output_size or _channels(a) != _channels(b):
+        return None
+    if a.padding_mode != b.padding_mode and any(map(any, b.padding)):  # type: ignore[arg-type]
+        return None
+    if a.groups != b.groups:
+        if _channels(a)[0] * _channels(a)[1] * math.prod(a.weight.shape[2:]) > LARGEST:
+            return None
+        a, b = _spread_groups(a), _spread_groups(b)
+    window: list[slice] = []
+    for k, small, d, e, (lo, _), (low, _) in zip(
+        a.weight.shape[2:], b.weight.shape[2:], a.dilation, b.dilation, a.padding, b.padding, strict=True
+    ):  # type: ignore[misc]
+        start, rest = divmod(lo - low, d)  # type: ignore[operator]
+        if rest or start < 0 or start + small > k or (small > 1 and d != e):
+            return None
+        window.append(slice(start, start + small))
+    weight = a.weight.detach().double().clone()
+    weight[(slice(None), slice(None), *window)] += b.weight.detach().double()
+    try:
+        return replace(a, weight=weight)
+    except InputError:  # an overflow in the sum: keep the branches apart
+        return None
+
+
+def _spread_groups(op: Conv) -> Conv:
+    """The same convolution with one group, zeros between the groups."""
+    if op.groups == 1:
+        return op
+    weight = op.weight.detach().double()
+    rows, columns = weight.shape[0] // op.groups, weight.shape[1]
+    wide = torch.zeros(weight.shape[0], columns * op.groups, *weight.shape[2:], dtype=torch.float64)
+    for g in range(op.groups):
+        wide[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] = weight[g * rows : (g + 1) * rows]
+    return replace(op, weight=wide, groups=1)

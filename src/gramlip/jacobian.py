@@ -1,0 +1,142 @@
+"""The lower side: how much the network stretches some difference of two concrete inputs. docs/network.md#lower-side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gramlip import rounding as rd
+from gramlip.graph import Program, op_name
+
+MARGIN = 2.0**-20  # relative; covers the rounding of two forward passes in float64 and of their difference
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A lower bound `value` of the Lipschitz constant, and where it was found."""
+
+    value: float
+    because: str
+
+
+def function(program: Program, shapes: Sequence[tuple[int, ...]]) -> Function:
+    """The network in float64 as a function of one flat vector (all inputs joined) to one flat vector (all outputs joined)."""
+    sizes = [math.prod(s) for s in shapes]
+    constants = {n: c.double() if c.is_floating_point() else c for n, c in program.constants.items()}
+
+    def run(flat: Tensor) -> Tensor:
+        values: dict[fx.Node, Any] = dict(constants)
+        for node, part, shape in zip(program.inputs, flat.split(sizes), shapes, strict=True):
+            values[node] = part.reshape(shape)
+        for node in program.nodes:
+            if node.op == "call_function" and "_assert" not in op_name(node):
+                values[node] = _call(node, values)
+        return torch.cat([values[n].reshape(-1) for n in program.outputs])
+
+    return run
+
+
+def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg(node.args, values.__getitem__), dict(fx.node.map_arg(node.kwargs, values.__getitem__))
+    if any(a is torch.float32 or a is torch.float16 or a is torch.bfloat16 for a in (*args, *kwargs.values())):
+        args = tuple(torch.float64 if isinstance(a, torch.dtype) and a.is_floating_point else a for a in args)
+        kwargs = {k: torch.float64 if isinstance(v, torch.dtype) and v.is_floating_point else v for k, v in kwargs.items()}
+    schema: Any = getattr(node.target, "_schema", None)
+    if schema is not None and schema.is_mutable:
+        # The value may be a leaf or shared: overwrite a copy, and let later reads of the name see it.
+        source = next(a for a in node.args if isinstance(a, fx.Node))
+        args = (values[source].clone(), *args[1:])
+        values[source] = args[0]
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        values[source] = result
+        return result
+    result = node.target(*args, **kwargs)  # type: ignore[operator]
+    return result.double() if isinstance(result, Tensor) and result.is_floating_point() and result.dtype != torch.float64 else result
+
+
+def jacobian_norm(run: Function, x: Tensor, v: Tensor, steps: int) -> tuple[Tensor, float]:
+    """Direction and gain after power steps `v <- J' J v` at x, J the Jacobian there (jvp and vjp)."""
+    gain = 0.0
+    _, pull = torch.func.vjp(run, x)  # type: ignore[reportUnknownMemberType]
+    for _ in range(steps):
+        _, image = torch.func.jvp(run, (x,), (v,))  # type: ignore[reportUnknownMemberType]
+        gain = float(torch.linalg.vector_norm(image))
+        (back,) = pull(image)
+        size = torch.linalg.vector_norm(back)
+        if not bool(size > 0) or not bool(torch.isfinite(size)):
+            break
+        v = back / size
+    return v, gain
+
+
+def secant(run: Function, x: Tensor, v: Tensor, lo: float, hi: float) -> tuple[float, Tensor]:
+    """The largest quotient `|f(x + t v) - f(x)| / |t v|` over some t, less `MARGIN`, and the best point reached.
+
+    A quotient of two concrete points is at most the Lipschitz constant, whatever happens between them: no Jacobian of
+    an adjacent piece at a kink can make it too large.
+    """
+    best, where = 0.0, x
+    base = run(x)
+    scale = max(float(torch.linalg.vector_norm(x)), 1.0)
+    for exponent in (-4, -3, -2, -1, 0):
+        y = (x + scale * 10.0**exponent * v).clamp(lo, hi)
+        gap, image = torch.linalg.vector_norm(y - x), run(y)
+        difference = float(torch.linalg.vector_norm(image - base))
+        noise = 2.0**-42 * (float(torch.linalg.vector_norm(image)) + float(torch.linalg.vector_norm(base)))
+        if float(gap) > 0:
+            value = (difference - noise) / float(gap) * (1 - MARGIN)
+            if value > best:
+                best, where = value, y
+    return best, where
+
+
+def stretch(
+    run: Function,
+    size: int,
+    *,
+    data: Tensor | None = None,
+    domain: tuple[float, float] | None = None,
+    seed: int = 0,
+    starts: int = 4,
+    rounds: int = 4,
+    steps: int = 6,
+) -> Stretch:
+    """A lower bound of the Lipschitz constant, from power iteration on Jacobians and ascent over the points.
+
+    Args:
+        run: from `function`.
+        size: entries of its input.
+        data: points (k, size) to start from; else uniform in the domain, or standard normal.
+        domain: interval of each input entry.
+        seed: of the random numbers; the result depends on it and on nothing else.
+        starts: number of starting points.
+        rounds: power iterations a start, each at the best point that the one before reached.
+        steps: power steps a round.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lo, hi = domain or (-math.inf, math.inf)
+    best, found = 0.0, "no point stretched"
+    for start in range(starts):
+        noise = torch.randn(size, generator=generator, dtype=torch.float64)
+        if data is not None:
+            x = data[start % len(data)].double().reshape(-1) + 1e-6 * noise
+        elif domain is not None:
+            x = lo + (hi - lo) * torch.rand(size, generator=generator, dtype=torch.float64)
+        else:
+            x = noise
+        v = torch.randn(size, generator=generator, dtype=torch.float64)
+        v, x = v / torch.linalg.vector_norm(v), x.clamp(lo, hi)
+        for i in range(rounds):
+            v, _ = jacobian_norm(run, x, v, steps)
+            tried = [secant(run, x, sign * v, lo, hi) for sign in (1.0, -1.0)]
+            value, x = max(tried, key=lambda t: t[0])
+            if value > best:
+                best, found = value, f"start {start}, round {i}"
+    origin = "data" if data is not None else "random points"
+    return Stretch(rd.down(best), f"lower side: a difference of two inputs in float64, from {origin}, seed {seed}, {found}")

@@ -1,0 +1,184 @@
+"""`audit`: a proved interval for the Lipschitz constant of a whole network, layer by layer and composed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gramlip import rounding as rd
+from gramlip.bound import Bound
+from gramlip.compose import Composition, compose, constant
+from gramlip.errors import InputError, UnsupportedError
+from gramlip.fold import fold
+from gramlip.graph import Program, export
+from gramlip.jacobian import Stretch, function, stretch
+from gramlip.operators import Conv
+from gramlip.report import Layer, LeftOut, Report
+from gramlip.rules import lower
+from gramlip.steps import Linear, Lipschitz, Network, Pad, Product, Slope, Step, Sum, Unbounded
+
+Example = Tensor | Sequence[Tensor] | Sequence[int]
+
+
+def inputs(example: Example) -> tuple[Tensor, ...]:
+    """The example as tensors; a shape stands for one sample, (1, *shape)."""
+    if isinstance(example, Tensor):
+        return (example,)
+    items = tuple(example)
+    if items and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in items):
+        return (torch.zeros(1, *items),)  # type: ignore[arg-type]
+    if items and all(isinstance(t, Tensor) for t in items):
+        return items  # type: ignore[return-value]
+    msg = f"example={example!r} was given; expected a tensor, a tuple of tensors, or the shape of one sample such as (3, 224, 224)"
+    raise InputError(msg)
+
+
+def audit(
+    model: nn.Module | torch.export.ExportedProgram,
+    example: Example,
+    *,
+    rtol: float = 1e-2,
+    assume: Mapping[str, float] | None = None,
+    domain: tuple[float, float] | None = None,
+    data: Tensor | None = None,
+    seed: int = 0,
+    strict: bool = True,
+    target: str | None = None,
+    progress: Callable[[Sequence[Step]], Sequence[Step]] | None = None,
+) -> Report:
+    """Report with a proved interval for the l2 Lipschitz constant of the network: `report.lower <= L <= report.upper`.
+
+    The model is taken as a real function of its input in the mode it is in (batch norm needs `model.eval()`); it is not changed.
+
+    Args:
+        model: a module that `torch.export` takes, or an exported program.
+        example: input tensor(s) with their batch axis, or the shape of one sample.
+        rtol: relative width asked of each layer's interval.
+        assume: Lipschitz constants to believe, by module path, node or operation name; each stands in the report.
+        domain: (low, high), where every entry of the input lies; makes products of activations finite.
+        data: samples (k, *sample) from which the search for the lower side starts.
+        seed: of that search.
+        strict: False reports calls without a rule as unbounded instead of raising; they stand in `report.unsupported`.
+        target: title of the report.
+        progress: wraps the list of steps that is iterated over, such as `tqdm`.
+
+    Raises:
+        UnsupportedError: operations without a rule, all of them at once with their place in the source.
+        InputError: an example, domain or assumption that cannot be used.
+
+    Reference: docs/network.md.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)).eval()
+    >>> report = audit(model, (2,))
+    >>> report.lower <= report.upper
+    True
+    """
+    _check(assume, domain)
+    tensors = inputs(example)
+    program = export(model, tensors)
+    lowered = lower(program, assume)
+    if lowered.unsupported and strict:
+        lines = "\n  ".join(lowered.unsupported)
+        msg = f"{len(lowered.unsupported)} operations of {type(model).__name__} have no rule; expected rules for all of them:\n  {lines}"
+        raise UnsupportedError(msg)
+    network = fold(lowered.network)
+    constants, seconds = _constants(network, rtol, progress)
+    composed = compose(network, constants)
+    upper, because = composed.upper, "product of layers, sum at residuals, root of squares at joins"
+    found = _lower_side(program, tensors, data, domain, seed)
+    whole = Bound(min(found.value, upper), upper, f"{because}; {found.because}")
+    return Report(
+        target or type(model).__name__,
+        _rows(network, constants, seconds, composed),
+        _left_out(network),
+        whole,
+        tuple(lowered.assumed),
+        unsupported=tuple(lowered.unsupported),
+    )
+
+
+def _check(assume: Mapping[str, float] | None, domain: tuple[float, float] | None) -> None:
+    for name, value in (assume or {}).items():
+        if not 0 <= value < math.inf:
+            msg = f"assume={name}={value!r} was given; expected a finite constant of at least 0 such as {name}=1.0"
+            raise InputError(msg)
+    if domain is not None and (len(domain) != 2 or not -math.inf < domain[0] < domain[1] < math.inf):
+        msg = f"domain={domain!r} was given; expected two finite numbers, the lower first, such as (0.0, 1.0)"
+        raise InputError(msg)
+
+
+def _constants(
+    network: Network, rtol: float, progress: Callable[[Sequence[Step]], Sequence[Step]] | None
+) -> tuple[list[Bound], list[float]]:
+    constants: list[Bound] = []
+    seconds: list[float] = []
+    for step in progress(network.steps) if progress else network.steps:
+        begin = time.perf_counter()
+        try:
+            constants.append(constant(step, [network.steps[s].shape for s in step.sources], rtol))
+        except InputError as error:
+            msg = f"{step.name}: {error}"
+            raise InputError(msg) from error
+        seconds.append(time.perf_counter() - begin)
+    return constants, seconds
+
+
+def _lower_side(
+    program: Program, tensors: tuple[Tensor, ...], data: Tensor | None, domain: tuple[float, float] | None, seed: int
+) -> Stretch:
+    shapes = [tuple(t.shape) for t in tensors]
+    size = sum(t.numel() for t in tensors)
+    if data is not None and (data.ndim < 1 or data[0].numel() != size):
+        msg = f"data of shape {tuple(data.shape)} was given; expected samples of shape {shapes[0]}, stacked along the first axis"
+        raise InputError(msg)
+    return stretch(function(program, shapes), size, data=data, domain=domain, seed=seed)
+
+
+def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float], composed: Composition) -> tuple[Layer, ...]:
+    rows: list[Layer] = []
+    for i, (step, own) in enumerate(zip(network.steps, constants, strict=True)):
+        share = None if composed.parts is None or composed.upper == 1.0 else composed.parts[i] / math.log(composed.upper)
+        if isinstance(step.what, Linear | Sum | Product) or own.upper != 1.0:
+            rows.append(_row(i, step, own, seconds[i], share, network, composed))
+    return tuple(rows)
+
+
+def _row(i: int, step: Step, own: Bound, seconds: float, share: float | None, network: Network, composed: Composition) -> Layer:
+    what = step.what
+    sizes = network.steps[step.sources[0]].shape[2:] if step.sources else None
+    if isinstance(what, Linear):
+        size = what.op.input_size if isinstance(what.op, Conv) else None
+        return Layer(step.name, type(what.op).__name__, tuple(what.op.weight.shape), size, own, seconds, share)  # type: ignore[arg-type]
+    kinds: dict[type, str] = {
+        Slope: "activation",
+        Pad: "padding",
+        Sum: "sum",
+        Product: "product",
+        Unbounded: "unbounded",
+        Lipschitz: "map",
+    }.get(type(what), "map")
+    if isinstance(what, Sum | Product):
+        largest = max(composed.lips[s] for s in step.sources)
+        growth = rd.up(composed.lips[i] / largest) if 0 < largest < math.inf else composed.lips[i]
+        own = Bound(
+            0.0,
+            growth,
+            "sum of branches, against the largest of them" if isinstance(what, Sum) else "product of two values, against the larger",
+        )
+    return Layer(step.name, f"{kind} ({step.op.removeprefix('aten.').split('.')[0]})", (), sizes, own, seconds, share)
+
+
+def _left_out(network: Network) -> tuple[LeftOut, ...]:
+    """Nodes without a finite constant, each with its reason and place."""
+    left: list[LeftOut] = []
+    for step in network.steps:
+        reason = step.what.reason if isinstance(step.what, Unbounded) else None
+        if isinstance(step.what, Product) and step.what.caps is None:
+            reason = "a product of two values that depend on the input has no finite constant without a domain: pass domain=(low, high)"
+        if reason is not None:
+            left.append(LeftOut(step.name, (), f"unbounded: {reason} ({step.place})"))
+    return tuple(left)

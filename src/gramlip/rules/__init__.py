@@ -1,0 +1,9 @@
+"""Rules: how a difference of two inputs passes through each operation of a graph."""
+
+from __future__ import annotations
+
+from gramlip.rules import activations, affine, pooling, shapes
+from gramlip.rules.lower import lower
+from gramlip.rules.registry import RULES, Call, Rule, Var, register
+
+__all__ = ["RULES", "Call", "Rule", "Var", "activations", "affine", "lower", "pooling", "register", "shapes"]

@@ -1,0 +1,187 @@
+"""Entrywise functions with the exact range of their slopes, outward rounded. docs/network.md#activations."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from torch import Tensor
+
+from gramlip import rounding as rd
+from gramlip.errors import UnsupportedError
+from gramlip.rules.registry import Call, Var, register
+from gramlip.steps import Lipschitz, Product, Slice, Slope, Unbounded
+
+INF = math.inf
+# name -> (least slope, largest slope, image, value at 0), each float just outside the real number; tests/test_rules.py
+# compares them with mpmath.
+SLOPES: dict[str, tuple[float, float, tuple[float, float], tuple[float, float]]] = {
+    "relu": (0.0, 1.0, (0.0, INF), (0.0, 0.0)),
+    "relu6": (0.0, 1.0, (0.0, 6.0), (0.0, 0.0)),
+    "abs": (-1.0, 1.0, (0.0, INF), (0.0, 0.0)),
+    "tanh": (0.0, 1.0, (-1.0, 1.0), (0.0, 0.0)),
+    "sigmoid": (0.0, 0.25, (0.0, 1.0), (0.5, 0.5)),
+    "log_sigmoid": (0.0, 1.0, (-INF, 0.0), (-0.7, -0.6)),
+    "softplus": (0.0, 1.0, (0.0, INF), (0.0, INF)),
+    "softshrink": (0.0, 1.0, (-INF, INF), (0.0, 0.0)),
+    "hardsigmoid": (0.0, 0.16666666666666669, (0.0, 1.0), (0.5, 0.5)),
+    "hardswish": (-0.5, 1.5, (-0.375, INF), (0.0, 0.0)),
+    "silu": (-0.09983932012886694, 1.0998393201288671, (-0.2784645427610739, INF), (0.0, 0.0)),
+    "mish": (-0.1125261223894625, 1.0884981612517279, (-0.30884341301725045, INF), (0.0, 0.0)),
+    "gelu": (-0.12890414518515483, 1.128904145185155, (-0.1699712074799038, INF), (0.0, 0.0)),
+    "gelu tanh": (-0.12899306865877178, 1.1289930686587719, (-0.17004075057125409, INF), (0.0, 0.0)),
+    "selu": (0.0, 1.758099340847377, (-1.7580993408473773, INF), (0.0, 0.0)),
+    "sin": (-1.0, 1.0, (-1.0, 1.0), (0.0, 0.0)),
+    "cos": (-1.0, 1.0, (-1.0, 1.0), (1.0, 1.0)),
+    "atan": (0.0, 1.0, (-1.5707963267948968, 1.5707963267948968), (0.0, 0.0)),
+    "erf": (0.0, 1.1283791670955128, (-1.0, 1.0), (0.0, 0.0)),
+}
+_NOTES = {"softplus": " (of the smooth function, without the switch at its threshold)"}
+
+
+def slope(name: str) -> Slope:
+    """The step of a named entrywise function."""
+    low, high, image, at_zero = SLOPES[name]
+    return Slope(low, high, f"{name}: slopes in [{low:.7g}, {high:.7g}]{_NOTES.get(name, '')}", image, at_zero)
+
+
+def _named(name: str, call: Call) -> Slope:
+    if name == "softplus" and float(call.const("beta")) <= 0:
+        msg = f"softplus with beta={call['beta']!r}; expected a positive beta"
+        raise UnsupportedError(msg)
+    return slope(name)
+
+
+for _name in SLOPES:
+    if _name not in ("gelu", "gelu tanh", "softshrink"):
+        register(f"aten.{_name}")(partial(_named, _name))
+
+
+@register("aten.softshrink")
+def _softshrink(call: Call) -> Slope | Unbounded:
+    return slope("softshrink") if float(call.const("lambd")) >= 0 else Unbounded("softshrink with a negative lambd jumps")
+
+
+@register("aten.gelu")
+def _gelu(call: Call) -> Slope:
+    return slope("gelu" if call.const("approximate") == "none" else "gelu tanh")
+
+
+@register("aten.leaky_relu")
+def _leaky(call: Call) -> Slope:
+    s = float(call.const("negative_slope"))
+    return Slope(min(s, 1.0), max(s, 1.0), f"leaky relu: slopes {s:.6g} and 1")
+
+
+@register("aten.rrelu")
+def _rrelu(call: Call) -> Slope:
+    if call.const("training"):
+        msg = "rrelu in training mode is random; expected evaluation: type model.eval()"
+        raise UnsupportedError(msg)
+    s = (float(call.const("lower")) + float(call.const("upper"))) / 2
+    return Slope(min(s - 1e-15 * abs(s), 1.0), max(s + 1e-15 * abs(s), 1.0), f"rrelu in evaluation: slopes {s:.6g} and 1")
+
+
+@register("aten.prelu")
+def _prelu(call: Call) -> Slope:
+    weight: Tensor = call.const("weight").double()
+    ones = [1] * len(call.shape)
+    if weight.numel() > 1:
+        ones[1] = weight.numel()
+    w = weight.reshape(ones)
+    return Slope(w.clamp(max=1.0), w.clamp(min=1.0), f"prelu: slopes 1 and its weight, in [{float(w.min()):.6g}, {float(w.max()):.6g}]")
+
+
+@register("aten.elu")
+def _elu(call: Call) -> Slope | Unbounded:
+    alpha, scale, inner = (float(call.const(k)) for k in ("alpha", "scale", "input_scale"))
+    if min(alpha, scale, inner) < 0:
+        return Unbounded("elu with a negative constant grows exponentially")
+    top = max(scale, rd.mul_up(rd.mul_up(scale, alpha), inner))
+    return Slope(0.0, top, f"elu: slopes in [0, {top:.7g}]", (-rd.mul_up(scale, alpha), INF))
+
+
+@register("aten.celu")
+def _celu(call: Call) -> Slope | Unbounded:
+    alpha = float(call.const("alpha"))
+    if alpha <= 0:
+        return Unbounded("celu with a negative alpha grows exponentially")
+    return Slope(0.0, 1.0, "celu: slopes in [0, 1]", (-alpha, INF))
+
+
+@register("aten.hardtanh")
+def _hardtanh(call: Call) -> Slope:
+    return _clip(float(call.const("min_val")), float(call.const("max_val")))
+
+
+@register("aten.clamp", "aten.clip", "aten.clamp_min", "aten.clamp_max")
+def _clamp(call: Call) -> Slope:
+    low, high = call.args.get("min"), call.args.get("max")
+    if isinstance(low, Tensor | Var) or isinstance(high, Tensor | Var):
+        msg = "clamp with tensors as limits, which no rule covers"
+        raise UnsupportedError(msg)
+    return _clip(-INF if low is None else float(low), INF if high is None else float(high))
+
+
+def _clip(low: float, high: float) -> Slope:
+    if low > high:
+        return Slope(0.0, 0.0, "clamp to one value", (high, high), (high, high))
+    zero = min(max(0.0, low), high)
+    return Slope(0.0, 1.0, f"clamp to [{low:.6g}, {high:.6g}]: slopes 0 and 1", (low, high), (zero, zero))
+
+
+@register("aten.threshold")
+def _threshold(call: Call) -> Slope | Unbounded:
+    level, value = float(call.const("threshold")), float(call.const("value"))
+    if level != value:
+        return Unbounded(f"threshold jumps at {level:.6g} to {value:.6g}")
+    return _clip(level, INF)
+
+
+@register("aten.hardshrink", "aten.sign", "aten.round", "aten.floor", "aten.ceil", "aten.trunc", "aten.heaviside", "aten.frac")
+def _jump(call: Call) -> Unbounded:
+    return Unbounded(f"{call.op.split('.')[1]} jumps")
+
+
+@register(
+    "aten.exp", "aten.sqrt", "aten.rsqrt", "aten.log", "aten.reciprocal", "aten.pow", "aten.tan", "aten.sinh", "aten.cosh", "aten.log1p"
+)
+def _steep(call: Call) -> Unbounded | Var:
+    if call.op.startswith("aten.pow") and call.args.get("exponent") in (1, 1.0, 2, 2.0):
+        x = call.var("self")
+        return x if float(call["exponent"]) == 1 else call.then(Product("entries"), x, x)
+    return Unbounded(f"{call.op.split('.')[1]} has unbounded slopes")
+
+
+@register("aten.square")
+def _square(call: Call) -> Var:
+    return call.then(Product("entries"), call.var("self"), call.var("self"))
+
+
+@register("aten.softmax", "aten._softmax", "aten.special_softmax")
+def _softmax(call: Call) -> Lipschitz:
+    if len(call.shape) == 0 or call.shape[int(call.const("dim"))] == 1:
+        return Lipschitz(0.0, "softmax of one entry is constant", (1.0, 1.0))
+    return Lipschitz(0.5, "softmax: at most 1/2 in the l2 norm", (0.0, 1.0))
+
+
+@register("aten.log_softmax", "aten._log_softmax", "aten.special_log_softmax")
+def _log_softmax(call: Call) -> Lipschitz:
+    n = call.shape[int(call.const("dim"))] if call.shape else 1
+    upper = 0.0 if n == 1 else rd.sqrt_up(float(n))
+    return Lipschitz(upper, f"log-softmax over {n} entries: at most the root of {n}", (-INF, 0.0))
+
+
+@register("aten.logsumexp")
+def _logsumexp(call: Call) -> Lipschitz:
+    return Lipschitz(1.0, "logsumexp: its gradient is a probability vector")
+
+
+@register("aten.glu")
+def _glu(call: Call) -> Var:
+    x = call.var("self")
+    axis = int(call.const("dim")) % len(x.shape)
+    half = x.shape[axis] // 2
+    value = call.then(Slice(axis, 0, half), x)
+    gate = call.then(slope("sigmoid"), call.then(Slice(axis, half, 2 * half), x))
+    return call.then(Product("entries"), value, gate)

@@ -1,0 +1,254 @@
+"""Linear maps with weights: convolutions, matrices, batch norm, constants that add or multiply. docs/network.md#affine-maps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramlip import rounding as rd
+from gramlip.bound import Bound
+from gramlip.errors import UnsupportedError
+from gramlip.operators import Conv, Dense
+from gramlip.rules.registry import Call, Var, register
+from gramlip.steps import Linear, Lipschitz, Product, Scale, Sum, Unbounded
+
+
+def entries_of(value: object) -> Tensor | None:
+    """A real number or tensor as float64; None for anything else."""
+    if isinstance(value, bool | int | float):
+        return torch.tensor(float(value), dtype=torch.float64)
+    return value.detach().double() if isinstance(value, Tensor) and not value.is_complex() else None
+
+
+def _along(bias: Tensor | None, axis: int, ndim: int) -> Tensor | float:
+    return 0.0 if bias is None else bias.detach().double().reshape([-1 if j == axis else 1 for j in range(ndim)])
+
+
+def _channels(weight: Tensor, bias: Tensor | None, ndim: int, error: float = 0.0) -> Linear:
+    """Multiplication of each channel (axis 1) by its own constant."""
+    scale = weight.double().reshape([-1 if j == 1 else 1 for j in range(ndim)])
+    return Linear(Scale(scale), error, _along(bias, 1, ndim))
+
+
+@register("aten.linear")
+def _linear(call: Call) -> Linear:
+    call.var("input")
+    return Linear(Dense(call.const("weight").detach()), bias=_along(call.const("bias"), len(call.shape) - 1, len(call.shape)))
+
+
+@register("aten.addmm")
+def _addmm(call: Call) -> Linear:
+    call.var("mat1")
+    bias = call.const("self").double() * float(call.const("beta"))
+    weight = call.const("mat2").mT
+    alpha = float(call.const("alpha"))
+    return Linear(Dense(weight if alpha == 1 else weight.double() * alpha), 0.0 if alpha == 1 else _rounding(weight.double() * alpha), bias)
+
+
+def _rounding(weight: Tensor, roundings: int = 2) -> float:
+    """Upper bound of the norm of a relative error of so many roundings in each entry."""
+    norm = float(torch.linalg.vector_norm(weight.double()))
+    return rd.mul_up(rd.gamma(roundings + 1), rd.mul_up(norm, 1 + 1e-9))
+
+
+@register("aten.matmul", "aten.mm", "aten.bmm", "aten.mv")
+def _matmul(call: Call) -> Linear | Var | Lipschitz:
+    names = list(call.args)[:2]
+    left, right = call.args[names[0]], call.args[names[1]]
+    if isinstance(left, Var) and isinstance(right, Var):
+        if min(len(left.shape), len(right.shape)) < 2:
+            msg = "matmul of a variable vector, which no rule covers"
+            raise UnsupportedError(msg)
+        return call.then(Product("matrix"), left, right)
+    constant: Tensor = right if isinstance(left, Var) else left
+    if isinstance(left, Var) and constant.ndim == 2 and len(left.shape) >= 2:
+        return Linear(Dense(constant.mT.detach()))
+    from gramlip.norm import bound  # a batch of matrices: the largest of them, applied to each slice
+
+    matrices = constant.detach().reshape(-1, *constant.shape[-2:]) if constant.ndim >= 2 else constant.detach()[None, None]
+    parts = [bound(Dense(m)) for m in matrices]
+    variable = left if isinstance(left, Var) else right
+    spread = (
+        max(1, math.prod(call.shape[:-2]) // max(1, math.prod(variable.shape[:-2]))) if len(variable.shape) >= 2 else math.prod(call.shape)
+    )
+    top = max(float(b.upper) for b in parts)
+    return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(spread))), "matrix product with a constant")
+
+
+@register("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
+@register("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
+def _conv(call: Call) -> Linear:
+    x = call.var("input")
+    weight: Tensor = call.const("weight").detach()
+    dims = weight.ndim - 2
+    if len(x.shape) != dims + 2:
+        msg = f"a convolution of an input of shape {x.shape}; expected {dims + 2} axes: pass the example with a batch axis"
+        raise UnsupportedError(msg)
+    transposed = bool(call.args.get("transposed", "conv_transpose" in call.op))
+
+    def axes(name: str, default: int) -> Any:
+        value = call.args.get(name, default)
+        if isinstance(value, str | int):
+            return value
+        return list(value) * (dims if len(value) == 1 else 1)
+
+    op = Conv(
+        weight,
+        input_size=x.shape[2:],
+        stride=axes("stride", 1),
+        padding=axes("padding", 0),
+        dilation=axes("dilation", 1),
+        groups=int(call.const("groups")),
+        transposed=transposed,
+        output_padding=axes("output_padding", 0) if transposed else 0,
+    )
+    return Linear(op, bias=_along(call.const("bias"), 1, len(call.shape)))
+
+
+@register("aten.batch_norm", "aten._native_batch_norm_legit_no_training", "aten.instance_norm")
+def _batch_norm(call: Call) -> Linear | Unbounded | Lipschitz | Var:
+    training = call.args.get("training", call.args.get("use_input_stats", False))
+    mean, var = call.const("running_mean"), call.const("running_var")
+    if "instance_norm" in call.op and training:
+        x = call.var("input")
+        return normalised(call, x, math.prod(x.shape[2:]), call.const("weight"), call.const("bias"), float(call.const("eps")))
+    if training or mean is None:
+        msg = "batch norm in training mode depends on the whole batch; expected evaluation mode: type model.eval()"
+        raise UnsupportedError(msg)
+    spread = var.double() + float(call.const("eps"))
+    if not bool((spread > 0).all()):
+        return Unbounded("batch norm divides by a running variance plus eps that is not positive")
+    gain = (1.0 if call.const("weight") is None else call.const("weight").double()) / spread.sqrt()
+    shift = (0.0 if call.const("bias") is None else call.const("bias").double()) - mean.double() * gain
+    error = rd.mul_up(rd.gamma(5), float(gain.abs().max()))
+    return _channels(gain, shift, len(call.shape), error)
+
+
+def normalised(
+    call: Call, x: Var, count: int, weight: Tensor | None, bias: Tensor | None, eps: float, axis: int = 1
+) -> Lipschitz | Unbounded | Var:
+    """Normalisation of groups of `count` entries to variance 1, then a gain: docs/network.md#normalisation."""
+    top = 1.0 if weight is None else float(weight.detach().abs().max())
+    if eps <= 0:
+        return Unbounded("normalisation without eps has no finite constant near constant inputs")
+    upper = rd.up(rd.mul_up(top, rd.up(1.0 / rd.sqrt_down(eps)))) if count > 1 else 0.0
+    reach = rd.sqrt_up(float(count))
+    because = f"normalisation of {count} entries: at most 1/sqrt(eps) = {1 / math.sqrt(eps):.6g}"
+    if weight is None and bias is None:
+        return Lipschitz(upper, because, (-reach, reach))
+    shift = 0.0 if bias is None else float(bias.detach().abs().max())
+    edge = rd.add_up(rd.mul_up(top, reach), shift)
+    return Lipschitz(upper, f"{because}, times the largest gain {top:.6g}", (-edge, edge))
+
+
+@register("aten.layer_norm", "aten.native_layer_norm")
+def _layer_norm(call: Call) -> Lipschitz | Unbounded | Var:
+    count = math.prod(call.const("normalized_shape"))
+    return normalised(call, call.var("input"), count, call.const("weight"), call.const("bias"), float(call.const("eps")))
+
+
+@register("aten.group_norm")
+def _group_norm(call: Call) -> Lipschitz | Unbounded | Var:
+    x = call.var("input")
+    count = math.prod(x.shape[1:]) // int(call.const("num_groups"))
+    return normalised(call, x, count, call.const("weight"), call.const("bias"), float(call.const("eps")))
+
+
+@register("aten.rms_norm")
+def _rms_norm(call: Call) -> Lipschitz | Unbounded | Var:
+    eps = call.const("eps")
+    count = max(2, math.prod(call.const("normalized_shape")))
+    return normalised(call, call.var("input"), count, call.const("weight"), None, 2.0**-149 if eps is None else float(eps))
+
+
+def spread(call: Call, x: Var, shape: tuple[int, ...]) -> Var:
+    """The variable broadcast to a shape: each entry repeated, so the root of the repeats."""
+    if x.shape == shape:
+        return x
+    repeats = math.prod(shape) // math.prod(x.shape)
+    what = Lipschitz(rd.sqrt_up(float(repeats)), f"each entry repeated {repeats} times", same_range=True)
+    return call.then(what, x, shape=shape)
+
+
+def _times(call: Call, x: Var, weight: Tensor, bias: Tensor | float = 0.0, error: float = 0.0, known: Bound | None = None) -> Var:
+    wide = spread(call, x, call.shape)
+    lead = len(call.shape) - weight.ndim
+    return call.then(Linear(Scale(weight.reshape([1] * lead + list(weight.shape))), error, bias, known), wide)
+
+
+_ONE = Bound(1.0, 1.0, "a shift by a constant, or a change of sign")
+
+
+@register("aten.add", "aten.sub", "aten.rsub")
+def _add(call: Call) -> Var:
+    left, right = call["self"], call["other"]
+    alpha = float(call.args.get("alpha", 1))
+    signs = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[call.op.split(".")[1].rstrip("_")]
+    terms = [(v, s) for v, s in zip((left, right), signs, strict=True) if isinstance(v, Var)]
+    constant = [entries_of(v) for v in (left, right) if not isinstance(v, Var)]
+    if any(c is None for c in constant):
+        msg = f"{call.op} with a constant of another type, which no rule covers"
+        raise UnsupportedError(msg)
+    if len(terms) == 1:
+        x, sign = terms[0]
+        at = signs[1] if isinstance(left, Var) else signs[0]
+        known = _ONE if abs(sign) == 1 else None
+        assert constant[0] is not None
+        return _times(call, x, torch.tensor(sign, dtype=torch.float64), constant[0] * at, known=known)
+    signed = [
+        v if s == 1 else _times(_shaped(call, v.shape), v, torch.tensor(s, dtype=torch.float64), known=_ONE if s == -1 else None)
+        for v, s in terms
+    ]
+    return call.then(Sum((1,) * len(signed)), *(spread(call, v, call.shape) for v in signed))
+
+
+def _shaped(call: Call, shape: tuple[int, ...]) -> Call:
+    return Call(call.op, call.args, shape, call.name, call.place, call.target, call.steps)
+
+
+@register("aten.mul", "aten.div", "aten.true_divide")
+def _mul(call: Call) -> Var | Unbounded:
+    left, right = call["self"], call["other"]
+    divides = "mul" not in call.op
+    if isinstance(left, Var) and isinstance(right, Var):
+        if divides:
+            return Unbounded("a quotient of two values that depend on the input")
+        return call.then(Product("entries"), spread(call, left, call.shape), spread(call, right, call.shape))
+    if divides and isinstance(right, Var):
+        return Unbounded("division by a value that depends on the input")
+    if call.args.get("rounding_mode") is not None:
+        return Unbounded("division with rounding jumps")
+    x, other = (left, right) if isinstance(left, Var) else (right, left)
+    constant = entries_of(other)
+    if constant is None:
+        msg = f"{call.op} with a constant of another type, which no rule covers"
+        raise UnsupportedError(msg)
+    if not divides:
+        return _times(call, x, constant)
+    if not bool((constant != 0).all()):
+        return Unbounded("division by zero")
+    inverse = 1.0 / constant
+    return _times(call, x, inverse, error=rd.mul_up(rd.gamma(2), float(inverse.abs().max())))
+
+
+@register("aten.neg")
+def _neg(call: Call) -> Var:
+    return _times(call, call.var("self"), torch.tensor(-1.0, dtype=torch.float64), known=_ONE)
+
+
+@register("aten.scaled_dot_product_attention")
+def _attention(call: Call) -> Var:
+    q, k, v = (call.var(n) for n in ("query", "key", "value"))
+    if float(call.const("dropout_p")) > 0 or call.args.get("enable_gqa"):
+        msg = "attention with dropout or grouped queries, which no rule covers"
+        raise UnsupportedError(msg)
+    call.const("attn_mask")
+    scale = call.const("scale")
+    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    keys = call.then(Lipschitz(1.0, "transpose", same_range=True), k, shape=(*k.shape[:-2], k.shape[-1], k.shape[-2]))
+    scores = call.then(Product("matrix", rd.up(abs(factor)) if scale is None else abs(factor)), q, keys, shape=(*q.shape[:-1], k.shape[-2]))
+    weights = call.then(Lipschitz(0.5, "softmax: at most 1/2 in the l2 norm", (0.0, 1.0)), scores, shape=scores.shape)
+    return call.then(Product("matrix"), weights, v)

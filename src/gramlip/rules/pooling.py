@@ -1,0 +1,131 @@
+"""Pooling and interpolation. docs/network.md#pooling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramlip import rounding as rd
+from gramlip.bound import Bound
+from gramlip.errors import UnsupportedError
+from gramlip.operators import Conv
+from gramlip.rules.registry import Call, register
+from gramlip.steps import Linear, Lipschitz
+
+
+def _axes(value: Any, dims: int, default: Sequence[int] = ()) -> list[int]:
+    given = [value] if isinstance(value, int) else list(value or default)
+    return given * dims if len(given) == 1 else given
+
+
+def _windows(size: int, outputs: int, kernel: int, stride: int, pad: int, dilation: int) -> int:
+    """In how many windows the most frequent entry of an axis lies."""
+    starts = torch.arange(outputs)[:, None] * stride - pad
+    index = (starts + torch.arange(kernel) * dilation).reshape(-1)
+    index = index[(index >= 0) & (index < size)]
+    return int(torch.bincount(index).max()) if index.numel() else 0
+
+
+@register(
+    *(f"aten.max_pool{d}d" for d in (1, 2, 3)),
+    "aten.max_pool2d_with_indices",
+    "aten.max_pool3d_with_indices",
+    "aten.max_pool1d_with_indices",
+)
+def _max_pool(call: Call) -> Lipschitz:
+    x = call.var("self")
+    dims = int(call.op.split("pool")[1][0])
+    kernel = _axes(call.const("kernel_size"), dims)
+    stride = _axes(call.const("stride"), dims, kernel)
+    pad, dilation = _axes(call.const("padding"), dims), _axes(call.const("dilation"), dims)
+    sizes = zip(x.shape[-dims:], call.shape[-dims:], kernel, stride, pad, dilation, strict=True)
+    most = math.prod(_windows(*axis) for axis in sizes)
+    return Lipschitz(rd.sqrt_up(float(most)), f"max pooling: an entry lies in at most {most} windows", same_range=True)
+
+
+@register(*(f"aten.adaptive_max_pool{d}d" for d in (1, 2, 3)))
+def _adaptive_max_pool(call: Call) -> Lipschitz:
+    x, dims = call.var("self"), int(call.op.split("pool")[1][0])
+    most = 1
+    for n, m in zip(x.shape[-dims:], call.shape[-dims:], strict=True):
+        most *= int(torch.bincount(torch.cat([torch.arange(i * n // m, -(-(i + 1) * n // m)) for i in range(m)])).max())
+    return Lipschitz(rd.sqrt_up(float(most)), f"max pooling: an entry lies in at most {most} windows", same_range=True)
+
+
+@register(*(f"aten.avg_pool{d}d" for d in (1, 2, 3)))
+def _avg_pool(call: Call) -> Linear | Lipschitz:
+    x, dims = call.var("self"), int(call.op.split("pool")[1][0])
+    kernel = _axes(call.const("kernel_size"), dims)
+    stride = _axes(call.const("stride"), dims, kernel)
+    pad = _axes(call.const("padding"), dims)
+    plain = not call.const("ceil_mode") and (call.const("count_include_pad") or not any(pad)) and call.args.get("divisor_override") is None
+    if not plain or len(x.shape) != dims + 2 or max(kernel) > 8:
+        return _nonnegative(call, "average pooling")
+    return _averages(x.shape, kernel, stride, pad)
+
+
+def _averages(shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int], pad: Sequence[int]) -> Linear:
+    count = math.prod(kernel)
+    weight = torch.full((shape[1], 1, *kernel), 1.0 / count, dtype=torch.float64)
+    error = rd.mul_up(rd.gamma(2), rd.sqrt_up(float(math.prod(-(-k // s) for k, s in zip(kernel, stride, strict=True)))))
+    op = Conv(weight, input_size=shape[2:], stride=stride, padding=pad, groups=shape[1])
+    if list(kernel) != list(stride) or any(pad):
+        return Linear(op, error)
+    root = 1.0 / math.sqrt(count)
+    return Linear(op, error, known=Bound(rd.down(rd.down(root)), rd.up(rd.up(root)), f"averages over {count} entries, each entry once"))
+
+
+@register(*(f"aten.adaptive_avg_pool{d}d" for d in (1, 2, 3)))
+def _adaptive_avg_pool(call: Call) -> Linear | Lipschitz:
+    x, dims = call.var("self"), int(call.op.split("pool")[1][0])
+    pairs = list(zip(x.shape[-dims:], call.shape[-dims:], strict=True))
+    sides = [n // m for n, m in pairs]
+    if len(x.shape) != dims + 2 or any(n % m for n, m in pairs) or max(sides) > 8:
+        return _nonnegative(call, "adaptive average pooling")
+    return _averages(x.shape, sides, sides, [0] * dims)
+
+
+@register("aten.upsample_nearest1d", "aten.upsample_nearest2d", "aten.upsample_nearest3d", "aten._upsample_nearest_exact2d")
+@register("aten.upsample_linear1d", "aten.upsample_bilinear2d", "aten.upsample_trilinear3d", "aten._upsample_bilinear2d_aa")
+def _upsample(call: Call) -> Linear | Lipschitz:
+    x = call.vars[0]
+    pairs = list(zip(x.shape[2:], call.shape[2:], strict=True))
+    if "nearest" in call.op and not any(m % n for n, m in pairs):
+        sides = [m // n for n, m in pairs]
+        weight = torch.ones(x.shape[1], 1, *sides, dtype=torch.float64)
+        root = float(math.prod(sides))
+        known = Bound(rd.sqrt_down(root), rd.sqrt_up(root), f"each entry repeated {math.prod(sides)} times")
+        return Linear(Conv(weight, input_size=x.shape[2:], stride=sides, groups=x.shape[1], transposed=True), known=known)
+    return _nonnegative(call, "interpolation")
+
+
+@register("aten.upsample_bicubic2d")
+def _bicubic(call: Call) -> Lipschitz:
+    from gramlip.norm import bound  # one matrix for each axis; the map is their Kronecker product
+
+    upper, x = 1.0, call.vars[0]
+    if max(*x.shape[2:], *call.shape[2:]) > 1024:
+        msg = f"bicubic interpolation of an input of shape {x.shape}; expected sides of at most 1024"
+        raise UnsupportedError(msg)
+    for n, m in zip(x.shape[2:], call.shape[2:], strict=True):
+        basis = torch.eye(n, dtype=torch.float64).reshape(n, 1, n, 1)
+        matrix = torch.nn.functional.interpolate(basis, size=(m, 1), mode="bicubic", align_corners=call.const("align_corners"))
+        upper = rd.mul_up(upper, rd.mul_up(float(bound(matrix.reshape(n, m)).upper), 1 + 1e-12))
+    return Lipschitz(upper, "bicubic interpolation: one matrix for each axis")
+
+
+def _nonnegative(call: Call, what: str) -> Lipschitz:
+    """Schur's test for a linear map with entries >= 0: the root of largest row sum times largest column sum, from the call itself."""
+    x = call.vars[0]
+    ones = torch.ones(1, 1, *x.shape[2:], dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        rows: Tensor = call.run(ones)
+        (columns,) = torch.autograd.grad(rows.sum(), ones)
+    slack = 1.0 + rd.gamma(float(rows.numel() + ones.numel() + 64))
+    upper = rd.sqrt_up(rd.mul_up(rd.mul_up(float(rows.detach().max()), slack), rd.mul_up(float(columns.max()), slack)))
+    mean = abs(float(rows.detach().max()) - 1) < 1e-9 and abs(float(rows.detach().min()) - 1) < 1e-9
+    return Lipschitz(rd.up(upper), f"{what}: Schur's test on its nonnegative entries", same_range=mean)

@@ -1,0 +1,113 @@
+"""RULES: name of a graph operation -> how a difference of two inputs passes through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gramlip.errors import UnsupportedError
+from gramlip.steps import Shape, Step, What
+
+
+@dataclass(frozen=True)
+class Var:
+    """A value that depends on the network's input: the number of the step that makes it, and its shape."""
+
+    step: int
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the graph as a rule sees it.
+
+    `call["name"]` is an argument by its name in torch's own schema, defaults filled in: a `Var` for what depends on the
+    network's input, tensors and Python values for the rest. `shape` is the result's (the first one's where there are several).
+    """
+
+    op: str
+    args: Mapping[str, Any]
+    shape: Shape
+    name: str
+    place: str
+    target: Callable[..., Any]
+    steps: list[Step]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.args[name]
+
+    @property
+    def vars(self) -> list[Var]:
+        """The arguments that depend on the input, in order, those inside lists too."""
+        found: list[Var] = []
+        for value in self.args.values():
+            items: Sequence[Any] = value if isinstance(value, list | tuple) else [value]  # type: ignore[reportUnknownVariableType]
+            found += [v for v in items if isinstance(v, Var)]
+        return found
+
+    def var(self, name: str) -> Var:
+        """The argument as a variable."""
+        value = self.args[name]
+        if not isinstance(value, Var):
+            msg = f"{self.op} has a constant for {name!r}, which no rule covers"
+            raise UnsupportedError(msg)
+        return value
+
+    def const(self, name: str) -> Any:
+        """The argument as a constant."""
+        value = self.args[name]
+        if isinstance(value, Var):
+            msg = f"{self.op} has a {name!r} that depends on the input, which no rule covers"
+            raise UnsupportedError(msg)
+        return value
+
+    def then(self, what: What, *sources: Var, shape: Shape | None = None) -> Var:
+        """Write a step and return its value; `shape` is the call's unless given."""
+        self.steps.append(
+            Step(what, tuple(s.step for s in sources), self.shape if shape is None else shape, self.name, self.op, self.place)
+        )
+        return Var(len(self.steps) - 1, self.steps[-1].shape)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The call on another tensor in place of its one variable."""
+        args = {k: x if isinstance(v, Var) else v for k, v in self.args.items()}
+        positional = [a.name for a in self.target._schema.arguments if not a.kwarg_only]  # type: ignore[attr-defined]
+        return self.target(*(args.pop(name) for name in positional), **args)
+
+
+Rule = Callable[[Call], "What | Var | float"]
+RULES: dict[str, Rule] = {}
+
+
+def register(*operations: Any) -> Callable[[Rule], Rule]:
+    """Decorator that makes a function the rule of graph operations.
+
+    Args:
+        operations: `torch.ops` entries or their names, with or without the overload.
+
+    The rule takes a `Call` and returns a number (the Lipschitz constant, l2 norm, in all variable arguments joined: it is
+    believed, so prove it), a step from `gramlip.steps`, or a `Var` for a value that it built with `call.then`.
+
+    >>> from gramlip.rules import RULES, register
+    >>> @register("mylib.soft_clip")
+    ... def soft_clip(call):
+    ...     return 1.0
+    >>> RULES.pop("mylib.soft_clip") is soft_clip
+    True
+    """
+
+    def keep(rule: Rule) -> Rule:
+        for operation in operations:
+            RULES[str(operation)] = rule
+        return rule
+
+    return keep
+
+
+def find(op: str) -> Rule | None:
+    """The rule of `aten.relu_.default`: its own, else its packet's, else that of the same call out of place."""
+    packet = op.rsplit(".", 1)[0] if op.count(".") > 1 else op
+    return RULES.get(op) or RULES.get(packet) or (RULES.get(packet[:-1]) if packet.endswith("_") else None)

@@ -1,0 +1,187 @@
+"""Rearranging, selecting, repeating, joining and padding entries. docs/network.md#selections."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramlip import rounding as rd
+from gramlip.errors import UnsupportedError
+from gramlip.rules.registry import Call, Var, register
+from gramlip.steps import Join, Lipschitz, Pad, Slice, View
+
+
+def _aten(names: str) -> list[str]:
+    return [f"aten.{name}" for name in names.split()]
+
+
+_SAME = _aten(
+    "clone contiguous detach alias lift_fresh_copy lift_fresh view_as_real positive _to_copy to type_as dropout feature_dropout "
+    "alpha_dropout feature_alpha_dropout"
+)
+_VIEWS = _aten(
+    "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT squeeze unsqueeze movedim moveaxis swapaxes swapdims "
+    "flip fliplr flipud rot90 roll ravel pixel_shuffle pixel_unshuffle channel_shuffle view_as reshape_as"
+)
+_PARTS = _aten("split split_with_sizes chunk unbind tensor_split sort msort diagonal narrow_copy amax amin max min maximum minimum")
+
+
+@register(*_SAME)
+def _same(call: Call) -> Var:
+    if call.args.get("train") or call.args.get("training"):
+        msg = f"{call.op} in training mode is random; expected evaluation mode: type model.eval()"
+        raise UnsupportedError(msg)
+    dtype = call.args.get("dtype")
+    if isinstance(dtype, torch.dtype) and not (dtype.is_floating_point or dtype.is_complex):
+        msg = f"a conversion to {dtype}, which jumps"
+        raise UnsupportedError(msg)
+    return call.vars[0]
+
+
+@register(*_VIEWS)
+def _view(call: Call) -> Var | View:
+    keeps_order = call.op.split(".")[1] in ("view", "reshape", "flatten", "squeeze", "unsqueeze")
+    return call.vars[0] if keeps_order and call.vars[0].shape == call.shape else View()
+
+
+@register(*_PARTS)
+def _parts(call: Call) -> Lipschitz:
+    """Parts, orders and extremes of entries: 1 in all variables joined."""
+    compared = any(isinstance(v, Tensor) for v in call.args.values())
+    return Lipschitz(1.0, "entries kept, sorted or compared", same_range=not compared)
+
+
+@register("getitem")
+def _getitem(call: Call) -> Lipschitz:
+    return Lipschitz(1.0, "one of several results", same_range=True)
+
+
+@register("aten.slice", "aten.narrow")
+def _slice(call: Call) -> Slice | Var:
+    x = call.vars[0]
+    axis = int(call.const("dim")) % len(x.shape)
+    start = call.const("start") or 0
+    start = min(max(start + x.shape[axis] if start < 0 else start, 0), x.shape[axis])
+    step = int(call.args.get("step", 1))
+    stop = start + (call.shape[axis] - 1) * step + 1
+    return x if call.shape == x.shape else Slice(axis, start, stop, step)
+
+
+@register("aten.select")
+def _select(call: Call) -> Lipschitz:
+    call.const("index")
+    return Lipschitz(1.0, "a selection of entries", same_range=True)
+
+
+def _most(index: Tensor, size: int) -> int:
+    """How often the most frequent index occurs."""
+    return int(torch.bincount(index.reshape(-1) % size, minlength=1).max()) if index.numel() else 0
+
+
+@register("aten.index_select", "aten.gather")
+def _index_select(call: Call) -> Lipschitz:
+    x, index = call.var("self"), call.const("index")
+    axis = int(call.const("dim"))
+    most = _most(index, x.shape[axis]) if "select" in call.op else call.shape[axis]
+    return Lipschitz(rd.sqrt_up(float(most)), f"a selection of entries, each at most {most} times", same_range=True)
+
+
+@register("aten.index")
+def _index(call: Call) -> Lipschitz:
+    x, indices = call.var("self"), call.const("indices")
+    if any(isinstance(i, Var) for i in indices):
+        msg = "indexing with values that depend on the input jumps"
+        raise UnsupportedError(msg)
+    numbers = torch.arange(math.prod(x.shape)).reshape(x.shape)
+    picked = torch.ops.aten.index.Tensor(numbers, list(indices))
+    most = _most(picked, math.prod(x.shape))
+    return Lipschitz(rd.sqrt_up(float(most)), f"a selection of entries, each at most {most} times", same_range=True)
+
+
+@register("aten.expand", "aten.repeat", "aten.tile", "aten.expand_as", "aten.broadcast_to", "aten.repeat_interleave")
+def _repeat(call: Call) -> Lipschitz | Var:
+    x = call.vars[0]
+    if any(isinstance(v, Tensor) for v in call.args.values()):
+        msg = f"{call.op} with a tensor of repeats, which no rule covers"
+        raise UnsupportedError(msg)
+    times = math.prod(call.shape) // math.prod(x.shape)
+    return (
+        x
+        if times == 1 and x.shape == call.shape
+        else Lipschitz(rd.sqrt_up(float(times)), f"each entry repeated {times} times", same_range=True)
+    )
+
+
+@register("aten.cat", "aten.concat", "aten.concatenate", "aten.stack", "aten.hstack", "aten.vstack", "aten.dstack")
+def _cat(call: Call) -> Join | Lipschitz:
+    parts: list[Any] = next(v for v in call.args.values() if isinstance(v, list | tuple))  # type: ignore[reportUnknownVariableType]
+    if len(call.vars) < len(parts):
+        return Lipschitz(1.0, "concatenation with constants")
+    return Join(int(call.const("dim")) % len(call.shape)) if "cat" in call.op else Lipschitz(1.0, "values stacked", same_range=True)
+
+
+@register("aten.where", "aten.masked_fill")
+def _where(call: Call) -> Lipschitz:
+    call.const("condition" if "where" in call.op else "mask")
+    if call.args.get("value") is not None or any(isinstance(v, Tensor) and v.is_floating_point() for v in call.args.values()):
+        return Lipschitz(rd.sqrt_up(float(_widest(call))), "entries kept, others constant")
+    return Lipschitz(rd.sqrt_up(float(_widest(call))), "entries chosen by a constant mask", same_range=True)
+
+
+def _widest(call: Call) -> int:
+    """The most repeats by broadcasting among the variables."""
+    return max(math.prod(call.shape) // math.prod(v.shape) for v in call.vars)
+
+
+@register("aten.triu", "aten.tril")
+def _triangle(call: Call) -> Lipschitz:
+    return Lipschitz(1.0, "a selection of entries", same_range=True)
+
+
+@register("aten.pad", "aten.constant_pad_nd")
+def _pad(call: Call) -> Pad | Lipschitz | Var:
+    x, given = call.var("self"), [int(p) for p in call.const("pad")]
+    pairs = [(given[i], given[i + 1]) for i in range(0, len(given), 2)][::-1]
+    mode = {"constant": "zeros"}.get(call.args.get("mode", "constant"), call.args.get("mode", "constant"))
+    if x.shape == call.shape and not any(given):
+        return x
+    spatial = len(x.shape) - 2
+    if min(given) < 0 or len(pairs) > spatial or spatial > 3:
+        if mode != "zeros":
+            msg = f"{mode} padding by {given} of an input of shape {x.shape}, which no rule covers"
+            raise UnsupportedError(msg)
+        return Lipschitz(1.0, "constants around, or entries cut off")
+    value = call.args.get("value")
+    return Pad(((0, 0),) * (spatial - len(pairs)) + tuple(pairs), mode, float(value or 0.0))
+
+
+@register(*(f"aten.{mode}_pad{d}d" for mode in ("reflection", "replication") for d in (1, 2, 3)))
+def _pad_mode(call: Call) -> Pad:
+    given = [int(p) for p in call.const("padding")]
+    mode = "reflect" if "reflection" in call.op else "replicate"
+    if min(given) < 0:
+        msg = f"{mode} padding by {given}, which no rule covers"
+        raise UnsupportedError(msg)
+    return Pad(tuple((given[i], given[i + 1]) for i in range(0, len(given), 2))[::-1], mode)
+
+
+@register("aten.sum", "aten.mean")
+def _mean(call: Call) -> Lipschitz:
+    x = call.var("self")
+    count = math.prod(x.shape) // max(1, math.prod(call.shape))
+    root = rd.sqrt_up(float(count))
+    if ".sum" in call.op:
+        return Lipschitz(root, f"sum over {count} entries: the root of their number")
+    upper = rd.up(1.0 / rd.sqrt_down(float(count))) if count > 1 else 1.0
+    return Lipschitz(upper, f"mean over {count} entries: one over the root of their number", same_range=True)
+
+
+@register("aten.linalg_vector_norm", "aten.norm")
+def _norm(call: Call) -> Lipschitz:
+    if call.args.get("ord", call.args.get("p")) not in (2, 2.0, None):
+        msg = f"{call.op} of another order than 2, which no rule covers"
+        raise UnsupportedError(msg)
+    return Lipschitz(1.0, "the l2 norm is 1-Lipschitz")

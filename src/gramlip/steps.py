@@ -1,0 +1,189 @@
+"""Steps: what each call of a network does to a difference of two inputs. Frozen data; nothing is bounded here.
+
+A network is a list of steps; each reads earlier ones by number. A rule (`gramlip.rules`) writes them, folding rewrites
+them, composition and coupling read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from gramlip.bound import Bound
+from gramlip.operators import Conv, Dense
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """One of the network's inputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """Multiplication of the entries by constants, a float64 tensor that broadcasts to the value's shape."""
+
+    weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A linear map: `op`, up to an error of norm at most `error` (of folding in float64).
+
+    A `Conv` acts on (batch, channels, *space), a `Dense` on the last axis, a `Scale` entry by entry. `bias` is the
+    constant added, broadcast to the value's shape (only intervals read it). `known` is the norm where a rule knows it.
+    """
+
+    op: Conv | Dense | Scale
+    error: float = 0.0
+    bias: Tensor | float = 0.0
+    known: Bound | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Pad:
+    """Padding of the trailing spatial axes by `pairs` (before, after), a `torch.nn` padding mode."""
+
+    pairs: tuple[tuple[int, int], ...]
+    mode: str
+    value: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Slope:
+    """An entrywise function whose slopes lie in [low, high]; tensors where channels differ, broadcast to the shape.
+
+    `image` is an interval that all its values lie in, `at_zero` an interval that its value at 0 lies in.
+    """
+
+    low: float | Tensor
+    high: float | Tensor
+    because: str
+    image: tuple[float, float] = (float("-inf"), float("inf"))
+    at_zero: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Lipschitz:
+    """Any map with Lipschitz constant at most `upper` in all its sources together (l2 norm of the joined differences).
+
+    `image` as in `Slope`; `same_range` where each entry of the result is an entry of the sources, zero, or between them.
+    """
+
+    upper: float
+    because: str
+    image: tuple[float, float] = (float("-inf"), float("inf"))
+    same_range: bool = False
+    assumed: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A rearrangement of all entries: an isometry."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """The sum of the sources, each at most `repeats` times repeated by broadcasting (1 where shapes agree)."""
+
+    repeats: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Join:
+    """Concatenation of the sources along `axis`."""
+
+    axis: int
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Entries start, start + step, ... < stop of `axis`."""
+
+    axis: int
+    start: int
+    stop: int
+    step: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A bilinear map of two sources: entry by entry, or the matrix product over the last two axes.
+
+    `scale` is at least the modulus of a constant factor. `caps` are upper bounds of the size of the factors (largest entry,
+    or norm as matrices) where intervals know them: without them there is no finite constant.
+    """
+
+    kind: Literal["entries", "matrix"]
+    scale: float = 1.0
+    caps: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Unbounded:
+    """A map without a finite Lipschitz constant, and why."""
+
+    reason: str
+
+
+What = Input | Linear | Pad | Slope | Lipschitz | View | Sum | Join | Slice | Product | Unbounded
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step: what it is, the numbers of the steps it reads, the result's shape, the layer's name and its place in the source."""
+
+    what: What
+    sources: tuple[int, ...]
+    shape: Shape
+    name: str
+    op: str
+    place: str = ""
+
+
+@dataclass
+class Network:
+    """The steps in order; `outputs` are the numbers of the results."""
+
+    steps: list[Step]
+    outputs: tuple[int, ...]
+
+    def users(self) -> list[list[int]]:
+        """For each step the numbers of the steps that read it."""
+        read: list[list[int]] = [[] for _ in self.steps]
+        for i, step in enumerate(self.steps):
+            for source in step.sources:
+                read[source].append(i)
+        return read
+
+
+def renumbered(steps: Sequence[Step | None], outputs: Sequence[int], moved: dict[int, int]) -> Network:
+    """The network without the steps that are None or unread; `moved` maps a dropped step to the one that stands for it."""
+
+    def final(i: int) -> int:
+        while i in moved:
+            i = moved[i]
+        return i
+
+    ends = [final(i) for i in outputs]
+    alive, stack = set[int](), list(ends)
+    while stack:
+        i = stack.pop()
+        if i in alive:
+            continue
+        alive.add(i)
+        step = steps[i]
+        assert step is not None
+        stack += [final(s) for s in step.sources]
+    kept = [i for i, step in enumerate(steps) if step is not None and (i in alive or isinstance(step.what, Input))]
+    number = {old: new for new, old in enumerate(kept)}
+    fresh: list[Step] = []
+    for i in kept:
+        step = steps[i]
+        assert step is not None
+        fresh.append(replace(step, sources=tuple(number[final(s)] for s in step.sources)))
+    return Network(fresh, tuple(number[i] for i in ends))
