@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gramlip import fixed  # noqa: F401  (registers the layers without weights)
 from gramlip.bound import Bound
 from gramlip.conv_gram import conv_gram_norm
 from gramlip.errors import InputError, UnsupportedError
@@ -9,7 +10,7 @@ from gramlip.gram import gram_norm
 from gramlip.layers import describe
 from gramlip.methods import METHODS
 from gramlip.norm import bound
-from gramlip.operators import Conv, Dense, Diagonal
+from gramlip.operators import Conv, Dense, Diagonal, Separable
 
 __all__ = [
     "METHODS",
@@ -18,6 +19,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "InputError",
+    "Separable",
     "UnsupportedError",
     "bound",
     "conv_gram_norm",

@@ -28,7 +28,7 @@ def excess(op: Conv, group: int, exponent: int, mass: float) -> float | None:
     """Upper bound of `||T||^2 - S^2` for one group, weights divided by `2**exponent`; None where its matrices are too large."""
     geometry = axes(op)
     parts = [_ends(axis, op.padding_mode) for axis in geometry]
-    kernel = widen(grouped(op).detach()[group], exponent)[0]
+    kernel = widen(grouped(op).detach()[group], exponent)[0].cpu()
     total = 0.0
     for size in range(1, op.dims + 1):
         for chosen in itertools.combinations(range(op.dims), size):

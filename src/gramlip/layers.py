@@ -6,13 +6,14 @@ from functools import singledispatch
 
 from torch import Tensor, nn
 
+from gramlip.bound import Bound
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.operators import Conv, Dense, Diagonal, Ints
+from gramlip.operators import Conv, Dense, Diagonal, Ints, Operator, Separable
 
 
 @singledispatch
-def describe(module: object, input_size: Ints | None = None) -> Conv | Dense | Diagonal:
-    """The linear operator that a layer is.
+def describe(module: object, input_size: Ints | None = None) -> Operator | Bound:
+    """The linear operator that a layer is, or its Lipschitz interval where that is a known constant.
 
     Register your own with `@describe.register` on a function `(module: MyLayer, input_size=None) -> operator`.
 
@@ -30,7 +31,7 @@ def describe(module: object, input_size: Ints | None = None) -> Conv | Dense | D
 
 
 @describe.register
-def _(module: Conv | Dense | Diagonal, input_size: Ints | None = None) -> Conv | Dense | Diagonal:
+def _(module: Conv | Dense | Diagonal | Separable, input_size: Ints | None = None) -> Operator | Bound:
     if input_size is not None:
         msg = f"input_size={input_size!r} was given beside an operator; expected it inside: Conv(weight, input_size=...)"
         raise InputError(msg)

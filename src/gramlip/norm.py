@@ -8,13 +8,11 @@ from gramlip.bound import Bound
 from gramlip.errors import InputError
 from gramlip.layers import describe
 from gramlip.methods import METHODS
-from gramlip.operators import Conv, Dense, Diagonal, Ints
-
-Finite = bool | str
+from gramlip.operators import Ints, Operator
 
 
 def bound(
-    x: nn.Module | Tensor | Conv | Dense | Diagonal,
+    x: nn.Module | Tensor | Operator,
     input_size: Ints | None = None,
     *,
     rtol: float = 1e-2,
@@ -50,4 +48,4 @@ def bound(
         msg = f"finite={finite!r} was given; expected True, False or 'auto'"
         raise InputError(msg)
     op = describe(x) if input_size is None else describe(x, input_size)
-    return METHODS[method](op, rtol=rtol, finite=finite)
+    return op if isinstance(op, Bound) else METHODS[method](op, rtol=rtol, finite=finite)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -188,9 +187,22 @@ class Conv:
                 raise InputError(msg)
 
 
-Operator = Dense | Diagonal | Conv
+@dataclass(frozen=True, eq=False)
+class Separable:
+    """One matrix for each spatial axis, the same for all channels: their Kronecker product, times a constant.
+
+    >>> Separable((torch.eye(2), torch.ones(1, 4)), 0.5).scale
+    0.5
+    """
+
+    factors: tuple[Tensor, ...]
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for i, factor in enumerate(self.factors):
+            Dense(factor)
+            check_weight(factor, f"factors[{i}]")
 
 
-def product(sizes: Sequence[int]) -> int:
-    """The product, as an integer of any size."""
-    return math.prod(sizes)
+Operator = Dense | Diagonal | Conv | Separable
+

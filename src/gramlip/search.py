@@ -201,7 +201,8 @@ class Search:
             width = (hi[:, j] - lo[:, j]).to(torch.float64)
             half = torch.where((width <= 1) & grid, 0.0, math.pi / n * width)
             total += (self.g.offsets[None, :, j] * half[:, None]).square().div(2).clamp_max(2.0)
-        return (2 * total * norms[group]).sum(-1) * (1 + 1e-12)
+        # the norms are of the computed taps, whose errors add up to less than `noise`
+        return (2 * total * norms[group]).sum(-1) * (1 + 1e-12) + 4 * self.g.axes * self.noise.cpu()[group]
 
     def certify(self, keys: Tensor, thresholds: Tensor) -> Tensor:
         """True where `lambda_1(G) <= threshold` is proved; moments first, a Gram step or Cholesky for the rest."""

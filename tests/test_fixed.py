@@ -1,0 +1,111 @@
+"""Layers without weights against the real modules: the linear ones by a basis, max pooling by its Jacobians."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import gramlip as gl
+
+
+def truth(module: nn.Module, size: tuple[int, ...], channels: int = 1) -> float:
+    """The norm of a linear module: a basis pushed through it in float64."""
+    count = channels * int(torch.tensor(size).prod())
+    basis = torch.eye(count, dtype=torch.float64).reshape(count, channels, *size)
+    return float(torch.linalg.matrix_norm(module(basis).flatten(1), 2))
+
+
+LINEAR = [
+    (nn.AvgPool2d(2), (6, 6)),
+    (nn.AvgPool2d(3, 2, 1), (7, 8)),
+    (nn.AvgPool2d(3, 2, 1, ceil_mode=True), (8, 8)),
+    (nn.AvgPool2d(3, 1, 1, count_include_pad=False), (5, 6)),
+    (nn.AvgPool2d((2, 3), (1, 2), divisor_override=5), (5, 6)),
+    (nn.AvgPool1d(4, 3, 2), (11,)),
+    (nn.AvgPool3d(2, 1, 1), (3, 4, 3)),
+    (nn.AdaptiveAvgPool2d((3, 2)), (7, 5)),
+    (nn.AdaptiveAvgPool2d(1), (4, 4)),
+    (nn.AdaptiveAvgPool1d(4), (10,)),
+    (nn.Upsample(scale_factor=2, mode="nearest"), (4, 3)),
+    (nn.Upsample(scale_factor=2, mode="bilinear"), (4, 3)),
+    (nn.Upsample(size=(7, 5), mode="bilinear", align_corners=True), (4, 3)),
+    (nn.Upsample(scale_factor=1.7, mode="bicubic"), (5, 6)),
+    (nn.Upsample(scale_factor=0.5, mode="area"), (6, 4)),
+    (nn.Upsample(scale_factor=3, mode="linear"), (5,)),
+    (nn.Upsample(size=(3, 5, 4), mode="trilinear"), (2, 3, 3)),
+    (nn.ReflectionPad2d((1, 2, 3, 0)), (5, 4)),
+    (nn.ReplicationPad2d(2), (3, 4)),
+    (nn.ReplicationPad3d(1), (2, 2, 3)),
+    (nn.CircularPad2d((1, 2, 1, 1)), (4, 3)),
+    (nn.ZeroPad2d(2), (3, 3)),
+    (nn.Identity(), (3, 3)),
+]
+
+
+@pytest.mark.parametrize(("module", "size"), LINEAR, ids=[f"{m}{s}" for m, s in LINEAR])
+def test_linear_map_is_enclosed(module: nn.Module, size: tuple[int, ...]) -> None:
+    bound = gl.bound(module, input_size=size)
+    exact = truth(module, size)
+    assert bound.upper >= exact * (1 - 1e-13)
+    assert bound.lower <= exact * (1 + 1e-13)
+    assert bound.rtol <= 1e-2
+
+
+def test_pixel_shuffle_has_norm_one() -> None:
+    assert gl.bound(nn.PixelShuffle(2)).upper == 1.0 == truth(nn.PixelShuffle(2), (2, 2), channels=4)
+
+
+@pytest.mark.parametrize("include", [True, False])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (3, 1, 1), (3, 2, 1), (4, 3, 2)])
+def test_average_pooling_of_every_size(kernel: int, stride: int, padding: int, include: bool) -> None:
+    module = nn.AvgPool1d(kernel, stride, padding, count_include_pad=include)
+    bound = gl.bound(module)
+    sizes = range(max(1, kernel - 2 * padding), 30)
+    assert bound.upper >= max(truth(module, (n,)) for n in sizes) * (1 - 1e-13)
+    assert bound.lower <= bound.upper
+
+
+POOLS = [((2, 2, 0, 1), 1.0), ((3, 2, 1, 1), 2.0), ((3, 1, 1, 1), 3.0), ((2, 1, 0, 1), 2.0), ((3, 2, 0, 2), None), (((2, 3), (3, 2), 0, 1), None)]
+
+
+@pytest.mark.parametrize(("geometry", "known"), POOLS)
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_max_pooling_is_the_root_of_the_shared_windows(geometry: tuple, known: float | None, ceil_mode: bool) -> None:
+    module = nn.MaxPool2d(*geometry, ceil_mode=ceil_mode)
+    size = (9, 8)
+    bound = gl.bound(module, input_size=size)
+    steepest = 0.0
+    for i, j in itertools.product(*map(range, size)):
+        x = torch.zeros(1, 1, *size, dtype=torch.float64)
+        x[0, 0, i, j] = 1.0  # a peak is the maximum of every window that holds it
+        steepest = max(steepest, float(module(x).square().sum().sqrt()))
+    assert bound.upper >= steepest * (1 - 1e-13)
+    assert bound.lower <= steepest * (1 + 1e-13)
+    if known is not None:
+        assert gl.bound(module).upper == known
+    assert gl.bound(module).upper >= bound.upper * (1 - 1e-13)
+
+
+def test_adaptive_max_pooling() -> None:
+    module, size = nn.AdaptiveMaxPool2d((3, 4)), (5, 6)
+    steepest = 0.0
+    for i, j in itertools.product(*map(range, size)):
+        x = torch.zeros(1, 1, *size, dtype=torch.float64)
+        x[0, 0, i, j] = 1.0
+        steepest = max(steepest, float(module(x).square().sum().sqrt()))
+    bound = gl.bound(module, input_size=size)
+    assert bound.lower <= steepest * (1 + 1e-13)
+    assert steepest * (1 - 1e-13) <= bound.upper <= steepest * (1 + 1e-13)
+
+
+def test_missing_size_says_what_to_pass() -> None:
+    with pytest.raises(gl.InputError, match="input_size"):
+        gl.bound(nn.AdaptiveAvgPool2d(2))
+
+
+def test_unknown_layer_says_what_to_register() -> None:
+    with pytest.raises(gl.UnsupportedError, match=r"describe\.register"):
+        gl.bound(nn.LSTM(2, 2))
