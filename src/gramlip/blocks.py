@@ -64,9 +64,9 @@ def symbol(op: Dense | Conv) -> Symbol:
         kernel = polyphase(kernel, 3 + j, circle.stride)
     reasons = list(dict.fromkeys(c.because for c in circles))
     if op.groups > 1:
-        reasons.append(f"largest of {op.groups} groups")
+        reasons.append(f"largest of {op.groups} groups (theorem 5)")
     if op.transposed:
-        reasons.append("a transposed convolution is the adjoint of a convolution")
+        reasons.append("a transposed convolution is the adjoint of a convolution (theorem 5)")
     square = math.prod(c.square for c in circles)
     exact = all(c.exact for c in circles)
     return Symbol(kernel, tuple(c.points for c in circles), square, exact, "; ".join(reasons))
@@ -100,7 +100,7 @@ def polyphase(kernel: Tensor, axis: int, stride: int) -> Tensor:
 
 
 def blocks(op: Dense | Conv, torus: int = 32) -> Blocks:
-    """The blocks on the padding theorem's grid, or on a `torus`-point grid with the cosine factor for every size.
+    """The blocks on the padding theorem's grid, or on a `torus`-point grid with the cosine factor (theorem 6) for every size.
 
     Reference: docs/theory.md#from-a-grid-to-the-torus. For real kernels half of the grid stands for all of it.
     """
@@ -117,7 +117,7 @@ def grid(sym: Symbol, torus: int = 32) -> tuple[list[int], float, str]:
         sides.append(side)
         if points is None and degree:
             factor /= math.cos(math.pi * degree / side)
-            because += f"; {side}-point grid with the cosine factor"
+            because += f"; {side}-point grid with the cosine factor (theorem 6)"
     return sides, factor, because
 
 

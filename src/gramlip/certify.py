@@ -20,6 +20,7 @@ from gramlip.search import Enclosure, Search
 AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself while its estimated operations stay below this
 FINITE_BYTES = 384 << 20  # and never with more memory than this
 TRIES = 12
+WAYS = {"Cholesky": "Cholesky (R3)", "Gram": "Gram (theorems 1 and 2, R4)", "tap bound": "tap bound (theorem 8)"}
 
 
 def certify(op: Operator, *, rtol: float = 1e-2, finite: bool | str = "auto") -> Bound:
@@ -150,7 +151,7 @@ class _Enclosing:
         upper = rd.mul_up(top, rd.up(1 + width))
         size = "x".join(map(str, layer.sizes))
         mode = {"zeros": "zero"}.get(self.op.padding_mode, self.op.padding_mode)  # type: ignore[union-attr]
-        why = f"{mode} padding: the finite layer itself at size {size}, block-banded Cholesky, {factorizations} factorizations"
+        why = f"{mode} padding: the finite layer itself at size {size}, block-banded Cholesky (theorem 11, R3), {factorizations} factorizations"
         return self._scaled(top, upper, why)
 
     def _scaled(self, lower: float, upper: float, why: str) -> Bound:
@@ -158,11 +159,12 @@ class _Enclosing:
 
     def _why(self, found: Enclosure) -> str:
         tally = found.tally
-        ways = " and ".join(sorted(tally.ways)) or "none needed"
+        ways = " and ".join(WAYS[way] for way in sorted(tally.ways))
         where = f"; attained at frequency ({', '.join(f'{w:.4g}' for w in found.frequency)})" if found.frequency else ""
+        cells = " at the corners of cells (theorem 7)" if found.frequency else ""
         group = f" of group {found.group}" if self.gram.groups > 1 else ""
         early = "" if found.finished else "; budget reached before the width asked for"
-        return f"{self.sym.because}; {ways} on {tally.blocks} blocks of {self.gram.side}x{self.gram.side}{where}{group}{early}"
+        return f"{self.sym.because}; {ways} on {tally.blocks} blocks of {self.gram.side}x{self.gram.side}{cells}{where}{group}{early}"
 
 
 def _times_power(x: float, exponent: int, *, upward: bool) -> float:

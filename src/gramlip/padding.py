@@ -48,13 +48,13 @@ def zeros(axis: Axis) -> Circle:
     """Zero padding is a restriction of a circulant of size >= n + p. docs/theory.md#zero-padding."""
     stride = axis.stride // math.gcd(axis.stride, axis.dilation)
     if axis.size is None or axis.outputs is None:
-        return Circle(None, stride, 1, True, "zero padding of every size: supremum over all frequencies")
+        return Circle(None, stride, 1, True, "zero padding of every size: supremum over all frequencies (theorem 4)")
     reach = axis.span - 1
     last = (axis.outputs - 1) * axis.stride - axis.before + axis.span
     least = max(axis.size + min(axis.before, reach), min(last, axis.size + reach), 1)
     # Any larger circulant serves as well; a multiple of stride and dilation decouples their phases.
     points = -(-least // math.lcm(axis.stride, axis.dilation))
-    because = f"zero padding: restriction of a circulant of size {points * math.lcm(axis.stride, axis.dilation)} >= n + p"
+    because = f"zero padding: restriction of a circulant of size {points * math.lcm(axis.stride, axis.dilation)} >= n + p (theorem 4)"
     return Circle(points, stride, 1, axis.kernel == 1 and axis.stride == 1, because)
 
 
@@ -63,13 +63,13 @@ def circular(axis: Axis) -> Circle:
     if axis.size is None or axis.outputs is None:
         square = max(_wraps(axis, n) for n in _small_sizes(axis))
         stride = axis.stride // math.gcd(axis.stride, axis.dilation) if axis.stride == 1 else 1
-        return Circle(None, stride, square, axis.stride == 1 and square == 1, "circular padding of every size: supremum over all frequencies")
+        return Circle(None, stride, square, axis.stride == 1 and square == 1, "circular padding of every size: supremum over all frequencies (theorem 3)")
     step = math.gcd(axis.stride, axis.size)
     period = axis.size // step
     square = _wraps(axis, axis.size)
     shared = math.gcd(step, axis.dilation)
     points = period // math.gcd(period, axis.dilation // shared)
-    because = f"circular padding: rows of a circulant of size {axis.size}"
+    because = f"circular padding: rows of a circulant of size {axis.size} (theorem 3)"
     if step != axis.stride:
         because += f" (stride {axis.stride} taken as {step}, which divides it)"
     if square > 1:
@@ -122,7 +122,7 @@ def _repeating(axis: Axis, mode: str) -> Circle:
     sizes = [axis.size] if axis.size is not None else range(least, least + pad + 2)
     maps = [index_map(Axis(n, n + pad, 1, 1, 1, axis.before, axis.after), mode) for n in sizes]
     square = max(int(m.flatten().bincount().max()) for m in maps)
-    because = f"{mode} padding: supremum over all frequencies"
+    because = f"{mode} padding: supremum over all frequencies (theorem 12)"
     return Circle(None, axis.stride // math.gcd(axis.stride, axis.dilation), square, False, because)
 
 
