@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.layers import describe
 from gramlip.norm import bound
-from gramlip.operators import Conv, Dense, Diagonal, Ints
+from gramlip.operators import Conv, Dense, Ints
 
 TRIES = 40  # each try widens the margin twofold: from one rounding unit to far more than a cast can lose
 
@@ -42,7 +42,7 @@ def positive(name: str, value: float) -> float:
     return float(value)
 
 
-def operator(module: nn.Module, name: str, input_size: Ints | None) -> Dense | Conv | Diagonal:
+def operator(module: nn.Module, name: str, input_size: Ints | None) -> Dense | Conv:
     """The operator whose weight is `module.name`: by its rule for "weight", otherwise a matrix."""
     weight = getattr(module, name, None)
     if not isinstance(weight, Tensor):
@@ -50,11 +50,13 @@ def operator(module: nn.Module, name: str, input_size: Ints | None) -> Dense | C
         msg = f"{type(module).__name__} has no tensor {name!r}; expected the name of one of its parameters: {have}"
         raise InputError(msg)
     if name == "weight" and describe.dispatch(type(module)) is not describe.dispatch(object):
-        return describe(module, input_size)
-    if weight.ndim == 2:
+        op = describe(module, input_size)
+        if isinstance(op, Dense | Conv):
+            return op
+    elif weight.ndim == 2:
         return Dense(weight)
-    given = f"{type(module).__name__}.{name} has shape {tuple(weight.shape)} and no rule"
-    msg = f"{given}; expected a matrix or a layer that gramlip knows: type @gramlip.describe.register"
+    given = f"{type(module).__name__}.{name} has shape {tuple(weight.shape)}"
+    msg = f"{given}; expected a matrix, or the weight of a linear or convolution layer: type @gramlip.describe.register for your own"
     raise UnsupportedError(msg)
 
 
@@ -134,7 +136,7 @@ def remove(model: nn.Module, rtol: float = 1e-3) -> nn.Module:
 
     Reference: docs/training.md#baking.
 
-    >>> from gramlip import bound
+    >>> from gramlip.nn import spectral_norm
     >>> layer = remove(spectral_norm(nn.Conv2d(2, 2, 3), target=0.5))
     >>> bound(layer).upper <= 0.5
     True

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramlip.blocks import axes, symbol, transform
+from gramlip.blocks import axes, polyphase, symbol, transform
 from gramlip.errors import InputError
 from gramlip.gram import gram_norm
-from gramlip.operators import Conv, Dense, Diagonal
+from gramlip.operators import Conv, Dense
 from gramlip.padding import PADDING
 
 POWER_STEPS = 4  # cheap lower estimates that say which blocks cannot be the largest
@@ -32,7 +32,7 @@ class Plan:
     because: str
 
     @staticmethod
-    def of(op: Dense | Conv | Diagonal, torus: int = 16) -> Plan:
+    def of(op: Dense | Conv, torus: int = 16) -> Plan:
         """The plan of an operator: on each axis the padding theorem's own grid, or one of `torus` points where that is smaller.
 
         On a grid of N points the supremum over all frequencies costs the factor `1 / cos(pi (k - 1) / (2 N))`:
@@ -41,9 +41,6 @@ class Plan:
         >>> Plan.of(Conv(torch.ones(4, 4, 3, 3), input_size=56, padding=1)).grid
         (16, 16)
         """
-        if isinstance(op, Diagonal):
-            msg = "a diagonal layer was given; expected a matrix or a convolution: clamp its entries instead"
-            raise InputError(msg)
         if isinstance(torus, bool) or not isinstance(torus, int) or torus < 4:
             msg = f"torus={torus!r} was given; expected an integer of at least 4 grid points per axis, such as 16"
             raise InputError(msg)
@@ -95,14 +92,7 @@ def kernel(weight: Tensor, groups: int, strides: tuple[int, ...] | list[int]) ->
     """A weight as (groups, m, n, *k), the phases of each strided axis moved to the columns; missing taps are zeros."""
     out = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     for j, stride in enumerate(strides):
-        axis, k = 3 + j, weight.shape[2 + j]
-        if stride == 1:
-            continue
-        taps = -(-k // stride)
-        spare = taps * stride - k
-        if spare:
-            out = torch.cat([out, torch.zeros_like(out.narrow(axis, 0, 1)).repeat_interleave(spare, axis)], axis)
-        out = out.unflatten(axis, (taps, stride)).narrow(axis + 1, 0, min(stride, k)).movedim(axis + 1, 3).flatten(2, 3)
+        out = polyphase(out, 3 + j, stride)
     return out
 
 
