@@ -127,7 +127,7 @@ def main() -> None:
     steps = args.epochs * (len(train[1]) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, steps, pct_start=0.25, cycle_momentum=False)
     log(
-        f"{args.name}: DemoNet on CIFAR-10 (JPEG), {len(train[1])} training images, {len(test[1])} for test, {args.epochs} epochs of batch {BATCH}"
+        f"{args.name}: DemoNet on CIFAR-10 (JPEG), {len(train[1])} images and {len(test[1])} for test, {args.epochs} epochs of batch {BATCH}"
     )
     log(f"seed {args.seed}, SGD momentum {MOMENTUM}, one-cycle to {PEAK_LR}, weight decay {DECAY}, crops and mirrors, bfloat16 autocast")
     log(
