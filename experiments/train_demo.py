@@ -126,13 +126,11 @@ def main() -> None:
     optimizer = torch.optim.SGD(net.parameters(), PEAK_LR, momentum=MOMENTUM, weight_decay=DECAY, nesterov=True)
     steps = args.epochs * (len(train[1]) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, steps, pct_start=0.25, cycle_momentum=False)
-    log(
-        f"{args.name}: DemoNet on CIFAR-10 (JPEG), {len(train[1])} images and {len(test[1])} for test, {args.epochs} epochs of batch {BATCH}"
-    )
+    images = f"{len(train[1])} training and {len(test[1])} test images"
+    log(f"{args.name}: DemoNet on CIFAR-10 (JPEG), {images}, {args.epochs} epochs of batch {BATCH}")
     log(f"seed {args.seed}, SGD momentum {MOMENTUM}, one-cycle to {PEAK_LR}, weight decay {DECAY}, crops and mirrors, bfloat16 autocast")
-    log(
-        f"penalty {strength} * sum relu(norm - {THRESHOLD}), Gram steps {STEPS}, grid {GRID}, one in {EVERY} steps; torch {torch.__version__}"
-    )
+    gram = f"Gram steps {STEPS}, grid {GRID}, one in {EVERY} steps"
+    log(f"penalty {strength} * sum relu(norm - {THRESHOLD}), {gram}; torch {torch.__version__}")
     for number in range(1, args.epochs + 1):
         log(f"epoch {number:2d}  {epoch(net, *train, optimizer, schedule, strength)}")
     final = accuracy(net, *test)
