@@ -21,6 +21,11 @@ def decimals(x: float, *, upward: bool, digits: int = 6) -> str:
     return f"{context.create_decimal(Decimal(x)):g}"
 
 
+def _number(x: float | Tensor) -> float:
+    """The value without its graph."""
+    return float(x if isinstance(x, float | int) else x.detach())
+
+
 @dataclass(frozen=True)
 class Bound:
     """A proved interval `lower <= ||A||_2 <= upper` and the chain of reasons `because`.
@@ -40,25 +45,25 @@ class Bound:
     @property
     def rtol(self) -> float:
         """Relative width `upper / lower - 1`: 0 for the zero map, infinite where nothing below is known."""
-        upper = float(self.upper)
+        upper = _number(self.upper)
         if upper == self.lower:
             return 0.0
         return upper / self.lower - 1 if self.lower > 0 else float("inf")
 
     def __str__(self) -> str:
-        interval = f"[{decimals(float(self.lower), upward=False)}, {decimals(float(self.upper), upward=True)}]"
+        interval = f"[{decimals(self.lower, upward=False)}, {decimals(_number(self.upper), upward=True)}]"
         return f"{interval}  {self.because}"
 
     def _repr_html_(self) -> str:
         return f"<code>{self}</code>"
 
     def __matmul__(self, other: Bound) -> Bound:
-        upper = rd.mul_up(float(self.upper), float(other.upper))
+        upper = rd.mul_up(_number(self.upper), _number(other.upper))
         return Bound(0.0, upper, f"{self.because}; {other.because}; product along a chain")
 
     def __add__(self, other: Bound) -> Bound:
-        upper = rd.add_up(float(self.upper), float(other.upper))
-        gap = max(self.lower - float(other.upper), other.lower - float(self.upper), 0.0)
+        upper = rd.add_up(_number(self.upper), _number(other.upper))
+        gap = max(self.lower - _number(other.upper), other.lower - _number(self.upper), 0.0)
         return Bound(rd.down(gap), upper, f"{self.because}; {other.because}; sum of branches")
 
     @staticmethod
@@ -66,7 +71,7 @@ class Bound:
         """Bound of `x -> (A x, B x, ...)`: the root of the sum of squares."""
         parts = list(bounds)
         lower = max((b.lower for b in parts), default=0.0)
-        upper = rd.hypot_up(float(b.upper) for b in parts)
+        upper = rd.hypot_up(_number(b.upper) for b in parts)
         return Bound(lower, upper, "; ".join([*(b.because for b in parts), "root of squares at a concatenation"]))
 
     @staticmethod
@@ -74,5 +79,5 @@ class Bound:
         """Bound of a block-diagonal map or of a choice between branches: the largest."""
         parts = list(bounds)
         lower = max((b.lower for b in parts), default=0.0)
-        upper = max((float(b.upper) for b in parts), default=0.0)
+        upper = max((_number(b.upper) for b in parts), default=0.0)
         return Bound(lower, upper, "; ".join([*(b.because for b in parts), "largest of independent blocks"]))

@@ -61,10 +61,13 @@ def conv_gram_norm(
         weight: (c_out, c_in / groups, *k), or (c_in, c_out / groups, *k) when `transposed`; 1 to 3 kernel axes.
         input_size: spatial size of the input; None holds for every size.
         n_iter: Gram steps, at least 1.
-        stride, dilation, groups, output_padding: as in `torch.nn`.
+        stride: as in `torch.nn`.
         padding_mode: "circular" or "zeros".
         padding: as in `gramlip.Conv`; None is half of the dilated kernel, which keeps the size at stride 1.
+        dilation: as in `torch.nn`.
+        groups: as in `torch.nn`.
         transposed: the map of `torch.nn.ConvTranspose*d`.
+        output_padding: as in `torch.nn.ConvTranspose*d`.
 
     Returns:
         0-d real tensor in the weight's precision (float32 for half precisions); a zero weight gives zero.
