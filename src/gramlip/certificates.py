@@ -61,7 +61,8 @@ def gram(g: Tensor, noise: Tensor) -> Tensor:
 def rayleigh(g: Tensor, v: Tensor, noise: Tensor) -> Tensor:
     """Lower bound of `lambda_1(G)` from a vector each: the Rayleigh quotient less its rounding; (F,). docs/rounding.md#rayleigh."""
     image = (g @ v[..., None])[..., 0]
-    quotient = (v.conj() * image).sum(-1).real / (v.conj() * v).sum(-1).real
+    square = (v.conj() * v).sum(-1).real
+    quotient = (v.conj() * image).sum(-1).real / torch.where(square > 0, square, 1.0)  # a zero block may leave no vector
     error = rd.gamma(16.0 * (v.shape[-1] + 4)) * torch.linalg.vector_norm(g, dim=(-2, -1))
     return (quotient - error - noise).clamp_min(0.0)
 

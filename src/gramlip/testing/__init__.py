@@ -1,0 +1,14 @@
+"""Tests for any library's norm of a layer: an oracle, a case table with named adversaries, a conformance run.
+
+`conformance(fn)` runs `fn(module, input_size)` over the table and says where its answer is below the truth. Needs no test
+framework. Documented with results in docs/conformance.md.
+"""
+
+from __future__ import annotations
+
+from gramlip.testing.cases import TRAPS, Case, cases
+from gramlip.testing.conformance import Conformance, Row, conformance
+from gramlip.testing.kernels import KERNELS, weight
+from gramlip.testing.oracle import as_module, matrix, norm, oracle, torch_layer
+
+__all__ = ["KERNELS", "TRAPS", "Case", "Conformance", "Row", "as_module", "cases", "conformance", "matrix", "norm", "oracle", "torch_layer", "weight"]

@@ -1,0 +1,260 @@
+"""The case table: geometries of torch's layers, each with a named adversary kernel. Data only; nothing is bounded here."""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from gramlip.operators import Conv, Dense
+from gramlip.testing.kernels import KERNELS, weight
+from gramlip.testing.oracle import oracle, torch_layer
+
+Ints = tuple[int, ...]
+MODES = ("zeros", "circular", "reflect", "replicate")
+DTYPES = (torch.float32, torch.float64, torch.float32, torch.float16, torch.float64, torch.bfloat16, torch.float32, torch.complex64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer: a kernel's name, the weight's shape and the geometry as `torch.nn` names it. `nn.Linear` has no size.
+
+    `padding` is "same" or a pair (before, after) for each axis, as in `gramlip.Conv`.
+
+    >>> case = Case("ones", (1, 1, 3), (5,), padding=((1, 1),))
+    >>> case.name, round(case.truth, 4)
+    ('ones 1x1x3 n=5 p=1.1 fp32', 2.7321)
+    """
+
+    kernel: str
+    shape: Ints
+    size: Ints = ()
+    stride: Ints = ()
+    padding: str | tuple[tuple[int, int], ...] = ()
+    padding_mode: str = "zeros"
+    dilation: Ints = ()
+    groups: int = 1
+    transposed: bool = False
+    output_padding: Ints = ()
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        d = len(self.shape) - 2
+        for name, usual in (("stride", 1), ("dilation", 1), ("output_padding", 0), ("padding", (0, 0))):
+            if getattr(self, name) == ():
+                object.__setattr__(self, name, (usual,) * d)
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial axes; 0 for `nn.Linear`."""
+        return len(self.shape) - 2
+
+    @property
+    def name(self) -> str:
+        """A name that says all of the case, so that two different cases have different names."""
+        words = [self.label, self.kernel, _times(self.shape)]
+        if self.dims:
+            padding = self.padding if isinstance(self.padding, str) else ",".join(f"{a}.{b}" for a, b in self.padding)
+            words += [f"n={_times(self.size)}", f"p={padding}" if padding.strip("0.,") else "", self.padding_mode if self.padding_mode != "zeros" else ""]
+            words += [f"s={_times(self.stride)}" if max(self.stride) > 1 else "", f"d={_times(self.dilation)}" if max(self.dilation) > 1 else ""]
+            words += [f"g={self.groups}" if self.groups > 1 else "", "transposed" if self.transposed else ""]
+            words += [f"o={_times(self.output_padding)}" if any(self.output_padding) else ""]
+        words += [_SHORT[self.dtype], f"seed={self.seed}" if self.seed else ""]
+        return " ".join(filter(None, words))
+
+    @property
+    def input_shape(self) -> Ints:
+        """Shape of one example."""
+        return (self.shape[0] if self.transposed else self.shape[1] * self.groups, *self.size)
+
+    @property
+    def plain(self) -> bool:
+        """Whether one torch layer is the whole case (unequal padding takes two)."""
+        return isinstance(self.padding, str) or all(lo == hi for lo, hi in self.padding)
+
+    @property
+    def truth(self) -> float:
+        """The layer's norm by the oracle, computed once."""
+        return _truth(self)
+
+    def weight(self) -> Tensor:
+        """The weight, in the case's dtype."""
+        return weight(self.kernel, self.shape, self.dtype, self.seed)
+
+    def module(self) -> nn.Module:
+        """The real torch layer."""
+        fields = self.stride, self.padding, self.padding_mode, self.dilation, self.groups, self.transposed, self.output_padding
+        return torch_layer(self.weight(), *fields)
+
+    def operator(self, input_size: Ints | None = ()) -> Conv | Dense:
+        """The same as a `gramlip` operator, at its own size or at `input_size` (None: every size)."""
+        if not self.dims:
+            return Dense(self.weight())
+        settings = {name: getattr(self, name) for name in ("stride", "padding", "padding_mode", "dilation", "groups", "transposed", "output_padding")}
+        return Conv(self.weight(), input_size=self.size if input_size == () else input_size, **settings)
+
+    def at(self, size: Ints) -> Case:
+        """The same layer on another input size."""
+        return replace(self, size=size)
+
+    def runs(self) -> bool:
+        """Whether torch accepts this geometry."""
+        if not self.dims:
+            return True
+        for n, k, s, d, (lo, hi), extra in zip(self.size, self.shape[2:], self.stride, self.dilation, self._pairs(), self.output_padding, strict=True):
+            span = d * (k - 1) + 1
+            out = (n - 1) * s - lo - hi + span + extra if self.transposed else n + lo + hi - span + 1
+            most = {"circular": n, "reflect": n - 1}.get(self.padding_mode, math.inf)
+            if out < 1 or max(lo, hi) > most or (self.padding == "same" and s > 1) or (extra and extra >= max(s, d)):
+                return False
+        return True
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        if not isinstance(self.padding, str):
+            return list(self.padding)
+        reach = [d * (k - 1) for k, d in zip(self.shape[2:], self.dilation, strict=True)]
+        return [(r // 2, r - r // 2) for r in reach]
+
+
+_SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16", torch.complex64: "c64"}
+
+
+def _times(numbers: Ints) -> str:
+    return "x".join(map(str, numbers))
+
+
+@functools.lru_cache(maxsize=None)
+def _truth(case: Case) -> float:
+    return oracle(case.module(), case.input_shape)
+
+
+# ---- the table: a seeded draw from the product of all values of each setting -------------------------------------------
+
+KERNEL_SIDES = {1: (1, 2, 3, 3, 4, 5, 7), 2: (1, 2, 3, 3, 4, 5), 3: (1, 2, 3)}
+INPUT_SIDES = {1: (1, 2, 3, 4, 5, 7, 8), 2: (1, 2, 3, 4, 5, 6), 3: (1, 2, 3, 4)}
+CHANNELS = {1: ((1, 1, 1), (2, 3, 1), (3, 2, 1), (4, 4, 4), (4, 2, 2)), 2: ((1, 1, 1), (2, 1, 1), (1, 3, 1), (2, 2, 2), (4, 2, 2)), 3: ((1, 1, 1), (2, 1, 1), (2, 2, 2))}
+COUNTS = {("zeros", 1): 360, ("zeros", 2): 520, ("zeros", 3): 120, ("circular", 1): 360, ("circular", 2): 520, ("circular", 3): 120}
+COUNTS |= {(mode, d): n for mode in ("reflect", "replicate") for d, n in ((1, 140), (2, 200), (3, 40))}
+LIMIT = 400  # input or output entries at most, so that the oracle stays fast
+
+
+def cases(*modes: str) -> tuple[Case, ...]:
+    """The table for these padding modes (all four by default): drawn geometries, adversaries, traps. The same on every machine.
+
+    >>> len(cases("zeros", "circular")) > 2000
+    True
+    """
+    return tuple(case for mode in modes or MODES for case in _table(mode))
+
+
+@functools.lru_cache(maxsize=None)
+def _table(mode: str) -> tuple[Case, ...]:
+    found = [c for c in TRAPS.values() if c.padding_mode == mode] + list(_adversaries(mode))
+    for d in (1, 2, 3):
+        found += _drawn(mode, d)
+    return tuple({case.name: case for case in found}.values())
+
+
+def _drawn(mode: str, dims: int) -> list[Case]:
+    """Geometries drawn axis by axis, two input sizes for each layer where two fit."""
+    rng = random.Random(f"{mode} {dims}")
+    found: list[Case] = []
+    while len(found) < COUNTS[mode, dims]:
+        case = _draw(rng, mode, dims, len(found))
+        sizes = {tuple(rng.choice(INPUT_SIDES[dims]) for _ in range(dims)) for _ in range(4)}
+        found += [c for c in map(case.at, sorted(sizes)) if c.runs() and _fits(c)][:2]
+    return found[: COUNTS[mode, dims]]
+
+
+def _draw(rng: random.Random, mode: str, dims: int, number: int) -> Case:
+    transposed = mode == "zeros" and rng.random() < 0.3
+    out, inner, groups = rng.choice(CHANNELS[dims])
+    channels = (out * inner // groups, max(1, out // groups)) if transposed else (out, inner // groups)
+    if transposed:
+        channels = (groups * max(1, inner // groups), max(1, out // groups))
+    kernel = tuple(rng.choice(KERNEL_SIDES[dims]) for _ in range(dims))
+    stride = tuple(rng.choice((1, 1, 2, 3)) for _ in range(dims))
+    dilation = tuple(rng.choice((1, 1, 2, 3)) for _ in range(dims))
+    reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    ways = [((r // 2, r - r // 2), (0, 0), (r // 2 + 1,) * 2, (r + 1,) * 2, (0, r // 2 + 1), (r, 0)) for r in reach]
+    padding: str | tuple[tuple[int, int], ...] = tuple(rng.choice(way) for way in ways)
+    if not transposed and max(stride) == 1 and rng.random() < 0.3:
+        padding = "same"
+    extra = tuple(rng.randrange(max(s, d)) for s, d in zip(stride, dilation, strict=True)) if transposed else (0,) * dims
+    kernel_name, dtype = rng.choice(list(KERNELS)), DTYPES[number % len(DTYPES)]
+    if dtype == torch.float16 and kernel_name in ("tiny", "huge", "ill_scaled"):
+        kernel_name = "random"
+    return Case(kernel_name, (*channels, *kernel), (1,) * dims, stride, padding, mode, dilation, groups, transposed, extra, dtype, number)
+
+
+def _fits(case: Case) -> bool:
+    pads = [lo + hi for lo, hi in case._pairs()]
+    grown = math.prod(n * (s if case.transposed else 1) + p + 3 for n, s, p in zip(case.size, case.stride, pads, strict=True))
+    return math.prod(case.input_shape) <= LIMIT and grown * case.shape[0] <= 4 * LIMIT
+
+
+def _adversaries(mode: str) -> Iterator[Case]:
+    """Every named kernel on the usual layers, in every dtype that holds it; square and tall matrices beside the zero-padded ones."""
+    for kernel in KERNELS:
+        for dtype in _SHORT:
+            if dtype == torch.float16 and kernel in ("tiny", "huge", "ill_scaled"):
+                continue
+            if mode == "zeros":
+                yield from (Case(kernel, shape, dtype=dtype) for shape in ((6, 6), (9, 4), (3, 8), (1, 5)))
+            yield Case(kernel, (3, 2, 3), (7,), padding=((1, 1),), padding_mode=mode, dtype=dtype)
+            yield Case(kernel, (2, 2, 3, 3), (5, 5), padding=((1, 1), (1, 1)), padding_mode=mode, dtype=dtype)
+        yield Case(kernel, (2, 2, 3, 3), (6, 6), (2, 2), ((1, 1), (1, 1)), mode)
+        yield Case(kernel, (2, 2, 7, 1), (8, 3), padding=((3, 3), (0, 0)), padding_mode=mode)
+        yield Case(kernel, (4, 1, 3, 3), (4, 4), padding=((1, 1), (1, 1)), padding_mode=mode, groups=4)
+        yield Case(kernel, (1, 1, 3, 3, 3), (3, 3, 3), padding=((1, 1),) * 3, padding_mode=mode)
+
+
+# ---- the traps: each of these broke a published library ----------------------------------------------------------------
+
+
+def _square(kernel: str, k: int, n: int, p: int, label: str, mode: str = "zeros", c: int = 1, **more: object) -> Case:
+    return Case(kernel, (c, c, k, k), (n, n), padding=((p, p), (p, p)), padding_mode=mode, label=label, **more)  # type: ignore[arg-type]
+
+
+TRAPS: dict[str, Case] = {
+    case.label: case
+    for case in (
+        Case("random", (16, 1, 3, 3), (4, 4), padding=((1, 1), (1, 1)), groups=16, label="groups-multiplied"),
+        *(_square("second_difference", 3, n, 1, f"circular-grid-n{n}-for-zeros") for n in (3, 5, 7, 9, 11)),
+        _square("random", 3, 8, 1, "unknown-size-taken-as-k", c=2),
+        _square("random", 5, 3, 2, "input-smaller-than-kernel", c=2),
+        _square("random", 7, 4, 3, "input-smaller-than-kernel-circular", "circular", 2),
+        _square("random", 3, 5, 2, "circular-padding-2-for-k3", "circular", 2),
+        _square("random", 3, 5, 3, "circular-padding-3-for-k3", "circular", 2),
+        *(_square("random", k, 6, k // 2, f"even-kernel-{k}", "circular", 2) for k in (2, 4)),
+        Case("random", (2, 2, 2, 2), (6, 6), padding="same", label="even-kernel-same"),
+        Case("random", (2, 2, 7, 1), (8, 8), padding=((3, 3), (0, 0)), label="tall-kernel-7x1"),
+        Case("random", (2, 2, 7, 1), (8, 8), padding=((3, 3), (0, 0)), padding_mode="circular", label="tall-kernel-7x1-circular"),
+        _square("random", 3, 9, 0, "kernel-is-stride-with-dilation", c=2, stride=(3, 3), dilation=(2, 2)),
+        _square("random", 2, 6, 1, "kernel-is-stride-circular", "circular", 2, stride=(2, 2)),
+        _square("random", 3, 8, 2, "dilation-with-stride", c=2, stride=(2, 2), dilation=(2, 2)),
+        _square("random", 3, 7, 1, "stride-does-not-divide", "circular", 2, stride=(2, 2)),
+        *(_square(kernel, 3, 5, 1, f"reflect-{kernel}", "reflect") for kernel in ("ones", "corner", "laplacian", "tiny", "zero")),
+        *(_square(kernel, 3, 5, 1, f"replicate-{kernel}", "replicate") for kernel in ("ones", "corner", "laplacian", "tiny", "zero")),
+        _square("ones", 7, 7, 3, "reflect-7x7-ones", "reflect"),
+        _square("laplacian", 7, 7, 3, "replicate-7x7-laplacian", "replicate"),
+        _square("random", 3, 6, 1, "stride-ignored", c=3, stride=(2, 2)),
+        Case("random", (64, 48), label="fp32-rounding"),
+        Case("tiny", (8, 8), label="epsilon-in-a-normalisation"),
+        _square("zero", 3, 5, 1, "zero-weight", c=2),
+        _square("laplacian", 3, 6, 1, "zero-mean", "circular"),
+        Case("near_orthogonal", (32, 32), label="power-iteration-as-a-bound"),
+        _square("ones", 3, 5, 1, "positive-kernel-3", "circular"),
+        _square("ones", 5, 5, 2, "positive-kernel-5", "circular"),
+        _square("ones", 7, 7, 3, "positive-kernel-7", "circular"),
+        _square("ones", 3, 4, 1, "wrong-side-of-transposed", c=2, transposed=True, stride=(2, 2)),
+        Case("ones", (2, 1, 3), (4,), (2,), ((0, 0),), transposed=True, output_padding=(1,), label="output-padding"),
+    )
+}
