@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gramlip.nn.parametrize import normalised, remove
+from gramlip.nn.penalty import LipschitzPenalty
 from gramlip.nn.spectral_norm import spectral_norm, spectral_norm_
 
-__all__ = ["normalised", "remove", "spectral_norm", "spectral_norm_"]
+__all__ = ["LipschitzPenalty", "normalised", "remove", "spectral_norm", "spectral_norm_"]

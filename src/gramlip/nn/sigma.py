@@ -28,6 +28,7 @@ class Plan:
     groups: int
     strides: tuple[int, ...]
     grid: tuple[int, ...]
+    square: int
     factor: float
     because: str
 
@@ -45,7 +46,7 @@ class Plan:
             msg = f"torus={torus!r} was given; expected an integer of at least 4 grid points per axis, such as 16"
             raise InputError(msg)
         if isinstance(op, Dense):
-            return Plan(1, (), (), 1.0, "a matrix")
+            return Plan(1, (), (), 1, 1.0, "a matrix")
         sym = symbol(op)
         strides = tuple(PADDING[op.padding_mode](axis).stride for axis in axes(op))
         grid, factor, because = [], math.sqrt(sym.square), sym.because
@@ -58,7 +59,7 @@ class Plan:
             if degree:
                 factor /= math.cos(math.pi * degree / side)
                 because += f"; {side}-point grid with the cosine factor"
-        return Plan(op.groups, strides, tuple(grid), factor, because)
+        return Plan(op.groups, strides, tuple(grid), sym.square, factor, because)
 
     def kernel(self, weight: Tensor) -> Tensor:
         """The polyphase kernel (groups, m, n, *k) of a weight; linear."""

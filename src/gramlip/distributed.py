@@ -1,0 +1,102 @@
+"""Work shared over the ranks of `torch.distributed`: each bounds its share of the layers, and all get every result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gramlip.bound import Bound
+from gramlip.layers import describe
+from gramlip.norm import bound
+from gramlip.operators import Ints, Operator
+
+
+def world() -> int:
+    """Number of ranks; 1 where no process group is initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def share(costs: Sequence[float], ranks: int | None = None, rank: int | None = None) -> list[int]:
+    """Indices of this rank's share: the next dearest item always goes to the rank with least so far. The same on every rank.
+
+    >>> share([1.0, 5.0, 3.0, 2.0], ranks=2, rank=0), share([1.0, 5.0, 3.0, 2.0], ranks=2, rank=1)
+    ([1, 0], [2, 3])
+    """
+    ranks = world() if ranks is None else ranks
+    rank = (dist.get_rank() if ranks > 1 else 0) if rank is None else rank
+    load = [0.0] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        least = load.index(min(load))
+        load[least] += costs[i]
+        shares[least].append(i)
+    return shares[rank]
+
+
+def cost(x: Any) -> float:
+    """Work of bounding a layer, in arbitrary units: the blocks of a weight (m, n, *k) are of order min(m, n)."""
+    weight = x if isinstance(x, Tensor) else getattr(x, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim < 2:
+        return 1.0
+    m, n = weight.shape[:2]
+    return float(m * n * min(m, n) * math.prod(weight.shape[2:]))
+
+
+def bounds(items: Sequence[Any], **options: Any) -> list[Bound]:
+    """`gramlip.bound` of every item, the work shared over the ranks: every rank gets all intervals, in order.
+
+    Args:
+        items: modules, operators or matrices, or pairs of one and its input size; the same on every rank. Weights that are DTensors
+            are gathered one layer at a time, and kept by the rank that bounds them.
+        **options: those of `gramlip.bound`.
+
+    Raises:
+        Exception: the first error that any rank met, on every rank.
+
+    >>> import torch
+    >>> [b.upper >= 1.0 for b in bounds([torch.eye(3), (nn.Conv2d(1, 1, 3), 8)], rtol=1e-3)][0]
+    True
+    """
+    pairs: list[tuple[Any, Ints | None]] = [item if isinstance(item, tuple) else (item, None) for item in items]
+    mine = set(share([cost(x) for x, _ in pairs]))
+    done: dict[int, Bound] = {}
+    error: Exception | None = None
+    for i, (x, size) in enumerate(pairs):
+        op = _gathered(x, size)  # every rank takes part, whoever bounds it
+        if i in mine and error is None:
+            try:
+                done[i] = op if isinstance(op, Bound) else bound(op, **options)
+            except Exception as caught:
+                error = caught
+    every: list[Any] = [(done, error)]
+    if world() > 1:
+        every = [None] * world()
+        dist.all_gather_object(every, (done, error))
+    for _, failure in every:
+        if failure is not None:
+            raise failure
+    merged = {i: b for part, _ in every for i, b in part.items()}
+    return [merged[i] for i in range(len(pairs))]
+
+
+def _gathered(x: Any, input_size: Ints | None) -> Operator | Bound:
+    """The operator with its whole weight."""
+    op = describe(x) if input_size is None else describe(x, input_size)
+    weight = getattr(op, "weight", None)
+    if not isinstance(weight, Tensor) or whole(weight) is weight:
+        return op
+    return replace(op, weight=whole(weight))  # type: ignore[type-var]
+
+
+def whole(weight: Tensor) -> Tensor:
+    """The full tensor of a DTensor, a collective operation; a plain tensor is returned as it is."""
+    if not dist.is_available() or type(weight) in (Tensor, nn.Parameter):
+        return weight
+    from torch.distributed.tensor import DTensor
+
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight

@@ -1,0 +1,131 @@
+"""`LipschitzPenalty`: one term of the loss that keeps a network's constant down, at a small fraction of a training step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramlip import distributed
+from gramlip.bound import Bound
+from gramlip.errors import InputError
+from gramlip.nn.parametrize import layers, operator, positive
+from gramlip.nn.sigma import Plan
+from gramlip.nn.track import Tracker
+from gramlip.operators import Ints
+
+FORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "paper": lambda sigma, threshold: torch.where(sigma > threshold, sigma, 0.0),
+    "hinge": lambda sigma, threshold: (sigma - threshold).clamp_min(0.0),
+    "square": lambda sigma, threshold: (sigma - threshold).clamp_min(0.0).square(),
+    "log": lambda sigma, threshold: (sigma / threshold).clamp_min(1.0).log(),
+}
+"""Name -> what one norm, or the composed constant, costs above its threshold. "paper" jumps there, the others are continuous."""
+
+COMPOSE: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
+    "layers": lambda sigmas: torch.stack(list(sigmas.values())),
+    "product": lambda sigmas: torch.stack(list(sigmas.values())).prod(),
+}
+"""Name -> what is penalised: every layer on its own, or the constant of a chain of them."""
+
+
+class LipschitzPenalty(nn.Module):
+    """Penalty of the norms of a network's linear and convolution layers, differentiable, to be added to the loss.
+
+    `penalty()` returns a scalar: with the defaults `sum of (sigma if sigma > threshold else 0)`, the paper's. The norms hold for
+    every input size. They are tracked: the frequency and singular vector of each layer are kept from step to step and found afresh
+    every `every` calls, so that a call costs a few products of the kernels with a vector. They are lower estimates, made to be
+    minimised; `penalty.certify()` gives the intervals that hold.
+
+    Args:
+        model: the network; its layers are read at every call.
+        example: an input that one forward pass runs on to learn input sizes (they decide how strides split), or None.
+        threshold: what costs nothing.
+        form: a name in `FORMS`: "paper", "hinge", "square" or "log".
+        over: "layers", "product" (the constant of a chain), or a function from {path: sigma} to the tensor of constants to penalise.
+        every: calls between two searches over all frequencies; 1 searches at every call.
+        steps: tracking steps per call.
+        peaks: frequencies followed in each group.
+        torus: grid points per axis in a search.
+        where: keep only layers for which `where(path, module)` holds.
+        shared: with several ranks each computes its share of the layers, times the number of ranks: gradients that are averaged over
+            the ranks, as `DistributedDataParallel` does, are those of the whole penalty.
+
+    Raises:
+        InputError: options that cannot be used, or a model without such layers.
+
+    Reference: arXiv 2305.16173, section 5.4; docs/training.md#penalise.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    >>> _ = model(torch.zeros(1, 3, 8, 8))
+    >>> penalty = LipschitzPenalty(model, torch.zeros(1, 3, 8, 8), threshold=0.1, form="hinge")
+    >>> penalty().backward()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any = None,
+        threshold: float = 1.0,
+        *,
+        form: str = "paper",
+        over: str | Callable[[dict[str, Tensor]], Tensor] = "layers",
+        every: int = 50,
+        steps: int = 1,
+        peaks: int = 8,
+        torus: int = 16,
+        where: Callable[[str, nn.Module], bool] | None = None,
+        shared: bool = False,
+    ) -> None:
+        super().__init__()
+        if form not in FORMS:
+            msg = f"form={form!r} is unknown; expected one of {sorted(FORMS)}"
+            raise InputError(msg)
+        if isinstance(over, str) and over not in COMPOSE:
+            msg = f"over={over!r} is unknown; expected one of {sorted(COMPOSE)} or a function from {{path: sigma}} to a tensor"
+            raise InputError(msg)
+        if shared and over != "layers":
+            msg = f"shared=True was given with over={over!r}; expected over='layers': a composed constant needs every layer"
+            raise InputError(msg)
+        if min(every, steps, peaks) < 1:
+            msg = f"every={every}, steps={steps}, peaks={peaks} were given; expected integers of at least 1"
+            raise InputError(msg)
+        self.threshold, self.every = positive("threshold", threshold), every
+        self._cost, self._compose = FORMS[form], COMPOSE[over] if isinstance(over, str) else over
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self._layers = tuple(layers(model, example, where))
+        found = [(path, module, operator(module, "weight", size)) for path, module, size in self._layers]
+        if shared:
+            found = [found[i] for i in distributed.share([distributed.cost(op) for *_, op in found])]
+        self._scale = distributed.world() if shared else 1
+        alike: dict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)
+        for path, module, op in found:
+            weight = op.weight
+            alike[Plan.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
+        self.trackers = nn.ModuleList(
+            Tracker(plan, [lambda m=module: m.weight for _, module in group], steps, peaks) for (plan, *_), group in alike.items()
+        )
+        self._paths = [path for group in alike.values() for path, _ in group]
+
+    def forward(self) -> Tensor:
+        """The penalty, a scalar with its graph."""
+        costs = self._cost(self._compose(self.sigmas()), self.threshold) if self._paths else torch.zeros(())
+        return costs.sum() * self._scale
+
+    def sigmas(self) -> dict[str, Tensor]:
+        """One tracking step: {path: norm estimate, a scalar with its graph}; a search where it is due."""
+        if int(self.calls) % self.every == 0:
+            for tracker in self.trackers:
+                tracker.search()
+        self.calls += 1
+        values = [sigma for tracker in self.trackers for sigma in tracker()]
+        return dict(zip(self._paths, values, strict=True))
+
+    def certify(self, rtol: float = 1e-2) -> dict[str, Bound]:
+        """{path: interval that holds}, for the input sizes of the example, by `gramlip.bound`; work is shared over the ranks."""
+        sized: list[tuple[nn.Module, Ints | None]] = [(module, size) for _, module, size in self._layers]
+        found = distributed.bounds(sized, rtol=rtol)
+        return {path: b for (path, *_), b in zip(self._layers, found, strict=True)}

@@ -1,0 +1,158 @@
+"""The penalty: what it tracks lies between nothing and the certified norm, and its gradient is the norm's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import gramlip as gl
+from gramlip import distributed
+from gramlip import nn as gnn
+from gramlip.nn.penalty import FORMS
+
+
+def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=4),
+        nn.ConvTranspose2d(12, 8, 2, stride=2),
+        nn.Conv2d(8, 4, (5, 1), padding=(2, 0), padding_mode="circular"),
+        nn.Flatten(),
+        nn.Linear(4 * 64, 10),
+    )
+    return model.to(dtype)
+
+
+EXAMPLE = torch.zeros(1, 3, 8, 8)
+
+
+def certified(model: nn.Sequential) -> dict[str, gl.Bound]:
+    return {path: gl.bound(m, rtol=1e-4) for path, m in model.named_children() if hasattr(m, "weight")}
+
+
+def test_tracked_norms_reach_the_supremum_and_never_exceed_it() -> None:
+    model = net()
+    penalty = gnn.LipschitzPenalty(model)
+    for _ in range(30):
+        sigmas = penalty.sigmas()
+    for path, b in certified(model).items():
+        sigma = sigmas[path].item()
+        assert sigma <= b.upper * (1 + 1e-6)
+        assert sigma >= b.lower * (1 - 1e-3)
+
+
+def test_certify_gives_the_intervals_of_bound() -> None:
+    model = net()
+    found = gnn.LipschitzPenalty(model, EXAMPLE).certify()
+    assert set(found) == {path for path, m in model.named_children() if hasattr(m, "weight")}
+    assert found["2"].upper == gl.bound(model[2], 8).upper
+
+
+def test_gradient_is_that_of_the_norm() -> None:
+    model = net(torch.float64)
+    penalty = gnn.LipschitzPenalty(model, threshold=1e-3, steps=200)
+    for _ in range(2):
+        value = penalty()
+    value.backward()
+    for module in (model[2], model[4], model[5], model[8]):
+        direction, h = torch.randn_like(module.weight), 1e-5
+        sides = []
+        for sign in (1, -1):
+            twin = copy.deepcopy(module)
+            twin.weight.data.add_(sign * h * direction)
+            b = gl.bound(twin, rtol=1e-9)
+            sides.append((b.lower + b.upper) / 2)
+        assert (module.weight.grad * direction).sum().item() == pytest.approx((sides[0] - sides[1]) / (2 * h), rel=1e-2, abs=1e-3)
+
+
+def test_training_with_tracked_norms_ends_where_training_with_exact_ones_does() -> None:
+    ends = []
+    for every in (1, 50):
+        model = net()
+        penalty = gnn.LipschitzPenalty(model, form="hinge", threshold=0.5, every=every)
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.02)
+        for _ in range(120):
+            optimiser.zero_grad()
+            penalty().backward()
+            optimiser.step()
+        ends.append([b.upper for b in certified(model).values()])
+    assert max(ends[0]) <= 0.6
+    assert ends[0] == pytest.approx(ends[1], rel=0.05)
+
+
+def test_forms_and_compositions() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    for layer, scale in zip(model, (2.0, 0.5), strict=True):
+        nn.init.eye_(layer.weight).data.mul_(scale)
+    values = {form: gnn.LipschitzPenalty(model, form=form)().item() for form in FORMS}
+    assert values == pytest.approx({"paper": 2.0, "hinge": 1.0, "square": 1.0, "log": 0.6931472})
+    product = gnn.LipschitzPenalty(model, form="hinge", over="product", threshold=0.25)()
+    assert product.item() == pytest.approx(0.75)
+    own = gnn.LipschitzPenalty(model, form="paper", over=lambda sigmas: 1 + sigmas["0"] * sigmas["1"])
+    assert own().item() == pytest.approx(2.0)
+
+
+def test_zero_weights_give_zero_and_finite_gradients() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3))
+    nn.init.zeros_(model[0].weight)
+    for over in ("layers", "product"):
+        model.zero_grad()
+        gnn.LipschitzPenalty(model, threshold=1e-6, over=over)().backward()
+        assert model[0].weight.grad.isfinite().all()
+
+
+def test_state_resumes_and_the_model_keeps_its_parameters() -> None:
+    model = net()
+    penalty = gnn.LipschitzPenalty(model)
+    assert not list(penalty.parameters())
+    for _ in range(3):
+        penalty()
+    other = gnn.LipschitzPenalty(model)
+    other.load_state_dict(penalty.state_dict())
+    assert torch.equal(other(), penalty())
+
+
+def test_autocast_leaves_it_alone() -> None:
+    model = net()
+    first, second = gnn.LipschitzPenalty(model), gnn.LipschitzPenalty(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = first()
+    assert torch.equal(inside, second())
+
+
+def test_of_normalised_layers() -> None:
+    model = gnn.spectral_norm_(net(), EXAMPLE, target=0.5)
+    penalty = gnn.LipschitzPenalty(model, EXAMPLE, threshold=0.4)
+    penalty().backward()
+    assert model[0].parametrizations.weight.original.grad is not None
+
+
+def test_work_is_shared_evenly_and_completely() -> None:
+    costs = [float(c) for c in (5, 1, 4, 4, 2, 9, 1)]
+    shares = [distributed.share(costs, 3, rank) for rank in range(3)]
+    assert sorted(i for part in shares for i in part) == list(range(7))
+    assert max(sum(costs[i] for i in part) for part in shares) == 9
+    assert distributed.share([], 2, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "cube"}, "form='cube'"),
+        ({"over": "sum"}, "over='sum'"),
+        ({"every": 0}, "every=0"),
+        ({"threshold": -1.0}, "threshold=-1.0"),
+        ({"over": "product", "shared": True}, "shared=True"),
+        ({"where": lambda *_: False}, "no layer"),
+    ],
+)
+def test_errors(options: dict[str, object], message: str) -> None:
+    with pytest.raises(gl.InputError, match=message):
+        gnn.LipschitzPenalty(net(), **options)
