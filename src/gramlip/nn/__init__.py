@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from gramlip.nn.parametrize import normalised, remove
 from gramlip.nn.penalty import LipschitzPenalty
+from gramlip.nn.rescaling import Residual, spectral_rescaling, spectral_rescaling_
 from gramlip.nn.spectral_norm import spectral_norm, spectral_norm_
 
-__all__ = ["LipschitzPenalty", "normalised", "remove", "spectral_norm", "spectral_norm_"]
+__all__ = [
+    "LipschitzPenalty",
+    "Residual",
+    "normalised",
+    "remove",
+    "spectral_norm",
+    "spectral_norm_",
+    "spectral_rescaling",
+    "spectral_rescaling_",
+]
