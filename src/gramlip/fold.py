@@ -164,12 +164,20 @@ def _channels(op: Conv) -> tuple[int, int]:
 
 
 def _is_pointwise(op: Conv) -> bool:
-    plain = all(k == 1 for k in op.weight.shape[2:]) and all(s == 1 for s in op.stride) and not any(map(any, op.padding))  # type: ignore[union-attr,arg-type]
-    return plain and not op.transposed and op.groups == 1
+    return _is_single(op) and all(s == 1 for s in op.stride) and not op.transposed and op.groups == 1  # type: ignore[union-attr]
+
+
+def _is_single(op: Conv) -> bool:
+    """One tap, no padding."""
+    return all(k == 1 for k in op.weight.shape[2:]) and not any(map(any, op.padding))  # type: ignore[arg-type]
 
 
 def _pointwise(outer: Linear, inner: Linear, a: Conv, b: Conv) -> Linear | None:
-    if a.transposed or b.transposed or a.groups > 1 or b.groups > 1 or not (_is_pointwise(a) or _is_pointwise(b)):
+    if a.transposed or b.transposed or a.groups > 1 or b.groups > 1:
+        return None
+    if _is_single(a) and _is_single(b):
+        a, b = replace(a, stride=1), replace(b, stride=[s * t for s, t in zip(a.stride, b.stride, strict=True)])  # type: ignore[arg-type]
+    if not (_is_pointwise(a) or _is_pointwise(b)):
         return None
     one, other = a.weight.detach().double(), b.weight.detach().double()
     if _is_pointwise(a):

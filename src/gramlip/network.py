@@ -19,8 +19,9 @@ from gramlip.jacobian import Stretch, function, stretch
 from gramlip.operators import Conv
 from gramlip.report import Layer, LeftOut, Report
 from gramlip.rules import lower
-from gramlip.steps import Linear, Lipschitz, Network, Pad, Product, Slope, Step, Sum, Unbounded
+from gramlip.steps import Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded
 
+_KINDS: dict[type, str] = {Slope: "activation", Pad: "padding", Sum: "sum", Product: "product", Unbounded: "unbounded"}
 Example = Tensor | Sequence[Tensor] | Sequence[int]
 
 
@@ -153,14 +154,7 @@ def _row(i: int, step: Step, own: Bound, seconds: float, share: float | None, ne
     if isinstance(what, Linear):
         size = what.op.input_size if isinstance(what.op, Conv) else None
         return Layer(step.name, type(what.op).__name__, tuple(what.op.weight.shape), size, own, seconds, share)  # type: ignore[arg-type]
-    kinds: dict[type, str] = {
-        Slope: "activation",
-        Pad: "padding",
-        Sum: "sum",
-        Product: "product",
-        Unbounded: "unbounded",
-        Lipschitz: "map",
-    }.get(type(what), "map")
+    kind = _KINDS.get(type(what), "map")
     if isinstance(what, Sum | Product):
         largest = max(composed.lips[s] for s in step.sources)
         growth = rd.up(composed.lips[i] / largest) if 0 < largest < math.inf else composed.lips[i]

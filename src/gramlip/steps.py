@@ -83,7 +83,9 @@ class Lipschitz:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A rearrangement of all entries: an isometry."""
+    """A rearrangement of all entries: an isometry; `flat` where their order stays the same and only the shape changes."""
+
+    flat: bool = False
 
 
 @dataclass(frozen=True, eq=False)

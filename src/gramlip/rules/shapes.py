@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
+from gramlip.bound import Bound
 from gramlip.errors import UnsupportedError
+from gramlip.operators import Conv
 from gramlip.rules.registry import Call, Var, register
-from gramlip.steps import Join, Lipschitz, Pad, Slice, View
+from gramlip.steps import Join, Linear, Lipschitz, Pad, Slice, View
 
 
 def _aten(names: str) -> list[str]:
@@ -43,8 +45,8 @@ def _same(call: Call) -> Var:
 
 @register(*_VIEWS)
 def _view(call: Call) -> Var | View:
-    keeps_order = call.op.split(".")[1] in ("view", "reshape", "flatten", "squeeze", "unsqueeze")
-    return call.vars[0] if keeps_order and call.vars[0].shape == call.shape else View()
+    flat = call.op.split(".")[1] in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "ravel")
+    return call.vars[0] if flat and call.vars[0].shape == call.shape else View(flat)
 
 
 @register(*_PARTS)
@@ -60,14 +62,28 @@ def _getitem(call: Call) -> Lipschitz:
 
 
 @register("aten.slice", "aten.narrow")
-def _slice(call: Call) -> Slice | Var:
+def _slice(call: Call) -> Slice | Linear | Var:
     x = call.vars[0]
     axis = int(call.const("dim")) % len(x.shape)
     start = call.const("start") or 0
     start = min(max(start + x.shape[axis] if start < 0 else start, 0), x.shape[axis])
     step = int(call.args.get("step", 1))
     stop = start + (call.shape[axis] - 1) * step + 1
-    return x if call.shape == x.shape else Slice(axis, start, stop, step)
+    if call.shape == x.shape:
+        return x
+    spatial = 2 <= axis < len(x.shape) <= 5 and x.shape[1] <= WIDEST
+    if spatial and start == 0 and step > 1 and call.shape[axis] == -(-x.shape[axis] // step):
+        return _selection(x, torch.eye(x.shape[1], dtype=torch.float64), [step if j == axis else 1 for j in range(2, len(x.shape))])
+    return Slice(axis, start, stop, step)
+
+
+WIDEST = 1024  # channels up to which a selection is written as a 1x1 convolution, so that it can be coupled
+
+
+def _selection(x: Var, rows: Tensor, stride: list[int]) -> Linear:
+    """Channels by a matrix of zeros and ones, each input entry at most once, and every stride-th place: a 1x1 convolution."""
+    weight = rows.reshape(*rows.shape, *[1] * len(stride))
+    return Linear(Conv(weight, input_size=x.shape[2:], stride=stride), known=Bound(1.0, 1.0, "a selection of entries"))
 
 
 @register("aten.select")
@@ -142,13 +158,17 @@ def _triangle(call: Call) -> Lipschitz:
 
 
 @register("aten.pad", "aten.constant_pad_nd")
-def _pad(call: Call) -> Pad | Lipschitz | Var:
+def _pad(call: Call) -> Pad | Linear | Lipschitz | Var:
     x, given = call.var("self"), [int(p) for p in call.const("pad")]
     pairs = [(given[i], given[i + 1]) for i in range(0, len(given), 2)][::-1]
     mode = {"constant": "zeros"}.get(call.args.get("mode", "constant"), call.args.get("mode", "constant"))
     if x.shape == call.shape and not any(given):
         return x
     spatial = len(x.shape) - 2
+    if mode == "zeros" and len(pairs) == spatial + 1 <= 4 and not any(map(any, pairs[1:])) and min(given) >= 0 and not call.args.get("value"):
+        rows = torch.eye(x.shape[1], dtype=torch.float64)
+        if x.shape[1] <= WIDEST:
+            return _selection(x, torch.nn.functional.pad(rows, (0, 0, *pairs[0])), [1] * spatial)
     if min(given) < 0 or len(pairs) > spatial or spatial > 3:
         if mode != "zeros":
             msg = f"{mode} padding by {given} of an input of shape {x.shape}, which no rule covers"

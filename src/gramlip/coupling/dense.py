@@ -1,0 +1,39 @@
+"""The matrix of an operator on values of a given shape, from pushing a basis through torch's own call in float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gramlip.operators import Conv, Dense
+from gramlip.steps import Scale, Shape
+
+
+def apply(op: Conv | Dense | Scale, x: Tensor) -> Tensor:
+    """The operator on a batch, as torch computes it, in float64."""
+    if isinstance(op, Scale):
+        return x * op.weight
+    weight = op.weight.detach().double()
+    if isinstance(op, Dense):
+        return x @ weight.mT
+    if op.transposed:
+        call = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[op.dims - 1]
+        padding = [lo for lo, _ in op.padding]  # type: ignore[misc]
+        return call(x, weight, None, op.stride, padding, op.output_padding, op.groups, op.dilation)  # type: ignore[arg-type]
+    pairs = [p for pair in reversed(op.padding) for p in pair]  # type: ignore[arg-type,union-attr]
+    mode = "constant" if op.padding_mode == "zeros" else op.padding_mode
+    wide = functional.pad(x, pairs, mode=mode) if any(pairs) else x
+    call = (functional.conv1d, functional.conv2d, functional.conv3d)[op.dims - 1]
+    return call(wide, weight, None, op.stride, 0, op.dilation, op.groups)  # type: ignore[arg-type]
+
+
+def matrix_of(op: Conv | Dense | Scale, shape: Shape) -> Tensor:
+    """The matrix (m, n) of the operator on values of `shape`, its first axis a batch."""
+    n = math.prod(shape)
+    basis = torch.eye(n, dtype=torch.float64)
+    with torch.no_grad():
+        images = apply(op, basis.reshape(n * shape[0], *shape[1:])) if not isinstance(op, Scale) else apply(op, basis.reshape(n, *shape))
+    return images.reshape(n, -1).mT.contiguous()

@@ -1,0 +1,193 @@
+"""Anchors eliminated one at a time: from `|output|^2` down to a quadratic form of the segment's input.
+
+For `u = D q` with `0 <= D <= 1` diagonal, any diagonal `L >= 0` gives `u* L (q - u) >= 0`; adding it twice and maximising
+over u leaves `H + B* (2 L - H_uu)^-1 B`. docs/network.md#elimination, arXiv 2404.07375 for chains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gramlip import rounding as rd
+from gramlip.certificates import cholesky
+from gramlip.coupling.forms import System, size_of
+
+Multipliers = dict[int, Tensor]
+
+
+@dataclass
+class Quadratic:
+    """A Hermitian form (F, n, n) over the anchors `live`, in that order; right up to `noise` (F,) in norm."""
+
+    live: list[int]
+    matrix: Tensor
+    noise: Tensor
+
+
+def start(system: System) -> Quadratic:
+    """The form of `|output|^2`."""
+    live = sorted(system.output.blocks)
+    wide = torch.cat([system.output.blocks[a].expand(system.frequencies, -1, -1) for a in live], -1)
+    size = size_of(wide)
+    error = rd.hypot_up(system.output.errors[a] for a in live)
+    noise = rd.add_up(
+        rd.mul_up(2.0, rd.mul_up(size, error)), rd.mul_up(error, error), rd.mul_up(rd.gamma(8.0 * (wide.shape[1] + 4)), rd.mul_up(size, size))
+    )
+    return Quadratic(live, wide.mH @ wide, torch.full((system.frequencies,), noise, dtype=torch.float64))
+
+
+def order(system: System) -> Iterator[int]:
+    """The anchors from the last to the first that is not the input."""
+    return iter(range(len(system.queries) - 1, 0, -1))
+
+
+@dataclass
+class Split:
+    """A form split at its last anchor: `rest` over `live`, `pair` (n_k, rest) and `own` (n_k, n_k), with the query `rows` (n_k, rest)."""
+
+    live: list[int]
+    rest: Tensor
+    pair: Tensor
+    own: Tensor
+    rows: Tensor
+    error: float
+
+
+def split(system: System, form: Quadratic, k: int) -> Split:
+    """The form widened by the anchors of query k, which it may not hold yet."""
+    query = system.queries[k]
+    assert query is not None
+    f = system.frequencies
+    live = sorted({*form.live[:-1], *query.blocks})
+    sizes = [len(system.channels[a]) for a in live]
+    n = len(system.channels[k])
+    held = torch.cat([torch.full((s,), a in form.live[:-1]) for a, s in zip(live, sizes, strict=True)]) if live else torch.zeros(0, dtype=torch.bool)
+    at = held.nonzero()[:, 0]
+    total, old = sum(sizes), form.matrix.shape[-1] - n
+    rest = form.matrix.new_zeros(f, total, total).index_put((torch.arange(f)[:, None, None], at[:, None], at), form.matrix[:, :old, :old])
+    pair = form.matrix.new_zeros(f, n, total).index_put((torch.arange(f)[:, None, None], torch.arange(n)[:, None], at), form.matrix[:, old:, :old])
+    rows = [query.blocks[a].expand(f, -1, -1) if a in query.blocks else form.matrix.new_zeros(f, n, s) for a, s in zip(live, sizes, strict=True)]
+    error = rd.hypot_up(query.errors.values())
+    return Split(live, rest, pair, form.matrix[:, old:, old:], torch.cat(rows, -1), error)
+
+
+def closed_form(system: System) -> Multipliers:
+    """One multiplier an anchor, the largest eigenvalue of its own block: ECLipsE-Fast where the segment is a chain."""
+    form, found = start(system), Multipliers()
+    for k in order(system):
+        if k not in form.live:
+            continue
+        parts = split(system, form, k)
+        top = float(torch.linalg.eigvalsh(parts.own)[:, -1].max())
+        count = int(system.channels[k].max()) + 1
+        found[k] = torch.full((count,), max(top, 1e-300) * (1 + 1e-6), dtype=torch.float64)
+        form = _step(system, parts, found[k], k)[0]
+    return found
+
+
+def _step(system: System, parts: Split, multipliers: Tensor, k: int) -> tuple[Quadratic, Tensor]:
+    weights = multipliers[system.channels[k]]
+    inner = torch.diag(2.0 * weights).to(parts.own.dtype) - parts.own
+    factor, info = torch.linalg.cholesky_ex(inner)
+    b = parts.pair + weights[:, None] * parts.rows
+    root = torch.linalg.solve_triangular(factor, b, upper=False)
+    return Quadratic(parts.live, parts.rest + root.mH @ root, torch.zeros(0)), info
+
+
+def objective(system: System, multipliers: Multipliers) -> tuple[Tensor, bool]:
+    """Smooth maximum over the frequencies of the largest eigenvalue's logarithm, and whether every step was positive definite."""
+    form, feasible = start(system), True
+    for k in order(system):
+        if k in form.live:
+            form, info = _step(system, split(system, form, k), multipliers[k], k)
+            feasible = feasible and not bool(info.any())
+            if not feasible:
+                return torch.tensor(math.inf), False
+    top = torch.linalg.eigvalsh(form.matrix)[:, -1].clamp_min(1e-300).log()
+    return torch.logsumexp(40.0 * top, 0) / 40.0, feasible
+
+
+def improve(system: System, multipliers: Multipliers, steps: int, rate: float = 0.1) -> Multipliers:
+    """Multipliers after gradient steps on their logarithms, the best met; never worse than those given."""
+    best = {k: m.clone() for k, m in multipliers.items()}
+    logs = {k: m.log().requires_grad_() for k, m in multipliers.items()}
+    optimiser = torch.optim.Adam(list(logs.values()), lr=rate)
+    least = math.inf
+    for i in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = rate * (1.0 - i / steps)
+        value, feasible = objective(system, {k: t.exp() for k, t in logs.items()})
+        if not feasible:
+            with torch.no_grad():
+                for k, t in logs.items():
+                    t.copy_(best[k].log() + 0.1)  # back to the best, a little inside
+            rate *= 0.5
+            optimiser = torch.optim.Adam(list(logs.values()), lr=rate)
+            continue
+        reached = float(value.detach())
+        if reached < least:
+            least, best = reached, {k: t.detach().exp() for k, t in logs.items()}
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+    return best
+
+
+def certificate(system: System, multipliers: Multipliers) -> float:
+    """A proved upper bound of the segment's Lipschitz constant for these multipliers; infinite where the proof fails.
+
+    Every rounding is bounded a posteriori; no eigenvalue or solution of a system is trusted. docs/network.md#certificate.
+    """
+    form = start(system)
+    for k in order(system):
+        if k not in form.live:
+            continue
+        parts = split(system, form, k)
+        weights = multipliers[k][system.channels[k]]
+        n = len(weights)
+        inner = torch.diag(2.0 * weights).to(parts.own.dtype) - parts.own
+        least = _least_eigenvalue(inner, form.noise)
+        if least is None:
+            return math.inf
+        b = parts.pair + weights[:, None] * parts.rows
+        x = torch.linalg.solve(inner, b)
+        cross = x.mH @ b
+        matrix = parts.rest + cross + cross.mH - x.mH @ (inner @ x)
+        matrix = 0.5 * (matrix + matrix.mH)
+        sizes = [torch.linalg.vector_norm(t, dim=(-2, -1)) * (1 + 1e-9) for t in (x, b, inner, parts.rows)]
+        unit = rd.gamma(16.0 * (n + matrix.shape[-1] + 8))
+        off = form.noise + float(weights.max()) * parts.error + unit * (sizes[1] + float(weights.max()) * sizes[3])
+        residual = torch.linalg.vector_norm(b - inner @ x, dim=(-2, -1)) * (1 + 1e-9) + unit * (sizes[1] + sizes[2] * sizes[0]) + off + form.noise * sizes[0]
+        slack = unit * (2 * sizes[0] * sizes[1] + sizes[0].square() * sizes[2] + torch.linalg.vector_norm(parts.rest, dim=(-2, -1)))
+        noise = (form.noise * (1 + sizes[0].square()) + 2 * sizes[0] * off + slack + residual.square() / least) * (1 + 1e-9)
+        form = Quadratic(parts.live, matrix, noise)
+    if not form.live:
+        return 0.0
+    return _root(form)
+
+
+def _least_eigenvalue(matrix: Tensor, noise: Tensor) -> Tensor | None:
+    """A proved positive lower bound of the least eigenvalue of each matrix known up to `noise`; None where there is none."""
+    guess = 0.5 * torch.linalg.eigvalsh(matrix)[:, 0] - 2 * noise
+    top = torch.linalg.vector_norm(matrix, dim=(-2, -1)) * (1 + 1e-9) + noise
+    if not bool((guess > 0).all()):
+        return None
+    # lambda_1(top I - M) <= top - guess proves that M >= guess.
+    turned = torch.diag_embed(top[:, None].expand(-1, matrix.shape[-1])).to(matrix.dtype) - matrix
+    extra = noise + rd.gamma(4) * top
+    return guess if bool(cholesky(turned, top - guess, extra).all()) else None
+
+
+def _root(form: Quadratic) -> float:
+    """Upper bound of the root of the largest eigenvalue over all frequencies."""
+    tops = torch.linalg.eigvalsh(form.matrix)[:, -1].clamp_min(0.0)
+    for slack in (1e-9, 1e-6, 1e-3):
+        threshold = tops.max() * (1 + slack) + 4 * form.noise.max()
+        if bool((threshold > 0) and cholesky(form.matrix.clone(), threshold.expand(len(tops)).clone(), form.noise).all()):
+            return rd.sqrt_up(rd.mul_up(float(threshold), 1 + 1e-12))
+    return math.inf
