@@ -25,8 +25,12 @@ def _scaled(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def _spread(x: Tensor) -> tuple[Tensor, Tensor, float]:
     """Mean eigenvalue, deviation from it and the weight of the deviation in the two-moment bound."""
     c = x.shape[-1]
+    eye = torch.eye(c, dtype=x.dtype, device=x.device)
     mean = x.diagonal(dim1=-2, dim2=-1).real.sum(-1)[..., None, None] / c
-    return mean, x - mean * torch.eye(c, dtype=x.dtype, device=x.device), ((c - 1) / c) ** 0.5
+    deviation = x - mean * eye
+    # For flat spectra the deviation is rounding alone: centre it once more, or the gradient sees its trace.
+    drift = deviation.diagonal(dim1=-2, dim2=-1).real.sum(-1)[..., None, None] / c
+    return mean + drift, deviation - drift * eye, ((c - 1) / c) ** 0.5
 
 
 class _GramNorm(torch.autograd.Function):
@@ -56,20 +60,20 @@ class _GramNorm(torch.autograd.Function):
         # d tr (G*G)^M = 2M Re tr((G*G)^(M-1) G* dG): the power M - 1 is the product of all iterates but the last.
         blocks, value = ctx.saved_tensors
         tall, peak = _scaled(blocks)
-        x, log = _unit(tall.mH @ tall)
-        power, log_power = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), torch.zeros_like(log)
+        x, _ = _unit(tall.mH @ tall)
+        power = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
         for _ in range(ctx.n_iter - 1):
-            power, more = _unit(power @ x)
-            log_power = log_power + log + more
-            x, more = _unit(x @ x)
-            log = 2 * log + more
-        mean, deviation, weight = _spread(x)
+            power, _ = _unit(power @ x)
+            x, _ = _unit(x @ x)
+        _, deviation, weight = _spread(x)
         size = torch.linalg.vector_norm(deviation, dim=(-2, -1), keepdim=True)
-        top = mean + weight * size
         slope = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) / x.shape[-1]
         slope = slope + weight * deviation / torch.where(size > 0, size, 1.0)
-        grad = tall @ (power @ slope) * (log_power - log).exp() / torch.where(top > 0, top, 1.0)
-        grad = grad * (value * grads[0])[..., None, None] / torch.where(peak > 0, peak, 1.0)
+        grad = tall @ (power @ slope)
+        # The value is homogeneous of degree one: Re <grad, blocks> = value (Euler) gives back the lengths divided out.
+        length = (grad.conj() * tall).real.sum((-2, -1), keepdim=True)
+        scale = value[..., None, None] / torch.where(peak > 0, peak, 1.0) * grads[0][..., None, None]
+        grad = grad / torch.where(length > 0, length, 1.0) * scale
         return (grad if blocks.shape[-2] >= blocks.shape[-1] else grad.mH), None
 
 
