@@ -132,7 +132,7 @@ class _Enclosing:
 
     def _own(self, layer: Layer, lower: float, x: Tensor) -> Bound:
         """The finite layer's own certificate, group by group."""
-        top, factorizations, width = lower, 0, self.rtol * 0.98
+        top, factorizations, width, floor = lower, 0, self.rtol * 0.98, 0.0
         for group in range(self.gram.groups):
             if rd.mul_up(self.gram.mass[group], rd.sqrt_up(float(layer.shared))) <= top:
                 continue
@@ -141,14 +141,16 @@ class _Enclosing:
             vector = x if group == self.search.where[0] else _start_like(layer, x)
             while True:
                 factorizations += 1
-                if certificate.proves(top * (1 + width), self.gram.mass[group]):
+                if certificate.proves(max(top, floor) * (1 + width), self.gram.mass[group]):
                     break
                 before = top
                 vector = layer.ascend(vector, group, 24)
                 top = max(top, layer.lower(vector, group, self.gram.mass[group]))
                 if top <= before * (1 + width / 50):  # no better vector is in reach: the interval stays wider than asked for
                     width *= 1.5
-        upper = rd.mul_up(top, rd.up(1 + width))
+                    # a layer whose taps read nothing but padding, or cancel, has norm zero: prove a small number instead
+                    floor = max(floor, self.gram.mass[group] * 2.0**-20) if top == 0.0 else floor
+        upper = rd.mul_up(max(top, floor), rd.up(1 + width))
         size = "x".join(map(str, layer.sizes))
         mode = {"zeros": "zero"}.get(self.op.padding_mode, self.op.padding_mode)  # type: ignore[union-attr]
         why = f"{mode} padding: the finite layer itself at size {size}, block-banded Cholesky (theorem 11, R3), {factorizations} factorizations"

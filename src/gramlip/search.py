@@ -1,12 +1,13 @@
 """The search over frequencies: which cells of the torus, or of a grid, can hold the norm.
 
-A cell is a box of an integer lattice. The corner theorem (docs/theory.md#corner-theorem): with S the supremum over the
-torus, every point x of a box with half-widths h satisfies
+The corner theorem (docs/theory.md#corner-theorem): with S the supremum over the torus, every point x of a box with
+half-widths h satisfies
 
     ||D(x)|| <= max over the box's corners of ||D|| + S sum_j (1 - cos(degree_j h_j)),
 
 so that corners below a threshold settle the whole box, for a grid and for the torus alike. Flat layers are settled by the
-taps of the autocorrelation instead (docs/theory.md#tap-bound). What is left is split.
+taps of the autocorrelation instead (docs/theory.md#tap-bound). What is left is split. Layers of equal shape are searched
+together, each with its own target.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from torch import Tensor
 from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip.gramian import Gramian
+from gramlip.lattice import START, Cells, Lattice
 
-LATTICE = 1 << 24  # points a side that stand for the torus
 BUDGET = 4e12  # real operations after which the search stops with what it has proved
-START = 8  # cells a side to start from, for each unit of degree
+STEPS = 8  # Lanczos steps on a block
+DENSE_STEPS = 40  # and where there is only one
 
 
 @dataclass
@@ -34,13 +36,14 @@ class Tally:
     blocks: int = 0
     factorizations: int = 0
     gram_steps: int = 0
+    matvecs: int = 0
     operations: float = 0.0
-    ways: set[str] = field(default_factory=set)
+    ways: set[str] = field(default_factory=set[str])
 
 
 @dataclass(frozen=True)
 class Enclosure:
-    """`lower <= max ||D|| / 2**exponent <= upper`, where it is attained, and what it took."""
+    """`lower <= max ||D|| / 2**exponent <= upper`, where the lower side is attained, and what it took."""
 
     lower: float
     upper: float
@@ -48,314 +51,260 @@ class Enclosure:
     group: int
     tally: Tally
     finished: bool
-    vector: Tensor | None = None
-
-
-class Search:
-    """Encloses the largest norm of a symbol over a grid (`points`) or, on axes where it is None, over the whole circle."""
-
-    def __init__(self, gram: Gramian, points: tuple[int | None, ...], rtol: float, budget: float = BUDGET) -> None:
-        """Lay the lattice; nothing is computed yet."""
-        self.g, self.rtol, self.budget = gram, rtol, budget
-        self.sizes = tuple(1 if k == 1 else n or LATTICE for n, k in zip(points, gram.span, strict=True))
-        self.on_grid = [n is not None or k == 1 for n, k in zip(points, gram.span, strict=True)]
-        self.degrees = [(k - 1) / 2 for k in gram.span]
-        self.noise = torch.tensor(gram.noise, dtype=torch.float64, device=gram.device)
-        self.tally = Tally()
-        self.best, self.where, self.vector = 0.0, (0, (0,) * gram.axes), None
-        # sup over the torus <= (largest on the grid) / spread; axes that are visited point by point have no share in it
-        self.spread = 1.0 - 1e-14
-        for n, d, grid in zip(self.sizes, self.degrees, self.on_grid, strict=True):
-            if grid and n > START * d:
-                self.spread *= math.cos(math.pi * d / n)
-
-    # ---- the lattice -------------------------------------------------------------------------------------------------
-
-    def boxes(self, refine: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The initial cells: group (B,), lowest and highest corner (B, axes); half the torus for a real kernel."""
-        lows, highs = [], []
-        halved = None if self.g.is_complex else max((j for j, n in enumerate(self.sizes) if n > 1), default=None)
-        for j, (n, d) in enumerate(zip(self.sizes, self.degrees, strict=True)):
-            end = n // 2 if j == halved else n
-            count = min(max(1, math.ceil(START * d * refine * end / n)), max(end, 1)) if n > 1 else 1
-            edges = [end * i // count for i in range(count + 1)]
-            lows.append(edges[:-1] if n > 1 else [0])
-            highs.append(edges[1:] if n > 1 else [0])
-        count = math.prod(map(len, lows))
-        lo = torch.tensor(list(itertools.product(*lows)), dtype=torch.int64).reshape(count, self.g.axes)
-        hi = torch.tensor(list(itertools.product(*highs)), dtype=torch.int64).reshape(count, self.g.axes)
-        group = torch.arange(self.g.groups).repeat_interleave(len(lo))
-        return group, lo.repeat(self.g.groups, 1), hi.repeat(self.g.groups, 1)
-
-    def corners(self, lo: Tensor, hi: Tensor) -> Tensor:
-        """The corners of the boxes, (B, 2^active, axes)."""
-        active = [j for j, n in enumerate(self.sizes) if n > 1]
-        masks = torch.zeros(1 << len(active), self.g.axes, dtype=torch.bool)
-        for row, bits in enumerate(itertools.product((False, True), repeat=len(active))):
-            masks[row, active] = torch.tensor(bits, dtype=torch.bool)
-        return torch.where(masks[None], hi[:, None], lo[:, None])
-
-    def keys(self, group: Tensor, index: Tensor) -> Tensor:
-        """One integer for each (group, frequency); a frequency and its mirror image share it for real kernels."""
-
-        def code(i: Tensor) -> Tensor:
-            total = torch.zeros_like(group)
-            for j, n in enumerate(self.sizes):
-                total = total * n + i[..., j].remainder(n)
-            return total
-
-        least = code(index) if self.g.is_complex else torch.minimum(code(index), code(-index))
-        return group + self.g.groups * least
-
-    def decode(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Group and frequency of the keys."""
-        group, rest, parts = keys.remainder(self.g.groups), keys.div(self.g.groups, rounding_mode="floor"), []
-        for n in reversed(self.sizes):
-            parts.append(rest.remainder(n))
-            rest = rest.div(n, rounding_mode="floor")
-        return group, torch.stack(parts[::-1], -1) if parts else keys.new_zeros(len(keys), 0)
-
-    # ---- the lower side ----------------------------------------------------------------------------------------------
-
-    def raise_lower(self, keys: Tensor, steps: int) -> Tensor:
-        """Rayleigh quotients at these frequencies after Lanczos steps; keeps the best. Returns estimates of lambda_1."""
-        values = []
-        for part in keys.split(self.g.chunk()):
-            group, index = self.decode(part)
-            g = self.g.at(group.to(self.g.device), index.to(self.g.device), self.sizes)
-            start = _start(len(part), self.g.side, g.dtype, g.device)
-            value, v = cert.lanczos(g, start, steps)
-            value = torch.maximum(value, cert.rayleigh(g, v, self.noise[group.to(self.g.device)]))
-            lower = cert.rayleigh(g, v, self.noise[group.to(self.g.device)])
-            top = int(lower.argmax())
-            if float(lower[top]) > self.best:
-                self.best, self.vector = float(lower[top]), v[top]
-                self.where = (int(group[top]), tuple(index[top].tolist()))
-            values.append(value.cpu())
-            self.tally.blocks += len(part)
-            self.tally.operations += len(part) * steps * 8.0 * self.g.side**2
-        return torch.cat(values)
-
-    def climb(self, rounds: int) -> None:
-        """Move the best frequency uphill, with the singular vectors held: docs/theory.md#lower-side."""
-        if all(n == 1 for n in self.sizes) or self.best == 0.0:
-            return
-        for _ in range(rounds):
-            before = self.best
-            point = self._uphill()
-            near = [
-                sorted({math.floor(x), math.ceil(x)}) if grid else [round(x)]
-                for x, grid in zip(point, self.on_grid, strict=True)
-            ]
-            index = torch.tensor(list(itertools.product(*near)), dtype=torch.int64)
-            group = torch.full((len(index),), self.where[0], dtype=torch.int64)
-            self.raise_lower(self.keys(group, index).unique(), 12)
-            if self.best <= before * (1 + self.rtol * 1e-2):
-                return
-
-    def _uphill(self) -> list[float]:
-        """Newton steps, safeguarded, on `|u* D(w) v|^2` from the best frequency; lattice coordinates."""
-        group, index = self.where
-        angle = torch.tensor([2 * math.pi * i / n for i, n in zip(index, self.sizes, strict=True)], dtype=torch.float64)
-        coefficients, positions = self.g.polynomial(group, index, self.sizes, self.vector)
-        w = angle.clone()
-
-        def value(w: Tensor) -> float:
-            return float((coefficients * torch.polar(torch.ones(len(positions), dtype=torch.float64), -positions @ w)).sum().abs() ** 2)
-
-        now = value(w)
-        for _ in range(8):
-            wave = coefficients * torch.polar(torch.ones(len(positions), dtype=torch.float64), -positions @ w)
-            p, first = wave.sum(), (-1j * positions * wave[:, None]).sum(0)
-            second = -(positions[:, :, None] * positions[:, None, :] * wave[:, None, None]).sum(0)
-            slope = 2 * (p.conj() * first).real
-            bend = 2 * (p.conj() * second + first.conj()[:, None] * first[None, :]).real
-            values, vectors = torch.linalg.eigh(bend)
-            # Newton where the surface is concave, a gradient step of the same scale elsewhere
-            step = vectors @ ((vectors.mT @ slope) / values.abs().clamp_min(1e-3 * float(values.abs().max()) + 1e-300))
-            while value(w + step) < now and float(step.abs().max()) > 1e-9:
-                step = step / 4
-            after = value(w + step)
-            if after <= now:
-                break
-            w, now = w + step, after
-        sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        return (w / (2 * math.pi) * sizes).tolist()
-
-    # ---- the upper side ----------------------------------------------------------------------------------------------
-
-    def slack(self, lo: Tensor, hi: Tensor) -> Tensor:
-        """`sum_j (1 - cos(degree_j h_j))` for each box, at most 1 on every axis, rounded up; 0 for a grid box without interior."""
-        total = torch.zeros(len(lo), dtype=torch.float64)
-        for j, (n, d, grid) in enumerate(zip(self.sizes, self.degrees, self.on_grid, strict=True)):
-            width = (hi[:, j] - lo[:, j]).to(torch.float64)
-            argument = math.pi * d / n * width
-            part = torch.where(argument <= math.pi / 2, 1 - argument.cos() + 1e-15, 1e9)
-            total += torch.where((width <= 1) & grid, 0.0, part) if d else 0.0
-        return total
-
-    def tap_slack(self, group: Tensor, lo: Tensor, hi: Tensor, norms: Tensor) -> Tensor:
-        """`sum_q ||A_q|| sum_j min(2, (q_j h_j)^2 / 2)` for each box, rounded up: docs/theory.md#tap-bound."""
-        total = torch.zeros(len(lo), len(self.g.offsets), dtype=torch.float64)
-        for j, (n, grid) in enumerate(zip(self.sizes, self.on_grid, strict=True)):
-            width = (hi[:, j] - lo[:, j]).to(torch.float64)
-            half = torch.where((width <= 1) & grid, 0.0, math.pi / n * width)
-            total += (self.g.offsets[None, :, j] * half[:, None]).square().div(2).clamp_max(2.0)
-        # the norms are of the computed taps, whose errors add up to less than `noise`
-        return (2 * total * norms[group]).sum(-1) * (1 + 1e-12) + 4 * self.g.axes * self.noise.cpu()[group]
-
-    def certify(self, keys: Tensor, thresholds: Tensor) -> Tensor:
-        """True where `lambda_1(G) <= threshold` is proved; moments first, a Gram step or Cholesky for the rest."""
-        done = torch.zeros(len(keys), dtype=torch.bool)
-        c = self.g.side
-        for part in torch.arange(len(keys)).split(self.g.chunk()):
-            group, index = self.decode(keys[part])
-            g = self.g.at(group.to(self.g.device), index.to(self.g.device), self.sizes)
-            noise, t = self.noise[group.to(self.g.device)], thresholds[part].to(self.g.device)
-            good = cert.moments(g, noise) <= t
-            if bool(good.any()):
-                self.tally.ways.add("Gram")
-            rest = (~good).nonzero()[:, 0]
-            if len(rest):
-                good[rest] = cert.cholesky(g if len(rest) == len(g) else g[rest], t[rest], noise[rest])
-                self.tally.ways.add("Cholesky")
-                self.tally.factorizations += len(rest)
-            done[part] = good.cpu()
-            self.tally.blocks += len(part)
-            self.tally.operations += len(part) * 100.0 * c**2 + len(rest) * (4 / 3) * c**3
-            if self.g.taps is None:
-                self.tally.operations += len(part) * 8.0 * self.g.rows * c**2
-        return done
-
-    def start(self) -> None:
-        """The lower side: Lanczos steps on a coarse grid, then uphill from the best frequency."""
-        group, lo, hi = self.boxes(1.0)
-        self._keys = self.corner_keys(group, lo, hi).unique()
-        self._estimates = self.raise_lower(self._keys, 10 if self.g.axes else 40)
-        self.climb(4)
-
-    def close(self, rtol: float) -> Enclosure:
-        """Prove that nothing exceeds the lower side by more than `rtol`, unless the budget ends first."""
-        self.rtol = rtol
-        if self.best == 0.0 and max(self.g.mass) == 0.0:
-            return self._result(0.0, True)
-        taps = self.g.tap_norms(self.best)
-        if taps is not None and self._flat(taps):
-            return self._result(self._tau(), True)
-        cells = self._start_boxes(self._keys, self._estimates)
-        proved = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64))
-        finished, stretch, steps = True, 1.0, 10
-        while len(cells[0]):
-            names, back = self.corner_keys(*cells).unique(return_inverse=True)
-            target = self._targets(cells, taps, self._tau() * stretch)
-            least = torch.full((len(names),), math.inf, dtype=torch.float64)
-            least.scatter_reduce_(0, back.flatten(), target[:, None].expand_as(back).flatten(), "amin")
-            passed = _look_up(proved, names) <= least
-            test = ~passed & (least > 0)
-            passed[test] = self.certify(names[test], least[test])
-            proved = _merge(proved, (names[passed], least[passed]))
-            left = ~passed[back].all(-1)
-            cells = (cells[0][left], cells[1][left], cells[2][left])
-            if not finished or self.tally.operations > self.budget:
-                finished, stretch = False, 1 + 2 * (stretch - 1) + rtol
-                continue
-            before, count = self.best, len(cells[0])
-            failed = test & ~passed
-            if bool(failed.any()):
-                self._learn(names[failed], least[failed], steps)
-            cells = self._split(*cells)
-            if len(cells[0]) == count > 0 and self.best == before:  # nothing left to split, and no better vector
-                finished, steps = steps < self.g.side, 2 * steps
-        return self._result(self._tau() * stretch, finished)
-
-    def _targets(self, cells: tuple[Tensor, Tensor, Tensor], taps: Tensor | None, tau: float) -> Tensor:
-        """What the largest eigenvalue at the corners of each cell must not exceed for the cell to stay below tau squared."""
-        group, lo, hi = cells
-        ratio = self.slack(lo, hi) / self.spread
-        target = (tau * (1 - ratio * (1 + 1e-14))).clamp_min(0).square()
-        if taps is not None:
-            target = torch.maximum(target, tau * tau - self.tap_slack(group, lo, hi, taps))
-        return target * (1 - 1e-15)
-
-    def _tau(self) -> float:
-        """The value to prove: the lower side plus nearly all of the width asked for."""
-        return math.sqrt(self.best) * (1 + self.rtol * 0.98)
-
-    def _flat(self, taps: Tensor) -> bool:
-        """Whether the tap bound of the whole torus, `||A_0|| + 2 sum ||A_q||`, proves the target at once."""
-        assert self.g.taps is not None
-        room = self._tau() ** 2 * (1 - 1e-15) - 2 * taps.sum(-1) * (1 + 1e-12)
-        if bool((room <= self.best * (1 - 1e-12)).any()):
-            return False
-        self.tally.ways.add("tap bound")
-        self.tally.factorizations += self.g.groups
-        return bool(cert.cholesky(self.g.taps[0][:, 0].clone(), room.to(self.g.device), self.noise).all())
-
-    def corner_keys(self, group: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-        """Keys of the corners of the boxes, (B, 2^active)."""
-        index = self.corners(lo, hi)
-        return self.keys(group[:, None].expand(index.shape[:2]), index)
-
-    def _start_boxes(self, keys: Tensor, estimates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The initial cells at the resolution that the estimates on the coarse grid predict to be cheapest."""
-        if not any(n > 1 for n in self.sizes):
-            return self.boxes(1.0)
-        tau = self._tau()
-        sigma = estimates.clamp_min(0).sqrt()
-        dims = sum(n > 1 for n in self.sizes)
-        best, choice = math.inf, 1.0
-        for refine in (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0):
-            limit = tau * (1 - dims * (1 - math.cos(math.pi / START / refine)))
-            fail = float((sigma > limit).double().mean())
-            cost = refine**dims * (1 + (2**dims) * fail)
-            if cost < best:
-                best, choice = cost, refine
-        return self.boxes(choice)
-
-    def _learn(self, failed: Tensor, thresholds: Tensor, steps: int) -> None:
-        """Corners that could not be proved may hold the norm: raise the lower side there."""
-        candidates = failed[thresholds > 0.25 * self._tau() ** 2]
-        if len(candidates):
-            values = self.raise_lower(candidates[: 4 * self.g.chunk()], steps)
-            if float(values.max()) > self.best * (1 - self.rtol):
-                self.climb(3)
-
-    def _split(self, group: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Halve the boxes along the axes that matter."""
-        weight = torch.zeros(len(lo), self.g.axes, dtype=torch.float64)
-        for j, (n, d) in enumerate(zip(self.sizes, self.degrees, strict=True)):
-            width = hi[:, j] - lo[:, j]
-            weight[:, j] = torch.where(width > 1, d * width / n, 0.0)
-        for j, n in enumerate(self.sizes):
-            if n == 1:
-                continue
-            cut = weight[:, j] >= 0.5 * weight.amax(-1)
-            cut &= weight[:, j] > 0
-            mid = torch.div(lo[:, j] + hi[:, j], 2, rounding_mode="floor")
-            second_lo, first_hi = lo[cut].clone(), hi[cut].clone()
-            second_lo[:, j], first_hi[:, j] = mid[cut], mid[cut]
-            group = torch.cat([group, group[cut]])
-            weight = torch.cat([weight, weight[cut]])
-            second_hi = hi[cut].clone()
-            hi = hi.clone()
-            hi[cut] = first_hi
-            lo, hi = torch.cat([lo, second_lo]), torch.cat([hi, second_hi])
-        return group, lo, hi
-
-    def _result(self, upper: float, finished: bool) -> Enclosure:
-        sign = -1 if self.g.flipped else 1
-        frequency = tuple(math.remainder(sign * 2 * math.pi * i / n, 2 * math.pi) for i, n in zip(self.where[1], self.sizes, strict=True))
-        return Enclosure(rd.sqrt_down(self.best), upper, frequency, self.where[0], self.tally, finished, self.vector)
-
-
-def _start(count: int, side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Deterministic start vectors, the same for every frequency, without touching the global generator."""
-    i = torch.arange(1, side + 1, dtype=torch.float64, device=device)
-    v = torch.polar(1 + 0.5 * (i * 0.754877666).frac(), 2 * math.pi * (i * i * 0.569840291).frac())
-    return (v if dtype.is_complex else v.real).to(dtype).expand(count, side)
 
 
 Table = tuple[Tensor, Tensor]  # sorted keys and, for each, the least threshold that was proved there
+
+
+class Search:
+    """Encloses the largest norm of a symbol over a grid (`points`) or, on axes where it is None, over the whole circle.
+
+    `items` says to which layer each group belongs; every layer has its own lower side and its own target.
+    """
+
+    def __init__(self, gram: Gramian, points: tuple[int | None, ...], items: Tensor | None = None, budget: float = BUDGET) -> None:
+        """Lay the lattice; nothing is computed yet."""
+        self.g, self.budget, self.tally = gram, budget, Tally()
+        self.lattice = Lattice(gram.span, points, gram.groups, not gram.is_complex)
+        self.items = items if items is not None else torch.zeros(gram.groups, dtype=torch.int64)
+        count = int(self.items.max()) + 1
+        self.noise = torch.tensor(gram.noise, dtype=torch.float64)
+        self.best = torch.zeros(count, dtype=torch.float64)  # lower bounds of the largest eigenvalues of the Gram symbols
+        self.where = torch.zeros(count, dtype=torch.int64)  # the keys at which they are attained
+        self.vectors = torch.zeros(count, gram.side, dtype=torch.complex128, device=gram.device)
+
+    # ---- the lower side ----------------------------------------------------------------------------------------------
+
+    def start(self, rtol: float) -> None:
+        """The lower side: Lanczos steps on a coarse grid, then uphill from the best frequency of each layer."""
+        self.rtol = rtol
+        groups = torch.tensor([g for g, mass in enumerate(self.g.mass) if mass], dtype=torch.int64)
+        self.coarse = self.lattice.corner_keys(self.lattice.cells(1.0, groups)).unique()
+        if not len(groups):
+            return
+        self.estimates = self.raise_lower(self.coarse, STEPS if self.lattice.active else DENSE_STEPS)
+        self.climb(torch.arange(len(self.best)), 3 if rtol > 1e-3 else 8)
+
+    def raise_lower(self, keys: Tensor, steps: int, warm: bool = False) -> Tensor:
+        """Rayleigh quotients at these frequencies after Lanczos steps; keeps each layer's best. Returns estimates."""
+        values: list[Tensor] = []
+        for part in keys.split(self.g.chunk()):
+            group, index = self.lattice.decode(part)
+            g = self.g.at(group, index, self.lattice.sizes)
+            item = self.items[group]
+            begin = self.vectors[item.to(self.g.device)] if warm else _start(self.g.side, self.g.device).expand(len(part), -1)
+            estimate, v = cert.lanczos(g, (begin if g.is_complex() else begin.real + begin.imag).to(g.dtype), steps)
+            estimate = estimate.cpu()
+            top = torch.full_like(self.best, -1.0).scatter_reduce_(0, item, estimate, "amax")
+            chosen = ((estimate >= top[item]) & (top[item] > self.best[item])).nonzero()[:, 0]
+            if len(chosen):
+                there = chosen.to(self.g.device)
+                lower = cert.rayleigh(g[there], v[there], self.noise[group[chosen]].to(self.g.device)).cpu()
+                for k, value in zip(chosen.tolist(), lower.tolist(), strict=True):
+                    one = int(item[k])
+                    if value > float(self.best[one]):
+                        self.best[one], self.where[one], self.vectors[one] = value, part[k], v[k]
+            values.append(estimate)
+            self.tally.matvecs += len(part) * steps
+            self._count(len(part), 8.0 * steps * self.g.side**2)
+        return torch.cat(values)
+
+    def climb(self, items: Tensor, rounds: int) -> None:
+        """Move the best frequencies uphill, with the singular vectors held: docs/theory.md#lower-side."""
+        if not self.lattice.active:
+            return
+        for _ in range(rounds):
+            items = items[self.best[items] > 0]
+            if not len(items):
+                return
+            before = self.best[items]
+            group, _ = self.lattice.decode(self.where[items])
+            point = self._uphill(items)
+            near = [(point[:, j].floor(), point[:, j].ceil()) if grid else (point[:, j].round(),) for j, grid in enumerate(self.lattice.on_grid)]
+            keys = [self.lattice.keys(group, torch.stack(c, -1).to(torch.int64)) for c in itertools.product(*near)]
+            keys = torch.cat(keys).unique()
+            if bool((keys == self.where[items]).all() if len(keys) == len(items) else False) and rounds <= 3:
+                return
+            self.raise_lower(keys, STEPS, warm=True)
+            items = items[self.best[items] > before * (1 + self.rtol * 2e-2)]
+
+    def _uphill(self, items: Tensor) -> Tensor:
+        """Newton steps, safeguarded, on `|u* D(w) v|^2` from the best frequency of each layer; lattice coordinates (I, axes)."""
+        group, index = self.lattice.decode(self.where[items])
+        sizes = torch.tensor(self.lattice.sizes, dtype=torch.float64)
+        coefficients, positions = self.g.polynomial(group, index, self.lattice.sizes, self.vectors[items.to(self.g.device)])
+        w = index.to(torch.float64) * (2 * math.pi) / sizes
+        outer = (positions[:, :, None] * positions[:, None, :]).flatten(1)
+        moments = torch.cat([torch.ones_like(positions[:, :1]), positions, outer], 1).to(torch.complex128)
+        d = positions.shape[1]
+
+        def terms(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            angles = -w @ positions.mT
+            sums = (coefficients * torch.polar(torch.ones_like(angles), angles)) @ moments
+            return sums[:, 0], -1j * sums[:, 1 : 1 + d], -sums[:, 1 + d :].unflatten(1, (d, d))
+
+        p, first, second = terms(w)
+        for _ in range(5):
+            slope = 2 * (p.conj()[:, None] * first).real
+            bend = 2 * (p.conj()[:, None, None] * second + first.conj()[:, :, None] * first[:, None, :]).real
+            values, vectors = torch.linalg.eigh(bend)
+            # Newton where the surface is concave, a gradient step of the same scale elsewhere
+            size = values.abs().clamp_min(1e-3 * values.abs().amax(-1, keepdim=True) + 1e-300)
+            step = (vectors @ ((vectors.mT @ slope[..., None]) / size[..., None]))[..., 0].clamp(-1.0, 1.0)
+            for scale in (1.0, 0.25, 0.0):
+                after = terms(w + scale * step)
+                better = after[0].abs() > p.abs()
+                if bool(better.all()) or scale == 0.0:
+                    break
+                step = torch.where(better[:, None], step, step * 0.25)
+            move = torch.where(better[:, None], scale * step, 0.0)
+            if float(move.abs().max()) < 1e-8:
+                break
+            w = w + move
+            p, first, second = terms(w)
+        return w / (2 * math.pi) * sizes
+
+    # ---- the upper side ----------------------------------------------------------------------------------------------
+
+    def close(self, rtol: float | Tensor) -> list[Enclosure]:
+        """Prove for every layer that nothing exceeds its lower side by more than `rtol`, unless the budget ends first."""
+        width = torch.as_tensor(rtol, dtype=torch.float64).expand(len(self.best)).clone()
+        self.rtol = float(width.min())
+        stretch = torch.ones_like(self.best)  # beyond 1 once the width asked for cannot be had
+        taps = self.g.tap_norms(self.items, self.best)
+        groups = (self.best > 0)[self.items].nonzero()[:, 0]
+        if taps is not None:
+            groups = groups[~self._flat(groups, taps, self._tau(width)[self.items[groups]])]
+        cells = self._first_cells(groups, self._tau(width))
+        proved: Table = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64))
+        steps, over = STEPS, False
+        while len(cells[0]):
+            tau = (self._tau(width) * stretch)[self.items[cells[0]]]
+            names, back = self.lattice.corner_keys(cells).unique(return_inverse=True)
+            target = self._targets(cells, taps, tau)
+            least = torch.full((len(names),), math.inf, dtype=torch.float64)
+            least.scatter_reduce_(0, back.flatten(), target[:, None].expand_as(back).flatten(), "amin")
+            passed = _look_up(proved, names) <= least
+            test = (~passed & (least > 0)).nonzero()[:, 0]
+            passed[test] = self.certify(names[test], least[test])
+            proved = _merge(proved, (names[passed], least[passed]))
+            left = (~passed[back].all(-1)).nonzero()[:, 0]
+            cells = (cells[0][left], cells[1][left], cells[2][left])
+            if not len(left):
+                break
+            late = self.items[cells[0]].unique()
+            over = over or self.tally.operations > self.budget
+            if over:
+                stretch[late] = 1 + 2 * (stretch[late] - 1) + width[late]
+                continue
+            before, count = self.best.clone(), len(left)
+            failed = test[~passed[test]]
+            self._learn(names[failed], least[failed], width, steps)
+            cells = self.lattice.split(cells)
+            if len(cells[0]) == count and torch.equal(before, self.best):  # nothing left to split, and no better vector
+                over, steps = steps >= self.g.side, 2 * steps
+        upper = self._tau(width) * stretch
+        return [self._result(i, float(upper[i]), float(stretch[i]) == 1.0) for i in range(len(self.best))]
+
+    def certify(self, keys: Tensor, thresholds: Tensor) -> Tensor:
+        """True where `lambda_1(G) <= threshold` is proved: two moments first, then a Cholesky factorisation."""
+        done = torch.zeros(len(keys), dtype=torch.bool)
+        c = self.g.side
+        for part in torch.arange(len(keys)).split(self.g.chunk()):
+            group, index = self.lattice.decode(keys[part])
+            g = self.g.at(group, index, self.lattice.sizes)
+            noise, t = self.noise[group].to(g.device), thresholds[part].to(g.device)
+            good = cert.moments(g, noise) <= t
+            rest = (~good).nonzero()[:, 0]
+            if len(rest) < len(part):
+                self.tally.ways.add("Gram")
+            if len(rest):
+                self.tally.ways.add("Cholesky")
+                good[rest] = cert.cholesky(g if len(rest) == len(g) else g[rest], t[rest], noise[rest])
+            done[part] = good.cpu()
+            self.tally.factorizations += len(rest)
+            self.tally.gram_steps += len(part)
+            self._count(len(part), 4.0 * c**2)
+            self.tally.operations += len(rest) * (4 / 3) * c**3
+        return done
+
+    def _count(self, blocks: int, operations: float) -> None:
+        self.tally.blocks += blocks
+        self.tally.operations += blocks * (operations + self.g.operations)
+
+    def _tau(self, width: Tensor) -> Tensor:
+        """What is to be proved: each lower side plus nearly all of the width asked for."""
+        return self.best.sqrt() * (1 + width * 0.98)
+
+    def _targets(self, cells: Cells, taps: Tensor | None, tau: Tensor) -> Tensor:
+        """What the largest eigenvalue at the corners of each cell must not exceed for the cell to stay below tau squared."""
+        half = self.lattice.half_widths(cells)
+        ratio = self.lattice.slack(half) / self.lattice.spread
+        target = (tau * (1 - ratio * (1 + 1e-14))).clamp_min(0).square()
+        if taps is not None:
+            # b_q of docs/theory.md#tap-bound; the norms are of the computed taps, whose errors add up to less than `noise`
+            bend = (self.g.offsets[None] * half[:, None]).square().div(2).clamp_max(2.0).sum(-1)
+            beta = (2 * bend * taps[cells[0]]).sum(-1) * (1 + 1e-12) + 4 * self.lattice.axes * self.noise[cells[0]]
+            target = torch.maximum(target, tau * tau - beta)
+        return target * (1 - 1e-15)
+
+    def _flat(self, groups: Tensor, taps: Tensor, tau: Tensor) -> Tensor:
+        """Where the tap bound of the whole torus, `||A_0|| + 2 sum ||A_q||`, proves the target at once."""
+        assert self.g.taps is not None
+        room = tau * tau * (1 - 1e-15) - 2 * taps[groups].sum(-1) * (1 + 1e-12)
+        done = room > self.best[self.items[groups]] * (1 + 1e-12)
+        chosen = done.nonzero()[:, 0]
+        if len(chosen):
+            there = groups[chosen].to(self.g.device)
+            good = cert.cholesky(self.g.taps[0][there, 0], room[chosen].to(self.g.device), self.noise[groups[chosen]].to(self.g.device)).cpu()
+            done[chosen] = good
+            self.tally.factorizations += len(chosen)
+            if bool(good.any()):
+                self.tally.ways.add("tap bound")
+        return done
+
+    def _first_cells(self, groups: Tensor, tau: Tensor) -> Cells:
+        """The initial cells at the resolution that the estimates on the coarse grid predict to be cheapest."""
+        if not self.lattice.active or not len(groups):
+            return self.lattice.cells(1.0, groups)
+        group, _ = self.lattice.decode(self.coarse)
+        ratio = (self.estimates.clamp_min(0).sqrt() / tau[self.items[group]].clamp_min(1e-300)).sort()[0]
+        dims = len(self.lattice.active)
+        best, choice = math.inf, 1.0
+        for refine in (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0):
+            limit = 1 - dims * (1 - math.cos(math.pi / (2 * START * refine)))
+            fail = 1 - int(torch.searchsorted(ratio, limit)) / len(ratio)
+            cost = refine**dims * (1 + 2**dims * fail)
+            if cost < best:
+                best, choice = cost, refine
+        return self.lattice.cells(choice, groups)
+
+    def _learn(self, failed: Tensor, thresholds: Tensor, width: Tensor, steps: int) -> None:
+        """Corners that could not be proved may hold the norm: raise the lower side there."""
+        group, _ = self.lattice.decode(failed)
+        item = self.items[group]
+        close = thresholds > 0.5 * self._tau(width)[item] ** 2
+        candidates = failed[close]
+        if not len(candidates):
+            return
+        values = self.raise_lower(candidates[: 4 * self.g.chunk()], steps)
+        item = item[close][: 4 * self.g.chunk()]
+        rising = item[values > self.best[item] * (1 - width[item] / 2)].unique()
+        if len(rising):
+            self.climb(rising, 3)
+
+    def _result(self, item: int, upper: float, finished: bool) -> Enclosure:
+        group, index = self.lattice.decode(self.where[item : item + 1])
+        sign = -1 if self.g.flipped else 1
+        turns = zip(index[0].tolist(), self.lattice.sizes, strict=True)
+        frequency = tuple(math.remainder(sign * 2 * math.pi * i / n, 2 * math.pi) for i, n in turns)
+        return Enclosure(rd.sqrt_down(float(self.best[item])), upper, frequency, int(group[0]), self.tally, finished)
+
+
+def _start(side: int, device: torch.device) -> Tensor:
+    """A deterministic start vector, without touching the global generator."""
+    i = torch.arange(1, side + 1, dtype=torch.float64, device=device)
+    return torch.polar(1 + 0.5 * (i * 0.754877666).frac(), 2 * math.pi * (i * i * 0.569840291).frac())
 
 
 def _look_up(table: Table, keys: Tensor) -> Tensor:
