@@ -1,0 +1,137 @@
+"""Certified radii: ties, units, pairs of classes, and an attack that must never get below the certificate."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import gramlip as gl
+from gramlip import nn as gnn
+from gramlip import robust
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 16), nn.ReLU(), nn.Linear(16, 4))
+    gnn.spectral_norm_(model, torch.zeros(1, 1, 6, 6))
+    x = torch.rand(256, 1, 6, 6)
+    y = (4 * x.mean((1, 2, 3))).mul(30).long() % 4  # something learnable enough to have margins
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(20 * model(x), y).backward()
+        optimiser.step()
+    return gnn.remove(model)
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    model = net()
+    x = torch.rand(64, 1, 6, 6, generator=torch.Generator().manual_seed(3))
+    return model, x, model(x).argmax(1)
+
+
+def test_ties_wrong_labels_and_nan_get_radius_zero() -> None:
+    logits = torch.tensor([[2.0, 2.0], [1.0, 3.0], [math.nan, 0.0], [3.0, 0.0]])
+    found = robust.radii(logits, torch.tensor([0, 0, 0, 0]), math.sqrt(2))
+    assert found[:3].tolist() == [0.0, 0.0, 0.0]
+    assert 1.5 * (1 - 1e-12) < found[3] <= 1.5
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_radius_of_a_linear_classifier_is_never_above_the_distance_to_the_boundary(seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = nn.Linear(5, 3).double()
+    x = torch.randn(50, 5, dtype=torch.float64)
+    logits = layer(x).detach()
+    labels = logits.argmax(1)
+    rows = layer.weight.detach()
+    gaps = logits.gather(1, labels[:, None]) - logits
+    between = torch.linalg.vector_norm(rows[labels][:, None] - rows[None], dim=-1)
+    distance = (gaps / between).scatter(1, labels[:, None], math.inf)
+        1, labels[:, None], math.inf
+    )
+    exact = distance.amin(1)
+    pairs = robust.radii(logits, labels, 1.0, last=layer)
+    assert (pairs <= exact).all()
+    assert torch.allclose(pairs, exact)
+    single = robust.radii(logits, labels, gl.bound(layer))
+    assert (single <= exact).all()
+
+
+def test_pixels_units() -> None:
+    logits, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
+    plain = robust.radii(logits, labels, 1.0).item()
+    assert robust.radii(logits, labels, 1.0, std=(0.5, 0.25, 0.3)).item() == pytest.approx(plain / 4)
+    assert robust.radii(logits, labels, math.inf).item() == 0.0
+    assert robust.radii(logits, labels, 0.0).item() == math.inf
+
+
+def test_certified_accuracies(trained: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:
+    model, x, y = trained
+    upper = gl.bound(model[0], 6).upper * gl.bound(model[3]).upper * gl.bound(model[5]).upper
+    loader = [(x[:40], y[:40]), (x[40:], y[40:])]
+    model.train()
+    found = robust.certify(model, loader, upper)
+    assert model.training
+    assert found.clean == 1.0
+    assert list(found.certified) == list(robust.EPS)
+    shares = list(found.certified.values())
+    assert shares == sorted(shares, reverse=True)
+    assert found.count == 64
+    assert "36/255" in str(found)
+    assert found.to_dict()["certified"][0]["eps"] == 36 / 255
+    assert robust.certified_accuracy(model, loader, 36 / 255, lipschitz=upper) == shares[0]
+    features = gl.bound(model[0], 6).upper * gl.bound(model[3]).upper
+    pairwise = robust.certify(model, loader, features, last=model[5])
+    assert (pairwise.radii >= found.radii * (1 - 1e-9)).all()
+
+
+@pytest.mark.parametrize("eps", [0.01, 0.05, 0.2])
+def test_certified_is_never_above_attacked(trained: tuple[nn.Module, torch.Tensor, torch.Tensor], eps: float) -> None:
+    model, x, y = trained
+    features = gl.bound(model[0], 6).upper * gl.bound(model[3]).upper
+    loader = [(x, y)]
+    certified = robust.certified_accuracy(model, loader, eps, lipschitz=features, last=model[5])
+    attacked = robust.attacked_accuracy(model, loader, eps)
+    assert certified <= attacked <= 1.0
+    assert certified > 0 or eps > 0.1
+
+
+def test_attack_takes_the_normalisation_into_account(trained: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:
+    model, x, y = trained
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            return self.model(0.5 * z + 0.25)
+
+    same = robust.attacked_accuracy(Shifted(), [(x, y)], 1e-6, mean=[0.25], std=[0.5])
+    assert same == 1.0
+    upper = 0.5 * gl.bound(model[0], 6).upper * gl.bound(model[3]).upper * gl.bound(model[5]).upper
+    shifted = robust.certify(Shifted(), [((x - 0.25) / 0.5, y)], upper, std=[0.5])
+    assert shifted.radii.allclose(robust.certify(model, [(x, y)], upper / 0.5).radii, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: robust.radii(torch.zeros(2), torch.zeros(2), 1.0), "logits of shape"),
+        (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([2]), 1.0), "integers from 0 to 1"),
+        (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([0]), -1.0), "lipschitz=-1.0"),
+        (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([0]), 1.0, std=0.0), "std=0.0"),
+        (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([0]), 1.0, last=torch.zeros(3, 4)), "one row a class"),
+        (lambda: robust.certify(nn.Identity(), [], 1.0), "no batch"),
+        (lambda: robust.certify(nn.Identity(), [], 1.0, eps=-1.0), "eps=-1.0"),
+        (lambda: robust.attacked_accuracy(nn.Identity(), []), "no batch"),
+    ],
+)
+def test_errors(call: object, message: str) -> None:
+    with pytest.raises(gl.InputError, match=message):
+        call()
