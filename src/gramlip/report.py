@@ -153,7 +153,7 @@ class Report:
             rows.append((row.name, row.op, _times(row.weight_shape), size, *shown(row.bound)))
         if self.network is not None:
             rows.append(("network", "", "", "", *shown(self.network)))
-        parts = ["\n".join([self.target, *(f"  {note}" for note in self.notes)]), aligned(rows, right=(5,))]
+        parts = ["\n".join([self.target, *(_wrapped(note) for note in self.notes)]), aligned(rows, right=(5,))]
         if marks:
             parts.append("\n".join(f"{mark} {part}" for part, mark in marks.items()))
         for title, is_weight in (("weights without a bound", True), ("left out", False)):

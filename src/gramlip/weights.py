@@ -15,12 +15,13 @@ from gramlip.operators import Conv, Dense, check_weight
 from gramlip.report import Layer, LeftOut, Report
 
 NOTES = (
-    "From the weights alone: 2 axes are a matrix, 3 to 5 axes a convolution kernel (channels, channels, *kernel) at stride 1, ungrouped.",
-    "upper holds for every input size, stride, dilation, number of groups and for the transposed layer; lower is that of the stride-1",
+    "From the weights alone: 2 axes are a matrix, 3 to 5 axes a convolution kernel (channels, channels, *kernel).",
+    "upper holds for every input size, stride, dilation, number of groups, and for the transposed layer. lower is that of the stride-1 "
     "ungrouped convolution over all input sizes: a layer with a stride, groups or a small input may lie below it.",
-    "Assumed: padding with zeros, or circular padding of at most kernel - 1 in all on each axis; reflect and replicate may exceed upper.",
+    "Assumed: padding with zeros, or circular padding of at most kernel - 1 in all on each axis. "
+    "Reflect and replicate padding may exceed upper.",
 )
-DOMINATES = "stride-1 ungrouped operator: dominates every stride, dilation, grouping and the transpose (docs/theory.md#weights-alone)"
+DOMINATES = "stride-1 ungrouped operator: dominates every stride, dilation, grouping and the transpose (docs/weights-alone.md)"
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
 _EMBEDDING = re.compile(r"(^|_)(emb|embed|embeds|embedding|embeddings|wte|wpe)(_(?!out)|$)|^shared$", re.I)
 _TABLE = re.compile(r"(^|_)(pos|position|positional|cls|class|mask|query|register)_?(emb\w*|enc\w*|tokens?|table)$|(^|_)tokens?$", re.I)
@@ -67,7 +68,7 @@ class Weights:
     def audit(self, *, rtol: float = 1e-2, watch: Watch = iter) -> Report:
         """The report: for each linear map an interval with `upper` at least the layer's norm; `watch` may show progress.
 
-        Proof that the operator dominates the layer: docs/theory.md#weights-alone.
+        Proof that the operator dominates the layer: docs/weights-alone.md.
 
         Raises:
             InputError: NaN or infinite entries, an axis of size zero, nothing to bound.

@@ -1,0 +1,317 @@
+import json
+import os
+import pickle
+import struct
+from collections import OrderedDict
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+from torch import nn
+
+import gramlip as gl
+from gramlip import checkpoint
+from gramlip.checkpoint import read, read_bytes
+from gramlip.testing.oracle import oracle
+from gramlip.weights import Weights
+
+NET = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 4))
+STATE = NET.state_dict()
+KEPT = ["0.weight", "3.weight"]
+
+
+class Evil:
+    """Unpickled, it would create the marker file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def weights(value, path, **options):
+    torch.save(value, path, **options)
+    return Weights("x", read(path))
+
+
+def left_out(state):
+    return {out.name: out for out in Weights("x", read_bytes(save({k: v.contiguous() for k, v in state.items()}))).sort()[1]}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"state_dict": s, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(3, 3)}}, "param_groups": []}},
+        lambda s: {"model": s, "best": torch.tensor(0.5)},
+        lambda s: {"model_state_dict": s, "lr_scheduler": {"last_lr": [0.1]}},
+        lambda s: {"checkpoint": {"state_dict": s}},
+        lambda s: {"net": {f"module.{k}": v for k, v in s.items()}},
+        lambda s: {"ema": {"n_averaged": torch.tensor(4)} | {f"module.{k}": v for k, v in s.items()}},
+        lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
+        lambda s: {f"module._orig_mod.{k}": nn.Parameter(v, requires_grad=v.is_floating_point()) if v.ndim else v for k, v in s.items()},
+    ],
+)
+def test_containers_and_prefixes_are_read_as_people_save_them(tmp_path, wrap, zipped):
+    source = weights(wrap(STATE), tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    assert source.sort()[0] == KEPT
+    assert torch.equal(source.operator("3.weight").weight, STATE["3.weight"])
+
+
+def test_two_networks_are_both_bounded_under_their_own_names(tmp_path):
+    source = weights({"model": STATE, "ema": STATE}, tmp_path / "x.pt")
+    assert source.sort()[0] == [f"{part}.{name}" for part in ("model", "ema") for name in KEPT]
+
+
+def test_nested_layers_keep_their_names(tmp_path):
+    w = torch.ones(2, 2)
+    assert weights({"params": {"a": {"weight": w}, "b": [w, w]}}, tmp_path / "x.pt").sort()[0] == ["a.weight", "b.0", "b.1"]
+    assert weights({"linear": {"weight": w}}, tmp_path / "x.pt").sort()[0] == ["linear.weight"]
+    assert weights(w, tmp_path / "x.pt").sort()[0] == ["weight"]
+
+
+def test_names_that_would_collide_keep_their_prefix(tmp_path):
+    w = torch.ones(2, 2)
+    assert weights({"a": w, "module.a": w}, tmp_path / "x.pt").sort()[0] == ["a", "module.a"]
+    assert weights({"a": w, "_orig_mod.a": w}, tmp_path / "x.pt").sort()[0] == ["a", "_orig_mod.a"]
+
+
+def test_the_state_of_training_is_listed(tmp_path):
+    source = weights({"state_dict": STATE, "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "x.pt")
+    assert [(out.name, out.reason) for out in source.sort()[1]][-1] == ("optimizer", "state of training")
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
+def test_a_file_that_wants_to_run_code_is_refused_unexecuted(tmp_path, how, protocol):
+    path, marker = tmp_path / "x.pt", tmp_path / "marker"
+    value = {"state_dict": STATE, "evil": Evil(marker)}
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(Evil(marker), protocol))
+    else:
+        torch.save(value, path, _use_new_zipfile_serialization=how == "zip", pickle_protocol=protocol)
+    with pytest.raises(gl.InputError, match=r"refused, unexecuted: it wants to run .*(posix|nt)\.mkdir") as caught:
+        read(path)
+    assert not marker.exists()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickled_module_is_refused(tmp_path):
+    torch.save(NET, tmp_path / "x.pt")
+    with pytest.raises(gl.InputError, match=r"it wants to run torch\.nn\.modules\.container\.Sequential"):
+        read(tmp_path / "x.pt")
+
+
+def test_a_torch_whose_pickles_are_not_safe_is_refused(tmp_path, monkeypatch):
+    torch.save(STATE, tmp_path / "x.pt")
+    monkeypatch.setattr(checkpoint.torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(gl.InputError, match=r"torch 2\.10 or newer"):
+        read(tmp_path / "x.pt")
+
+
+def damaged(path, kind):
+    whole = save(STATE) if path.suffix == ".safetensors" else None
+    if whole is None:
+        torch.save({"w": torch.randn(50, 50)}, path)
+        whole = path.read_bytes()
+    middle = len(whole) // 2
+    data = {
+        "empty": b"",
+        "truncated": whole[:middle],
+        "short": whole[:5],
+        "junk": b"no weights at all, but text",
+        "flipped": whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :],
+        "header": struct.pack("<Q", 2**62) + b'{"a":1}',
+        "zip": b"PK\x03\x04" + bytes(40),
+    }[kind]
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "short", "junk", "header"])
+def test_damaged_safetensors(tmp_path, kind):
+    with pytest.raises(gl.InputError, match=r"x\.safetensors"):
+        read(damaged(tmp_path / "x.safetensors", kind))
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "short", "junk", "flipped", "zip"])
+def test_damaged_torch_checkpoints(tmp_path, kind):
+    with pytest.raises(gl.InputError, match=r"x\.pt") as caught:
+        read(damaged(tmp_path / "x.pt", kind))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_folders_and_files_without_tensors(tmp_path):
+    with pytest.raises(gl.InputError, match="does not exist"):
+        read(tmp_path / "missing.pt")
+    with pytest.raises(gl.InputError, match="is a folder"):
+        read(tmp_path)
+    torch.save({"epoch": 3}, tmp_path / "x.pt")
+    with pytest.raises(gl.InputError, match="holds no tensor"):
+        read(tmp_path / "x.pt")
+    save_file({}, tmp_path / "x.safetensors")
+    with pytest.raises(gl.InputError, match="holds no tensor"):
+        read(tmp_path / "x.safetensors")
+    with pytest.raises(gl.InputError, match="holds nothing to bound"):
+        Weights("x", read_bytes(save({"b": torch.ones(3)}))).audit()
+
+
+def index(tmp_path, places):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return path
+
+
+def test_sharded_safetensors(tmp_path):
+    save_file({"a": torch.ones(2, 2)}, tmp_path / "1.safetensors")
+    save_file({"b": torch.ones(3, 2)}, tmp_path / "2.safetensors")
+    found = read(index(tmp_path, {"b": "2.safetensors", "a": "1.safetensors"}))
+    assert {name: entry.shape for name, entry in found.entries.items()} == {"a": (2, 2), "b": (3, 2)}
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"a": "../1.safetensors"}, "beside the index"),
+        ({"a": "/etc/passwd"}, "beside the index"),
+        ({"a": "2.safetensors"}, "does not exist"),
+        ({"c": "1.safetensors"}, "which lacks it"),
+        ({"a": 3}, "no weight_map"),
+        (None, "no weight_map"),
+    ],
+)
+def test_bad_indices(tmp_path, places, message):
+    save_file({"a": torch.ones(2, 2)}, tmp_path / "1.safetensors")
+    with pytest.raises(gl.InputError, match=message):
+        read(index(tmp_path, places))
+
+
+def test_an_index_that_is_no_json(tmp_path):
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(gl.InputError, match="no JSON"):
+        read(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128])
+def test_every_dtype_is_bounded_from_above_and_below(tmp_path, dtype):
+    torch.manual_seed(0)
+    matrix, kernel = torch.randn(7, 5, dtype=torch.complex128), torch.randn(3, 2, 3, 3).to(memory_format=torch.channels_last)
+    matrix = matrix.to(dtype) if dtype.is_complex else matrix.real.to(dtype)
+    report = weights({"matrix": matrix, "kernel": kernel.to(dtype)}, tmp_path / "x.pt").audit()
+    truth = float(torch.linalg.svdvals(matrix.to(torch.complex128))[0])
+    assert report.layers[0].lower <= truth <= report.layers[0].upper <= 1.02 * truth
+
+
+LAYERS = [
+    (nn.Conv2d(4, 6, 3, padding=1), 7),
+    (nn.Conv2d(4, 6, 3, stride=2, padding=1), 7),
+    (nn.Conv2d(4, 6, 3, groups=2, dilation=2, padding=2), 6),
+    (nn.Conv2d(4, 4, (1, 3), groups=4), 5),
+    (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), 5),
+    (nn.Conv2d(2, 3, 3, stride=2, padding=1, padding_mode="circular"), 5),
+    (nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1), 5),
+    (nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2), 4),
+    (nn.Conv1d(2, 3, 4, stride=4), 12),
+    (nn.Conv3d(2, 2, 2, padding=1), 3),
+]
+
+
+@pytest.mark.parametrize(("layer", "size"), LAYERS, ids=lambda value: str(value)[:90])
+@pytest.mark.parametrize("fill", ["random", "ones"])
+def test_weights_alone_dominate_the_layer_whatever_its_geometry(layer, size, fill):
+    torch.manual_seed(1)
+    layer.weight.data = torch.randn_like(layer.weight) if fill == "random" else torch.ones_like(layer.weight)
+    report = Weights("x", read_bytes(save({"w": layer.weight.detach()}))).audit()
+    truth = oracle(layer, (layer.in_channels, *(size,) * (layer.weight.ndim - 2)))
+    assert report.layers[0].upper >= truth
+    assert report.layers[0].op == f"Conv{layer.weight.ndim - 2}d"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_name_the_tensor(bad):
+    matrix = torch.ones(3, 3)
+    matrix[1, 2] = bad
+    with pytest.raises(gl.InputError, match=r"body\.fc\.weight holds NaN or infinite"):
+        Weights("x", read_bytes(save({"a": torch.ones(2, 2), "body.fc.weight": matrix}))).audit()
+
+
+def test_an_axis_of_size_zero_names_the_tensor():
+    with pytest.raises(gl.InputError, match=r"fc\.weight has shape \(0, 3\)"):
+        Weights("x", read_bytes(save({"fc.weight": torch.ones(0, 3)}))).audit()
+
+
+def test_what_no_linear_map_is_made_of():
+    state = {
+        "bn.weight": torch.ones(3),
+        "bn.bias": torch.ones(3),
+        "bn.running_mean": torch.ones(3),
+        "bn.num_batches_tracked": torch.tensor(3),
+        "ln.weight": torch.ones(3, 4, 4),
+        "ln.bias": torch.ones(3, 4, 4),
+        "block.norm2.weight": torch.ones(3, 4),
+        "scale": torch.tensor(2.0),
+        "index": torch.ones(3, 3, dtype=torch.int64),
+        "relative_position_bias_table": torch.ones(9, 2),
+        "wte.weight": torch.ones(9, 2),
+        "model.embed_tokens.weight": torch.ones(9, 2),
+        "pos_embed": torch.ones(1, 9, 2),
+        "cls_token": torch.ones(1, 1, 2),
+    }
+    found = left_out(state | {"fc.weight": torch.ones(2, 2)})
+    assert set(found) == set(state)
+    assert not any(out.is_weight for out in found.values())
+    assert all(out.reason for out in found.values())
+
+
+def test_linear_maps_with_names_near_those():
+    state = {
+        "patch_embed.proj.weight": torch.ones(4, 3, 2, 2),
+        "embed.weight": torch.ones(4, 3),
+        "embed.bias": torch.ones(4),
+        "embed_out.weight": torch.ones(4, 3),
+        "time_embed.0.weight": torch.ones(4, 3),
+        "attn.in_proj_weight": torch.ones(9, 3),
+        "rnn.weight_ih_l0": torch.ones(9, 3),
+    }
+    assert set(left_out(state)) == {"embed.bias"}
+
+
+def test_weights_whose_layer_is_not_stored_are_marked(tmp_path):
+    conv = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3))
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    state = {f"conv.{k}": v for k, v in conv.state_dict().items()} | {f"fc.{k}": v for k, v in normed.state_dict().items()}
+    state |= {"old.weight_orig": torch.ones(2, 2), "old.weight_u": torch.ones(2), "old.weight_v": torch.ones(2)}
+    state |= {"cut.weight_orig": torch.ones(2, 2), "cut.weight_mask": torch.ones(2, 2)}
+    state |= {"wn.weight_g": torch.ones(2, 1), "wn.weight_v": torch.ones(2, 2)}
+    state |= {
+        "six": torch.ones(1, 1, 1, 1, 1, 1),
+        "q.weight": torch.ones(2, 2, dtype=torch.int8),
+        "f8": torch.ones(2, 2).to(torch.float8_e4m3fn),
+    }
+    source = weights(state | {"last.weight": torch.ones(2, 2)}, tmp_path / "x.pt")
+    kept, out = source.sort()
+    assert kept == ["last.weight"]
+    reasons = {row.name: row.reason for row in out if row.is_weight}
+    assert set(reasons) == {
+        "conv.parametrizations.weight.original",
+        "fc.parametrizations.weight.original1",
+        "old.weight_orig",
+        "cut.weight_orig",
+        "wn.weight_v",
+        "six",
+        "q.weight",
+        "f8",
+    }
+    assert "spectral_norm" in reasons["conv.parametrizations.weight.original"]
+    assert "spectral_norm" in reasons["old.weight_orig"]
+    assert "weight_norm" in reasons["fc.parametrizations.weight.original1"]
+    assert "weight_norm" in reasons["wn.weight_v"]
+    assert "pruning" in reasons["cut.weight_orig"]
+    assert len(source.audit().above(100.0)) == len(reasons)
+
+
+def test_an_ordered_dict_keeps_its_order(tmp_path):
+    state = OrderedDict((name, torch.ones(2, 2)) for name in ("z", "a", "m"))
+    assert [row.name for row in weights(state, tmp_path / "x.pt").audit().layers] == ["z", "a", "m"]
