@@ -52,8 +52,6 @@ def test_the_radius_of_a_linear_classifier_is_never_above_the_distance_to_the_bo
     gaps = logits.gather(1, labels[:, None]) - logits
     between = torch.linalg.vector_norm(rows[labels][:, None] - rows[None], dim=-1)
     distance = (gaps / between).scatter(1, labels[:, None], math.inf)
-        1, labels[:, None], math.inf
-    )
     exact = distance.amin(1)
     pairs = robust.radii(logits, labels, 1.0, last=layer)
     assert (pairs <= exact).all()
