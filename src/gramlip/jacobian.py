@@ -47,6 +47,10 @@ def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if any(a is torch.float32 or a is torch.float16 or a is torch.bfloat16 for a in (*args, *kwargs.values())):
         args = tuple(torch.float64 if isinstance(a, torch.dtype) and a.is_floating_point else a for a in args)
         kwargs = {k: torch.float64 if isinstance(v, torch.dtype) and v.is_floating_point else v for k, v in kwargs.items()}
+    if op_name(node) == "aten.scaled_dot_product_attention.default":  # the fused kernel has no forward derivative
+        q, k, v, *others = args
+        mask, dropout, causal = (*others, *(None, 0.0, False)[len(others) :])
+        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask, dropout, causal, None, scale=kwargs.get("scale"))[0]
     schema: Any = getattr(node.target, "_schema", None)
     if schema is not None and schema.is_mutable:
         # The value may be a leaf or shared: overwrite a copy, and let later reads of the name see it.

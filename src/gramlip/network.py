@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from gramlip import rounding as rd
-from gramlip.bound import Bound
+from gramlip.bound import Bound, decimals
 from gramlip.compose import Composition, compose, constant
+from gramlip.coupling import coupled, total
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.fold import fold
 from gramlip.graph import Program, export
@@ -47,6 +48,7 @@ def audit(
     domain: tuple[float, float] | None = None,
     data: Tensor | None = None,
     seed: int = 0,
+    effort: float = 1.0,
     strict: bool = True,
     target: str | None = None,
     progress: Callable[[Sequence[Step]], Sequence[Step]] | None = None,
@@ -63,6 +65,7 @@ def audit(
         domain: (low, high), where every entry of the input lies; makes products of activations finite.
         data: samples (k, *sample) from which the search for the lower side starts.
         seed: of that search.
+        effort: of the search for coupled bounds; 0 takes closed forms, a negative number plain composition.
         strict: False reports calls without a rule as unbounded instead of raising; they stand in `report.unsupported`.
         target: title of the report.
         progress: wraps the list of steps that is iterated over, such as `tqdm`.
@@ -89,7 +92,7 @@ def audit(
     network = fold(lowered.network)
     constants, seconds = _constants(network, rtol, progress)
     composed = compose(network, constants)
-    upper, because = composed.upper, "product of layers, sum at residuals, root of squares at joins"
+    upper, because = _whole(network, constants, composed, effort)
     found = _lower_side(program, tensors, data, domain, seed)
     whole = Bound(min(found.value, upper), upper, f"{because}; {found.because}")
     return Report(
@@ -100,6 +103,15 @@ def audit(
         tuple(lowered.assumed),
         unsupported=tuple(lowered.unsupported),
     )
+
+
+def _whole(network: Network, constants: Sequence[Bound], composed: Composition, effort: float) -> tuple[float, str]:
+    """The better of composition and coupling, and why."""
+    plain = "product of layers, sum at residuals, root of squares at joins"
+    segments = coupled(network, constants, effort) if effort >= 0 else None
+    if segments is None or not (upper := total(segments)) < composed.upper:
+        return composed.upper, plain
+    return upper, "; ".join([f"{plain} ({decimals(composed.upper, upward=True)})", *(s.because for s in segments if s.because)])
 
 
 def _check(assume: Mapping[str, float] | None, domain: tuple[float, float] | None) -> None:

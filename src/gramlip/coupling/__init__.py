@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from gramlip.coupling.segments import Segment, coupled
+from gramlip.coupling.segments import Segment, coupled, total
 
-__all__ = ["Segment", "coupled"]
+__all__ = ["Segment", "coupled", "total"]

@@ -85,7 +85,7 @@ def closed_form(system: System) -> Multipliers:
         parts = split(system, form, k)
         top = float(torch.linalg.eigvalsh(parts.own)[:, -1].max())
         count = int(system.channels[k].max()) + 1
-        found[k] = torch.full((count,), max(top, 1e-300) * (1 + 1e-6), dtype=torch.float64)
+        found[k] = torch.full((count,), max(top, 1e-300) * system.ratios[k] * (1 + 1e-6), dtype=torch.float64)
         form = _step(system, parts, found[k], k)[0]
     return found
 

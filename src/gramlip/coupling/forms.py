@@ -7,7 +7,7 @@ earlier value. A map gives one matrix for each frequency (one matrix in all for 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -67,13 +67,14 @@ class System:
     """A segment: anchor 0 is its input; anchor k > 0 is `D q[k]`; `output` is the value whose size is asked for.
 
     `channels[k]` gives, for each entry of anchor k, the number of its multiplier (entries that share one commute with shifts).
+    `ratios[k]` is where a search for the multiplier starts, against the largest eigenvalue of the anchor's own block.
     """
 
     queries: list[Form | None]
     channels: list[Tensor]
     output: Form
     frequencies: int
-    notes: list[str] = field(default_factory=list[str])
+    ratios: list[float]
 
 
 class Maps(Protocol):
@@ -94,10 +95,11 @@ def system(network: Network, maps: Maps) -> System:
     """The forms of a segment whose first step is its input and whose last is its output."""
     forms: list[Form] = [maps.identity(0)]
     queries: list[Form | None] = [None]
-    channels = [maps.channels(0)]
+    channels, ratios = [maps.channels(0)], [1.0]
 
-    def anchor(i: int, query: Form) -> Form:
+    def anchor(i: int, query: Form, ratio: float = 1.0) -> Form:
         queries.append(query)
+        ratios.append(ratio)
         channels.append(maps.channels(i))
         new = maps.identity(i)
         return Form({len(queries) - 1: new.blocks[0]}, {len(queries) - 1: 0.0}, True)
@@ -114,8 +116,10 @@ def system(network: Network, maps: Maps) -> System:
             forms.append(source.mapped(matrix, error, source.clean and keeps))
         elif isinstance(what, Slope):
             low, high = maps.slopes(what)
-            u = anchor(i, source)
             rest = maps.factors(i, high) - maps.factors(i, low)
+            # On a multiple of the identity the best multiplier for slopes [low, high] is high / (high - low) of it.
+            best = float((maps.factors(i, high) / rest.clamp_min(1e-12)).max())
+            u = anchor(i, source, min(max(best, 0.51), 1.0))
             value = u.scaled(rest) if bool((rest != 1).any()) else u
             shift = maps.factors(i, low)
             total = value + source.scaled(shift) if bool((shift != 0).any()) else value
@@ -132,7 +136,7 @@ def system(network: Network, maps: Maps) -> System:
         else:
             assert isinstance(what, View)
             forms.append(source)
-    return System(queries, channels, forms[-1], maps.frequencies)
+    return System(queries, channels, forms[-1], maps.frequencies, ratios)
 
 
 def block_of(m: int, n: int, rows: Tensor, columns: Tensor) -> Tensor:
