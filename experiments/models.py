@@ -26,7 +26,9 @@ class BasicBlock(nn.Module):
         self.stride, self.room = stride, (outputs - inputs) // 2
         changes = stride > 1 or inputs != outputs
         self.downsample = (
-            nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)) if changes and shortcut == "conv" else None
+            nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            if changes and shortcut == "conv"
+            else None
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -199,7 +201,9 @@ class DnCNN(nn.Module):
 
 def controller(states: int = 4, width: int = 32, actions: int = 1) -> nn.Sequential:
     """A feedback law: tanh layers and a saturated action."""
-    return nn.Sequential(nn.Linear(states, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, actions), nn.Hardtanh(-2.0, 2.0))
+    return nn.Sequential(
+        nn.Linear(states, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, actions), nn.Hardtanh(-2.0, 2.0)
+    )
 
 
 class Attention(nn.Module):
