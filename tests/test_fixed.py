@@ -68,7 +68,14 @@ def test_average_pooling_of_every_size(kernel: int, stride: int, padding: int, i
     assert bound.lower <= bound.upper
 
 
-POOLS = [((2, 2, 0, 1), 1.0), ((3, 2, 1, 1), 2.0), ((3, 1, 1, 1), 3.0), ((2, 1, 0, 1), 2.0), ((3, 2, 0, 2), None), (((2, 3), (3, 2), 0, 1), None)]
+POOLS = [
+    ((2, 2, 0, 1), 1.0),
+    ((3, 2, 1, 1), 2.0),
+    ((3, 1, 1, 1), 3.0),
+    ((2, 1, 0, 1), 2.0),
+    ((3, 2, 0, 2), None),
+    (((2, 3), (3, 2), 0, 1), None),
+]
 
 
 @pytest.mark.parametrize(("geometry", "known"), POOLS)

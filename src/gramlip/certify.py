@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -28,12 +29,17 @@ def certify(op: Operator, *, rtol: float = 1e-2, finite: bool | str = "auto") ->
 
     Reference: docs/theory.md and docs/rounding.md.
     """
-    with torch.no_grad(), torch.device("cpu"):  # the lattice lives there, whatever the default device
+    with torch.no_grad(), _on_cpu():
         if isinstance(op, Diagonal):
             return _diagonal(op)
         if isinstance(op, Separable):
             return _separable(op, rtol)
         return _Enclosing(op, rtol, finite).bound()
+
+
+def _on_cpu() -> AbstractContextManager[object]:
+    """The lattice lives on the CPU, whatever the default device; the context costs time, so only where it is needed."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _diagonal(op: Diagonal) -> Bound:
@@ -63,16 +69,16 @@ class _Enclosing:
         self.op, self.rtol, self.finite = op, rtol, finite
         self.sym = symbol(op)
         self.gram = Gramian(self.sym.kernel)
-        self.search = Search(self.gram, self.sym.points, rtol)
+        self.search = Search(self.gram, self.sym.points)
 
     def bound(self) -> Bound:
         """The interval."""
-        self.search.start()
+        self.search.start(self.rtol)
         if max(self.gram.mass) == 0.0:
             return Bound(0.0, 0.0, f"{self.sym.because}; all weights are zero")
         if isinstance(self.op, Conv) and self.op.input_size is not None and not self.sym.exact:
             return self._of_size(self.op)
-        found = self.search.close(self.rtol)
+        found = self.search.close(self.rtol)[0]
         upper, why = self._above(found)
         if self.sym.exact:
             factor = math.sqrt(self.sym.square)
@@ -86,8 +92,8 @@ class _Enclosing:
     def _of_size(self, op: Conv) -> Bound:
         """A layer of given size whose blocks bound it from above only."""
         layer = Layer(op, self.gram.exponent)
-        group = self.search.where[0]
-        above = math.sqrt(self.search.best * self.sym.square)
+        group = int(self.search.lattice.decode(self.search.where)[0])
+        above = math.sqrt(float(self.search.best) * self.sym.square)
         x, lower = self._ascend(layer, group, _wave(self.search, op, layer), above)
         gap = above / lower - 1 if lower else math.inf
         note = ""
@@ -98,7 +104,7 @@ class _Enclosing:
             elif self.finite is True or certificate.cost * self.gram.groups <= AUTO_OPERATIONS:
                 return self._own(layer, lower, x)
         room = (1 + self.rtol) / (1 + gap) - 1 if gap < math.inf else 0.0
-        found = self.search.close(max(room * 0.98, self.rtol / 4))
+        found = self.search.close(max(room * 0.98, self.rtol / 4))[0]
         upper, why = self._above(found)
         return self._scaled(min(lower, upper), upper, f"{why}; lower side from the layer itself{note}")
 
@@ -138,7 +144,7 @@ class _Enclosing:
                 continue
             certificate = Certificate(layer, group)
             certificate.prepare()
-            vector = x if group == self.search.where[0] else _start_like(layer, x)
+            vector = x if group == int(self.search.lattice.decode(self.search.where)[0]) else _start_like(layer, x)
             while True:
                 factorizations += 1
                 if certificate.proves(max(top, floor) * (1 + width), self.gram.mass[group]):
@@ -170,7 +176,7 @@ class _Enclosing:
 
 
 def _times_power(x: float, exponent: int, *, upward: bool) -> float:
-    """x times a power of two, rounded outward where it leaves the normal range."""
+    """X times a power of two, rounded outward where it leaves the normal range."""
     if x == 0.0 or math.isinf(x):
         return x
     try:
@@ -189,15 +195,15 @@ def _wave(search: Search, op: Conv, layer: Layer) -> Tensor:
     for size in layer.sizes:
         sine = (math.pi * (torch.arange(size, dtype=torch.float64, device=layer.kernel.device) + 1) / (size + 1)).sin()
         window = window[..., None] * sine
-    simple = not search.g.flipped and all(s == 1 for s in op.stride) and search.vector is not None  # type: ignore[union-attr]
+    simple = not search.g.flipped and all(s == 1 for s in op.stride)  # type: ignore[union-attr]
     if not simple:
         return _start_like(layer, layer.kernel.new_zeros(n, *layer.sizes)) * window
-    assert search.vector is not None
+    index = search.lattice.decode(search.where)[1][0].tolist()
     phase = torch.zeros((), dtype=torch.float64, device=layer.kernel.device)
-    for size, index, lattice, dilation in zip(layer.sizes, search.where[1], search.sizes, op.dilation, strict=True):  # type: ignore[arg-type]
-        angle = 2 * math.pi * index / lattice / dilation
+    for size, i, lattice, dilation in zip(layer.sizes, index, search.lattice.sizes, op.dilation, strict=True):  # type: ignore[arg-type]
+        angle = 2 * math.pi * i / lattice / dilation
         phase = phase[..., None] - angle * torch.arange(size, dtype=torch.float64, device=layer.kernel.device)
-    x = search.vector.to(torch.complex128).reshape(-1, *(1,) * phase.ndim) * torch.polar(window, phase)
+    x = search.vectors[0].reshape(-1, *(1,) * phase.ndim) * torch.polar(window, phase)
     if layer.kernel.is_complex():
         return x
     real, imaginary = x.real, x.imag

@@ -103,7 +103,9 @@ def _adaptive_average(module: Any, input_size: Ints | None = None) -> Separable:
     dims = int(type(module).__name__[-2])
     sizes = _sizes(module, input_size, dims)
     outs = [n if o is None else o for o, n in zip(_tuple(module.output_size, dims), sizes, strict=True)]
-    factors = [_columns(1, 0, n, lambda x, o=o, n=n: F.adaptive_avg_pool1d(x.reshape(n, 1, n), o)) for n, o in zip(sizes, outs, strict=True)]
+    factors = [
+        _columns(1, 0, n, lambda x, o=o, n=n: F.adaptive_avg_pool1d(x.reshape(n, 1, n), o)) for n, o in zip(sizes, outs, strict=True)
+    ]
     return Separable(tuple(factors), 1.0)
 
 
@@ -149,7 +151,9 @@ def _pad(mode: str) -> Callable[..., Bound]:
                 raise InputError(msg)
             count *= int(index_map(Axis(n, n + lo + hi, 1, 1, 1, lo, hi), mode).flatten().bincount().max())
         root = math.sqrt(count)
-        return Bound(root if root * root == count else rd.down(root), rd.sqrt_up(float(count)), f"{mode} padding: an entry is kept {count} times")
+        return Bound(
+            root if root * root == count else rd.down(root), rd.sqrt_up(float(count)), f"{mode} padding: an entry is kept {count} times"
+        )
 
     return rule
 

@@ -39,7 +39,9 @@ class Gramian:
         self.device = tall.device
         self.is_complex = tall.is_complex()
         self._tall = tall.flatten(3) if self.axes else tall[..., None]
-        self._grid = torch.tensor(list(itertools.product(*map(range, self.span))), dtype=torch.int64).reshape(math.prod(self.span), self.axes)
+        self._grid = torch.tensor(list(itertools.product(*map(range, self.span))), dtype=torch.int64).reshape(
+            math.prod(self.span), self.axes
+        )
         self._small = self._tall.numel() * 16 <= TAP_BYTES
         self.exponent = widen(self._tall, None)[1] if self._small else max(widen(t, None)[1] for t in self._tall.unbind(-1))
         self._wide = self._cast(self._tall) if self._small else None
@@ -51,6 +53,8 @@ class Gramian:
         self.noise = [rd.add_up(rd.mul_up(per, rd.mul_up(m, m)), rd.TINY) if m else 0.0 for m in self.mass]
         tap_bytes = self.groups * (2 * len(offsets) + 1) * self.side**2 * (16 if self.is_complex else 8)
         self.taps = self._autocorrelation() if self._small and tap_bytes <= TAP_BYTES else None
+        # real operations to form one block
+        self.operations = (4.0 * len(offsets) + 2.0 if self.taps is not None else 8.0 * self.rows) * self.side**2
 
     def _cast(self, piece: Tensor) -> Tensor:
         """The exact float64 (complex128) copy, conjugated where the sides were exchanged."""
@@ -95,31 +99,63 @@ class Gramian:
         later = taps[:, 1:]
         return torch.cat([taps[:, :1], later + later.mH], 1), later - later.mH
 
+    def tap_norms(self, items: Tensor, largest: Tensor) -> Tensor | None:
+        """Upper bounds of `||A_q||`, q > 0, (groups, taps), or None where they cannot serve.
+
+        `largest` holds a lower bound of the largest eigenvalue of each layer, `items` the layer of each group: the taps serve
+        only where they are small beside it.
+        """
+        if self.taps is None or not len(self.offsets):
+            return None
+        even, odd = self.taps
+        later = (even[:, 1:] + odd) / 2
+        sizes = torch.linalg.vector_norm(later, dim=(-2, -1)).cpu()
+        reach = (sizes * self.offsets.to(torch.float64).square().sum(-1)).sum(-1) / self.side**0.5
+        if bool((reach > largest[items] * sum((k - 1) ** 2 for k in self.span) / 4).all()):
+            return None
+        # ||A||^2 = ||A* A||, of which one more Gram step gives a closer bound than the Frobenius norm
+        scale = torch.where(sizes > 0, sizes, 1.0).to(self.device)
+        unit = (later / scale[..., None, None]).flatten(0, 1)
+        error = torch.full((len(unit),), 2 * rd.gamma(8.0 * (self.side + 2)), dtype=torch.float64, device=self.device)
+        norms = cert.gram(unit.mH @ unit, error).sqrt().cpu().reshape(sizes.shape).clamp_max(1.0)
+        return norms * sizes * (1 + 1e-12)
+
+    def polynomial(self, group: Tensor, index: Tensor, sizes: tuple[int, ...], v: Tensor) -> tuple[Tensor, Tensor]:
+        """The coefficients (I, taps) of `p(w) = u* D(w) v`, u the image of v at the given frequency, and the exponents (taps, axes)."""
+        if self._wide is not None:
+            images = torch.einsum("irct,ic->itr", self._wide[group].to(v.dtype), v)
+        else:
+            taps = range(self._tall.shape[-1])
+            images = torch.stack([(self.tap(t)[group].to(v.dtype) @ v[..., None])[..., 0] for t in taps], 1)
+        angles = self.waves(index, sizes, self._grid)
+        image = (torch.polar(torch.ones_like(angles), -angles)[:, None] @ images)[:, 0]
+        return (images @ image.conj()[..., None])[..., 0].cpu(), self._grid.to(torch.float64)
+
     def waves(self, index: Tensor, sizes: tuple[int, ...], positions: Tensor) -> Tensor:
-        """The angles `2 pi sum_j q_j i_j / N_j`, reduced exactly before rounding; (F, positions)."""
-        turns = index.new_zeros(index.shape[0], positions.shape[0], dtype=torch.float64)
+        """The angles `2 pi sum_j q_j i_j / N_j`, reduced exactly before rounding; (F, positions) on the kernel's device."""
+        turns = torch.zeros(len(index), len(positions), dtype=torch.float64)
         for j, n in enumerate(sizes):
-            turns += (index[:, j, None] * positions[None, :, j].to(index.device)).remainder(n).to(torch.float64) / n
-        return turns * (2 * math.pi)
+            if n > 1:
+                turns += (index[:, j, None] * positions[None, :, j]).remainder(n).to(torch.float64) / n
+        return (turns * (2 * math.pi)).to(self.device)
 
     def at(self, group: Tensor, index: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """G at the lattice frequencies `2 pi index / sizes` (F, axes) of the given groups (F,): (F, c, c), real where it is real."""
-        c = self.side
+        """G at the lattice frequencies `2 pi index / sizes` (F, axes) of the given groups (F,): (F, c, c), real where all are real."""
         if self.taps is None:
             return torch.stack([self._one(int(g), i[None], sizes) for g, i in zip(group, index, strict=True)])
         even, odd = self.taps
+        group = group.to(self.device)
         if not len(self.offsets):
             return even[group, 0]
         angles = self.waves(index, sizes, self.offsets)
         cosines = torch.cat([torch.ones_like(angles[:, :1]), angles.cos()], 1)
-        if self.is_complex:
-            sines = torch.complex(torch.zeros_like(angles), -angles.sin())
-            return self._combine(cosines.to(torch.complex128), even, group) + self._combine(sines, odd, group)
-        real = self._combine(cosines, even, group)
         sines = -angles.sin()
-        if bool((sines.abs() < 1e-15).all()):  # frequencies 0 and pi: their error is inside `noise`
+        if self.is_complex:
+            return self._combine(cosines.to(torch.complex128), even, group) + self._combine(sines * 1j, odd, group)
+        real = self._combine(cosines, even, group)
+        if float(sines.abs().max()) < 1e-15:  # frequencies 0 and pi: their error is inside `noise`
             return real
-        return torch.complex(real, self._combine(sines, odd, group)).reshape(-1, c, c)
+        return torch.complex(real, self._combine(sines, odd, group))
 
     def _combine(self, weights: Tensor, taps: Tensor, group: Tensor) -> Tensor:
         c = self.side
@@ -133,33 +169,6 @@ class Gramian:
             out[at] = (weights[at] @ taps[one].flatten(1)).reshape(-1, c, c)
         return out
 
-    def tap_norms(self, largest: float) -> Tensor | None:
-        """Upper bounds of `||A_q||`, q > 0, (groups, taps), or None where they cannot serve.
-
-        `largest` is a lower bound of the largest eigenvalue: the taps serve only where they are small beside it.
-        """
-        if self.taps is None or not len(self.offsets):
-            return None
-        even, odd = self.taps
-        later = (even[:, 1:] + odd) / 2
-        sizes = torch.linalg.vector_norm(later, dim=(-2, -1)).cpu()
-        reach = self.offsets.to(torch.float64).square().sum(-1)
-        if float((sizes * reach).sum(-1).max()) / self.side**0.5 > largest * sum((k - 1) ** 2 for k in self.span) / 4:
-            return None
-        # ||A||^2 = ||A* A||, of which one more Gram step gives a closer bound than the Frobenius norm
-        scale = torch.where(sizes > 0, sizes, 1.0).to(self.device)
-        unit = (later / scale[..., None, None]).flatten(0, 1)
-        error = torch.full((len(unit),), 2 * rd.gamma(8.0 * (self.side + 2)), dtype=torch.float64, device=self.device)
-        norms = cert.gram(unit.mH @ unit, error).sqrt().cpu().reshape(sizes.shape).clamp_max(1.0)
-        return norms * sizes * (1 + 1e-12)
-
-    def polynomial(self, group: int, index: tuple[int, ...], sizes: tuple[int, ...], v: Tensor) -> tuple[Tensor, Tensor]:
-        """The coefficients of `p(w) = u* D(w) v`, u the image of v at the given frequency, and their exponents (taps, axes)."""
-        images = torch.stack([self.tap(p)[group].to(torch.complex128) @ v.to(torch.complex128) for p in range(self._tall.shape[-1])])
-        angles = self.waves(torch.tensor([index], device=self.device), sizes, self._grid)[0]
-        image = torch.polar(torch.ones_like(angles), -angles) @ images
-        return (images @ image.conj()).cpu(), self._grid.to(torch.float64)
-
     def _one(self, group: int, index: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """One block from pieces of the symbol, so that no more than a few matrices of c x c are alive."""
         angles = self.waves(index, sizes, self._grid)[0]
@@ -168,11 +177,12 @@ class Gramian:
         total: Tensor | None = None
         step = max(1, CHUNK_BYTES // (16 * self.side))
         for start in range(0, self.rows, step):
-            stop = min(start + step, self.rows)
-            block = torch.zeros(stop - start, self.side, dtype=factors.dtype, device=self.device)
+            rows = slice(start, min(start + step, self.rows))
+            block: Tensor | None = None
             for p in range(self._tall.shape[-1]):
-                piece = self._wide[group, start:stop, :, p] if self._wide is not None else self._cast(self._tall[group, start:stop, :, p])
-                block += factors[p] * piece
+                piece = self._wide[group, rows, :, p] if self._wide is not None else self._cast(self._tall[group, rows, :, p])
+                block = factors[p] * piece if block is None else block.add_(factors[p] * piece)
+            assert block is not None
             total = block.mH @ block if total is None else total.addmm_(block.mH, block)
         assert total is not None
         return total

@@ -178,7 +178,9 @@ class Conv:
         limit = {"reflect": -1, "circular": 0}.get(self.padding_mode)
         for n, pair in zip(self.input_size, self.padding, strict=True):  # type: ignore[arg-type]
             if limit is not None and max(pair) > n + limit:  # type: ignore[type-var,operator]
-                msg = f"padding={pair} was given with {self.padding_mode} mode and input size {n}; expected at most {n + limit}, as in torch"
+                msg = (
+                    f"padding={pair} was given with {self.padding_mode} mode and input size {n}; expected at most {n + limit}, as in torch"
+                )
                 raise InputError(msg)
         if self.transposed:
             pairs = zip(self.output_padding, self.stride, self.dilation, strict=True)  # type: ignore[arg-type]
@@ -205,4 +207,3 @@ class Separable:
 
 
 Operator = Dense | Diagonal | Conv | Separable
-

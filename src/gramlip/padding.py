@@ -63,7 +63,13 @@ def circular(axis: Axis) -> Circle:
     if axis.size is None or axis.outputs is None:
         square = max(_wraps(axis, n) for n in _small_sizes(axis))
         stride = axis.stride // math.gcd(axis.stride, axis.dilation) if axis.stride == 1 else 1
-        return Circle(None, stride, square, axis.stride == 1 and square == 1, "circular padding of every size: supremum over all frequencies (theorem 3)")
+        return Circle(
+            None,
+            stride,
+            square,
+            axis.stride == 1 and square == 1,
+            "circular padding of every size: supremum over all frequencies (theorem 3)",
+        )
     step = math.gcd(axis.stride, axis.size)
     period = axis.size // step
     square = _wraps(axis, axis.size)

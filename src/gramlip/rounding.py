@@ -56,7 +56,7 @@ def mul_down(a: float, b: float) -> float:
 def sqrt_up(x: float) -> float:
     """Upper bound of a square root, exact where the root is."""
     root = math.sqrt(x)
-    return root if root * root == x and root > 2.0**-500 or x == 0.0 else up(root)
+    return root if (root * root == x and root > 2.0**-500) or x == 0.0 else up(root)
 
 
 def sqrt_down(x: float) -> float:

@@ -69,6 +69,7 @@ class Search:
         self.items = items if items is not None else torch.zeros(gram.groups, dtype=torch.int64)
         count = int(self.items.max()) + 1
         self.noise = torch.tensor(gram.noise, dtype=torch.float64)
+        self.floor = torch.zeros(count, dtype=torch.float64).scatter_reduce_(0, self.items, 2 * self.noise.sqrt(), "amax")
         self.best = torch.zeros(count, dtype=torch.float64)  # lower bounds of the largest eigenvalues of the Gram symbols
         self.where = torch.zeros(count, dtype=torch.int64)  # the keys at which they are attained
         self.vectors = torch.zeros(count, gram.side, dtype=torch.complex128, device=gram.device)
@@ -78,12 +79,15 @@ class Search:
     def start(self, rtol: float) -> None:
         """The lower side: Lanczos steps on a coarse grid, then uphill from the best frequency of each layer."""
         self.rtol = rtol
-        groups = torch.tensor([g for g, mass in enumerate(self.g.mass) if mass], dtype=torch.int64)
+        groups = self._nonzero()
         self.coarse = self.lattice.corner_keys(self.lattice.cells(1.0, groups)).unique()
         if not len(groups):
             return
         self.estimates = self.raise_lower(self.coarse, STEPS if self.lattice.active else DENSE_STEPS)
         self.climb(torch.arange(len(self.best)), 3 if rtol > 1e-3 else 8)
+
+    def _nonzero(self) -> Tensor:
+        return torch.tensor([g for g, mass in enumerate(self.g.mass) if mass], dtype=torch.int64)
 
     def raise_lower(self, keys: Tensor, steps: int, warm: bool = False) -> Tensor:
         """Rayleigh quotients at these frequencies after Lanczos steps; keeps each layer's best. Returns estimates."""
@@ -93,7 +97,7 @@ class Search:
             g = self.g.at(group, index, self.lattice.sizes)
             item = self.items[group]
             begin = self.vectors[item.to(self.g.device)] if warm else _start(self.g.side, self.g.device).expand(len(part), -1)
-            estimate, v = cert.lanczos(g, (begin if g.is_complex() else begin.real + begin.imag).to(g.dtype), steps)
+            estimate, v = cert.lanczos(g, (begin if g.is_complex() else begin.real + 0.5 * begin.imag).to(g.dtype), steps)
             estimate = estimate.cpu()
             top = torch.full_like(self.best, -1.0).scatter_reduce_(0, item, estimate, "amax")
             chosen = ((estimate >= top[item]) & (top[item] > self.best[item])).nonzero()[:, 0]
@@ -120,11 +124,11 @@ class Search:
             before = self.best[items]
             group, _ = self.lattice.decode(self.where[items])
             point = self._uphill(items)
-            near = [(point[:, j].floor(), point[:, j].ceil()) if grid else (point[:, j].round(),) for j, grid in enumerate(self.lattice.on_grid)]
+            near = [
+                (point[:, j].floor(), point[:, j].ceil()) if grid else (point[:, j].round(),) for j, grid in enumerate(self.lattice.on_grid)
+            ]
             keys = [self.lattice.keys(group, torch.stack(c, -1).to(torch.int64)) for c in itertools.product(*near)]
             keys = torch.cat(keys).unique()
-            if bool((keys == self.where[items]).all() if len(keys) == len(items) else False) and rounds <= 3:
-                return
             self.raise_lower(keys, STEPS, warm=True)
             items = items[self.best[items] > before * (1 + self.rtol * 2e-2)]
 
@@ -172,7 +176,7 @@ class Search:
         self.rtol = float(width.min())
         stretch = torch.ones_like(self.best)  # beyond 1 once the width asked for cannot be had
         taps = self.g.tap_norms(self.items, self.best)
-        groups = (self.best > 0)[self.items].nonzero()[:, 0]
+        groups = self._nonzero()
         if taps is not None:
             groups = groups[~self._flat(groups, taps, self._tau(width)[self.items[groups]])]
         cells = self._first_cells(groups, self._tau(width))
@@ -233,8 +237,8 @@ class Search:
         self.tally.operations += blocks * (operations + self.g.operations)
 
     def _tau(self, width: Tensor) -> Tensor:
-        """What is to be proved: each lower side plus nearly all of the width asked for."""
-        return self.best.sqrt() * (1 + width * 0.98)
+        """What is to be proved: each lower side plus nearly all of the width asked for, or what rounding lets be told from zero."""
+        return torch.maximum(self.best.sqrt() * (1 + width * 0.98), self.floor)
 
     def _targets(self, cells: Cells, taps: Tensor | None, tau: Tensor) -> Tensor:
         """What the largest eigenvalue at the corners of each cell must not exceed for the cell to stay below tau squared."""
@@ -256,7 +260,9 @@ class Search:
         chosen = done.nonzero()[:, 0]
         if len(chosen):
             there = groups[chosen].to(self.g.device)
-            good = cert.cholesky(self.g.taps[0][there, 0], room[chosen].to(self.g.device), self.noise[groups[chosen]].to(self.g.device)).cpu()
+            good = cert.cholesky(
+                self.g.taps[0][there, 0], room[chosen].to(self.g.device), self.noise[groups[chosen]].to(self.g.device)
+            ).cpu()
             done[chosen] = good
             self.tally.factorizations += len(chosen)
             if bool(good.any()):

@@ -45,6 +45,6 @@ def _value(bits: int, width: int) -> float:
 
 
 def _scale(x: Tensor, exponent: int) -> Tensor:
-    """x times a power of two, in two steps so that the factor itself never over- or underflows."""
+    """X times a power of two, in two steps so that the factor itself never over- or underflows."""
     half = exponent // 2
     return x * 2.0**half * 2.0 ** (exponent - half)

@@ -1,0 +1,117 @@
+"""The integer lattice of frequencies on which the search works: cells, their corners, and what a cell can lose between them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from gramlip.errors import InputError
+
+START = 8  # cells a side to start from, for each unit of degree
+
+Cells = tuple[Tensor, Tensor, Tensor]  # group (B,), lowest corner (B, axes), highest corner (B, axes)
+
+
+class Lattice:
+    """Frequencies `2 pi i / sizes`; `points` is None on the axes that stand for the whole circle."""
+
+    def __init__(self, span: tuple[int, ...], points: tuple[int | None, ...], groups: int, mirrored: bool) -> None:
+        """For kernels of side `span`; `mirrored` where a frequency and its negative have the same norm."""
+        # An axis of the torus becomes a power of two of points, as fine as one 62-bit key for group and frequency allows.
+        bits = 61 - groups.bit_length() - sum(n.bit_length() for n, k in zip(points, span, strict=True) if n and k > 1)
+        if bits < 0:
+            msg = f"{points} frequencies a side are too many; expected sizes whose product is below 2**60: pass input_size=None"
+            raise InputError(msg)
+        free = sum(n is None and k > 1 for n, k in zip(points, span, strict=True))
+        fine = 1 << min(24, bits // max(free, 1))
+        self.sizes = tuple(1 if k == 1 else n or fine for n, k in zip(points, span, strict=True))
+        self.on_grid = tuple(n is not None or k == 1 for n, k in zip(points, span, strict=True))
+        self.degrees = tuple((k - 1) / 2 for k in span)
+        self.axes, self.groups, self.mirrored = len(span), groups, mirrored
+        self.active = [j for j, n in enumerate(self.sizes) if n > 1]
+        self.masks = torch.zeros(1 << len(self.active), self.axes, dtype=torch.bool)
+        for row, bits in enumerate(itertools.product((False, True), repeat=len(self.active))):
+            self.masks[row, self.active] = torch.tensor(bits, dtype=torch.bool)
+        # sup over the torus <= (largest on the grid) / spread; axes that are visited point by point have no share in it
+        self.spread = 1.0 - 1e-14
+        for n, d, grid in zip(self.sizes, self.degrees, self.on_grid, strict=True):
+            if grid and n > START * d:
+                self.spread *= math.cos(math.pi * d / n)
+
+    def cells(self, refine: float, groups: Tensor) -> Cells:
+        """Cells that cover the torus, or half of it where it is mirrored, for each of the groups."""
+        lows: list[list[int]] = []
+        highs: list[list[int]] = []
+        halved = max(self.active, default=None, key=lambda j: self.degrees[j]) if self.mirrored else None
+        for j, (n, d) in enumerate(zip(self.sizes, self.degrees, strict=True)):
+            if n == 1:
+                lows.append([0])
+                highs.append([0])
+                continue
+            end = n // 2 if j == halved else n
+            count = min(max(1, math.ceil(START * d * refine * end / n)), end)
+            edges = [end * i // count for i in range(count + 1)]
+            lows.append(edges[:-1])
+            highs.append(edges[1:])
+        total = math.prod(map(len, lows))
+        lo = torch.tensor(list(itertools.product(*lows)), dtype=torch.int64).reshape(total, self.axes)
+        hi = torch.tensor(list(itertools.product(*highs)), dtype=torch.int64).reshape(total, self.axes)
+        return groups.repeat_interleave(total), lo.repeat(len(groups), 1), hi.repeat(len(groups), 1)
+
+    def keys(self, group: Tensor, index: Tensor) -> Tensor:
+        """One integer for each (group, frequency), the same for mirror images; group broadcasts against index[..., 0]."""
+        code = torch.zeros_like(index[..., 0]) if self.axes else torch.zeros_like(group)
+        mirror = code
+        for j in self.active:
+            n = self.sizes[j]
+            at = index[..., j].remainder(n)
+            code = code * n + at
+            mirror = mirror * n + (-at).remainder(n)
+        return (torch.minimum(code, mirror) if self.mirrored else code) * self.groups + group
+
+    def decode(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Group and frequency of the keys."""
+        rest = keys.div(self.groups, rounding_mode="floor")
+        index = keys.new_zeros(len(keys), self.axes)
+        for j in reversed(self.active):
+            index[:, j] = rest.remainder(self.sizes[j])
+            rest = rest.div(self.sizes[j], rounding_mode="floor")
+        return keys.remainder(self.groups), index
+
+    def corner_keys(self, cells: Cells) -> Tensor:
+        """Keys of the corners of the cells, (B, 2^active)."""
+        group, lo, hi = cells
+        return self.keys(group[:, None], torch.where(self.masks[None], hi[:, None], lo[:, None]))
+
+    def half_widths(self, cells: Cells) -> Tensor:
+        """Half-widths in radians, (B, axes); zero for a grid cell with no point strictly inside."""
+        width = (cells[2] - cells[1]).to(torch.float64)
+        scale = torch.tensor([math.pi / n for n in self.sizes], dtype=torch.float64)
+        grid = torch.tensor(self.on_grid, dtype=torch.bool)
+        return torch.where((width <= 1) & grid, 0.0, width * scale)
+
+    def slack(self, half: Tensor) -> Tensor:
+        """`sum_j (1 - cos(degree_j h_j))` for each cell, rounded up; beyond reach of the theorem where an angle exceeds pi/2."""
+        angle = half * torch.tensor(self.degrees, dtype=torch.float64)
+        part = torch.where(angle <= math.pi / 2, 1 - angle.cos() + 1e-15, 1e9)
+        return torch.where(angle > 0, part, 0.0).sum(-1)
+
+    def split(self, cells: Cells) -> Cells:
+        """The cells halved along the axes that matter most to each; a cell that cannot be halved stays."""
+        group, lo, hi = cells
+        weight = torch.zeros(lo.shape, dtype=torch.float64)
+        for j in self.active:
+            width = hi[:, j] - lo[:, j]
+            weight[:, j] = torch.where(width > 1, width * (self.degrees[j] / self.sizes[j]), 0.0)
+        cuts = (weight > 0) & (weight >= 0.5 * weight.amax(-1, keepdim=True)) if self.active else weight > 0
+        for j in self.active:
+            cut = cuts[:, j].nonzero()[:, 0]
+            mid = (lo[cut, j] + hi[cut, j]).div(2, rounding_mode="floor")
+            upper, lower = lo[cut], hi.clone()
+            upper[:, j], lower[cut, j] = mid, mid
+            group, cuts = torch.cat([group, group[cut]]), torch.cat([cuts, cuts[cut]])
+            lo, hi = torch.cat([lo, upper]), torch.cat([lower, hi[cut]])
+        return group, lo, hi

@@ -1,0 +1,151 @@
+"""The search: true against a dense grid, closed to the width asked for, with few blocks; counts instead of seconds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gramlip.gramian import Gramian
+from gramlip.lattice import Lattice
+from gramlip.search import Enclosure, Search
+
+
+def enclose(kernel: Tensor, points: tuple[int | None, ...], rtol: float = 1e-2) -> tuple[float, float, Enclosure]:
+    gram = Gramian(kernel)
+    search = Search(gram, points)
+    search.start(rtol)
+    found = search.close(rtol)[0]
+    return math.ldexp(found.lower, gram.exponent), math.ldexp(found.upper, gram.exponent), found
+
+
+def largest(kernel: Tensor, grid: list[int]) -> float:
+    """The largest norm on a grid, by torch's own FFT and SVD."""
+    dims = list(range(3, kernel.ndim))
+    spectrum = torch.fft.fftn(kernel.to(torch.complex128), s=grid, dim=dims).movedim((1, 2), (-2, -1))
+    return float(torch.linalg.matrix_norm(spectrum, 2).max())
+
+
+KERNELS: dict[str, Tensor] = {}
+for _name, _shape in {
+    "1d": (1, 5, 4, 5),
+    "2d": (1, 6, 6, 3, 3),
+    "even": (1, 4, 6, 4, 2),
+    "tall": (1, 3, 4, 7, 1),
+    "groups": (3, 2, 2, 3, 3),
+    "3d": (1, 4, 4, 3, 3, 3),
+}.items():
+    KERNELS[_name] = torch.randn(_shape, generator=torch.Generator().manual_seed(len(_name)))
+KERNELS["complex"] = torch.randn(1, 4, 4, 3, 3, dtype=torch.complex64, generator=torch.Generator().manual_seed(9))
+KERNELS["ones"] = torch.ones(1, 2, 2, 3, 3)
+_second = torch.tensor([1.0, -2.0, 1.0])
+KERNELS["laplacian"] = (_second[:, None] * _second)[None, None, None]
+KERNELS["orthogonal"] = torch.zeros(1, 8, 8, 3, 3)
+KERNELS["orthogonal"][0, :, :, 1, 1] = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)))[0]
+KERNELS["nearly orthogonal"] = KERNELS["orthogonal"] + 1e-4 * torch.randn(1, 8, 8, 3, 3, generator=torch.Generator().manual_seed(2))
+KERNELS["ill scaled"] = KERNELS["2d"] * torch.logspace(0, -12, 6)[None, :, None, None, None]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("rtol", [1e-2, 1e-6])
+def test_torus_is_enclosed_and_closed(name: str, rtol: float) -> None:
+    kernel = KERNELS[name]
+    dims = kernel.ndim - 3
+    lower, upper, found = enclose(kernel, (None,) * dims, rtol)
+    assert upper >= largest(kernel, [{1: 997, 2: 61, 3: 24}[dims]] * dims) * (1 - 1e-13)
+    assert upper <= lower * (1 + rtol)
+    assert found.finished
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 17, 40])
+def test_grid_is_enclosed_and_closed(name: str, size: int) -> None:
+    kernel = KERNELS[name]
+    dims = kernel.ndim - 3
+    if dims == 3 and size > 8:
+        size = 11
+    lower, upper, _ = enclose(kernel, (size,) * dims, 1e-4)
+    wrapped = kernel.to(torch.complex128 if kernel.is_complex() else torch.float64)
+    waves = [
+        torch.polar(
+            torch.ones(size, k, dtype=torch.float64), -2 * math.pi / size * torch.outer(torch.arange(size), torch.arange(k)).double()
+        )
+        for k in kernel.shape[3:]
+    ]
+    blocks = wrapped.to(torch.complex128)
+    for wave in waves:  # contract the first kernel axis, append the frequency axis
+        blocks = torch.tensordot(blocks, wave, dims=([3], [1]))
+    exact = float(torch.linalg.matrix_norm(blocks.movedim((1, 2), (-2, -1)), 2).max())
+    assert lower <= exact * (1 + 1e-13)
+    assert exact * (1 - 1e-13) <= upper
+    # what cancels to less than rounding can tell from zero is closed to that
+    assert upper <= max(lower * (1 + 1e-4), 1e-5 * float(kernel.abs().max()))
+
+
+def test_keys_of_three_axes_do_not_collide() -> None:
+    """Three axes of 2^24 points once overflowed the 64-bit key: blocks were taken at other frequencies than believed."""
+    lattice = Lattice((3, 3, 3), (None, None, None), 5, mirrored=False)
+    index = torch.stack([torch.randint(0, n, (500,), generator=torch.Generator().manual_seed(3)) for n in lattice.sizes], -1)
+    group = torch.arange(500) % 5
+    back = lattice.decode(lattice.keys(group, index))
+    assert torch.equal(back[0], group)
+    assert torch.equal(back[1], index)
+    assert math.prod(lattice.sizes) * 5 < 2**63
+
+
+def test_three_axes_reach_their_supremum() -> None:
+    kernel = torch.randn(1, 8, 8, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    lower, upper, _ = enclose(kernel, (None, None, None))
+    assert lower >= 0.99 * largest(kernel, [20, 20, 20])
+    assert upper >= largest(kernel, [20, 20, 20])
+
+
+def test_mirrored_frequencies_share_a_key() -> None:
+    lattice = Lattice((3, 5), (None, 12), 2, mirrored=True)
+    index = torch.tensor([[5, 7], [0, 3], [1, 0]])
+    group = torch.tensor([0, 1, 1])
+    assert torch.equal(lattice.keys(group, index), lattice.keys(group, -index))
+
+
+@pytest.mark.parametrize("refine", [1.0, 2.5])
+def test_cells_cover_the_torus_and_split_without_gaps(refine: float) -> None:
+    lattice = Lattice((3, 4), (None, 37), 1, mirrored=False)
+    cells = lattice.cells(refine, torch.tensor([0]))
+    for _ in range(3):
+        area = ((cells[2] - cells[1]).prod(-1)).sum()
+        assert int(area) == math.prod(lattice.sizes)
+        cells = lattice.split(cells)
+
+
+def test_layers_searched_together_keep_their_own_targets() -> None:
+    kernels = torch.cat([KERNELS["2d"], 1e-3 * KERNELS["2d"].flip(-1), KERNELS["2d"] ** 2])
+    gram = Gramian(kernels)
+    search = Search(gram, (None, None), torch.arange(3))
+    search.start(1e-3)
+    for found, kernel in zip(search.close(1e-3), kernels, strict=True):
+        lower, upper, _ = enclose(kernel[None], (None, None), 1e-3)
+        assert math.ldexp(found.upper, gram.exponent) >= lower
+        assert math.ldexp(found.lower, gram.exponent) <= upper
+        assert found.upper <= found.lower * (1 + 1e-3)
+
+
+def test_spent_budget_is_said_and_stays_true() -> None:
+    gram = Gramian(KERNELS["2d"])
+    search = Search(gram, (None, None), budget=1.0)
+    search.start(1e-6)
+    found = search.close(1e-6)[0]
+    assert not found.finished
+    assert math.ldexp(found.upper, gram.exponent) >= largest(KERNELS["2d"], [61, 61])
+
+
+def test_peaked_layers_need_few_blocks() -> None:
+    """The regression guard: counts, not seconds."""
+    found = enclose(KERNELS["laplacian"], (None, None))[2]
+    assert found.tally.blocks <= 160
+    assert enclose(KERNELS["orthogonal"], (None, None))[2].tally.factorizations == 1
+    flat = torch.randn(1, 32, 32, 3, 3, generator=torch.Generator().manual_seed(5))
+    assert enclose(flat, (None, None))[2].tally.factorizations <= 600
+    sharp = enclose(flat, (None, None), 1e-6)[2].tally
+    assert sharp.factorizations <= 1500
