@@ -201,7 +201,7 @@ def _imports(stream: IO[bytes]) -> Iterator[str]:
                     yield ".".join(strings[-2:])
                 elif isinstance(arg, str):
                     strings.append(arg)
-    except ValueError:  # the end of the pickles
+    except Exception:  # the end of the pickles, or what only looks like one
         return
 
 

@@ -1,0 +1,207 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+from torch import nn
+
+import gramlip as gl
+from gramlip import commands, output, targets
+from gramlip.cli import main
+
+RUN = [sys.executable, "-c", "import sys; from gramlip.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture
+def model(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 4))
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def refused(capsys, *argv):
+    """The one line that is printed when the input cannot be used."""
+    assert main([str(a) for a in argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("gramlip: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_the_table_names_every_layer_and_what_is_left_out(model, capsys):
+    assert main(["audit", str(model)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "0.weight" in out
+    assert "3.weight" in out
+    assert "running statistics of a normalisation: 1.num_batches_tracked, 1.running_mean, 1.running_var" in out
+
+
+def test_json_on_standard_output_is_json_alone_and_true(model, capsys):
+    assert main(["audit", str(model), "--json", "-", "--rtol", "1e-4"]) == 0
+    out, _ = capsys.readouterr()
+    data = json.loads(out)
+    assert data["schema"] == 1
+    assert data["network"] is None
+    rows = {row["name"]: row for row in data["layers"]}
+    assert set(rows) == {"0.weight", "3.weight"}
+    assert set(rows["3.weight"]) == {"name", "op", "weight_shape", "input_size", "lower", "upper", "because", "seconds"}
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 4))
+    truth = float(torch.linalg.svdvals(net[3].weight.detach().double())[0])
+    assert rows["3.weight"]["lower"] <= truth <= rows["3.weight"]["upper"] <= (1 + 1e-4) * rows["3.weight"]["lower"]
+
+
+def test_json_to_a_file_beside_the_table(model, folder, capsys):
+    assert main(["audit", str(model), "--json", str(folder / "r.json")]) == 0
+    assert "3.weight" in capsys.readouterr().out
+    assert len(json.loads((folder / "r.json").read_text())["layers"]) == 2
+    assert [p.name for p in folder.iterdir()] == ["r.json"]
+
+
+def test_fail_above(model, capsys):
+    assert main(["audit", str(model), "--fail-above", "1e6"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["audit", str(model), "--fail-above", "1e-3"]) == 1
+    out, err = capsys.readouterr()
+    assert out
+    assert err.startswith("gramlip: above 0.001: 0.weight (upper ")
+    assert "3.weight (upper " in err
+
+
+def test_fail_above_fails_where_a_weight_has_no_bound(tmp_path, capsys):
+    save_file({"a": torch.eye(2), "six": torch.ones(1, 1, 1, 1, 1, 1)}, tmp_path / "x.safetensors")
+    assert main(["audit", str(tmp_path / "x.safetensors"), "--fail-above", "5"]) == 1
+    assert capsys.readouterr().err == "gramlip: above 5: six (upper inf)\n"
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "text", "", "1e-400"])
+def test_wrong_rtol(model, capsys, value):
+    assert "expected a positive number such as 1e-2" in refused(capsys, "audit", model, f"--rtol={value}")
+
+
+@pytest.mark.parametrize("value", ["0,3", "-3", "3,,4", "text", "", "3.5", "99999999999", "²"])
+def test_wrong_input(model, capsys, value):
+    assert "expected positive sizes joined by commas" in refused(capsys, "audit", model, f"--input={value}")
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "text", ""])
+def test_wrong_limit(model, capsys, value):
+    assert "expected a number of at least 0" in refused(capsys, "audit", model, f"--fail-above={value}")
+
+
+def test_an_input_shape_says_nothing_about_weights_alone(model, capsys):
+    assert "holds weights alone" in refused(capsys, "audit", model, "--input", "3,32,32")
+
+
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["audit"], ["audit", "a", "b"], ["audit", "a", "--nonsense"]])
+def test_wrong_usage_is_one_line(capsys, argv):
+    assert "--help" in refused(capsys, *argv)
+
+
+def test_help_and_version(capsys):
+    for argv, expected in ((["--help"], "audit"), (["audit", "--help"], "--fail-above"), (["--version"], f"gramlip {gl.__version__}\n")):
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        assert caught.value.code == 0
+        assert expected in capsys.readouterr().out
+
+
+def test_every_command_module_adds_a_command(capsys):
+    import pkgutil
+
+    names = [module.name for module in pkgutil.iter_modules(commands.__path__)]
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert names
+    assert all(name in text for name in names)
+
+
+def test_unusable_targets(tmp_path, capsys):
+    assert "does not exist" in refused(capsys, "audit", tmp_path / "missing.pt")
+    assert "does not exist" in refused(capsys, "audit", "missing\nfile\x1b[31m")
+    assert "is a folder" in refused(capsys, "audit", tmp_path)
+    assert "unknown kind" in refused(capsys, "audit", "gopher:x")
+    (tmp_path / "x.pt").write_bytes(b"")
+    assert "is empty" in refused(capsys, "audit", tmp_path / "x.pt")
+    (tmp_path / "x.safetensors").write_bytes(save({"w": torch.ones(9, 9)})[:-9])
+    assert "cannot be read as safetensors" in refused(capsys, "audit", tmp_path / "x.safetensors")
+    save_file({"fc.weight": torch.full((2, 2), float("nan"))}, tmp_path / "x.safetensors")
+    assert "fc.weight holds NaN" in refused(capsys, "audit", tmp_path / "x.safetensors")
+    save_file({"fc.weight": torch.ones(2, 0)}, tmp_path / "x.safetensors")
+    assert "fc.weight has shape (2, 0)" in refused(capsys, "audit", tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["", "missing/r.json", ".", "/dev/null"])
+def test_unusable_output_is_refused_before_the_work(folder, capsys, monkeypatch, name):
+    monkeypatch.chdir(folder)
+    assert "--json" in refused(capsys, "audit", "missing.pt", f"--json={name}")
+
+
+def test_a_folder_without_permission_is_refused(folder, capsys, monkeypatch):
+    monkeypatch.setattr(output.os, "access", lambda path, mode: False)  # the superuser, who may run this, can write everywhere
+    assert "cannot be written" in refused(capsys, "audit", "missing.pt", "--json", folder / "r.json")
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-regularised"])
+def test_a_demo_is_read_from_the_package(tmp_path, capsys, monkeypatch, name):
+    (tmp_path / "data").mkdir()
+    save_file({"fc.weight": torch.eye(2)}, tmp_path / "data" / f"{name}.safetensors")
+    monkeypatch.setattr(targets.resources, "files", lambda package: {"gramlip": tmp_path}[package])
+    assert main(["audit", name, "--json", "-"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["target"], [row["name"] for row in data["layers"]]) == (name, ["fc.weight"])
+
+
+@pytest.mark.parametrize(("failure", "code"), [(KeyboardInterrupt, 130), (OSError(28, "No space left on device"), 2)])
+def test_an_interrupted_write_leaves_the_old_file_whole(model, folder, capsys, monkeypatch, failure, code):
+    (folder / "r.json").write_text("old")
+
+    def fail(descriptor):
+        raise failure
+
+    monkeypatch.setattr(output.os, "fsync", fail)
+    assert main(["audit", str(model), "--json", str(folder / "r.json")]) == code
+    assert [(p.name, p.read_text()) for p in folder.iterdir()] == [("r.json", "old")]
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_file_is_written_through_a_link_with_the_usual_permissions(model, folder, capsys):
+    (folder / "real").mkdir()
+    (folder / "r.json").symlink_to(folder / "real" / "r.json")
+    assert main(["audit", str(model), "--json", str(folder / "r.json")]) == 0
+    assert (folder / "r.json").is_symlink()
+    assert (folder / "real" / "r.json").stat().st_mode & 0o600 == 0o600
+    assert json.loads((folder / "r.json").read_text())["schema"] == 1
+
+
+def test_ctrl_c_is_one_line_and_130(tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    process = subprocess.Popen([*RUN, "audit", str(tmp_path / "x.safetensors")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with open(tmp_path / "x.safetensors", "wb"):  # returns once the process has opened its end and waits for bytes
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "gramlip: interrupted\n")
+
+
+def test_a_reader_that_has_gone_away_is_no_error(model):
+    process = subprocess.Popen([*RUN, "audit", str(model)], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 0
+    process.stderr.close()
