@@ -89,8 +89,17 @@ def conv_gram_norm(
         spans = Conv(shape, dilation=dilation).spans
         padding = [((span - 1) // 2, span - 1 - (span - 1) // 2) for span in spans]
     op = Conv(shape, input_size, stride, padding, *options)
+    weight, scale = _scaled(_wide(weight))
     object.__setattr__(op, "weight", weight)
-    return operator_gram_norm(op, n_iter)
+    return operator_gram_norm(op, n_iter) * scale
+
+
+def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The tensor over a power of two near its largest entry, in two factors since one may not be representable."""
+    exponent = torch.frexp(x.detach().abs().amax())[1]
+    one = torch.ones((), dtype=x.real.dtype if x.is_complex() else x.dtype, device=x.device)
+    scale = torch.ldexp(one, exponent // 2), torch.ldexp(one, exponent - exponent // 2)
+    return x / scale[0] / scale[1], scale[0] * scale[1]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -37,7 +37,10 @@ def Power_iteration(G: Tensor, Niter: int = 100, *, generator: torch.Generator |
     for _ in range(Niter):
         v = _direction(G @ u)
         u = _direction(G.mH @ v)
-    return torch.linalg.vector_norm(G @ u, dim=(-2, -1))
+    image = G @ u
+    peak = image.abs().amax(dim=(-2, -1), keepdim=True)
+    image = image / torch.where(peak > 0, peak, 1.0)
+    return peak[..., 0, 0] * torch.linalg.vector_norm(image, dim=(-2, -1))
 
 
 def Lip_dense(G: Tensor, Niter: int = 6) -> Tensor:

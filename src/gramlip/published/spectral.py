@@ -47,9 +47,9 @@ def araujo2021(op: Dense | Conv, samples: int = 50) -> Tensor:
     The `samples` points a side of [0, 2 pi) are distinct: both ends of the period are one point and count once.
     """
     sym = symbol(op)
-    kernel = sym.kernel.flatten(3).movedim(3, 1).flatten(2)  # (groups, taps, m n)
     if not sym.points:
-        return torch.linalg.vector_norm(kernel)
+        return torch.linalg.vector_norm(sym.kernel)
+    kernel = sym.kernel.flatten(3).movedim(3, 1).flatten(2)  # (groups, taps, m n)
     sides = list(sym.kernel.shape[3:])
     gram = kernel @ kernel.mH  # inner products of taps: ||D(w)||_F^2 is a quadratic form in the waves
     unit = torch.eye(kernel.shape[1], dtype=kernel.dtype, device=kernel.device).reshape(1, -1, 1, *sides)
