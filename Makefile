@@ -1,0 +1,38 @@
+# make demo   audits the two networks that ship with gramlip
+# make test   formatter, linter, type checker and the whole test suite
+# make clean  removes what these two made
+#
+# Both set up .venv the first time. PYTHON and TORCH can be given: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+BIN := .venv/bin
+READY := .venv/.ready
+# One thread for each test worker: more of them wait for each other.
+ONE := OMP_NUM_THREADS=1
+
+.PHONY: demo test clean
+
+demo: $(READY)
+	@$(BIN)/gramlip audit demo
+	@echo
+	@$(BIN)/gramlip audit demo-regularised
+
+test: $(READY)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+	@$(ONE) $(BIN)/pytest -n $(WORKERS)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 | tail -n 1); expected Python 3.10 or newer: type make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@echo "setting up .venv (once; PyTorch is a large download)" >&2
+	@$(PYTHON) -m venv .venv || { echo "no virtual environment; expected Python's venv: on Debian type apt install python3-venv" >&2; exit 1; }
+	@{ $(BIN)/pip install --quiet $(TORCH) && $(BIN)/pip install --quiet -e '.[dev]'; } || \
+	  { echo "the packages above were not installed; expected access to PyPI: check the network and type make $(MAKECMDGOALS) again" >&2; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-wheel dist build .pytest_cache .ruff_cache .hypothesis
