@@ -205,3 +205,12 @@ def test_a_reader_that_has_gone_away_is_no_error(model):
     assert process.stderr.read() == b""
     assert process.wait(timeout=60) == 0
     process.stderr.close()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_progress_bar_only_on_a_terminal(capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert list(output.watched(["a", "b"])) == ["a", "b"]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ("layer" in err) == terminal

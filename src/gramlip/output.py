@@ -18,7 +18,11 @@ T = TypeVar("T")
 
 
 def emit(text: str) -> None:
-    """Write to standard output; a reader that has gone away (`| head`) is no error."""
+    """Write to standard output; a reader that has gone away (`| head`) is no error.
+
+    Raises:
+        InputError: standard output cannot be written, a full disk for instance.
+    """
     if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison]
         return
     try:
@@ -27,6 +31,9 @@ def emit(text: str) -> None:
     except BrokenPipeError:
         # The interpreter flushes once more at exit: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        msg = f"standard output cannot be written ({error.strerror}); expected room for the report: type --json FILE"
+        raise InputError(msg) from None
 
 
 def note(text: str) -> None:
