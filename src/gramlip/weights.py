@@ -21,7 +21,10 @@ NOTES = (
     "Assumed: padding with zeros, or circular padding of at most kernel - 1 in all on each axis. "
     "Reflect and replicate padding may exceed upper.",
 )
-DOMINATES = "stride-1 ungrouped operator: dominates every stride, dilation, grouping and the transpose (docs/weights-alone.md)"
+DOMINATES = (
+    "stride-1 ungrouped operator: dominates every stride, dilation, grouping and the transpose (docs/weights-alone.md), "
+    "where padding is with zeros or circular by at most kernel - 1 in all (assumed)"
+)
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
 _EMBEDDING = re.compile(r"(^|_)(emb|embed|embeds|embedding|embeddings|wte|wpe)(_(?!out)|$)|^shared$", re.I)
 _TABLE = re.compile(r"(^|_)(pos|position|positional|cls|class|mask|query|register)_?(emb\w*|enc\w*|tokens?|table)$|(^|_)tokens?$", re.I)
@@ -97,7 +100,7 @@ def left_out_of(name: str, entries: Mapping[str, Entry]) -> LeftOut | None:
         if reason is not None:
             return LeftOut(name, shape, reason[0], reason[1])
     if dtype not in _FLOATS:
-        return LeftOut(name, shape, f"{dtype} entries: quantised, its scale is not part of it", "weight" in name or "float8" in dtype)
+        return LeftOut(name, shape, f"{dtype} entries: quantised with a scale kept elsewhere, or a format that is not read", True)
     if len(shape) > 5:
         return LeftOut(name, shape, f"{len(shape)} axes: no convolution of 1 to 3 dimensions", True)
     return None
