@@ -75,10 +75,10 @@ def symbol(op: Dense | Conv) -> Symbol:
 def axes(op: Conv) -> list[Axis]:
     """The axes of the convolution, or of the one whose adjoint a transposed convolution is."""
     none = (None,) * op.dims
-    inputs, outputs = op.input_size or none, op.output_size or none
+    inputs, outputs = op.sizes or none, op.output_size or none
     if op.transposed:
         inputs, outputs = outputs, inputs
-    geometry = zip(inputs, outputs, op.weight.shape[2:], op.stride, op.dilation, op.padding, strict=True)
+    geometry = zip(inputs, outputs, op.weight.shape[2:], op.strides, op.dilations, op.pads, strict=True)
     return [Axis(n, m, k, s, d, lo, hi) for n, m, k, s, d, (lo, hi) in geometry]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -13,13 +14,16 @@ from gramlip import rounding as rd
 from gramlip.blocks import symbol
 from gramlip.bound import Bound
 from gramlip.boundary import excess
+from gramlip.errors import InputError
 from gramlip.finite import Certificate, Layer
 from gramlip.gramian import Gramian
 from gramlip.operators import Conv, Dense, Diagonal, Operator, Separable
 from gramlip.search import Enclosure, Search
+from gramlip.widen import widen
 
 AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself while its estimated operations stay below this
 FINITE_BYTES = 384 << 20  # and never with more memory than this
+TOGETHER = 1 << 19  # kernels of at most so many entries are searched together
 TRIES = 12
 WAYS = {"Cholesky": "Cholesky (R3)", "Gram": "Gram (theorems 1 and 2, R4)", "tap bound": "tap bound (theorem 8)"}
 
@@ -29,12 +33,29 @@ def certify(op: Operator, *, rtol: float = 1e-2, finite: bool | str = "auto") ->
 
     Reference: docs/theory.md and docs/rounding.md.
     """
+    return certify_all([op], rtol=rtol, finite=finite)[0]
+
+
+def certify_all(ops: Sequence[Operator], *, rtol: float = 1e-2, finite: bool | str = "auto") -> list[Bound]:
+    """The intervals of many operators; small layers of equal shape are searched together, which costs little more than one."""
     with torch.no_grad(), _on_cpu():
-        if isinstance(op, Diagonal):
-            return _diagonal(op)
-        if isinstance(op, Separable):
-            return _separable(op, rtol)
-        return _Enclosing(op, rtol, finite).bound()
+        bounds: list[Bound | None] = [None] * len(ops)
+        together: dict[object, list[int]] = {}
+        for i, op in enumerate(ops):
+            if isinstance(op, Diagonal):
+                bounds[i] = _diagonal(op)
+            elif isinstance(op, Separable):
+                bounds[i] = _separable(op, rtol)
+            else:
+                sym = symbol(op)
+                alike = (sym.kernel.shape, sym.kernel.is_complex(), sym.kernel.device, sym.points)
+                together.setdefault(alike if sym.kernel.numel() <= TOGETHER else i, []).append(i)
+        for alike in together.values():
+            for some in (alike[k : k + 64] for k in range(0, len(alike), 64)):
+                chosen = [ops[i] for i in some]
+                for i, bound in zip(some, _Enclosing(chosen, rtol, finite).bounds(), strict=True):  # type: ignore[arg-type]
+                    bounds[i] = bound
+        return [bound for bound in bounds if bound is not None]
 
 
 def _on_cpu() -> AbstractContextManager[object]:
@@ -63,72 +84,100 @@ def _separable(op: Separable, rtol: float) -> Bound:
 
 
 class _Enclosing:
-    """One enclosure: the symbol's search, the layer's own lower side, its own certificate."""
+    """Enclosures of layers with symbols of equal shape: the symbols' search, the layers' own lower sides and certificates."""
 
-    def __init__(self, op: Conv | Dense, rtol: float, finite: bool | str) -> None:
-        self.op, self.rtol, self.finite = op, rtol, finite
-        self.sym = symbol(op)
-        self.gram = Gramian(self.sym.kernel)
-        self.search = Search(self.gram, self.sym.points)
+    def __init__(self, ops: Sequence[Conv | Dense], rtol: float, finite: bool | str) -> None:
+        self.ops, self.rtol, self.finite = ops, rtol, finite
+        self.syms = [symbol(op) for op in ops]
+        if len(ops) == 1:
+            self.gram = Gramian(self.syms[0].kernel)
+            self.exponents = [self.gram.exponent]
+        else:  # each layer on its own scale
+            wide = [widen(sym.kernel.detach(), None) for sym in self.syms]
+            self.gram = Gramian(torch.cat([kernel for kernel, _ in wide]))
+            self.exponents = [exponent + self.gram.exponent for _, exponent in wide]
+        self.groups = self.gram.groups // len(ops)
+        self.search = Search(self.gram, self.syms[0].points, torch.arange(len(ops)).repeat_interleave(self.groups))
 
-    def bound(self) -> Bound:
-        """The interval."""
+    def bounds(self) -> list[Bound]:
+        """The intervals, in the order of the operators."""
         self.search.start(self.rtol)
-        if max(self.gram.mass) == 0.0:
-            return Bound(0.0, 0.0, f"{self.sym.because}; all weights are zero")
-        if isinstance(self.op, Conv) and self.op.input_size is not None and not self.sym.exact:
-            return self._of_size(self.op)
-        found = self.search.close(self.rtol)[0]
-        upper, why = self._above(found)
-        if self.sym.exact:
-            factor = math.sqrt(self.sym.square)
-            return self._scaled(rd.mul_down(found.lower, factor if factor == 1.0 else rd.down(factor)), upper, why)
-        assert isinstance(self.op, Conv)
-        if all(s == 1 for s in self.op.stride):  # type: ignore[union-attr]
-            return self._scaled(found.lower, upper, f"{why}; lower side: large inputs come as close to the supremum as one likes")
-        large = certify(replace(self.op, padding_mode="zeros"), rtol=self.rtol)
-        return Bound(large.lower, self._scaled(0.0, upper, "").upper, f"{why}; lower side: large inputs of a multiple of the stride")
+        widths = torch.full((len(self.ops),), self.rtol, dtype=torch.float64)
+        done: dict[int, Bound] = {}
+        lowers: dict[int, float] = {}
+        for i, op in enumerate(self.ops):
+            if max(self._mass(i)) == 0.0:
+                done[i] = Bound(0.0, 0.0, f"{self.syms[i].because}; all weights are zero")
+            elif isinstance(op, Conv) and op.input_size is not None and not self.syms[i].exact:
+                own, lowers[i], widths[i] = self._of_size(i, op)
+                if own is not None:
+                    done[i] = own
+        todo = [i for i in range(len(self.ops)) if i not in done]
+        found = self.search.close(widths, todo) if todo else []
+        for i, enclosure in zip(todo, found, strict=True):
+            done[i] = self._bound(i, enclosure, lowers.get(i))
+        return [done[i] for i in range(len(self.ops))]
 
-    def _of_size(self, op: Conv) -> Bound:
-        """A layer of given size whose blocks bound it from above only."""
-        layer = Layer(op, self.gram.exponent)
-        group = int(self.search.lattice.decode(self.search.where)[0])
-        above = math.sqrt(float(self.search.best) * self.sym.square)
-        x, lower = self._ascend(layer, group, _wave(self.search, op, layer), above)
+    def _bound(self, i: int, found: Enclosure, lower: float | None) -> Bound:
+        op, sym = self.ops[i], self.syms[i]
+        upper, why = self._above(i, found)
+        if lower is not None:
+            return self._scaled(i, min(lower, upper), upper, f"{why}; lower side from the layer itself")
+        if sym.exact:
+            factor = math.sqrt(sym.square)
+            return self._scaled(i, rd.mul_down(found.lower, factor if factor == 1.0 else rd.down(factor)), upper, why)
+        assert isinstance(op, Conv)
+        if all(s == 1 for s in op.strides):
+            return self._scaled(i, found.lower, upper, f"{why}; lower side: large inputs come as close to the supremum as one likes")
+        large = certify(replace(op, padding_mode="zeros"), rtol=self.rtol)
+        return Bound(large.lower, self._scaled(i, 0.0, upper, "").upper, f"{why}; lower side: large inputs of a multiple of the stride")
+
+    def _mass(self, i: int) -> list[float]:
+        return self.gram.mass[i * self.groups : (i + 1) * self.groups]
+
+    def _of_size(self, i: int, op: Conv) -> tuple[Bound | None, float, float]:
+        """A layer of given size whose blocks bound it from above only: its own interval, or its lower side and the blocks' width."""
+        layer = Layer(op, self.exponents[i])
+        group = int(self.search.lattice.decode(self.search.where[i : i + 1])[0]) - i * self.groups
+        above = math.sqrt(float(self.search.best[i]) * self.syms[i].square)
+        x, lower = self._ascend(layer, group, _wave(self.search, i, op, layer), above, self._mass(i)[group])
         gap = above / lower - 1 if lower else math.inf
-        note = ""
         if self.finite is not False and gap > self.rtol * 0.9:
             certificate = Certificate(layer, group)
-            if certificate.bytes > FINITE_BYTES:
-                note = f"; the finite layer's own certificate would need {certificate.bytes / 2**30:.1f} GiB" if self.finite is True else ""
-            elif self.finite is True or certificate.cost * self.gram.groups <= AUTO_OPERATIONS:
-                return self._own(layer, lower, x)
+            fits = certificate.bytes <= FINITE_BYTES
+            if self.finite is True and not fits:
+                msg = (
+                    f"finite=True was given for a layer whose own certificate would need {certificate.bytes / 2**30:.1f} GiB; "
+                    f"expected at most {FINITE_BYTES / 2**30:.1f} GiB: type finite=False"
+                )
+                raise InputError(msg)
+            if fits and (self.finite is True or certificate.cost * self.groups <= AUTO_OPERATIONS):
+                return self._own(i, layer, group, lower, x), lower, 0.0
         room = (1 + self.rtol) / (1 + gap) - 1 if gap < math.inf else 0.0
-        found = self.search.close(max(room * 0.98, self.rtol / 4))[0]
-        upper, why = self._above(found)
-        return self._scaled(min(lower, upper), upper, f"{why}; lower side from the layer itself{note}")
+        return None, lower, max(room * 0.98, self.rtol / 4)
 
-    def _above(self, found: Enclosure) -> tuple[float, str]:
+    def _above(self, i: int, found: Enclosure) -> tuple[float, str]:
         """The layer's upper bound from the symbol's: times the padding's factor, or plus what the boundary adds."""
-        upper = rd.mul_up(found.upper, rd.sqrt_up(float(self.sym.square)))
-        if self.sym.square > 1 and isinstance(self.op, Conv) and self.op.padding_mode in ("reflect", "replicate"):
-            parts = [excess(self.op, g, self.gram.exponent, self.gram.mass[g]) for g in range(self.gram.groups)]
+        op, square = self.ops[i], self.syms[i].square
+        upper = rd.mul_up(found.upper, rd.sqrt_up(float(square)))
+        if square > 1 and isinstance(op, Conv) and op.padding_mode in ("reflect", "replicate"):
+            parts = [excess(op, g, self.exponents[i], mass) for g, mass in enumerate(self._mass(i))]
             if None not in parts:
                 extra = max(p for p in parts if p is not None)
                 other = rd.sqrt_up(rd.add_up(rd.mul_up(found.upper, found.upper), extra))
                 if other < upper:
-                    return other, f"{self._why(found)}; plus the boundary's share"
-        factor = f"; times sqrt({self.sym.square}), the norm of the padding" if self.sym.square > 1 else ""
-        return upper, self._why(found) + factor
+                    return other, f"{self._why(i, found)}; plus the boundary's share"
+        factor = f"; times sqrt({square}), the norm of the padding" if square > 1 else ""
+        return upper, self._why(i, found) + factor
 
-    def _ascend(self, layer: Layer, group: int, x: Tensor, above: float) -> tuple[Tensor, float]:
+    def _ascend(self, layer: Layer, group: int, x: Tensor, above: float, mass: float) -> tuple[Tensor, float]:
         """Lanczos steps on the layer until its Rayleigh quotient is as close to the blocks' norm as it can come."""
-        best = layer.lower(x, group, self.gram.mass[group])
+        best = layer.lower(x, group, mass)
         for _ in range(TRIES):
             if best >= above * (1 - self.rtol / 4):
                 break
             y = layer.ascend(x, group, 12)
-            value = layer.lower(y, group, self.gram.mass[group])
+            value = layer.lower(y, group, mass)
             improved = value > best * (1 + self.rtol / 50)
             if value > best:
                 x, best = y, value
@@ -136,43 +185,44 @@ class _Enclosing:
                 break
         return x, best
 
-    def _own(self, layer: Layer, lower: float, x: Tensor) -> Bound:
+    def _own(self, i: int, layer: Layer, best: int, lower: float, x: Tensor) -> Bound:
         """The finite layer's own certificate, group by group."""
-        top, factorizations, width, floor = lower, 0, self.rtol * 0.98, 0.0
-        for group in range(self.gram.groups):
-            if rd.mul_up(self.gram.mass[group], rd.sqrt_up(float(layer.shared))) <= top:
+        top, factorizations, width = lower, 0, self.rtol * 0.98
+        for group, mass in enumerate(self._mass(i)):
+            if rd.mul_up(mass, rd.sqrt_up(float(layer.shared))) <= top:
                 continue
             certificate = Certificate(layer, group)
             certificate.prepare()
-            vector = x if group == int(self.search.lattice.decode(self.search.where)[0]) else _start_like(layer, x)
+            vector = x if group == best else _start_like(layer, x)
             while True:
                 factorizations += 1
-                if certificate.proves(max(top, floor) * (1 + width), self.gram.mass[group]):
+                if certificate.proves(top * (1 + width), mass):
                     break
                 before = top
                 vector = layer.ascend(vector, group, 24)
-                top = max(top, layer.lower(vector, group, self.gram.mass[group]))
+                top = max(top, layer.lower(vector, group, mass))
                 if top <= before * (1 + width / 50):  # no better vector is in reach: the interval stays wider than asked for
                     width *= 1.5
-                    # a layer whose taps read nothing but padding, or cancel, has norm zero: prove a small number instead
-                    floor = max(floor, self.gram.mass[group] * 2.0**-20) if top == 0.0 else floor
-        upper = rd.mul_up(max(top, floor), rd.up(1 + width))
+        upper = rd.mul_up(top, rd.up(1 + width))
+        mode = self.syms[i].because.split(":")[0]
         size = "x".join(map(str, layer.sizes))
-        mode = {"zeros": "zero"}.get(self.op.padding_mode, self.op.padding_mode)  # type: ignore[union-attr]
-        why = f"{mode} padding: the finite layer itself at size {size}, block-banded Cholesky (theorem 11, R3), {factorizations} factorizations"
-        return self._scaled(top, upper, why)
+        why = f"{mode}: the finite layer itself at size {size}, block-banded Cholesky (theorem 11, R3), {factorizations} factorizations"
+        return self._scaled(i, top, upper, why)
 
-    def _scaled(self, lower: float, upper: float, why: str) -> Bound:
-        return Bound(_times_power(lower, self.gram.exponent, upward=False), _times_power(upper, self.gram.exponent, upward=True), why)
+    def _scaled(self, i: int, lower: float, upper: float, why: str) -> Bound:
+        e = self.exponents[i]
+        return Bound(_times_power(lower, e, upward=False), _times_power(upper, e, upward=True), why)
 
-    def _why(self, found: Enclosure) -> str:
+    def _why(self, i: int, found: Enclosure) -> str:
         tally = found.tally
         ways = " and ".join(WAYS[way] for way in sorted(tally.ways))
         where = f"; attained at frequency ({', '.join(f'{w:.4g}' for w in found.frequency)})" if found.frequency else ""
         cells = " at the corners of cells (theorem 7)" if found.frequency else ""
-        group = f" of group {found.group}" if self.gram.groups > 1 else ""
+        group = f" of group {found.group - i * self.groups}" if self.groups > 1 else ""
+        layers = f", {len(self.ops)} layers together" if len(self.ops) > 1 else ""
         early = "" if found.finished else "; budget reached before the width asked for"
-        return f"{self.sym.because}; {ways} on {tally.blocks} blocks of {self.gram.side}x{self.gram.side}{cells}{where}{group}{early}"
+        blocks = f"{tally.blocks} blocks of {self.gram.side}x{self.gram.side}{cells}{where}{group}{layers}"
+        return f"{self.syms[i].because}; {ways} on {blocks}{early}"
 
 
 def _times_power(x: float, exponent: int, *, upward: bool) -> float:
@@ -188,22 +238,22 @@ def _times_power(x: float, exponent: int, *, upward: bool) -> float:
     return y
 
 
-def _wave(search: Search, op: Conv, layer: Layer) -> Tensor:
+def _wave(search: Search, i: int, op: Conv, layer: Layer) -> Tensor:
     """A start for the layer's own power steps: the best block's singular vector on a plane wave under a sine window."""
     n = layer.kernel.shape[2]
     window = torch.ones((), dtype=torch.float64, device=layer.kernel.device)
     for size in layer.sizes:
         sine = (math.pi * (torch.arange(size, dtype=torch.float64, device=layer.kernel.device) + 1) / (size + 1)).sin()
         window = window[..., None] * sine
-    simple = not search.g.flipped and all(s == 1 for s in op.stride)  # type: ignore[union-attr]
+    simple = not search.g.flipped and all(s == 1 for s in op.strides)
     if not simple:
         return _start_like(layer, layer.kernel.new_zeros(n, *layer.sizes)) * window
-    index = search.lattice.decode(search.where)[1][0].tolist()
+    index = search.lattice.decode(search.where[i : i + 1])[1][0].tolist()
     phase = torch.zeros((), dtype=torch.float64, device=layer.kernel.device)
-    for size, i, lattice, dilation in zip(layer.sizes, index, search.lattice.sizes, op.dilation, strict=True):  # type: ignore[arg-type]
-        angle = 2 * math.pi * i / lattice / dilation
+    for size, at, lattice, dilation in zip(layer.sizes, index, search.lattice.sizes, op.dilations, strict=True):
+        angle = 2 * math.pi * at / lattice / dilation
         phase = phase[..., None] - angle * torch.arange(size, dtype=torch.float64, device=layer.kernel.device)
-    x = search.vectors[0].reshape(-1, *(1,) * phase.ndim) * torch.polar(window, phase)
+    x = search.vectors[i].reshape(-1, *(1,) * phase.ndim) * torch.polar(window, phase)
     if layer.kernel.is_complex():
         return x
     real, imaginary = x.real, x.imag

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -131,6 +131,26 @@ class Conv:
     def dims(self) -> int:
         """Number of spatial axes."""
         return self.weight.ndim - 2
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """The stride on each axis."""
+        return cast("tuple[int, ...]", self.stride)
+
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """The dilation on each axis."""
+        return cast("tuple[int, ...]", self.dilation)
+
+    @property
+    def pads(self) -> tuple[tuple[int, int], ...]:
+        """The padding (before, after) on each axis."""
+        return cast("tuple[tuple[int, int], ...]", self.padding)
+
+    @property
+    def sizes(self) -> tuple[int, ...] | None:
+        """The spatial size of the input, None for every size."""
+        return cast("tuple[int, ...] | None", self.input_size)
 
     @property
     def spans(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -71,7 +72,8 @@ class Search:
         self.noise = torch.tensor(gram.noise, dtype=torch.float64)
         self.floor = torch.zeros(count, dtype=torch.float64).scatter_reduce_(0, self.items, 2 * self.noise.sqrt(), "amax")
         self.best = torch.zeros(count, dtype=torch.float64)  # lower bounds of the largest eigenvalues of the Gram symbols
-        self.where = torch.zeros(count, dtype=torch.int64)  # the keys at which they are attained
+        # the keys at which they are attained, at first frequency 0 of each layer's first group
+        self.where = torch.full((count,), gram.groups).scatter_reduce_(0, self.items, torch.arange(gram.groups), "amin")
         self.vectors = torch.zeros(count, gram.side, dtype=torch.complex128, device=gram.device)
 
     # ---- the lower side ----------------------------------------------------------------------------------------------
@@ -170,13 +172,15 @@ class Search:
 
     # ---- the upper side ----------------------------------------------------------------------------------------------
 
-    def close(self, rtol: float | Tensor) -> list[Enclosure]:
-        """Prove for every layer that nothing exceeds its lower side by more than `rtol`, unless the budget ends first."""
+    def close(self, rtol: float | Tensor, only: Sequence[int] | None = None) -> list[Enclosure]:
+        """Prove for every layer (or `only` these) that nothing exceeds its lower side by more than `rtol`, unless the budget ends first."""
+        chosen = list(range(len(self.best))) if only is None else list(only)
         width = torch.as_tensor(rtol, dtype=torch.float64).expand(len(self.best)).clone()
         self.rtol = float(width.min())
         stretch = torch.ones_like(self.best)  # beyond 1 once the width asked for cannot be had
         taps = self.g.tap_norms(self.items, self.best)
         groups = self._nonzero()
+        groups = groups[torch.isin(self.items[groups], torch.tensor(chosen))]
         if taps is not None:
             groups = groups[~self._flat(groups, taps, self._tau(width)[self.items[groups]])]
         cells = self._first_cells(groups, self._tau(width))
@@ -208,7 +212,7 @@ class Search:
             if len(cells[0]) == count and torch.equal(before, self.best):  # nothing left to split, and no better vector
                 over, steps = steps >= self.g.side, 2 * steps
         upper = self._tau(width) * stretch
-        return [self._result(i, float(upper[i]), float(stretch[i]) == 1.0) for i in range(len(self.best))]
+        return [self._result(i, float(upper[i]), float(stretch[i]) == 1.0) for i in chosen]
 
     def certify(self, keys: Tensor, thresholds: Tensor) -> Tensor:
         """True where `lambda_1(G) <= threshold` is proved: two moments first, then a Cholesky factorisation."""

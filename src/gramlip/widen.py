@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import struct
-
 import torch
 from torch import Tensor
 
@@ -30,7 +27,9 @@ def widen(x: Tensor, exponent: int | None) -> tuple[Tensor, int]:
     magnitude = bits & torch.iinfo(dtype).max
     if exponent is None:
         top = int(magnitude.max())
-        exponent = math.frexp(_value(top, width))[1] if top else 0
+        field = top >> width  # from the bits: frexp itself may flush
+        bias = 126 if width == 23 else 1022
+        exponent = (field - bias if field else top.bit_length() + least) if top else 0
     small = magnitude < (1 << width)
     wide = _scale(x.to(torch.float64), -exponent)
     if bool((small & (magnitude > 0)).any()):
@@ -39,12 +38,7 @@ def widen(x: Tensor, exponent: int | None) -> tuple[Tensor, int]:
     return wide.reshape(x.shape), exponent
 
 
-def _value(bits: int, width: int) -> float:
-    """The float with these bits."""
-    return struct.unpack("<f", struct.pack("<i", bits))[0] if width == 23 else struct.unpack("<d", struct.pack("<q", bits))[0]
-
-
 def _scale(x: Tensor, exponent: int) -> Tensor:
-    """X times a power of two, in two steps so that the factor itself never over- or underflows."""
+    """The tensor times a power of two, in two steps so that the factor itself never over- or underflows."""
     half = exponent // 2
     return x * 2.0**half * 2.0 ** (exponent - half)

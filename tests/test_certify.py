@@ -1,0 +1,133 @@
+"""`certify` beyond the geometry table: many layers at once, options, memory, budget, what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import gramlip as gl
+from gramlip.certify import certify_all
+from gramlip.layers import describe
+
+
+def truth(module: nn.Module, size: tuple[int, ...]) -> float:
+    """The norm of the real module: a basis pushed through it in float64."""
+    module = copy.deepcopy(module).double()
+    module.bias = None
+    channels = module.in_channels
+    count = channels * math.prod(size)
+    basis = torch.eye(count, dtype=torch.float64).reshape(count, channels, *size)
+    with torch.no_grad():
+        return float(torch.linalg.matrix_norm(module(basis).flatten(1), 2))
+
+
+def layers() -> list[tuple[nn.Module, tuple[int, ...]]]:
+    torch.manual_seed(0)
+    made: list[tuple[nn.Module, tuple[int, ...]]] = []
+    for scale in (1.0, 1e-20, 1e15, 3.0):
+        for mode in ("zeros", "circular", "reflect"):
+            module = nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode)
+            module.weight.data *= scale
+            made.append((module, (6, 5)))
+    made += [
+        (nn.Conv2d(4, 4, 3, padding=1, groups=2), (5, 5)),
+        (nn.ConvTranspose2d(3, 2, 3, stride=2, padding=1), (4, 4)),
+        (nn.Conv1d(2, 3, 3), (9,)),
+    ]
+    return made
+
+
+@pytest.mark.parametrize("finite", [True, False, "auto"])
+def test_layers_together_are_as_true_as_alone(finite: bool | str) -> None:
+    chosen = layers()
+    bounds = certify_all([describe(m, size) for m, size in chosen], finite=finite)
+    for (module, size), bound in zip(chosen, bounds, strict=True):
+        exact = truth(module, size)
+        assert bound.upper >= exact * (1 - 1e-12)
+        assert bound.lower <= exact * (1 + 1e-12)
+        if finite is True:
+            assert bound.rtol <= 1e-2
+
+
+def test_zero_layers_have_norm_exactly_zero() -> None:
+    zero = torch.zeros(3, 3, 3, 3)
+    for bound in certify_all([gl.Conv(zero), gl.Conv(torch.ones(3, 3, 3, 3)), gl.Conv(zero, input_size=5), gl.Dense(torch.zeros(2, 2))]):
+        assert (bound.lower, bound.upper) == (0.0, 0.0) or bound.lower > 26.9
+
+
+@pytest.mark.parametrize("rtol", [0.3, 1e-2, 1e-4, 1e-6])
+def test_width_asked_for_is_kept(rtol: float) -> None:
+    torch.manual_seed(1)
+    for module, size in (
+        (nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), 9),
+        (nn.Conv2d(8, 8, 3, padding=1), None),
+        (nn.Linear(30, 20), None),
+    ):
+        bound = gl.bound(module, input_size=size, rtol=rtol)
+        assert bound.lower * (1 - 1e-12) <= bound.upper <= bound.lower * (1 + rtol)
+
+
+def test_weights_are_left_as_they_were() -> None:
+    module = nn.Conv2d(4, 4, 3, padding=1)
+    before = module.weight.detach().clone()
+    bound = gl.bound(module, input_size=6)
+    assert torch.equal(module.weight, before)
+    assert module.weight.requires_grad
+    assert module.weight.grad is None
+    assert isinstance(bound.upper, float)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_every_dtype_and_memory_format(dtype: torch.dtype) -> None:
+    weight = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(2)).to(dtype)
+    plain = gl.bound(gl.Conv(weight, input_size=6, padding=1))
+    other = gl.bound(gl.Conv(weight.to(memory_format=torch.channels_last), input_size=6, padding=1))
+    assert (plain.lower, plain.upper) == (other.lower, other.upper)
+    wide = gl.bound(gl.Conv(weight.to(torch.complex128 if dtype.is_complex else torch.float64), input_size=6, padding=1))
+    assert plain.lower <= wide.upper
+    assert wide.lower <= plain.upper
+
+
+def test_denormal_weights_count_even_where_they_are_flushed() -> None:
+    weight = torch.full((2, 2), 2.0**-140)
+    exact = 2 * 2.0**-140
+    assert gl.bound(weight).lower > 0.99 * exact
+    flushed = torch.set_flush_denormal(True)
+    try:
+        bound = gl.bound(weight)
+        double = gl.bound(torch.tensor([[5e-324]], dtype=torch.float64))
+    finally:
+        torch.set_flush_denormal(False)
+    assert bound.upper >= exact
+    assert double.upper > 0.0
+    assert flushed in (True, False)
+
+
+def test_finite_true_says_what_it_would_need() -> None:
+    module = nn.Conv2d(64, 64, 3, padding=1)
+    with pytest.raises(gl.InputError, match="finite=False"):
+        gl.bound(module, input_size=56, finite=True, rtol=1e-6)
+
+
+def test_default_device_and_dtype_do_not_matter() -> None:
+    weight = torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(4))
+    expected = gl.bound(gl.Conv(weight, input_size=7, padding=1))
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        found = gl.bound(gl.Conv(weight, input_size=7, padding=1))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert (found.lower, found.upper) == (expected.lower, expected.upper)
+
+
+def test_because_names_theorem_and_frequency() -> None:
+    bound = gl.bound(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), input_size=12)
+    assert "theorem 3" in bound.because
+    assert "frequency" in bound.because
+    assert "blocks" in bound.because
