@@ -140,7 +140,7 @@ def _filled(kind: type[nn.Module], weight: Tensor, *args: object, **settings: ob
     """A torch layer with the given weight and no bias, without touching the global random generator."""
     if kind is nn.Linear:
         settings["bias"] = False
-    module: nn.Module = nn.utils.skip_init(kind, *args, dtype=weight.dtype, **settings)
+    module = kind(*args, device="meta", **settings)
     module.weight = nn.Parameter(weight.detach().clone())
     return module
 
