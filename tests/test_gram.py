@@ -236,3 +236,14 @@ def test_a_training_loop_lowers_the_norm():
         torch.relu(gl.gram_norm(layer.weight) - 1.0).backward()
         optimizer.step()
     assert truth(layer.weight.detach()) <= 1.1
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")  # dynamo's own
+def test_torch_compile_takes_it_as_one_graph():
+    compiled = torch.compile(gl.gram_norm, backend="aot_eager", fullgraph=True)
+    x, y = random(2, 4, 3).requires_grad_(), random(2, 4, 3).requires_grad_()
+    value = compiled(x)
+    value.sum().backward()
+    gl.gram_norm(y).sum().backward()
+    assert torch.allclose(value, gl.gram_norm(y), rtol=1e-13)
+    assert torch.allclose(x.grad, y.grad, rtol=1e-12, atol=1e-14)
