@@ -1,0 +1,80 @@
+"""The documents run: every Python block, in order, and what it prints is what the document shows."""
+
+from __future__ import annotations
+
+import re
+from contextlib import redirect_stdout
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from gramlip.cli import main, parser
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#([\w-]+))?\)")
+
+
+def blocks(document: Path) -> list[tuple[str, str]]:
+    return BLOCK.findall(document.read_text())
+
+
+def commands(document: Path) -> list[str]:
+    lines = [line for kind, text in blocks(document) if kind == "console" for line in text.splitlines()]
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+
+
+def anchors(path: Path) -> set[str]:
+    """The link targets of a document's titles, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_code_prints_what_is_shown(document):
+    names: dict[str, object] = {"__name__": document.stem}
+    found = [*blocks(document), ("", "")]
+    for (kind, code), (after, shown) in pairwise(found):
+        if kind == "python":
+            printed = StringIO()
+            with redirect_stdout(printed):
+                exec(compile(code, document.name, "exec"), names)
+            assert printed.getvalue() == (shown if after == "text" else ""), f"{document.name}:\n{code}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    for target, anchor in LINK.findall(document.read_text()):
+        path = document.parent / target
+        assert path.exists(), f"{document.name} links to {target}"
+        assert not anchor or anchor in anchors(path), f"{document.name} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "src").rglob("*.py")), ids=lambda path: path.stem)
+def test_docstrings_cite_documents_that_exist(file):
+    for target, anchor in re.findall(r"\bdocs/([\w-]+\.md)(?:#([\w-]+))?", file.read_text()):
+        path = ROOT / "docs" / target
+        assert path.exists(), f"{file.name} cites docs/{target}"
+        assert not anchor or anchor in anchors(path), f"{file.name} cites docs/{target}#{anchor}"
+
+
+@pytest.mark.parametrize("command", [c for document in DOCUMENTS for c in commands(document) if c.startswith("gramlip ")])
+def test_commands_shown_are_understood(command):
+    parser().parse_args(command.split()[1:])
+
+
+def test_make_targets_shown_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    shown = {c.split()[1] for document in DOCUMENTS for c in commands(document) if c.startswith("make ")}
+    assert shown
+    assert shown <= targets
+
+
+def test_the_command_line_says_what_it_can_do(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert "audit" in capsys.readouterr().out
