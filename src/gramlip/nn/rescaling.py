@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gramlip import rounding as rd
+from gramlip.bound import Bound
 from gramlip.errors import InputError, UnsupportedError
+from gramlip.layers import describe
 from gramlip.nn.parametrize import Normalised, attach, layers, operator, positive
 from gramlip.nn.sigma import Plan
+from gramlip.norm import bound
 from gramlip.operators import Conv, Ints
 
 M = TypeVar("M", bound=nn.Module)
@@ -60,21 +64,29 @@ def rescaling(kernel: Tensor, n_iter: int) -> Tensor:
 
     Reference: arXiv 2402.00240, spectral rescaling.
     """
-    power = 2 ** (n_iter - 1)
+    power, rows = 2 ** (n_iter - 1), kernel.shape[1] < kernel.shape[2]
     grid = [2 * power * (k - 1) + 1 for k in kernel.shape[3:]]
-    dims = list(range(3, kernel.ndim))
-    spectrum = (torch.fft.fftn(kernel, s=grid, dim=dims) if grid else kernel).movedim((1, 2), (-2, -1))
-    gram = spectrum.mH @ spectrum
-    log = torch.zeros((), dtype=torch.float64, device=kernel.device)
-    for step in range(n_iter):
-        if step:
-            gram = gram @ gram
-        peak = gram.detach().abs().amax()
-        peak = torch.where(peak > 0, peak, 1.0)
-        gram, log = gram / peak, 2 * log + peak.log() if step else peak.log()
-    taps = torch.fft.ifftn(gram, dim=list(range(1, 1 + len(grid)))) if grid else gram
-    sums = taps.abs().sum(dim=(*range(1, 1 + len(grid)), -1))
+    dims, spots = list(range(3, kernel.ndim)), list(range(1, kernel.ndim - 2))
+    spectrum = (torch.fft.rfftn(kernel, s=grid, dim=dims) if grid else kernel).movedim((1, 2), (-2, -1))
+    # A^m = (K* K)^m, or K* (K K*)^(m-1) K where that side is the smaller.
+    gram, log = _unit(spectrum @ spectrum.mH if rows else spectrum.mH @ spectrum, 0.0)
+    product, total = spectrum, torch.zeros_like(log)
+    for _ in range(n_iter - 1):
+        if rows:
+            product, total = _unit(gram @ product, total + log)
+        gram, log = _unit(gram @ gram, 2 * log)
+    if rows:
+        gram, log = _unit(spectrum.mH @ product, total)
+    taps = torch.fft.irfftn(gram, s=grid, dim=spots) if grid else gram
+    sums = taps.abs().sum(dim=(*spots, -1))
     return torch.where(sums > 0, torch.exp(-(torch.where(sums > 0, sums, 1.0).log() + log) / (2 * power)), 1.0)
+
+
+def _unit(x: Tensor, log: Tensor | float) -> tuple[Tensor, Tensor]:
+    """x over its largest entry, and log plus that entry's logarithm."""
+    peak = x.detach().abs().amax()
+    peak = torch.where(peak > 0, peak, 1.0)
+    return x / peak, log + peak.log()
 
 
 def spectral_rescaling(module: M, name: str = "weight", *, input_size: Ints | None = None, target: float = 1.0, n_iter: int = 2) -> M:
@@ -155,6 +167,10 @@ class Residual(nn.Module):
         if isinstance(op, Conv) and (op.transposed or op.padding_mode != "zeros" or any(s != 1 for s in layer.stride)):  # type: ignore[union-attr]
             msg = f"{layer} was given; expected nn.Linear, or a convolution with zero padding and stride 1"
             raise UnsupportedError(msg)
+        self.padding = [lo for lo, _ in cast("Any", op.padding)] if isinstance(op, Conv) else []
+        if isinstance(op, Conv) and op.padding != tuple(((s - 1) // 2, (s - 1) // 2) for s in op.spans):
+            msg = f"{layer} was given; expected a convolution of odd side that keeps the size of its input: padding='same'"
+            raise UnsupportedError(msg)
         self.layer, self.activation = spectral_rescaling(layer, n_iter=n_iter), activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,9 +179,25 @@ class Residual(nn.Module):
         return x - 2 * self._adjoint(active)
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        weight, layer = self.layer.weight, self.layer
+        weight, layer = cast("Tensor", self.layer.weight), cast("Any", self.layer)
         if weight.ndim == 2:
             return F.linear(y, weight.mT)
-        back = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}[weight.ndim]
-        padding = operator(layer, "weight", None).padding
-        return back(y, weight, stride=1, padding=[lo for lo, _ in padding], dilation=layer.dilation, groups=layer.groups)
+        back: Any = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}[weight.ndim]
+        return back(y, weight, stride=1, padding=self.padding, dilation=layer.dilation, groups=layer.groups)
+
+    def bound(self, input_size: Ints | None = None, rtol: float = 1e-3) -> Bound:
+        """Interval of the block's constant: at most `max(1, 2 u^2 - 1)`, u the certified norm of its layer as it stands.
+
+        >>> from gramlip.nn import remove
+        >>> remove(Residual(nn.Conv2d(4, 16, 3, padding=1))).bound().upper
+        1.0
+        """
+        layer = bound(self.layer, input_size, rtol=rtol)
+        upper = float(layer.upper)
+        stretch = 1.0 if upper <= 1.0 else rd.up(rd.up(2 * rd.up(upper * upper)) - 1)
+        return Bound(0.0, stretch, f"x - 2 V^T s(V x + b), slopes of s in [0, 1], V: {layer.because}")
+
+
+@describe.register
+def _(module: Residual, input_size: Ints | None = None) -> Bound:
+    return module.bound(input_size)

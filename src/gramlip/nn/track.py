@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Tracker(nn.Module):
         super().__init__()
         self.plan, self.steps, self._weights = plan, steps, tuple(weights)
         first = self._weights[0]().detach()
-        shape, options = plan.kernel(first).shape, {"dtype": real_dtype(first), "device": first.device}
+        shape, options = plan.kernel(first).shape, dict[str, Any](dtype=real_dtype(first), device=first.device)
         axes = [torch.arange(k, **options) - (k - 1) / 2 for k in shape[3:]]  # centred: a phase of D(w), which changes no norm
         grid = torch.cartesian_prod(*axes).reshape(-1, len(axes)) if axes else torch.zeros(1, 0, **options)
         batch, peaks = len(self._weights) * plan.groups, min(peaks, math.prod(plan.grid) // 2 + 1)

@@ -1,0 +1,97 @@
+"""CIFAR-10 from a folder of parquet files or from the hub, whole in memory, in an order that seed and epoch decide."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Sampler
+
+from gramlip.errors import InputError
+
+HUB = "uoft-cs/cifar10"
+
+
+def files(source: str | Path, split: str) -> list[Path]:
+    """The split's parquet files: of a folder, or of the hub's data set where `source` is its name."""
+    folder = Path(source)
+    if not folder.is_dir() and str(source) == HUB:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(HUB, repo_type="dataset", allow_patterns="*.parquet"))
+    found = sorted(folder.rglob(f"{split}-*.parquet"))
+    if not found:
+        msg = f"{source} holds no {split}-*.parquet; expected a folder of CIFAR-10's parquet files, or {HUB} for the hub's"
+        raise InputError(msg)
+    return found
+
+
+def load(source: str | Path, split: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images as uint8 (N, 3, 32, 32) and labels (N,), in the files' order, the first `limit` of them.
+
+    Raises:
+        InputError: no such files, or columns other than `img` and `label`.
+    """
+    from PIL import Image
+    from pyarrow import parquet
+
+    images: list[Tensor] = []
+    labels: list[int] = []
+    for file in files(source, split):
+        table: Any = parquet.read_table(file)
+        if not {"img", "label"} <= set(table.column_names):
+            msg = f"{file} has columns {table.column_names}; expected img and label, as in {HUB}"
+            raise InputError(msg)
+        left = None if limit is None else limit - len(images)
+        rows = table.slice(0, left) if left is not None else table
+        for row in rows["img"].to_pylist():
+            with Image.open(io.BytesIO(row["bytes"])) as image:
+                rgb = image.convert("RGB")
+                images.append(torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).reshape(rgb.height, rgb.width, 3))
+        labels += rows["label"].to_pylist()
+    return torch.stack(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+
+class Order(Sampler[int]):
+    """A permutation for each epoch, a function of seed and epoch alone: what is resumed sees what it would have seen."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(self.count, generator=generator(self.seed, self.epoch)).tolist())
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """A generator that seed and step alone decide."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+def augmented(images: Tensor, source: torch.Generator, pad: int = 4) -> Tensor:
+    """Each image (N, 3, h, w) shifted by up to `pad` pixels over a black border, and mirrored half of the time."""
+    n, _, height, width = images.shape
+    shift = torch.randint(2 * pad + 1, (2, n, 1), generator=source)
+    rows, columns = shift[0] + torch.arange(height), shift[1] + torch.arange(width)
+    columns = torch.where(torch.rand(n, 1, generator=source) < 0.5, columns.flip(1), columns)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    padded = F.pad(images, (pad,) * 4)
+    picked = padded[torch.arange(n, device=images.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2).contiguous()
+
+
+def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels in [0, 1], less mean, over std, by channel; uint8 is divided by 255 first."""
+    pixels = images.float() / 255 if images.dtype == torch.uint8 else images
+    return (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]

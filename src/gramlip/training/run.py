@@ -1,0 +1,142 @@
+"""`train`: a recipe from its name to certified results in one folder, resumed where it stopped."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from gramlip import robust
+from gramlip.errors import InputError
+from gramlip.network import audit
+from gramlip.nn import normalised as parametrized
+from gramlip.nn import remove
+from gramlip.training import data
+from gramlip.training.recipes import Recipe, recipe
+from gramlip.training.task import EXAMPLE, Audit, Task, chain, psnr
+
+
+def train(
+    name: str, source: str | Path, out: str | Path, *, seed: int = 0, stop_after: int | None = None, audit_every_epoch: bool = True, **changes: Any
+) -> dict[str, Any]:
+    """Train a recipe, or go on with it where `out` holds a checkpoint, and return its results: what `results.json` in `out` holds.
+
+    `out` gets `last.ckpt` (written whole, after every epoch), `logs/metrics.csv`, `weights.safetensors` (baked: plain and certified)
+    and `results.json`.
+
+    Args:
+        name: a name in `gramlip.training.recipes.RECIPES`.
+        source: folder of CIFAR-10's parquet files, or "uoft-cs/cifar10".
+        out: folder of the run.
+        seed: of everything random.
+        stop_after: epochs after which to stop early, to go on later; the schedule stays that of the whole run.
+        audit_every_epoch: certify every layer after every epoch.
+        **changes: fields of the recipe to change, such as `epochs=1`.
+
+    Raises:
+        InputError: unknown recipe or field, no data, or a folder that holds another run.
+    """
+    plan, folder = recipe(name), Path(out)
+    unknown = set(changes) - set(plan.to_dict())
+    if unknown:
+        msg = f"{sorted(unknown)} were given; expected fields of a recipe: {sorted(plan.to_dict())}"
+        raise InputError(msg)
+    plan = replace(plan, **changes)
+    _claim(folder, {"recipe": name, "seed": seed, **plan.to_dict()})
+    lightning.seed_everything(seed, workers=True, verbose=False)
+    task = Task(plan, seed)
+    train_set, test_set = (data.load(source, split, n) for split, n in (("train", plan.samples), ("test", plan.test_samples)))
+    loaders = _loader(train_set, plan, data.Order(len(train_set[1]), seed)), _loader(test_set, plan, None)
+    checkpoint = ModelCheckpoint(folder, save_last=True, save_top_k=0)
+    trainer = lightning.Trainer(
+        max_epochs=plan.epochs,
+        callbacks=[checkpoint, _Stop(stop_after), *([Audit()] if audit_every_epoch else [])],
+        logger=CSVLogger(folder, name="logs", version=""),
+        deterministic=True,
+        gradient_clip_val=plan.clip,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    last = folder / "last.ckpt"
+    begin = time.perf_counter()
+    trainer.fit(task, *loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    seconds = time.perf_counter() - begin
+    done = {"recipe": name, "seed": seed, **plan.to_dict(), "finished_epochs": trainer.current_epoch, "seconds": seconds}
+    if trainer.current_epoch < plan.epochs:
+        return done
+    results = {**done, **evaluate(task, test_set)}
+    _write(folder / "results.json", results)
+    save_file({k: v.contiguous() for k, v in task.net.state_dict().items()}, folder / "weights.safetensors")
+    return results
+
+
+class _Stop(lightning.Callback):
+    """Stop after some epochs, as an interruption would."""
+
+    def __init__(self, after: int | None) -> None:
+        self.after = after
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.after is not None and trainer.current_epoch + 1 >= self.after:
+            trainer.should_stop = True
+
+
+def _claim(folder: Path, plan: dict[str, Any]) -> None:
+    """The folder belongs to one run: its plan is written first, and compared ever after."""
+    file = folder / "recipe.json"
+    if file.exists() and (there := json.loads(file.read_text())) != json.loads(json.dumps(plan)):
+        changed = sorted(k for k in plan if there.get(k) != plan[k])
+        msg = f"{folder} holds a run that differs in {changed}; expected another folder, or the same options to go on with it"
+        raise InputError(msg)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(file, plan)
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(file)
+
+
+def _loader(split: tuple[Tensor, Tensor], plan: Recipe, order: data.Order | None) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*split), plan.batch, sampler=order, drop_last=order is not None)
+
+
+def evaluate(task: Task, test_set: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """Bake the network in place, then certify: its constant, and the accuracies or the PSNR that go with it."""
+    plan, net = task.recipe, task.net.cpu().eval()
+    if next(iter(parametrized(net)), None) is not None:
+        remove(net)
+    batches = [(data.normalised(x, plan.mean, plan.std), y) for x, y in zip(*(t.split(500) for t in test_set), strict=True)]
+    if plan.task == "denoise":
+        return _denoised(plan, net, batches)
+    report = audit(net, EXAMPLE[1:])
+    found = robust.certify(net, batches, report, std=plan.std)
+    results = {"constant": {"lower": report.lower, "upper": report.upper}, **found.to_dict()}
+    if isinstance(net, nn.Sequential) and isinstance(last := net[-1], nn.Linear):
+        features = audit(net[:-1], EXAMPLE[1:])
+        pairs = robust.certify(net, batches, features, std=plan.std, last=last)
+        results["certified_by_pairs"] = pairs.to_dict()["certified"]
+    return results
+
+
+def _denoised(plan: Recipe, net: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    before, after = [], []
+    for i, (x, _) in enumerate(batches):
+        noisy = x + torch.randn(x.shape, generator=data.generator(1, i)) * plan.noise
+        with torch.no_grad():
+            before.append(float(psnr(noisy, x)))
+            after.append(float(psnr(net(noisy), x)))
+    report = audit(net, EXAMPLE[1:])
+    constant = {"lower": report.lower, "upper": float(chain(net).upper) if plan.control == "rescaled" else report.upper}
+    return {"constant": constant, "psnr_noisy": sum(before) / len(before), "psnr": sum(after) / len(after), "count": sum(len(x) for x, _ in batches)}
