@@ -50,3 +50,24 @@ def shape(text: str) -> tuple[int, ...]:
         msg = f"{text!r} was given; expected positive sizes joined by commas, without the batch: 3,224,224"
         raise ArgumentTypeError(msg)
     return tuple(int(size) for size in sizes)
+
+
+def whole(text: str, least: int = 0) -> int:
+    """A whole number.
+
+    >>> whole("12")
+    12
+    """
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
+        msg = f"{text!r} was given; expected a whole number of at least {least}"
+        raise ArgumentTypeError(msg)
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1.
+
+    >>> count("3")
+    3
+    """
+    return whole(text, 1)

@@ -71,11 +71,16 @@ def check_output(option: str, name: str | None) -> Path | None:
 
 
 def write_whole(path: Path, text: str) -> None:
+    """Write the file whole or not at all, in UTF-8."""
+    write_bytes_whole(path, text.encode())
+
+
+def write_bytes_whole(path: Path, data: bytes) -> None:
     """Write the file whole or not at all: a temporary file beside it takes its place, and is removed on any failure."""
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}")
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

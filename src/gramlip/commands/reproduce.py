@@ -1,0 +1,49 @@
+"""`gramlip reproduce EXPERIMENT`: the paper's experiments, each a folder with a table, a figure and a summary."""
+
+from __future__ import annotations
+
+from argparse import ArgumentTypeError, Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gramlip.options import count, whole
+from gramlip.output import emit, watched
+from gramlip.reproduce import EXPERIMENTS, Options, reproduce
+
+
+def add_parser(subparsers: _SubParsersAction[Any]) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser("reproduce", help="run an experiment of the paper: table, figure and summary in a folder")
+    titles = "; ".join(f"{name}: {experiment.title}" for name, experiment in EXPERIMENTS.items())
+    parser.add_argument("experiment", choices=list(EXPERIMENTS), metavar="EXPERIMENT", help=titles.replace("%", "%%"))
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results, resumed where it exists (default runs/EXPERIMENT)")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="resnet18: torchvision's state dict (default: random He weights)")
+    parser.add_argument("--trials", type=count, default=5, metavar="T", help="timed runs, after one dropped (default 5)")
+    parser.add_argument("--seed", type=whole, default=0, metavar="S", help="seed of random weights (default 0)")
+    parser.add_argument("--device", type=device, default=torch.device("cpu"), metavar="D", help="cpu or cuda (default cpu)")
+    parser.add_argument("--quick", action="store_true", help="a small version that takes seconds, to see that it works")
+    parser.set_defaults(run=run)
+
+
+def run(args: Namespace) -> int:
+    """Run what is left, draw, print the summary."""
+    folder: Path = args.out or Path("runs") / args.experiment
+    options = Options(args.device, args.trials, args.seed, args.quick, args.weights)
+    files = reproduce(EXPERIMENTS[args.experiment], folder, options, watched)
+    emit(f"{files['summary.md'].read_text(encoding='utf-8')}\n{', '.join(str(path) for path in files.values())}\n")
+    return 0
+
+
+def device(text: str) -> torch.device:
+    """A device that is there.
+
+    >>> device("cpu")
+    device(type='cpu')
+    """
+    if text.partition(":")[0] not in ("cpu", "cuda") or (text.startswith("cuda") and not torch.cuda.is_available()):
+        have = "cpu or cuda" if torch.cuda.is_available() else "cpu, the only one here"
+        msg = f"{text!r} was given; expected {have}"
+        raise ArgumentTypeError(msg)
+    return torch.device(text)

@@ -1,0 +1,121 @@
+"""Figures for print: one style, drawn without a display and without global state."""
+
+from __future__ import annotations
+
+import io
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gramlip.compare import Comparison
+from gramlip.errors import InputError
+from gramlip.output import write_bytes_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#7F7F7F",
+    "#8C564B",
+    "#6A3D9A",
+    "#B2DF8A",
+    "#1B4F72",
+    "#B15928",
+)
+MARKERS = "osD^vP*X<>ph8"
+LINES = ("-", "--", "-.", ":")
+METHODS_IN_ORDER = (
+    "certify",
+    "gram",
+    "delattre2023",
+    "power",
+    "sedghi2019",
+    "senderovich2022",
+    "singla2021",
+    "araujo2021",
+    "norm2toep",
+    "aol",
+    "tensor_norm",
+    "frobenius",
+    "torch",
+)
+
+
+def figure(columns: int = 1, rows: int = 1, *, width: float = 5.0, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    """A figure and its axes, row by row.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        msg = "matplotlib is not installed; expected it for figures: type pip install 'gramlip[plots]'"
+        raise InputError(msg)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(made)
+    axes = [made.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
+    for ax in axes:
+        ax.grid(visible=True, which="major", linewidth=0.4, alpha=0.5)
+        ax.tick_params(labelsize=8)
+    return made, axes
+
+
+def look(method: str) -> dict[str, Any]:
+    """The same colour and marker for a method in every figure, told apart in grey as well."""
+    i = METHODS_IN_ORDER.index(method) if method in METHODS_IN_ORDER else len(METHODS_IN_ORDER)
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
+
+
+def save(made: Figure, path: Path) -> None:
+    """Write the figure whole or not at all.
+
+    Raises:
+        InputError: a suffix that is no picture.
+    """
+    kinds = (".png", ".pdf", ".svg")
+    if path.suffix not in kinds:
+        msg = f"{path} was given; expected a name that ends in {', '.join(kinds)}"
+        raise InputError(msg)
+    buffer = io.BytesIO()
+    made.savefig(buffer, format=path.suffix[1:], dpi=200)
+    write_bytes_whole(path, buffer.getvalue())
+
+
+def error_against_time(found: Comparison) -> Figure:
+    """Each method on each layer: relative error (absolute value) against time."""
+    made, (ax,) = figure(width=7.2, height=4.2)
+    for name in dict.fromkeys(v.method for v in found.values):
+        known = [
+            (1e3 * v.seconds, max(abs(v.error), 1e-16), v.verdict)
+            for v in found.values
+            if v.method == name and v.seconds and v.error is not None
+        ]
+        label: str | None = name
+        for below in (False, True):
+            points = [(x, y) for x, y, verdict in known if (verdict == "below") == below]
+            if points:
+                style = look(name) | {"linestyle": "none", "fillstyle": "none" if below else "full"}
+                ax.plot(*zip(*points, strict=True), label=label, **style)
+                label = None
+    width = max((v.upper / v.lower - 1 for v in found.values if v.lower > 0), default=0.0)
+    if width > 0:
+        ax.axhspan(ax.get_ylim()[0], width / 2, color="0.92", zorder=0, label="within the certified interval")
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="time per layer (ms)",
+        ylabel="relative error (absolute value)",
+        title=f"{Path(found.target).name} (hollow: below the truth)",
+    )
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return made
