@@ -15,18 +15,26 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.certificates import cholesky
-from gramlip.coupling.forms import System, size_of
+from gramlip.coupling.forms import System, size_of, sizes_of
 
 Multipliers = dict[int, Tensor]
 
 
 @dataclass
 class Quadratic:
-    """A Hermitian form (F, n, n) over the anchors `live`, in that order; right up to `noise` (F,) in norm."""
+    """A Hermitian form (F, n, n) over the anchors `live`, in that order."""
 
     live: list[int]
     matrix: Tensor
-    noise: Tensor
+
+
+def raised(live: list[int], matrix: Tensor, noise: Tensor | float) -> Quadratic:
+    """A form at least as large as any within `noise` in norm of `matrix`: what is known up to noise is replaced by what is above it."""
+    matrix = 0.5 * (matrix + matrix.mH)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    room = (noise + rd.gamma(8) * (sizes_of(matrix) + noise)) * (1 + 1e-9)
+    diagonal.add_(room[:, None])
+    return Quadratic(live, matrix)
 
 
 def start(system: System) -> Quadratic:
@@ -38,7 +46,7 @@ def start(system: System) -> Quadratic:
     noise = rd.add_up(
         rd.mul_up(2.0, rd.mul_up(size, error)), rd.mul_up(error, error), rd.mul_up(rd.gamma(8.0 * (wide.shape[1] + 4)), rd.mul_up(size, size))
     )
-    return Quadratic(live, wide.mH @ wide, torch.full((system.frequencies,), noise, dtype=torch.float64))
+    return raised(live, wide.mH @ wide, noise)
 
 
 def order(system: System) -> Iterator[int]:
@@ -96,7 +104,7 @@ def _step(system: System, parts: Split, multipliers: Tensor, k: int) -> tuple[Qu
     factor, info = torch.linalg.cholesky_ex(inner)
     b = parts.pair + weights[:, None] * parts.rows
     root = torch.linalg.solve_triangular(factor, b, upper=False)
-    return Quadratic(parts.live, parts.rest + root.mH @ root, torch.zeros(0)), info
+    return Quadratic(parts.live, parts.rest + root.mH @ root), info
 
 
 def objective(system: System, multipliers: Multipliers) -> tuple[Tensor, bool]:
@@ -151,43 +159,40 @@ def certificate(system: System, multipliers: Multipliers) -> float:
         weights = multipliers[k][system.channels[k]]
         n = len(weights)
         inner = torch.diag(2.0 * weights).to(parts.own.dtype) - parts.own
-        least = _least_eigenvalue(inner, form.noise)
+        least = _least_eigenvalue(inner)
         if least is None:
             return math.inf
         b = parts.pair + weights[:, None] * parts.rows
         x = torch.linalg.solve(inner, b)
         cross = x.mH @ b
         matrix = parts.rest + cross + cross.mH - x.mH @ (inner @ x)
-        matrix = 0.5 * (matrix + matrix.mH)
-        sizes = [torch.linalg.vector_norm(t, dim=(-2, -1)) * (1 + 1e-9) for t in (x, b, inner, parts.rows)]
+        sizes = [sizes_of(t) for t in (x, b, inner, parts.rows)]
         unit = rd.gamma(16.0 * (n + matrix.shape[-1] + 8))
-        off = form.noise + float(weights.max()) * parts.error + unit * (sizes[1] + float(weights.max()) * sizes[3])
-        residual = torch.linalg.vector_norm(b - inner @ x, dim=(-2, -1)) * (1 + 1e-9) + unit * (sizes[1] + sizes[2] * sizes[0]) + off + form.noise * sizes[0]
-        slack = unit * (2 * sizes[0] * sizes[1] + sizes[0].square() * sizes[2] + torch.linalg.vector_norm(parts.rest, dim=(-2, -1)))
-        noise = (form.noise * (1 + sizes[0].square()) + 2 * sizes[0] * off + slack + residual.square() / least) * (1 + 1e-9)
-        form = Quadratic(parts.live, matrix, noise)
+        off = float(weights.max()) * parts.error + unit * (sizes[1] + float(weights.max()) * sizes[3])
+        residual = sizes_of(b - inner @ x) + unit * (sizes[1] + sizes[2] * sizes[0]) + off
+        slack = unit * (2 * sizes[0] * sizes[1] + sizes[0].square() * sizes[2] + sizes_of(parts.rest))
+        form = raised(parts.live, matrix, (2 * sizes[0] * off + slack + residual.square() / least) * (1 + 1e-9))
     if not form.live:
         return 0.0
     return _root(form)
 
 
-def _least_eigenvalue(matrix: Tensor, noise: Tensor) -> Tensor | None:
-    """A proved positive lower bound of the least eigenvalue of each matrix known up to `noise`; None where there is none."""
-    guess = 0.5 * torch.linalg.eigvalsh(matrix)[:, 0] - 2 * noise
-    top = torch.linalg.vector_norm(matrix, dim=(-2, -1)) * (1 + 1e-9) + noise
+def _least_eigenvalue(matrix: Tensor) -> Tensor | None:
+    """A proved positive lower bound of the least eigenvalue of each matrix; None where there is none."""
+    guess = 0.5 * torch.linalg.eigvalsh(matrix)[:, 0]
+    top = sizes_of(matrix)
     if not bool((guess > 0).all()):
         return None
     # lambda_1(top I - M) <= top - guess proves that M >= guess.
     turned = torch.diag_embed(top[:, None].expand(-1, matrix.shape[-1])).to(matrix.dtype) - matrix
-    extra = noise + rd.gamma(4) * top
-    return guess if bool(cholesky(turned, top - guess, extra).all()) else None
+    return guess if bool(cholesky(turned, top - guess, rd.gamma(4) * top).all()) else None
 
 
 def _root(form: Quadratic) -> float:
     """Upper bound of the root of the largest eigenvalue over all frequencies."""
     tops = torch.linalg.eigvalsh(form.matrix)[:, -1].clamp_min(0.0)
     for slack in (1e-9, 1e-6, 1e-3):
-        threshold = tops.max() * (1 + slack) + 4 * form.noise.max()
-        if bool((threshold > 0) and cholesky(form.matrix.clone(), threshold.expand(len(tops)).clone(), form.noise).all()):
+        threshold = tops.max() * (1 + slack)
+        if bool((threshold > 0) and cholesky(form.matrix.clone(), threshold.expand(len(tops)).clone(), torch.zeros_like(tops)).all()):
             return rd.sqrt_up(rd.mul_up(float(threshold), 1 + 1e-12))
     return math.inf

@@ -17,9 +17,16 @@ from gramlip import rounding as rd
 from gramlip.steps import Join, Linear, Network, Shape, Slice, Slope, Step, Sum, View
 
 
+def sizes_of(matrix: Tensor) -> Tensor:
+    """Upper bounds of the norms of the matrices with their entries' moduli: Frobenius, or Schur's root of rows times columns."""
+    moduli = matrix.abs()
+    schur = (moduli.sum(-1).amax(-1) * moduli.sum(-2).amax(-1)).sqrt()
+    return torch.minimum(torch.linalg.vector_norm(moduli, dim=(-2, -1)), schur) * (1.0 + 1e-9)
+
+
 def size_of(matrix: Tensor) -> float:
-    """Upper bound of the Frobenius norm of each matrix of a batch, the largest."""
-    return rd.mul_up(float(torch.linalg.vector_norm(matrix, dim=(-2, -1)).max()), 1.0 + 1e-9)
+    """The largest of `sizes_of`."""
+    return float(sizes_of(matrix).max())
 
 
 @dataclass(frozen=True)
