@@ -54,9 +54,10 @@ def mul_down(a: float, b: float) -> float:
 
 
 def sqrt_up(x: float) -> float:
-    """Upper bound of a square root, exact where the root is."""
+    """Upper bound of a square root, exact where the root has at most 26 bits (its square is then computed exactly)."""
     root = math.sqrt(x)
-    return root if (root * root == x and root > 2.0**-500) or x == 0.0 else up(root)
+    short = (math.frexp(root)[0] * 2.0**26).is_integer() and root > 2.0**-500
+    return root if x == 0.0 or (short and root * root == x) else up(root)
 
 
 def sqrt_down(x: float) -> float:
@@ -71,7 +72,7 @@ def hypot_up(terms: Iterable[float]) -> float:
         return some[0] if some else 0.0
     if math.inf in some:
         return math.inf
-    scale = 2.0 ** math.frexp(max(some))[1]
+    scale = 2.0 ** (math.frexp(max(some))[1] - 1)
     return mul_up(sqrt_up(add_up(*(up((t / scale) ** 2) for t in some))), scale)
 
 

@@ -1,0 +1,354 @@
+"""Where rounding decides: directed scalars against fractions, intervals against exact arithmetic, settings left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+
+import gramlip as gl
+import mpmath
+import pytest
+import torch
+from cases import Case
+from gramlip import rounding as rd
+from gramlip.bound import decimals
+from gramlip.testing import weight
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+POSITIVE = st.floats(0, 1e300, allow_nan=False)
+MODERATE = st.floats(0, 1e150, allow_nan=False)
+FEW = settings(max_examples=400, deadline=None, derandomize=True)
+NORMAL = Fraction(rd.TINY)
+
+
+# ---- scalars -------------------------------------------------------------------------------------------------------------
+
+
+@FEW
+@given(st.lists(POSITIVE, max_size=5))
+def test_add_up(terms: list[float]) -> None:
+    total = rd.add_up(*terms)
+    assert total == math.inf or Fraction(total) >= sum(map(Fraction, terms))
+
+
+@FEW
+@given(MODERATE, MODERATE)
+@example(5e-324, 0.5)
+@example(1e-200, 1e-200)
+def test_products(a: float, b: float) -> None:
+    exact = Fraction(a) * Fraction(b)
+    assert Fraction(rd.mul_up(a, b)) >= exact
+    assert Fraction(rd.mul_down(a, b)) <= exact
+    assert rd.mul_down(a, b) >= 0.0
+
+
+@FEW
+@given(POSITIVE)
+@example(11.0)
+@example(5e-324)
+@example(3.0)
+@example(2.0**-1022)
+def test_roots(x: float) -> None:
+    assert Fraction(rd.sqrt_up(x)) ** 2 >= Fraction(x)
+    assert Fraction(rd.sqrt_down(x)) ** 2 <= Fraction(x)
+
+
+def test_roots_of_the_integers() -> None:
+    for n in range(1, 3000):
+        assert Fraction(rd.sqrt_up(float(n))) ** 2 >= n
+        assert Fraction(rd.sqrt_down(float(n))) ** 2 <= n
+
+
+@FEW
+@given(st.lists(st.floats(0, 1e307, allow_nan=False), max_size=4))
+@example([1e-320, 1e-320])
+@example([3.0, 4.0])
+@example([1e-300, 1.0])
+@example([1.7e308, 1.0])
+def test_hypot_up(terms: list[float]) -> None:
+    found = rd.hypot_up(terms)
+    assert found == math.inf or Fraction(found) ** 2 >= sum(Fraction(t) ** 2 for t in terms)
+
+
+@FEW
+@given(st.floats(1, 1e15))
+def test_gamma(n: float) -> None:
+    product = Fraction(n) * Fraction(1, 2**53)
+    assert Fraction(rd.gamma(n)) >= product / (1 - product)
+
+
+@FEW
+@given(POSITIVE)
+def test_up_and_down_are_strict(x: float) -> None:
+    assert rd.up(x) > x
+    assert rd.down(x) < x or x == rd.down(x) == 0.0
+
+
+@FEW
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_printed_decimals_are_outward(x: float) -> None:
+    assert Fraction(decimals(x, upward=False)) <= Fraction(x) <= Fraction(decimals(x, upward=True))
+
+
+@FEW
+@given(st.tuples(MODERATE, MODERATE).map(sorted), st.tuples(MODERATE, MODERATE).map(sorted))
+def test_composition_rounds_outward(a: list[float], b: list[float]) -> None:
+    first, second = gl.Bound(a[0], a[1], "first"), gl.Bound(b[0], b[1], "second")
+    assert Fraction((first @ second).upper) >= Fraction(a[1]) * Fraction(b[1])
+    assert Fraction((first + second).upper) >= Fraction(a[1]) + Fraction(b[1])
+    assert Fraction(gl.Bound.concat([first, second]).upper) ** 2 >= Fraction(a[1]) ** 2 + Fraction(b[1]) ** 2
+
+
+# ---- intervals against exact arithmetic ----------------------------------------------------------------------------------
+
+
+def exceeds(gram: list[list[Fraction]], square: Fraction) -> bool:
+    """Whether the largest eigenvalue of a symmetric rational matrix exceeds `square`, by exact elimination of `square - gram`."""
+    a = [[(square if i == j else 0) - x for j, x in enumerate(row)] for i, row in enumerate(gram)]
+    for i in range(len(a)):
+        if a[i][i] < 0 or (a[i][i] == 0 and any(a[i][i:])):
+            return True
+        if a[i][i] == 0:
+            continue
+        for r in range(i + 1, len(a)):
+            factor = a[r][i] / a[i][i]
+            a[r] = [x - factor * y for x, y in zip(a[r], a[i], strict=True)]
+    return False
+
+
+def exact_gram(matrix: Tensor) -> list[list[Fraction]]:
+    """`A^T A` in rational arithmetic."""
+    rows = [[Fraction(x) for x in row] for row in matrix.double().tolist()]
+    columns = list(zip(*rows, strict=True))
+    return [[sum((x * y for x, y in zip(a, b, strict=True)), Fraction(0)) for b in columns] for a in columns]
+
+
+def assert_exactly_between(matrix: Tensor, interval: gl.Bound) -> None:
+    """`lower <= norm <= upper`, decided without rounding."""
+    gram = exact_gram(matrix)
+    assert not exceeds(gram, Fraction(interval.upper) ** 2), (interval, matrix)
+    if interval.lower > 0:
+        below = Fraction(interval.lower) ** 2 * (1 - Fraction(1, 10**25))
+        assert exceeds(gram, below), (interval, matrix)
+
+
+@pytest.mark.parametrize("rtol", [1e-2, 1e-6, 1e-12])
+def test_thousands_of_float32_matrices_exactly(rtol: float) -> None:
+    generator = torch.Generator().manual_seed(int(-math.log10(rtol)))
+    for i in range(700):
+        matrix = torch.randn(2 + i % 3, 2 + i % 2, generator=generator)
+        assert_exactly_between(matrix, gl.bound(matrix, rtol=rtol))
+
+
+def test_plain_float32_is_a_coin_toss_and_the_bound_is_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    below = 0
+    for _ in range(60):
+        matrix = torch.randn(64, 48, generator=generator)
+        truth = float(torch.linalg.svdvals(matrix.double())[0])
+        below += float(gl.gram_norm(matrix, n_iter=14)) < truth
+        interval = gl.bound(matrix, rtol=1e-9)
+        assert interval.upper >= truth * (1 - 1e-14)
+        assert interval.lower <= truth * (1 + 1e-14)
+    assert 10 < below < 50
+
+
+def high_precision(matrix: Tensor) -> mpmath.mpf:
+    """The norm to 60 digits."""
+    with mpmath.workdps(60):
+        a = mpmath.matrix([[mpmath.mpf(x) for x in row] for row in matrix.double().tolist()])
+        return mpmath.sqrt(max(mpmath.eigsy(a.T * a, eigvals_only=True)))
+
+
+def near_equal(gap: float) -> Tensor:
+    """A matrix with two leading singular values `gap` apart."""
+    u, v = (weight("orthogonal", (5, 5), torch.float64, seed) for seed in (1, 2))
+    return u @ torch.diag(torch.tensor([1.0, 1.0 - gap, 0.5, 0.1, 0.0], dtype=torch.float64)) @ v
+
+
+HARD: dict[str, Callable[[], Tensor]] = {
+    "ill-scaled rows": lambda: weight("ill_scaled", (6, 4), torch.float64),
+    "ill-scaled columns": lambda: weight("ill_scaled", (4, 6), torch.float64).mT,
+    "ill-scaled float32": lambda: weight("ill_scaled", (5, 5)),
+    "both ill-scaled": lambda: weight("ill_scaled", (5, 5), torch.float64) * torch.logspace(-12, 0, 5, dtype=torch.float64),
+    "near-equal 1e-3": lambda: near_equal(1e-3),
+    "near-equal 1e-9": lambda: near_equal(1e-9),
+    "near-equal 1e-15": lambda: near_equal(1e-15),
+    "equal": lambda: near_equal(0.0),
+    "float32 denormals": lambda: weight("denormal", (4, 4)),
+    "float16 denormals": lambda: weight("denormal", (4, 4), torch.float16),
+    "bfloat16 denormals": lambda: weight("denormal", (4, 4), torch.bfloat16),
+    "float64 denormals": lambda: weight("denormal", (4, 4), torch.float64),
+    "one float32 denormal": lambda: torch.full((1, 1), 2.0**-149),
+    "normal beside denormal": lambda: torch.tensor([[1.0, 1e-42], [1e-42, 1.0]]),
+    "huge beside tiny": lambda: torch.tensor([[3e38, 1.0], [1e-45, 1e-30]]),
+    "largest float64": lambda: torch.full((1, 1), 1.7e308, dtype=torch.float64),
+    "above the range": lambda: torch.full((2, 2), 1.7e308, dtype=torch.float64),
+    "rank one": lambda: weight("rank_one", (5, 4)),
+    "huge": lambda: weight("huge", (4, 3)),
+    "tiny": lambda: weight("tiny", (4, 3)),
+}
+
+
+@pytest.mark.parametrize("rtol", [1e-2, 1e-6, 1e-11])
+@pytest.mark.parametrize("name", HARD)
+def test_hard_matrices_in_high_precision(name: str, rtol: float) -> None:
+    matrix = HARD[name]()
+    truth = high_precision(matrix)
+    interval = gl.bound(matrix, rtol=rtol)
+    assert mpmath.mpf(interval.upper) >= truth * (1 - mpmath.mpf(10) ** -40)
+    assert mpmath.mpf(interval.lower) <= truth * (1 + mpmath.mpf(10) ** -40)
+    if rd.TINY * 1e3 < truth < 1e308:
+        assert interval.rtol <= rtol
+        assert_exactly_between(matrix, interval)
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_convolutions_of_every_size(name: str) -> None:
+    # The taps of a 1-d kernel with one channel on each side: at frequency 0 the norm is that of their sum, below the supremum.
+    matrix = HARD[name]()
+    exact = sum((abs(Fraction(x)) for x in matrix.double().flatten().tolist()), Fraction(0))
+    interval = gl.bound(gl.Conv(matrix.abs().reshape(1, 1, -1)))
+    assert interval.upper == math.inf or Fraction(interval.upper) >= exact
+    assert Fraction(interval.lower) <= exact
+
+
+# ---- the result does not depend on settings, nor changes them ---------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def flushed() -> Iterator[None]:
+    """Denormals flushed to zero in this thread."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Another default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Another float32 matmul precision."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == name
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Only deterministic algorithms."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
+    "flush denormals": flushed,
+    "default float64": lambda: default_dtype(torch.float64),
+    "default bfloat16": lambda: default_dtype(torch.bfloat16),
+    "matmul medium": lambda: matmul_precision("medium"),
+    "matmul high": lambda: matmul_precision("high"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "no grad": torch.no_grad,
+    "deterministic": deterministic,
+}
+LAYERS = [
+    Case("random", (6, 5)),
+    Case("denormal", (4, 4)),
+    Case("denormal", (4, 4), dtype=torch.float64),
+    Case("random", (3, 2, 3, 3), (5, 5), padding=((1, 1), (1, 1))),
+    Case("random", (3, 2, 3, 3), (6, 6), (2, 2), ((1, 1), (1, 1)), "circular"),
+    Case("near_orthogonal", (3, 3, 3), (9,), padding=((1, 1),), padding_mode="reflect"),
+    Case("denormal", (2, 2, 3), (5,), padding=((1, 1),), padding_mode="replicate"),
+    Case("random", (4, 2, 3), (6,), groups=2, dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
+def test_settings_neither_matter_nor_change(case: Case, setting: str) -> None:
+    operators = [case.operator(), case.operator(None)]
+    plain = [gl.bound(op) for op in operators]
+    state = torch.get_rng_state()
+    with SETTINGS[setting]():
+        under = [gl.bound(op) for op in operators]
+    assert torch.equal(state, torch.get_rng_state())
+    for a, b in zip(plain, under, strict=True):
+        assert (a.lower, a.upper, a.because) == (b.lower, b.upper, b.because)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_flushed_denormals_do_not_become_a_zero_layer(dtype: torch.dtype) -> None:
+    case = Case("denormal", (4, 4), dtype=dtype)
+    op = case.operator()
+    with flushed():
+        interval = gl.bound(op)
+    assert interval.upper >= case.truth > 0.0
+
+
+# ---- weights as they come --------------------------------------------------------------------------------------------------
+
+
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "requires grad": lambda w: w.clone().requires_grad_(),
+    "parameter": lambda w: torch.nn.Parameter(w.clone()),
+    "channels last": lambda w: w.to(memory_format=torch.channels_last),
+    "transposed storage": lambda w: w.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "strided view": lambda w: torch.stack([w, w], -1).flatten(-2)[..., ::2],
+    "expanded": lambda w: w[..., :1].expand(w.shape),
+    "conjugate view": lambda w: torch.complex(w, w).conj(),
+    "imaginary part": lambda w: torch.complex(0 * w, w).imag,
+    "negative view": lambda w: torch.complex(0 * w, -w).conj().imag,
+    "inference tensor": lambda w: _inference(w),
+    "inner graph": lambda w: (w.clone().requires_grad_() * 1.0),
+}
+
+
+def _inference(w: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return w.clone()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_in_any_form_and_nothing_changed_in_place(form: str) -> None:
+    w = FORMS[form](weight("random", (3, 2, 3, 3)))
+    twin = w.detach().clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
+    before = w.detach().clone()
+    for options in ({"input_size": 5, "padding": 1}, {"padding": 1}, {"input_size": 6, "stride": 2, "padding": 1, "padding_mode": "circular"}):
+        found, expected = gl.bound(gl.Conv(w, **options)), gl.bound(gl.Conv(twin, **options))
+        assert (found.lower, found.upper) == (expected.lower, expected.upper)
+    assert torch.equal(before, w.detach())
+    assert w.grad_fn is None or w.requires_grad
+
+
+def test_scaling_by_a_power_of_two_scales_the_interval() -> None:
+    case = Case("random", (3, 2, 3, 3), (5, 5), padding=((1, 1), (1, 1)), dtype=torch.float64)
+    base = gl.bound(case.operator())
+    for exponent in (-900, -100, -1, 1, 100, 900):
+        op = gl.Conv(case.weight() * 2.0**exponent, 5, padding=1)
+        found = gl.bound(op)
+        assert (found.lower, found.upper) == (math.ldexp(base.lower, exponent), math.ldexp(base.upper, exponent))
