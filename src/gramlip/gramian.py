@@ -17,8 +17,9 @@ from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip.widen import widen
 
-TAP_BYTES = 96 << 20  # the autocorrelation is kept only while it is smaller than this
-CHUNK_BYTES = 48 << 20  # blocks are streamed in pieces of about this size
+TAP_BYTES = 128 << 20  # the autocorrelation is kept only while it is smaller than this
+MOST_TAPS = 4096  # and has at most so many taps
+CHUNK_BYTES = 4 << 20  # blocks are streamed in pieces of about this size, which caches hold
 
 
 class Gramian:
@@ -39,22 +40,26 @@ class Gramian:
         self.device = tall.device
         self.is_complex = tall.is_complex()
         self._tall = tall.flatten(3) if self.axes else tall[..., None]
+        self._dtype = torch.complex128 if self.is_complex else torch.float64
         self._grid = torch.tensor(list(itertools.product(*map(range, self.span))), dtype=torch.int64).reshape(
             math.prod(self.span), self.axes
         )
-        self._small = self._tall.numel() * 16 <= TAP_BYTES
+        self._small = self._tall.numel() * (16 if self.is_complex else 8) <= TAP_BYTES // 4
         self.exponent = widen(self._tall, None)[1] if self._small else max(widen(t, None)[1] for t in self._tall.unbind(-1))
         self._wide = self._cast(self._tall) if self._small else None
         self.mass = self._mass()
-        offsets = [q for q in itertools.product(*(range(1 - k, k) for k in self.span)) if q > (0,) * self.axes]
+        count = (math.prod(2 * k - 1 for k in self.span) - 1) // 2
+        tap_bytes = self.groups * (2 * count + 1) * self.side**2 * (16 if self.is_complex else 8)
+        shared = tap_bytes <= TAP_BYTES and count <= MOST_TAPS
+        ranges = [range(1 - k, k) for k in self.span] if shared else []
+        offsets = [q for q in itertools.product(*ranges) if q > (0,) * self.axes]
         self.offsets = torch.tensor(offsets, dtype=torch.int64).reshape(len(offsets), self.axes)
-        length = self.rows * self._tall.shape[-1] + len(offsets) + 64
+        length = self.rows * self._tall.shape[-1] + count + 64
         per = rd.gamma(4.0 * length if self.is_complex else 2.0 * length)
         self.noise = [rd.add_up(rd.mul_up(per, rd.mul_up(m, m)), rd.TINY) if m else 0.0 for m in self.mass]
-        tap_bytes = self.groups * (2 * len(offsets) + 1) * self.side**2 * (16 if self.is_complex else 8)
-        self.taps = self._autocorrelation() if self._small and tap_bytes <= TAP_BYTES else None
+        self.taps = self._autocorrelation() if shared else None
         # real operations to form one block
-        self.operations = (4.0 * len(offsets) + 2.0 if self.taps is not None else 8.0 * self.rows) * self.side**2
+        self.operations = (4.0 * count + 2.0 if shared else 8.0 * self.rows) * self.side**2
 
     def _cast(self, piece: Tensor) -> Tensor:
         """The exact float64 (complex128) copy, conjugated where the sides were exchanged."""
@@ -76,26 +81,22 @@ class Gramian:
 
     def _autocorrelation(self) -> tuple[Tensor, Tensor]:
         """Coefficients of the cosines (A_0 and A_q + A_q*) and of the sines (A_q - A_q*), (groups, taps, c, c)."""
-        assert self._wide is not None
         g, c, p = self.groups, self.side, self._tall.shape[-1]
         strides = torch.tensor([math.prod(2 * k - 1 for k in self.span[j + 1 :]) for j in range(self.axes)], dtype=torch.int64)
         code = (self._grid * strides).sum(-1)
-        taps = self._wide.new_zeros(g, 1 + len(self.offsets), c, c)
+        taps = torch.zeros(g, 1 + len(self.offsets), c, c, dtype=self._dtype, device=self.device)
         where = {int(q): i + 1 for i, q in enumerate((self.offsets * strides).sum(-1))} | {0: 0}
         gap = code[None, :] - code[:, None]
-        if p * c <= 1024 or p == 1:  # one product of all pairs of taps
+        if self._wide is not None and (p * c <= 1024 or p == 1):  # one product of all pairs of taps
             flat = self._wide.permute(0, 1, 3, 2).reshape(g, self.rows, p * c)
             pairs = (flat.mH @ flat).reshape(g, p, c, p, c).permute(0, 1, 3, 2, 4).reshape(g, p * p, c, c)
             keep = (gap >= 0).flatten().nonzero()[:, 0]
             slot = torch.tensor([where[int(q)] for q in gap.flatten()[keep]], device=self.device)
             taps.index_add_(1, slot, pairs[:, keep.to(self.device)])
         else:
-            wide = self._wide.permute(3, 0, 1, 2).contiguous()
             for q, i in where.items():
-                left, right = (gap == q).nonzero(as_tuple=True)
-                a = wide[left.to(self.device)].transpose(0, 1).reshape(g, -1, c)
-                b = wide[right.to(self.device)].transpose(0, 1).reshape(g, -1, c)
-                taps[:, i] = a.mH @ b
+                for left, right in (gap == q).nonzero().tolist():
+                    taps[:, i].baddbmm_(self.tap(left).mH, self.tap(right))
         later = taps[:, 1:]
         return torch.cat([taps[:, :1], later + later.mH], 1), later - later.mH
 
@@ -108,14 +109,15 @@ class Gramian:
         if self.taps is None or not len(self.offsets):
             return None
         even, odd = self.taps
-        later = (even[:, 1:] + odd) / 2
-        sizes = torch.linalg.vector_norm(later, dim=(-2, -1)).cpu()
+        # A_q = (even + odd) / 2, and the two halves are orthogonal
+        halves = [torch.linalg.vector_norm(half, dim=(-2, -1)) for half in (even[:, 1:], odd)]
+        sizes = torch.hypot(*halves).cpu() / 2 * (1 + 1e-12)
         reach = (sizes * self.offsets.to(torch.float64).square().sum(-1)).sum(-1) / self.side**0.5
         if bool((reach > largest[items] * sum((k - 1) ** 2 for k in self.span) / 4).all()):
             return None
         # ||A||^2 = ||A* A||, of which one more Gram step gives a closer bound than the Frobenius norm
         scale = torch.where(sizes > 0, sizes, 1.0).to(self.device)
-        unit = (later / scale[..., None, None]).flatten(0, 1)
+        unit = ((even[:, 1:] + odd) / 2 / scale[..., None, None]).flatten(0, 1)
         error = torch.full((len(unit),), 2 * rd.gamma(8.0 * (self.side + 2)), dtype=torch.float64, device=self.device)
         norms = cert.gram(unit.mH @ unit, error).sqrt().cpu().reshape(sizes.shape).clamp_max(1.0)
         return norms * sizes * (1 + 1e-12)
@@ -142,7 +144,14 @@ class Gramian:
     def at(self, group: Tensor, index: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """G at the lattice frequencies `2 pi index / sizes` (F, axes) of the given groups (F,): (F, c, c), real where all are real."""
         if self.taps is None:
-            return torch.stack([self._one(int(g), i[None], sizes) for g, i in zip(group, index, strict=True)])
+            out: Tensor | None = None
+            for one in group.unique().tolist():
+                there = (group == one).nonzero()[:, 0]
+                blocks = self._direct(one, index[there], sizes)
+                out = blocks.new_empty(len(group), self.side, self.side) if out is None else out.to(torch.promote_types(out.dtype, blocks.dtype))
+                out[there.to(self.device)] = blocks.to(out.dtype)
+            assert out is not None
+            return out
         even, odd = self.taps
         group = group.to(self.device)
         if not len(self.offsets):
@@ -169,24 +178,36 @@ class Gramian:
             out[at] = (weights[at] @ taps[one].flatten(1)).reshape(-1, c, c)
         return out
 
-    def _one(self, group: int, index: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """One block from pieces of the symbol, so that no more than a few matrices of c x c are alive."""
-        angles = self.waves(index, sizes, self._grid)[0]
+    def _direct(self, group: int, index: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """Blocks of one group from pieces of rows of the symbol, so that no more than a few blocks are alive."""
+        angles = self.waves(index, sizes, self._grid)
         real = not self.is_complex and bool((angles.sin().abs() < 1e-15).all())
         factors = angles.cos() if real else torch.polar(torch.ones_like(angles), -angles)
+        taps = self._tall.shape[-1]
+        step = max(1, (4 * CHUNK_BYTES) // (16 * self.side * max(taps, len(index))))
         total: Tensor | None = None
-        step = max(1, CHUNK_BYTES // (16 * self.side))
         for start in range(0, self.rows, step):
             rows = slice(start, min(start + step, self.rows))
-            block: Tensor | None = None
-            for p in range(self._tall.shape[-1]):
-                piece = self._wide[group, rows, :, p] if self._wide is not None else self._cast(self._tall[group, rows, :, p])
-                block = factors[p] * piece if block is None else block.add_(factors[p] * piece)
-            assert block is not None
-            total = block.mH @ block if total is None else total.addmm_(block.mH, block)
+            piece = self._wide[group, rows] if self._wide is not None else self._cast(self._tall[group, rows])
+            flat = piece.flatten(0, 1)
+            if real or self.is_complex:
+                block = flat @ factors.mT.to(flat.dtype if real else factors.dtype)
+            else:
+                block = torch.complex(flat @ factors.real.mT, flat @ factors.imag.mT)
+            block = block.reshape(*piece.shape[:2], -1).permute(2, 0, 1).contiguous()
+            total = block.mH @ block if total is None else total.add_(block.mH @ block)
         assert total is not None
         return total
 
     def chunk(self) -> int:
         """How many blocks are worked on at once."""
-        return max(1, CHUNK_BYTES // (16 * self.side**2))
+        return max(1, CHUNK_BYTES // (16 * max(self.side**2, len(self.offsets) if self.taps is not None else self._tall.shape[-1])))
+
+    def crude(self, group: int) -> float:
+        """Upper bound of the norm without any frequency: `sum_p ||K_p||_F`, or the root of P times `||sum_p K_p* K_p||` (lemma 14)."""
+        if self._wide is None or self.axes == 0:
+            return self.mass[group]
+        flat = self._wide[group].permute(2, 0, 1).flatten(0, 1)
+        zero = (flat.mH @ flat)[None]
+        top = float(cert.moments(zero, torch.tensor([self.noise[group]], dtype=torch.float64, device=self.device)))
+        return min(self.mass[group], rd.sqrt_up(rd.mul_up(top, float(self._tall.shape[-1]))))

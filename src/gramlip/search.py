@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from gramlip.gramian import Gramian
 from gramlip.lattice import START, Cells, Lattice
 
 BUDGET = 4e12  # real operations after which the search stops with what it has proved
+WIDER = (1.25, 2.0)  # the targets tried once the budget is spent, as multiples of the one asked for
+AHEAD = 16  # groups that are searched before the others
 STEPS = 8  # Lanczos steps on a block
 DENSE_STEPS = 40  # and where there is only one
 
@@ -65,7 +67,7 @@ class Search:
 
     def __init__(self, gram: Gramian, points: tuple[int | None, ...], items: Tensor | None = None, budget: float = BUDGET) -> None:
         """Lay the lattice; nothing is computed yet."""
-        self.g, self.budget, self.tally = gram, budget, Tally()
+        self.g, self.budget, self.tally, self.too_long = gram, budget, Tally(), False
         self.lattice = Lattice(gram.span, points, gram.groups, not gram.is_complex)
         self.items = items if items is not None else torch.zeros(gram.groups, dtype=torch.int64)
         count = int(self.items.max()) + 1
@@ -82,11 +84,30 @@ class Search:
         """The lower side: Lanczos steps on a coarse grid, then uphill from the best frequency of each layer."""
         self.rtol = rtol
         groups = self._nonzero()
-        self.coarse = self.lattice.corner_keys(self.lattice.cells(1.0, groups)).unique()
+        first = groups
+        if len(groups) > 2 * AHEAD:  # the groups of largest mass first: most of the others cannot reach them
+            mass = torch.tensor(self.g.mass, dtype=torch.float64)[groups]
+            first = groups[mass.argsort(descending=True)[:AHEAD]]
         if not len(groups):
             return
-        self.estimates = self.raise_lower(self.coarse, STEPS if self.lattice.active else DENSE_STEPS)
+        cells = self.lattice.cells(1.0, first)
+        self.too_long = len(cells[0]) * max(math.prod(self.g.span) * 1e3, self.g.operations) > self.budget / 8
+        if self.too_long:
+            cells = tuple(part[:: 1 + len(cells[0]) // 8] for part in cells)
+        steps = STEPS if self.lattice.active else DENSE_STEPS
+        self.coarse = self.lattice.corner_keys(cells).unique()
+        self.estimates = self.raise_lower(self.coarse, steps)
+        rest = self._reaching(groups[~torch.isin(groups, first)])
+        if len(rest) and not self.too_long:
+            more = self.lattice.corner_keys(self.lattice.cells(1.0, rest)).unique()
+            self.estimates = torch.cat([self.estimates, self.raise_lower(more, steps)])
+            self.coarse = torch.cat([self.coarse, more])
         self.climb(torch.arange(len(self.best)), 3 if rtol > 1e-3 else 8)
+
+    def _reaching(self, groups: Tensor) -> Tensor:
+        """The groups whose taps' norms add up to more than their layer's lower side: the others cannot hold the norm."""
+        mass = torch.tensor(self.g.mass, dtype=torch.float64)[groups]
+        return groups[mass * mass > self.best[self.items[groups]] * (1 - 1e-12)]
 
     def _nonzero(self) -> Tensor:
         return torch.tensor([g for g, mass in enumerate(self.g.mass) if mass], dtype=torch.int64)
@@ -180,7 +201,9 @@ class Search:
         stretch = torch.ones_like(self.best)  # beyond 1 once the width asked for cannot be had
         taps = self.g.tap_norms(self.items, self.best)
         groups = self._nonzero()
-        groups = groups[torch.isin(self.items[groups], torch.tensor(chosen))]
+        groups = self._reaching(groups[torch.isin(self.items[groups], torch.tensor(chosen))])
+        if self.too_long:
+            return [self._crude(i) for i in chosen]
         if taps is not None:
             groups = groups[~self._flat(groups, taps, self._tau(width)[self.items[groups]])]
         cells = self._first_cells(groups, self._tau(width))
@@ -202,27 +225,37 @@ class Search:
                 break
             late = self.items[cells[0]].unique()
             over = over or self.tally.operations > self.budget
-            if over:
-                stretch[late] = 1 + 2 * (stretch[late] - 1) + width[late]
+            if over:  # no cell is split any more: wider targets for those that are left, then what needs no frequency
+                stretch[late] = torch.where(stretch[late] < WIDER[0], WIDER[0], torch.where(stretch[late] < WIDER[1], WIDER[1], math.inf))
+                if bool(torch.isinf(stretch[late]).any()):
+                    break
                 continue
             before, count = self.best.clone(), len(left)
             failed = test[~passed[test]]
             self._learn(names[failed], least[failed], width, steps)
             cells = self.lattice.split(cells)
             if len(cells[0]) == count and torch.equal(before, self.best):  # nothing left to split, and no better vector
-                over, steps = steps >= self.g.side, 2 * steps
+                stuck = steps >= self.g.side
+                steps *= 2
+                if stuck:
+                    stretch[late] *= 1 + width[late] / 4
         upper = self._tau(width) * stretch
-        return [self._result(i, float(upper[i]), float(stretch[i]) == 1.0) for i in chosen]
+        return [self._crude(i) if math.isinf(float(upper[i])) else self._result(i, float(upper[i]), float(stretch[i]) == 1.0) for i in chosen]
 
     def certify(self, keys: Tensor, thresholds: Tensor) -> Tensor:
         """True where `lambda_1(G) <= threshold` is proved: two moments first, then a Cholesky factorisation."""
         done = torch.zeros(len(keys), dtype=torch.bool)
         c = self.g.side
+        tried = settled = 0
         for part in torch.arange(len(keys)).split(self.g.chunk()):
             group, index = self.lattice.decode(keys[part])
             g = self.g.at(group, index, self.lattice.sizes)
             noise, t = self.noise[group].to(g.device), thresholds[part].to(g.device)
-            good = cert.moments(g, noise) <= t
+            good = torch.zeros(len(part), dtype=torch.bool, device=g.device)
+            if 8 * settled >= tried:  # the moments are tried for as long as they settle one block in eight
+                good |= cert.moments(g, noise) <= t
+                tried, settled = tried + len(part), settled + int(good.sum())
+                self.tally.gram_steps += len(part)
             rest = (~good).nonzero()[:, 0]
             if len(rest) < len(part):
                 self.tally.ways.add("Gram")
@@ -231,7 +264,6 @@ class Search:
                 good[rest] = cert.cholesky(g if len(rest) == len(g) else g[rest], t[rest], noise[rest])
             done[part] = good.cpu()
             self.tally.factorizations += len(rest)
-            self.tally.gram_steps += len(part)
             self._count(len(part), 4.0 * c**2)
             self.tally.operations += len(rest) * (4 / 3) * c**3
         return done
@@ -302,6 +334,12 @@ class Search:
         rising = item[values > self.best[item] * (1 - width[item] / 2)].unique()
         if len(rising):
             self.climb(rising, 3)
+
+    def _crude(self, item: int) -> Enclosure:
+        """A kernel with too many taps for the search: what bounds it without any frequency."""
+        upper = max((self.g.crude(g) for g, owner in enumerate(self.items.tolist()) if owner == item), default=0.0)
+        self.tally.ways.add("sum of taps")
+        return replace(self._result(item, upper, False), upper=upper)
 
     def _result(self, item: int, upper: float, finished: bool) -> Enclosure:
         group, index = self.lattice.decode(self.where[item : item + 1])
