@@ -15,6 +15,7 @@ from gramlip.methods import METHODS
 from gramlip.testing.cases import Case, cases
 
 PUBLISHED = sorted(set(METHODS) - {"certify"})
+SLOW = ("power", "tensor_norm")  # hundreds of steps for each case
 TABLE = [case for case in cases() if case.truth >= 0.0][::9]  # every ninth case of all geometries and adversaries
 ORACLE = 1e-12  # rounding of the oracle
 
@@ -31,7 +32,7 @@ def circular(weight: torch.Tensor, n: int, **options: object) -> gl.Conv:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_never_on_the_wrong_side(name: str) -> None:
     method, accepted = METHODS[name], 0
-    for case in TABLE:
+    for case in TABLE[:: 5 if name in SLOW else 1]:
         try:
             bound = method(case.operator())
         except InputError:

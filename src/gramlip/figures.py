@@ -66,6 +66,7 @@ def figure(columns: int = 1, rows: int = 1, *, width: float = 5.0, height: float
     axes = [made.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
     for ax in axes:
         ax.grid(visible=True, which="major", linewidth=0.4, alpha=0.5)
+        ax.set_axisbelow(True)
         ax.tick_params(labelsize=8)
     return made, axes
 
@@ -76,16 +77,25 @@ def look(method: str) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
 
 
+def check_picture(path: Path) -> None:
+    """Refuse a suffix that is no picture, before any work.
+
+    Raises:
+        InputError: the suffix is not one of .png, .pdf and .svg.
+    """
+    kinds = (".png", ".pdf", ".svg")
+    if path.suffix not in kinds:
+        msg = f"{path} was given; expected a name that ends in {', '.join(kinds)}"
+        raise InputError(msg)
+
+
 def save(made: Figure, path: Path) -> None:
     """Write the figure whole or not at all.
 
     Raises:
         InputError: a suffix that is no picture.
     """
-    kinds = (".png", ".pdf", ".svg")
-    if path.suffix not in kinds:
-        msg = f"{path} was given; expected a name that ends in {', '.join(kinds)}"
-        raise InputError(msg)
+    check_picture(path)
     buffer = io.BytesIO()
     made.savefig(buffer, format=path.suffix[1:], dpi=200)
     write_bytes_whole(path, buffer.getvalue())

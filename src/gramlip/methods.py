@@ -52,7 +52,7 @@ METHODS: dict[str, Method] = {
     "sedghi2019": Method(
         "exact",
         f"{_CIRCULAR} that keeps a known input size, stride 1",
-        "arXiv 1805.10408, theorem 6",
+        "arXiv 1805.10408, SVD of every frequency",
         "blocks",
         spectral.sedghi2019,
         spectral.is_exact_stride_1,
@@ -66,11 +66,11 @@ METHODS: dict[str, Method] = {
         spectral.is_exact,
     ),
     "araujo2021": Method("upper", f"{_ANY} (published for odd square kernels)", "arXiv 2006.08391, LipGrid", "kernel", spectral.araujo2021),
-    "singla2021": Method("upper", f"{_ANY} (published for two axes)", "arXiv 1911.10258, theorem 1", "kernel", kernel.singla2021),
+    "singla2021": Method("upper", f"{_ANY} (published for two axes)", "arXiv 1911.10258, Fantastic Four", "kernel", kernel.singla2021),
     "norm2toep": Method(
         "upper", _ANY, "arXiv 2402.00240, Gram iteration on the kernel", "kernel", kernel.norm2toep, slack=kernel.toeplitz_roundings
     ),
-    "aol": Method("upper", _ANY, "arXiv 2208.03160, theorem 2", "kernel", kernel.aol, slack=kernel.toeplitz_roundings),
+    "aol": Method("upper", _ANY, "arXiv 2208.03160, almost orthogonal rescaling", "kernel", kernel.aol, slack=kernel.toeplitz_roundings),
     "tensor_norm": Method("estimate", f"{_ANY} (published for two axes)", "arXiv 2409.11859, tensor norm", "kernel", kernel.tensor_norm),
     "frobenius": Method("upper", _ANY, "Cauchy and Schwarz over the taps, docs/methods.md#frobenius", "kernel", kernel.frobenius),
     "torch": Method("estimate", _ANY, "arXiv 1802.05957, the reshaped kernel", "kernel", kernel.torch_reshaped),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from gramlip.compare import compare
-from gramlip.figures import error_against_time, save
+from gramlip.figures import check_picture, error_against_time, save
 from gramlip.operators import Conv, Dense
 from gramlip.options import count, shape, tolerance
 from gramlip.output import check_output, emit, watched, write_whole
@@ -32,6 +32,8 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
 def run(args: Namespace) -> int:
     """Compare, write, print."""
     json, plot = check_output("--json", args.json), check_output("--plot", args.plot)
+    if plot is not None:
+        check_picture(plot)
     operators: Iterable[tuple[str, Dense | Conv]] = resolve(args.target, args.input).operators()
     if args.circular is not None:
         operators = _circular(operators, args.circular)

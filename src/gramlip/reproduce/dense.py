@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 GRAM_STEPS = tuple(range(1, 16))
 POWER_STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 ORACLE = 1e-14  # the accuracy of the SVD that stands for the truth
-STYLES = {"gram": look("gram"), "power": look("power"), "naive": look("araujo2021")}
+STYLES = {
+    "gram": look("gram"),
+    "naive": look("araujo2021") | {"linestyle": "--", "markersize": 3},
+    "power": look("power"),
+}
+NAMES = {"gram": "Gram iteration", "naive": "naive Gram iteration", "power": "power iteration"}
 
 
 def tasks(options: Options) -> list[Task]:
@@ -57,29 +62,35 @@ def _row(m: int, n: int, dtype: torch.dtype, method: str, steps: int, options: O
 def draw(rows: list[Row]) -> Figure:
     """Error against steps and against time, for each precision."""
     made, axes = figure(2, 2)
-    for ax, (dtype, against) in zip(axes, [(d, a) for d in ("float32", "float64") for a in ("steps", "seconds")], strict=True):
+    panels = [(dtype, x, scale) for dtype in ("float32", "float64") for x, scale in (("steps", 1.0), ("seconds", 1e3))]
+    for ax, (dtype, x, scale) in zip(axes, panels, strict=True):
         for method, style in STYLES.items():
             some = pick(rows, dtype=dtype, method=method)
-            finite = [row for row in some if math.isfinite(float(row["value"])) and float(row["value"]) > 0]
-            scale = 1e3 if against == "seconds" else 1
-            for below in (False, True):
-                kept = [r for r in finite if (float(r["relative_error"]) < -ORACLE) == below]
-                x, y = [scale * float(r[against]) for r in kept], [max(abs(float(r["relative_error"])), 1e-17) for r in kept]
-                fill = {"fillstyle": "none"} if below else {}
-                ax.plot(x, y, linestyle="none", **{k: v for k, v in style.items() if k != "linewidth"}, **fill)
-            ax.plot(
-                [scale * float(r[against]) for r in finite],
-                [max(abs(float(r["relative_error"])), 1e-17) for r in finite],
-                color=style["color"],
-                linewidth=1,
-                label={"gram": "Gram iteration", "power": "power iteration", "naive": "naive Gram iteration"}[method],
-            )
-            if len(finite) < len(some) and against == "steps" and finite:
-                ax.axvline(max(float(r["steps"]) for r in finite), color=style["color"], linestyle=":", label="naive: overflow after it")
+            known = [row for row in some if _usable(row)]
+            for below, shown in ((False, style), (True, style | {"linestyle": "none", "fillstyle": "none", "markeredgewidth": 1.2})):
+                # The line runs through all points; those below the truth are hollow, drawn over white.
+                kept = [row for row in known if _below(row)] if below else known
+                points = [scale * float(row[x]) for row in kept], [max(abs(float(row["relative_error"])), 1e-17) for row in kept]
+                if below:
+                    ax.plot(*points, linestyle="none", marker=style["marker"], markersize=5, color="white")
+                ax.plot(*points, label=None if below else NAMES[method], **shown)
+            if known and len(known) < len(some) and x == "steps":
+                ax.axvline(
+                    max(float(row["steps"]) for row in known), color=style["color"], linestyle=":", label="it overflows after this step"
+                )
         ax.set(xscale="log", yscale="log", title=f"{dtype} (hollow: below the truth)", ylabel="relative error (absolute value)")
-        ax.set_xlabel("steps" if against == "steps" else "time (ms)")
+        ax.set_xlabel("steps" if x == "steps" else "time (ms)")
         ax.legend(fontsize=7)
     return made
+
+
+def _usable(row: Row) -> bool:
+    """Neither overflowed nor underflowed."""
+    return 0 < float(row["value"]) < math.inf
+
+
+def _below(row: Row) -> bool:
+    return float(row["relative_error"]) < -ORACLE
 
 
 def tell(rows: list[Row]) -> str:
@@ -88,9 +99,9 @@ def tell(rows: list[Row]) -> str:
     for dtype in ("float64", "float32"):
         for method in STYLES:
             some = pick(rows, dtype=dtype, method=method)
-            finite = [r for r in some if math.isfinite(float(r["value"])) and float(r["value"]) > 0]
+            finite = [r for r in some if _usable(r)]
             last = max(finite, key=lambda r: float(r["steps"]))
-            below = sum(float(r["relative_error"]) < -ORACLE for r in finite)
+            below = sum(_below(r) for r in finite)
             lost = len(some) - len(finite)
             found.append(
                 [dtype, method, last["steps"], last["difference"], last["relative_error"], 1e3 * float(last["seconds"]), below, lost]

@@ -61,7 +61,7 @@ def convolutions(size: int = 224) -> list[Shape]:
 
 def tasks(options: Options) -> list[Task]:
     """One task for each convolution."""
-    shapes = convolutions(32)[:3] if options.quick else convolutions()
+    shapes = convolutions(16)[:2] if options.quick else convolutions()
     given = _given(options, shapes)
     return [Task(shape[0], partial(_layer, i, shape, given, options)) for i, shape in enumerate(shapes)]
 
@@ -105,11 +105,11 @@ def draw(rows: list[Row]) -> Figure:
     ratios.axhline(1.0, color="black", linewidth=0.8)
     ratios.set(yscale="log", ylabel="value / certified norm of the layer")
     ratios.set_xticks(range(len(names)), [name.removesuffix(".weight") for name in names], rotation=90, fontsize=6)
-    ratios.legend(fontsize=6, ncols=2)
     totals = [sum(float(r["seconds"]) for r in pick(rows, method=method)) for method in methods]
     times.barh([title(pick(rows, method=m)[0]) for m in methods], totals, color=[look(m)["color"] for m in methods])
     times.set(xscale="log", xlabel=f"total time of the {len(names)} layers (s)")
     times.invert_yaxis()
+    made.legend(*ratios.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=7)
     made.suptitle(f"ResNet18, {rows[0]['weights']} weights", fontsize=10)
     return made
 

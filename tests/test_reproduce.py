@@ -1,0 +1,146 @@
+"""`gramlip reproduce` and `gramlip compare`: whole files, resumed exactly, refused clearly."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gramlip.cli import main
+from gramlip.errors import InputError
+from gramlip.methods import METHODS
+from gramlip.reproduce import EXPERIMENTS, Options, Task, reproduce
+from gramlip.reproduce.resnet18 import convolutions
+
+QUICK = Options(trials=1, quick=True)
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "results.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment(name: str, tmp_path: Path) -> None:
+    files = reproduce(EXPERIMENTS[name], tmp_path / "new", QUICK)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(files)
+    assert files["figure.png"].read_bytes().startswith(PNG)
+    assert "| --- |" in files["summary.md"].read_text()
+    header = json.loads(files["run.json"].read_text())
+    assert {"device", "torch", "threads", "trials", "warm_up_dropped", "seed"} <= set(header)
+    rows = table(tmp_path / "new")
+    assert len({row["task"] for row in rows}) == len(EXPERIMENTS[name].tasks(QUICK))
+    before = files["results.csv"].read_bytes()
+
+    def nothing_left(tasks: list[Task]) -> list[Task]:
+        assert tasks == []
+        return tasks
+
+    reproduce(EXPERIMENTS[name], tmp_path / "new", QUICK, nothing_left)
+    assert files["results.csv"].read_bytes() == before
+
+
+def test_interrupted_and_resumed(tmp_path: Path) -> None:
+    def stopped(tasks: list[Task]) -> Iterator[Task]:
+        yield from tasks[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(EXPERIMENTS["dense"], tmp_path / "part", QUICK, stopped)
+    first = table(tmp_path / "part")
+    assert len(first) == 3
+    assert not (tmp_path / "part" / "figure.png").exists()
+    reproduce(EXPERIMENTS["dense"], tmp_path / "part", QUICK)
+    reproduce(EXPERIMENTS["dense"], tmp_path / "whole", QUICK)
+    part, whole = table(tmp_path / "part"), table(tmp_path / "whole")
+    assert part[:3] == first
+    assert [row | {"seconds": ""} for row in part] == [row | {"seconds": ""} for row in whole]
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    reproduce(EXPERIMENTS["dense"], tmp_path, QUICK)
+    with pytest.raises(InputError, match="another seed; expected the same"):
+        reproduce(EXPERIMENTS["dense"], tmp_path, Options(trials=1, quick=True, seed=1))
+    with pytest.raises(InputError, match="another experiment"):
+        reproduce(EXPERIMENTS["scaling"], tmp_path, QUICK)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(InputError, match=r"without its run\.json"):
+        reproduce(EXPERIMENTS["dense"], tmp_path, QUICK)
+
+
+def test_resnet18_is_torchvisions() -> None:
+    shapes = convolutions()
+    assert len(shapes) == 20
+    assert sum(a * b * c * d for _, (a, b, c, d), _, _ in shapes) == 11_166_912
+    assert [n for name, _, _, n in shapes if "downsample" in name] == [56, 28, 14]
+    assert shapes[-1] == ("layer4.1.conv2.weight", (512, 512, 3, 3), 1, 7)
+
+
+def test_resnet18_with_given_weights(tmp_path: Path) -> None:
+    weights = {name: torch.full(shape, 0.01) for name, shape, _, _ in convolutions()[:2]}
+    save_file(weights, tmp_path / "weights.safetensors")
+    options = Options(trials=1, quick=True, weights=tmp_path / "weights.safetensors")
+    reproduce(EXPERIMENTS["resnet18"], tmp_path / "run", options)
+    assert {row["weights"] for row in table(tmp_path / "run")} == {"given"}
+    weights["layer1.0.conv1.weight"] = torch.zeros(64, 64, 1, 1)
+    save_file(weights, tmp_path / "weights.safetensors")
+    with pytest.raises(InputError, match=r"layer1\.0\.conv1\.weight of shape \(64, 64, 1, 1\); expected \(64, 64, 3, 3\)"):
+        reproduce(EXPERIMENTS["resnet18"], tmp_path / "other", options)
+    with pytest.raises(InputError, match="leave --weights out"):
+        reproduce(EXPERIMENTS["dense"], tmp_path / "dense", options)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "scaling", "--quick", "--trials", "1", "--out", str(tmp_path)]) == 0
+    assert "input size" in capsys.readouterr().out
+    for arguments in (["reproduce", "nothing"], ["reproduce", "dense", "--trials", "0"], ["reproduce", "dense", "--device", "tpu"]):
+        assert main(arguments) == 2
+        captured = capsys.readouterr()
+        assert (captured.out, captured.err.count("\n")) == ("", 1)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    kernel, matrix = torch.randn(3, 2, 3, 3, generator=generator), torch.randn(4, 5, generator=generator)
+    save_file({"conv.weight": kernel, "fc.weight": matrix, "zero.weight": torch.zeros(2, 2)}, tmp_path / "w.safetensors")
+    return tmp_path / "w.safetensors"
+
+
+def test_compare(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(weights), "--trials", "1", "--circular", "6", "--plot", str(tmp_path / "plot.png"), "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["method"] for row in found["rows"]} == set(METHODS)
+    assert all(row["value"] is not None for row in found["rows"])
+    for row in found["rows"]:
+        if row["side"] in ("upper", "interval"):
+            assert row["value"] >= row["certified"]["lower"] * (1 - 1e-5)
+        if row["side"] == "lower":
+            assert row["value"] <= row["certified"]["upper"] * (1 + 1e-5)
+    assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
+
+
+def test_compare_says_what_is_not_valid(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(weights), "--trials", "1", "--methods", "certify,power,sedghi2019"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("not valid here") == 2
+    assert main(["compare", str(weights), "--methods", "guess"]) == 2
+    assert "method='guess' is unknown" in capsys.readouterr().err
+    assert main(["compare", str(weights), "--plot", "x.txt", "--methods", "torch"]) == 2
+    assert "expected a name that ends in" in capsys.readouterr().err
+
+
+def test_documents_hold_what_the_results_say() -> None:
+    root = Path(__file__).parent.parent
+    script = root / "experiments" / "reproduction_tables.py"
+    assert subprocess.run([sys.executable, script, "--check"], check=False).returncode == 0
+    for name in EXPERIMENTS:
+        assert f"<!-- results: {name} -->" in (root / "docs" / "reproduction.md").read_text()
