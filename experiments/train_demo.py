@@ -26,7 +26,7 @@ from gramlip.demo import DemoNet
 
 ROOT = Path(__file__).resolve().parent.parent
 STRENGTH = {"demo": 0.0, "demo-regularised": 0.05}
-THRESHOLD, STEPS, GRID, EVERY = 1.0, 3, 6, 4
+STEPS, GRID, EVERY = 3, 6, 4
 BATCH, PEAK_LR, MOMENTUM, DECAY = 128, 0.2, 0.9, 5e-4
 
 
@@ -59,11 +59,12 @@ def augmented(images: Tensor, pad: int = 4) -> Tensor:
     return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def penalty(net: DemoNet) -> Tensor:
-    """Sum over the linear maps of what their norms exceed the threshold by.
+def norms_of(net: DemoNet) -> Tensor:
+    """The Gram norms of the linear maps: the penalty is the sum of their logarithms where above zero.
 
     A convolution counts twice: as it is, and with the scale of the batch normalisation behind it, without which shrinking
     the kernel would change nothing. The gradient of the second goes to that scale alone: the kernel has the first.
+    Logarithms, because the gains of a batch normalisation range over orders of magnitude and would drive the step.
     """
     norms = [gl.gram_norm(net.head.weight, STEPS)]
     for unit in net.modules():
@@ -73,7 +74,12 @@ def penalty(net: DemoNet) -> Tensor:
             grid = GRID if conv.kernel_size[0] > 1 else conv.stride[0]
             for weight in (conv.weight, gain[:, None, None, None] * conv.weight.detach()):
                 norms.append(gl.conv_gram_norm(weight, grid, STEPS, conv.stride, groups=conv.groups))
-    return torch.relu(torch.stack(norms) - THRESHOLD).sum()
+    return torch.stack(norms)
+
+
+def excess(norms: Tensor) -> float:
+    """What the norms exceed one by, summed."""
+    return torch.relu(norms - 1).sum().item()
 
 
 @torch.no_grad()
@@ -87,7 +93,7 @@ def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
 def epoch(net: DemoNet, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer, schedule, strength: float) -> str:
     """One pass in random order, the penalty in one of EVERY steps at EVERY times the strength; what was measured, in words."""
     net.train()
-    losses, hits, penalties = [], [], []
+    losses, hits, seen = [], [], []
     for step, index in enumerate(torch.randperm(len(labels)).split(BATCH)[: len(labels) // BATCH]):
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(as_batch(augmented(images[index])))
@@ -95,15 +101,15 @@ def epoch(net: DemoNet, images: Tensor, labels: Tensor, optimizer: torch.optim.O
         losses.append(loss.item())
         hits.append((logits.argmax(1) == labels[index]).float().mean().item())
         if strength and step % EVERY == 0:
-            excess = penalty(net)
-            penalties.append(excess.item())
-            loss = loss + EVERY * strength * excess
+            norms = norms_of(net)
+            seen.append(excess(norms))
+            loss = loss + EVERY * strength * torch.relu(norms.log()).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    excess = np.mean(penalties) if penalties else penalty(net).item()
-    return f"cross-entropy {np.mean(losses):.4f}  training accuracy {np.mean(hits):.4f}  excess of the norms {excess:.4f}"
+    over = np.mean(seen or [excess(norms_of(net))])
+    return f"cross-entropy {np.mean(losses):.4f}  training accuracy {np.mean(hits):.4f}  excess of the norms {over:.4f}"
 
 
 def main() -> None:
@@ -132,7 +138,7 @@ def main() -> None:
     log(f"{args.name}: DemoNet on CIFAR-10 (JPEG), {images}, {args.epochs} epochs of batch {BATCH}")
     log(f"seed {args.seed}, SGD momentum {MOMENTUM}, one-cycle to {PEAK_LR}, weight decay {DECAY}, crops and mirrors, bfloat16 autocast")
     gram = f"Gram steps {STEPS}, grid {GRID}, one in {EVERY} steps"
-    log(f"penalty {strength} * sum relu(norm - {THRESHOLD}), {gram}; torch {torch.__version__}")
+    log(f"penalty {strength} * sum relu(log norm), {gram}; torch {torch.__version__}")
     for number in range(1, args.epochs + 1):
         log(f"epoch {number:2d}  {epoch(net, *train, optimizer, schedule, strength)}")
     final = accuracy(net, *test)
