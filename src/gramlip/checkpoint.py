@@ -96,7 +96,7 @@ def read(path: Path) -> Stored:
 
 def read_bytes(data: bytes) -> Stored:
     """The tensors of a safetensors file that is in memory."""
-    return Stored({name: Entry.of(tensor) for name, tensor in load_bytes(data).items()})
+    return Stored({name: Entry.of(tensor) for name, tensor in sorted(load_bytes(data).items())})
 
 
 def _safetensors(path: Path) -> Entries:
