@@ -9,6 +9,7 @@ from gramlip.errors import InputError, UnsupportedError
 from gramlip.gram import gram_norm
 from gramlip.layers import describe
 from gramlip.methods import METHODS
+from gramlip.network import audit
 from gramlip.norm import bound
 from gramlip.operators import Conv, Dense, Diagonal, Separable
 
@@ -21,6 +22,7 @@ __all__ = [
     "InputError",
     "Separable",
     "UnsupportedError",
+    "audit",
     "bound",
     "conv_gram_norm",
     "describe",

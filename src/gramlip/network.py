@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from gramlip.fold import fold
 from gramlip.graph import Program, export
 from gramlip.jacobian import Stretch, function, stretch
 from gramlip.operators import Conv
+from gramlip.ranges import capped
 from gramlip.report import Layer, LeftOut, Report
 from gramlip.rules import lower
-from gramlip.steps import Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded
+from gramlip.steps import Linear, Network, Pad, Product, Scale, Slope, Step, Sum, Unbounded
 
 _KINDS: dict[type, str] = {Slope: "activation", Pad: "padding", Sum: "sum", Product: "product", Unbounded: "unbounded"}
 Example = Tensor | Sequence[Tensor] | Sequence[int]
@@ -51,7 +52,7 @@ def audit(
     effort: float = 1.0,
     strict: bool = True,
     target: str | None = None,
-    progress: Callable[[Sequence[Step]], Sequence[Step]] | None = None,
+    progress: Callable[[list[str]], Iterable[str]] | None = None,
 ) -> Report:
     """Report with a proved interval for the l2 Lipschitz constant of the network: `report.lower <= L <= report.upper`.
 
@@ -68,7 +69,7 @@ def audit(
         effort: of the search for coupled bounds; 0 takes closed forms, a negative number plain composition.
         strict: False reports calls without a rule as unbounded instead of raising; they stand in `report.unsupported`.
         target: title of the report.
-        progress: wraps the list of steps that is iterated over, such as `tqdm`.
+        progress: wraps the list of names that is iterated over, such as `tqdm`.
 
     Raises:
         UnsupportedError: operations without a rule, all of them at once with their place in the source.
@@ -86,10 +87,10 @@ def audit(
     program = export(model, tensors)
     lowered = lower(program, assume)
     if lowered.unsupported and strict:
-        lines = "\n  ".join(lowered.unsupported)
-        msg = f"{len(lowered.unsupported)} operations of {type(model).__name__} have no rule; expected rules for all of them:\n  {lines}"
+        calls = "; ".join(lowered.unsupported)
+        msg = f"{type(model).__name__} has {len(lowered.unsupported)} calls without a rule; expected rules for all of them: {calls}"
         raise UnsupportedError(msg)
-    network = fold(lowered.network)
+    network = fold(capped(lowered.network, domain))
     constants, seconds = _constants(network, rtol, progress)
     composed = compose(network, constants)
     upper, because = _whole(network, constants, composed, effort)
@@ -114,6 +115,11 @@ def _whole(network: Network, constants: Sequence[Bound], composed: Composition, 
     return upper, "; ".join([f"{plain} ({decimals(composed.upper, upward=True)})", *(s.because for s in segments if s.because)])
 
 
+def steps_of(model: nn.Module | torch.export.ExportedProgram, example: Example) -> Network:
+    """The folded steps of a model; calls without a rule are unbounded steps."""
+    return fold(lower(export(model, inputs(example))).network)
+
+
 def _check(assume: Mapping[str, float] | None, domain: tuple[float, float] | None) -> None:
     for name, value in (assume or {}).items():
         if not 0 <= value < math.inf:
@@ -124,12 +130,11 @@ def _check(assume: Mapping[str, float] | None, domain: tuple[float, float] | Non
         raise InputError(msg)
 
 
-def _constants(
-    network: Network, rtol: float, progress: Callable[[Sequence[Step]], Sequence[Step]] | None
-) -> tuple[list[Bound], list[float]]:
+def _constants(network: Network, rtol: float, progress: Callable[[list[str]], Iterable[str]] | None) -> tuple[list[Bound], list[float]]:
     constants: list[Bound] = []
     seconds: list[float] = []
-    for step in progress(network.steps) if progress else network.steps:
+    names = [step.name for step in network.steps]
+    for step, _ in zip(network.steps, progress(names) if progress else names, strict=True):
         begin = time.perf_counter()
         try:
             constants.append(constant(step, [network.steps[s].shape for s in step.sources], rtol))
@@ -165,7 +170,8 @@ def _row(i: int, step: Step, own: Bound, seconds: float, share: float | None, ne
     sizes = network.steps[step.sources[0]].shape[2:] if step.sources else None
     if isinstance(what, Linear):
         size = what.op.input_size if isinstance(what.op, Conv) else None
-        return Layer(step.name, type(what.op).__name__, tuple(what.op.weight.shape), size, own, seconds, share)  # type: ignore[arg-type]
+        op = None if isinstance(what.op, Scale) else what.op
+        return Layer(step.name, type(what.op).__name__, tuple(what.op.weight.shape), size, own, seconds, share, op)  # type: ignore[arg-type]
     kind = _KINDS.get(type(what), "map")
     if isinstance(what, Sum | Product):
         largest = max(composed.lips[s] for s in step.sources)

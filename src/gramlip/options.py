@@ -71,3 +71,45 @@ def count(text: str) -> int:
     3
     """
     return whole(text, 1)
+
+
+def assumption(text: str) -> tuple[str, float]:
+    """A name and the constant to believe, `block.norm=1.0`.
+
+    >>> assumption("block.norm=1.0")
+    ('block.norm', 1.0)
+    """
+    name, _, number = text.rpartition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not name or not 0 <= value < math.inf:
+        msg = f"{text!r} was given; expected a name and a constant of at least 0: block.norm=1.0"
+        raise ArgumentTypeError(msg)
+    return name, value
+
+
+def interval(text: str) -> tuple[float, float]:
+    """Two finite numbers, the lower first, `0,1`.
+
+    >>> interval("0,1")
+    (0.0, 1.0)
+    """
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        msg = f"{text!r} was given; expected two numbers, the lower first: 0,1"
+        raise ArgumentTypeError(msg)
+    return low, high
+
+
+def effort(text: str) -> float:
+    """A number of at least 0.
+
+    >>> effort("0.5")
+    0.5
+    """
+    return float(limit(text))

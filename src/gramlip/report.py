@@ -6,12 +6,14 @@ import json
 import math
 import textwrap
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
+from html import escape
 from typing import Any
 
 from gramlip.bound import Bound, decimals
 from gramlip.errors import InputError
+from gramlip.operators import Operator
 
 
 def printable(text: str) -> str:
@@ -23,7 +25,8 @@ def printable(text: str) -> str:
 class Layer:
     """A layer's row: the operator that was bounded, and its interval; `input_size` is None where it holds for every size.
 
-    `share` is the layer's part of the logarithm of the network's constant by composition (docs/network.md#shares).
+    `share` is the layer's part of the logarithm of the network's constant by composition (docs/network.md#shares);
+    `operator` is what was bounded, for pictures.
 
     >>> print(Layer("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix")).upper)
     1.5
@@ -36,6 +39,7 @@ class Layer:
     bound: Bound
     seconds: float | None = None
     share: float | None = None
+    operator: Operator | None = field(default=None, repr=False, compare=False)
 
     @property
     def lower(self) -> float:
@@ -113,7 +117,7 @@ class Report:
 
         A weight that was left out counts as infinite.
         """
-        rows = [(row.name, row.upper) for row in self.layers]
+        rows = [(row.name, row.upper) for row in self.layers if row.weight_shape]
         rows += [(row.name, math.inf) for row in self.left_out if row.is_weight]
         if self.network is not None:
             rows.append(("the network", float(self.network.upper)))
@@ -135,6 +139,9 @@ class Report:
         """The report as standard JSON text: no NaN or Infinity tokens; floats survive the round trip exactly."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
     def __str__(self) -> str:
         bounds = [row.bound for row in self.layers] + ([] if self.network is None else [self.network])
         counts = Counter(part for b in bounds for part in _parts(b))
@@ -147,13 +154,20 @@ class Report:
             own = "; ".join(part for part in _parts(b) if part not in marks)
             return f"[{lower}, {upper}]", f"{decimals(100 * b.rtol, upward=True, digits=2)} %", f"{shared} {own}".strip()
 
-        rows = [("layer", "operator", "shape", "input", "interval", "width", "why")]
+        shared = any(row.share is not None for row in self.layers)
+
+        def share(value: float | None) -> list[str]:
+            return ([""] if value is None else [f"{100 * value:.1f} %"]) if shared else []
+
+        rows = [("layer", "operator", "shape", "input", "interval", "width", *(["share"] if shared else []), "why")]
         for row in self.layers:
             size = "any" if row.input_size is None else _times(row.input_size)
-            rows.append((row.name, row.op, _times(row.weight_shape), size, *shown(row.bound)))
+            interval, width, why = shown(row.bound)
+            rows.append((row.name, row.op, _times(row.weight_shape), size, interval, width, *share(row.share), why))
         if self.network is not None:
-            rows.append(("network", "", "", "", *shown(self.network)))
-        parts = ["\n".join([self.target, *(_wrapped(note) for note in self.notes)]), aligned(rows, right=(5,))]
+            interval, width, why = shown(self.network)
+            rows.append(("network", "", "", "", interval, width, *share(None), why))
+        parts = ["\n".join([self.target, *(_wrapped(note) for note in self.notes)]), aligned(rows, right=(5, 6) if shared else (5,))]
         if marks:
             parts.append("\n".join(f"{mark} {part}" for part, mark in marks.items()))
         for title, is_weight in (("weights without a bound", True), ("left out", False)):
@@ -163,6 +177,8 @@ class Report:
             }
             if names:
                 parts.append("\n".join([title, *(_wrapped(f"{reason}: {', '.join(names[reason])}") for reason in names)]))
+        if self.unsupported:
+            parts.append("\n".join(["no rule", *(_wrapped(call) for call in self.unsupported)]))
         return "\n".join(printable(line) for line in "\n\n".join(parts).split("\n"))
 
 

@@ -71,7 +71,8 @@ class Slope:
 class Lipschitz:
     """Any map with Lipschitz constant at most `upper` in all its sources together (l2 norm of the joined differences).
 
-    `image` as in `Slope`; `same_range` where each entry of the result is an entry of the sources, zero, or between them.
+    `image` as in `Slope`; `same_range` where each entry of the result is an entry of the sources, zero, or between them;
+    `row` is at least the l2 norm of the result's rows along the last axis.
     """
 
     upper: float
@@ -79,6 +80,7 @@ class Lipschitz:
     image: tuple[float, float] = (float("-inf"), float("inf"))
     same_range: bool = False
     assumed: bool = False
+    row: float = float("inf")
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
+from gramlip import sources
 from gramlip.checkpoint import read, read_bytes
 from gramlip.errors import InputError
 from gramlip.operators import Conv, Dense
@@ -41,7 +42,12 @@ def _weights(target: str, inputs: Shape | None) -> Source:
 DEMOS = ("demo", "demo-regularised")
 """Trained networks that the package holds."""
 
-RESOLVERS: dict[str, Callable[[str, Shape | None], Source]] = {name: _weights for name in DEMOS}
+RESOLVERS: dict[str, Callable[[str, Shape | None], Source]] = {name: _weights for name in DEMOS} | {
+    ".pt2": sources.from_exported,
+    "timm:": sources.from_timm,
+    "torchvision:": sources.from_torchvision,
+    "hf:": sources.from_hub,
+}
 """A whole name (`demo`), a file's suffix (`.pt2`) or a scheme (`timm:`) -> (target, input shape) -> source; files are weights."""
 
 
@@ -56,6 +62,10 @@ def resolve(target: str, inputs: Shape | None = None) -> Source:
         if key in RESOLVERS:
             return RESOLVERS[key](target, inputs)
     if colon and not Path(target).exists():
-        msg = f"{target} is of an unknown kind; expected a file of weights or one of {', '.join(sorted(RESOLVERS))}"
+        if all(part.isidentifier() for part in target.replace(":", ".").split(".")):
+            return sources.from_callable(target, inputs)
+        msg = (
+            f"{target} is of an unknown kind; expected a file of weights, package.module:callable or one of {', '.join(sorted(RESOLVERS))}"
+        )
         raise InputError(msg)
     return _weights(target, inputs)

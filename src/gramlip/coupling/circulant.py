@@ -46,12 +46,15 @@ class Circulant:
         return self.shapes[i][1] * math.prod(self.levels[i])
 
     def identity(self, i: int) -> Form:
+        """The value itself as an anchor: the identity."""
         return Form({0: torch.eye(self.rows(i), dtype=torch.complex128)[None]}, {0: 0.0}, True)
 
     def channels(self, i: int) -> Tensor:
+        """For each row of the value's forms, the number of its multiplier."""
         return torch.arange(self.rows(i)) % self.shapes[i][1]
 
     def factors(self, i: int, value: Tensor | float) -> Tensor:
+        """Constants as one factor for each row of the value's forms."""
         vector = torch.as_tensor(value, dtype=torch.float64).reshape(-1)
         return vector.expand(self.shapes[i][1]).repeat(math.prod(self.levels[i]))
 
@@ -62,6 +65,7 @@ class Circulant:
         return low, high
 
     def linear(self, i: int, step: Step, what: Linear) -> tuple[Tensor, float, bool, bool]:
+        """Matrix, its error, whether it reads outside the value's extent, and whether zeros outside stay zeros."""
         source = step.sources[0]
         if isinstance(what.op, Scale):
             return torch.diag(self.factors(source, what.op.weight)).to(torch.complex128)[None], what.error, False, True
@@ -84,6 +88,7 @@ class Circulant:
         return torch.einsum("fq,qmn->fmn", turns, taps.to(torch.complex128))
 
     def joined(self, step: Step, axis: int, parts: list[Form], sources: list[int]) -> Form:
+        """The form of a concatenation."""
         assert axis == 1
         level, start, total = math.prod(self.levels[sources[0]]), 0, None
         for source, part in zip(sources, parts, strict=True):
@@ -97,6 +102,7 @@ class Circulant:
         return total
 
     def sliced(self, step: Step, what: Slice, part: Form, source: int) -> Form:
+        """The form of a slice."""
         level, c = math.prod(self.levels[source]), self.shapes[source][1]
         kept = (torch.arange(level)[:, None] * c + torch.arange(what.start, what.stop, what.step)).reshape(-1)
         return part.mapped(block_of(len(kept), level * c, torch.arange(len(kept)), kept).to(torch.complex128), 0.0, part.clean)

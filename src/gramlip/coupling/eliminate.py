@@ -44,7 +44,9 @@ def start(system: System) -> Quadratic:
     size = size_of(wide)
     error = rd.hypot_up(system.output.errors[a] for a in live)
     noise = rd.add_up(
-        rd.mul_up(2.0, rd.mul_up(size, error)), rd.mul_up(error, error), rd.mul_up(rd.gamma(8.0 * (wide.shape[1] + 4)), rd.mul_up(size, size))
+        rd.mul_up(2.0, rd.mul_up(size, error)),
+        rd.mul_up(error, error),
+        rd.mul_up(rd.gamma(8.0 * (wide.shape[1] + 4)), rd.mul_up(size, size)),
     )
     return raised(live, wide.mH @ wide, noise)
 
@@ -74,12 +76,20 @@ def split(system: System, form: Quadratic, k: int) -> Split:
     live = sorted({*form.live[:-1], *query.blocks})
     sizes = [len(system.channels[a]) for a in live]
     n = len(system.channels[k])
-    held = torch.cat([torch.full((s,), a in form.live[:-1]) for a, s in zip(live, sizes, strict=True)]) if live else torch.zeros(0, dtype=torch.bool)
+    held = (
+        torch.cat([torch.full((s,), a in form.live[:-1]) for a, s in zip(live, sizes, strict=True)])
+        if live
+        else torch.zeros(0, dtype=torch.bool)
+    )
     at = held.nonzero()[:, 0]
     total, old = sum(sizes), form.matrix.shape[-1] - n
     rest = form.matrix.new_zeros(f, total, total).index_put((torch.arange(f)[:, None, None], at[:, None], at), form.matrix[:, :old, :old])
-    pair = form.matrix.new_zeros(f, n, total).index_put((torch.arange(f)[:, None, None], torch.arange(n)[:, None], at), form.matrix[:, old:, :old])
-    rows = [query.blocks[a].expand(f, -1, -1) if a in query.blocks else form.matrix.new_zeros(f, n, s) for a, s in zip(live, sizes, strict=True)]
+    pair = form.matrix.new_zeros(f, n, total).index_put(
+        (torch.arange(f)[:, None, None], torch.arange(n)[:, None], at), form.matrix[:, old:, :old]
+    )
+    rows = [
+        query.blocks[a].expand(f, -1, -1) if a in query.blocks else form.matrix.new_zeros(f, n, s) for a, s in zip(live, sizes, strict=True)
+    ]
     error = rd.hypot_up(query.errors.values())
     return Split(live, rest, pair, form.matrix[:, old:, old:], torch.cat(rows, -1), error)
 

@@ -54,7 +54,9 @@ class Form:
         """The form with its rows multiplied by constants."""
         top = float(factors.abs().max())
         blocks = {a: factors[:, None] * b for a, b in self.blocks.items()}
-        errors = {a: rd.add_up(rd.mul_up(top, e), rd.mul_up(rd.gamma(4), rd.mul_up(top, size_of(self.blocks[a])))) for a, e in self.errors.items()}
+        errors = {
+            a: rd.add_up(rd.mul_up(top, e), rd.mul_up(rd.gamma(4), rd.mul_up(top, size_of(self.blocks[a])))) for a, e in self.errors.items()
+        }
         return Form(blocks, errors, self.clean)
 
     def __add__(self, other: Form) -> Form:
@@ -89,13 +91,33 @@ class Maps(Protocol):
 
     frequencies: int
 
-    def identity(self, i: int) -> Form: ...
-    def channels(self, i: int) -> Tensor: ...
-    def linear(self, i: int, step: Step, what: Linear) -> tuple[Tensor, float, bool, bool]: ...
-    def factors(self, i: int, value: Tensor | float) -> Tensor: ...
-    def slopes(self, what: Slope) -> tuple[Tensor | float, Tensor | float]: ...
-    def joined(self, step: Step, axis: int, parts: list[Form], sources: list[int]) -> Form: ...
-    def sliced(self, step: Step, what: Slice, part: Form, source: int) -> Form: ...
+    def identity(self, i: int) -> Form:
+        """The value itself as an anchor: the identity."""
+        ...
+
+    def channels(self, i: int) -> Tensor:
+        """For each row of the value's forms, the number of its multiplier."""
+        ...
+
+    def linear(self, i: int, step: Step, what: Linear) -> tuple[Tensor, float, bool, bool]:
+        """Matrix, its error, whether it reads outside the value's extent, and whether zeros outside stay zeros."""
+        ...
+
+    def factors(self, i: int, value: Tensor | float) -> Tensor:
+        """Constants as one factor for each row of the value's forms."""
+        ...
+
+    def slopes(self, what: Slope) -> tuple[Tensor | float, Tensor | float]:
+        """The slopes that the forms may use."""
+        ...
+
+    def joined(self, step: Step, axis: int, parts: list[Form], sources: list[int]) -> Form:
+        """The form of a concatenation."""
+        ...
+
+    def sliced(self, step: Step, what: Slice, part: Form, source: int) -> Form:
+        """The form of a slice."""
+        ...
 
 
 def system(network: Network, maps: Maps) -> System:
@@ -161,24 +183,30 @@ class Entries:
     frequencies: int = 1
 
     def identity(self, i: int) -> Form:
+        """The value itself as an anchor: the identity."""
         return Form({0: torch.eye(math.prod(self.shapes[i]), dtype=torch.float64)[None]}, {0: 0.0}, True)
 
     def channels(self, i: int) -> Tensor:
+        """For each row of the value's forms, the number of its multiplier."""
         return torch.arange(math.prod(self.shapes[i]))
 
     def linear(self, i: int, step: Step, what: Linear) -> tuple[Tensor, float, bool, bool]:
+        """Matrix, its error, whether it reads outside the value's extent, and whether zeros outside stay zeros."""
         from gramlip.coupling.dense import matrix_of
 
         matrix = matrix_of(what.op, self.shapes[step.sources[0]])
         return matrix[None], rd.add_up(what.error, rd.mul_up(rd.gamma(64), size_of(matrix[None]))), False, True
 
     def factors(self, i: int, value: Tensor | float) -> Tensor:
+        """Constants as one factor for each row of the value's forms."""
         return torch.as_tensor(value, dtype=torch.float64).expand(self.shapes[i]).reshape(-1)
 
     def slopes(self, what: Slope) -> tuple[Tensor | float, Tensor | float]:
+        """The slopes that the forms may use."""
         return what.low, what.high
 
     def joined(self, step: Step, axis: int, parts: list[Form], sources: list[int]) -> Form:
+        """The form of a concatenation."""
         places = torch.arange(math.prod(step.shape)).reshape(step.shape)
         pieces = places.split([self.shapes[s][axis] for s in sources], axis)
         total: Form | None = None
@@ -190,6 +218,7 @@ class Entries:
         return total
 
     def sliced(self, step: Step, what: Slice, part: Form, source: int) -> Form:
+        """The form of a slice."""
         places = torch.arange(math.prod(self.shapes[source])).reshape(self.shapes[source])
         kept = places[(slice(None),) * what.axis + (slice(what.start, what.stop, what.step),)].reshape(-1)
         return part.mapped(block_of(kept.numel(), places.numel(), torch.arange(kept.numel()), kept), 0.0, True)

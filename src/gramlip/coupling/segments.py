@@ -134,7 +134,7 @@ def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int
     if forms is None:
         return Segment(first, last, composed, composed, "")
     multipliers = eliminate.closed_form(forms)
-    steps = int(min(200.0, effort * BUDGET / max(cost(forms), 1e6)))
+    steps = int(effort * min(150.0, BUDGET / max(cost(forms), 1e6)))
     if steps > 0:
         multipliers = eliminate.improve(forms, multipliers, steps)
     upper = eliminate.certificate(forms, multipliers)

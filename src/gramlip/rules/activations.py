@@ -162,7 +162,8 @@ def _square(call: Call) -> Var:
 def _softmax(call: Call) -> Lipschitz:
     if len(call.shape) == 0 or call.shape[int(call.const("dim"))] == 1:
         return Lipschitz(0.0, "softmax of one entry is constant", (1.0, 1.0))
-    return Lipschitz(0.5, "softmax: at most 1/2 in the l2 norm", (0.0, 1.0))
+    row = 1.0 if int(call["dim"]) % len(call.shape) == len(call.shape) - 1 else INF
+    return Lipschitz(0.5, "softmax: at most 1/2 in the l2 norm", (0.0, 1.0), row=row)
 
 
 @register("aten.log_softmax", "aten._log_softmax", "aten.special_log_softmax")

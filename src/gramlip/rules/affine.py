@@ -137,11 +137,10 @@ def normalised(
     upper = rd.up(rd.mul_up(top, rd.up(1.0 / rd.sqrt_down(eps)))) if count > 1 else 0.0
     reach = rd.sqrt_up(float(count))
     because = f"normalisation of {count} entries: at most 1/sqrt(eps) = {1 / math.sqrt(eps):.6g}"
-    if weight is None and bias is None:
-        return Lipschitz(upper, because, (-reach, reach))
     shift = 0.0 if bias is None else float(bias.detach().abs().max())
     edge = rd.add_up(rd.mul_up(top, reach), shift)
-    return Lipschitz(upper, f"{because}, times the largest gain {top:.6g}", (-edge, edge))
+    row = rd.add_up(rd.mul_up(top, reach), rd.mul_up(reach, shift)) if x.shape[-1] == count else math.inf
+    return Lipschitz(upper, f"{because}, times the largest gain {top:.6g}", (-edge, edge), row=row)
 
 
 @register("aten.layer_norm", "aten.native_layer_norm")
@@ -250,5 +249,5 @@ def _attention(call: Call) -> Var:
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     keys = call.then(Lipschitz(1.0, "transpose", same_range=True), k, shape=(*k.shape[:-2], k.shape[-1], k.shape[-2]))
     scores = call.then(Product("matrix", rd.up(abs(factor)) if scale is None else abs(factor)), q, keys, shape=(*q.shape[:-1], k.shape[-2]))
-    weights = call.then(Lipschitz(0.5, "softmax: at most 1/2 in the l2 norm", (0.0, 1.0)), scores, shape=scores.shape)
+    weights = call.then(Lipschitz(0.5, "softmax: at most 1/2 in the l2 norm", (0.0, 1.0), row=1.0), scores, shape=scores.shape)
     return call.then(Product("matrix"), weights, v)

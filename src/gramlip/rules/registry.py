@@ -75,7 +75,8 @@ class Call:
         """The call on another tensor in place of its one variable."""
         args = {k: x if isinstance(v, Var) else v for k, v in self.args.items()}
         positional = [a.name for a in self.target._schema.arguments if not a.kwarg_only]  # type: ignore[attr-defined]
-        return self.target(*(args.pop(name) for name in positional), **args)
+        first = [args.pop(name) for name in positional]
+        return self.target(*first, **args)
 
 
 Rule = Callable[[Call], "What | Var | float"]

@@ -165,7 +165,13 @@ def _pad(call: Call) -> Pad | Linear | Lipschitz | Var:
     if x.shape == call.shape and not any(given):
         return x
     spatial = len(x.shape) - 2
-    if mode == "zeros" and len(pairs) == spatial + 1 <= 4 and not any(map(any, pairs[1:])) and min(given) >= 0 and not call.args.get("value"):
+    if (
+        mode == "zeros"
+        and len(pairs) == spatial + 1 <= 4
+        and not any(map(any, pairs[1:]))
+        and min(given) >= 0
+        and not call.args.get("value")
+    ):
         rows = torch.eye(x.shape[1], dtype=torch.float64)
         if x.shape[1] <= WIDEST:
             return _selection(x, torch.nn.functional.pad(rows, (0, 0, *pairs[0])), [1] * spatial)

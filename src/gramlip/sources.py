@@ -1,0 +1,175 @@
+"""Models that a TARGET names: a callable, an exported program, or an entry of timm, torchvision or the Hugging Face hub.
+
+Running a user's module, or a library's, is the user's explicit choice by the form of the target; a file of weights never runs code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gramlip.checkpoint import read
+from gramlip.errors import InputError
+from gramlip.network import audit, steps_of
+from gramlip.operators import Conv, Dense
+from gramlip.report import Report
+from gramlip.steps import Linear
+from gramlip.weights import Watch, Weights
+
+Shape = tuple[int, ...]
+Program = nn.Module | torch.export.ExportedProgram
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an audit of a model may be told beside its target."""
+
+    assume: Mapping[str, float] = field(default_factory=dict[str, float])
+    domain: tuple[float, float] | None = None
+    seed: int = 0
+    effort: float = 1.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and the shape of one input sample, as a source of layers."""
+
+    target: str
+    program: Program
+    example: tuple[torch.Tensor, ...]
+    options: Options = Options()
+
+    def operators(self) -> Iterable[tuple[str, Dense | Conv]]:
+        """Every linear map of the folded graph by name."""
+        for step in steps_of(self.program, self.example).steps:
+            if isinstance(step.what, Linear) and isinstance(step.what.op, Dense | Conv):
+                yield step.name, step.what.op
+
+    def audit(self, *, rtol: float, watch: Watch) -> Report:
+        """The report of the whole network."""
+        o = self.options
+        return audit(
+            self.program,
+            self.example,
+            rtol=rtol,
+            assume=o.assume,
+            domain=o.domain,
+            seed=o.seed,
+            effort=o.effort,
+            target=self.target,
+            progress=watch,
+        )
+
+
+def _sample(target: str, inputs: Shape | None) -> tuple[torch.Tensor, ...]:
+    if inputs is None:
+        msg = f"{target} was given without the shape of its input; expected it without the batch: type --input 3,224,224"
+        raise InputError(msg)
+    return (torch.zeros(1, *inputs),)
+
+
+def from_callable(target: str, inputs: Shape | None) -> Model:
+    """`package.module:callable`: what the callable returns, in evaluation mode; found from the current folder."""
+    example = _sample(target, inputs)
+    place, _, name = target.partition(":")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        made = getattr(import_module(place), name)()
+    except (ImportError, AttributeError, TypeError, SyntaxError) as error:
+        msg = f"{target}: {error}; expected package.module:callable without arguments, found from the current folder"
+        raise InputError(msg) from error
+    finally:
+        sys.path.remove(here)
+    return Model(target, _module(target, made), example)
+
+
+def _module(target: str, made: object) -> Program:
+    if isinstance(made, torch.export.ExportedProgram):
+        return made
+    if not isinstance(made, nn.Module):
+        msg = f"{target} returned {type(made).__name__}; expected a torch.nn.Module"
+        raise InputError(msg)
+    return made.eval()
+
+
+def from_exported(target: str, inputs: Shape | None) -> Model:
+    """A `.pt2` file; its input shape is its own."""
+    if inputs is not None:
+        msg = f"--input was given, but {target} is an exported program that holds its input's shape; expected no --input"
+        raise InputError(msg)
+    try:
+        program = torch.export.load(target)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.export raises many types for files that it did not write
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        msg = f"{target} cannot be read as an exported program: {first}; expected a file that torch.export.save wrote"
+        raise InputError(msg) from error
+    names = program.graph_signature.user_inputs
+    values: dict[str, Any] = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    shapes = [tuple(int(n) for n in values[name].shape) for name in names if isinstance(name, str)]
+    return Model(target, program, tuple(torch.zeros(shape) for shape in shapes))
+
+
+def _library(target: str, package: str, extra: str) -> Any:
+    try:
+        return import_module(package)
+    except (ImportError, OSError, RuntimeError) as error:
+        msg = f"{target} needs {package}, which cannot be imported ({error}); expected it installed: type pip install {extra}"
+        raise InputError(msg) from error
+
+
+def _built(target: str, make: Callable[[], object], advice: str) -> Program:
+    try:
+        made = make()
+    except Exception as error:  # a library's own errors for unknown names and for being offline have no common type
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        msg = f"{target} cannot be loaded: {first}; {advice}"
+        raise InputError(msg) from error
+    return _module(target, made)
+
+
+def from_timm(target: str, inputs: Shape | None) -> Model:
+    """`timm:NAME` with its pretrained weights; the input shape is the model's own unless given."""
+    timm, name = _library(target, "timm", "timm"), target.partition(":")[2]
+    advice = "expected a pretrained model of timm and its weights, in the cache or online: type python -m timm.models for names"
+    model = _built(target, lambda: timm.create_model(name, pretrained=True), advice)
+    size = inputs or tuple(getattr(model, "default_cfg", {}).get("input_size", ())) or None
+    return Model(target, model, _sample(target, size))
+
+
+def from_torchvision(target: str, inputs: Shape | None) -> Model:
+    """`torchvision:NAME` with its default weights; 3x224x224 unless given."""
+    _library(target, "torchvision", "torchvision")
+    models, name = _library(target, "torchvision.models", "torchvision"), target.partition(":")[2]
+    model = _built(
+        target, lambda: models.get_model(name, weights="DEFAULT"), "expected a model of torchvision and its weights, in the cache or online"
+    )
+    return Model(target, model, _sample(target, inputs or (3, 224, 224)))
+
+
+def from_hub(target: str, inputs: Shape | None) -> Weights:
+    """`hf:OWNER/NAME`: the weights of a hub repository through its own client; weights alone, no code of the repository runs."""
+    if inputs is not None:
+        msg = f"--input was given, but {target} names weights alone, bounded for every input size; expected no --input"
+        raise InputError(msg)
+    hub, repository = _library(target, "huggingface_hub", "gramlip[hub]"), target.partition(":")[2]
+    try:
+        folder = Path(hub.snapshot_download(repository, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+    except Exception as error:  # offline, unknown or private: the client's errors have no common type
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        msg = f"{target} cannot be fetched: {first}; expected a public repository, online or in the cache"
+        raise InputError(msg) from error
+    files = [*sorted(folder.glob("*.safetensors.index.json")), *sorted(folder.glob("*.safetensors"))]
+    if not files:
+        msg = f"{target} holds no .safetensors file; expected weights in that format"
+        raise InputError(msg)
+    return Weights(target, read(files[0]))
