@@ -113,7 +113,7 @@ class Gramian:
         halves = [torch.linalg.vector_norm(half, dim=(-2, -1)) for half in (even[:, 1:], odd)]
         sizes = torch.hypot(*halves).cpu() / 2 * (1 + 1e-12)
         reach = (sizes * self.offsets.to(torch.float64).square().sum(-1)).sum(-1) / self.side**0.5
-        if bool((reach > largest[items] * sum((k - 1) ** 2 for k in self.span) / 4).all()):
+        if bool((reach > largest[items] * sum((k - 1) ** 2 for k in self.span) / 8).all()):
             return None
         # ||A||^2 = ||A* A||, of which one more Gram step gives a closer bound than the Frobenius norm
         scale = torch.where(sizes > 0, sizes, 1.0).to(self.device)
@@ -148,7 +148,11 @@ class Gramian:
             for one in group.unique().tolist():
                 there = (group == one).nonzero()[:, 0]
                 blocks = self._direct(one, index[there], sizes)
-                out = blocks.new_empty(len(group), self.side, self.side) if out is None else out.to(torch.promote_types(out.dtype, blocks.dtype))
+                out = (
+                    blocks.new_empty(len(group), self.side, self.side)
+                    if out is None
+                    else out.to(torch.promote_types(out.dtype, blocks.dtype))
+                )
                 out[there.to(self.device)] = blocks.to(out.dtype)
             assert out is not None
             return out
@@ -201,7 +205,9 @@ class Gramian:
 
     def chunk(self) -> int:
         """How many blocks are worked on at once."""
-        return max(1, CHUNK_BYTES // (16 * max(self.side**2, len(self.offsets) if self.taps is not None else self._tall.shape[-1])))
+        each = 16 * max(self.side**2, len(self.offsets) if self.taps is not None else self._tall.shape[-1])
+        # at least a dozen while memory allows: each piece reads all taps once
+        return max(1, CHUNK_BYTES // each, min(12, 12 * CHUNK_BYTES // each))
 
     def crude(self, group: int) -> float:
         """Upper bound of the norm without any frequency: `sum_p ||K_p||_F`, or the root of P times `||sum_p K_p* K_p||` (lemma 14)."""

@@ -240,13 +240,16 @@ class Search:
                 if stuck:
                     stretch[late] *= 1 + width[late] / 4
         upper = self._tau(width) * stretch
-        return [self._crude(i) if math.isinf(float(upper[i])) else self._result(i, float(upper[i]), float(stretch[i]) == 1.0) for i in chosen]
+        return [
+            self._crude(i) if math.isinf(float(upper[i])) else self._result(i, float(upper[i]), float(stretch[i]) == 1.0) for i in chosen
+        ]
 
     def certify(self, keys: Tensor, thresholds: Tensor) -> Tensor:
         """True where `lambda_1(G) <= threshold` is proved: two moments first, then a Cholesky factorisation."""
         done = torch.zeros(len(keys), dtype=torch.bool)
         c = self.g.side
         tried = settled = 0
+        single = self.g.device.type == "cpu" and cert.single_shift(c) <= 0.3 * self.rtol
         for part in torch.arange(len(keys)).split(self.g.chunk()):
             group, index = self.lattice.decode(keys[part])
             g = self.g.at(group, index, self.lattice.sizes)
@@ -261,7 +264,8 @@ class Search:
                 self.tally.ways.add("Gram")
             if len(rest):
                 self.tally.ways.add("Cholesky")
-                good[rest] = cert.cholesky(g if len(rest) == len(g) else g[rest], t[rest], noise[rest])
+                some = g if len(rest) == len(g) else g[rest]
+                good[rest] = cert.cholesky(some, t[rest], noise[rest], single=single)
             done[part] = good.cpu()
             self.tally.factorizations += len(rest)
             self._count(len(part), 4.0 * c**2)
