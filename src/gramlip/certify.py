@@ -25,7 +25,12 @@ AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself while 
 FINITE_BYTES = 384 << 20  # and never with more memory than this
 TOGETHER = 1 << 19  # kernels of at most so many entries are searched together
 TRIES = 12
-WAYS = {"Cholesky": "Cholesky (R3)", "Gram": "Gram (theorems 1 and 2, R4)", "tap bound": "tap bound (theorem 8)", "sum of taps": "sum of taps (lemma 14)"}
+WAYS = {
+    "Cholesky": "Cholesky (R3)",
+    "Gram": "Gram (theorems 1 and 2, R4)",
+    "tap bound": "tap bound (theorem 8)",
+    "sum of taps": "sum of taps (lemma 14)",
+}
 
 
 def certify(op: Operator, *, rtol: float = 1e-2, finite: bool | str = "auto") -> Bound:
