@@ -80,7 +80,7 @@ class Comparison:
         return json.dumps({"schema": 1, "target": self.target, "header": self.header, "rows": rows}, indent=2, allow_nan=False) + "\n"
 
     def __str__(self) -> str:
-        rows = [("layer", "input", "method", "value", "side", "error", "stands", "time")]
+        rows: list[tuple[str, ...]] = [("layer", "input", "method", "value", "side", "error", "stands", "time")]
         last = None
         for v in self.values:
             size = "any" if v.input_size is None else "x".join(map(str, v.input_size))
@@ -96,7 +96,7 @@ class Comparison:
         return "\n\n".join(text)
 
     def _totals(self) -> list[tuple[str, ...]]:
-        rows = [("all layers", "side", "valid on", "product of value / truth", "total time")]
+        rows: list[tuple[str, ...]] = [("all layers", "side", "valid on", "product of value / truth", "total time")]
         for name in dict.fromkeys(v.method for v in self.values):
             valid = [v for v in self.values if v.method == name and v.value is not None]
             if valid:

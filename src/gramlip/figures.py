@@ -114,7 +114,7 @@ def error_against_time(found: Comparison) -> Figure:
         for below in (False, True):
             points = [(x, y) for x, y, verdict in known if (verdict == "below") == below]
             if points:
-                style = look(name) | {"linestyle": "none", "fillstyle": "none" if below else "full"}
+                style: dict[str, Any] = look(name) | {"linestyle": "none", "fillstyle": "none" if below else "full"}
                 ax.plot(*zip(*points, strict=True), label=label, **style)
                 label = None
     width = max((v.upper / v.lower - 1 for v in found.values if v.lower > 0), default=0.0)

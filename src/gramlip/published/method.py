@@ -77,7 +77,7 @@ class Method:
             op, exponent = _scaled(replace(op, weight=op.weight.to(wide)))
             value = self.formula(op)
             margin = (self.slack or roundings)(op) * frobenius_bound(op)
-        why = f"{self.source}; {self._side(op)}"
+        why = f"{self.source} (docs/methods.md); {self._side(op)}"
         if not bool(op.weight.detach().any()):
             return Bound(0.0, 0.0, f"{why}; all weights are zero")
         if value.requires_grad:

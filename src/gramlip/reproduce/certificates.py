@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -75,7 +75,7 @@ def _cases(kernel: str, mode: str, dtype: torch.dtype, options: Options) -> list
     if mode == "dense":
         return [Case(kernel, shape, dtype=dtype, seed=s) for s in seeds for shape in ((16, 12), (12, 12), (5, 16))]
     sizes = (5,) if options.quick else (3, 5, 6, 7)
-    geometry = {"padding": ((1, 1), (1, 1)), "padding_mode": mode, "dtype": dtype}
+    geometry: dict[str, Any] = {"padding": ((1, 1), (1, 1)), "padding_mode": mode, "dtype": dtype}
     return [Case(kernel, (3, 2, 3, 3), (n, n), seed=s, **geometry) for s in seeds for n in sizes]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -65,7 +65,7 @@ def draw(rows: list[Row]) -> Figure:
         for below in (False, True):
             kept = [r for r in some if (float(r["difference"]) < 0) == below]
             if kept:
-                style = look(method) | {"linestyle": "none", "fillstyle": "none" if below else "full"}
+                style: dict[str, Any] = look(method) | {"linestyle": "none", "fillstyle": "none" if below else "full"}
                 label = None if below and len(kept) < len(some) else title(some[0])
                 errors = [max(abs(float(r["difference"])) / float(r["exact"]), 1e-9) for r in kept]
                 ax.plot(

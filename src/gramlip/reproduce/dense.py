@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 GRAM_STEPS = tuple(range(1, 16))
 POWER_STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 ORACLE = 1e-14  # the accuracy of the SVD that stands for the truth
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "gram": look("gram"),
     "naive": look("araujo2021") | {"linestyle": "--", "markersize": 3},
     "power": look("power"),
@@ -67,7 +67,8 @@ def draw(rows: list[Row]) -> Figure:
         for method, style in STYLES.items():
             some = pick(rows, dtype=dtype, method=method)
             known = [row for row in some if _usable(row)]
-            for below, shown in ((False, style), (True, style | {"linestyle": "none", "fillstyle": "none", "markeredgewidth": 1.2})):
+            hollow: dict[str, Any] = style | {"linestyle": "none", "fillstyle": "none", "markeredgewidth": 1.2}
+            for below, shown in ((False, style), (True, hollow)):
                 # The line runs through all points; those below the truth are hollow, drawn over white.
                 kept = [row for row in known if _below(row)] if below else known
                 points = [scale * float(row[x]) for row in kept], [max(abs(float(row["relative_error"])), 1e-17) for row in kept]
@@ -76,11 +77,11 @@ def draw(rows: list[Row]) -> Figure:
                 ax.plot(*points, label=None if below else NAMES[method], **shown)
             if known and len(known) < len(some) and x == "steps":
                 ax.axvline(
-                    max(float(row["steps"]) for row in known), color=style["color"], linestyle=":", label="it overflows after this step"
+                    max(float(row["steps"]) for row in known), color=style["color"], linestyle=":", label="naive: overflows after this step"
                 )
         ax.set(xscale="log", yscale="log", title=f"{dtype} (hollow: below the truth)", ylabel="relative error (absolute value)")
         ax.set_xlabel("steps" if x == "steps" else "time (ms)")
-        ax.legend(fontsize=7)
+    made.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return made
 
 
