@@ -25,6 +25,7 @@ AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself while 
 FINITE_BYTES = 384 << 20  # and never with more memory than this
 TOGETHER = 1 << 19  # kernels of at most so many entries are searched together
 TRIES = 12
+FRESH = 3  # other start vectors that are tried before a finite layer's interval stays wider than asked for
 WAYS = {
     "Cholesky": "Cholesky (R3)",
     "Gram": "Gram (theorems 1 and 2, R4)",
@@ -147,7 +148,7 @@ class _Enclosing:
         above = math.sqrt(float(self.search.best[i]) * self.syms[i].square)
         x, lower = self._ascend(layer, group, _wave(self.search, i, op, layer), above, self._mass(i)[group])
         gap = above / lower - 1 if lower else math.inf
-        if self.finite is not False and gap > self.rtol * 0.9:
+        if self.finite is not False and gap > self.rtol * 0.7:
             certificate = Certificate(layer, group)
             fits = certificate.bytes <= FINITE_BYTES
             if self.finite is True and not fits:
@@ -192,23 +193,28 @@ class _Enclosing:
 
     def _own(self, i: int, layer: Layer, best: int, lower: float, x: Tensor) -> Bound:
         """The finite layer's own certificate, group by group."""
-        top, factorizations, width = lower, 0, self.rtol * 0.98
+        top, floor, factorizations, width = lower, 0.0, 0, self.rtol * 0.98
         for group, mass in enumerate(self._mass(i)):
             if rd.mul_up(mass, rd.sqrt_up(float(layer.shared))) <= top:
                 continue
             certificate = Certificate(layer, group)
             certificate.prepare()
-            vector = x if group == best else _start_like(layer, x)
+            # a map that cancels to nothing is closed to what rounding can tell from zero
+            floor = max(floor, mass * layer.shared * 2.0**-20)
+            vector, fresh = (x if group == best else _start_like(layer, x)), 0
             while True:
                 factorizations += 1
-                if certificate.proves(top * (1 + width), mass):
+                if certificate.proves(max(top * (1 + width), floor), mass):
                     break
                 before = top
                 vector = layer.ascend(vector, group, 24)
                 top = max(top, layer.lower(vector, group, mass))
-                if top <= before * (1 + width / 50):  # no better vector is in reach: the interval stays wider than asked for
-                    width *= 1.5
-        upper = rd.mul_up(top, rd.up(1 + width))
+                if top > before * (1 + width / 50):
+                    continue
+                fresh += 1  # the start may have had no part in the leading vector: others, before the interval stays wider than asked for
+                vector = _start_like(layer, x, fresh)
+                width *= 1.5 if fresh > FRESH else 1.0
+        upper = max(rd.mul_up(top, rd.up(1 + width)), floor)
         mode = self.syms[i].because.split(":")[0]
         size = "x".join(map(str, layer.sizes))
         why = f"{mode}: the finite layer itself at size {size}, block-banded Cholesky (theorem 11, R3), {factorizations} factorizations"
@@ -265,8 +271,8 @@ def _wave(search: Search, i: int, op: Conv, layer: Layer) -> Tensor:
     return real if float(real.norm()) >= float(imaginary.norm()) else imaginary
 
 
-def _start_like(layer: Layer, x: Tensor) -> Tensor:
-    """A deterministic start vector of the shape of x."""
+def _start_like(layer: Layer, x: Tensor, number: int = 0) -> Tensor:
+    """A deterministic start vector of the shape of x, another one for each number."""
     i = torch.arange(1, x.numel() + 1, dtype=torch.float64, device=x.device)
-    v = 1 + 0.5 * (i * 0.754877666).frac() * torch.where((i * 0.569840291).frac() < 0.5, -3.0, 1.0)
+    v = 0.3 + 0.5 * (i * (0.754877666 + 0.1 * number)).frac() * torch.where((i * i * (0.569840291 + 0.1 * number)).frac() < 0.5, -3.0, 2.0)
     return v.reshape(x.shape).to(layer.kernel.dtype)
