@@ -136,6 +136,7 @@ def compare(
     Raises:
         InputError: a method's name that is unknown, or nothing to compare.
 
+    >>> import torch
     >>> table = compare("a matrix", [("weight", Dense(torch.eye(3)))], ["frobenius", "gram"], trials=1)
     >>> [round(v.value, 6) for v in table.values]
     [1.732051, 1.0]
