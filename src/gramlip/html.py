@@ -16,16 +16,20 @@ from gramlip.report import Layer, Report
 
 STYLE = """
 :root{color-scheme:light dark;--line:#8884;--bar:#2a6fb0}
-body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:70rem;padding:1rem}
+body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:80rem;padding:1rem}
 h1{font-size:1.3rem;overflow-wrap:anywhere}h2{font-size:1.05rem;margin:1.6rem 0 .4rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem .25rem 0;border-bottom:1px solid var(--line);text-align:left;white-space:nowrap;vertical-align:top}
-td.why{white-space:normal;min-width:16rem;color:#777}
+td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:8rem}
+td.why{white-space:normal;color:#777;font-size:.85rem}
 .bar{display:inline-block;height:.7rem;background:var(--bar);vertical-align:middle;margin-right:.4rem}
 .bar.minus{background:#b0582a}
 .maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:1rem}
 figure{margin:0}canvas{width:100%;aspect-ratio:1;image-rendering:pixelated;display:block}
 figcaption{font-size:.8rem;overflow-wrap:anywhere}
+@media(max-width:48rem){thead{display:none}tr{display:block;border-bottom:1px solid var(--line);padding:.4rem 0}
+td{display:block;border:0;padding:.1rem 0;white-space:normal}td:first-child{font-weight:600}td:empty{display:none}
+td[data-head]::before{content:attr(data-head) " ";color:#777}}
 """
 SCRIPT = """
 const maps = JSON.parse(document.getElementById("maps").textContent);
@@ -100,8 +104,10 @@ def _row(row: Layer, top: float) -> str:
         width = 6.0 * abs(row.share) / top if top > 0 else 0.0
         kind = "bar minus" if row.share < 0 else "bar"
         share = f'<span class="{kind}" style="width:{width:.2f}rem"></span>{100 * row.share:.1f} %'
-    cells = [escape(row.name), escape(row.op), "x".join(map(str, row.weight_shape)), size, _interval(row.lower, row.upper), share]
-    return f'<tr>{"".join(f"<td>{cell}</td>" for cell in cells)}<td class="why">{escape(row.bound.because)}</td></tr>'
+    shape = "x".join(map(str, row.weight_shape))
+    cells = {"operator": escape(row.op), "shape": shape, "input": size, "interval": _interval(row.lower, row.upper), "share": share}
+    rest = "".join(f'<td data-head="{head}">{cell}</td>' if cell else "<td></td>" for head, cell in cells.items())
+    return f'<tr><td>{escape(row.name)}</td>{rest}<td class="why">{escape(row.bound.because)}</td></tr>'
 
 
 def _lists(report: Report) -> str:

@@ -70,19 +70,33 @@ def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     return result.double() if isinstance(result, Tensor) and result.is_floating_point() and result.dtype != torch.float64 else result
 
 
-def jacobian_norm(run: Function, x: Tensor, v: Tensor, steps: int) -> tuple[Tensor, float]:
-    """Direction and gain after power steps `v <- J' J v` at x, J the Jacobian there (jvp and vjp)."""
-    gain = 0.0
-    _, pull = torch.func.vjp(run, x)  # type: ignore[reportUnknownMemberType]
+def direction(run: Function, x: Tensor, v: Tensor, steps: int) -> Tensor:
+    """The direction after power steps `v <- J' J v` at x, J the Jacobian there.
+
+    Only where to look: what is reported is a quotient of two points, so an operation without derivatives costs tightness, not truth.
+    """
+    point = x.clone().requires_grad_()
+    value = run(point)
     for _ in range(steps):
-        _, image = torch.func.jvp(run, (x,), (v,))  # type: ignore[reportUnknownMemberType]
-        gain = float(torch.linalg.vector_norm(image))
-        (back,) = pull(image)
-        size = torch.linalg.vector_norm(back)
-        if not bool(size > 0) or not bool(torch.isfinite(size)):
+        image = _pushed(run, x, v)
+        if not value.requires_grad:
+            break
+        (back,) = torch.autograd.grad(value, point, image, retain_graph=True, allow_unused=True)
+        size = None if back is None else torch.linalg.vector_norm(back)
+        if size is None or not bool(size > 0) or not bool(torch.isfinite(size)):
             break
         v = back / size
-    return v, gain
+    return v
+
+
+def _pushed(run: Function, x: Tensor, v: Tensor) -> Tensor:
+    """J v, by forward differentiation, or by a central difference where an operation has no forward derivative."""
+    try:
+        return torch.func.jvp(run, (x,), (v,))[1]
+    except (NotImplementedError, RuntimeError):
+        with torch.no_grad():
+            step = 1e-5 * max(1.0, float(torch.linalg.vector_norm(x)))
+            return (run(x + step * v) - run(x - step * v)) / (2 * step)
 
 
 def secant(run: Function, x: Tensor, v: Tensor, lo: float, hi: float) -> tuple[float, Tensor]:
@@ -143,8 +157,9 @@ def stretch(
         v = torch.randn(size, generator=generator, dtype=torch.float64)
         v, x = v / torch.linalg.vector_norm(v), x.clamp(lo, hi)
         for i in range(rounds):
-            v, _ = jacobian_norm(run, x, v, steps)
-            tried = [secant(run, x, sign * v, lo, hi) for sign in (1.0, -1.0)]
+            v = direction(run, x, v, steps)
+            with torch.no_grad():
+                tried = [secant(run, x, sign * v, lo, hi) for sign in (1.0, -1.0)]
             value, x = max(tried, key=lambda t: t[0])
             if value > best:
                 best, found = value, f"start {start}, round {i}"

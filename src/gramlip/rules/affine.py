@@ -69,7 +69,7 @@ def _matmul(call: Call) -> Linear | Var | Lipschitz:
     from gramlip.norm import bound  # a batch of matrices: the largest of them, applied to each slice
 
     matrices = constant.detach().reshape(-1, *constant.shape[-2:]) if constant.ndim >= 2 else constant.detach()[None, None]
-    parts = [bound(Dense(m)) for m in matrices]
+    parts = [bound(Dense(m), rtol=1e-6) for m in matrices]
     variable = left if isinstance(left, Var) else right
     spread = (
         max(1, math.prod(call.shape[:-2]) // max(1, math.prod(variable.shape[:-2]))) if len(variable.shape) >= 2 else math.prod(call.shape)

@@ -115,6 +115,8 @@ def _constant(node: fx.Node, call: Call, resolve: object) -> object:
         msg = f"{call.op} draws random numbers: expected a function of the input alone"
         raise UnsupportedError(msg)
     schema = getattr(node.target, "_schema", None)
+    if call.op == "aten.detach_.default":  # on a constant written in the code; changes no value
+        return next(iter(call.args.values()))
     if schema is not None and schema.is_mutable:
         msg = f"{call.op} writes into a weight or buffer"
         raise UnsupportedError(msg)

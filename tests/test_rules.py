@@ -1,0 +1,172 @@
+"""Rules: slopes against mpmath, every table entry against its torch call, maps against their Jacobians, registration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import mpmath
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gramlip.errors import UnsupportedError
+from gramlip.network import audit
+from gramlip.rules import RULES, register
+from gramlip.rules.activations import SLOPES
+
+SMOOTH: dict[str, Callable[[mpmath.mpf], mpmath.mpf]] = {
+    "silu": lambda x: x / (1 + mpmath.exp(-x)),
+    "mish": lambda x: x * mpmath.tanh(mpmath.log1p(mpmath.exp(x))),
+    "gelu": lambda x: x * mpmath.ncdf(x),
+    "gelu tanh": lambda x: x / 2 * (1 + mpmath.tanh(mpmath.sqrt(2 / mpmath.pi) * (x + mpmath.mpf("0.044715") * x**3))),
+    "sigmoid": lambda x: 1 / (1 + mpmath.exp(-x)),
+    "erf": mpmath.erf,
+}
+STARTS = {"silu": (2.4, -2.4), "mish": (1.5, -2.2), "gelu": (1.4, -1.4), "gelu tanh": (1.4, -1.4), "sigmoid": (0.0, 0.0), "erf": (0.0, 0.0)}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_slopes_lie_just_outside_the_real_extremes(name: str) -> None:
+    with mpmath.workdps(40):
+        extremes = []
+        for begin in STARTS[name]:
+            at = mpmath.findroot(lambda x: mpmath.diff(SMOOTH[name], x, 2), begin)
+            extremes.append(mpmath.diff(SMOOTH[name], at))
+        low, high, image, at_zero = SLOPES[name]
+        top = max(extremes)
+        assert top <= mpmath.mpf(high) <= top + mpmath.mpf("1e-15")
+        if name not in ("sigmoid", "erf"):
+            assert min(extremes) - mpmath.mpf("1e-15") <= mpmath.mpf(low) <= min(extremes)
+            least = mpmath.findroot(lambda x: mpmath.diff(SMOOTH[name], x), -1.2 if "gelu" not in name else -0.75)
+            assert mpmath.mpf(image[0]) <= SMOOTH[name](least) <= mpmath.mpf(image[0]) + mpmath.mpf("1e-14")
+        assert at_zero[0] <= SMOOTH[name](mpmath.mpf(0)) <= at_zero[1]
+
+
+def test_selu_constants() -> None:
+    with mpmath.workdps(40):
+        product = mpmath.mpf("1.6732632423543772848170429916717") * mpmath.mpf("1.0507009873554804934193349852946")
+        assert product <= SLOPES["selu"][1] <= product + mpmath.mpf("1e-14")
+
+
+CALLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu, "relu6": F.relu6, "abs": torch.abs, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "log_sigmoid": F.logsigmoid,
+    "softplus": F.softplus, "softshrink": F.softshrink, "hardsigmoid": F.hardsigmoid, "hardswish": F.hardswish, "silu": F.silu, "mish": F.mish,
+    "gelu": F.gelu, "gelu tanh": lambda x: F.gelu(x, approximate="tanh"), "selu": F.selu, "sin": torch.sin, "cos": torch.cos, "atan": torch.atan,
+    "erf": torch.erf,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_slopes_and_images_hold_on_a_grid(name: str) -> None:
+    x = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    y = CALLS[name](x)
+    slope = y.diff() / x.diff()  # of the values themselves: torch's own derivative of hardsigmoid is rounded to float32
+    low, high, image, at_zero = SLOPES[name]
+    assert low - 1e-9 <= float(slope.min())
+    assert float(slope.max()) <= high + 1e-9
+    assert high <= float(slope.max()) + 1e-3
+    assert image[0] - 1e-9 <= float(y.min())
+    assert float(y.max()) <= image[1] + 1e-9
+    assert at_zero[0] <= float(CALLS[name](torch.zeros(1, dtype=torch.float64))) <= at_zero[1]
+
+
+class Map(nn.Module):
+    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+
+SMALL = (3, 6, 6)
+SLOPE_WEIGHT = torch.tensor([0.5, -3.0])
+MAPS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] = {
+    # name: (call, shape, exact constant or an upper limit of what may be reported)
+    "leaky": (lambda x: F.leaky_relu(x, -2.0), (4,), 2.0),
+    "elu": (lambda x: F.elu(x, 1.5), (4,), 1.5),
+    "celu": (lambda x: F.celu(x, 0.5), (4,), 1.0),
+    "hardtanh": (F.hardtanh, (4,), 1.0),
+    "clamp": (lambda x: x.clamp(-1, 0.5), (4,), 1.0),
+    "softmax": (lambda x: torch.softmax(x, -1), (5,), 0.5),
+    "log_softmax": (lambda x: torch.log_softmax(x, -1), (5,), math.sqrt(5) + 1e-6),
+    "logsumexp": (lambda x: torch.logsumexp(x, 1), (5,), 1.0),
+    "max pool": (lambda x: F.max_pool2d(x, 3, 2, 1), SMALL, 2.0),
+    "max pool overlapping": (lambda x: F.max_pool2d(x, 3, 1, 1), SMALL, 3.0),
+    "avg pool": (lambda x: F.avg_pool2d(x, 2), SMALL, 0.506),
+    "avg pool ceil": (lambda x: F.avg_pool2d(x, 4, 4, 1, ceil_mode=True, count_include_pad=False), SMALL, 0.6),
+    "adaptive": (lambda x: F.adaptive_avg_pool2d(x, (4, 5)), SMALL, 1.3),
+    "adaptive max": (lambda x: F.adaptive_max_pool2d(x, 4), SMALL, 2.01),
+    "global": (lambda x: x.mean((2, 3)), SMALL, 1 / 6 + 1e-6),
+    "sum": (lambda x: x.sum(1), SMALL, math.sqrt(3) + 1e-6),
+    "nearest": (lambda x: F.interpolate(x, scale_factor=2), SMALL, 2.0 + 1e-6),
+    "bilinear": (lambda x: F.interpolate(x, size=(9, 11), mode="bilinear"), SMALL, 2.2),
+    "bicubic": (lambda x: F.interpolate(x, size=(9, 9), mode="bicubic"), SMALL, 2.2),
+    "shuffle": (lambda x: F.pixel_shuffle(x, 2), (4, 3, 3), 1.0),
+    "index": (lambda x: x[:, [0, 0, 1]], (4,), math.sqrt(2) + 1e-6),
+    "slices": (lambda x: x[:, :, 1:5, ::2], SMALL, 1.0),
+    "permute": (lambda x: x.permute(0, 3, 1, 2).reshape(1, -1), SMALL, 1.0),
+    "cat": (lambda x: torch.cat([x, 2 * x], 1), (4,), math.sqrt(5) + 1e-6),
+    "stack": (lambda x: torch.stack([x, x, x]), (4,), math.sqrt(3) + 1e-6),
+    "expand": (lambda x: x[:, :1].expand(1, 9), (4,), 3.0),
+    "pad": (lambda x: F.pad(x, (2, 2), mode="replicate"), (2, 6), math.sqrt(3) + 1e-6),
+    "pad reflect": (lambda x: F.pad(x, (2, 1, 2, 2), mode="reflect"), SMALL, 3.01),
+    "scale": (lambda x: (3 - 2 * x) / 4 + x, (4,), 0.5 + 1e-9),
+    "broadcast": (lambda x: x + torch.ones(5, 4), (4,), math.sqrt(5) + 1e-6),
+    "where": (lambda x: torch.where(torch.tensor([True, False, True, False]), x, torch.zeros(4)), (4,), 1.0),
+    "chunk": (lambda x: x.chunk(2, 1)[0] + x.chunk(2, 1)[1], (4,), 2.0 + 1e-9),
+    "topmost": (lambda x: x.amax(1), (4,), 1.0),
+    "matmul": (lambda x: torch.arange(6.0).reshape(2, 3) @ x, (3, 4), 7.35),
+    "layer norm": (lambda x: F.layer_norm(x, (4,), eps=0.25), (4,), 2.0 + 1e-6),
+    "rms norm": (lambda x: F.rms_norm(x, (4,), eps=0.25), (4,), 2.0 + 1e-6),
+    "group norm": (lambda x: F.group_norm(x, 2, eps=0.25), (4, 3), 2.0 + 1e-6),
+    "prelu": (lambda x: F.prelu(x, SLOPE_WEIGHT), (2, 5), 3.0),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_are_bounded_above_their_jacobians_and_tightly(name: str) -> None:
+    call, shape, most = MAPS[name]
+    dtype = torch.float32 if name in ("matmul", "prelu", "where", "broadcast") else torch.float64
+    upper = audit(Map(call).eval(), shape, effort=-1).upper
+    generator = torch.Generator().manual_seed(1)
+    best = 0.0
+    for scale in (0.05, 1.0, 4.0):
+        x = scale * torch.randn(1, *shape, generator=generator, dtype=dtype)
+        matrix = torch.autograd.functional.jacobian(call, x)
+        best = max(best, float(torch.linalg.matrix_norm(matrix.reshape(-1, x.numel()).double(), 2)))
+    assert best <= upper * (1 + 1e-6)
+    assert upper <= most
+
+
+def test_a_users_rule_is_used_and_its_absence_is_an_error() -> None:
+    @torch.library.custom_op("gramliptest::triple", mutates_args=())
+    def triple(x: Tensor) -> Tensor:
+        return 3.0 * x
+
+    triple.register_fake(lambda x: torch.empty_like(x))
+    triple.register_autograd(lambda ctx, grad: 3.0 * grad)
+    model = Map(lambda x: triple(x)).eval()
+    with pytest.raises(UnsupportedError, match=r"gramliptest\.triple"):
+        audit(model, (4,))
+
+    @register("gramliptest.triple")
+    def rule(call: object) -> float:
+        return 3.0
+
+    try:
+        assert audit(model, (4,)).upper == pytest.approx(3.0)
+        assert audit(model, (4,)).lower == pytest.approx(3.0, rel=1e-4)
+    finally:
+        del RULES["gramliptest.triple"]
+
+
+@pytest.mark.parametrize(
+    "call", [torch.round, torch.exp, F.hardshrink, lambda x: 1.0 / x, lambda x: x / x.abs().sum(), lambda x: F.threshold(x, 0.1, 20.0)]
+)
+def test_functions_without_a_constant_are_unbounded_with_a_reason(call: Callable[[Tensor], Tensor]) -> None:
+    report = audit(Map(call).eval(), (4,), strict=False)
+    assert report.upper == math.inf
+    assert report.left_out or report.unsupported
