@@ -12,36 +12,19 @@ together, each with its own target.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gramlip import certificates as cert
 from gramlip import rounding as rd
-from gramlip.gramian import Gramian
-from gramlip.lattice import START, Cells, Lattice
+from gramlip.ascent import STEPS, Ascent, Tally
+from gramlip.lattice import START, Cells
 
-BUDGET = 4e12  # real operations after which the search stops with what it has proved
 WIDER = (1.25, 2.0)  # the targets tried once the budget is spent, as multiples of the one asked for
-AHEAD = 16  # groups that are searched before the others
-STEPS = 8  # Lanczos steps on a block
-DENSE_STEPS = 40  # and where there is only one
-
-
-@dataclass
-class Tally:
-    """What was computed: the counts that the regression guard of the tests reads."""
-
-    blocks: int = 0
-    factorizations: int = 0
-    gram_steps: int = 0
-    matvecs: int = 0
-    operations: float = 0.0
-    ways: set[str] = field(default_factory=set[str])
 
 
 @dataclass(frozen=True)
@@ -59,139 +42,8 @@ class Enclosure:
 Table = tuple[Tensor, Tensor]  # sorted keys and, for each, the least threshold that was proved there
 
 
-class Search:
-    """Encloses the largest norm of a symbol over a grid (`points`) or, on axes where it is None, over the whole circle.
-
-    `items` says to which layer each group belongs; every layer has its own lower side and its own target.
-    """
-
-    def __init__(self, gram: Gramian, points: tuple[int | None, ...], items: Tensor | None = None, budget: float = BUDGET) -> None:
-        """Lay the lattice; nothing is computed yet."""
-        self.g, self.budget, self.tally, self.too_long = gram, budget, Tally(), False
-        self.lattice = Lattice(gram.span, points, gram.groups, not gram.is_complex)
-        self.items = items if items is not None else torch.zeros(gram.groups, dtype=torch.int64)
-        count = int(self.items.max()) + 1
-        self.noise = torch.tensor(gram.noise, dtype=torch.float64)
-        self.floor = torch.zeros(count, dtype=torch.float64).scatter_reduce_(0, self.items, 2 * self.noise.sqrt(), "amax")
-        self.best = torch.zeros(count, dtype=torch.float64)  # lower bounds of the largest eigenvalues of the Gram symbols
-        # the keys at which they are attained, at first frequency 0 of each layer's first group
-        self.where = torch.full((count,), gram.groups).scatter_reduce_(0, self.items, torch.arange(gram.groups), "amin")
-        self.vectors = torch.zeros(count, gram.side, dtype=torch.complex128, device=gram.device)
-
-    # ---- the lower side ----------------------------------------------------------------------------------------------
-
-    def start(self, rtol: float) -> None:
-        """The lower side: Lanczos steps on a coarse grid, then uphill from the best frequency of each layer."""
-        self.rtol = rtol
-        groups = self._nonzero()
-        first = groups
-        if len(groups) > 2 * AHEAD:  # the groups of largest mass first: most of the others cannot reach them
-            mass = torch.tensor(self.g.mass, dtype=torch.float64)[groups]
-            first = groups[mass.argsort(descending=True)[:AHEAD]]
-        if not len(groups):
-            return
-        cells = self.lattice.cells(1.0, first)
-        self.too_long = len(cells[0]) * max(math.prod(self.g.span) * 1e3, self.g.operations) > self.budget / 8
-        if self.too_long:
-            cells = tuple(part[:: 1 + len(cells[0]) // 8] for part in cells)
-        steps = STEPS if self.lattice.active else DENSE_STEPS
-        self.coarse = self.lattice.corner_keys(cells).unique()
-        self.estimates = self.raise_lower(self.coarse, steps)
-        rest = self._reaching(groups[~torch.isin(groups, first)])
-        if len(rest) and not self.too_long:
-            more = self.lattice.corner_keys(self.lattice.cells(1.0, rest)).unique()
-            self.estimates = torch.cat([self.estimates, self.raise_lower(more, steps)])
-            self.coarse = torch.cat([self.coarse, more])
-        self.climb(torch.arange(len(self.best)), 3 if rtol > 1e-3 else 8)
-
-    def _reaching(self, groups: Tensor) -> Tensor:
-        """The groups whose taps' norms add up to more than their layer's lower side: the others cannot hold the norm."""
-        mass = torch.tensor(self.g.mass, dtype=torch.float64)[groups]
-        return groups[mass * mass > self.best[self.items[groups]] * (1 - 1e-12)]
-
-    def _nonzero(self) -> Tensor:
-        return torch.tensor([g for g, mass in enumerate(self.g.mass) if mass], dtype=torch.int64)
-
-    def raise_lower(self, keys: Tensor, steps: int, warm: bool = False) -> Tensor:
-        """Rayleigh quotients at these frequencies after Lanczos steps; keeps each layer's best. Returns estimates."""
-        values: list[Tensor] = []
-        for part in keys.split(self.g.chunk()):
-            group, index = self.lattice.decode(part)
-            g = self.g.at(group, index, self.lattice.sizes)
-            item = self.items[group]
-            begin = self.vectors[item.to(self.g.device)] if warm else _start(self.g.side, self.g.device).expand(len(part), -1)
-            estimate, v = cert.lanczos(g, (begin if g.is_complex() else begin.real + 0.5 * begin.imag).to(g.dtype), steps)
-            estimate = estimate.cpu()
-            top = torch.full_like(self.best, -1.0).scatter_reduce_(0, item, estimate, "amax")
-            chosen = ((estimate >= top[item]) & (top[item] > self.best[item])).nonzero()[:, 0]
-            if len(chosen):
-                there = chosen.to(self.g.device)
-                lower = cert.rayleigh(g[there], v[there], self.noise[group[chosen]].to(self.g.device)).cpu()
-                for k, value in zip(chosen.tolist(), lower.tolist(), strict=True):
-                    one = int(item[k])
-                    if value > float(self.best[one]):
-                        self.best[one], self.where[one], self.vectors[one] = value, part[k], v[k]
-            values.append(estimate)
-            self.tally.matvecs += len(part) * steps
-            self._count(len(part), 8.0 * steps * self.g.side**2)
-        return torch.cat(values)
-
-    def climb(self, items: Tensor, rounds: int) -> None:
-        """Move the best frequencies uphill, with the singular vectors held: docs/theory.md#lower-side."""
-        if not self.lattice.active:
-            return
-        for _ in range(rounds):
-            items = items[self.best[items] > 0]
-            if not len(items):
-                return
-            before = self.best[items]
-            group, _ = self.lattice.decode(self.where[items])
-            point = self._uphill(items)
-            near = [
-                (point[:, j].floor(), point[:, j].ceil()) if grid else (point[:, j].round(),) for j, grid in enumerate(self.lattice.on_grid)
-            ]
-            keys = [self.lattice.keys(group, torch.stack(c, -1).to(torch.int64)) for c in itertools.product(*near)]
-            keys = torch.cat(keys).unique()
-            self.raise_lower(keys, STEPS, warm=True)
-            items = items[self.best[items] > before * (1 + self.rtol * 2e-2)]
-
-    def _uphill(self, items: Tensor) -> Tensor:
-        """Newton steps, safeguarded, on `|u* D(w) v|^2` from the best frequency of each layer; lattice coordinates (I, axes)."""
-        group, index = self.lattice.decode(self.where[items])
-        sizes = torch.tensor(self.lattice.sizes, dtype=torch.float64)
-        coefficients, positions = self.g.polynomial(group, index, self.lattice.sizes, self.vectors[items.to(self.g.device)])
-        w = index.to(torch.float64) * (2 * math.pi) / sizes
-        outer = (positions[:, :, None] * positions[:, None, :]).flatten(1)
-        moments = torch.cat([torch.ones_like(positions[:, :1]), positions, outer], 1).to(torch.complex128)
-        d = positions.shape[1]
-
-        def terms(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            angles = -w @ positions.mT
-            sums = (coefficients * torch.polar(torch.ones_like(angles), angles)) @ moments
-            return sums[:, 0], -1j * sums[:, 1 : 1 + d], -sums[:, 1 + d :].unflatten(1, (d, d))
-
-        p, first, second = terms(w)
-        for _ in range(5):
-            slope = 2 * (p.conj()[:, None] * first).real
-            bend = 2 * (p.conj()[:, None, None] * second + first.conj()[:, :, None] * first[:, None, :]).real
-            values, vectors = torch.linalg.eigh(bend)
-            # Newton where the surface is concave, a gradient step of the same scale elsewhere
-            size = values.abs().clamp_min(1e-3 * values.abs().amax(-1, keepdim=True) + 1e-300)
-            step = (vectors @ ((vectors.mT @ slope[..., None]) / size[..., None]))[..., 0].clamp(-1.0, 1.0)
-            for scale in (1.0, 0.25, 0.0):
-                after = terms(w + scale * step)
-                better = after[0].abs() > p.abs()
-                if bool(better.all()) or scale == 0.0:
-                    break
-                step = torch.where(better[:, None], step, step * 0.25)
-            move = torch.where(better[:, None], scale * step, 0.0)
-            if float(move.abs().max()) < 1e-8:
-                break
-            w = w + move
-            p, first, second = terms(w)
-        return w / (2 * math.pi) * sizes
-
-    # ---- the upper side ----------------------------------------------------------------------------------------------
+class Search(Ascent):
+    """Encloses the largest norm of a symbol; `start` finds the lower side, `close` proves the upper one."""
 
     def close(self, rtol: float | Tensor, only: Sequence[int] | None = None) -> list[Enclosure]:
         """Prove for every layer (or `only` these) that nothing exceeds its lower side by more than `rtol`, unless the budget ends first."""
@@ -200,8 +52,8 @@ class Search:
         self.rtol = float(width.min())
         stretch = torch.ones_like(self.best)  # beyond 1 once the width asked for cannot be had
         taps = self.g.tap_norms(self.items, self.best)
-        groups = self._nonzero()
-        groups = self._reaching(groups[torch.isin(self.items[groups], torch.tensor(chosen))])
+        groups = self.nonzero()
+        groups = self.reaching(groups[torch.isin(self.items[groups], torch.tensor(chosen))])
         if self.too_long:
             return [self._crude(i) for i in chosen]
         if taps is not None:
@@ -268,13 +120,9 @@ class Search:
                 good[rest] = cert.cholesky(some, t[rest], noise[rest], single=single)
             done[part] = good.cpu()
             self.tally.factorizations += len(rest)
-            self._count(len(part), 4.0 * c**2)
+            self.count(len(part), 4.0 * c**2)
             self.tally.operations += len(rest) * (4 / 3) * c**3
         return done
-
-    def _count(self, blocks: int, operations: float) -> None:
-        self.tally.blocks += blocks
-        self.tally.operations += blocks * (operations + self.g.operations)
 
     def _tau(self, width: Tensor) -> Tensor:
         """What is to be proved: each lower side plus nearly all of the width asked for, or what rounding lets be told from zero."""
@@ -351,12 +199,6 @@ class Search:
         turns = zip(index[0].tolist(), self.lattice.sizes, strict=True)
         frequency = tuple(math.remainder(sign * 2 * math.pi * i / n, 2 * math.pi) for i, n in turns)
         return Enclosure(rd.sqrt_down(float(self.best[item])), upper, frequency, int(group[0]), self.tally, finished)
-
-
-def _start(side: int, device: torch.device) -> Tensor:
-    """A deterministic start vector, without touching the global generator."""
-    i = torch.arange(1, side + 1, dtype=torch.float64, device=device)
-    return torch.polar(1 + 0.5 * (i * 0.754877666).frac(), 2 * math.pi * (i * i * 0.569840291).frac())
 
 
 def _look_up(table: Table, keys: Tensor) -> Tensor:
