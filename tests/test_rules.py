@@ -51,11 +51,14 @@ def test_selu_constants() -> None:
 
 
 CALLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu, "relu6": F.relu6, "abs": torch.abs, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "log_sigmoid": F.logsigmoid,
-    "softplus": F.softplus, "softshrink": F.softshrink, "hardsigmoid": F.hardsigmoid, "hardswish": F.hardswish, "silu": F.silu, "mish": F.mish,
-    "gelu": F.gelu, "gelu tanh": lambda x: F.gelu(x, approximate="tanh"), "selu": F.selu, "sin": torch.sin, "cos": torch.cos, "atan": torch.atan,
-    "erf": torch.erf,
-}  # fmt: skip
+    **{name: getattr(torch, name) for name in ("abs", "tanh", "sigmoid", "sin", "cos", "atan", "erf")},
+    **{
+        name: getattr(F, name)
+        for name in ("relu", "relu6", "softplus", "softshrink", "hardsigmoid", "hardswish", "silu", "mish", "gelu", "selu")
+    },
+    "log_sigmoid": F.logsigmoid,
+    "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 
 @pytest.mark.parametrize("name", SLOPES)

@@ -75,8 +75,8 @@ def compose(network: Network, constants: Sequence[Bound]) -> Composition:
 def _joined(step: Step, lips: list[float]) -> float:
     """The constant of what the step reads, all sources together."""
     what = step.what
-    if isinstance(what, Input):
-        return 1.0
+    if isinstance(what, Input | Unbounded):
+        return 1.0  # an unbounded step may have lost its sources with its rule: it is infinite whatever it reads
     if isinstance(what, Sum):
         return rd.add_up(*lips)
     if isinstance(what, Product):

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,12 @@ def _sample(target: str, inputs: Shape | None) -> tuple[torch.Tensor, ...]:
         msg = f"{target} was given without the shape of its input; expected it without the batch: type --input 3,224,224"
         raise InputError(msg)
     return (torch.zeros(1, *inputs),)
+
+
+def exists(module: str) -> bool:
+    """Whether the top package of a module can be found, the current folder included; nothing is run."""
+    top = module.split(".")[0]
+    return find_spec(top) is not None or PathFinder.find_spec(top, [str(Path.cwd())]) is not None
 
 
 def from_callable(target: str, inputs: Shape | None) -> Model:

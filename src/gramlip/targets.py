@@ -62,7 +62,7 @@ def resolve(target: str, inputs: Shape | None = None) -> Source:
         if key in RESOLVERS:
             return RESOLVERS[key](target, inputs)
     if colon and not Path(target).exists():
-        if all(part.isidentifier() for part in target.replace(":", ".").split(".")):
+        if all(part.isidentifier() for part in target.replace(":", ".").split(".")) and sources.exists(scheme):
             return sources.from_callable(target, inputs)
         msg = (
             f"{target} is of an unknown kind; expected a file of weights, package.module:callable or one of {', '.join(sorted(RESOLVERS))}"
