@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import gramlip as gl
 import pytest
 import torch
+from torch import nn
+
+import gramlip as gl
 from cases import ROUNDING, TRAPS, check, closes, every_size
 from gramlip.network import audit
 from gramlip.testing import Case, matrix, norm, oracle
-from torch import nn
 
 WIDTH = 1e-6
 
@@ -164,7 +165,9 @@ def test_trap_at_every_size(name: str) -> None:
     every_size([c for c in (case, case.at(tuple(n + 1 for n in case.size)), case.at(tuple(n + 5 for n in case.size))) if c.runs()])
 
 
-@pytest.mark.parametrize("name", ["groups-multiplied", "stride-ignored", "wrong-side-of-transposed", "dilation-with-stride", "kernel-is-stride-with-dilation"])
+@pytest.mark.parametrize(
+    "name", ["groups-multiplied", "stride-ignored", "wrong-side-of-transposed", "dilation-with-stride", "kernel-is-stride-with-dilation"]
+)
 def test_trap_is_not_loose_either(name: str) -> None:
     closes(TRAPS[name])
 

@@ -7,17 +7,18 @@ import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 
-import gramlip as gl
 import mpmath
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import gramlip as gl
 from cases import Case
 from gramlip import rounding as rd
 from gramlip.bound import decimals
 from gramlip.testing import weight
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 POSITIVE = st.floats(0, 1e300, allow_nan=False)
 MODERATE = st.floats(0, 1e150, allow_nan=False)
@@ -324,7 +325,7 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "imaginary part": lambda w: torch.complex(0 * w, w).imag,
     "negative view": lambda w: torch.complex(0 * w, -w).conj().imag,
     "inference tensor": lambda w: _inference(w),
-    "inner graph": lambda w: (w.clone().requires_grad_() * 1.0),
+    "inner graph": lambda w: w.clone().requires_grad_() * 1.0,
 }
 
 
@@ -338,7 +339,11 @@ def test_weights_in_any_form_and_nothing_changed_in_place(form: str) -> None:
     w = FORMS[form](weight("random", (3, 2, 3, 3)))
     twin = w.detach().clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
     before = w.detach().clone()
-    for options in ({"input_size": 5, "padding": 1}, {"padding": 1}, {"input_size": 6, "stride": 2, "padding": 1, "padding_mode": "circular"}):
+    for options in (
+        {"input_size": 5, "padding": 1},
+        {"padding": 1},
+        {"input_size": 6, "stride": 2, "padding": 1, "padding_mode": "circular"},
+    ):
         found, expected = gl.bound(gl.Conv(w, **options)), gl.bound(gl.Conv(twin, **options))
         assert (found.lower, found.upper) == (expected.lower, expected.upper)
     assert torch.equal(before, w.detach())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-import gramlip as gl
 import pytest
-from cases import LINEAR, ROUNDING, TRAPS, Case, cases, check, closes, every_size
-from oracle import oracle
 from torch import nn
+
+import gramlip as gl
+from cases import LINEAR, ROUNDING, TRAPS, Case, cases, check, closes, every_size, theorem
+from oracle import oracle
 
 TABLE = cases()
 
@@ -16,6 +17,16 @@ TABLE = cases()
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
 def test_interval_holds_the_truth(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("case", [case for case in TABLE if case.dims], ids=lambda case: case.name)
+def test_padding_theorem(case: Case) -> None:
+    theorem(case)
+
+
+@pytest.mark.parametrize("case", [case for case in TABLE if case.dims][::4], ids=lambda case: case.name)
+def test_interval_without_the_finite_layers_own_certificate(case: Case) -> None:
+    check(case, finite=False)
 
 
 def test_the_table_is_large_and_even() -> None:
@@ -54,7 +65,9 @@ def _layers() -> list[list[Case]]:
     return list(found.values())
 
 
-@pytest.mark.parametrize("layer", [layer for i, layer in enumerate(_layers()) if i % 4 == 0 or layer[0].label], ids=lambda layer: layer[0].name)
+@pytest.mark.parametrize(
+    "layer", [layer for i, layer in enumerate(_layers()) if i % 4 == 0 or layer[0].label], ids=lambda layer: layer[0].name
+)
 def test_interval_of_every_size_holds_at_each_size(layer: list[Case]) -> None:
     every_size(layer)
 
@@ -73,10 +86,21 @@ def test_described_layer(kind: type) -> None:
 # ---- tightness: apart from soundness, with its own numbers ---------------------------------------------------------------
 
 FLAT_AND_PEAKED = ("random", "wave", "orthogonal", "near_orthogonal", "laplacian", "ones", "rank_one")
-CIRCULAR = [Case(k, (3, 2, 3, 3), (6, 5), padding=((1, 1), (1, 1)), padding_mode="circular", seed=s) for k in FLAT_AND_PEAKED for s in (0, 1)]
+CIRCULAR = [
+    Case(k, (3, 2, 3, 3), (6, 5), padding=((1, 1), (1, 1)), padding_mode="circular", seed=s) for k in FLAT_AND_PEAKED for s in (0, 1)
+]
 CIRCULAR += [Case(k, (3, 2, 4, 4), (6, 6), (2, 2), ((2, 1), (1, 2)), "circular") for k in FLAT_AND_PEAKED]
-EVERY = [Case(k, shape, (1,) * (len(shape) - 2), dilation=(d,) * (len(shape) - 2)) for k in FLAT_AND_PEAKED for shape, d in (((3, 2, 5), 1), ((2, 3, 3, 3), 2))]
-SMALL = [Case(k, (3, 3, 3, 3), (n, n), padding=((1, 1), (1, 1)), padding_mode=mode) for k in FLAT_AND_PEAKED for n in (4, 7) for mode in ("zeros", "reflect", "replicate")]
+EVERY = [
+    Case(k, shape, (1,) * (len(shape) - 2), dilation=(d,) * (len(shape) - 2))
+    for k in FLAT_AND_PEAKED
+    for shape, d in (((3, 2, 5), 1), ((2, 3, 3, 3), 2))
+]
+SMALL = [
+    Case(k, (3, 3, 3, 3), (n, n), padding=((1, 1), (1, 1)), padding_mode=mode)
+    for k in FLAT_AND_PEAKED
+    for n in (4, 7)
+    for mode in ("zeros", "reflect", "replicate")
+]
 
 
 @pytest.mark.parametrize("rtol", [1e-2, 1e-6])

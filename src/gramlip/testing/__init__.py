@@ -11,4 +11,18 @@ from gramlip.testing.conformance import Conformance, Row, conformance
 from gramlip.testing.kernels import KERNELS, weight
 from gramlip.testing.oracle import as_module, matrix, norm, oracle, torch_layer
 
-__all__ = ["KERNELS", "TRAPS", "Case", "Conformance", "Row", "as_module", "cases", "conformance", "matrix", "norm", "oracle", "torch_layer", "weight"]
+__all__ = [
+    "KERNELS",
+    "TRAPS",
+    "Case",
+    "Conformance",
+    "Row",
+    "as_module",
+    "cases",
+    "conformance",
+    "matrix",
+    "norm",
+    "oracle",
+    "torch_layer",
+    "weight",
+]

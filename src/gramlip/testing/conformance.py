@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
-
 from gramlip.testing.cases import Case, cases
 
 ROUNDING = 1e-12  # of the oracle: nothing closer than this to the truth is called false

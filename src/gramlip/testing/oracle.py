@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,9 @@ def torch_layer(
         if even:
             return _filled(_TRANSPOSED[d - 1], weight, *channels, weight.shape[2:], padding=tuple(lo for lo, _ in pairs), **settings)
         crop = [x for lo, hi in reversed(pairs) for x in (-lo, -hi)]
-        return nn.Sequential(_filled(_TRANSPOSED[d - 1], weight, *channels, weight.shape[2:], **settings), _PAD["zeros"][d - 1](tuple(crop)))
+        return nn.Sequential(
+            _filled(_TRANSPOSED[d - 1], weight, *channels, weight.shape[2:], **settings), _PAD["zeros"][d - 1](tuple(crop))
+        )
     channels = weight.shape[1] * groups, weight.shape[0]
     if even:
         amount = padding if isinstance(padding, str) else tuple(lo for lo, _ in pairs)
@@ -136,7 +139,7 @@ class _Scale(nn.Module):
         return x * self.weight
 
 
-def _filled(kind: type[nn.Module], weight: Tensor, *args: object, **settings: object) -> nn.Module:
+def _filled(kind: Callable[..., nn.Module], weight: Tensor, *args: Any, **settings: Any) -> nn.Module:
     """A torch layer with the given weight and no bias, without touching the global random generator."""
     if kind is nn.Linear:
         settings["bias"] = False
