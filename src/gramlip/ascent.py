@@ -63,7 +63,8 @@ class Ascent:
         cells = self.lattice.cells(1.0, first)
         self.too_long = len(cells[0]) * max(math.prod(self.g.span) * 1e3, self.g.operations) > self.budget / 8
         if self.too_long:
-            cells = tuple(part[:: 1 + len(cells[0]) // 8] for part in cells)
+            few = slice(None, None, 1 + len(cells[0]) // 8)
+            cells = (cells[0][few], cells[1][few], cells[2][few])
         steps = STEPS if self.lattice.active else DENSE_STEPS
         self.coarse = self.lattice.corner_keys(cells).unique()
         self.estimates = self.raise_lower(self.coarse, steps)

@@ -14,7 +14,7 @@ from gramlip import rounding as rd
 from gramlip.blocks import grid, symbol
 from gramlip.bound import Bound
 from gramlip.errors import InputError
-from gramlip.operators import Conv, Dense, Diagonal
+from gramlip.operators import Conv, Dense, Operator
 
 Side = Literal["exact", "upper", "lower", "estimate", "interval"]
 Reads = Literal["blocks", "kernel", "layer"]
@@ -55,7 +55,7 @@ class Method:
         """What it computes, in a sentence or two."""
         return (self.formula.__doc__ or "").split("\n\n", 1)[0].replace("\n    ", " ")
 
-    def value(self, op: Dense | Conv | Diagonal, **options: object) -> float:
+    def value(self, op: Operator, **options: object) -> float:
         """The number as the published method computes it, in the weight's precision (half precisions in float32).
 
         Raises:
@@ -65,7 +65,7 @@ class Method:
             op, exponent = _scaled(self._suited(op))
             return _times_power(float(self.formula(op, **options)), exponent)
 
-    def __call__(self, op: Dense | Conv | Diagonal, *, rtol: float = 1e-2, finite: bool | str = "auto") -> Bound:
+    def __call__(self, op: Operator, *, rtol: float = 1e-2, finite: bool | str = "auto") -> Bound:
         """The method as a `Bound`; `rtol` and `finite` are the certified engine's and change nothing here.
 
         Raises:
@@ -96,7 +96,7 @@ class Method:
             "interval": "",
         }[self.side]
 
-    def _suited(self, op: Dense | Conv | Diagonal) -> Dense | Conv:
+    def _suited(self, op: Operator) -> Dense | Conv:
         if not isinstance(op, Dense | Conv) or not self.accepts(op):
             msg = f"{describe_geometry(op)} was given; expected {self.valid_for}, for which {self.source} holds: type method='certify'"
             raise InputError(msg)
