@@ -36,7 +36,7 @@ class Normalised(nn.Module):
 
 def positive(name: str, value: float) -> float:
     """The value as a float, refused unless positive and finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not 0 < value < float("inf"):
         msg = f"{name}={value!r} was given; expected a positive number such as 1.0"
         raise InputError(msg)
     return float(value)
@@ -88,7 +88,7 @@ def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """Pickle a parametrized module as its plain class, its state and what was registered (torch refuses otherwise)."""
     plain = type(module).__mro__[1]
     state = {k: v for k, v in module.__dict__.items() if k != "_modules"}
-    state["_modules"] = {k: m for k, m in module._modules.items() if k != "parametrizations"}
+    state["_modules"] = {k: m for k, m in module.__dict__["_modules"].items() if k != "parametrizations"}
     lists = dict(module.parametrizations.items())  # type: ignore[union-attr,operator]
     if any(not hasattr(chain, "original") for chain in lists.values()):
         msg = f"{plain.__name__} has a parametrization of several tensors, which cannot be pickled; save its state_dict instead"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,10 @@ COMPOSE: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
     "product": lambda sigmas: torch.stack(list(sigmas.values())).prod(),
 }
 """Name -> what is penalised: every layer on its own, or the constant of a chain of them."""
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return cast("Tensor", module.weight)
 
 
 class LipschitzPenalty(nn.Module):
@@ -64,6 +69,8 @@ class LipschitzPenalty(nn.Module):
     >>> penalty = LipschitzPenalty(model, torch.zeros(1, 3, 8, 8), threshold=0.1, form="hinge")
     >>> penalty().backward()
     """
+
+    calls: Tensor
 
     def __init__(
         self,
@@ -106,7 +113,7 @@ class LipschitzPenalty(nn.Module):
             weight = op.weight
             alike[Plan.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
         self.trackers = nn.ModuleList(
-            Tracker(plan, [lambda m=module: m.weight for _, module in group], steps, peaks) for (plan, *_), group in alike.items()
+            Tracker(plan, [partial(_weight, module) for _, module in group], steps, peaks) for (plan, *_), group in alike.items()
         )
         self._paths = [path for group in alike.values() for path, _ in group]
 
@@ -117,11 +124,12 @@ class LipschitzPenalty(nn.Module):
 
     def sigmas(self) -> dict[str, Tensor]:
         """One tracking step: {path: norm estimate, a scalar with its graph}; a search where it is due."""
+        trackers = cast("list[Tracker]", list(self.trackers))
         if int(self.calls) % self.every == 0:
-            for tracker in self.trackers:
+            for tracker in trackers:
                 tracker.search()
         self.calls += 1
-        values = [sigma for tracker in self.trackers for sigma in tracker()]
+        values = [sigma for tracker in trackers for sigma in tracker()]
         return dict(zip(self._paths, values, strict=True))
 
     def certify(self, rtol: float = 1e-2) -> dict[str, Bound]:

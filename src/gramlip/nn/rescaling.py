@@ -83,7 +83,7 @@ def rescaling(kernel: Tensor, n_iter: int) -> Tensor:
 
 
 def _unit(x: Tensor, log: Tensor | float) -> tuple[Tensor, Tensor]:
-    """x over its largest entry, and log plus that entry's logarithm."""
+    """X over its largest entry, and log plus that entry's logarithm."""
     peak = x.detach().abs().amax()
     peak = torch.where(peak > 0, peak, 1.0)
     return x / peak, log + peak.log()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Plan:
         >>> Plan.of(Conv(torch.ones(4, 4, 3, 3), input_size=56, padding=1)).grid
         (16, 16)
         """
-        if isinstance(torus, bool) or not isinstance(torus, int) or torus < 4:
+        if isinstance(torus, bool) or torus < 4:
             msg = f"torus={torus!r} was given; expected an integer of at least 4 grid points per axis, such as 16"
             raise InputError(msg)
         if isinstance(op, Dense):
@@ -132,11 +132,16 @@ def largest(blocks: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
     floor = power(blocks, POWER_STEPS)[0].amax() * (1 - 1e-5)
     for steps in (0, *(t for t in (1, 3) if t < n_iter), n_iter):
         some = blocks[keep] if len(keep) < len(blocks) else blocks
-        value = gram_norm(some, steps) if steps else torch.linalg.vector_norm(some, dim=(-2, -1))
+        value = gram_norm(some, steps) if steps else _frobenius(some)
         alive = ~(value < floor)  # a NaN stays, and is seen
         keep, value = keep[alive], value[alive]
     top, where = value.max(0)  # pyright: ignore[reportPossiblyUnboundVariable]
     return top, keep[where]
+
+
+def _frobenius(blocks: Tensor) -> Tensor:
+    """Frobenius norms (F,); over real numbers, whose norm is many times faster than that of complex ones on a CPU."""
+    return torch.linalg.vector_norm(torch.view_as_real(blocks).flatten(1) if blocks.is_complex() else blocks.flatten(1), dim=1)
 
 
 def power(blocks: Tensor, steps: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -167,7 +172,7 @@ def _(weight: Tensor, groups: int, strides: list[int], grid: list[int], n_iter: 
 def _slope(weight: Tensor, index: Tensor, groups: int, strides: list[int], grid: list[int], n_iter: int) -> Tensor:
     """Gradient of the Gram bound of one block with respect to the weight."""
     with torch.autocast(weight.device.type, enabled=False):
-        _, pull = torch.func.vjp(lambda w: gram_norm(block_at(kernel(w, groups, strides), index, grid), n_iter), wide(weight))
+        _, pull = cast("Any", torch.func.vjp)(lambda w: gram_norm(block_at(kernel(w, groups, strides), index, grid), n_iter), wide(weight))
         (slope,) = pull(torch.ones((), dtype=wide(weight).real.dtype, device=weight.device))
     return slope.to(weight.dtype).contiguous()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,13 @@ def load(source: str | Path, split: str, limit: int | None = None) -> tuple[Tens
         InputError: no such files, or columns other than `img` and `label`.
     """
     from PIL import Image
-    from pyarrow import parquet
+
+    parquet: Any = import_module("pyarrow.parquet")
 
     images: list[Tensor] = []
     labels: list[int] = []
     for file in files(source, split):
-        table: Any = parquet.read_table(file)
+        table = parquet.read_table(file)
         if not {"img", "label"} <= set(table.column_names):
             msg = f"{file} has columns {table.column_names}; expected img and label, as in {HUB}"
             raise InputError(msg)

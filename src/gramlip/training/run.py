@@ -27,7 +27,14 @@ from gramlip.training.task import EXAMPLE, Audit, Task, chain, psnr
 
 
 def train(
-    name: str, source: str | Path, out: str | Path, *, seed: int = 0, stop_after: int | None = None, audit_every_epoch: bool = True, **changes: Any
+    name: str,
+    source: str | Path,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    stop_after: int | None = None,
+    audit_every_epoch: bool = True,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Train a recipe, or go on with it where `out` holds a checkpoint, and return its results: what `results.json` in `out` holds.
 
@@ -139,4 +146,9 @@ def _denoised(plan: Recipe, net: nn.Module, batches: list[tuple[Tensor, Tensor]]
             after.append(float(psnr(net(noisy), x)))
     report = audit(net, EXAMPLE[1:])
     constant = {"lower": report.lower, "upper": float(chain(net).upper) if plan.control == "rescaled" else report.upper}
-    return {"constant": constant, "psnr_noisy": sum(before) / len(before), "psnr": sum(after) / len(after), "count": sum(len(x) for x, _ in batches)}
+    return {
+        "constant": constant,
+        "psnr_noisy": sum(before) / len(before),
+        "psnr": sum(after) / len(after),
+        "count": sum(len(x) for x, _ in batches),
+    }

@@ -1,0 +1,102 @@
+"""What training with a Lipschitz constant costs: a step of ResNet-18 on 32x32 images, and what each control adds to it.
+
+    OMP_NUM_THREADS=2 python benchmarks/training.py --batch 256 --repeat 5
+
+Forward and backward, synchronised, warm-up discarded, median of the repetitions, all on the same machine in one process. The tracked
+penalty is also measured with its searches spread over `every` calls. Writes benchmarks/results/training-DEVICE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gramlip
+from gramlip import nn as gnn
+from gramlip.conv_gram import operator_gram_norm
+from gramlip.layers import describe
+from gramlip.nn.parametrize import layers
+from gramlip.training.models import resnet18
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def measure(work: Callable[[], Tensor], repeat: int, device: torch.device) -> float:
+    """Median seconds of forward and backward."""
+    times = []
+    for i in range(repeat + 1):
+        begin = time.perf_counter()
+        work().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if i:
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--every", type=int, default=50)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    net = resnet18().to(device)
+    x, y = torch.randn(args.batch, 3, 32, 32, device=device), torch.randint(10, (args.batch,), device=device)
+    example = torch.zeros(1, 3, 32, 32, device=device)
+
+    def only(_: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.Conv2d)
+
+    sized = layers(net, example, only)
+    tracked = gnn.LipschitzPenalty(net, example, where=only, every=10**9)
+    tracked()
+
+    def search() -> Tensor:
+        for tracker in tracked.trackers:
+            tracker.search()
+        return tracked()
+
+    rows = {
+        "step": measure(lambda: F.cross_entropy(net(x), y), args.repeat, device),
+        "tracked call": measure(tracked, args.repeat, device),
+        "tracked search and call": measure(search, args.repeat, device),
+        "published Gram, 6 steps": measure(
+            lambda: torch.stack([operator_gram_norm(describe(m, size)) for _, m, size in sized]).sum(), max(1, args.repeat // 2), device
+        ),
+    }
+    call, full = rows["tracked call"], rows["tracked search and call"]
+    rows["tracked, searches spread"] = call + max(full - call, 0.0) / args.every
+    header = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "gramlip": gramlip.__version__,
+        "dtype": "float32",
+        "batch": args.batch,
+        "convolutions": len(sized),
+        "repeat": args.repeat,
+        "every": args.every,
+    }
+    ratios = {
+        "tracked over step": rows["tracked, searches spread"] / rows["step"],
+        "Gram over tracked": rows["published Gram, 6 steps"] / rows["tracked, searches spread"],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"training-{device.type}.json"
+    file.write_text(json.dumps({**header, "seconds": rows, "ratios": ratios}, indent=1) + "\n")
+    print(file.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""`gramlip certify TARGET --data DIR`: certified accuracy of a trained run, or of any model that an import path names."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from argparse import ArgumentTypeError, Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
+from fractions import Fraction
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gramlip import robust
+from gramlip.errors import InputError
+from gramlip.network import audit
+from gramlip.options import tolerance
+from gramlip.output import check_output, emit, write_whole
+from gramlip.training import data
+
+
+def eps(text: str) -> float:
+    """A radius in pixels of [0, 1]: a number or a fraction.
+
+    >>> eps("36/255") == 36 / 255
+    True
+    """
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not 0 <= value < math.inf:
+        msg = f"{text!r} was given; expected a radius of at least 0 in pixels of [0, 1], such as 36/255"
+        raise ArgumentTypeError(msg)
+    return value
+
+
+def add_parser(subparsers: _SubParsersAction[Any]) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser("certify", help="certified accuracy of a classifier of 32x32 images on CIFAR-10")
+    parser.add_argument("target", metavar="TARGET", help="a folder that gramlip train finished, or package.module:callable")
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder of CIFAR-10's parquet files, or uoft-cs/cifar10")
+    parser.add_argument(
+        "--eps", type=eps, nargs="+", default=list(robust.EPS), metavar="E", help="radii, pixels in [0, 1] (default 36/255 ...)"
+    )
+    parser.add_argument("--samples", type=int, metavar="N", help="only the first N test images")
+    parser.add_argument("--normalised", action="store_true", help="the model takes pixels less CIFAR-10's mean, over its std")
+    parser.add_argument("--attack", action="store_true", help="also the accuracy under attack at each radius; needs gramlip[attack]")
+    parser.add_argument("--rtol", type=tolerance, default=1e-2, metavar="R", help="relative width of each layer's interval (default 1e-2)")
+    parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output, alone")
+    parser.set_defaults(run=run)
+
+
+def run(args: Namespace) -> int:
+    """Audit the network, certify every sample, print."""
+    file = check_output("--json", args.json) if args.json is not None else None
+    model, mean, std = _model(args.target, args.normalised)
+    images, labels = data.load(args.data, "test", args.samples)
+    pixels = list(zip((images.float() / 255).split(500), labels.split(500), strict=True))
+    found = _certified(model, [(data.normalised(x, mean, std), y) for x, y in pixels], tuple(images.shape[1:]), args, std)
+    result = {"target": args.target, **found.to_dict()}
+    if args.attack:
+        for entry in result["certified"]:
+            entry["attacked"] = robust.attacked_accuracy(model, pixels, entry["eps"], mean=mean, std=std)
+    text = json.dumps(result, indent=1) + "\n"
+    if file is not None:
+        write_whole(file, text)
+    attacked = "".join(
+        f"\nattacked  at eps = {255 * e['eps']:>7.4g}/255  {100 * e['attacked']:6.2f} %" for e in result["certified"] if args.attack
+    )
+    emit(text if args.json == "-" else f"{found}{attacked}\n")
+    return 0
+
+
+def _certified(model: nn.Module, batches: list[Any], shape: tuple[int, ...], args: Namespace, std: tuple[float, ...]) -> robust.Certified:
+    """By pairs of classes where the network is a chain that ends in a linear layer."""
+    if isinstance(model, nn.Sequential) and isinstance(last := model[-1], nn.Linear):
+        return robust.certify(model, batches, audit(model[:-1], shape, rtol=args.rtol), args.eps, std=std, last=last)
+    return robust.certify(model, batches, audit(model, shape, rtol=args.rtol), args.eps, std=std)
+
+
+def _model(target: str, normalised: bool) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+    """The model in eval mode, with the mean and std of its input."""
+    from gramlip.training import recipes
+
+    path = Path(target)
+    if (path / "weights.safetensors").is_file():
+        from safetensors.torch import load_file
+
+        from gramlip.training.models import build
+
+        saved = json.loads((path / "recipe.json").read_text())
+        plan = recipes.Recipe(**{k: v for k, v in saved.items() if k not in ("recipe", "seed")})
+        model = build(plan.model, "plain")
+        model.load_state_dict(load_file(path / "weights.safetensors"))
+        return model.eval(), plan.mean, plan.std
+    place, colon, name = target.partition(":")
+    if not colon:
+        msg = f"{target} was given; expected a folder that gramlip train finished, or package.module:callable"
+        raise InputError(msg)
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        model = getattr(import_module(place), name)()
+    except (ImportError, AttributeError) as error:
+        msg = f"{target}: {error}; expected package.module:callable, found from the current folder"
+        raise InputError(msg) from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not isinstance(model, nn.Module):
+        msg = f"{target} returned {type(model).__name__}; expected a torch.nn.Module"
+        raise InputError(msg)
+    plain = recipes.Recipe("", centre=normalised, whiten=normalised)
+    return model.eval(), plain.mean, plain.std

@@ -1,0 +1,163 @@
+"""Recipes: a run that is interrupted ends where the whole run does, and what comes out is certified."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import gramlip as gl
+from gramlip import cli
+
+lightning = pytest.importorskip("lightning", reason="the extra gramlip[train]", exc_type=ImportError)
+
+from gramlip.training import data, run  # noqa: E402
+from gramlip.training.models import MODELS, build  # noqa: E402
+from gramlip.training.recipes import RECIPES  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning")  # its own use of what torch has deprecated
+TINY = {"epochs": 2, "samples": 48, "test_samples": 16, "batch": 16}
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the layout of CIFAR-10's parquet files."""
+    import pyarrow as pa
+    from PIL import Image
+    from pyarrow import parquet
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    folder = tmp_path_factory.mktemp("cifar")
+    source = torch.Generator().manual_seed(0)
+    for split, count in (("train", 64), ("test", 32)):
+        images = []
+        for pixels in torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=source):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels.numpy()).save(buffer, "png")
+            images.append({"bytes": buffer.getvalue(), "path": None})
+        table = pa.table({"img": images, "label": torch.randint(10, (count,), generator=source).tolist()})
+        parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small recipes with a network that is audited in no time."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 4, 4, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10, bias=False))
+
+    monkeypatch.setitem(MODELS, "small", make)
+
+
+def train(name: str, cifar: Path, out: Path, **options: Any) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        return run.train(name, cifar, out, **{**TINY, **options})
+
+
+@pytest.mark.parametrize("name", ["small-penalised", "small-normalised"])
+def test_an_interrupted_run_ends_as_the_whole_run(name: str, cifar: Path, tmp_path: Path) -> None:
+    whole = train(name, cifar, tmp_path / "whole")
+    first = train(name, cifar, tmp_path / "parts", stop_after=1)
+    assert first["finished_epochs"] == 1
+    assert not (tmp_path / "parts" / "results.json").exists()
+    second = train(name, cifar, tmp_path / "parts")
+    left, right = (load_file(tmp_path / part / "weights.safetensors") for part in ("whole", "parts"))
+    assert all(torch.equal(left[k], right[k]) for k in left)
+    assert {k: v for k, v in whole.items() if k != "seconds"} == {k: v for k, v in second.items() if k != "seconds"}
+    header = (tmp_path / "whole" / "logs" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"loss", "accuracy", "upper/0", "upper_product"} <= set(header)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, r in RECIPES.items() if r.model != "resnet18" and n not in ("small-penalised", "small-normalised")]
+)
+def test_every_small_recipe_ends_certified(name: str, cifar: Path, tmp_path: Path) -> None:
+    results = train(name, cifar, tmp_path / "run", epochs=1)
+    assert results == json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["constant"]["lower"] <= results["constant"]["upper"]
+    if name.endswith("rescaled"):
+        assert results["constant"]["upper"] <= 1.0
+    if results["task"] == "classify":
+        shares = [entry["accuracy"] for entry in results["certified_by_pairs"]]
+        assert shares == sorted(shares, reverse=True)
+        assert shares[0] <= results["clean"]
+
+
+def test_resnet18_has_twenty_convolutions_and_takes_every_control() -> None:
+    net = build("resnet18", "plain")
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in net.modules()) == 20
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert {r.control for n, r in RECIPES.items() if n.startswith("resnet18")} == {"plain", "penalised", "gram", "normalised"}
+    assert (RECIPES["resnet18"].epochs, RECIPES["resnet18"].batch, RECIPES["resnet18"].lr, RECIPES["resnet18"].momentum) == (
+        200,
+        256,
+        0.1,
+        0.9,
+    )
+
+
+def test_order_and_augmentation_are_functions_of_seed_and_step() -> None:
+    order = data.Order(10, 3)
+    first = list(order)
+    order.set_epoch(1)
+    assert sorted(order) == list(range(10))
+    assert list(order) != first
+    order.set_epoch(0)
+    assert list(order) == first
+    images = torch.rand(4, 3, 8, 8)
+    moved = [data.augmented(images, data.generator(0, step)) for step in (1, 1, 2)]
+    assert torch.equal(moved[0], moved[1])
+    assert not torch.equal(moved[0], moved[2])
+    centre = data.augmented(images, data.generator(0, 1), pad=0)
+    assert all(torch.equal(a, b) or torch.equal(a, b.flip(-1)) for a, b in zip(centre, images, strict=True))
+
+
+def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    options = [part for k, v in {**TINY, "epochs": 1}.items() for part in ("--set", f"{k}={v}")]
+    assert cli.main(["train", "small-normalised", "--data", str(cifar), "--out", str(out), *options]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert cli.main(["certify", str(out), "--data", str(cifar), "--samples", "16", "--json", "-", "--attack", "--eps", "36/255", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["clean"] == results["clean"]
+    assert [entry["eps"] for entry in found["certified"]] == [36 / 255, 1.0]
+    assert all(entry["accuracy"] <= entry["attacked"] for entry in found["certified"])
+    assert found["certified"][0]["accuracy"] == results["certified_by_pairs"][0]["accuracy"]
+    assert cli.main(["certify", "gramlip.training.models:small", "--data", str(cifar), "--samples", "4", "--eps", "0.1"]) == 0
+    assert "certified at eps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "large", "--data", "CIFAR", "--out", "OUT"], "recipe 'large' is unknown"),
+        (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "epoch=1"], "['epoch'] were given"),
+        (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "epochs"], "expected FIELD=VALUE"),
+        (["train", "small", "--data", "OUT", "--out", "OUT"], "holds no train-*.parquet"),
+        (["certify", "nowhere", "--data", "CIFAR"], "expected a folder that gramlip train finished"),
+        (["certify", "gramlip:nothing", "--data", "CIFAR"], "expected package.module:callable"),
+        (["certify", "gramlip.training.models:small", "--data", "CIFAR", "--eps", "-1"], "expected a radius of at least 0"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], message: str, cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"CIFAR": str(cifar), "OUT": str(tmp_path / "out")}
+    assert cli.main([names.get(a, a) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_folder_holds_one_run(cifar: Path, tmp_path: Path) -> None:
+    train("small", cifar, tmp_path, epochs=1)
+    with pytest.raises(gl.InputError, match="differs in \\['epochs'\\]"):
+        train("small", cifar, tmp_path)
