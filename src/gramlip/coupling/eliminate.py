@@ -1,7 +1,7 @@
 """Anchors eliminated one at a time: from `|output|^2` down to a quadratic form of the segment's input.
 
 For `u = D q` with `0 <= D <= 1` diagonal, any diagonal `L >= 0` gives `u* L (q - u) >= 0`; adding it twice and maximising
-over u leaves `H + B* (2 L - H_uu)^-1 B`. docs/network.md#elimination, arXiv 2404.07375 for chains.
+over u leaves `H + B* (2 L - H_uu)^-1 B`. docs/network.md#elimination, arXiv 2404.04375 for chains.
 """
 
 from __future__ import annotations
