@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from time import perf_counter
 
 from gramlip.bound import Bound
+from gramlip.certify import TOGETHER, certify_all
 from gramlip.checkpoint import Entry, Stored
 from gramlip.errors import InputError
-from gramlip.norm import bound
 from gramlip.operators import Conv, Dense, check_weight
 from gramlip.report import Layer, LeftOut, Report
 
@@ -79,14 +80,28 @@ class Weights:
         kept, left_out = self.sort()
         for name in kept:  # all of them before the work starts
             self.operator(name)
-        rows = [_row(name, self.operator(name), rtol) for name in watch(kept)]
-        return Report(self.target, tuple(rows), left_out, notes=NOTES)
+        rows: dict[str, Layer] = {}
+        for name in watch(kept):
+            if name not in rows:
+                rows |= self._rows(self._alike(name, kept), rtol)
+        return Report(self.target, tuple(rows[name] for name in kept), left_out, notes=NOTES)
+
+    def _alike(self, name: str, kept: list[str]) -> list[str]:
+        """The tensors that are bounded together with this one: those of its shape, where it is small."""
+        shape = self.stored.entries[name].shape
+        if prod(shape) > TOGETHER:
+            return [name]
+        return [other for other in kept if self.stored.entries[other].shape == shape]
+
+    def _rows(self, names: list[str], rtol: float) -> dict[str, Layer]:
+        start = perf_counter()
+        ops = [self.operator(name) for name in names]
+        bounds = certify_all(ops, rtol=rtol)
+        seconds = (perf_counter() - start) / len(names)
+        return {name: _row(name, op, found, seconds) for name, op, found in zip(names, ops, bounds, strict=True)}
 
 
-def _row(name: str, op: Dense | Conv, rtol: float) -> Layer:
-    start = perf_counter()
-    found = bound(op, rtol=rtol)
-    seconds = perf_counter() - start
+def _row(name: str, op: Dense | Conv, found: Bound, seconds: float) -> Layer:
     if isinstance(op, Conv):
         found = Bound(found.lower, found.upper, f"{found.because}; {DOMINATES}")
     kind = "Dense" if isinstance(op, Dense) else f"Conv{op.dims}d"
