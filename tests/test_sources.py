@@ -1,0 +1,135 @@
+"""TARGETs that are models: callables, exported programs, and libraries by local stand-ins; one line where something is missing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from gramlip.cli import main
+from gramlip.errors import InputError
+from gramlip.targets import resolve
+
+SOURCE = """
+from torch import nn
+def make(): return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+def number(): return 3
+def needs(argument): return argument
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "mymodels.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mymodels", raising=False)
+    return tmp_path
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
+
+
+def test_a_callable_is_audited_with_json_and_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["audit", "mymodels:make", "--input", "4", "--json", "r.json", "--html", "r.html", "--domain", "0,1", "--effort", "0"]
+    assert main(arguments) == 0
+    found = json.loads((folder / "r.json").read_text())
+    assert 0 < found["network"]["lower"] <= found["network"]["upper"]
+    assert "doctype html" in (folder / "r.html").read_text()
+    assert "network" in capsys.readouterr().out
+    assert main([*arguments[:4], "--fail-above", "1e-9"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["mymodels:make"], "type --input"),
+        (["mymodels:nothing", "--input", "4"], "expected package.module:callable"),
+        (["mymodels:number", "--input", "4"], "expected a torch.nn.Module"),
+        (["mymodels:needs", "--input", "4"], "without arguments"),
+        (["nowhere.at.all:make", "--input", "4"], "unknown kind"),
+        (["mymodels:make", "--input", "7"], "expected a model that torch.export takes"),
+        (["mymodels:make", "--input", "4", "--domain", "1,0"], "the lower first"),
+        (["mymodels:make", "--input", "4", "--assume", "x"], "expected a name and a constant"),
+        (["mymodels:make", "--input", "4", "--assume", "x=1"], "expected names of modules"),
+        (["demo", "--domain", "0,1"], "weights alone"),
+        (["timm:resnet18"], "pip install timm"),
+        (["torchvision:resnet18"], "pip install torchvision"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(
+    arguments: list[str], expected: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("timm", "torchvision"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["audit", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert expected in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_an_exported_program(tmp_path: Path) -> None:
+    file = tmp_path / "m.pt2"
+    torch.export.save(torch.export.export(small().eval(), (torch.zeros(1, 3, 6, 6),)), file)
+    source = resolve(str(file))
+    report = source.audit(rtol=1e-2, watch=iter)
+    assert 0 < report.lower <= report.upper
+    assert [name for name, _ in source.operators()] == ["0"]
+    with pytest.raises(InputError, match="expected no --input"):
+        resolve(str(file), (3, 6, 6))
+    bad = tmp_path / "bad.pt2"
+    bad.write_bytes(b"not a program")
+    with pytest.raises(InputError, match=r"torch\.export\.save"):
+        resolve(str(bad))
+
+
+def test_timm_and_torchvision_by_stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = types.ModuleType("timm")
+
+    def create_model(name: str, pretrained: bool) -> nn.Module:
+        assert pretrained
+        if name != "small":
+            msg = f"Unknown model ({name})"
+            raise RuntimeError(msg)
+        model = small()
+        model.default_cfg = {"input_size": (3, 6, 6)}  # type: ignore[assignment]
+        return model
+
+    timm.create_model = create_model  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    assert resolve("timm:small").audit(rtol=1e-2, watch=iter).upper > 0
+    with pytest.raises(InputError, match="Unknown model"):
+        resolve("timm:large")
+    vision, models = types.ModuleType("torchvision"), types.ModuleType("torchvision.models")
+    models.get_model = lambda name, weights: small()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchvision", vision)
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    assert resolve("torchvision:small", (3, 5, 5)).audit(rtol=1e-2, watch=iter).upper > 0
+
+
+def test_the_hub_by_a_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"fc.weight": torch.eye(3)}, tmp_path / "model.safetensors")
+    hub = types.ModuleType("huggingface_hub")
+
+    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+        if repository != "owner/small":
+            msg = "offline"
+            raise ConnectionError(msg)
+        return str(tmp_path)
+
+    hub.snapshot_download = snapshot_download  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert resolve("hf:owner/small").audit(rtol=1e-2, watch=iter).layers[0].upper >= 1.0
+    with pytest.raises(InputError, match="offline; expected a public repository"):
+        resolve("hf:owner/large")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"no \.safetensors file"):
+        resolve("hf:owner/small")
