@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -60,6 +65,31 @@ def train(
         raise InputError(msg)
     plan = replace(plan, **changes)
     _claim(folder, {"recipe": name, "seed": seed, **plan.to_dict()})
+    with _global_state_kept():
+        return _run(plan, name, source, folder, seed, stop_after, audit_every_epoch)
+
+
+@contextmanager
+def _global_state_kept() -> Generator[None, None, None]:
+    """What a deterministic trainer switches for the whole process is switched back, generators included."""
+    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    state, numbers, words = random.getstate(), np.random.get_state(), dict(os.environ)  # noqa: NPY002 (what Lightning seeds)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warn)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+        random.setstate(state)
+        np.random.set_state(numbers)  # noqa: NPY002
+        for key in set(os.environ) - set(words):
+            del os.environ[key]
+
+
+def _run(
+    plan: Recipe, name: str, source: str | Path, folder: Path, seed: int, stop_after: int | None, audit_every_epoch: bool
+) -> dict[str, Any]:
     lightning.seed_everything(seed, workers=True, verbose=False)
     task = Task(plan, seed)
     train_set, test_set = (data.load(source, split, n) for split, n in (("train", plan.samples), ("test", plan.test_samples)))
