@@ -6,6 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from gramlip.testing.cases import Case, cases
 
@@ -111,13 +114,16 @@ def _verdict(truth: float, lower: float, upper: float, loose: float) -> str:
     return "loose" if upper > loose * truth else "sound"
 
 
-def _interval(answer: object) -> tuple[float, float]:
+def _interval(answer: Any) -> tuple[float, float]:
     if isinstance(answer, tuple):
-        lower, upper = answer
-        return float(lower), float(upper)
+        return _number(answer[0]), _number(answer[1])  # type: ignore[reportUnknownArgumentType]
     if hasattr(answer, "lower") and hasattr(answer, "upper"):
-        return float(answer.lower), float(answer.upper)  # type: ignore[attr-defined]
-    return 0.0, float(answer)  # type: ignore[arg-type]
+        return _number(answer.lower), _number(answer.upper)
+    return 0.0, _number(answer)
+
+
+def _number(x: Any) -> float:
+    return float(x.detach() if isinstance(x, Tensor) else x)
 
 
 def _claim(row: Row) -> str:
