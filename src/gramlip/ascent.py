@@ -14,6 +14,7 @@ from gramlip.gramian import Gramian
 from gramlip.lattice import Lattice
 
 BUDGET = 4e12  # real operations after which the search stops with what it has proved
+KEPT_BYTES = 128 << 20  # blocks of the coarse grid are kept while they are smaller than this
 AHEAD = 16  # groups that are searched before the others
 STEPS = 8  # Lanczos steps on a block
 DENSE_STEPS = 40  # and where there is only one
@@ -40,6 +41,7 @@ class Ascent:
     def __init__(self, gram: Gramian, points: tuple[int | None, ...], items: Tensor | None = None, budget: float = BUDGET) -> None:
         """Lay the lattice; nothing is computed yet."""
         self.g, self.budget, self.tally, self.too_long = gram, budget, Tally(), False
+        self.kept: tuple[Tensor, Tensor] | None = None
         self.lattice = Lattice(gram.span, points, gram.groups, not gram.is_complex)
         self.items = items if items is not None else torch.zeros(gram.groups, dtype=torch.int64)
         count = int(self.items.max()) + 1
@@ -67,18 +69,35 @@ class Ascent:
             cells = (cells[0][few], cells[1][few], cells[2][few])
         steps = STEPS if self.lattice.active else DENSE_STEPS
         self.coarse = self.lattice.corner_keys(cells).unique()
+        if len(self.coarse) * self.g.side**2 * 16 <= KEPT_BYTES:
+            self.kept = (self.coarse, self.g.at(*self.lattice.decode(self.coarse), self.lattice.sizes))
+            self.count(len(self.coarse))
         self.estimates = self.raise_lower(self.coarse, steps)
         rest = self.reaching(groups[~torch.isin(groups, first)])
         if len(rest) and not self.too_long:
             more = self.lattice.corner_keys(self.lattice.cells(1.0, rest)).unique()
             self.estimates = torch.cat([self.estimates, self.raise_lower(more, steps)])
             self.coarse = torch.cat([self.coarse, more])
-        self.climb(torch.arange(len(self.best)), 3 if rtol > 1e-3 else 8)
+        if self.lattice.listed:  # every frequency was seen: only the vectors can still improve
+            close = self.estimates > self.best[self.items[self.lattice.decode(self.coarse)[0]]] * 0.98
+            self.raise_lower(self.coarse[close], 2 * STEPS)
+        else:
+            self.climb(torch.arange(len(self.best)), 3 if rtol > 1e-3 else 8)
 
     def reaching(self, groups: Tensor) -> Tensor:
         """The groups whose taps' norms add up to more than their layer's lower side: the others cannot hold the norm."""
         mass = torch.tensor(self.g.mass, dtype=torch.float64)[groups]
         return groups[mass * mass > self.best[self.items[groups]] * (1 - 1e-12)]
+
+    def blocks(self, keys: Tensor) -> Tensor:
+        """The Gram blocks at these keys: those of the coarse grid are kept while they are small."""
+        if self.kept is not None:
+            at = torch.searchsorted(self.kept[0], keys).clamp_max(len(self.kept[0]) - 1)
+            if torch.equal(self.kept[0][at], keys):
+                return self.kept[1][at.to(self.g.device)]
+        group, index = self.lattice.decode(keys)
+        self.count(len(keys))
+        return self.g.at(group, index, self.lattice.sizes)
 
     def nonzero(self) -> Tensor:
         """The groups with a weight other than zero."""
@@ -88,8 +107,8 @@ class Ascent:
         """Rayleigh quotients at these frequencies after Lanczos steps; keeps each layer's best. Returns estimates."""
         values: list[Tensor] = []
         for part in keys.split(self.g.chunk()):
-            group, index = self.lattice.decode(part)
-            g = self.g.at(group, index, self.lattice.sizes)
+            group, _ = self.lattice.decode(part)
+            g = self.blocks(part)
             item = self.items[group]
             begin = self.vectors[item.to(self.g.device)] if warm else _start(self.g.side, self.g.device).expand(len(part), -1)
             estimate, v = cert.lanczos(g, (begin if g.is_complex() else begin.real + 0.5 * begin.imag).to(g.dtype), steps)
@@ -105,7 +124,7 @@ class Ascent:
                         self.best[one], self.where[one], self.vectors[one] = value, part[k], v[k]
             values.append(estimate)
             self.tally.matvecs += len(part) * steps
-            self.count(len(part), 8.0 * steps * self.g.side**2)
+            self.tally.operations += len(part) * 8.0 * steps * self.g.side**2
         return torch.cat(values)
 
     def climb(self, items: Tensor, rounds: int) -> None:
@@ -163,10 +182,10 @@ class Ascent:
             p, first, second = terms(w)
         return w / (2 * math.pi) * sizes
 
-    def count(self, blocks: int, operations: float) -> None:
-        """Book blocks that were formed, and the operations on each."""
+    def count(self, blocks: int) -> None:
+        """Book blocks that were formed."""
         self.tally.blocks += blocks
-        self.tally.operations += blocks * (operations + self.g.operations)
+        self.tally.operations += blocks * self.g.operations
 
 
 def _start(side: int, device: torch.device) -> Tensor:

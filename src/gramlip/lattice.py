@@ -32,6 +32,8 @@ class Lattice:
         self.degrees = tuple((k - 1) / 2 for k in span)
         self.axes, self.groups, self.mirrored = len(span), groups, mirrored
         self.active = [j for j, n in enumerate(self.sizes) if n > 1]
+        # whether the first cells already have every frequency of the grid among their corners
+        self.listed = all(grid and (n == 1 or n <= START * d) for n, d, grid in zip(self.sizes, self.degrees, self.on_grid, strict=True))
         self.masks = torch.zeros(1 << len(self.active), self.axes, dtype=torch.bool)
         for row, bits in enumerate(itertools.product((False, True), repeat=len(self.active))):
             self.masks[row, self.active] = torch.tensor(bits, dtype=torch.bool)

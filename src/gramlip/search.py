@@ -103,8 +103,8 @@ class Search(Ascent):
         tried = settled = 0
         single = self.g.device.type == "cpu" and cert.single_shift(c) <= 0.3 * self.rtol
         for part in torch.arange(len(keys)).split(self.g.chunk()):
-            group, index = self.lattice.decode(keys[part])
-            g = self.g.at(group, index, self.lattice.sizes)
+            group, _ = self.lattice.decode(keys[part])
+            g = self.blocks(keys[part])
             noise, t = self.noise[group].to(g.device), thresholds[part].to(g.device)
             good = torch.zeros(len(part), dtype=torch.bool, device=g.device)
             if 8 * settled >= tried:  # the moments are tried for as long as they settle one block in eight
@@ -120,7 +120,6 @@ class Search(Ascent):
                 good[rest] = cert.cholesky(some, t[rest], noise[rest], single=single)
             done[part] = good.cpu()
             self.tally.factorizations += len(rest)
-            self.count(len(part), 4.0 * c**2)
             self.tally.operations += len(rest) * (4 / 3) * c**3
         return done
 
@@ -174,10 +173,10 @@ class Search(Ascent):
         return self.lattice.cells(choice, groups)
 
     def _learn(self, failed: Tensor, thresholds: Tensor, width: Tensor, steps: int) -> None:
-        """Corners that could not be proved may hold the norm: raise the lower side there."""
+        """Corners that are above what is known, or nearly: raise the lower side there."""
         group, _ = self.lattice.decode(failed)
         item = self.items[group]
-        close = thresholds > 0.5 * self._tau(width)[item] ** 2
+        close = thresholds > 0.97 * self.best[item]
         candidates = failed[close]
         if not len(candidates):
             return
