@@ -64,13 +64,16 @@ def norms_of(net: DemoNet) -> Tensor:
 
     A convolution counts twice: as it is, and with the scale of the batch normalisation behind it, without which shrinking
     the kernel would change nothing. The gradient of the second goes to that scale alone: the kernel has the first.
-    Logarithms, because the gains of a batch normalisation range over orders of magnitude and would drive the step.
+    Logarithms, and a gradient proportional to the scale itself: a channel that is nearly dead has a gain of hundreds, under
+    which any other step overshoots, while this one makes its scale decay.
     """
     norms = [gl.gram_norm(net.head.weight, STEPS)]
     for unit in net.modules():
         if isinstance(unit, nn.Sequential):
             conv, norm = unit.conv, unit.norm
-            gain = norm.weight / (norm.running_var + norm.eps).sqrt()
+            fixed = norm.weight.detach()
+            scale = fixed * (1 + fixed * (norm.weight - fixed))
+            gain = scale / (norm.running_var + norm.eps).sqrt()
             grid = GRID if conv.kernel_size[0] > 1 else conv.stride[0]
             for weight in (conv.weight, gain[:, None, None, None] * conv.weight.detach()):
                 norms.append(gl.conv_gram_norm(weight, grid, STEPS, conv.stride, groups=conv.groups))
