@@ -1,4 +1,4 @@
-"""Coupled bounds on the torus against exact constants: networks with weights >= 0 and no bias, whose constant is the norm of their linear part.
+"""Coupled bounds against exact constants: networks with weights >= 0 and no bias have the norm of their linear part.
 
 There every activation can pass everything (inputs >= 0), and a matrix with entries >= 0 dominates each one with fewer of them.
 """

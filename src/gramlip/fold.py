@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
+from gramlip.blocks import axes
 from gramlip.errors import InputError
 from gramlip.operators import Conv, Dense
 from gramlip.steps import Linear, Network, Pad, Scale, Step, Sum, renumbered
@@ -97,9 +98,9 @@ def _chain(step: Step, inner: Step, network: Network) -> Linear | None:
     a, b = outer.op, first.op
     if isinstance(a, Scale) and isinstance(b, Scale):
         return _linear(Scale(a.weight * b.weight), outer, first, 2)
-    if isinstance(a, Scale):
+    if isinstance(a, Scale) and not isinstance(b, Scale):
         return None if (scaled := _rows(b, a, len(step.shape))) is None else _linear(scaled, outer, first, 2)
-    if isinstance(b, Scale):
+    if isinstance(b, Scale) and not isinstance(a, Scale):
         return None if (scaled := _columns(a, b, len(inner.shape))) is None else _linear(scaled, outer, first, 2)
     if isinstance(a, Dense) and isinstance(b, Dense):
         return _linear(Dense(a.weight.detach().double() @ b.weight.detach().double()), outer, first, b.weight.shape[0] + 2)
@@ -253,10 +254,9 @@ def _parallel(a: Conv, b: Conv) -> Conv | None:
             return None
         a, b = _spread_groups(a), _spread_groups(b)
     window: list[slice] = []
-    for k, small, d, e, (lo, _), (low, _) in zip(
-        a.weight.shape[2:], b.weight.shape[2:], a.dilation, b.dilation, a.padding, b.padding, strict=True
-    ):  # type: ignore[misc]
-        start, rest = divmod(lo - low, d)  # type: ignore[operator]
+    for one, other in zip(axes(a), axes(b), strict=True):
+        k, small, d, e = one.kernel, other.kernel, one.dilation, other.dilation
+        start, rest = divmod(one.before - other.before, d)
         if rest or start < 0 or start + small > k or (small > 1 and d != e):
             return None
         window.append(slice(start, start + small))

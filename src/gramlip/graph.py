@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.steps import Shape
@@ -83,8 +84,8 @@ def module_path(node: fx.Node) -> str:
 
 def arguments(node: fx.Node, resolve: Callable[[fx.Node], Any]) -> dict[str, Any]:
     """The call's arguments by name, defaults included, nodes replaced by what `resolve` gives."""
-    args = fx.node.map_arg(node.args, resolve)
-    kwargs = fx.node.map_arg(node.kwargs, resolve)
+    args = map_arg(node.args, resolve)
+    kwargs = map_arg(node.kwargs, resolve)
     schema: Any = getattr(node.target, "_schema", None)
     if schema is None:
         return {str(i): a for i, a in enumerate(args)} | dict(kwargs)

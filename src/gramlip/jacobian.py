@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from gramlip import rounding as rd
 from gramlip.graph import Program, op_name
@@ -43,7 +44,8 @@ def function(program: Program, shapes: Sequence[tuple[int, ...]]) -> Function:
 
 
 def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    args, kwargs = fx.node.map_arg(node.args, values.__getitem__), dict(fx.node.map_arg(node.kwargs, values.__getitem__))
+    args: tuple[Any, ...] = map_arg(node.args, values.__getitem__)
+    kwargs: dict[str, Any] = dict(map_arg(node.kwargs, values.__getitem__))
     if any(a is torch.float32 or a is torch.float16 or a is torch.bfloat16 for a in (*args, *kwargs.values())):
         args = tuple(torch.float64 if isinstance(a, torch.dtype) and a.is_floating_point else a for a in args)
         kwargs = {k: torch.float64 if isinstance(v, torch.dtype) and v.is_floating_point else v for k, v in kwargs.items()}
@@ -81,9 +83,9 @@ def direction(run: Function, x: Tensor, v: Tensor, steps: int) -> Tensor:
         image = _pushed(run, x, v)
         if not value.requires_grad:
             break
-        (back,) = torch.autograd.grad(value, point, image, retain_graph=True, allow_unused=True)
-        size = None if back is None else torch.linalg.vector_norm(back)
-        if size is None or not bool(size > 0) or not bool(torch.isfinite(size)):
+        (back,) = torch.autograd.grad(value, point, image, retain_graph=True, materialize_grads=True)
+        size = torch.linalg.vector_norm(back)
+        if not bool(size > 0) or not bool(torch.isfinite(size)):
             break
         v = back / size
     return v

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gramlip.blocks import axes
 from gramlip.operators import Conv, Dense
 from gramlip.steps import Scale, Shape
 
@@ -23,7 +24,7 @@ def apply(op: Conv | Dense | Scale, x: Tensor) -> Tensor:
         call = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[op.dims - 1]
         padding = [lo for lo, _ in op.padding]  # type: ignore[misc]
         return call(x, weight, None, op.stride, padding, op.output_padding, op.groups, op.dilation)  # type: ignore[arg-type]
-    pairs = [p for pair in reversed(op.padding) for p in pair]  # type: ignore[arg-type,union-attr]
+    pairs = [p for axis in reversed(axes(op)) for p in (axis.before, axis.after)]
     mode = "constant" if op.padding_mode == "zeros" else op.padding_mode
     wide = functional.pad(x, pairs, mode=mode) if any(pairs) else x
     call = (functional.conv1d, functional.conv2d, functional.conv3d)[op.dims - 1]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.graph import Program, arguments, is_random, module_path, mutations, op_name, place, shape_of
@@ -120,8 +121,8 @@ def _constant(node: fx.Node, call: Call, resolve: object) -> object:
     if schema is not None and schema.is_mutable:
         msg = f"{call.op} writes into a weight or buffer"
         raise UnsupportedError(msg)
-    args = fx.node.map_arg(node.args, resolve)  # type: ignore[arg-type]
-    kwargs = fx.node.map_arg(node.kwargs, resolve)  # type: ignore[arg-type]
+    args = map_arg(node.args, resolve)  # type: ignore[arg-type]
+    kwargs = map_arg(node.kwargs, resolve)  # type: ignore[arg-type]
     with torch.no_grad():
         result = node.target(*args, **kwargs)  # type: ignore[operator]
     return result.detach() if isinstance(result, Tensor) else result

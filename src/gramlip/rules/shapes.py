@@ -161,7 +161,7 @@ def _triangle(call: Call) -> Lipschitz:
 def _pad(call: Call) -> Pad | Linear | Lipschitz | Var:
     x, given = call.var("self"), [int(p) for p in call.const("pad")]
     pairs = [(given[i], given[i + 1]) for i in range(0, len(given), 2)][::-1]
-    mode = {"constant": "zeros"}.get(call.args.get("mode", "constant"), call.args.get("mode", "constant"))
+    mode = str(call.args.get("mode", "constant")).replace("constant", "zeros")
     if x.shape == call.shape and not any(given):
         return x
     spatial = len(x.shape) - 2
