@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gramlip import fixed  # noqa: F401  (registers the layers without weights)
+from gramlip import distributed, nn, robust
+from gramlip import fixed as fixed  # registers the layers without weights
 from gramlip.bound import Bound
 from gramlip.conv_gram import conv_gram_norm
 from gramlip.errors import InputError, UnsupportedError
@@ -26,6 +27,9 @@ __all__ = [
     "bound",
     "conv_gram_norm",
     "describe",
+    "distributed",
     "gram_norm",
+    "nn",
+    "robust",
 ]
 __version__ = "0.1.0"
