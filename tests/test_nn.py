@@ -181,6 +181,10 @@ def x() -> torch.Tensor:
 def test_model_wide(model: nn.Sequential, x: torch.Tensor) -> None:
     assert [p.input_size for *_, p in gnn.normalised(model)] == [(8, 8), (4, 4), None]
     assert model.training
+    frozen = net()
+    frozen[0].eval()
+    gnn.spectral_norm_(frozen, torch.zeros(1, 3, 8, 8))
+    assert [m.training for m in frozen] == [False, True, True, True, True]
     plain = gnn.remove(copy.deepcopy(model))
     assert torch.allclose(plain(x), model(x), atol=0.05)
     assert all(gl.bound(m, s, rtol=1e-3).upper <= 1.0 for m, s in [(plain[0], (8, 8)), (plain[2], (4, 4)), (plain[4], None)])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gramlip import rounding as rd
 from gramlip.bound import Bound
 from gramlip.errors import InputError
+from gramlip.nn.modes import evaluating
 from gramlip.report import Report
 
 EPS = (36 / 255, 72 / 255, 108 / 255, 255 / 255)
@@ -218,7 +219,7 @@ def attacked_accuracy(
         msg = 'attacks need foolbox, which is not installed; expected the extra: type pip install "gramlip[attack]"'
         raise InputError(msg) from error
     preprocessing = None if std is None else {"mean": list(mean or [0.0] * len(std)), "std": list(std), "axis": -3}
-    training, right, count = model.training, 0, 0
+    modes, right, count = [(module, module.training) for module in model.modules()], 0, 0
     target = foolbox.PyTorchModel(model.eval(), bounds=(0, 1), preprocessing=preprocessing, device=_device(model))
     attack = foolbox.attacks.L2ProjectedGradientDescentAttack(steps=steps)
     try:
@@ -230,7 +231,8 @@ def attacked_accuracy(
                 kept &= ~broken
             right, count = right + int(kept.sum()), count + len(labels)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     if not count:
         msg = "the loader gave no batch; expected at least one (pixels, labels)"
         raise InputError(msg)
@@ -238,13 +240,9 @@ def attacked_accuracy(
 
 
 def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
-    """The model's output in eval mode, without gradient; the mode is put back."""
-    training = model.training
-    try:
-        with torch.no_grad():
-            return model.eval()(inputs.to(_device(model)))
-    finally:
-        model.train(training)
+    """The model's output in eval mode, without gradient; the modes are put back."""
+    with evaluating(model):
+        return model(inputs.to(_device(model)))
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.layers import describe
+from gramlip.nn.modes import evaluating
 from gramlip.norm import bound
 from gramlip.operators import Conv, Dense, Ints
 
@@ -192,12 +193,10 @@ def layers(model: nn.Module, example: Any, where: Callable[[str, nn.Module], boo
         return lambda _module, inputs: sizes[path].add(tuple(inputs[0].shape[-axes:]) if axes else ())
 
     handles = [m.register_forward_pre_hook(note(path, m.weight.ndim - 2)) for path, m in found.items()]  # type: ignore[operator,union-attr]
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(*(example if isinstance(example, tuple) else (example,)))
+        with evaluating(model):
+            model(*(example if isinstance(example, tuple) else (example,)))
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return [(path, m, next(iter(sizes[path])) or None if len(sizes[path]) == 1 else None) for path, m in found.items()]

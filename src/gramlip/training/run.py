@@ -146,7 +146,7 @@ def _write(file: Path, content: dict[str, Any]) -> None:
 
 
 def _loader(split: tuple[Tensor, Tensor], plan: Recipe, order: data.Order | None) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(*split), plan.batch, sampler=order, drop_last=order is not None)
+    return DataLoader(TensorDataset(*split), plan.batch if order is not None else 500, sampler=order, drop_last=order is not None)
 
 
 def evaluate(task: Task, test_set: tuple[Tensor, Tensor]) -> dict[str, Any]:
