@@ -156,3 +156,10 @@ def test_work_is_shared_evenly_and_completely() -> None:
 def test_errors(options: dict[str, object], message: str) -> None:
     with pytest.raises(gl.InputError, match=message):
         gnn.LipschitzPenalty(net(), **options)
+
+
+def test_complex_weights_are_refused_by_name() -> None:
+    layer = nn.Conv1d(2, 3, 3, dtype=torch.complex64)
+    for call in (gnn.LipschitzPenalty, gnn.spectral_rescaling):
+        with pytest.raises(gl.UnsupportedError, match="complex64"):
+            call(layer)

@@ -61,6 +61,13 @@ def operator(module: nn.Module, name: str, input_size: Ints | None) -> Dense | C
     raise UnsupportedError(msg)
 
 
+def real(op: Dense | Conv, what: str) -> None:
+    """Refuse complex weights, which `what` does not take."""
+    if op.weight.is_complex():
+        msg = f"a weight of dtype {op.weight.dtype} was given to {what}; expected real weights: type gramlip.nn.spectral_norm for complex ones"
+        raise UnsupportedError(msg)
+
+
 def attach(module: nn.Module, name: str, parametrization: Normalised) -> None:
     """Register it on `module.name`, once, so that the whole module can still be pickled."""
     if parametrize.is_parametrized(module, name) and any(isinstance(p, Normalised) for p in module.parametrizations[name]):  # type: ignore[union-attr,index]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gramlip import distributed
 from gramlip.bound import Bound
 from gramlip.errors import InputError
-from gramlip.nn.parametrize import layers, operator, positive
+from gramlip.nn.parametrize import layers, operator, positive, real
 from gramlip.nn.sigma import Plan
 from gramlip.nn.track import Tracker
 from gramlip.operators import Ints
@@ -61,6 +61,7 @@ class LipschitzPenalty(nn.Module):
 
     Raises:
         InputError: options that cannot be used, or a model without such layers.
+        UnsupportedError: complex weights.
 
     Reference: arXiv 2305.16173, section 5.4; docs/training.md#penalise.
 
@@ -110,6 +111,7 @@ class LipschitzPenalty(nn.Module):
         self._scale = distributed.world() if shared else 1
         alike: dict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)
         for path, module, op in found:
+            real(op, "LipschitzPenalty")
             weight = op.weight
             alike[Plan.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
         self.trackers = nn.ModuleList(

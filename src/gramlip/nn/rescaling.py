@@ -14,7 +14,7 @@ from gramlip import rounding as rd
 from gramlip.bound import Bound
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.layers import describe
-from gramlip.nn.parametrize import Normalised, attach, layers, operator, positive
+from gramlip.nn.parametrize import Normalised, attach, layers, operator, positive, real
 from gramlip.nn.sigma import Plan
 from gramlip.norm import bound
 from gramlip.operators import Conv, Ints
@@ -119,7 +119,9 @@ def spectral_rescaling(module: M, name: str = "weight", *, input_size: Ints | No
     if isinstance(n_iter, bool) or n_iter < 1:
         msg = f"n_iter={n_iter!r} was given; expected an integer of at least 1"
         raise InputError(msg)
-    plan = Plan.of(operator(module, name, input_size))
+    op = operator(module, name, input_size)
+    real(op, "spectral_rescaling")
+    plan = Plan.of(op)
     attach(module, name, SpectralRescaling(plan, input_size, positive("target", target), n_iter))
     return module
 
