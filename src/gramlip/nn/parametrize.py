@@ -64,7 +64,7 @@ def operator(module: nn.Module, name: str, input_size: Ints | None) -> Dense | C
 def real(op: Dense | Conv, what: str) -> None:
     """Refuse complex weights, which `what` does not take."""
     if op.weight.is_complex():
-        msg = f"a weight of dtype {op.weight.dtype} was given to {what}; expected real weights: type gramlip.nn.spectral_norm for complex ones"
+        msg = f"a weight of dtype {op.weight.dtype} was given to {what}; expected real weights: type gramlip.nn.spectral_norm(module)"
         raise UnsupportedError(msg)
 
 
