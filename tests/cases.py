@@ -13,6 +13,7 @@ from torch import nn
 
 import gramlip as gl
 from gramlip import blocks
+from gramlip.nn.rescaling import Residual
 from gramlip.testing import TRAPS, Case, cases
 
 __all__ = ["LAYERS", "LINEAR", "ROUNDING", "TRAPS", "Case", "cases", "check", "closes", "every_size", "theorem"]
@@ -101,6 +102,7 @@ LINEAR: dict[type, tuple[nn.Module, tuple[int, ...]]] = {
     **{getattr(nn, f"ConstantPad{d}d"): (getattr(nn, f"ConstantPad{d}d")(1, 0.5), (1, *(4, 3, 2)[:d])) for d in (1, 2, 3)},
 }
 LAYERS: dict[type, tuple[nn.Module, tuple[int, ...]]] = LINEAR | {
+    Residual: (Residual(_conv(nn.Linear, 4, 4)), (4,)),
     **{getattr(nn, f"MaxPool{d}d"): (getattr(nn, f"MaxPool{d}d")(3, 2, 1), (1, *(7, 6, 7)[:d])) for d in (1, 2, 3)},
     **{getattr(nn, f"AdaptiveMaxPool{d}d"): (getattr(nn, f"AdaptiveMaxPool{d}d")(3), (1, *(5, 7, 5)[:d])) for d in (1, 2, 3)},
 }

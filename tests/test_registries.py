@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import gramlip as gl
 from cases import LAYERS, TRAPS, cases
+from gramlip.network import audit
 from gramlip.padding import PADDING
+from gramlip.rules import RULES
 from gramlip.testing import KERNELS, conformance
+from rule_cases import CASES
+from test_rules import Map
 
 ABSTRACT = (object, Tensor, gl.Conv, gl.Dense, gl.Diagonal, gl.Separable)  # operators are cases themselves
 
@@ -39,7 +44,7 @@ def test_described_layer_has_a_case(kind: type) -> None:
     assert kind in LAYERS, f"{kind.__name__} has a rule; expected a row in tests/cases.py: LAYERS"
     module, shape = LAYERS[kind]
     interval = gl.bound(module) if len(shape) == 1 or kind in (nn.Identity, nn.Flatten) else gl.bound(module, input_size=shape[1:])
-    assert 0.0 < interval.lower <= interval.upper
+    assert 0.0 <= interval.lower <= interval.upper < float("inf")
 
 
 @pytest.mark.parametrize("name", gl.METHODS)
@@ -53,3 +58,25 @@ def test_method_is_on_the_side_that_it_declares(name: str) -> None:
     answered = [row for row in found.rows if row.verdict != "failed" and row.truth > 0.0]
     assert answered, f"{name} answered no case"
     assert any(row.upper < float("inf") for row in answered) == (method.side in ("upper", "exact", "interval"))
+
+
+def test_rules_and_their_cases_are_the_same() -> None:
+    missing, unknown = sorted(set(RULES) - set(CASES)), sorted(set(CASES) - set(RULES))
+    assert not missing, f"{missing} have a rule; expected a row each in tests/rule_cases.py"
+    assert not unknown, f"{unknown} have a row in tests/rule_cases.py; expected a rule each"
+
+
+NOT_TRACED = {"aten.lift_fresh"}  # torch.export takes it out of the graph
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_rule_is_used_and_holds(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule is asked, and its constant is not below the Jacobian at a point of the domain."""
+    call, shape = CASES[op]
+    asked, right = [], RULES[op]
+    monkeypatch.setitem(RULES, op, lambda found: asked.append(found.op) or right(found))
+    upper = audit(Map(call).eval(), shape, effort=-1, domain=(0.25, 3.0)).upper
+    x = torch.rand(1, *shape) * 2 + 0.5
+    jacobian = torch.autograd.functional.jacobian(call, x).reshape(-1, x.numel()).double()
+    assert float(torch.linalg.matrix_norm(jacobian, 2)) <= upper * (1 + 1e-5)
+    assert asked or op in NOT_TRACED

@@ -1,0 +1,199 @@
+"""One call for each graph operation that has a rule: `CASES[op] = (call, shape of one sample)`. A new rule adds its row."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+A = torch.ops.aten
+Call = Callable[[Tensor], Tensor]
+W1, W2, W3 = (
+    torch.linspace(-1, 1, 18).reshape(3, 2, 3),
+    torch.linspace(-1, 1, 54).reshape(3, 2, 3, 3),
+    torch.linspace(-1, 1, 48).reshape(3, 2, 2, 2, 2),
+)
+M = torch.linspace(-1, 1, 16).reshape(4, 4)
+V = torch.linspace(-1, 1, 4)
+MASK = torch.tensor([True, False, True, False])
+L, P, Q = (2, 6), (2, 5, 5), (2, 4, 4, 4)  # samples with one, two and three spatial axes
+ONE = torch.ones(2)
+
+CASES: dict[str, tuple[Call, tuple[int, ...]]] = {}
+
+
+def entrywise(names: str) -> None:
+    """Operations of one argument, entry by entry or as a view."""
+    for name in names.split():
+        CASES[f"aten.{name}"] = (getattr(A, name), (4,))
+
+
+entrywise("abs alias atan ceil clone contiguous cos cosh detach erf exp floor frac hardshrink hardsigmoid hardswish hardtanh")
+entrywise(
+    "log log1p log_sigmoid mish neg positive ravel reciprocal relu relu6 round rsqrt selu sigmoid sign silu sin sinh softplus softshrink"
+)
+entrywise("sqrt square tan tanh trunc celu elu gelu leaky_relu rrelu")
+
+
+entrywise("lift_fresh lift_fresh_copy")
+
+
+def put(name: str, call: Call, shape: tuple[int, ...] = (4,)) -> None:
+    """One row."""
+    CASES[f"aten.{name}"] = (call, shape)
+
+
+put("_log_softmax", lambda x: A._log_softmax(x, -1, False))
+put("_softmax", lambda x: A._softmax(x, -1, False))
+put("log_softmax", lambda x: A.log_softmax(x, -1))
+put("softmax", lambda x: A.softmax(x, -1))
+put("special_log_softmax", lambda x: A.special_log_softmax(x, -1))
+put("special_softmax", lambda x: A.special_softmax(x, -1))
+put("logsumexp", lambda x: A.logsumexp(x, [1]))
+put(
+    "_native_batch_norm_legit_no_training",
+    lambda x: A._native_batch_norm_legit_no_training(x, 3 * ONE, ONE, ONE, 0.25 * ONE, 0.1, 1e-5)[0],
+    P,
+)
+put("batch_norm", lambda x: A.batch_norm(x, 3 * ONE, ONE, ONE, 0.25 * ONE, False, 0.1, 1e-5, False), P)
+put("instance_norm", lambda x: A.instance_norm(x, 3 * ONE, ONE, ONE, 0.25 * ONE, False, 0.1, 1e-5, False), P)
+put("layer_norm", lambda x: A.layer_norm(x, [4], None, None, 0.25))
+put("native_layer_norm", lambda x: A.native_layer_norm(x, [4], None, None, 0.25)[0])
+put("rms_norm", lambda x: A.rms_norm(x, [4], None, 0.25))
+put("group_norm", lambda x: A.group_norm(x, 2, None, None, 0.25), (4, 3))
+put("_to_copy", lambda x: A._to_copy(x, dtype=torch.float64))
+put("to", lambda x: A.to(x, torch.float64))
+put("type_as", lambda x: A.type_as(x, M.double()))
+put("_unsafe_view", lambda x: A._unsafe_view(x, [1, 2, 2]))
+put("view", lambda x: A.view(x, [1, 2, 2]))
+put("view_as", lambda x: A.view_as(x, M[:1]))
+put("view_as_real", lambda x: A.view_as_real(A._to_copy(x, dtype=torch.complex64)))
+put("reshape", lambda x: A.reshape(x, [2, 2]))
+put("reshape_as", lambda x: A.reshape_as(x, M[:1]))
+put("flatten", lambda x: A.flatten(x, 1), P)
+put("unflatten", lambda x: A.unflatten(x, 1, [2, 2]))
+put("squeeze", lambda x: A.squeeze(x, 0))
+put("unsqueeze", lambda x: A.unsqueeze(x, 0))
+put("permute", lambda x: A.permute(x, [0, 2, 1]), L)
+put("transpose", lambda x: A.transpose(x, 1, 2), L)
+put("swapaxes", lambda x: A.swapaxes(x, 1, 2), L)
+put("swapdims", lambda x: A.swapdims(x, 1, 2), L)
+put("moveaxis", lambda x: A.moveaxis(x, [1], [2]), L)
+put("movedim", lambda x: A.movedim(x, [1], [2]), L)
+put("t", lambda x: A.t(x))
+put("mT", lambda x: A.mT(x), L)
+put("numpy_T", lambda x: A.numpy_T(x))
+put("flip", lambda x: A.flip(x, [1]))
+put("fliplr", lambda x: A.fliplr(x))
+put("flipud", lambda x: A.flipud(x))
+put("roll", lambda x: A.roll(x, [1], [1]))
+put("rot90", lambda x: A.rot90(x, 1, [1, 2]), L)
+put("sort", lambda x: A.sort(x)[0])
+put("msort", lambda x: A.msort(x))
+put("add", lambda x: x + 2 * x)
+put("sub", lambda x: x - 3 * x)
+put("rsub", lambda x: A.rsub(x, 2.0))
+put("mul", lambda x: x * V)
+put("div", lambda x: x / 4)
+put("true_divide", lambda x: A.true_divide(x, 0.5))
+put("pow", lambda x: A.pow(x, 2))
+put("maximum", lambda x: A.maximum(x, -x))
+put("minimum", lambda x: A.minimum(x, 2 * x))
+put("max", lambda x: A.max(x, 1)[0])
+put("min", lambda x: A.min(x, 1)[0])
+put("amax", lambda x: A.amax(x, [1]))
+put("amin", lambda x: A.amin(x, [1]))
+put("mean", lambda x: A.mean(x, [1]))
+put("sum", lambda x: A.sum(x, [1]))
+put("norm", lambda x: A.norm(x, 2, [1]))
+put("linalg_vector_norm", lambda x: A.linalg_vector_norm(x, 2, [1]))
+put("clamp", lambda x: A.clamp(x, -1, 0.5))
+put("clip", lambda x: A.clip(x, -1, 0.5))
+put("clamp_min", lambda x: A.clamp_min(x, 0.0))
+put("clamp_max", lambda x: A.clamp_max(x, 1.0))
+put("threshold", lambda x: A.threshold(x, 0.0, 0.0))
+put("heaviside", lambda x: A.heaviside(x.detach(), torch.ones(())))  # torch has no derivative of it
+put("prelu", lambda x: A.prelu(x, torch.tensor([-3.0])))
+put("glu", lambda x: A.glu(x, 1))
+put("masked_fill", lambda x: A.masked_fill(x, MASK, 0.0))
+put("where", lambda x: A.where(MASK, x, -2 * x))
+put("tril", lambda x: A.tril(x), L)
+put("triu", lambda x: A.triu(x), L)
+put("dropout", lambda x: A.dropout(x, 0.5, False))
+put("alpha_dropout", lambda x: A.alpha_dropout(x, 0.5, False))
+put("feature_dropout", lambda x: A.feature_dropout(x, 0.5, False), P)
+put("feature_alpha_dropout", lambda x: A.feature_alpha_dropout(x, 0.5, False), P)
+put("linear", lambda x: A.linear(x, M))
+put("addmm", lambda x: A.addmm(V, x, M))
+put("mm", lambda x: A.mm(x, M))
+put("mv", lambda x: A.mv(M, x[0]))
+put("bmm", lambda x: A.bmm(x, torch.ones(1, 6, 2)), L)
+put("matmul", lambda x: A.matmul(x, M))
+put("scaled_dot_product_attention", lambda x: A.scaled_dot_product_attention(x, x, x), L)
+put("convolution", lambda x: A.convolution(x, W2, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1), P)
+put("conv1d", lambda x: A.conv1d(x, W1, None, [1], [1]), L)
+put("conv2d", lambda x: A.conv2d(x, W2, None, [2, 2], [1, 1]), P)
+put("conv3d", lambda x: A.conv3d(x, W3), Q)
+put("conv_transpose1d", lambda x: A.conv_transpose1d(x, W1.transpose(0, 1), None, [2]), L)
+put("conv_transpose2d", lambda x: A.conv_transpose2d(x, W2.transpose(0, 1), None, [2, 2]), P)
+put("conv_transpose3d", lambda x: A.conv_transpose3d(x, W3.transpose(0, 1)), Q)
+
+
+def spatial(name: str, call: Callable[[Call, Tensor, int], Tensor]) -> None:
+    """Rows for 1, 2 and 3 spatial axes; `name` has a {} for their number."""
+    for d, shape in ((1, L), (2, P), (3, Q)):
+        put(name.format(d), functools.partial(_call, call, getattr(A, name.format(d)), d), shape)
+
+
+def _call(call: Callable[[Call, Tensor, int], Tensor], operation: Call, d: int, x: Tensor) -> Tensor:
+    return call(operation, x, d)
+
+
+spatial("avg_pool{}d", lambda f, x, d: f(x, [2] * d, [2] * d))
+spatial("max_pool{}d", lambda f, x, d: f(x, [3] * d, [2] * d, [1] * d))
+spatial("max_pool{}d_with_indices", lambda f, x, d: f(x, [3] * d, [1] * d, [1] * d)[0])
+spatial("adaptive_avg_pool{}d", lambda f, x, d: f(x, [3] * d))
+spatial("adaptive_max_pool{}d", lambda f, x, d: f(x, [3] * d)[0])
+spatial("reflection_pad{}d", lambda f, x, d: f(x, [2, 1] * d))
+spatial("replication_pad{}d", lambda f, x, d: f(x, [2, 1] * d))
+spatial("upsample_nearest{}d", lambda f, x, d: f(x, [7] * d))
+put("_upsample_nearest_exact2d", lambda x: A._upsample_nearest_exact2d(x, [7, 7]), P)
+put("upsample_linear1d", lambda x: A.upsample_linear1d(x, [9], False), L)
+put("upsample_bilinear2d", lambda x: A.upsample_bilinear2d(x, [7, 9], False), P)
+put("_upsample_bilinear2d_aa", lambda x: A._upsample_bilinear2d_aa(x, [3, 3], False), P)
+put("upsample_bicubic2d", lambda x: A.upsample_bicubic2d(x, [7, 9], False), P)
+put("upsample_trilinear3d", lambda x: A.upsample_trilinear3d(x, [5, 5, 5], False), Q)
+put("pad", lambda x: A.pad(x, [2, 1], "replicate"), L)
+put("constant_pad_nd", lambda x: A.constant_pad_nd(x, [2, 1]), L)
+put("pixel_shuffle", lambda x: A.pixel_shuffle(x, 2), (4, 3, 3))
+put("pixel_unshuffle", lambda x: A.pixel_unshuffle(x, 2), (1, 4, 4))
+put("channel_shuffle", lambda x: A.channel_shuffle(x, 2), (4, 3, 3))
+put("cat", lambda x: A.cat([x, 2 * x], 1))
+put("concat", lambda x: A.concat([x, 2 * x], 1))
+put("concatenate", lambda x: A.concatenate([x, 2 * x], 1))
+put("stack", lambda x: A.stack([x, x, x]))
+put("hstack", lambda x: A.hstack([x, x]))
+put("vstack", lambda x: A.vstack([x, x]))
+put("dstack", lambda x: A.dstack([x, x]))
+put("expand", lambda x: A.expand(x[:, :1], [1, 9]))
+put("expand_as", lambda x: A.expand_as(x[:, :1], x))
+put("broadcast_to", lambda x: A.broadcast_to(x, [5, 4]))
+put("repeat", lambda x: A.repeat(x, [3, 2]))
+put("repeat_interleave", lambda x: A.repeat_interleave(x, 3, 1))
+put("tile", lambda x: A.tile(x, [2, 2]))
+put("index", lambda x: x[:, [0, 0, 1]])
+put("index_select", lambda x: A.index_select(x, 1, torch.tensor([2, 2, 0])))
+put("gather", lambda x: A.gather(x, 1, torch.tensor([[0, 0, 3]])))
+put("select", lambda x: A.select(x, 1, 2))
+put("slice", lambda x: x[:, 1:3])
+put("narrow", lambda x: A.narrow(x, 1, 1, 2))
+put("narrow_copy", lambda x: A.narrow_copy(x, 1, 1, 2))
+put("diagonal", lambda x: A.diagonal(x, 0, 1, 2), L)
+put("chunk", lambda x: A.chunk(x, 2, 1)[0] + A.chunk(x, 2, 1)[1])
+put("split", lambda x: A.split(x, 2, 1)[0])
+put("split_with_sizes", lambda x: A.split_with_sizes(x, [1, 3], 1)[1])
+put("tensor_split", lambda x: A.tensor_split(x, 2, 1)[0])
+put("unbind", lambda x: A.unbind(x, 1)[0] + A.unbind(x, 1)[1])
+CASES["getitem"] = CASES["aten.unbind"]
