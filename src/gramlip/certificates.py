@@ -15,7 +15,7 @@ def shift(side: int) -> float:
 
     The backward error is at most `gamma |R*||R|` entrywise, so its norm is at most `gamma tr(t I - G) <= gamma c t`
     (Rump 2006; Higham, theorem 10.3); 8(c + 2) covers complex arithmetic and the rounding of the diagonal.
-    docs/rounding.md#cholesky.
+    docs/rounding.md#r3-cholesky.
     """
     return rd.mul_up(rd.gamma(8.0 * (side + 2)), float(side))
 
@@ -44,7 +44,8 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
     t = (threshold - noise) * (1.0 - (s if single else 2.0 * s)) - 4.0 * noise * 2.0**-50
     matrix = g.neg_()
     matrix.diagonal(dim1=-2, dim2=-1).add_(t[:, None])
-    factor, info = torch.linalg.cholesky_ex(matrix.to(torch.complex64 if matrix.is_complex() else torch.float32) if single else matrix)
+    narrow = torch.complex64 if matrix.is_complex() else torch.float32
+    factor, info = torch.linalg.cholesky_ex(matrix.to(narrow) if single else matrix)
     proved = (info == 0) & (t > 0)
     if single and side > TRACE_ORDER:
         modulus = (torch.view_as_real(factor).square().sum(-1).sqrt() if factor.is_complex() else factor.abs()).tril_().to(torch.float64)
@@ -70,7 +71,7 @@ def frobenius(g: Tensor) -> Tensor:
 def moments(g: Tensor, noise: Tensor) -> Tensor:
     """Upper bound of `lambda_1(G)` from the trace and the Frobenius norm (Wolkowicz and Styan), one Gram step; (F,).
 
-    docs/theory.md#two-moments; rounding: docs/rounding.md#moments.
+    docs/theory.md#two-moments; rounding: docs/rounding.md#r4-moments.
     """
     side = g.shape[-1]
     mean = g.diagonal(dim1=-2, dim2=-1).real.sum(-1) / side
@@ -83,7 +84,7 @@ def moments(g: Tensor, noise: Tensor) -> Tensor:
 
 
 def gram(g: Tensor, noise: Tensor) -> Tensor:
-    """The same one Gram step further, with the a posteriori rounding of that step: docs/rounding.md#gram; (F,)."""
+    """The same one Gram step further, with the a posteriori rounding of that step: docs/rounding.md#r5-gram; (F,)."""
     side = g.shape[-1]
     size = frobenius(g)
     scale = torch.where(size > 0, size, 1.0)
@@ -93,7 +94,7 @@ def gram(g: Tensor, noise: Tensor) -> Tensor:
 
 
 def rayleigh(g: Tensor, v: Tensor, noise: Tensor) -> Tensor:
-    """Lower bound of `lambda_1(G)` from a vector each: the Rayleigh quotient less its rounding; (F,). docs/rounding.md#rayleigh."""
+    """Lower bound of `lambda_1(G)` from a vector each: the Rayleigh quotient less its rounding; (F,). docs/rounding.md#r6-rayleigh-quotients."""
     image = (g @ v[..., None])[..., 0]
     square = (v.conj() * v).sum(-1).real
     quotient = (v.conj() * image).sum(-1).real / torch.where(square > 0, square, 1.0)  # a zero block may leave no vector

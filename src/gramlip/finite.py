@@ -58,7 +58,7 @@ class Layer:
         return x
 
     def lower(self, x: Tensor, group: int, mass: float) -> float:
-        """Lower bound `||T x|| / ||x||` less the rounding of T x, at most `gamma mass ||x||`: docs/rounding.md#rayleigh."""
+        """Lower bound `||T x|| / ||x||` less the rounding of T x, at most `gamma mass ||x||`: docs/rounding.md#r6-rayleigh-quotients."""
         length = self.kernel[group, 0].numel() + 8
         error = rd.mul_up(rd.mul_up(rd.gamma(8.0 * length), mass), rd.sqrt_up(float(self.shared)))
         size = rd.gamma(4.0 * (x.numel() + math.prod(self.outputs) * self.kernel.shape[1]) + 64)
@@ -90,7 +90,7 @@ class Certificate:
     """`||T|| <= tau` for one group of a finite layer by a block-banded Cholesky factorisation along the first axis.
 
     The Gram matrix of the smaller side is banded in blocks of one row of the first axis (docs/theory.md#finite-layer); a
-    factorisation of `tau^2 I - T* T`, shifted as in docs/rounding.md#cholesky, proves the bound for the layer itself.
+    factorisation of `tau^2 I - T* T`, shifted as in docs/rounding.md#r3-cholesky, proves the bound for the layer itself.
     """
 
     def __init__(self, layer: Layer, group: int) -> None:

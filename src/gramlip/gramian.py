@@ -2,7 +2,7 @@
 
 Where it pays, all frequencies share one product: the taps of the kernel's autocorrelation, of which each G(w) is a
 combination (docs/theory.md#autocorrelation). Otherwise each block is built and multiplied on its own, in pieces, so that
-memory stays bounded. Error bounds: docs/rounding.md#symbol.
+memory stays bounded. Error bounds: docs/rounding.md#r2-symbol.
 """
 
 from __future__ import annotations

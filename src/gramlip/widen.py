@@ -10,7 +10,7 @@ def widen(x: Tensor, exponent: int | None) -> tuple[Tensor, int]:
     """The values of x divided by `2**exponent`, as float64 or complex128, and the exponent.
 
     With None the exponent is chosen so that the largest entry lies in [1/2, 1). The copy is exact but for entries below
-    `2**-1022` of the scale, which lose less than that: docs/rounding.md#weights. Denormal weights are decoded from their
+    `2**-1022` of the scale, which lose less than that: docs/rounding.md#r1-weights. Denormal weights are decoded from their
     bits, since a thread that flushes them would read zeros.
     """
     if x.is_complex():
