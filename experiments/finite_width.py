@@ -83,7 +83,8 @@ def main() -> None:
     lines += [
         "",
         'An asterisk marks the sizes at which `finite="auto"` takes the layer\'s own certificate where the blocks leave it wider than',
-        f"asked for (estimated operations below {AUTO_OPERATIONS:.0e}): there the interval closes to 1e-2, and on request to 1e-6. The gap to",
+        f"asked for (estimated operations below {AUTO_OPERATIONS:.0e}): there the interval closes to 1e-2, and on request to 1e-6. "
+        "The gap to",
         "the circulant falls as 1/n^2. It is largest for kernels such as the Laplacian, whose norm sits at one sharp frequency.",
         "",
         "## Reflect padding",

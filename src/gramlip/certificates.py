@@ -48,8 +48,9 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
     factor, info = torch.linalg.cholesky_ex(matrix.to(narrow) if single else matrix)
     proved = (info == 0) & (t > 0)
     if single and side > TRACE_ORDER:
-        modulus = (torch.view_as_real(factor).square().sum(-1).sqrt() if factor.is_complex() else factor.abs()).tril_().to(torch.float64)
-        x = (modulus @ modulus.sum(-2)[..., None]).clamp_min_(1e-30)  # || |R*| |R| || <= max (|R*| |R| x)_i / x_i for positive x
+        modulus = torch.view_as_real(factor).square().sum(-1).sqrt() if factor.is_complex() else factor.abs()
+        modulus = modulus.tril_().to(torch.float64)
+        x = (modulus @ modulus.sum(-2)[..., None]).clamp_min_(1e-30)  # Collatz and Wielandt
         sums = ((modulus @ (modulus.mT @ x)) / x).amax((-2, -1))
         within = sums * ((1 + 1e-3) * _single_gamma(side)) <= (0.99 * s - 2.0**-23 * side**0.5) * t
         again = (proved & ~within).nonzero()[:, 0]
@@ -94,7 +95,10 @@ def gram(g: Tensor, noise: Tensor) -> Tensor:
 
 
 def rayleigh(g: Tensor, v: Tensor, noise: Tensor) -> Tensor:
-    """Lower bound of `lambda_1(G)` from a vector each: the Rayleigh quotient less its rounding; (F,). docs/rounding.md#r6-rayleigh-quotients."""
+    """Lower bound of `lambda_1(G)` from a vector each, (F,): the Rayleigh quotient less its rounding.
+
+    docs/rounding.md#r6-rayleigh-quotients.
+    """
     image = (g @ v[..., None])[..., 0]
     square = (v.conj() * v).sum(-1).real
     quotient = (v.conj() * image).sum(-1).real / torch.where(square > 0, square, 1.0)  # a zero block may leave no vector
