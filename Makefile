@@ -1,8 +1,9 @@
 # make demo   audits the two networks that ship with gramlip
 # make test   formatter, linter, type checker and the whole test suite
-# make clean  removes what these two made
+# make bench  measures, about half an hour of both cores, and fills docs/performance.md
+# make clean  removes what these made
 #
-# Both set up .venv the first time. PYTHON and TORCH can be given: make demo PYTHON=python3.12
+# All but the last set up .venv the first time. PYTHON and TORCH can be given: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -12,7 +13,7 @@ READY := .venv/.ready
 # One thread for each test worker: more of them wait for each other.
 ONE := OMP_NUM_THREADS=1
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: $(READY)
 	@$(BIN)/gramlip audit demo
@@ -24,6 +25,10 @@ test: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
 	@$(ONE) $(BIN)/pytest -n $(WORKERS)
+
+bench: $(READY)
+	@$(BIN)/gramlip bench --full --json benchmarks/results/bench-cpu.json
+	@$(BIN)/python benchmarks/tables.py
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

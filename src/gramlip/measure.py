@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from time import perf_counter
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
+T = TypeVar("T")
 WARM_UP = 1  # runs dropped before the first that counts
 
 
@@ -27,19 +30,46 @@ def environment(device: torch.device) -> dict[str, str | int]:
     }
 
 
+@dataclass(frozen=True)
+class Timing(Generic[T]):
+    """The last value that a function gave, and the seconds of each run that counts."""
+
+    value: T
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The median of the runs."""
+        return statistics.median(self.seconds)
+
+    @property
+    def minimum(self) -> float:
+        """The fastest run."""
+        return min(self.seconds)
+
+
+def interleaved(functions: Mapping[str, Callable[[], T]], device: torch.device, trials: int) -> dict[str, Timing[T]]:
+    """Time functions against each other: each trial runs all of them in turn, so that what else the machine does meets all alike.
+
+    The warm-up runs are dropped; a GPU is waited for before and after each run.
+    """
+    values: dict[str, T] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for trial in range(WARM_UP + trials):
+        for name, function in functions.items():
+            _wait(device)
+            start = perf_counter()
+            values[name] = function()
+            _wait(device)
+            if trial >= WARM_UP:
+                seconds[name].append(perf_counter() - start)
+    return {name: Timing(values[name], tuple(seconds[name])) for name in functions}
+
+
 def timed(function: Callable[[], float], device: torch.device, trials: int) -> tuple[float, float]:
     """The function's value and the median seconds of `trials` runs after the warm-up; a GPU is waited for."""
-    value = 0.0
-    for _ in range(WARM_UP):
-        value = function()
-    seconds: list[float] = []
-    for _ in range(trials):
-        _wait(device)
-        start = perf_counter()
-        value = function()
-        _wait(device)
-        seconds.append(perf_counter() - start)
-    return value, statistics.median(seconds)
+    timing = interleaved({"": function}, device, trials)[""]
+    return timing.value, timing.median
 
 
 def _wait(device: torch.device) -> None:

@@ -1,0 +1,111 @@
+"""What a certificate took, and the least it could have taken: operation counts, and the machine's rate of matrix products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import gramlip.certificates as certificates
+import gramlip.certify as engine
+from gramlip.measure import interleaved
+from gramlip.search import Search
+
+SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices whose product gives the rate
+DTYPES = (torch.float64, torch.float32, torch.complex128, torch.complex64)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one call of the engine computed.
+
+    Attributes:
+        blocks: symbols that were formed.
+        tested: blocks whose norm was to be proved below a threshold.
+        gram_steps: blocks on which the two moments were tried.
+        factorizations: Cholesky factorisations of a block.
+        matvecs: products of a block with a vector.
+        forming: the fewest real operations that form the tested blocks, shared products included.
+        double: real operations of the factorisations in double precision.
+        single: the same in single precision.
+    """
+
+    blocks: int
+    tested: int
+    gram_steps: int
+    factorizations: int
+    matvecs: int
+    forming: float
+    double: float
+    single: float
+
+    def seconds(self, rates: dict[str, float]) -> float:
+        """The least seconds of these proofs at the machine's rate of matrix products: no lower side, no data moved, no calls."""
+        return (self.forming + self.double) / rates["complex128"] + self.single / rates["complex64"]
+
+
+def count(work: Callable[[], object]) -> Counts:
+    """Run the work once, with searches and factorisations that are booked."""
+    searches: list[_Booked] = []
+    flops = {False: 0.0, True: 0.0}
+    plain = certificates.cholesky
+
+    def search(*args: Any, **options: Any) -> _Booked:
+        searches.append(_Booked(*args, **options))
+        return searches[-1]
+
+    def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = False, **options: Any) -> Tensor:
+        flops[single] += len(g) * g.shape[-1] ** 3 / 3 * (4 if g.is_complex() else 1)
+        return plain(g, threshold, noise, single=single, **options)
+
+    with patch.object(engine, "Search", search), patch.object(certificates, "cholesky", cholesky):
+        work()
+    tallies = [s.tally for s in searches]
+    return Counts(
+        sum(t.blocks for t in tallies),
+        sum(s.tested for s in searches),
+        sum(t.gram_steps for t in tallies),
+        sum(t.factorizations for t in tallies),
+        sum(t.matvecs for t in tallies),
+        sum(s.forming() for s in searches),
+        flops[False],
+        flops[True],
+    )
+
+
+class _Booked(Search):
+    """A search that remembers how many blocks it tested."""
+
+    tested = 0
+
+    def certify(self, keys: Tensor, thresholds: Tensor) -> Tensor:
+        """Book the blocks."""
+        self.tested += len(keys)
+        return super().certify(keys, thresholds)
+
+    def forming(self) -> float:
+        """The fewest real operations that form the tested blocks: half of each Hermitian product, complex ones as four real ones."""
+        g, taps, field = self.g, math.prod(self.g.span), 4 if self.g.is_complex else 1
+        if g.taps is not None:
+            shared = g.groups * taps**2 * g.rows * g.side**2 * field
+            each = 2 * len(g.offsets) * g.side**2 * (2 if g.is_complex else 1)
+            return float(shared + self.tested * each)
+        each = 4 * g.rows * g.side**2 + 4 * taps * g.rows * g.side if g.axes else g.rows * g.side**2 * field
+        return float(self.tested * each)
+
+
+def rates(device: torch.device, trials: int, quick: bool = False, dtypes: Sequence[torch.dtype] = DTYPES) -> dict[str, float]:
+    """Real operations a second of a square matrix product, by dtype: the best of the trials."""
+    side = 128 if quick else SIDE[device.type]
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, float] = {}
+    for dtype in dtypes:
+        a, b = (torch.randn(side, side, generator=generator, dtype=dtype).to(device) for _ in range(2))
+        timing = interleaved({"": lambda a=a, b=b: a @ b}, device, max(trials, 5))[""]
+        found[str(dtype).removeprefix("torch.")] = 2 * side**3 * (4 if dtype.is_complex else 1) / timing.minimum
+    return found
