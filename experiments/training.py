@@ -32,7 +32,7 @@ NAMES = {
     "small-normalised": "normalised (`spectral_norm_`)",
     "small-rescaled": "rescaled (`spectral_rescaling_`)",
 }
-DENOISERS = {"denoiser": "unconstrained", "denoiser-rescaled": "1-Lipschitz (`Residual`)"}
+DENOISERS = {"denoiser": "unconstrained (`x - f(x)`)", "denoiser-rescaled": "1-Lipschitz (`Residual`)"}
 
 
 def train(name: str, data: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,29 +64,32 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"resnet18": resnet18, "small": sma
 """Name -> classifier."""
 
 
-class Step(nn.Module):
-    """The residual block of `gramlip.nn.Residual` without its constraint: for comparison."""
+class Denoiser(nn.Module):
+    """`x - f(x)` with f four convolutions (arXiv 1608.03981, smaller): the usual form, with nothing that keeps its constant down."""
 
-    def __init__(self, layer: nn.Conv2d) -> None:
+    def __init__(self, width: int = 24) -> None:
         super().__init__()
-        self.layer = layer
+        widths = [3, width, width, width, 3]
+        parts: list[nn.Module] = []
+        for inputs, outputs in pairwise(widths):
+            parts += [nn.Conv2d(inputs, outputs, 3, 1, 1), nn.ReLU()]
+        self.noise = nn.Sequential(*parts[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output, of the shape of x."""
-        return x - 2 * F.conv_transpose2d(torch.relu(self.layer(x)), self.layer.weight, padding=1)
+        """The image without its noise, of the shape of x."""
+        return x - self.noise(x)
 
 
-def denoiser(rescaled: bool, depth: int = 6, width: int = 24) -> nn.Module:
-    """A chain of residual blocks on images: 1-Lipschitz where they are rescaled."""
-    make: Callable[[nn.Conv2d], nn.Module] = Residual if rescaled else Step
-    torch_layers = [nn.Conv2d(3, width, 3, 1, 1) for _ in range(depth)]
-    for layer in torch_layers:
+def blocks(depth: int = 6, width: int = 24) -> nn.Module:
+    """A chain of residual blocks on images: 1-Lipschitz."""
+    layers = [nn.Conv2d(3, width, 3, 1, 1) for _ in range(depth)]
+    for layer in layers:
         nn.init.normal_(layer.weight, std=0.02)
-    return nn.Sequential(*(make(layer) for layer in torch_layers))
+    return nn.Sequential(*(Residual(layer) for layer in layers))
 
 
 def build(name: str, control: str) -> nn.Module:
     """The network of a recipe, before anything is parametrized but a denoiser's blocks."""
     if name == "denoiser":
-        return denoiser(control == "rescaled")
+        return blocks() if control == "rescaled" else Denoiser()
     return MODELS[name]()
