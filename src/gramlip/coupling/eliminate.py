@@ -101,11 +101,22 @@ def closed_form(system: System) -> Multipliers:
         if k not in form.live:
             continue
         parts = split(system, form, k)
-        top = float(torch.linalg.eigvalsh(parts.own)[:, -1].max())
+        top = _largest(parts.own)
         count = int(system.channels[k].max()) + 1
         found[k] = torch.full((count,), max(top, 1e-300) * system.ratios[k] * (1 + 1e-6), dtype=torch.float64)
         form = _step(system, parts, found[k], k)[0]
     return found
+
+
+def _largest(own: Tensor) -> float:
+    """Nearly the largest eigenvalue over all frequencies; wide blocks by power steps. Nothing is proved here."""
+    if own.shape[-1] <= 64:
+        return float(torch.linalg.eigvalsh(own)[:, -1].max())
+    v = own.abs().sum(-1, keepdim=True).to(own.dtype)
+    for _ in range(30):
+        v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(1e-300)
+        v = own @ v
+    return 1.01 * float(torch.linalg.vector_norm(v, dim=-2).max())
 
 
 def _step(system: System, parts: Split, multipliers: Tensor, k: int) -> tuple[Quadratic, Tensor]:
@@ -189,10 +200,11 @@ def certificate(system: System, multipliers: Multipliers) -> float:
 
 def _least_eigenvalue(matrix: Tensor) -> Tensor | None:
     """A proved positive lower bound of the least eigenvalue of each matrix; None where there is none."""
-    guess = 0.5 * torch.linalg.eigvalsh(matrix)[:, 0]
-    top = sizes_of(matrix)
-    if not bool((guess > 0).all()):
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if bool(info.any()):
         return None
+    guess = 0.5 / sizes_of(torch.cholesky_inverse(factor))
+    top = sizes_of(matrix)
     # lambda_1(top I - M) <= top - guess proves that M >= guess.
     turned = torch.diag_embed(top[:, None].expand(-1, matrix.shape[-1])).to(matrix.dtype) - matrix
     return guess if bool(cholesky(turned, top - guess, rd.gamma(4) * top).all()) else None

@@ -16,8 +16,8 @@ from gramlip.steps import Input, Join, Linear, Network, Slice, Slope, Sum, View
 
 ENTRIES = 512  # values of at most so many entries are taken entry by entry
 MEMORY = 2**24  # matrix entries that the forms of one value may take
-COST = 4e9  # multiplications of one elimination that are still worth it
-BUDGET = 2e9  # of them that the search for multipliers may take at effort 1
+COST = 2e9  # multiplications of one elimination that are still worth it
+BUDGET = 1e9  # of them that the search for multipliers may take at effort 1
 
 
 @dataclass(frozen=True)
