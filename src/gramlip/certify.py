@@ -128,7 +128,12 @@ class _Enclosing:
         op, sym = self.ops[i], self.syms[i]
         upper, why = self._above(i, found)
         if lower is not None:
-            return self._scaled(i, min(lower, upper), upper, f"{why}; lower side from the layer itself")
+            if lower > upper:  # a vector that the layer stretches more than the theorem allows: never to be hidden
+                msg = (
+                    f"{why}: the layer stretches a vector by {lower}, beyond the bound {upper}; expected no such vector: please report this"
+                )
+                raise ArithmeticError(msg)
+            return self._scaled(i, lower, upper, f"{why}; lower side from the layer itself")
         if sym.exact:
             factor = math.sqrt(sym.square)
             return self._scaled(i, rd.mul_down(found.lower, factor if factor == 1.0 else rd.down(factor)), upper, why)
@@ -147,7 +152,7 @@ class _Enclosing:
         group = int(self.search.lattice.decode(self.search.where[i : i + 1])[0]) - i * self.groups
         above = math.sqrt(float(self.search.best[i]) * self.syms[i].square)
         x, lower = self._ascend(layer, group, _wave(self.search, i, op, layer), above, self._mass(i)[group])
-        gap = above / lower - 1 if lower else math.inf
+        gap = max(above / lower - 1, 0.0) if lower else math.inf
         if self.finite is not False and gap > self.rtol * 0.7:
             certificate = Certificate(layer, group)
             fits = certificate.bytes <= FINITE_BYTES
