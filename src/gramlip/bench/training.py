@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -50,8 +51,8 @@ def training(options: Options) -> Row:
         STEP: _backward(lambda: F.cross_entropy(net(x), y)),
         CALL: _backward(penalty),
         SEARCH: _backward(search),
-        PUBLISHED: _backward(lambda: _sum([_published(op) for op in convolutions])),
-        BEST: _backward(lambda: _sum([operator_gram_norm(op, STEPS) for op in convolutions])),
+        PUBLISHED: _in_turn([partial(_published, op) for op in convolutions]),
+        BEST: _in_turn([partial(operator_gram_norm, op, STEPS) for op in convolutions]),
     }
     case = f"{name}, batch {batch}, {len(convolutions)} convolutions"
     found = Row([replace(e, value=None) for e in contest(row, case, works, options)])
@@ -79,8 +80,10 @@ def _published(op: Conv) -> Tensor:
     return Lip_conv(op.weight, STEPS, n=op.sizes)
 
 
-def _sum(values: list[Tensor]) -> Tensor:
-    return torch.stack(values).sum()
+def _in_turn(works: list[Callable[[], Tensor]]) -> Callable[[], float]:
+    """Layer by layer, so that only one graph is alive: differentiated step by step, all of them together take many GiB."""
+    each = [_backward(work) for work in works]
+    return lambda: sum(both() for both in each)
 
 
 def _backward(work: Callable[[], Tensor]) -> Callable[[], float]:
