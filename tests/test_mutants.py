@@ -15,7 +15,7 @@ def test_the_code_as_it_is_passes(name: str) -> None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_mistake_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     MUTANTS[name].patch(monkeypatch)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, ArithmeticError)):  # the second where the engine contradicts itself
         MUTANTS[name].judge()
 
 

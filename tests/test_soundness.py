@@ -11,6 +11,7 @@ import gramlip as gl
 from cases import LINEAR, ROUNDING, TRAPS, Case, cases, check, closes, every_size, theorem
 from oracle import oracle
 
+NORMAL = 2.0**-1022  # below it an interval is [0, NORMAL]: a thread may flush what is smaller (docs/rounding.md#r1-weights)
 TABLE = cases()
 
 
@@ -127,6 +128,6 @@ def test_matrix_closes(kernel: str, shape: tuple[int, int]) -> None:
     closes(Case(kernel, shape), 1e-6)
 
 
-@pytest.mark.parametrize("case", [case for case in cases("zeros", "circular") if case.truth > 0.0][::7], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in cases("zeros", "circular") if case.truth >= NORMAL][::7], ids=lambda case: case.name)
 def test_small_layer_of_the_table_closes(case: Case) -> None:
     closes(case)

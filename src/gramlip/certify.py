@@ -18,6 +18,7 @@ from gramlip.errors import InputError
 from gramlip.finite import Certificate, Layer
 from gramlip.gramian import Gramian
 from gramlip.operators import Conv, Dense, Diagonal, Operator, Separable
+from gramlip.probe import SAMPLE_BYTES, sample, start_like, wave
 from gramlip.search import Enclosure, Search
 from gramlip.widen import widen
 
@@ -109,17 +110,21 @@ class _Enclosing:
         """The intervals, in the order of the operators."""
         self.search.start(self.rtol)
         widths = torch.full((len(self.ops),), self.rtol, dtype=torch.float64)
+        ceilings = torch.zeros_like(widths)
         done: dict[int, Bound] = {}
         lowers: dict[int, float] = {}
         for i, op in enumerate(self.ops):
             if max(self._mass(i)) == 0.0:
                 done[i] = Bound(0.0, 0.0, f"{self.syms[i].because}; all weights are zero")
             elif isinstance(op, Conv) and op.input_size is not None and not self.syms[i].exact:
-                own, lowers[i], widths[i] = self._of_size(i, op)
+                own, lowers[i] = self._of_size(i, op)
                 if own is not None:
                     done[i] = own
+                # the width asked for is that of the layer, not of its blocks
+                widths[i] = self.rtol / 4
+                ceilings[i] = lowers[i] * (1 + self.rtol * 0.98) / math.sqrt(self.syms[i].square)
         todo = [i for i in range(len(self.ops)) if i not in done]
-        found = self.search.close(widths, todo) if todo else []
+        found = self.search.close(widths, todo, ceilings) if todo else []
         for i, enclosure in zip(todo, found, strict=True):
             done[i] = self._bound(i, enclosure, lowers.get(i))
         return [done[i] for i in range(len(self.ops))]
@@ -146,14 +151,19 @@ class _Enclosing:
     def _mass(self, i: int) -> list[float]:
         return self.gram.mass[i * self.groups : (i + 1) * self.groups]
 
-    def _of_size(self, i: int, op: Conv) -> tuple[Bound | None, float, float]:
-        """A layer of given size whose blocks bound it from above only: its own interval, or its lower side and the blocks' width."""
-        layer = Layer(op, self.exponents[i])
+    def _of_size(self, i: int, op: Conv) -> tuple[Bound | None, float]:
+        """A layer of given size whose blocks bound it from above only: its own interval if it has one, and its lower side."""
+        part = sample(op)
+        layer = Layer(part, self.exponents[i])
         group = int(self.search.lattice.decode(self.search.where[i : i + 1])[0]) - i * self.groups
         above = math.sqrt(float(self.search.best[i]) * self.syms[i].square)
-        x, lower = self._ascend(layer, group, _wave(self.search, i, op, layer), above, self._mass(i)[group])
+        x, lower = self._ascend(layer, group, wave(self.search, i, layer, group), above, self._mass(i)[group])
         gap = max(above / lower - 1, 0.0) if lower else math.inf
-        if self.finite is not False and gap > self.rtol * 0.7:
+        if self.finite is True and part is not op:
+            limit = f"{SAMPLE_BYTES >> 20} MiB"
+            msg = f"finite=True was given for an input of {op.sizes}; expected one whose columns fit in {limit}: type finite=False"
+            raise InputError(msg)
+        if self.finite is not False and gap > self.rtol * 0.7 and part is op:
             certificate = Certificate(layer, group)
             fits = certificate.bytes <= FINITE_BYTES
             if self.finite is True and not fits:
@@ -163,9 +173,8 @@ class _Enclosing:
                 )
                 raise InputError(msg)
             if fits and (self.finite is True or certificate.cost * self.groups <= AUTO_OPERATIONS):
-                return self._own(i, layer, group, lower, x), lower, 0.0
-        room = (1 + self.rtol) / (1 + gap) - 1 if gap < math.inf else 0.0
-        return None, lower, max(room * 0.98, self.rtol / 4)
+                return self._own(i, layer, group, lower, x), lower
+        return None, lower
 
     def _above(self, i: int, found: Enclosure) -> tuple[float, str]:
         """The layer's upper bound from the symbol's: times the padding's factor, or plus what the boundary adds."""
@@ -189,7 +198,7 @@ class _Enclosing:
                 break
             y = layer.ascend(x, group, 12)
             value = layer.lower(y, group, mass)
-            improved = value > best * (1 + self.rtol / 50)
+            improved = value > best * (1 + self.rtol / 8)
             if value > best:
                 x, best = y, value
             if not improved:
@@ -206,7 +215,7 @@ class _Enclosing:
             certificate.prepare()
             # a map that cancels to nothing is closed to what rounding can tell from zero
             floor = max(floor, mass * layer.shared * 2.0**-20)
-            vector, fresh = (x if group == best else _start_like(layer, x)), 0
+            vector, fresh = (x if group == best else start_like(layer, x)), 0
             while True:
                 factorizations += 1
                 if certificate.proves(max(top * (1 + width), floor), mass):
@@ -217,7 +226,7 @@ class _Enclosing:
                 if top > before * (1 + width / 50):
                     continue
                 fresh += 1  # the start may have had no part in the leading vector: others, before the interval stays wider than asked for
-                vector = _start_like(layer, x, fresh)
+                vector = start_like(layer, x, fresh)
                 width *= 1.5 if fresh > FRESH else 1.0
         upper = max(rd.mul_up(top, rd.up(1 + width)), floor)
         mode = self.syms[i].because.split(":")[0]
@@ -252,32 +261,3 @@ def _times_power(x: float, exponent: int, *, upward: bool) -> float:
     if y < rd.TINY:
         return rd.TINY if upward else 0.0
     return y
-
-
-def _wave(search: Search, i: int, op: Conv, layer: Layer) -> Tensor:
-    """A start for the layer's own power steps: the best block's singular vector on a plane wave under a sine window."""
-    n = layer.kernel.shape[2]
-    window = torch.ones((), dtype=torch.float64, device=layer.kernel.device)
-    for size in layer.sizes:
-        sine = (math.pi * (torch.arange(size, dtype=torch.float64, device=layer.kernel.device) + 1) / (size + 1)).sin()
-        window = window[..., None] * sine
-    simple = not search.g.flipped and all(s == 1 for s in op.strides)
-    if not simple:
-        return _start_like(layer, layer.kernel.new_zeros(n, *layer.sizes)) * window
-    index = search.lattice.decode(search.where[i : i + 1])[1][0].tolist()
-    phase = torch.zeros((), dtype=torch.float64, device=layer.kernel.device)
-    for size, at, lattice, dilation in zip(layer.sizes, index, search.lattice.sizes, op.dilations, strict=True):
-        angle = 2 * math.pi * at / lattice / dilation
-        phase = phase[..., None] - angle * torch.arange(size, dtype=torch.float64, device=layer.kernel.device)
-    x = search.vectors[i].reshape(-1, *(1,) * phase.ndim) * torch.polar(window, phase)
-    if layer.kernel.is_complex():
-        return x
-    real, imaginary = x.real, x.imag
-    return real if float(real.norm()) >= float(imaginary.norm()) else imaginary
-
-
-def _start_like(layer: Layer, x: Tensor, number: int = 0) -> Tensor:
-    """A deterministic start vector of the shape of x, another one for each number."""
-    i = torch.arange(1, x.numel() + 1, dtype=torch.float64, device=x.device)
-    v = 0.3 + 0.5 * (i * (0.754877666 + 0.1 * number)).frac() * torch.where((i * i * (0.569840291 + 0.1 * number)).frac() < 0.5, -3.0, 2.0)
-    return v.reshape(x.shape).to(layer.kernel.dtype)

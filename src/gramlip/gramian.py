@@ -17,7 +17,8 @@ from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip.widen import widen
 
-TAP_BYTES = 128 << 20  # the autocorrelation is kept only while it is smaller than this
+TAP_BYTES = 208 << 20  # the autocorrelation is kept only while it is smaller than this
+WIDE_BYTES = 32 << 20  # and the float64 copy of the kernel while it is smaller than this
 MOST_TAPS = 4096  # and has at most so many taps
 CHUNK_BYTES = 4 << 20  # blocks are streamed in pieces of about this size, which caches hold
 
@@ -44,7 +45,7 @@ class Gramian:
         self._grid = torch.tensor(list(itertools.product(*map(range, self.span))), dtype=torch.int64).reshape(
             math.prod(self.span), self.axes
         )
-        self._small = self._tall.numel() * (16 if self.is_complex else 8) <= TAP_BYTES // 4
+        self._small = self._tall.numel() * (16 if self.is_complex else 8) <= WIDE_BYTES
         self.exponent = widen(self._tall, None)[1] if self._small else max(widen(t, None)[1] for t in self._tall.unbind(-1))
         self._wide = self._cast(self._tall) if self._small else None
         self.mass = self._mass()
@@ -206,8 +207,8 @@ class Gramian:
     def chunk(self) -> int:
         """How many blocks are worked on at once."""
         each = 16 * max(self.side**2, len(self.offsets) if self.taps is not None else self._tall.shape[-1])
-        # at least a dozen while memory allows: each piece reads all taps once
-        return max(1, CHUNK_BYTES // each, min(12, 12 * CHUNK_BYTES // each))
+        # several while memory allows: each piece reads all taps once
+        return max(1, CHUNK_BYTES // each, min(8, 8 * CHUNK_BYTES // each))
 
     def crude(self, group: int) -> float:
         """Upper bound of the norm without any frequency: `sum_p ||K_p||_F`, or the root of P times `||sum_p K_p* K_p||` (lemma 14)."""

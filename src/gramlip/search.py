@@ -45,11 +45,16 @@ Table = tuple[Tensor, Tensor]  # sorted keys and, for each, the least threshold 
 class Search(Ascent):
     """Encloses the largest norm of a symbol; `start` finds the lower side, `close` proves the upper one."""
 
-    def close(self, rtol: float | Tensor, only: Sequence[int] | None = None) -> list[Enclosure]:
-        """Prove for every layer (or `only` these) that nothing exceeds its lower side by more than `rtol`, unless the budget ends first."""
+    def close(self, rtol: float | Tensor, only: Sequence[int] | None = None, ceiling: Tensor | None = None) -> list[Enclosure]:
+        """Prove for every layer (or `only` these) that nothing exceeds its lower side by more than `rtol`, unless the budget ends first.
+
+        A value in `ceiling` is good enough as well where it is larger.
+        """
+        if ceiling is not None:
+            self.floor = torch.maximum(self.floor, ceiling)
         chosen = list(range(len(self.best))) if only is None else list(only)
         width = torch.as_tensor(rtol, dtype=torch.float64).expand(len(self.best)).clone()
-        self.rtol = float(width.min())
+        self.rtol = float((self._tau(width)[chosen] / self.best[chosen].sqrt().clamp_min(1e-300) - 1).min())
         stretch = torch.ones_like(self.best)  # beyond 1 once the width asked for cannot be had
         taps = self.g.tap_norms(self.items, self.best)
         groups = self.nonzero()
