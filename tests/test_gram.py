@@ -165,8 +165,9 @@ def test_batched_over_all_leading_axes():
     assert gl.gram_norm(random(0, 4, 3)).shape == (0,)
 
 
-def test_vmap_agrees_with_the_batch():
-    x = random(5, 4, 3)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vmap_agrees_with_the_batch(dtype):
+    x = random(5, 4, 3, dtype=dtype)
     assert torch.allclose(torch.vmap(gl.gram_norm)(x), gl.gram_norm(x), rtol=1e-13)
     gradients = torch.vmap(torch.func.grad(gl.gram_norm))(x)
     y = x.clone().requires_grad_()
@@ -189,7 +190,9 @@ def test_memory_of_backward_does_not_grow_with_the_steps():
 
 def test_not_contiguous_inputs():
     base = random(2, 10, 12)
-    for view in (base[:, ::2, ::3], base.mT, base.permute(1, 2, 0), base[:, :1].expand(2, 4, 12)):
+    other = random(2, 10, 12, dtype=torch.complex128)
+    views = [base[:, ::2, ::3], base.mT, base.permute(1, 2, 0), base[:, :1].expand(2, 4, 12)]
+    for view in (*views, other.mT, other.mH, other.conj(), other.permute(1, 2, 0)[::3], other[:, :1].expand(2, 4, 12)):
         assert torch.allclose(gl.gram_norm(view), gl.gram_norm(view.contiguous()), rtol=1e-13)
 
 
@@ -239,9 +242,10 @@ def test_a_training_loop_lowers_the_norm():
 
 
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")  # dynamo's own
-def test_torch_compile_takes_it_as_one_graph():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_compile_takes_it_as_one_graph(dtype):
     compiled = torch.compile(gl.gram_norm, backend="aot_eager", fullgraph=True)
-    x, y = random(2, 4, 3).requires_grad_(), random(2, 4, 3).requires_grad_()
+    x, y = (random(2, 4, 3, dtype=dtype).requires_grad_() for _ in range(2))
     value = compiled(x)
     value.sum().backward()
     gl.gram_norm(y).sum().backward()

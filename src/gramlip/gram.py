@@ -8,18 +8,33 @@ import torch
 from torch import Tensor
 
 
+def _reals(x: Tensor) -> Tensor:
+    """Matrices as rows of reals, of the same Frobenius norm: a CPU takes complex moduli and quotients one by one."""
+    return torch.view_as_real(x.resolve_conj()).flatten(-3) if x.is_complex() else x.flatten(-2)
+
+
+def _divided(x: Tensor, by: Tensor) -> Tensor:
+    """The matrices divided by a positive number each, zero by one."""
+    by = torch.where(by > 0, by, 1.0)
+    return torch.view_as_complex(torch.view_as_real(x.resolve_conj()) / by[..., None]) if x.is_complex() else x / by
+
+
+def _size(x: Tensor) -> Tensor:
+    """Frobenius norms (..., 1, 1)."""
+    return torch.linalg.vector_norm(_reals(x), dim=-1)[..., None, None]
+
+
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     """Frobenius-normalised matrices and the log of what was divided out; zero stays zero."""
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    norm = torch.where(norm > 0, norm, 1.0)
-    return x / norm, norm.log()
+    norm = _size(x)
+    return _divided(x, norm), torch.where(norm > 0, norm, 1.0).log()
 
 
 def _scaled(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The blocks, tall, divided by their largest entry so that no square over- or underflows."""
-    tall = blocks if blocks.shape[-2] >= blocks.shape[-1] else blocks.mH
-    peak = tall.detach().abs().amax(dim=(-2, -1), keepdim=True)
-    return tall / torch.where(peak > 0, peak, 1.0), peak
+    """The blocks, tall, divided by their largest part so that no square over- or underflows."""
+    peak = _reals(blocks.detach()).abs().amax(dim=-1)[..., None, None]
+    scaled = _divided(blocks, peak)
+    return scaled if blocks.shape[-2] >= blocks.shape[-1] else scaled.mH, peak
 
 
 def _spread(x: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -46,7 +61,7 @@ class _GramNorm(torch.autograd.Function):
             x, more = _unit(x @ x)
             log = 2 * log + more
         mean, deviation, weight = _spread(x)
-        top = mean + weight * torch.linalg.vector_norm(deviation, dim=(-2, -1), keepdim=True)
+        top = mean + weight * _size(deviation)
         root = 2.0**-n_iter
         return (peak * (log * root).exp() * top**root)[..., 0, 0]
 
@@ -62,18 +77,17 @@ class _GramNorm(torch.autograd.Function):
         tall, peak = _scaled(blocks)
         x, _ = _unit(tall.mH @ tall)
         power = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        for _ in range(ctx.n_iter - 1):
-            power, _ = _unit(power @ x)
+        for step in range(ctx.n_iter - 1):
+            power = _unit(power @ x)[0] if step else x
             x, _ = _unit(x @ x)
         _, deviation, weight = _spread(x)
-        size = torch.linalg.vector_norm(deviation, dim=(-2, -1), keepdim=True)
         slope = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) / x.shape[-1]
-        slope = slope + weight * deviation / torch.where(size > 0, size, 1.0)
+        slope = slope + weight * _divided(deviation, _size(deviation))
         grad = tall @ (power @ slope)
         # The value is homogeneous of degree one: Re <grad, blocks> = value (Euler) gives back the lengths divided out.
-        length = (grad.conj() * tall).real.sum((-2, -1), keepdim=True)
+        length = (_reals(grad) * _reals(tall)).sum(-1)[..., None, None]
         scale = value[..., None, None] / torch.where(peak > 0, peak, 1.0) * grads[0][..., None, None]
-        grad = grad / torch.where(length > 0, length, 1.0) * scale
+        grad = _divided(grad, length) * scale
         return (grad if blocks.shape[-2] >= blocks.shape[-1] else grad.mH), None
 
 
