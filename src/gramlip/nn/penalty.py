@@ -84,7 +84,7 @@ class LipschitzPenalty(nn.Module):
         every: int = 50,
         steps: int = 1,
         peaks: int = 8,
-        torus: int = 16,
+        torus: int = 8,
         where: Callable[[str, nn.Module], bool] | None = None,
         shared: bool = False,
     ) -> None:
@@ -127,12 +127,21 @@ class LipschitzPenalty(nn.Module):
     def sigmas(self) -> dict[str, Tensor]:
         """One tracking step: {path: norm estimate, a scalar with its graph}; a search where it is due."""
         trackers = cast("list[Tracker]", list(self.trackers))
-        if int(self.calls) % self.every == 0:
-            for tracker in trackers:
-                tracker.search()
+        due, first = self._due(int(self.calls)), 0
+        for tracker in trackers:
+            if mine := [i - first for i in due if first <= i < first + len(tracker)]:
+                tracker.search(mine)
+            first += len(tracker)
         self.calls += 1
         values = [sigma for tracker in trackers for sigma in tracker()]
         return dict(zip(self._paths, values, strict=True))
+
+    def _due(self, call: int) -> list[int]:
+        """The layers that a call searches: all at first, then each once in `every` calls, as evenly as it goes."""
+        count = len(self._paths)
+        if call == 0:
+            return list(range(count))
+        return [i % count for i in range(call * count // self.every, (call + 1) * count // self.every)]
 
     def certify(self, rtol: float = 1e-2) -> dict[str, Bound]:
         """{path: interval that holds}, for the input sizes of the example, by `gramlip.bound`; work is shared over the ranks."""

@@ -8,16 +8,16 @@ followed, since a penalty pushes the highest one down until another takes its pl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gramlip.blocks import transform
-from gramlip.nn.sigma import Plan, power, real_dtype, unit
+from gramlip.nn.sigma import Plan, real_dtype, unit
 
 SEARCH_STEPS = 12  # power steps per grid point in a search
+TOGETHER = 1 << 24  # entries of the waves that a search holds at a time
 STRIDES = (0.0, 1.0, 4.0)  # multiples of the safe step along the gradient that are tried; 0 keeps the frequency
 
 
@@ -29,6 +29,8 @@ class Tracker(nn.Module):
     """
 
     positions: Tensor
+    turns: Tensor
+    start: Tensor
     frequency: Tensor
     vector: Tensor
 
@@ -38,93 +40,112 @@ class Tracker(nn.Module):
         first = self._weights[0]().detach()
         shape, options = plan.kernel(first).shape, dict[str, Any](dtype=real_dtype(first), device=first.device)
         axes = [torch.arange(k, **options) - (k - 1) / 2 for k in shape[3:]]  # centred: a phase of D(w), which changes no norm
-        grid = torch.cartesian_prod(*axes).reshape(-1, len(axes)) if axes else torch.zeros(1, 0, **options)
+        half = [torch.arange(n if j + 1 < len(axes) else n // 2 + 1, device=first.device) for j, n in enumerate(plan.grid)]
         batch, peaks = len(self._weights) * plan.groups, min(peaks, math.prod(plan.grid) // 2 + 1)
-        self.register_buffer("positions", grid, persistent=False)
+        start = unit(torch.randn(shape[2], 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).flatten())
+        self.register_buffer("positions", _product(axes, options), persistent=False)
+        self.register_buffer("turns", _product(half, {"dtype": torch.int64, "device": first.device}), persistent=False)
+        self.register_buffer("start", start.reshape(shape[2], 2).to(**options), persistent=False)
         self.register_buffer("frequency", torch.zeros(batch, peaks, len(axes), **options))
         self.register_buffer("vector", torch.zeros(batch, peaks, shape[2], 2, **options))
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
     def forward(self) -> Tensor:
         """Track, then the norm estimates (L,) with their graph: times the padding's factor, lower estimates of the suprema."""
         with torch.autocast(self.frequency.device.type, enabled=False):
-            kernels = self.kernels()
+            kernels = self.kernels(range(len(self)))
             with torch.no_grad():
+                heights, fixed = self.frequency.new_zeros(()), kernels.detach()
                 for _ in range(self.steps):
-                    self._step(kernels.detach())
-                values = self._values(kernels.detach(), self._probes()).reshape(len(self._weights), -1)
-                best = values.argmax(-1)
-                chosen = best // self.frequency.shape[1] + self.plan.groups * torch.arange(len(best), device=best.device)
-                probes = self._probes()[chosen, best % self.frequency.shape[1]][:, None]
+                    heights = self._step(fixed)
+                best = heights.reshape(len(self), -1).argmax(-1)
+                peaks = self.frequency.shape[1]
+                chosen = best // peaks + self.plan.groups * torch.arange(len(self), device=best.device)
+                probes = self._probes(self.frequency[chosen, best % peaks], torch.view_as_complex(self.vector[chosen, best % peaks]))
             one = kernels if self.plan.groups == 1 else kernels[chosen]
-            return self._values(one, probes)[:, 0] * math.sqrt(self.plan.square)
+            return torch.linalg.vector_norm(_image(one, probes[:, None]), dim=(1, 2, 3)) * math.sqrt(self.plan.square)
 
-    def kernels(self) -> Tensor:
-        """The kernels (B, m, n, taps) in float32 at least, with their graph."""
-        parts = [self.plan.kernel(read()) for read in self._weights]
+    def kernels(self, which: Iterable[int]) -> Tensor:
+        """The kernels (B, m, n, taps) of some layers in float32 at least, with their graph."""
+        parts = [self.plan.kernel(self._weights[i]()) for i in which]
         stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
         return stacked.reshape(*stacked.shape[:3], -1).to(self.frequency.dtype)
 
     @torch.no_grad()
-    def search(self) -> None:
-        """Find the peaks afresh, by power iteration at every point of the grid; what was tracked stays where it is higher."""
-        kernels = self.kernels()
-        before = self._values(kernels, self._probes())
-        kept = self.frequency.clone(), self.vector.clone()
-        blocks = [transform(self.plan.kernel(read()).to(self.frequency.dtype), list(self.plan.grid)) for read in self._weights]
-        for i, block in enumerate(blocks):
-            self._find(block, slice(i * self.plan.groups, (i + 1) * self.plan.groups))
-        after = self._values(kernels, self._probes())
-        worse = after.amax(-1) < before.amax(-1)
-        self.frequency[worse, -1] = kept[0][worse, before.argmax(-1)[worse]]
-        self.vector[worse, -1] = kept[1][worse, before.argmax(-1)[worse]]
+    def search(self, which: Iterable[int] | None = None) -> None:
+        """Find the peaks of some layers afresh (None: all), by power iteration at every point of the grid.
 
-    def _find(self, blocks: Tensor, rows: slice) -> None:
-        """Peaks of one layer's blocks (groups, *half grid, m, n): the highest points, none next to a higher one taken before."""
-        groups, half, grid = blocks.shape[0], blocks.shape[1:-2], self.plan.grid
-        values, vectors = power(blocks.reshape(-1, *blocks.shape[-2:]), SEARCH_STEPS)
-        values, vectors = values.reshape(groups, -1), vectors.reshape(groups, -1, vectors.shape[-1])
-        index = torch.arange(values.shape[1], device=values.device)
-        turns = torch.stack(torch.unravel_index(index, half), -1) if half else index[:, None][:, :0]
-        sides = torch.tensor(grid, device=values.device)
-        left, line = values.clone(), torch.arange(groups, device=values.device)
-        for peak in range(self.frequency.shape[1]):
-            top = left.argmax(-1)
-            self.frequency[rows, peak] = (turns[top] * (2 * math.pi / sides)).to(self.frequency.dtype)
-            vector = vectors[line, top]
-            self.vector[rows, peak] = torch.view_as_real(vector) if vector.is_complex() else torch.stack([vector, 0 * vector], -1)
-            gap = (turns[None] - turns[top][:, None]).remainder(sides)
-            near = (torch.minimum(gap, sides - gap) <= 1).all(-1) if half else torch.ones_like(left, dtype=torch.bool)
+        What was tracked stays where it is higher.
+        """
+        kernels = self.kernels(which := list(range(len(self)) if which is None else which))
+        rows = (torch.tensor(which)[:, None] * self.plan.groups + torch.arange(self.plan.groups)).flatten().to(kernels.device)
+        each = max(1, TOGETHER // (len(self.turns) * kernels[0, 0].numel()))
+        with torch.autocast(kernels.device.type, enabled=False):
+            for some, part in zip(rows.split(each), kernels.split(each), strict=True):
+                self._search(part, some)
+
+    def _search(self, kernels: Tensor, rows: Tensor) -> None:
+        frequency, vector = self.frequency[rows], torch.view_as_complex(self.vector[rows])
+        before = self._values(kernels, frequency, vector)
+        line, best = torch.arange(len(rows), device=rows.device), before.argmax(-1)
+        # From what was tracked, so that no search undoes the steps before it, and a direction that is orthogonal to nothing for long.
+        found = self._peaks(kernels, unit(torch.view_as_complex(self.start) + vector[line, best]))
+        worse = self._values(kernels, *found).amax(-1) < before.amax(-1)
+        found[0][worse, -1] = frequency[worse, best[worse]]
+        found[1][worse, -1] = vector[worse, best[worse]]
+        self.frequency[rows], self.vector[rows] = found[0], torch.view_as_real(found[1])
+
+    def _peaks(self, kernels: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Frequencies and vectors of the highest points of the grid, none next to a higher one or to its mirror image.
+
+        The power iteration starts from `start` (B, n) at every point.
+        """
+        sides = torch.tensor(self.plan.grid, device=kernels.device)
+        points = (self.turns * (2 * math.pi / sides)).to(kernels.dtype)
+        waves = self._waves(points)
+        vectors = start[:, None].expand(-1, len(points), -1)
+        left = kernels.new_zeros(())
+        for _ in range(SEARCH_STEPS):
+            back = _back(kernels, _image(kernels, vectors[..., None] * waves[:, None]))
+            left, vectors = _split((back * waves.conj()[:, None]).sum(-1))
+        tops, line = [], torch.arange(len(kernels), device=kernels.device)
+        for _ in range(self.frequency.shape[1]):
+            tops.append(top := left.argmax(-1))
+            near = torch.zeros_like(left, dtype=torch.bool)
+            for other in (self.turns[top], -self.turns[top]):  # a real kernel has the same norm at w and -w
+                gap = (self.turns[None] - other[:, None]).remainder(sides)
+                near |= (torch.minimum(gap, sides - gap) <= 1).all(-1)
             left = torch.where(near, -1.0, left)
+        chosen = torch.stack(tops, -1)
+        return points[chosen], vectors[line[:, None], chosen]
 
     def _waves(self, frequency: Tensor) -> Tensor:
         """exp(-i p.w): (..., taps)."""
         angle = frequency @ self.positions.mT
         return torch.polar(torch.ones_like(angle), -angle)
 
-    def _probes(self) -> Tensor:
-        """V exp(-i p.w): (B, peaks, n, taps), complex; a kernel times it is D(w) v."""
-        return torch.view_as_complex(self.vector)[..., None] * self._waves(self.frequency)[..., None, :]
+    def _probes(self, frequency: Tensor, vector: Tensor) -> Tensor:
+        """V exp(-i p.w): (..., n, taps), complex; a kernel times it is D(w) v."""
+        return vector[..., None] * self._waves(frequency)[..., None, :]
 
-    @staticmethod
-    def _image(kernels: Tensor, probes: Tensor) -> Tensor:
-        """D(w) v: (B, m, peaks, 2)."""
-        columns = torch.view_as_real(probes.flatten(2).mT.contiguous())  # (B, n taps, peaks, 2)
-        return (kernels.flatten(2) @ columns.flatten(2)).unflatten(-1, columns.shape[2:])
-
-    def _values(self, kernels: Tensor, probes: Tensor) -> Tensor:
+    def _values(self, kernels: Tensor, frequency: Tensor, vector: Tensor) -> Tensor:
         """||D(w) v||: (B, peaks)."""
-        return torch.linalg.vector_norm(self._image(kernels, probes), dim=(1, 3))
+        return torch.linalg.vector_norm(_image(kernels, self._probes(frequency, vector)), dim=(1, 3))
 
-    def _step(self, kernels: Tensor) -> None:
-        """U from v, then w from (u, v), then v from (u, w): none of them lowers |u* D(w) v|."""
+    def _step(self, kernels: Tensor) -> Tensor:
+        """U from v, then w from (u, v), then v from (u, w): none of them lowers |u* D(w) v|, which is returned, (B, peaks)."""
         waves, v = self._waves(self.frequency), torch.view_as_complex(self.vector)
-        image = self._image(kernels, self._probes())
-        back = (kernels.flatten(2).mT @ image.flatten(2)).unflatten(-1, image.shape[2:])
-        back = torch.view_as_complex(back).mT.unflatten(-1, kernels.shape[2:])  # (B, peaks, n, taps): K* u
+        image = _image(kernels, v[..., None] * waves[..., None, :])
+        back = _back(kernels, image)
         if self.frequency.shape[-1]:
             self.frequency.copy_(self._climb((back.conj() * v[..., None]).sum(2), waves))
             waves = self._waves(self.frequency)
-        self.vector.copy_(torch.view_as_real(unit((back * waves.conj()[:, :, None]).sum(-1)).contiguous()))
+        length, v = _split((back * waves.conj()[:, :, None]).sum(-1))
+        self.vector.copy_(torch.view_as_real(v))
+        size = torch.linalg.vector_norm(image, dim=(1, 3))
+        return length / torch.where(size > 0, size, 1.0)
 
     def _climb(self, taps: Tensor, waves: Tensor) -> Tensor:
         """The frequencies moved along the gradient of `|sum_p c_p exp(-i p.w)|^2`, c_p = u* K_p v, as far as it grows."""
@@ -136,3 +157,25 @@ class Tracker(nn.Module):
         tried = self.frequency[..., None, :] + safe[..., None, :] * safe.new_tensor(STRIDES)[:, None]
         height = (taps[..., None, :] * self._waves(tried)).sum(-1).abs()
         return tried.take_along_dim(height.argmax(-1)[..., None, None], -2)[..., 0, :]
+
+
+def _product(axes: list[Tensor], options: dict[str, Any]) -> Tensor:
+    """All combinations (F, axes); one empty row without axes."""
+    return torch.cartesian_prod(*axes).reshape(-1, len(axes)) if axes else torch.zeros(1, 0, **options)
+
+
+def _image(kernels: Tensor, probes: Tensor) -> Tensor:
+    """D(w) v: (B, m, peaks, 2), from probes (B, peaks, n, taps)."""
+    columns = torch.view_as_real(probes.flatten(2).mT.contiguous())  # (B, n taps, peaks, 2)
+    return (kernels.flatten(2) @ columns.flatten(2)).unflatten(-1, columns.shape[2:])
+
+
+def _back(kernels: Tensor, image: Tensor) -> Tensor:
+    """K_p* u for every tap p: (B, peaks, n, taps), complex."""
+    back = (kernels.flatten(2).mT @ image.flatten(2)).unflatten(-1, image.shape[2:])
+    return torch.view_as_complex(back).mT.unflatten(-1, kernels.shape[2:])
+
+
+def _split(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths and unit vectors along the last axis."""
+    return torch.linalg.vector_norm(v, dim=-1), unit(v).contiguous()
