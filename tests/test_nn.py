@@ -59,7 +59,8 @@ FILLS = {
 }
 
 
-def make(name: str, fill: str = "random", **options: object) -> tuple[nn.Module, tuple[int, ...]]:
+def filled(name: str, fill: str = "random") -> tuple[nn.Module, tuple[int, ...]]:
+    """A layer of the table with weights of one kind, and the shape of its input."""
     torch.manual_seed(sum(map(ord, name + fill)))
     build, shape = LAYERS[name]
     layer = build()
@@ -67,6 +68,11 @@ def make(name: str, fill: str = "random", **options: object) -> tuple[nn.Module,
         FILLS[fill](layer.weight)
         if fill == "ones":
             layer.weight.add_(1.0)
+    return layer, shape
+
+
+def make(name: str, fill: str = "random", **options: object) -> tuple[nn.Module, tuple[int, ...]]:
+    layer, shape = filled(name, fill)
     return gnn.spectral_norm(layer, **options), shape
 
 
@@ -152,6 +158,7 @@ def test_baked_weights_are_certified_in_their_own_dtype(name: str, dtype: torch.
     size = shape[1:] or None
     assert type(layer) is type(LAYERS[name][0]())
     assert layer.weight.dtype == dtype
+    assert gl.bound(layer, size).upper <= 1.0
     assert gl.bound(layer, size, rtol=1e-3).upper <= 1.0
     assert 0.9 < truth(layer, shape) <= 1.0
 
@@ -301,7 +308,11 @@ def test_export_before_and_after_baking(model: nn.Sequential, x: torch.Tensor, s
     [
         (lambda: gnn.spectral_norm(nn.ReLU()), "has no tensor 'weight'"),
         (lambda: gnn.spectral_norm(nn.Linear(2, 2), target=0.0), "target=0.0"),
+        (lambda: gnn.spectral_norm(nn.Linear(2, 2), target="1"), "target='1'"),
         (lambda: gnn.spectral_norm(nn.Linear(2, 2), torus=2), "torus=2"),
+        (lambda: gnn.spectral_norm(nn.Linear(2, 2), torus=5.5), "torus=5.5"),
+        (lambda: gnn.spectral_norm(nn.Linear(2, 2), n_iter=1.5), "n_iter=1.5"),
+        (lambda: gnn.spectral_norm(nn.LazyLinear(2)), "run one forward pass first"),
         (lambda: gnn.spectral_norm(gnn.spectral_norm(nn.Linear(2, 2))), "normalised already"),
         (lambda: gnn.spectral_norm(nn.Linear(2, 2), "bias"), "expected a matrix"),
         (lambda: gnn.remove(nn.Linear(2, 2)), "holds no parametrization"),

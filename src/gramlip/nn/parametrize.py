@@ -37,7 +37,7 @@ class Normalised(nn.Module):
 
 def positive(name: str, value: float) -> float:
     """The value as a float, refused unless positive and finite."""
-    if isinstance(value, bool) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         msg = f"{name}={value!r} was given; expected a positive number such as 1.0"
         raise InputError(msg)
     return float(value)
@@ -46,6 +46,9 @@ def positive(name: str, value: float) -> float:
 def operator(module: nn.Module, name: str, input_size: Ints | None) -> Dense | Conv:
     """The operator whose weight is `module.name`: by its rule for "weight", otherwise a matrix."""
     weight = getattr(module, name, None)
+    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        msg = f"{type(module).__name__}.{name} has no shape yet; expected an initialised layer: run one forward pass first"
+        raise InputError(msg)
     if not isinstance(weight, Tensor):
         have = [n for n, _ in module.named_parameters(recurse=False)]
         msg = f"{type(module).__name__} has no tensor {name!r}; expected the name of one of its parameters: {have}"
@@ -133,11 +136,12 @@ def remove(model: nn.Module, rtol: float = 1e-3) -> nn.Module:
     """Bake: replace every parametrization of gramlip by a plain weight whose certified norm is at most its target.
 
     The weights keep the values that the network used, shrunk, where `gramlip.bound` asks for it, until
-    `gramlip.bound(layer, input_size).upper <= target` holds for the stored numbers in their own dtype. In place.
+    `gramlip.bound(layer, input_size).upper <= target` holds for the stored numbers in their own dtype, at the default width and at
+    `rtol`. In place.
 
     Args:
         model: a layer or a whole network.
-        rtol: width of the certificate; the weights shrink by about as much.
+        rtol: another width at which the certificate holds; the weights shrink by at most about the wider of the two.
 
     Raises:
         InputError: nothing to remove, or a target below what the dtype can hold.
@@ -164,12 +168,13 @@ def remove(model: nn.Module, rtol: float = 1e-3) -> nn.Module:
 
 
 def shrink(module: nn.Module, name: str, input_size: Ints | None, target: float, rtol: float) -> None:
-    """Scale `module.name` down, in its own dtype, until its certified norm is at most `target`."""
+    """Scale `module.name` down, in its own dtype, until its certified norm is at most `target` by default and at `rtol`."""
     weight: Tensor = getattr(module, name).data
     start, margin = weight.detach().clone(), torch.finfo(weight.dtype).eps / 4
     scale = 1.0
     for _ in range(TRIES):
-        upper = float(bound(operator(module, name, input_size), rtol=rtol).upper)
+        op = operator(module, name, input_size)
+        upper = max(float(bound(op).upper), float(bound(op, rtol=rtol).upper))
         if upper <= target:
             return
         scale *= target / upper * (1 - margin)

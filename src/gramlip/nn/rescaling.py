@@ -116,7 +116,7 @@ def spectral_rescaling(module: M, name: str = "weight", *, input_size: Ints | No
     >>> bound(spectral_rescaling(nn.Conv2d(3, 8, 3, padding=1)), rtol=1e-3).upper <= 1.001
     True
     """
-    if isinstance(n_iter, bool) or n_iter < 1:
+    if isinstance(n_iter, bool) or not isinstance(n_iter, int) or n_iter < 1:
         msg = f"n_iter={n_iter!r} was given; expected an integer of at least 1"
         raise InputError(msg)
     op = operator(module, name, input_size)

@@ -42,7 +42,7 @@ class Plan:
         >>> Plan.of(Conv(torch.ones(4, 4, 3, 3), input_size=56, padding=1)).grid
         (16, 16)
         """
-        if isinstance(torus, bool) or torus < 4:
+        if isinstance(torus, bool) or not isinstance(torus, int) or torus < 4:
             msg = f"torus={torus!r} was given; expected an integer of at least 4 grid points per axis, such as 16"
             raise InputError(msg)
         if isinstance(op, Dense):

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gramlip.errors import InputError
 from gramlip.nn.parametrize import Normalised, attach, layers, operator, positive
 from gramlip.nn.sigma import Plan, real_dtype
 from gramlip.operators import Ints
@@ -88,6 +89,9 @@ def spectral_norm(
     True
     """
     del n_power_iterations, eps, dim
+    if isinstance(n_iter, bool) or not isinstance(n_iter, int) or n_iter < 1:
+        msg = f"n_iter={n_iter!r} was given; expected an integer of at least 1"
+        raise InputError(msg)
     plan = Plan.of(operator(module, name, input_size), torus)
     attach(module, name, SpectralNorm(plan, input_size, positive("target", target), soft, n_iter))
     return module

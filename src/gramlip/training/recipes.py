@@ -55,8 +55,10 @@ class Recipe:
         return STD if self.whiten else (1.0,) * 3
 
 
-SMALL = Recipe("small", epochs=6, batch=128, optimiser="adam", lr=2e-3, samples=5000, whiten=False)
-DENOISER = replace(SMALL, model="denoiser", task="denoise", epochs=3, batch=32, clip=1.0, centre=False, samples=2000, test_samples=500)
+SMALL = Recipe("small", epochs=5, batch=128, optimiser="adam", lr=1e-3, whiten=False)
+DENOISER = replace(
+    SMALL, model="denoiser", task="denoise", epochs=3, batch=32, lr=2e-3, clip=1.0, centre=False, samples=2000, test_samples=500
+)
 
 RECIPES: dict[str, Recipe] = {
     "resnet18": Recipe("resnet18"),
@@ -64,11 +66,12 @@ RECIPES: dict[str, Recipe] = {
     "resnet18-gram": Recipe("resnet18", "gram"),
     "resnet18-normalised": Recipe("resnet18", "normalised"),
     "small": SMALL,
-    "small-penalised": replace(SMALL, control="penalised", strength=0.05),
-    "small-gram": replace(SMALL, control="gram", strength=0.05),
-    "small-reshaped": replace(SMALL, control="reshaped", strength=0.05),
-    "small-normalised": replace(SMALL, control="normalised", scale=128.0),
-    "small-rescaled": replace(SMALL, control="rescaled", scale=128.0),
+    "small-penalised": replace(SMALL, control="penalised", strength=0.1),
+    "small-gram": replace(SMALL, control="gram", strength=0.1),
+    "small-gram-equal": replace(SMALL, control="gram", strength=0.1, epochs=3),  # the epochs that the tracked penalty's time buys
+    "small-reshaped": replace(SMALL, control="reshaped", strength=0.1),
+    "small-normalised": replace(SMALL, control="normalised", scale=4.0),
+    "small-rescaled": replace(SMALL, control="rescaled", scale=4.0),
     "denoiser": DENOISER,
     "denoiser-rescaled": replace(DENOISER, control="rescaled"),
 }

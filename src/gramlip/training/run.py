@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import statistics
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,6 +27,7 @@ from gramlip.errors import InputError
 from gramlip.network import audit
 from gramlip.nn import normalised as parametrized
 from gramlip.nn import remove
+from gramlip.output import write_bytes_whole, write_whole
 from gramlip.training import data
 from gramlip.training.recipes import Recipe, recipe
 from gramlip.training.task import EXAMPLE, Audit, Task, chain, psnr
@@ -97,7 +99,7 @@ def _run(
     checkpoint = ModelCheckpoint(folder, save_last=True, save_top_k=0)
     trainer = lightning.Trainer(
         max_epochs=plan.epochs,
-        callbacks=[checkpoint, _Stop(stop_after), *([Audit()] if audit_every_epoch else [])],
+        callbacks=[checkpoint, clock := _Clock(), _Stop(stop_after), *([Audit()] if audit_every_epoch else [])],
         logger=CSVLogger(folder, name="logs", version=""),
         deterministic=True,
         gradient_clip_val=plan.clip,
@@ -109,12 +111,29 @@ def _run(
     trainer.fit(task, *loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     seconds = time.perf_counter() - begin
     done = {"recipe": name, "seed": seed, **plan.to_dict(), "finished_epochs": trainer.current_epoch, "seconds": seconds}
+    done["step_cpu_seconds"] = statistics.median(clock.steps) if clock.steps else None
     if trainer.current_epoch < plan.epochs:
         return done
     results = {**done, **evaluate(task, test_set)}
+    write_bytes_whole(folder / "weights.safetensors", save({k: v.contiguous() for k, v in task.net.state_dict().items()}))
     _write(folder / "results.json", results)
-    save_file({k: v.contiguous() for k, v in task.net.state_dict().items()}, folder / "weights.safetensors")
     return results
+
+
+class _Clock(lightning.Callback):
+    """CPU seconds of every step, forward, backward and update: what a step costs however busy the machine is."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self._begin = 0.0
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._begin = time.process_time()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.steps.append(time.process_time() - self._begin)
 
 
 class _Stop(lightning.Callback):
@@ -140,9 +159,7 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(file)
+    write_whole(file, json.dumps(content, indent=1) + "\n")
 
 
 def _loader(split: tuple[Tensor, Tensor], plan: Recipe, order: data.Order | None) -> DataLoader[Any]:
