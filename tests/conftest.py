@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import logging
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -24,3 +28,24 @@ def _one_seed_and_no_trace():
     torch.manual_seed(0)
     yield
     assert settings() == before
+
+
+@pytest.fixture(scope="session")
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the layout of CIFAR-10's parquet files."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    import pyarrow as pa
+    from PIL import Image
+    from pyarrow import parquet
+
+    folder = tmp_path_factory.mktemp("cifar")
+    source = torch.Generator().manual_seed(0)
+    for split, count in (("train", 64), ("test", 32)):
+        images = []
+        for pixels in torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=source):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels.numpy()).save(buffer, "png")
+            images.append({"bytes": buffer.getvalue(), "path": None})
+        table = pa.table({"img": images, "label": torch.randint(10, (count,), generator=source).tolist()})
+        parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+    return folder

@@ -7,20 +7,45 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from gramlip.cli import main
 from gramlip.errors import InputError
 from gramlip.methods import METHODS
 from gramlip.reproduce import EXPERIMENTS, Options, Task, reproduce
 from gramlip.reproduce.resnet18 import convolutions
+from gramlip.reproduce.training import PRESETS, preset
+from gramlip.training.models import MODELS
+from gramlip.training.recipes import RECIPES
+
+pytest.importorskip("lightning", reason="the extra gramlip[train]", exc_type=ImportError)
+from gramlip.training import run
 
 QUICK = Options(trials=1, quick=True)
 PNG = b"\x89PNG\r\n\x1a\n"
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning")  # its own use of what torch has deprecated
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small network of the training experiment as one that is audited in no time."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 4, 4, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10, bias=False))
+
+    monkeypatch.setitem(MODELS, "small", make)
+
+
+def quick(name: str, cifar: Path) -> Options:
+    return replace(QUICK, data=str(cifar)) if name == "training" else QUICK
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -29,22 +54,23 @@ def table(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment(name: str, tmp_path: Path) -> None:
-    files = reproduce(EXPERIMENTS[name], tmp_path / "new", QUICK)
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(files)
+def test_every_experiment(name: str, tmp_path: Path, cifar: Path) -> None:
+    options = quick(name, cifar)
+    files = reproduce(EXPERIMENTS[name], tmp_path / "new", options)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir() if path.is_file()) == sorted(files)
     assert files["figure.png"].read_bytes().startswith(PNG)
     assert "| --- |" in files["summary.md"].read_text()
     header = json.loads(files["run.json"].read_text())
     assert {"device", "torch", "threads", "trials", "warm_up_dropped", "seed"} <= set(header)
     rows = table(tmp_path / "new")
-    assert len({row["task"] for row in rows}) == len(EXPERIMENTS[name].tasks(QUICK))
+    assert len({row["task"] for row in rows}) == len(EXPERIMENTS[name].tasks(options))
     before = files["results.csv"].read_bytes()
 
     def nothing_left(tasks: list[Task]) -> list[Task]:
         assert tasks == []
         return tasks
 
-    reproduce(EXPERIMENTS[name], tmp_path / "new", QUICK, nothing_left)
+    reproduce(EXPERIMENTS[name], tmp_path / "new", options, nothing_left)
     assert files["results.csv"].read_bytes() == before
 
 
@@ -63,6 +89,48 @@ def test_interrupted_and_resumed(tmp_path: Path) -> None:
     part, whole = table(tmp_path / "part"), table(tmp_path / "whole")
     assert part[:3] == first
     assert [row | {"seconds": ""} for row in part] == [row | {"seconds": ""} for row in whole]
+
+
+def test_training_goes_on_within_a_network(tmp_path: Path, cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends in the middle of a network goes on from its last epoch, and ends as the whole run does."""
+    options = quick("training", cifar)
+    reproduce(EXPERIMENTS["training"], tmp_path / "whole", options)
+    train = run.train
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train", lambda *args, **changes: train(*args, **changes, stop_after=1))
+        with pytest.raises(InputError, match="stopped after 1 of 2 epochs"):
+            reproduce(EXPERIMENTS["training"], tmp_path / "parts", options)
+    assert not (tmp_path / "parts" / "results.csv").exists()
+    reproduce(EXPERIMENTS["training"], tmp_path / "parts", options)
+    whole, parts = table(tmp_path / "whole"), table(tmp_path / "parts")
+    assert [row | {"seconds": ""} for row in parts] == [row | {"seconds": ""} for row in whole]
+    assert {row["control"] for row in whole if row["kind"] == "end"} == {"plain", "gram", "penalised", "normalised"}
+    for row in whole:
+        if row["kind"] == "end":
+            assert float(row["lower"]) <= float(row["upper"])
+            assert float(row["certified 0.1412"]) <= float(row["accuracy"])
+
+
+def test_training_is_the_papers_on_a_gpu_and_small_on_a_cpu(cifar: Path) -> None:
+    assert preset(Options()) == "small"
+    assert preset(Options(torch.device("cuda"))) == "paper"
+    assert preset(Options(preset="paper")) == "paper"
+    assert [PRESETS["paper"], {n for n in RECIPES if n.startswith("resnet18")}] == [
+        ("resnet18", {}),
+        {"resnet18", "resnet18-gram", "resnet18-penalised", "resnet18-normalised"},
+    ]
+    with pytest.raises(InputError, match="type --data DIR"):
+        EXPERIMENTS["training"].tasks(Options())
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="type --device cpu"):
+            EXPERIMENTS["training"].tasks(Options(torch.device("cuda"), data=str(cifar)))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "under"):
+        with pytest.raises(InputError, match="cannot be made"):
+            reproduce(EXPERIMENTS["dense"], place, QUICK)
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,27 +23,6 @@ from gramlip.training.recipes import RECIPES  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning")  # its own use of what torch has deprecated
 TINY = {"epochs": 2, "samples": 48, "test_samples": 16, "batch": 16}
-
-
-@pytest.fixture(scope="module")
-def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in the layout of CIFAR-10's parquet files."""
-    import pyarrow as pa
-    from PIL import Image
-    from pyarrow import parquet
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    folder = tmp_path_factory.mktemp("cifar")
-    source = torch.Generator().manual_seed(0)
-    for split, count in (("train", 64), ("test", 32)):
-        images = []
-        for pixels in torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=source):
-            buffer = io.BytesIO()
-            Image.fromarray(pixels.numpy()).save(buffer, "png")
-            images.append({"bytes": buffer.getvalue(), "path": None})
-        table = pa.table({"img": images, "label": torch.randint(10, (count,), generator=source).tolist()})
-        parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
-    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -135,4 +135,4 @@ def tell(rows: list[Row]) -> str:
     )
 
 
-RESNET18 = Experiment("resnet18", "The convolutions of ResNet18 at 224x224 (paper, section 5.3)", tasks, draw, tell, takes_weights=True)
+RESNET18 = Experiment("resnet18", "The convolutions of ResNet18 at 224x224 (paper, section 5.3)", tasks, draw, tell, takes=("weights",))

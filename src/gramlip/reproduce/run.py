@@ -6,8 +6,9 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,18 +28,33 @@ Row = dict[str, str | float | int]
 
 @dataclass(frozen=True)
 class Options:
-    """What a run depends on; `quick` shrinks it to seconds, `weights` is a state dict's file."""
+    """What a run depends on.
+
+    Attributes:
+        device: where it runs.
+        trials: timed runs of each method.
+        seed: of everything random.
+        quick: shrinks it to seconds.
+        weights: a state dict's file.
+        data: folder of images, or the name of a data set on the hub.
+        preset: a name that the experiment knows; None lets the device decide.
+        scratch: folder in which a task may keep what it goes on from.
+    """
 
     device: torch.device = CPU
     trials: int = 5
     seed: int = 0
     quick: bool = False
     weights: Path | None = None
+    data: str | None = None
+    preset: str | None = None
+    scratch: Path = Path("runs")
 
     def settings(self, name: str) -> dict[str, str | int | bool | None]:
         """The header that stands beside the rows: a run is only resumed under the same."""
         digest = None if self.weights is None else hashlib.sha256(self.weights.read_bytes()).hexdigest()[:16]
         own = {"seed": self.seed, "quick": self.quick, "trials": self.trials, "warm_up_dropped": WARM_UP, "weights_sha256": digest}
+        own |= {} if self.preset is None else {"preset": self.preset}
         return {"experiment": name} | environment(self.device) | own
 
 
@@ -60,7 +76,7 @@ class Experiment:
         tasks: the steps under the given options.
         draw: rows -> figure.
         tell: rows -> text, Markdown tables.
-        takes_weights: whether a state dict may be given.
+        takes: which of the options "weights", "data" and "preset" it knows.
     """
 
     name: str
@@ -68,7 +84,7 @@ class Experiment:
     tasks: Callable[[Options], Sequence[Task]]
     draw: Callable[[list[Row]], Figure]
     tell: Callable[[list[Row]], str]
-    takes_weights: bool = False
+    takes: tuple[str, ...] = ()
 
 
 def reproduce(
@@ -88,21 +104,36 @@ def reproduce(
     Raises:
         InputError: the folder holds a run under other settings, or a table that is no such run's.
     """
-    if options.weights is not None and not experiment.takes_weights:
-        msg = f"weights were given to {experiment.name}, which draws its own; expected none: leave --weights out"
-        raise InputError(msg)
-    folder.mkdir(parents=True, exist_ok=True)
+    for option in ("weights", "data", "preset"):
+        if getattr(options, option) is not None and option not in experiment.takes:
+            msg = f"--{option} was given to {experiment.name}, which has no use for it; expected none: leave --{option} out"
+            raise InputError(msg)
+    options = replace(options, scratch=folder / "runs")
+    every = experiment.tasks(options)
+    _make(folder)
     files = {name: folder / name for name in ("run.json", "results.csv", "figure.png", "summary.md")}
     header = _header(files, options.settings(experiment.name))
     rows = _read(files["results.csv"])
     done = {row["task"] for row in rows}
-    for task in watch([t for t in experiment.tasks(options) if t.name not in done]):
+    for task in watch([t for t in every if t.name not in done]):
         rows += [{"task": task.name} | row for row in task.run()]
         write_whole(files["results.csv"], _written(rows))
     save(experiment.draw(rows), files["figure.png"])
     told = ", ".join(f"{key} {value}" for key, value in header.items() if value is not None)
     write_whole(files["summary.md"], f"# {experiment.title}\n\n{experiment.tell(rows)}\n\n{told}\n")
     return files
+
+
+def _make(folder: Path) -> None:
+    """The folder, where files can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"--out {folder} cannot be made ({error.strerror}); expected a folder that can be written: type --out DIR"
+        raise InputError(msg) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        msg = f"--out {folder} cannot be written; expected a folder that can be: type --out DIR"
+        raise InputError(msg)
 
 
 def _header(files: dict[str, Path], settings: dict[str, Any]) -> dict[str, Any]:
@@ -129,8 +160,8 @@ def _read(path: Path) -> list[Row]:
         return []
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    if rows and "task" not in rows[0]:
-        msg = f"{path} has columns {', '.join(rows[0])}; expected a table of gramlip reproduce: type --out with a new folder"
+    if any("task" not in row or None in row or None in row.values() for row in rows):
+        msg = f"{path} is no table of gramlip reproduce, or a torn one; expected whole rows with a task: type --out with a new folder"
         raise InputError(msg)
     return [{key: _number(value) for key, value in row.items()} for row in rows]
 
