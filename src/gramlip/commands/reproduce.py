@@ -18,7 +18,9 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser("reproduce", help="run an experiment of the paper: table, figure and summary in a folder")
     titles = "; ".join(f"{name}: {experiment.title}" for name, experiment in EXPERIMENTS.items())
     parser.add_argument("experiment", choices=list(EXPERIMENTS), metavar="EXPERIMENT", help=titles.replace("%", "%%"))
-    parser.add_argument("--out", type=folder, metavar="DIR", help="folder of the results, resumed where it exists (default runs/EXPERIMENT)")
+    parser.add_argument(
+        "--out", type=folder, metavar="DIR", help="folder of the results, resumed where it exists (default runs/EXPERIMENT)"
+    )
     parser.add_argument("--weights", type=Path, metavar="FILE", help="resnet18: torchvision's state dict (default: random He weights)")
     parser.add_argument("--data", metavar="DIR", help="training: folder of CIFAR-10's parquet files, or uoft-cs/cifar10 for the hub's")
     parser.add_argument("--preset", choices=("paper", "small"), help="training: ResNet-18 for 200 epochs, or minutes on a CPU (by device)")
