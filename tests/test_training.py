@@ -20,6 +20,7 @@ lightning = pytest.importorskip("lightning", reason="the extra gramlip[train]", 
 from gramlip.training import data, run  # noqa: E402
 from gramlip.training.models import MODELS, build  # noqa: E402
 from gramlip.training.recipes import RECIPES  # noqa: E402
+from gramlip.training.task import Task  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning")  # its own use of what torch has deprecated
 TINY = {"epochs": 2, "samples": 48, "test_samples": 16, "batch": 16}
@@ -54,6 +55,29 @@ def test_an_interrupted_run_ends_as_the_whole_run(name: str, cifar: Path, tmp_pa
     assert {k: v for k, v in whole.items() if k not in timed} == {k: v for k, v in second.items() if k not in timed}
     header = (tmp_path / "whole" / "logs" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"loss", "accuracy", "upper/0", "upper_product"} <= set(header)
+
+
+def test_a_run_that_dies_goes_on_from_its_last_epoch(cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train("small-penalised", cifar, tmp_path / "whole", epochs=3)
+    step, calls = Task.training_step, []
+
+    def dies(self: Task, batch: Any, index: int) -> torch.Tensor:
+        calls.append(index)
+        if len(calls) == 5:  # the second of the second epoch's three steps
+            raise SystemExit
+        return step(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "training_step", dies)
+        with pytest.raises(SystemExit):
+            train("small-penalised", cifar, tmp_path / "parts", epochs=3)
+    assert torch.load(tmp_path / "parts" / "last.ckpt", weights_only=True)["global_step"] == 3
+    again = train("small-penalised", cifar, tmp_path / "parts", epochs=3)
+    left, right = (load_file(tmp_path / part / "weights.safetensors") for part in ("whole", "parts"))
+    assert all(torch.equal(left[k], right[k]) for k in left)
+    assert again["constant"] == whole["constant"]
+    logs = [(tmp_path / part / "logs" / "metrics.csv").read_text() for part in ("whole", "parts")]
+    assert logs[0] == logs[1]  # nothing is lost, and nothing is there twice
 
 
 @pytest.mark.parametrize(

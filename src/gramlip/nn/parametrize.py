@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from gramlip.errors import InputError, UnsupportedError
@@ -46,7 +47,7 @@ def positive(name: str, value: float) -> float:
 def operator(module: nn.Module, name: str, input_size: Ints | None) -> Dense | Conv:
     """The operator whose weight is `module.name`: by its rule for "weight", otherwise a matrix."""
     weight = getattr(module, name, None)
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if weight is not None and is_lazy(weight):
         msg = f"{type(module).__name__}.{name} has no shape yet; expected an initialised layer: run one forward pass first"
         raise InputError(msg)
     if not isinstance(weight, Tensor):

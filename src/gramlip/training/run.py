@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -11,7 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import numpy as np
@@ -96,17 +97,18 @@ def _run(
     task = Task(plan, seed)
     train_set, test_set = (data.load(source, split, n) for split, n in (("train", plan.samples), ("test", plan.test_samples)))
     loaders = _loader(train_set, plan, data.Order(len(train_set[1]), seed)), _loader(test_set, plan, None)
-    checkpoint = ModelCheckpoint(folder, save_last=True, save_top_k=0)
+    # The newest under one name. Keeping "the last beside the best 0" would write it when training ends, and not before.
+    checkpoint = ModelCheckpoint(folder, "last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False)
+    last = folder / "last.ckpt"
     trainer = lightning.Trainer(
         max_epochs=plan.epochs,
         callbacks=[checkpoint, clock := _Clock(), _Stop(stop_after), *([Audit()] if audit_every_epoch else [])],
-        logger=CSVLogger(folder, name="logs", version=""),
+        logger=_logger(folder, last),
         deterministic=True,
         gradient_clip_val=plan.clip,
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    last = folder / "last.ckpt"
     begin = time.perf_counter()
     trainer.fit(task, *loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     seconds = time.perf_counter() - begin
@@ -118,6 +120,20 @@ def _run(
     write_bytes_whole(folder / "weights.safetensors", save({k: v.contiguous() for k, v in task.net.state_dict().items()}))
     _write(folder / "results.json", results)
     return results
+
+
+def _logger(folder: Path, last: Path) -> CSVLogger:
+    """The CSV logs, with the rows of a run that is gone on with, up to its checkpoint: Lightning would start an empty file."""
+    file, rows = folder / "logs" / "metrics.csv", list[dict[str, str]]()
+    if file.exists() and last.exists():
+        done = int(torch.load(last, weights_only=True, map_location="cpu")["global_step"])
+        with file.open(newline="") as text:
+            rows = [row for row in csv.DictReader(text) if int(row["step"]) < done]
+    logger = CSVLogger(folder, name="logs", version="")
+    for row in rows:
+        logger.log_metrics(cast("Any", {k: v for k, v in row.items() if v and k != "step"}), int(row["step"]))
+    logger.save()
+    return logger
 
 
 class _Clock(lightning.Callback):
