@@ -109,21 +109,21 @@ def rayleigh(g: Tensor, v: Tensor, noise: Tensor) -> Tensor:
 def lanczos(g: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Leading Ritz values and vectors of the blocks after a few Lanczos steps from `start` (F, c)."""
     steps = min(steps, g.shape[-1])
-    basis = g.new_zeros(len(g), steps, g.shape[-1])  # orthonormal rows
-    small = g.new_zeros(len(g), steps, steps)
-    v = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)
+    basis, diagonal, beside = [start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)], [], []
     for j in range(steps):
-        basis[:, j] = v
-        w = (g @ v[..., None])[..., 0]
-        q = basis[:, : j + 1]
-        for again in range(2):  # orthogonalised twice against all: the basis is short
-            part = q.conj() @ w[..., None]
-            small[:, : j + 1, j] += part[..., 0]
-            if j + 1 == steps and not again:
-                break
-            w = w - (q.mT @ part)[..., 0]
+        w = (g @ basis[-1][..., None])[..., 0]
+        diagonal.append((basis[-1].conj() * w).sum(-1).real)
+        if j + 1 == steps:
+            break
+        for _ in range(2):  # orthogonalised twice against all: the basis is short
+            q = torch.stack(basis, -1)
+            w = w - (q @ (q.mH @ w[..., None]))[..., 0]
         size = torch.linalg.vector_norm(w, dim=-1)
-        v = w / torch.where(size > 0, size, 1.0)[:, None]
-    small = torch.triu(small)
-    values, vectors = torch.linalg.eigh(small, UPLO="U")
-    return values[:, -1], (basis.mT @ vectors[..., -1:])[..., 0]
+        beside.append(size)
+        basis.append(w / torch.where(size > 0, size, 1.0)[:, None])
+    small = torch.diag_embed(torch.stack(diagonal, -1))
+    if beside:
+        off = torch.diag_embed(torch.stack(beside, -1), offset=1)
+        small = small + off + off.mH
+    values, vectors = torch.linalg.eigh(small)
+    return values[:, -1], (torch.stack(basis, -1) @ vectors[..., -1:].to(g.dtype))[..., 0]

@@ -185,7 +185,7 @@ class Search(Ascent):
         candidates = failed[close]
         if not len(candidates):
             return
-        values = self.survey(candidates[: 4 * self.g.chunk()], steps)
+        values = self.raise_lower(candidates[: 4 * self.g.chunk()], steps)
         item = item[close][: 4 * self.g.chunk()]
         rising = item[values > self.best[item] * (1 - width[item] / 2)].unique()
         if len(rising):
