@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gramlip as gl
 from gramlip import nn as gnn
-from gramlip.nn.sigma import Plan
+from gramlip.nn.sigma import Plan, largest
 
 
 def truth(layer: nn.Module, shape: tuple[int, ...]) -> float:
@@ -276,11 +276,19 @@ def test_several_forwards_before_a_backward_and_cached(model: nn.Sequential, x: 
     assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-5) for a, p in zip(plain, model.parameters(), strict=True))
 
 
+def test_the_index_that_compiled_code_gets_is_aligned() -> None:
+    blocks = torch.eye(4) * torch.linspace(1 - 1e-6, 1, 30)[:, None, None]  # no estimate rules any of them out
+    _, index = largest(blocks, 6)
+    assert index.item() == 29
+    assert index.storage_offset() == 0
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compile_in_one_graph(backend: str) -> None:
     torch._dynamo.reset()
-    model = gnn.spectral_norm_(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
-    x = torch.randn(2, 4)
+    torch.manual_seed(0)
+    model = gnn.spectral_norm_(nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4)))
+    x = torch.randn(2, 2, 4, 4)
     model(x).sum().backward()
     expected = model[0].parametrizations.weight.original.grad.clone()
     model.zero_grad()

@@ -146,13 +146,24 @@ def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "epoch=1"], "['epoch'] were given"),
         (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "epochs"], "expected FIELD=VALUE"),
         (["train", "small", "--data", "OUT", "--out", "OUT"], "holds no train-*.parquet"),
+        (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "control=fast"], "control='fast' was given; expected one of plain"),
+        (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "batch=0"], "batch=0 was given; expected a whole number"),
+        (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "lr=high"], "lr='high' was given; expected a positive number"),
+        (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "task=denoise"], "expected model='denoiser'"),
+        (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "augment=1"], "augment=1 was given; expected true or false"),
+        (["certify", "BROKEN", "--data", "CIFAR"], "expected a folder that gramlip train finished"),
+        (["certify", ":small", "--data", "CIFAR"], "expected a folder that gramlip train finished, or package.module:callable"),
+        (["certify", "gramlip.training.models:build", "--data", "CIFAR"], "TypeError: build() missing"),
+        (["certify", "gramlip.training.models:small", "--data", "CIFAR", "--samples", "0"], "a whole number of at least 1"),
         (["certify", "nowhere", "--data", "CIFAR"], "expected a folder that gramlip train finished"),
         (["certify", "gramlip:nothing", "--data", "CIFAR"], "expected package.module:callable"),
         (["certify", "gramlip.training.models:small", "--data", "CIFAR", "--eps", "-1"], "expected a radius of at least 0"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], message: str, cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = {"CIFAR": str(cifar), "OUT": str(tmp_path / "out")}
+    names = {"CIFAR": str(cifar), "OUT": str(tmp_path / "out"), "BROKEN": str(tmp_path)}
+    (tmp_path / "weights.safetensors").write_text("x")
+    (tmp_path / "recipe.json").write_text("{}")
     assert cli.main([names.get(a, a) for a in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -16,9 +16,10 @@ from torch import nn
 from gramlip import robust
 from gramlip.errors import InputError
 from gramlip.network import audit
-from gramlip.options import tolerance
+from gramlip.options import count, tolerance
 from gramlip.output import check_output, emit, write_whole
 from gramlip.training import data
+from gramlip.training.recipes import MEAN, STD, Recipe
 
 
 def eps(text: str) -> float:
@@ -45,7 +46,7 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--eps", type=eps, nargs="+", default=list(robust.EPS), metavar="E", help="radii, pixels in [0, 1] (default 36/255 ...)"
     )
-    parser.add_argument("--samples", type=int, metavar="N", help="only the first N test images")
+    parser.add_argument("--samples", type=count, metavar="N", help="only the first N test images")
     parser.add_argument("--normalised", action="store_true", help="the model takes pixels less CIFAR-10's mean, over its std")
     parser.add_argument("--attack", action="store_true", help="also the accuracy under attack at each radius; needs gramlip[attack]")
     parser.add_argument("--rtol", type=tolerance, default=1e-2, metavar="R", help="relative width of each layer's interval (default 1e-2)")
@@ -74,6 +75,23 @@ def run(args: Namespace) -> int:
     return 0
 
 
+def _finished(folder: Path) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+    """The model of a run of `gramlip train`."""
+    from safetensors.torch import load_file
+
+    from gramlip.training.models import build
+
+    try:
+        saved = json.loads((folder / "recipe.json").read_text())
+        plan = Recipe(**{k: v for k, v in saved.items() if k not in ("recipe", "seed")})
+        model = build(plan.model, "plain")
+        model.load_state_dict(load_file(folder / "weights.safetensors"))
+    except Exception as error:  # a damaged file shows in many ways
+        msg = f"{folder}: {type(error).__name__}: {error}; expected a folder that gramlip train finished"
+        raise InputError(msg.replace("\n", " ")) from error
+    return model.eval(), plan.mean, plan.std
+
+
 def _certified(model: nn.Module, batches: list[Any], shape: tuple[int, ...], args: Namespace, std: tuple[float, ...]) -> robust.Certified:
     """By pairs of classes where the network is a chain that ends in a linear layer."""
     if isinstance(model, nn.Sequential) and isinstance(last := model[-1], nn.Linear):
@@ -83,33 +101,22 @@ def _certified(model: nn.Module, batches: list[Any], shape: tuple[int, ...], arg
 
 def _model(target: str, normalised: bool) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
     """The model in eval mode, with the mean and std of its input."""
-    from gramlip.training import recipes
-
     path = Path(target)
     if (path / "weights.safetensors").is_file():
-        from safetensors.torch import load_file
-
-        from gramlip.training.models import build
-
-        saved = json.loads((path / "recipe.json").read_text())
-        plan = recipes.Recipe(**{k: v for k, v in saved.items() if k not in ("recipe", "seed")})
-        model = build(plan.model, "plain")
-        model.load_state_dict(load_file(path / "weights.safetensors"))
-        return model.eval(), plan.mean, plan.std
+        return _finished(path)
     place, colon, name = target.partition(":")
-    if not colon:
+    if not (place and colon and name):
         msg = f"{target} was given; expected a folder that gramlip train finished, or package.module:callable"
         raise InputError(msg)
     sys.path.insert(0, str(Path.cwd()))
     try:
         model = getattr(import_module(place), name)()
-    except (ImportError, AttributeError) as error:
-        msg = f"{target}: {error}; expected package.module:callable, found from the current folder"
+    except Exception as error:  # whatever the user's code raises
+        msg = f"{target}: {type(error).__name__}: {error}; expected package.module:callable, found from the current folder, to give a model"
         raise InputError(msg) from error
     finally:
         sys.path.remove(str(Path.cwd()))
     if not isinstance(model, nn.Module):
         msg = f"{target} returned {type(model).__name__}; expected a torch.nn.Module"
         raise InputError(msg)
-    plain = recipes.Recipe("", centre=normalised, whiten=normalised)
-    return model.eval(), plain.mean, plain.std
+    return (model.eval(), MEAN, STD) if normalised else (model.eval(), (0.0,) * 3, (1.0,) * 3)

@@ -136,7 +136,7 @@ def largest(blocks: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
         alive = ~(value < floor)  # a NaN stays, and is seen
         keep, value = keep[alive], value[alive]
     top, where = value.max(0)  # pyright: ignore[reportPossiblyUnboundVariable]
-    return top, keep[where]
+    return top, keep[where].clone()  # not a view into the middle of `keep`: compiled code asks for aligned storage
 
 
 def _frobenius(blocks: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -9,6 +11,24 @@ from gramlip.errors import InputError
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 """Of CIFAR-10's training pixels, by channel."""
+
+
+CHOICES = {
+    "model": ("resnet18", "small", "denoiser"),
+    "control": ("plain", "penalised", "gram", "reshaped", "normalised", "rescaled"),
+    "task": ("classify", "denoise"),
+    "optimiser": ("sgd", "adam"),
+}
+NUMBERS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("epochs", "batch", "samples", "test_samples"), (int, lambda x: x >= 1, "a whole number of at least 1")),
+    **dict.fromkeys(("lr", "threshold", "target", "scale", "clip"), (int | float, lambda x: 0 < x < math.inf, "a positive number")),
+    **dict.fromkeys(
+        ("momentum", "weight_decay", "strength", "noise"), (int | float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+    ),
+    **dict.fromkeys(("centre", "whiten", "augment"), (bool, lambda _: True, "true or false")),
+}
+"""Field -> its type, the values that it takes, and both in words."""
+OPTIONAL = ("samples", "test_samples", "clip")
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,27 @@ class Recipe:
     augment: bool = True
     samples: int | None = None
     test_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no run could be made of.
+
+        Raises:
+            InputError: a word that is not among the choices, or a number out of its range.
+        """
+        for field, choices in CHOICES.items():
+            if (value := getattr(self, field)) not in choices:
+                msg = f"{field}={value!r} was given; expected one of {', '.join(choices)}"
+                raise InputError(msg)
+        for field, (kind, fits, words) in NUMBERS.items():
+            value = getattr(self, field)
+            if value is None and field in OPTIONAL:
+                continue
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool) or not fits(value):
+                msg = f"{field}={value!r} was given; expected {words}"
+                raise InputError(msg)
+        if (self.model == "denoiser") != (self.task == "denoise"):
+            msg = f"model={self.model!r} was given with task={self.task!r}; expected model='denoiser' for task='denoise' alone"
+            raise InputError(msg)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
