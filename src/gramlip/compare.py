@@ -22,7 +22,7 @@ _SIDES = {"exact": "exact", "upper": "upper", "lower": "lower", "estimate": "eit
 class Value:
     """One method on one layer; `value` is None where the method is not valid for it, and `refused` says why.
 
-    `error` is relative to the middle of the certified interval [lower, upper], which is all that is known of the truth.
+    `error` is what is proved of its error: the relative distance to the certified interval [lower, upper], 0 inside.
     """
 
     layer: str
@@ -37,9 +37,10 @@ class Value:
 
     @property
     def error(self) -> float | None:
-        """Relative error, None without a value or for a zero layer."""
-        middle = (self.lower + self.upper) / 2
-        return None if self.value is None or middle == 0.0 else self.value / middle - 1
+        """Relative distance to the interval, None without a value or for a zero layer."""
+        if self.value is None or self.lower <= 0.0:
+            return None
+        return self.value / min(max(self.value, self.lower), self.upper) - 1
 
     @property
     def verdict(self) -> str:
@@ -74,6 +75,11 @@ class Comparison:
     values: tuple[Value, ...]
     header: dict[str, str | int] = field(default_factory=dict[str, str | int])
 
+    @property
+    def width(self) -> float:
+        """The largest relative width of the certified intervals."""
+        return max((v.upper / v.lower - 1 for v in self.values if v.lower > 0), default=0.0)
+
     def to_json(self) -> str:
         """Standard JSON text, schema 1."""
         rows = [value.to_dict() for value in self.values]
@@ -96,7 +102,7 @@ class Comparison:
         return "\n\n".join(text)
 
     def _totals(self) -> list[tuple[str, ...]]:
-        rows: list[tuple[str, ...]] = [("all layers", "side", "valid on", "product of value / truth", "total time")]
+        rows: list[tuple[str, ...]] = [("all layers", "side", "valid on", "product of 1 + error", "total time")]
         for name in dict.fromkeys(v.method for v in self.values):
             valid = [v for v in self.values if v.method == name and v.value is not None]
             if valid:
@@ -109,8 +115,8 @@ class Comparison:
     def _legend(self) -> str:
         header = ", ".join(f"{key} {value}" for key, value in self.header.items())
         return (
-            "side: where the formula stands in exact arithmetic; error: against the middle of the certified interval;\n"
-            f"stands: where the value lies against that interval.\n{header}"
+            "side: where the formula stands in exact arithmetic; error: distance to the certified interval, 0 inside;\n"
+            f"stands: where the value lies against that interval, which is at most {self.width:.1g} wide.\n{header}"
         )
 
 

@@ -100,7 +100,7 @@ def draw(rows: list[Row]) -> Figure:
     """Share of cases below the truth, by method and precision."""
     made, (ax,) = figure(width=7.0, height=4.6)
     names = [name for name in CLAIMS if pick(rows, method=name)]
-    for shift, (dtype, colour) in enumerate((("float32", "#D55E00"), ("float64", "#0072B2"))):
+    for shift, (dtype, colour) in enumerate((("float32", "#E69F00"), ("float64", "#004C7F"))):
         shares = [_share(pick(rows, method=name, dtype=dtype)) for name in names]
         places = [i + 0.4 * shift - 0.2 for i in range(len(names))]
         bars = ax.barh(places, [100 * s for s in shares], height=0.38, color=colour, label=dtype)

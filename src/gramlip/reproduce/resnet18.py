@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ TRUE: tuple[Choice, ...] = (
     ("frobenius", {}),
     ("torch", {}),
 )
+REFERENCE: tuple[Choice, ...] = (("power", {"n_iter": 100}),)
 CIRCULAR: tuple[Choice, ...] = (("delattre2023", {"n_iter": 7}), ("senderovich2022", {}))
 
 
@@ -90,47 +91,78 @@ def _layer(index: int, shape: Shape, given: dict[str, Tensor], options: Options)
     place: Row = {"weights": "given" if given else "random He", "shape": "x".join(map(str, sizes)), "stride": stride, "n": n}
     place |= {"lower": interval.lower, "upper": float(interval.upper)}
     rows = [{"padding": "zeros"} | row for row in measured(true, TRUE, options)]
+    published = replace(true, stride=1, padding=1)  # as the paper's reference took every layer
+    rows += [{"padding": "1, stride ignored"} | row for row in measured(published, REFERENCE, options)]
     rows += [{"padding": "circular"} | row for row in measured(replace(true, padding_mode="circular"), CIRCULAR, options)]
     return [place | row | {"ratio": 2 * float(row["value"]) / (interval.lower + float(interval.upper))} for row in rows]
 
 
 def draw(rows: list[Row]) -> Figure:
-    """Ratio to the truth for each layer, and the total time."""
-    made, (ratios, times) = figure(2, width=6.2, height=4.4)
+    """Ratio to the truth for each layer, the same near 1, and the total time."""
+    made, (ratios, near, times) = figure(3, width=5.0, height=4.6)
     names = list(dict.fromkeys(str(row["task"]) for row in rows))
-    methods = list(dict.fromkeys(str(row["method"]) for row in rows))
-    for method in methods:
-        some = pick(rows, method=method)
-        ratios.plot([names.index(str(r["task"])) for r in some], [float(r["ratio"]) for r in some], label=title(some[0]), **look(method))
+    groups = _groups(rows)
+    for label, some in groups.items():
+        places, values = [names.index(str(r["task"])) for r in some], [float(r["ratio"]) for r in some]
+        style = _look(some)
+        ratios.plot(places, values, label=label, **style)
+        near.plot(places, [100 * (value - 1) for value in values], **style | {"linestyle": "none"})
+    half = [50 * (float(r["upper"]) - float(r["lower"])) / ((float(r["upper"]) + float(r["lower"])) / 2) for r in groups["certify"]]
+    places = range(len(names))
+    near.fill_between(places, [-h for h in half], half, step="mid", color="0.85", zorder=0, label="certified interval")
+    near.set(ylim=(-3, 3), ylabel="the same near 1: value / norm - 1 (%)")
+    near.legend(fontsize=7)
     ratios.axhline(1.0, color="black", linewidth=0.8)
     ratios.set(yscale="log", ylabel="value / certified norm of the layer")
-    ratios.set_xticks(range(len(names)), [name.removesuffix(".weight") for name in names], rotation=90, fontsize=6)
-    totals = [sum(float(r["seconds"]) for r in pick(rows, method=method)) for method in methods]
-    times.barh([title(pick(rows, method=m)[0]) for m in methods], totals, color=[look(m)["color"] for m in methods])
+    for ax in (ratios, near):
+        ax.set_xticks(places, [name.removesuffix(".weight") for name in names], rotation=90, fontsize=6)
+    totals = [sum(float(r["seconds"]) for r in some) for some in groups.values()]
+    bars = times.barh(list(groups), totals, color=[_look(some)["color"] for some in groups.values()])
+    times.bar_label(bars, [f"{total:.3g}" for total in totals], fontsize=6, padding=2)
     times.set(xscale="log", xlabel=f"total time of the {len(names)} layers (s)")
+    times.set_xlim(right=3 * max(totals))
+    times.tick_params(axis="y", labelsize=7)
     times.invert_yaxis()
-    made.legend(*ratios.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=7)
+    made.legend(*ratios.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=7)
     made.suptitle(f"ResNet18, {rows[0]['weights']} weights", fontsize=10)
     return made
+
+
+def _groups(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each method, and of power iteration on the layers as the paper's reference took them."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        reference = row["padding"] not in ("zeros", "circular")
+        found.setdefault(f"{title(row)}, padding {row['padding']}" if reference else title(row), []).append(row)
+    return found
+
+
+def _look(some: list[Row]) -> dict[str, Any]:
+    reference = some[0]["padding"] not in ("zeros", "circular")
+    return look(str(some[0]["method"])) | ({"marker": "x", "linestyle": ":", "color": "#7A3B69"} if reference else {})
 
 
 def tell(rows: list[Row]) -> str:
     """Products over the layers beside power iteration's, total times; then the intervals."""
     names = list(dict.fromkeys(str(row["task"]) for row in rows))
-    ryu = {str(r["task"]): float(r["value"]) for r in pick(rows, method="power")}
+    ryu = {str(r["task"]): float(r["value"]) for r in pick(rows, method="power", padding="zeros")}
     totals: list[list[object]] = []
-    for method in dict.fromkeys(str(row["method"]) for row in rows):
-        some = pick(rows, method=method)
+    for label, some in _groups(rows).items():
         product = math.exp(sum(math.log(float(r["value"]) / ryu[str(r["task"])]) for r in some))
+        exact = math.exp(sum(math.log(float(r["ratio"])) for r in some))
         below = sum(float(r["value"]) < float(r["lower"]) for r in some)
         lowest, highest = min(float(r["ratio"]) for r in some), max(float(r["ratio"]) for r in some)
         seconds = sum(float(r["seconds"]) for r in some)
-        totals.append([title(some[0]), some[0]["side"], some[0]["padding"], product, lowest, highest, below, seconds])
-    head = ("method", "side", "padding", "product / power's", "least ratio", "largest ratio", "layers below the truth", "total time (s)")
-    layers = [[name, r["shape"], r["stride"], r["n"], r["lower"], r["upper"]] for name in names for r in [pick(rows, task=name)[0]]]
+        totals.append([label, some[0]["side"], some[0]["padding"], product, exact, lowest, highest, below, seconds])
+    head = ("method", "side", "padding", "product / power's", "product / truth", "least ratio", "largest ratio")
+    head = (*head, "layers below the truth", "total time (s)")
+    one = [pick(rows, task=name)[0] for name in names]
+    layers = [[name, r["shape"], r["stride"], r["n"], r["lower"], r["upper"]] for name, r in zip(names, one, strict=True)]
+    half = max((float(r["upper"]) - float(r["lower"])) / (float(r["upper"]) + float(r["lower"])) for r in one)
     return (
-        f"{len(names)} convolutions, {rows[0]['weights']} weights, zero padding, true strides; ratio: value over the middle of the "
-        f"certified interval.\n\n{markdown(head, totals)}\n\n"
+        f"{len(names)} convolutions, {rows[0]['weights']} weights, zero padding, true strides. Ratio: value over the middle of the "
+        f"certified interval, whose ends lie up to {100 * half:.2g} % from it; below the truth: below its lower end.\n\n"
+        f"{markdown(head, totals)}\n\n"
         f"{markdown(('layer', 'shape', 'stride', 'n', 'certified lower', 'certified upper'), layers)}"
     )
 

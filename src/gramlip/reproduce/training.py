@@ -6,6 +6,7 @@ Runs the recipes of `gramlip.training`; a run that stops goes on from its last e
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import sys
 import warnings
@@ -20,6 +21,7 @@ import torch
 
 from gramlip.errors import InputError
 from gramlip.figures import figure
+from gramlip.output import write_whole
 from gramlip.reproduce.run import Experiment, Options, Row, Task, markdown, pick
 
 if TYPE_CHECKING:
@@ -74,9 +76,16 @@ def _run(name: str, control: str, data: str, options: Options) -> list[Row]:
     recipe = model if control == "plain" else f"{model}-{control}"
     folder = options.scratch / recipe
     place: Row = {"control": control, "model": model}
+    log, kept = folder / "logs" / "metrics.csv", folder / "epochs.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = _epochs(log, _kept(kept))
+    write_whole(kept, json.dumps(earlier) + "\n")  # the trainer that goes on begins its log anew
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # the trainer's own bar
         warnings.filterwarnings("ignore", module="lightning")
-        found = _trainer()(recipe, data, folder, seed=options.seed, **changes)
+        try:
+            found = _trainer()(recipe, data, folder, seed=options.seed, **changes)
+        except SystemExit as stopped:  # how the trainer passes an interruption on
+            raise KeyboardInterrupt from stopped
     if "constant" not in found:
         msg = f"{folder} stopped after {found['finished_epochs']} of {found['epochs']} epochs; expected all: type the same again to go on"
         raise InputError(msg)
@@ -84,7 +93,8 @@ def _run(name: str, control: str, data: str, options: Options) -> list[Row]:
     last: Row = {field: found[field] if found[field] is not None else "all" for field in fields}
     last |= {"accuracy": found["clean"], "lower": found["constant"]["lower"], "upper": found["constant"]["upper"]}
     last |= {f"certified {e['eps']:.4f}": e["accuracy"] for e in found.get("certified_by_pairs", found["certified"])}
-    return [*(place | row for row in _epochs(folder / "logs" / "metrics.csv")), place | {"kind": "end"} | last]
+    epochs = _epochs(log, earlier)
+    return [*(place | epochs[epoch] for epoch in sorted(epochs, key=int)), place | {"kind": "end"} | last]
 
 
 def _trainer() -> Callable[..., dict[str, Any]]:
@@ -97,14 +107,20 @@ def _trainer() -> Callable[..., dict[str, Any]]:
     return module.train
 
 
-def _epochs(log: Path) -> list[Row]:
+def _kept(file: Path) -> dict[str, Row]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _epochs(log: Path, earlier: dict[str, Row]) -> dict[str, Row]:
     """What was logged after each epoch: the trainer writes validation and training in lines of their own."""
-    merged: dict[int, Row] = {}
+    merged = {epoch: dict(row) for epoch, row in earlier.items()}
+    if not log.exists():
+        return merged
     with open(log, newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
-            row = merged.setdefault(int(line["epoch"]), {"kind": "epoch", "epoch": int(line["epoch"]) + 1})
+            row = merged.setdefault(line["epoch"], {"kind": "epoch", "epoch": int(line["epoch"]) + 1})
             row |= {key: float(line[key]) for key in ("accuracy", "loss", "penalty", "upper_product") if line.get(key)}
-    return [merged[epoch] for epoch in sorted(merged)]
+    return merged
 
 
 def draw(rows: list[Row]) -> Figure:
@@ -114,9 +130,9 @@ def draw(rows: list[Row]) -> Figure:
         colour, marker, line = LOOKS[control]
         style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "label": CONTROLS[control]}
         some = pick(rows, control=control, kind="epoch")
-        epochs = [float(r["epoch"]) for r in some]
-        accuracy.plot(epochs, [PERCENT * float(r["accuracy"]) for r in some], **style)
-        product.plot(epochs, [float(r["upper_product"]) for r in some], **style)
+        for ax, field, scale in ((accuracy, "accuracy", PERCENT), (product, "upper_product", 1.0)):
+            known = [r for r in some if r.get(field, "") != ""]
+            ax.plot([float(r["epoch"]) for r in known], [scale * float(r[field]) for r in known], **style)
         radii = _radii(pick(rows, control=control, kind="end")[0])
         certified.plot([r for r, _ in radii], [PERCENT * share for _, share in radii], **style)
     for ax, title in ((accuracy, "test accuracy (%)"), (product, "product of the certified layer norms")):
@@ -140,7 +156,8 @@ def tell(rows: list[Row]) -> str:
     ends = pick(rows, kind="end")
     for end in ends:
         shares = [f"{PERCENT * share:.1f}" for _, share in _radii(end)]
-        logged = [f"{float(r['upper_product']):.4g}" for r in pick(rows, control=end["control"], kind="epoch")]
+        known = [r for r in pick(rows, control=end["control"], kind="epoch") if r.get("upper_product", "") != ""]
+        logged = [f"{float(r['upper_product']):.4g}" for r in known]
         head = [CONTROLS[str(end["control"])], *shares, float(end["lower"]), float(end["upper"])]
         lines.append([*head, " -> ".join(dict.fromkeys((logged[0], logged[-1]))), float(end["seconds"])])
     first, penalised = ends[0], pick(ends, control="gram")[0]
