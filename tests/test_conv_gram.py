@@ -163,6 +163,9 @@ def test_errors() -> None:
         gl.conv_gram_norm(torch.ones(1, 1, 3), padding_mode="symmetric")
     with pytest.raises(InputError, match="smaller than the kernel"):
         gl.conv_gram_norm(torch.ones(1, 1, 5), 3, padding=0, padding_mode="zeros")
-    with pytest.raises(ValueError, match="n_iter=0"):
+    for weight in (torch.ones(1, 1, 3, dtype=torch.int32), [[[1.0]]]):
+        with pytest.raises(InputError, match="floating-point"):
+            gl.conv_gram_norm(weight)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="n_iter=0"):
         gl.conv_gram_norm(torch.ones(1, 1, 3), n_iter=0)
     assert gl.conv_gram_norm(torch.full((1, 1, 3), torch.nan)).isnan()

@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 import gramlip as gl
+from gramlip.errors import InputError
 
 SLACK = 1e-12  # rounding of the kernel in float64 and of the SVD: the kernel is an upper bound in exact arithmetic
 DTYPES = [torch.float64, torch.complex128]
@@ -142,6 +143,28 @@ def test_gradcheck(n_iter, shape, dtype):
     assert gradgradcheck(lambda t: gl.gram_norm(t, n_iter), x)
 
 
+def test_a_hessian_goes_through_reverse_mode_and_forward_mode_is_refused():
+    def norm(t: Tensor) -> Tensor:
+        return gl.gram_norm(t, 3)
+
+    x = random(4, 3)
+    twice = torch.func.jacrev(torch.func.jacrev(norm))(x).reshape(12, 12)
+    assert torch.allclose(twice, twice.mT, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(twice @ x.flatten(), torch.zeros(12, dtype=x.dtype), atol=1e-9)  # homogeneous of degree one
+    with pytest.raises(NotImplementedError, match="forward mode AD"):
+        torch.func.hessian(norm)(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precisions_are_computed_in_single(dtype):
+    x = random(30, 20).to(dtype).requires_grad_()
+    value = gl.gram_norm(x, 12)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(truth(x.detach().double()).item(), rel=1e-6)
+    value.backward()
+    assert x.grad.dtype == dtype
+
+
 def test_work_is_on_the_smaller_side():
     x = random(3, 400)
     tall, wide = x.mT.clone().requires_grad_(), x.clone().requires_grad_()
@@ -220,10 +243,18 @@ def test_values_are_not_checked_so_nan_comes_through(bad):
 
 @pytest.mark.parametrize(
     ("x", "n_iter", "said"),
-    [(torch.ones(3, 3), 0, "n_iter=0"), (torch.ones(3), 6, "shape (3,)"), (torch.ones(2, 0, 3), 6, "shape (2, 0, 3)")],
+    [
+        (torch.ones(3, 3), 0, "n_iter=0"),
+        (torch.ones(3, 3), 2.0, "n_iter=2.0"),
+        (torch.ones(3, 3), True, "n_iter=True"),
+        (torch.ones(3), 6, "shape (3,)"),
+        (torch.ones(2, 0, 3), 6, "shape (2, 0, 3)"),
+        (torch.ones(3, 3, dtype=torch.int64), 6, "blocks of torch.int64"),
+        ([[1.0]], 6, "blocks of list"),
+    ],
 )
 def test_what_cannot_be_used_is_said_in_one_line(x, n_iter, said):
-    with pytest.raises(ValueError) as error:  # noqa: PT011
+    with pytest.raises(InputError) as error:
         gl.gram_norm(x, n_iter)
     assert said in str(error.value)
     assert "expected" in str(error.value)

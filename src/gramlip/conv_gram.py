@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gramlip.blocks import grid, symbol, transform
+from gramlip.errors import InputError
 from gramlip.gram import gram_norm
 from gramlip.operators import Conv, Dense, Ints
 
@@ -73,7 +74,7 @@ def conv_gram_norm(
         0-d real tensor in the weight's precision (float32 for half precisions); a zero weight gives zero.
 
     Raises:
-        InputError: a geometry that torch does not accept.
+        InputError: a geometry that torch does not accept, a weight that is no floating-point tensor, or n_iter below 1.
 
     Reference: arXiv 2305.16173, algorithm 3; docs/methods.md#gram.
 
@@ -83,6 +84,10 @@ def conv_gram_norm(
     >>> round(norm.item(), 4), round(weight.grad.sum().item(), 4)
     (9.0, 9.0)
     """
+    if not isinstance(weight, Tensor) or not (weight.is_floating_point() or weight.is_complex()):
+        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        msg = f"a weight of {kind} was given; expected a tensor of real or complex floating-point numbers: type weight.double()"
+        raise InputError(msg)
     shape = torch.ones(()).expand(weight.shape)  # a geometry needs a shape, not values: vmap and compile go through
     options = (padding_mode, dilation, groups, transposed, output_padding)
     if padding is None:

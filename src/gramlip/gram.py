@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramlip.errors import InputError
+
 
 def _reals(x: Tensor) -> Tensor:
     """Matrices as rows of reals, of the same Frobenius norm: a CPU takes complex moduli and quotients one by one."""
@@ -96,24 +98,33 @@ def gram_norm(blocks: Tensor, n_iter: int = 6) -> Tensor:
 
     Gram iteration on the smaller side, rescaled at every step, closed by the two-moment bound of Wolkowicz and Styan,
     which is never above the Frobenius norm of the last iterate that the paper uses and exact for flat spectra.
-    Rounding is not included: for a proved interval call `gramlip.bound`.
+    Rounding is not included: for a proved interval call `gramlip.bound`. Derivatives of any order go through reverse mode
+    (`torch.func.jacrev`); forward mode is refused by torch, and with it `torch.func.hessian`: type jacrev(jacrev(f)).
 
     Args:
         blocks: real or complex matrices of shape (..., m, n).
         n_iter: Gram steps, at least 1; the relative error is at most log(c) / 2^(n_iter + 1), c = min(m, n).
 
     Returns:
-        Tensor of shape (...), real, same precision; zero matrices give zero.
+        Tensor of shape (...), real, same precision (float32 for half precisions); zero matrices give zero.
+
+    Raises:
+        InputError: no tensor of real or complex floating-point matrices, or an `n_iter` that is no integer of at least 1.
 
     Reference: arXiv 2305.16173, algorithm 2 and theorem 3.1; docs/theory.md#gram.
 
     >>> gram_norm(torch.diag(torch.tensor([3.0, 4.0])), n_iter=8).item()
     4.0
     """
-    if n_iter < 1:
-        msg = f"n_iter={n_iter} was given; expected an integer of at least 1"
-        raise ValueError(msg)
+    if isinstance(n_iter, bool) or not isinstance(n_iter, int) or n_iter < 1:
+        msg = f"n_iter={n_iter!r} was given; expected an integer of at least 1"
+        raise InputError(msg)
+    if not isinstance(blocks, Tensor) or not (blocks.is_floating_point() or blocks.is_complex()):
+        kind = blocks.dtype if isinstance(blocks, Tensor) else type(blocks).__name__
+        msg = f"blocks of {kind} were given; expected a tensor of real or complex floating-point matrices: type blocks.double()"
+        raise InputError(msg)
     if blocks.ndim < 2 or 0 in blocks.shape[-2:]:
         msg = f"blocks has shape {tuple(blocks.shape)}; expected (..., m, n) with m and n of at least 1"
-        raise ValueError(msg)
-    return _GramNorm.apply(blocks, n_iter)  # type: ignore[no-any-return]
+        raise InputError(msg)
+    wide = blocks.float() if blocks.dtype in (torch.float16, torch.bfloat16) else blocks
+    return _GramNorm.apply(wide, n_iter)  # type: ignore[no-any-return]

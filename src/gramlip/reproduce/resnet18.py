@@ -105,8 +105,9 @@ def draw(rows: list[Row]) -> Figure:
     for label, some in groups.items():
         places, values = [names.index(str(r["task"])) for r in some], [float(r["ratio"]) for r in some]
         style = _look(some)
+        bare: dict[str, Any] = style | {"linestyle": "none"}
         ratios.plot(places, values, label=label, **style)
-        near.plot(places, [100 * (value - 1) for value in values], **style | {"linestyle": "none"})
+        near.plot(places, [100 * (value - 1) for value in values], **bare)
     half = [50 * (float(r["upper"]) - float(r["lower"])) / ((float(r["upper"]) + float(r["lower"])) / 2) for r in groups["certify"]]
     places = range(len(names))
     near.fill_between(places, [-h for h in half], half, step="mid", color="0.85", zorder=0, label="certified interval")
@@ -138,6 +139,7 @@ def _groups(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _look(some: list[Row]) -> dict[str, Any]:
+    """That of the method; the reference's differs."""
     reference = some[0]["padding"] not in ("zeros", "circular")
     return look(str(some[0]["method"])) | ({"marker": "x", "linestyle": ":", "color": "#7A3B69"} if reference else {})
 
