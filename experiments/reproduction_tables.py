@@ -19,11 +19,11 @@ BLOCK = re.compile(r"<!-- (results: (?P<name>\w+)|methods) -->\n.*?<!-- end -->"
 
 def results(name: str) -> str:
     """The summary of a committed run without its title, and its figure."""
-    folder = ROOT / "experiments" / "results" / name
+    folder = ROOT / "experiments" / "results" / "reproduce" / name
     if not (folder / "summary.md").exists():
         return "Not yet run."
     _, _, text = (folder / "summary.md").read_text(encoding="utf-8").partition("\n\n")
-    return f"{text.strip()}\n\n![{name}](../experiments/results/{name}/figure.png)"
+    return f"{text.strip()}\n\n![{name}](../experiments/results/reproduce/{name}/figure.png)"
 
 
 def methods() -> str:

@@ -6,7 +6,6 @@ Runs the recipes of `gramlip.training`; a run that stops goes on from its last e
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import sys
 import warnings
@@ -21,7 +20,6 @@ import torch
 
 from gramlip.errors import InputError
 from gramlip.figures import figure
-from gramlip.output import write_whole
 from gramlip.reproduce.run import Experiment, Options, Row, Task, markdown, pick
 
 if TYPE_CHECKING:
@@ -76,10 +74,6 @@ def _run(name: str, control: str, data: str, options: Options) -> list[Row]:
     recipe = model if control == "plain" else f"{model}-{control}"
     folder = options.scratch / recipe
     place: Row = {"control": control, "model": model}
-    log, kept = folder / "logs" / "metrics.csv", folder / "epochs.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    earlier = _epochs(log, _kept(kept))
-    write_whole(kept, json.dumps(earlier) + "\n")  # the trainer that goes on begins its log anew
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # the trainer's own bar
         warnings.filterwarnings("ignore", module="lightning")
         try:
@@ -93,8 +87,7 @@ def _run(name: str, control: str, data: str, options: Options) -> list[Row]:
     last: Row = {field: found[field] if found[field] is not None else "all" for field in fields}
     last |= {"accuracy": found["clean"], "lower": found["constant"]["lower"], "upper": found["constant"]["upper"]}
     last |= {f"certified {e['eps']:.4f}": e["accuracy"] for e in found.get("certified_by_pairs", found["certified"])}
-    epochs = _epochs(log, earlier)
-    return [*(place | epochs[epoch] for epoch in sorted(epochs, key=int)), place | {"kind": "end"} | last]
+    return [*(place | row for row in _epochs(folder / "logs" / "metrics.csv")), place | {"kind": "end"} | last]
 
 
 def _trainer() -> Callable[..., dict[str, Any]]:
@@ -107,20 +100,14 @@ def _trainer() -> Callable[..., dict[str, Any]]:
     return module.train
 
 
-def _kept(file: Path) -> dict[str, Row]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def _epochs(log: Path, earlier: dict[str, Row]) -> dict[str, Row]:
+def _epochs(log: Path) -> list[Row]:
     """What was logged after each epoch: the trainer writes validation and training in lines of their own."""
-    merged = {epoch: dict(row) for epoch, row in earlier.items()}
-    if not log.exists():
-        return merged
+    merged: dict[int, Row] = {}
     with open(log, newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
-            row = merged.setdefault(line["epoch"], {"kind": "epoch", "epoch": int(line["epoch"]) + 1})
+            row = merged.setdefault(int(line["epoch"]), {"kind": "epoch", "epoch": int(line["epoch"]) + 1})
             row |= {key: float(line[key]) for key in ("accuracy", "loss", "penalty", "upper_product") if line.get(key)}
-    return merged
+    return [merged[epoch] for epoch in sorted(merged)]
 
 
 def draw(rows: list[Row]) -> Figure:
