@@ -132,6 +132,23 @@ def test_the_circular_grid_is_refused_for_zero_padding() -> None:
     assert METHODS["gram"](op).upper >= (2 + 2 * math.cos(math.pi / 8)) ** 2
 
 
+def test_an_unknown_size_is_never_taken_for_that_of_the_kernel() -> None:
+    for name in ("delattre2023", "sedghi2019", "senderovich2022", "power"):
+        with pytest.raises(InputError, match="every input size"):
+            METHODS[name].value(gl.Conv(kernel(1, 1, 3, 3), padding=1, padding_mode="circular"))
+
+
+def test_groups_take_the_maximum_never_the_product() -> None:
+    weight = 0.1 * kernel(8, 1, 3, 3)
+    op = circular(weight, 6, groups=8)
+    truth = max(METHODS["sedghi2019"].value(circular(w[None], 6)) for w in weight)
+    for name in sorted(METHODS):
+        if METHODS[name].side in ("exact", "upper", "interval"):
+            assert METHODS[name].value(op) >= truth * (1 - 1e-12), name
+    for name in ("sedghi2019", "senderovich2022", "gram", "delattre2023"):
+        assert METHODS[name].value(op) == pytest.approx(truth, rel=1e-6)
+
+
 def test_torch_is_what_torch_divides_by() -> None:
     for layer in (nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(3, 4, 3), nn.Linear(5, 4)):
         layer = layer.double()

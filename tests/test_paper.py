@@ -89,7 +89,31 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(lambda w: Lip_dense(w.flatten(1), 3), weight)
 
 
+@pytest.mark.parametrize("kernel", ["zero mean", "ones", "zero"])
+def test_zero_blocks_give_no_nan(kernel: str) -> None:
+    """A zero-mean kernel has a zero block at frequency 0, where a norm's root has no derivative."""
+    line = torch.tensor([1.0, -2.0, 1.0], dtype=torch.float64)
+    weight = {"zero mean": torch.outer(line, line)[None, None], "ones": torch.ones(1, 1, 3, 3), "zero": torch.zeros(2, 2, 3, 3)}[kernel]
+    weight = weight.clone().requires_grad_()
+    value = Lip_conv(weight, 6, n=6)
+    value.backward()
+    assert weight.grad is not None
+    assert bool(weight.grad.isfinite().all())
+    assert float(value.detach()) == pytest.approx({"zero mean": 16.0, "ones": 9.0, "zero": 0.0}[kernel], rel=1e-6)
+    for algorithm in (Lip_dense, Gram_iteration_naive, Power_iteration):
+        matrices = torch.stack([torch.zeros(3, 3), torch.eye(3)]).requires_grad_()
+        algorithm(matrices, 4).sum().backward()
+        assert matrices.grad is not None
+        assert bool(matrices.grad.isfinite().all()), algorithm.__name__
+
+
 def test_errors() -> None:
+    with pytest.raises(InputError, match=r"torch\.int64 was given"):
+        Lip_dense(torch.ones(3, 3, dtype=torch.int64))
+    with pytest.raises(InputError, match="list was given"):
+        Power_iteration([[1.0]])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"n=2\.5"):
+        Lip_conv(random(1, 1, 3), n=2.5)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="expected at least 8"):
         Lip_conv(random(1, 1, 5, 5), n=32, n0=7)
     with pytest.raises(InputError, match="Lip_dense"):

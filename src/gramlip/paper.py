@@ -67,8 +67,7 @@ def Lip_dense(G: Tensor, Niter: int = 6) -> Tensor:
         log = 2 * (log + size.log())
         x = x @ x if step else x.mH @ x  # the iterates are Hermitian from the first product on
     root = 2.0**-Niter
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return (peak * norm**root * (log * root).exp())[..., 0, 0]
+    return (peak * _root(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True), root) * (log * root).exp())[..., 0, 0]
 
 
 def Lip_conv(K: Tensor, Niter: int = 6, *, n: int | Sequence[int], n0: int | None = None) -> Tensor:
@@ -87,11 +86,12 @@ def Lip_conv(K: Tensor, Niter: int = 6, *, n: int | Sequence[int], n0: int | Non
     >>> round(Lip_conv(torch.ones(1, 1, 3, 3), n=8).item(), 4)
     9.0
     """
-    if K.ndim < 3:
-        msg = f"K has shape {tuple(K.shape)}; expected (c_out, c_in, *k): type gramlip.paper.Lip_dense for a matrix"
+    if not isinstance(K, Tensor) or K.ndim < 3:
+        given = tuple(K.shape) if isinstance(K, Tensor) else type(K).__name__
+        msg = f"K of {given} was given; expected (c_out, c_in, *k): type gramlip.paper.Lip_dense for a matrix"
         raise InputError(msg)
-    sides = [n] * (K.ndim - 2) if isinstance(n, int) else list(n)
-    if len(sides) != K.ndim - 2 or min(sides) < 1:
+    sides = list(n) if isinstance(n, Sequence) else [n] * (K.ndim - 2)
+    if len(sides) != K.ndim - 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
         msg = f"n={n!r} was given; expected an integer of at least 1, or {K.ndim - 2} of them"
         raise InputError(msg)
     factor = 1.0
@@ -118,12 +118,12 @@ def Gram_iteration_naive(G: Tensor, Niter: int = 6) -> Tensor:
     x = G if G.shape[-2] >= G.shape[-1] else G.mH
     for _ in range(Niter):
         x = x.mH @ x
-    return torch.linalg.vector_norm(x, dim=(-2, -1)) ** (2.0**-Niter)
+    return _root(torch.linalg.vector_norm(x, dim=(-2, -1)), 2.0**-Niter)
 
 
 def oversampling(kernel: Sequence[int], samples: int) -> float:
     """The published factor from a grid of `samples` points a side to all frequencies: docs/methods.md#oversampling."""
-    if samples < 2 * (max(kernel) - 1) or samples < 1:
+    if not isinstance(samples, int) or samples < 2 * (max(kernel) - 1) or samples < 1:
         msg = f"{samples} samples a side were given for a kernel of {tuple(kernel)}; expected at least {max(1, 2 * (max(kernel) - 1))}"
         raise InputError(msg)
     return math.prod((1 - (k - 1) / samples) ** -0.5 for k in kernel)
@@ -135,6 +135,11 @@ def _size(x: Tensor) -> Tensor:
     return torch.where(norm > 0, norm, 1.0)
 
 
+def _root(norm: Tensor, power: float) -> Tensor:
+    """The power of a norm; at zero, where that has no derivative, zero with the gradient zero."""
+    return torch.where(norm == 0, 0.0, torch.where(norm == 0, 1.0, norm) ** power)
+
+
 def _direction(x: Tensor) -> Tensor:
     """The unit vector of x without over- or underflow; zero stays zero."""
     peak = x.detach().abs().amax(dim=(-2, -1), keepdim=True)
@@ -143,9 +148,13 @@ def _direction(x: Tensor) -> Tensor:
 
 
 def _check(G: Tensor, Niter: int) -> None:
+    if not isinstance(G, Tensor) or not (G.is_floating_point() or G.is_complex()):
+        kind = G.dtype if isinstance(G, Tensor) else type(G).__name__
+        msg = f"{kind} was given; expected a tensor of real or complex floating-point matrices: type G.double()"
+        raise InputError(msg)
     if G.ndim < 2 or 0 in G.shape[-2:]:
         msg = f"G has shape {tuple(G.shape)}; expected (..., m, n) with m and n of at least 1"
         raise InputError(msg)
-    if Niter < 0:
-        msg = f"Niter={Niter} was given; expected an integer of at least 0"
+    if isinstance(Niter, bool) or not isinstance(Niter, int) or Niter < 0:
+        msg = f"Niter={Niter!r} was given; expected an integer of at least 0"
         raise InputError(msg)
