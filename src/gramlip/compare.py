@@ -96,7 +96,7 @@ class Comparison:
             if v.value is None:
                 rows.append((*head, v.method, "-", side, "", "not valid here", ""))
             else:
-                error = "" if v.error is None else f"{100 * v.error:+.3g} %"
+                error = "" if v.error is None else f"{100 * v.error:+.3g} %" if v.error else "0"
                 rows.append((*head, v.method, f"{v.value:.6g}", side, error, v.verdict, f"{1e3 * (v.seconds or 0):.3g} ms"))
         text = [self.target, aligned(rows, right=(3, 5, 7)), aligned(self._totals(), right=(2, 3, 4)), self._legend()]
         return "\n\n".join(text)
