@@ -6,15 +6,64 @@ python experiments/reproduction_tables.py --check  exit 1 where they differ from
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from pathlib import Path
 
 from gramlip.methods import METHODS
-from gramlip.reproduce.run import markdown
+from gramlip.reproduce.resnet18 import REFERENCE_PADDING
+from gramlip.reproduce.run import Row, markdown, pick, table
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"<!-- (results: (?P<name>\w+)|methods) -->\n.*?<!-- end -->", re.S)
+
+
+Paper = tuple[str, dict[str, object], tuple[str, ...]]
+PAPER: dict[str, tuple[tuple[str, ...], list[Paper]]] = {
+    "dense": (
+        ("paper: value - truth", "paper: ms, not synchronised", "ours: value - truth", "ours: ms"),
+        [
+            ("power iteration, 1000 steps, float64", {"dtype": "float64", "method": "power", "steps": 1000}, ("-1.2e-10", "59.0")),
+            ("Gram iteration, 15 steps, float64", {"dtype": "float64", "method": "gram", "steps": 15}, ("-3.6e-12", "0.93")),
+        ],
+    ),
+    "conv": (
+        ("paper: value - exact", "paper: ms, not synchronised", "ours: value - exact", "ours: ms"),
+        [
+            ("Gram (5)", {"task": "64x64x5x5 n=12", "method": "delattre2023"}, ("+0.043", "1.18")),
+            ("Singla (50)", {"task": "64x64x5x5 n=12", "method": "singla2021"}, ("+97.9", "24.3")),
+            ("Araujo (50)", {"task": "64x64x5x5 n=12", "method": "araujo2021"}, ("+271.9", "1.65")),
+        ],
+    ),
+    "resnet18": (
+        ("paper: product / Ryu's", "paper: s, not synchronised", "ours: product / Ryu's as published", "ours: product / truth", "ours: s"),
+        [
+            ("Gram (7)", {"method": "delattre2023"}, ("1.479", "0.049")),
+            ("Singla (50)", {"method": "singla2021"}, ("88.4", "0.586")),
+            ("Araujo (20)", {"method": "araujo2021"}, ("3.0e10", "0.027")),
+            ("Ryu (100), true padding and stride", {"method": "power", "padding": "zeros"}, ("-", "-")),
+            ("Ryu (100), padding 1, stride ignored", {"method": "power", "padding": REFERENCE_PADDING}, ("1", "0.838")),
+        ],
+    ),
+}
+"""Experiment -> columns, and (name, which of our rows, what the paper reports)."""
+
+
+def against(name: str, rows: list[Row]) -> str:
+    """The paper's figures beside those of the run."""
+    head, lines = PAPER[name]
+    found: list[list[object]] = []
+    for label, where, published in lines:
+        some = pick(rows, **where)
+        if name == "resnet18":
+            ryu = math.prod(float(r["value"]) for r in pick(rows, method="power", padding=REFERENCE_PADDING))
+            product, ratio = (math.prod(float(r[key]) for r in some) for key in ("value", "ratio"))
+            ours: list[object] = [product / ryu, ratio, sum(float(r["seconds"]) for r in some)]
+        else:
+            ours = [float(some[0]["difference"]), 1e3 * float(some[0]["seconds"])]
+        found.append([label, *published, *ours])
+    return markdown(["", *head], found)
 
 
 def results(name: str) -> str:
@@ -23,6 +72,7 @@ def results(name: str) -> str:
     if not (folder / "summary.md").exists():
         return "Not yet run."
     _, _, text = (folder / "summary.md").read_text(encoding="utf-8").partition("\n\n")
+    text = f"{against(name, table(folder / 'results.csv'))}\n\n{text}" if name in PAPER else text
     return f"{text.strip()}\n\n![{name}](../experiments/results/reproduce/{name}/figure.png)"
 
 

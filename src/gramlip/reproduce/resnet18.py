@@ -35,6 +35,7 @@ TRUE: tuple[Choice, ...] = (
     ("frobenius", {}),
     ("torch", {}),
 )
+REFERENCE_PADDING = "1, stride ignored"
 REFERENCE: tuple[Choice, ...] = (("power", {"n_iter": 100}),)
 CIRCULAR: tuple[Choice, ...] = (("delattre2023", {"n_iter": 7}), ("senderovich2022", {}))
 
@@ -92,7 +93,7 @@ def _layer(index: int, shape: Shape, given: dict[str, Tensor], options: Options)
     place |= {"lower": interval.lower, "upper": float(interval.upper)}
     rows = [{"padding": "zeros"} | row for row in measured(true, TRUE, options)]
     published = replace(true, stride=1, padding=1)  # as the paper's reference took every layer
-    rows += [{"padding": "1, stride ignored"} | row for row in measured(published, REFERENCE, options)]
+    rows += [{"padding": REFERENCE_PADDING} | row for row in measured(published, REFERENCE, options)]
     rows += [{"padding": "circular"} | row for row in measured(replace(true, padding_mode="circular"), CIRCULAR, options)]
     return [place | row | {"ratio": 2 * float(row["value"]) / (interval.lower + float(interval.upper))} for row in rows]
 
@@ -133,14 +134,14 @@ def _groups(rows: list[Row]) -> dict[str, list[Row]]:
     """The rows of each method, and of power iteration on the layers as the paper's reference took them."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        reference = row["padding"] not in ("zeros", "circular")
+        reference = row["padding"] == REFERENCE_PADDING
         found.setdefault(f"{title(row)}, padding {row['padding']}" if reference else title(row), []).append(row)
     return found
 
 
 def _look(some: list[Row]) -> dict[str, Any]:
     """That of the method; the reference's differs."""
-    reference = some[0]["padding"] not in ("zeros", "circular")
+    reference = some[0]["padding"] == REFERENCE_PADDING
     return look(str(some[0]["method"])) | ({"marker": "x", "linestyle": ":", "color": "#7A3B69"} if reference else {})
 
 

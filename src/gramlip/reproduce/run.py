@@ -113,7 +113,7 @@ def reproduce(
     _make(folder)
     files = {name: folder / name for name in ("run.json", "results.csv", "figure.png", "summary.md")}
     header = _header(files, options.settings(experiment.name))
-    rows = _read(files["results.csv"])
+    rows = table(files["results.csv"])
     done = {row["task"] for row in rows}
     for task in watch([t for t in every if t.name not in done]):
         rows += [{"task": task.name} | row for row in task.run()]
@@ -154,7 +154,7 @@ def _header(files: dict[str, Path], settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _read(path: Path) -> list[Row]:
+def table(path: Path) -> list[Row]:
     """The rows so far, numbers as numbers."""
     if not path.exists():
         return []
