@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import gramlip as gl
+from gramlip.certificates import lanczos
 from gramlip.certify import certify_all
 from gramlip.layers import describe
 
@@ -131,3 +132,15 @@ def test_because_names_theorem_and_frequency() -> None:
     assert "theorem 3" in bound.because
     assert "frequency" in bound.because
     assert "blocks" in bound.because
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_steps_end_where_the_vectors_stay_in_a_small_subspace(rank: int) -> None:
+    """Noise beyond an invariant subspace is no direction: Ritz values above the norm would send the search astray."""
+    generator = torch.Generator().manual_seed(rank)
+    left, right = (torch.randn(n, rank, generator=generator, dtype=torch.float64) for n in (24, 40))
+    gram = left @ right.mT @ right @ left.mT
+    value, _ = lanczos(gram[None], torch.ones(1, 24, dtype=torch.float64), 20)
+    assert float(value) == pytest.approx(float(torch.linalg.eigvalsh(gram)[-1]), rel=1e-10)
+    found = gl.bound(torch.ones(8, 72), rtol=1e-6)
+    assert found.lower <= 24.0 <= found.upper <= 24.0 * (1 + 1e-6)

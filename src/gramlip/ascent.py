@@ -18,6 +18,7 @@ KEPT_BYTES = 128 << 20  # blocks of the coarse grid are kept while they are smal
 AHEAD = 16  # groups that are searched before the others
 STEPS = 8  # Lanczos steps on a block
 DENSE_STEPS = 40  # and where there is only one
+SURVEYED = 8  # blocks of a layer, those of the largest moments, on which Lanczos steps are taken at first
 
 
 @dataclass
@@ -72,11 +73,11 @@ class Ascent:
         if len(self.coarse) * self.g.side**2 * 16 <= KEPT_BYTES:
             self.kept = (self.coarse, self.g.at(*self.lattice.decode(self.coarse), self.lattice.sizes))
             self.count(len(self.coarse))
-        self.estimates = self.raise_lower(self.coarse, steps)
+        self.estimates = self.survey(self.coarse, steps)
         rest = self.reaching(groups[~torch.isin(groups, first)])
         if len(rest) and not self.too_long:
             more = self.lattice.corner_keys(self.lattice.cells(1.0, rest)).unique()
-            self.estimates = torch.cat([self.estimates, self.raise_lower(more, steps)])
+            self.estimates = torch.cat([self.estimates, self.survey(more, steps)])
             self.coarse = torch.cat([self.coarse, more])
         if self.lattice.listed:  # every frequency was seen: only the vectors can still improve
             close = self.estimates > self.best[self.items[self.lattice.decode(self.coarse)[0]]] * 0.98
@@ -103,12 +104,37 @@ class Ascent:
         """The groups with a weight other than zero."""
         return torch.tensor([g for g, mass in enumerate(self.g.mass) if mass], dtype=torch.int64)
 
-    def raise_lower(self, keys: Tensor, steps: int, warm: bool = False) -> Tensor:
-        """Rayleigh quotients at these frequencies after Lanczos steps; keeps each layer's best. Returns estimates."""
+    def survey(self, keys: Tensor, steps: int) -> Tensor:
+        """Estimates of the largest eigenvalues: two moments everywhere, Lanczos steps where these are largest in each layer."""
+        held = self.blocks(keys) if len(keys) <= 4 * self.g.chunk() else None
+        rough: list[Tensor] = []
+        for part in torch.arange(len(keys)).split(self.g.chunk()):
+            g = self.blocks(keys[part]) if held is None else held[part.to(held.device)]
+            rough.append(cert.moments(g, torch.zeros(len(g), dtype=torch.float64, device=g.device)).cpu())
+        above, item = torch.cat(rough), self.items[self.lattice.decode(keys)[0]]
+        order = above.argsort(descending=True)
+        order = order[item[order].argsort(stable=True)]
+        sizes = torch.bincount(item, minlength=len(self.best))
+        first = (sizes.cumsum(0) - sizes)[item[order]]
+        chosen = order[torch.arange(len(keys)) - first < SURVEYED]
+        values = self.raise_lower(keys[chosen], steps, held=None if held is None else held[chosen.to(held.device)])
+        share = torch.zeros_like(self.best).scatter_reduce_(
+            0, item[chosen], values / above[chosen].clamp_min(1e-300), "mean", include_self=False
+        )
+        above *= share[item]
+        above[chosen] = values
+        return above
+
+    def raise_lower(self, keys: Tensor, steps: int, warm: bool = False, held: Tensor | None = None) -> Tensor:
+        """Rayleigh quotients at these frequencies after Lanczos steps; keeps each layer's best. Returns estimates.
+
+        `held` are the blocks there, where they are known already.
+        """
         values: list[Tensor] = []
-        for part in keys.split(self.g.chunk()):
+        for at in torch.arange(len(keys)).split(self.g.chunk()):
+            part = keys[at]
             group, _ = self.lattice.decode(part)
-            g = self.blocks(part)
+            g = self.blocks(part) if held is None else held[at.to(held.device)]
             item = self.items[group]
             begin = self.vectors[item.to(self.g.device)] if warm else _start(self.g.side, self.g.device).expand(len(part), -1)
             estimate, v = cert.lanczos(g, (begin if g.is_complex() else begin.real + 0.5 * begin.imag).to(g.dtype), steps)
@@ -144,7 +170,7 @@ class Ascent:
             keys = [self.lattice.keys(group, torch.stack(c, -1).to(torch.int64)) for c in itertools.product(*near)]
             keys = torch.cat(keys).unique()
             self.raise_lower(keys, STEPS, warm=True)
-            items = items[self.best[items] > before * (1 + self.rtol * 2e-2)]
+            items = items[self.best[items] > before * (1 + self.rtol * 0.1)]
 
     def _uphill(self, items: Tensor) -> Tensor:
         """Newton steps, safeguarded, on `|u* D(w) v|^2` from the best frequency of each layer; lattice coordinates (I, axes)."""

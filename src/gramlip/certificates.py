@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
 
+THREADED = (48, 256)  # orders at which LAPACK itself runs on one thread, and is slow enough to share
+THREADED_WORK = 1 << 22  # least sum of cubes that is worth a pool
 TRACE_ORDER = 64  # up to this order the trace is a good enough bound of a single-precision factorisation's error
 
 
@@ -45,7 +49,7 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
     matrix = g.neg_()
     matrix.diagonal(dim1=-2, dim2=-1).add_(t[:, None])
     narrow = torch.complex64 if matrix.is_complex() else torch.float32
-    factor, info = torch.linalg.cholesky_ex(matrix.to(narrow) if single else matrix)
+    factor, info = _factorise(matrix.to(narrow) if single else matrix)
     proved = (info == 0) & (t > 0)
     if single and side > TRACE_ORDER:
         modulus = torch.view_as_real(factor).square().sum(-1).sqrt() if factor.is_complex() else factor.abs()
@@ -61,6 +65,16 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
         residual = frobenius(matrix - factor @ factor.mH)
         proved &= residual * (1 + 2.0**-40) + rd.gamma(8.0 * (side + 2)) * frobenius(factor).square() <= shift(side) * t
     return proved
+
+
+def _factorise(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors and codes of `torch.linalg.cholesky_ex`, in as many threads as torch may use: LAPACK takes a batch one by one."""
+    threads, side = torch.get_num_threads(), matrix.shape[-1]
+    if matrix.device.type != "cpu" or threads == 1 or not THREADED[0] <= side < THREADED[1] or len(matrix) * side**3 < THREADED_WORK:
+        return torch.linalg.cholesky_ex(matrix)
+    with ThreadPoolExecutor(threads) as pool:
+        parts = list(pool.map(torch.linalg.cholesky_ex, matrix.chunk(threads)))
+    return torch.cat([part.L for part in parts]), torch.cat([part.info for part in parts])
 
 
 def frobenius(g: Tensor) -> Tensor:
@@ -109,21 +123,22 @@ def rayleigh(g: Tensor, v: Tensor, noise: Tensor) -> Tensor:
 def lanczos(g: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Leading Ritz values and vectors of the blocks after a few Lanczos steps from `start` (F, c)."""
     steps = min(steps, g.shape[-1])
-    basis, diagonal, beside = [start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)], [], []
+    basis = g.new_zeros(len(g), steps, g.shape[-1])  # orthonormal rows
+    small = g.new_zeros(len(g), steps, steps)
+    v = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)
     for j in range(steps):
-        w = (g @ basis[-1][..., None])[..., 0]
-        diagonal.append((basis[-1].conj() * w).sum(-1).real)
-        if j + 1 == steps:
-            break
-        for _ in range(2):  # orthogonalised twice against all: the basis is short
-            q = torch.stack(basis, -1)
-            w = w - (q @ (q.mH @ w[..., None]))[..., 0]
-        size = torch.linalg.vector_norm(w, dim=-1)
-        beside.append(size)
-        basis.append(w / torch.where(size > 0, size, 1.0)[:, None])
-    small = torch.diag_embed(torch.stack(diagonal, -1))
-    if beside:
-        off = torch.diag_embed(torch.stack(beside, -1), offset=1)
-        small = small + off + off.mH
-    values, vectors = torch.linalg.eigh(small)
-    return values[:, -1], (torch.stack(basis, -1) @ vectors[..., -1:].to(g.dtype))[..., 0]
+        basis[:, j] = v
+        w = (g @ v[..., None])[..., 0]
+        q = basis[:, : j + 1]
+        for again in range(2):  # orthogonalised twice against all: the basis is short
+            part = q.conj() @ w[..., None]
+            small[:, : j + 1, j] += part[..., 0]
+            if j + 1 == steps and not again:
+                break
+            w = w - (q.mT @ part)[..., 0]
+        # what is left of an invariant subspace is noise in any direction: no further basis vector
+        size, floor = torch.linalg.vector_norm(w, dim=-1), small[:, 0, 0].abs() * 1e-12
+        v = w * torch.where(size > floor, 1 / size, 0.0).to(w.dtype)[:, None]
+    small = torch.triu(small)
+    values, vectors = torch.linalg.eigh(small, UPLO="U")
+    return values[:, -1], (basis.mT @ vectors[..., -1:])[..., 0]

@@ -40,13 +40,13 @@ class Gramian:
         self.axes = len(self.span)
         self.device = tall.device
         self.is_complex = tall.is_complex()
-        self._tall = tall.flatten(3) if self.axes else tall[..., None]
+        self._tall = (tall.flatten(3) if self.axes else tall[..., None]).movedim(-1, 1)  # (groups, taps, rows, side)
         self._dtype = torch.complex128 if self.is_complex else torch.float64
         self._grid = torch.tensor(list(itertools.product(*map(range, self.span))), dtype=torch.int64).reshape(
             math.prod(self.span), self.axes
         )
         self._small = self._tall.numel() * (16 if self.is_complex else 8) <= WIDE_BYTES
-        self.exponent = widen(self._tall, None)[1] if self._small else max(widen(t, None)[1] for t in self._tall.unbind(-1))
+        self.exponent = widen(self._tall, None)[1] if self._small else max(widen(t, None)[1] for t in self._tall.unbind(1))
         self._wide = self._cast(self._tall) if self._small else None
         self.mass = self._mass()
         count = (math.prod(2 * k - 1 for k in self.span) - 1) // 2
@@ -55,7 +55,7 @@ class Gramian:
         ranges = [range(1 - k, k) for k in self.span] if shared else []
         offsets = [q for q in itertools.product(*ranges) if q > (0,) * self.axes]
         self.offsets = torch.tensor(offsets, dtype=torch.int64).reshape(len(offsets), self.axes)
-        length = self.rows * self._tall.shape[-1] + count + 64
+        length = self.rows * self._tall.shape[1] + count + 64
         per = rd.gamma(4.0 * length if self.is_complex else 2.0 * length)
         self.noise = [rd.add_up(rd.mul_up(per, rd.mul_up(m, m)), rd.TINY) if m else 0.0 for m in self.mass]
         self.taps = self._autocorrelation() if shared else None
@@ -64,40 +64,38 @@ class Gramian:
 
     def _cast(self, piece: Tensor) -> Tensor:
         """The exact float64 (complex128) copy, conjugated where the sides were exchanged."""
-        wide = widen(piece, self.exponent)[0]
+        wide = widen(piece.contiguous(), self.exponent)[0]
         return wide.conj().resolve_conj() if self.flipped and self.is_complex else wide
 
     def tap(self, p: int) -> Tensor:
         """One tap of the scaled kernel, (groups, rows, side)."""
-        return self._wide[..., p] if self._wide is not None else self._cast(self._tall[..., p])
+        return self._wide[:, p] if self._wide is not None else self._cast(self._tall[:, p])
 
     def _mass(self) -> list[float]:
         """Upper bound of `sum_p ||K_p||_F` for each group."""
         grow = 1.0 + rd.gamma(4.0 * self.rows * self.side)
         if self._wide is not None:
-            norms = torch.linalg.vector_norm(self._wide, dim=(1, 2)).sum(-1)
+            norms = torch.linalg.vector_norm(self._wide.flatten(2), dim=-1).sum(-1)
         else:
-            norms = sum(torch.linalg.vector_norm(self.tap(p), dim=(1, 2)) for p in range(self._tall.shape[-1]))
+            norms = sum(torch.linalg.vector_norm(self.tap(p), dim=(1, 2)) for p in range(self._tall.shape[1]))
         return [rd.up(x * rd.up(grow)) if x else 0.0 for x in norms.tolist()]  # type: ignore[union-attr]
 
     def _autocorrelation(self) -> tuple[Tensor, Tensor]:
         """Coefficients of the cosines (A_0 and A_q + A_q*) and of the sines (A_q - A_q*), (groups, taps, c, c)."""
-        g, c, p = self.groups, self.side, self._tall.shape[-1]
+        g, c = self.groups, self.side
         strides = torch.tensor([math.prod(2 * k - 1 for k in self.span[j + 1 :]) for j in range(self.axes)], dtype=torch.int64)
         code = (self._grid * strides).sum(-1)
         taps = torch.zeros(g, 1 + len(self.offsets), c, c, dtype=self._dtype, device=self.device)
         where = {int(q): i + 1 for i, q in enumerate((self.offsets * strides).sum(-1))} | {0: 0}
         gap = code[None, :] - code[:, None]
-        if self._wide is not None and (p * c <= 1024 or p == 1):  # one product of all pairs of taps
-            flat = self._wide.permute(0, 1, 3, 2).reshape(g, self.rows, p * c)
-            pairs = (flat.mH @ flat).reshape(g, p, c, p, c).permute(0, 1, 3, 2, 4).reshape(g, p * p, c, c)
-            keep = (gap >= 0).flatten().nonzero()[:, 0]
-            slot = torch.tensor([where[int(q)] for q in gap.flatten()[keep]], device=self.device)
-            taps.index_add_(1, slot, pairs[:, keep.to(self.device)])
-        else:
-            for q, i in where.items():
-                for left, right in (gap == q).nonzero().tolist():
-                    taps[:, i].baddbmm_(self.tap(left).mH, self.tap(right))
+        for q, i in where.items():
+            left, right = (gap == q).nonzero().unbind(1)
+            if self._wide is not None:  # one product, the pairs of taps one below the other
+                ones, others = self._wide[:, left].flatten(1, 2), self._wide[:, right].flatten(1, 2)
+                taps[:, i] = ones.mH @ others
+            else:
+                for one, other in zip(left.tolist(), right.tolist(), strict=True):
+                    taps[:, i].baddbmm_(self.tap(one).mH, self.tap(other))
         later = taps[:, 1:]
         return torch.cat([taps[:, :1], later + later.mH], 1), later - later.mH
 
@@ -126,9 +124,9 @@ class Gramian:
     def polynomial(self, group: Tensor, index: Tensor, sizes: tuple[int, ...], v: Tensor) -> tuple[Tensor, Tensor]:
         """The coefficients (I, taps) of `p(w) = u* D(w) v`, u the image of v at the given frequency, and the exponents (taps, axes)."""
         if self._wide is not None:
-            images = torch.einsum("irct,ic->itr", self._wide[group].to(v.dtype), v)
+            images = _apply(self._wide[group], v)
         else:
-            taps = range(self._tall.shape[-1])
+            taps = range(self._tall.shape[1])
             images = torch.stack([(self.tap(t)[group].to(v.dtype) @ v[..., None])[..., 0] for t in taps], 1)
         angles = self.waves(index, sizes, self._grid)
         image = (torch.polar(torch.ones_like(angles), -angles)[:, None] @ images)[:, 0]
@@ -188,25 +186,25 @@ class Gramian:
         angles = self.waves(index, sizes, self._grid)
         real = not self.is_complex and bool((angles.sin().abs() < 1e-15).all())
         factors = angles.cos() if real else torch.polar(torch.ones_like(angles), -angles)
-        taps = self._tall.shape[-1]
+        taps = self._tall.shape[1]
         step = max(1, (4 * CHUNK_BYTES) // (16 * self.side * max(taps, len(index))))
         total: Tensor | None = None
         for start in range(0, self.rows, step):
             rows = slice(start, min(start + step, self.rows))
-            piece = self._wide[group, rows] if self._wide is not None else self._cast(self._tall[group, rows])
-            flat = piece.flatten(0, 1)
+            piece = self._wide[group, :, rows] if self._wide is not None else self._cast(self._tall[group, :, rows])
+            flat = piece.flatten(1)
             if real or self.is_complex:
-                block = flat @ factors.mT.to(flat.dtype if real else factors.dtype)
+                block = factors.to(flat.dtype if real else factors.dtype) @ flat
             else:
-                block = torch.complex(flat @ factors.real.mT, flat @ factors.imag.mT)
-            block = block.reshape(*piece.shape[:2], -1).permute(2, 0, 1).contiguous()
+                block = torch.complex(factors.real @ flat, factors.imag @ flat)
+            block = block.reshape(-1, *piece.shape[1:])
             total = block.mH @ block if total is None else total.add_(block.mH @ block)
         assert total is not None
         return total
 
     def chunk(self) -> int:
         """How many blocks are worked on at once."""
-        each = 16 * max(self.side**2, len(self.offsets) if self.taps is not None else self._tall.shape[-1])
+        each = 16 * max(self.side**2, len(self.offsets) if self.taps is not None else self._tall.shape[1])
         # several while memory allows: each piece reads all taps once
         return max(1, CHUNK_BYTES // each, min(8, 8 * CHUNK_BYTES // each))
 
@@ -214,7 +212,14 @@ class Gramian:
         """Upper bound of the norm without any frequency: `sum_p ||K_p||_F`, or the root of P times `||sum_p K_p* K_p||` (lemma 14)."""
         if self._wide is None or self.axes == 0:
             return self.mass[group]
-        flat = self._wide[group].permute(2, 0, 1).flatten(0, 1)
+        flat = self._wide[group].flatten(0, 1)
         zero = (flat.mH @ flat)[None]
         top = float(cert.moments(zero, torch.tensor([self.noise[group]], dtype=torch.float64, device=self.device)))
-        return min(self.mass[group], rd.sqrt_up(rd.mul_up(top, float(self._tall.shape[-1]))))
+        return min(self.mass[group], rd.sqrt_up(rd.mul_up(top, float(self._tall.shape[1]))))
+
+
+def _apply(taps: Tensor, v: Tensor) -> Tensor:
+    """All taps (I, P, rows, side), real or complex, times vectors (I, side): (I, P, rows), complex."""
+    if taps.is_complex():
+        return (taps @ v[:, None, :, None])[..., 0]
+    return torch.view_as_complex((taps @ torch.view_as_real(v)[:, None]).contiguous())

@@ -83,7 +83,8 @@ class Search(Ascent):
             late = self.items[cells[0]].unique()
             over = over or self.tally.operations > self.budget
             if over:  # no cell is split any more: wider targets for those that are left, then what needs no frequency
-                stretch[late] = torch.where(stretch[late] < WIDER[0], WIDER[0], torch.where(stretch[late] < WIDER[1], WIDER[1], math.inf))
+                wider = torch.tensor([*WIDER, math.inf], dtype=torch.float64)
+                stretch[late] = wider[torch.searchsorted(wider, stretch[late], right=True).clamp_max(len(WIDER))]
                 if bool(torch.isinf(stretch[late]).any()):
                     break
                 continue
@@ -185,7 +186,7 @@ class Search(Ascent):
         candidates = failed[close]
         if not len(candidates):
             return
-        values = self.raise_lower(candidates[: 4 * self.g.chunk()], steps)
+        values = self.survey(candidates[: 4 * self.g.chunk()], steps)
         item = item[close][: 4 * self.g.chunk()]
         rising = item[values > self.best[item] * (1 - width[item] / 2)].unique()
         if len(rising):
