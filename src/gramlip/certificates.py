@@ -11,7 +11,7 @@ from gramlip import rounding as rd
 
 THREADED = (48, 256)  # orders at which LAPACK itself runs on one thread, and is slow enough to share
 THREADED_WORK = 1 << 22  # least sum of cubes that is worth a pool
-TRACE_ORDER = 64  # up to this order the trace is a good enough bound of a single-precision factorisation's error
+TRACE_ORDER = 128  # up to this order the trace is a good enough bound of a single-precision factorisation's error
 
 
 def shift(side: int) -> float:
@@ -27,10 +27,10 @@ def shift(side: int) -> float:
 def single_shift(side: int) -> float:
     """The shift for a factorisation in single precision, of a matrix formed in double: docs/rounding.md#single-precision.
 
-    Up to order 64 the trace bounds the error beforehand; above, the factor itself does afterwards, and this is what it
+    Up to `TRACE_ORDER` the trace bounds the error beforehand; above, the factor itself does afterwards, and this is what it
     comes to for flat spectra.
     """
-    growth = float(side) if side <= TRACE_ORDER else (0.87 + 0.22 * side**0.5) ** 2
+    growth = float(side) if side <= TRACE_ORDER else 1.6 * (0.87 + 0.22 * side**0.5) ** 2
     return 1.1 * (_single_gamma(side) * growth + 2.0**-23 * side**0.5)
 
 
@@ -52,11 +52,7 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
     factor, info = _factorise(matrix.to(narrow) if single else matrix)
     proved = (info == 0) & (t > 0)
     if single and side > TRACE_ORDER:
-        modulus = torch.view_as_real(factor).square().sum(-1).sqrt() if factor.is_complex() else factor.abs()
-        modulus = modulus.tril_().to(torch.float64)
-        x = (modulus @ modulus.sum(-2)[..., None]).clamp_min_(1e-30)  # Collatz and Wielandt
-        sums = ((modulus @ (modulus.mT @ x)) / x).amax((-2, -1))
-        within = sums * ((1 + 1e-3) * _single_gamma(side)) <= (0.99 * s - 2.0**-23 * side**0.5) * t
+        within = _growth(factor).to(torch.float64) * ((1 + 1e-3) * _single_gamma(side)) <= (0.99 * s - 2.0**-23 * side**0.5) * t
         again = (proved & ~within).nonzero()[:, 0]
         proved &= within
         if len(again):  # rare: the factor is too large for single precision to tell
@@ -75,6 +71,18 @@ def _factorise(matrix: Tensor) -> tuple[Tensor, Tensor]:
     with ThreadPoolExecutor(threads) as pool:
         parts = list(pool.map(torch.linalg.cholesky_ex, matrix.chunk(threads)))
     return torch.cat([part.L for part in parts]), torch.cat([part.info for part in parts])
+
+
+def _growth(factor: Tensor) -> Tensor:
+    """Upper bound of `|| |R*| |R| ||` for each factor, in its own precision: Collatz and Wielandt; docs/rounding.md#single-precision."""
+    each = 2 if factor.is_complex() else 1  # |re| and |im| side by side, whose sums are at least the moduli
+    size = (torch.view_as_real(factor) if factor.is_complex() else factor).abs().flatten(2)
+
+    def times(columns: Tensor) -> Tensor:
+        return (size * columns.unflatten(-1, (-1, each)).sum(-1).repeat_interleave(each, -1)[:, None]).sum(-1)
+
+    x = times(size.sum(1)).clamp_min_(1e-30)
+    return (times((x[:, None] @ size)[:, 0]) / x).amax(-1)
 
 
 def frobenius(g: Tensor) -> Tensor:

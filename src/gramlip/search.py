@@ -107,7 +107,7 @@ class Search(Ascent):
         done = torch.zeros(len(keys), dtype=torch.bool)
         c = self.g.side
         tried = settled = 0
-        single = self.g.device.type == "cpu" and cert.single_shift(c) <= 0.3 * self.rtol
+        single = self.g.device.type == "cpu" and cert.single_shift(c) <= 0.4 * self.rtol
         for part in torch.arange(len(keys)).split(self.g.chunk()):
             group, _ = self.lattice.decode(keys[part])
             g = self.blocks(keys[part])
