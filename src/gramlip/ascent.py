@@ -83,7 +83,7 @@ class Ascent:
             close = self.estimates > self.best[self.items[self.lattice.decode(self.coarse)[0]]] * 0.98
             self.raise_lower(self.coarse[close], 2 * STEPS)
         else:
-            self.climb(torch.arange(len(self.best)), 3 if rtol > 1e-3 else 8)
+            self.climb(torch.arange(len(self.best)), 2 if rtol > 1e-3 else 8)
 
     def reaching(self, groups: Tensor) -> Tensor:
         """The groups whose taps' norms add up to more than their layer's lower side: the others cannot hold the norm."""

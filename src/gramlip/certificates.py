@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 
+SHORT = 8  # Lanczos steps that orthogonalise once
 THREADED = (48, 256)  # orders at which LAPACK itself runs on one thread, and is slow enough to share
 THREADED_WORK = 1 << 22  # least sum of cubes that is worth a pool
 TRACE_ORDER = 128  # up to this order the trace is a good enough bound of a single-precision factorisation's error
@@ -138,7 +139,7 @@ def lanczos(g: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         basis[:, j] = v
         w = (g @ v[..., None])[..., 0]
         q = basis[:, : j + 1]
-        for again in range(2):  # orthogonalised twice against all: the basis is short
+        for again in range(1 if steps <= SHORT else 2):  # against all, and twice where the basis is long
             part = q.conj() @ w[..., None]
             small[:, : j + 1, j] += part[..., 0]
             if j + 1 == steps and not again:

@@ -190,7 +190,7 @@ class Search(Ascent):
         item = item[close][: 4 * self.g.chunk()]
         rising = item[values > self.best[item] * (1 - width[item] / 2)].unique()
         if len(rising):
-            self.climb(rising, 3)
+            self.climb(rising, 1 if self.rtol > 1e-3 else 3)
 
     def _crude(self, item: int) -> Enclosure:
         """A kernel with too many taps for the search: what bounds it without any frequency."""
