@@ -54,6 +54,21 @@ def test_layers_together_are_as_true_as_alone(finite: bool | str) -> None:
             assert bound.rtol <= 1e-2
 
 
+@pytest.mark.parametrize("points", [None, 6])
+def test_blocks_of_other_order_are_filled_up(points: int | None) -> None:
+    """Layers of 1 to 18 channels, searched together, wide and tall: each by its own truth."""
+    shapes = [(3, 1), (1, 5), (16, 3), (16, 16), (18, 17), (17, 30), (60, 16), (2, 70)]
+    weights = [torch.randn(m, n, 3, 3, generator=torch.Generator().manual_seed(m + n)) * 10.0 ** (m - n) for m, n in shapes]
+    bounds = certify_all([gl.Conv(w, points, 1, 1, "circular") for w in weights], rtol=1e-3)
+    for weight, found in zip(weights, bounds, strict=True):
+        grid = torch.fft.fft2(weight.double(), s=(points or 60,) * 2).permute(2, 3, 0, 1)
+        exact = float(torch.linalg.matrix_norm(grid, 2).max())
+        assert found.upper >= exact * (1 - 1e-12)
+        assert found.rtol <= 1e-3
+        if points:
+            assert found.lower <= exact * (1 + 1e-12)
+
+
 def test_zero_layers_have_norm_exactly_zero() -> None:
     zero = torch.zeros(3, 3, 3, 3)
     for bound in certify_all([gl.Conv(zero), gl.Conv(torch.ones(3, 3, 3, 3)), gl.Conv(zero, input_size=5), gl.Dense(torch.zeros(2, 2))]):

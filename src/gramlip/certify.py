@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
-from gramlip.blocks import symbol
+from gramlip.blocks import Symbol, symbol
 from gramlip.bound import Bound
 from gramlip.boundary import excess
 from gramlip.errors import InputError
@@ -25,6 +25,7 @@ from gramlip.widen import widen
 AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself while its estimated operations stay below this
 FINITE_BYTES = 384 << 20  # and never with more memory than this
 TOGETHER = 1 << 19  # kernels of at most so many entries are searched together
+LEAST_SIDE = 16  # the order to which smaller blocks are filled up
 TRIES = 12
 FRESH = 3  # other start vectors that are tried before a finite layer's interval stays wider than asked for
 WAYS = {
@@ -44,7 +45,7 @@ def certify(op: Operator, *, rtol: float = 1e-2, finite: bool | str = "auto") ->
 
 
 def certify_all(ops: Sequence[Operator], *, rtol: float = 1e-2, finite: bool | str = "auto") -> list[Bound]:
-    """The intervals of many operators; small layers of equal shape are searched together, which costs little more than one."""
+    """The intervals of many operators; small layers of like shape are searched together, which costs little more than one."""
     with torch.no_grad(), _on_cpu():
         bounds: list[Bound | None] = [None] * len(ops)
         together: dict[object, list[int]] = {}
@@ -55,14 +56,34 @@ def certify_all(ops: Sequence[Operator], *, rtol: float = 1e-2, finite: bool | s
                 bounds[i] = _separable(op, rtol)
             else:
                 sym = symbol(op)
-                alike = (sym.kernel.shape, sym.kernel.is_complex(), sym.kernel.device, sym.points)
-                together.setdefault(alike if sym.kernel.numel() <= TOGETHER else i, []).append(i)
+                together.setdefault(_alike(op, sym) if sym.kernel.numel() <= TOGETHER else i, []).append(i)
         for alike in together.values():
             for some in (alike[k : k + 64] for k in range(0, len(alike), 64)):
                 chosen = [ops[i] for i in some]
                 for i, bound in zip(some, _Enclosing(chosen, rtol, finite).bounds(), strict=True):  # type: ignore[arg-type]
                     bounds[i] = bound
         return [bound for bound in bounds if bound is not None]
+
+
+def _alike(op: Dense | Conv, sym: Symbol) -> object:
+    """What symbols that are searched together have in common.
+
+    Blocks of nearly equal order are filled up with zeros, but not where a finite layer is to start from its block's vector.
+    """
+    groups, rows, columns, *span = sym.kernel.shape
+    side, own = min(rows, columns), isinstance(op, Conv) and op.input_size is not None and not sym.exact
+    filled = 1 << max(side - 1, LEAST_SIDE - 1).bit_length()
+    shape = (rows, columns) if own or max(rows, columns) > 4 * filled else (filled, rows < columns)
+    return groups, shape, tuple(span), sym.kernel.is_complex(), sym.kernel.device, sym.points
+
+
+def _stack(kernels: Sequence[Tensor]) -> Tensor:
+    """Kernels (groups, m, n, *k) one after the other, filled up with zeros to the largest m and n."""
+    rows, columns = (max(k.shape[j] for k in kernels) for j in (1, 2))
+    out = torch.cat([k.new_zeros(k.shape[0], rows, columns, *k.shape[3:]) for k in kernels])
+    for place, kernel in zip(out.split([len(k) for k in kernels]), kernels, strict=True):
+        place[:, : kernel.shape[1], : kernel.shape[2]] = kernel
+    return out
 
 
 def _on_cpu() -> AbstractContextManager[object]:
@@ -101,7 +122,7 @@ class _Enclosing:
             self.exponents = [self.gram.exponent]
         else:  # each layer on its own scale
             wide = [widen(sym.kernel.detach(), None) for sym in self.syms]
-            self.gram = Gramian(torch.cat([kernel for kernel, _ in wide]))
+            self.gram = Gramian(_stack([kernel for kernel, _ in wide]))
             self.exponents = [exponent + self.gram.exponent for _, exponent in wide]
         self.groups = self.gram.groups // len(ops)
         self.search = Search(self.gram, self.syms[0].points, torch.arange(len(ops)).repeat_interleave(self.groups))
