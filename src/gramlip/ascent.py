@@ -91,11 +91,12 @@ class Ascent:
         return groups[mass * mass > self.best[self.items[groups]] * (1 - 1e-12)]
 
     def blocks(self, keys: Tensor) -> Tensor:
-        """The Gram blocks at these keys: those of the coarse grid are kept while they are small."""
+        """The Gram blocks at these keys, to be read alone: those of the coarse grid are kept while they are small."""
         if self.kept is not None:
             at = torch.searchsorted(self.kept[0], keys).clamp_max(len(self.kept[0]) - 1)
             if torch.equal(self.kept[0][at], keys):
-                return self.kept[1][at.to(self.g.device)]
+                row = len(at) > 0 and int(at[-1] - at[0]) + 1 == len(at) and bool((at.diff() == 1).all())
+                return self.kept[1][int(at[0]) : int(at[-1]) + 1] if row else self.kept[1][at.to(self.g.device)]
         group, index = self.lattice.decode(keys)
         self.count(len(keys))
         return self.g.at(group, index, self.lattice.sizes)

@@ -132,6 +132,6 @@ def _positive(e: Tensor, noise: float, size: float) -> float:
     each = torch.full((len(e),), noise + 4 * cert.shift(e.shape[-1]) * size, dtype=torch.float64, device=e.device)
     margin = 1e-9 * size + 2 * float(each[0])
     while True:
-        if bool(cert.cholesky(e.clone(), torch.full_like(each, top + margin), each).all()):
+        if bool(cert.cholesky(e, torch.full_like(each, top + margin), each).all()):
             return top + margin
         margin *= 4
