@@ -35,11 +35,19 @@ class Circulant:
 
     def __post_init__(self) -> None:
         grid = torch.cartesian_prod(*(torch.arange(n) for n in self.points)).reshape(-1, len(self.points))
-        sides = torch.tensor(self.points)
-        weights = torch.tensor([math.prod(self.points[j + 1 :]) for j in range(len(self.points))])
-        mirrored = ((-grid) % sides * weights).sum(1)
-        self.grid = grid[mirrored >= torch.arange(len(grid))]  # real kernels: the other frequencies are conjugate
+        self.kept = (self._flat(-grid) >= torch.arange(len(grid))).nonzero()[:, 0]  # real kernels: the other frequencies are conjugate
+        self.grid = grid[self.kept]
         self.frequencies = len(self.grid)
+
+    def _flat(self, frequencies: Tensor) -> Tensor:
+        weights = torch.tensor([math.prod(self.points[j + 1 :]) for j in range(len(self.points))])
+        return (frequencies % torch.tensor(self.points) * weights).sum(1)
+
+    def find(self, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        """For each frequency (n, d) its place in `grid`, and whether it is the mirrored one that stands there."""
+        flat, mirrored = self._flat(frequencies), self._flat(-frequencies)
+        least = torch.minimum(flat, mirrored)
+        return torch.searchsorted(self.kept, least), flat != least
 
     def rows(self, i: int) -> int:
         """Rows of the forms of value i."""

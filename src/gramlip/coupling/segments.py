@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from gramlip import rounding as rd
 from gramlip.bound import Bound, decimals
 from gramlip.compose import compose
-from gramlip.coupling import eliminate
-from gramlip.coupling.circulant import NotCirculantError, circulant
-from gramlip.coupling.forms import Entries, Maps, System, system
-from gramlip.steps import Input, Join, Linear, Network, Slice, Slope, Sum, View
+from gramlip.coupling.plan import Plan, part, plan
+from gramlip.coupling.run import Search, certificate, cost, improve
+from gramlip.steps import Input, Network
 
-ENTRIES = 512  # values of at most so many entries are taken entry by entry
-MEMORY = 2**24  # matrix entries that the forms of one value may take
-COST = 2e9  # multiplications of one elimination that are still worth it
-BUDGET = 1e9  # of them that the search for multipliers may take at effort 1
+STEPS = 150  # gradient steps of the search for multipliers at effort 1, if
+BUDGET = 4e9  # so many multiplications allow them
 
 
 @dataclass(frozen=True)
@@ -47,9 +43,9 @@ def coupled(network: Network, constants: Sequence[Bound], effort: float = 1.0) -
     segments: list[Segment] = []
     at = 0
     while at < len(cuts) - 1:
-        end, found = _longest(network, constants, cuts, at)
-        segments.append(_bounded(network, constants, cuts[at], cuts[end], found, effort))
-        at = end
+        found = plan(network, constants, cuts, at)
+        segments.append(_bounded(network, constants, cuts[at], cuts[at + 1] if found is None else found.last, found, effort))
+        at = cuts.index(segments[-1].last)
     return segments
 
 
@@ -74,70 +70,14 @@ def _cuts(network: Network) -> list[int] | None:
     return cuts
 
 
-def part(network: Network, first: int, last: int) -> Network:
-    """The steps after `first` up to `last` as a network of its own."""
-    steps = [replace(network.steps[first], what=Input(), sources=())]
-    steps += [replace(s, sources=tuple(x - first for x in s.sources)) for s in network.steps[first + 1 : last + 1]]
-    return Network(steps, (last - first,))
-
-
-def _longest(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int) -> tuple[int, System | None]:
-    """How far a segment can go, and its forms; one cut and no forms where nothing can be coupled."""
-    best: tuple[int, System | None] = (at + 1, None)
-    for end in range(at + 1, len(cuts)):
-        inside = network.steps[cuts[at] + 1 : cuts[end] + 1]
-        if not all(isinstance(s.what, Linear | Slope | Sum | Join | Slice | View) for s in inside):
-            break
-        if any(not 1e-30 < float(constants[i].upper) < 1e30 for i in range(cuts[at] + 1, cuts[end] + 1)):
-            break  # the rounding analysis of the certificate leaves underflow aside
-        if not any(isinstance(s.what, Slope) for s in inside):
-            continue
-        forms = _forms(part(network, cuts[at], cuts[end]))
-        if forms is None:
-            break
-        best = (end, forms)
-    return best
-
-
-def _forms(segment: Network) -> System | None:
-    maps: Maps
-    shapes = [s.shape for s in segment.steps]
-    if all(math.prod(s) <= ENTRIES for s in shapes) and all(not isinstance(s.what, View) or s.what.flat for s in segment.steps):
-        maps = Entries(shapes)
-    else:
-        try:
-            maps = circulant(segment)
-        except NotCirculantError:
-            return None
-        if maps.frequencies * max(maps.rows(i) for i in range(len(shapes))) ** 2 > MEMORY:
-            return None
-    forms = system(segment, maps)
-    return forms if cost(forms) <= COST else None
-
-
-def cost(forms: System) -> float:
-    """Multiplications of one elimination, roughly."""
-    live, work = set(forms.output.blocks), 0.0
-    for k in eliminate.order(forms):
-        if k in live:
-            query = forms.queries[k]
-            assert query is not None
-            live = (live - {k}) | set(query.blocks)
-            work += forms.frequencies * float(sum(len(forms.channels[a]) for a in live) + len(forms.channels[k])) ** 3
-    return work
-
-
-def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, forms: System | None, effort: float) -> Segment:
-    inside = part(network, first, last)
+def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, found: Plan | None, effort: float) -> Segment:
     own = [Bound(1.0, 1.0, "input"), *constants[first + 1 : last + 1]]
-    composed = compose(inside, own).upper
-    if forms is None:
+    composed = compose(part(network, first, last), own).upper
+    if found is None:
         return Segment(first, last, composed, composed, "")
-    multipliers = eliminate.closed_form(forms)
-    steps = int(effort * min(150.0, BUDGET / max(cost(forms), 1e6)))
-    if steps > 0:
-        multipliers = eliminate.improve(forms, multipliers, steps)
-    upper = eliminate.certificate(forms, multipliers)
+    closed = Search.closed(found.run)
+    steps = int(effort * min(STEPS, BUDGET / max(cost(found.search), 1e6)))
+    upper = certificate(found.run, improve(found.search, closed, steps) if steps > 0 else closed)
     if not upper < composed:
         return Segment(first, last, composed, composed, "")
     names = [network.steps[first + 1].name, network.steps[last].name]

@@ -1,0 +1,176 @@
+"""Plans: which cuts of a network are bounded together, on what torus, and how they are linked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from gramlip.bound import Bound
+from gramlip.coupling.circulant import Circulant, NotCirculantError, circulant
+from gramlip.coupling.forms import Entries, Maps, system
+from gramlip.coupling.links import Alias, Pooled
+from gramlip.coupling.run import Piece, system_cost
+from gramlip.operators import Conv
+from gramlip.steps import Input, Join, Linear, Network, Slice, Slope, Step, Sum, View
+
+ENTRIES = 512  # values of at most so many entries are taken entry by entry
+MEMORY = 2**24  # matrix entries that one form may take
+COST = 1e10  # multiplications of one piece's elimination that are still worth it
+TOTAL = 3e10  # and of a run's
+COARSE = 3  # points an axis of the torus on which multipliers are searched for
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps `first` < i <= `last`, the pieces that prove a bound of them, and smaller ones of the same form for the search."""
+
+    first: int
+    last: int
+    run: list[Piece]
+    search: list[Piece]
+
+
+def part(network: Network, first: int, last: int) -> Network:
+    """The steps after `first` up to `last` as a network of its own."""
+    steps = [replace(network.steps[first], what=Input(), sources=())]
+    steps += [replace(s, sources=tuple(x - first for x in s.sources)) for s in network.steps[first + 1 : last + 1]]
+    return Network(steps, (last - first,))
+
+
+def plan(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int) -> Plan | None:
+    """The longest run from a cut that can be paid for; None where nothing after it can be coupled."""
+    entries, torus = _entries(network, constants, cuts, at), _torus(network, constants, cuts, at)
+    if entries > at and entries >= torus:
+        return _alone(network, cuts[at], cuts[entries])
+    return None if torus == at else _linked(network, constants, cuts, at, torus)
+
+
+def _fit(network: Network, constants: Sequence[Bound], first: int, last: int) -> bool:
+    """Whether the steps are of kinds that forms know, with constants for which the rounding analysis holds."""
+    return all(
+        isinstance(network.steps[i].what, Linear | Slope | Sum | Join | Slice | View) and 1e-30 < float(constants[i].upper) < 1e30
+        for i in range(first + 1, last + 1)
+    )
+
+
+def _entries(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int) -> int:
+    """The last cut up to which every value is small enough for a form of its entries."""
+    end = at
+    if math.prod(network.steps[cuts[at]].shape) > ENTRIES:
+        return end
+    while end + 1 < len(cuts) and _fit(network, constants, cuts[end], cuts[end + 1]):
+        steps = network.steps[cuts[end] + 1 : cuts[end + 1] + 1]
+        if any(math.prod(s.shape) > ENTRIES or (isinstance(s.what, View) and not s.what.flat) for s in steps):
+            break
+        end += 1
+    return end
+
+
+def _torus(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int) -> int:
+    """The last cut up to which every step commutes with shifts of one torus."""
+    end = at
+    while end + 1 < len(cuts) and _fit(network, constants, cuts[end], cuts[end + 1]):
+        if _pool(network, cuts[end], cuts[end + 1]) is not None:
+            break
+        try:
+            circulant(part(network, cuts[at], cuts[end + 1]))
+        except NotCirculantError:
+            break
+        end += 1
+    return end
+
+
+def _alone(network: Network, first: int, last: int) -> Plan | None:
+    piece = _entries_piece(network, first, last)
+    return Plan(first, last, [piece], [piece]) if piece is not None and len(piece.system.queries) > 1 else None
+
+
+def _entries_piece(network: Network, first: int, last: int) -> Piece | None:
+    inside = part(network, first, last)
+    piece = Piece(system(inside, Entries([s.shape for s in inside.steps])))
+    return piece if system_cost(piece.system) <= COST else None
+
+
+def _linked(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int, end: int) -> Plan | None:
+    """A run on tori of one family, cut where an activation has just cut a value to its extent, with the pooled tail if there is one."""
+    first, last = cuts[at], cuts[end]
+    whole = circulant(part(network, first, last))
+    marks = [first, *(c for c in cuts[at + 1 : end] if isinstance(network.steps[c].what, Slope)), last]
+    coarse = tuple(min(n, COARSE) for n in whole.points)
+    run: list[Piece] = []
+    search: list[Piece] = []
+    ends: list[tuple[Circulant, Circulant]] = []
+    total, reached = 0.0, first
+    for one, other in zip(marks, marks[1:], strict=False):
+        inside = part(network, one, other)
+        levels = whole.levels[one - first : other - first + 1]
+        base = tuple(math.gcd(*(level[j] for level in levels)) for j in range(len(coarse)))
+        levels = [tuple(r // b for r, b in zip(level, base, strict=True)) for level in levels]
+        shapes = [s.shape for s in inside.steps]
+        tori = [Circulant(shapes, levels, tuple(n * b for n, b in zip(points, base, strict=True))) for points in (whole.points, coarse)]
+        if tori[0].frequencies * max(tori[0].rows(i) for i in range(len(shapes))) ** 2 > MEMORY:
+            break
+        piece = Piece(system(inside, tori[0]))
+        total += system_cost(piece.system)
+        if system_cost(piece.system) > COST or total > TOTAL:
+            break
+        if run:
+            _join(run, search, ends[-1], (tori[0], tori[1]))
+        run.append(piece)
+        search.append(Piece(system(inside, tori[1])))
+        ends.append((tori[0], tori[1]))
+        reached = other
+    if not run:
+        return None
+    if reached == last:
+        reached = _tail(network, constants, cuts, end, run, search, ends[-1])
+    return Plan(first, reached, run, search) if any(len(piece.system.queries) > 1 for piece in run) else None
+
+
+def _join(run: list[Piece], search: list[Piece], before: tuple[Circulant, Circulant], after: tuple[Circulant, Circulant]) -> None:
+    for pieces, earlier, later in zip((run, search), before, after, strict=True):
+        pieces[-1].link = Alias(later, later.levels[0], earlier, earlier.levels[-1])
+
+
+def _tail(
+    network: Network,
+    constants: Sequence[Bound],
+    cuts: Sequence[int],
+    end: int,
+    run: list[Piece],
+    search: list[Piece],
+    tori: tuple[Circulant, Circulant],
+) -> int:
+    """A mean over all places and what follows it, taken into the run; the number of its last step."""
+    if end + 1 >= len(cuts) or any(r != 1 for r in tori[0].levels[-1]) or not run[-1].system.output.clean:
+        return cuts[end]
+    sizes = _pool(network, cuts[end], cuts[end + 1])
+    after = _entries(network, constants, cuts, end + 1)
+    if sizes is None or after == end + 1:
+        return cuts[end]
+    piece = _entries_piece(network, cuts[end + 1], cuts[after])
+    if piece is None:
+        return cuts[end]
+    for pieces, torus in zip((run, search), tori, strict=True):
+        # the torus of the search is smaller than the layer: the same factor as on the true one
+        pieces[-1].link = Pooled(torus, sizes, math.prod(tori[0].points))
+        pieces.append(piece)
+    return cuts[after]
+
+
+def _pool(network: Network, first: int, last: int) -> tuple[int, ...] | None:
+    """Sizes of the axes over which a step takes the mean of every channel, None where it does anything else."""
+    if last != first + 1:
+        return None
+    step: Step = network.steps[last]
+    what = step.what
+    if not isinstance(what, Linear) or not isinstance(what.op, Conv) or what.op.transposed or what.op.input_size is None:
+        return None
+    op, shape = what.op, network.steps[first].shape
+    sizes = tuple(shape[2:])
+    exact = torch.full_like(op.weight, 1.0 / math.prod(sizes))
+    alone = op.groups == shape[1] and tuple(op.weight.shape) == (shape[1], 1, *sizes) and not any(map(any, op.padding))  # type: ignore[arg-type]
+    return sizes if alone and torch.equal(op.weight, exact) else None
