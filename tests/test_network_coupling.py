@@ -5,15 +5,18 @@ There every activation can pass everything (inputs >= 0), and a matrix with entr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gramlip.coupling import eliminate, segments
+from gramlip.compose import constant
+from gramlip.coupling import plan, segments
 from gramlip.coupling.circulant import circulant
 from gramlip.coupling.forms import Entries, system
+from gramlip.coupling.run import Piece, Search, certificate, improve
 from gramlip.fold import fold
 from gramlip.graph import export
 from gramlip.network import audit
@@ -104,9 +107,8 @@ def test_coupling_is_never_below_the_exact_constant_and_near_it(name: str, domai
         exact = linear_part(model, shape)
         network = steps(model, shape)
         maps = circulant(network) if domain == "torus" else Entries([s.shape for s in network.steps])
-        forms = system(network, maps)
-        multipliers = eliminate.improve(forms, eliminate.closed_form(forms), 15)
-        upper = eliminate.certificate(forms, multipliers)
+        run = [Piece(system(network, maps))]
+        upper = certificate(run, improve(run, Search.closed(run), 15))
         assert exact * (1 - 1e-12) <= upper
         if domain == "entries":
             assert upper <= 1.3 * exact
@@ -122,14 +124,14 @@ def test_the_adversary_of_circulant_grids(kernel: str) -> None:
             model[0].weight.copy_(torch.outer(row, row)[None, None])
             model[2].weight.fill_(1.0)
         network = steps(model, (1, n, n))
-        forms = system(network, circulant(network))
-        upper = eliminate.certificate(forms, eliminate.closed_form(forms))
+        run = [Piece(system(network, circulant(network)))]
+        upper = certificate(run, Search.closed(run))
         assert linear_part(model, (1, n, n)) <= upper
 
 
 @pytest.mark.parametrize("act", [nn.SiLU(), nn.Hardswish(), nn.Tanh(), nn.GELU(), nn.PReLU(3)])
 def test_other_activations_stay_above_their_jacobians(act: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "ENTRIES", 0)
+    monkeypatch.setattr(plan, "ENTRIES", 0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), act, nn.Conv2d(3, 3, 3, 2, 1), act, nn.Conv2d(3, 1, 3, padding=1)).eval()
     report = audit(model, (1, 6, 6), effort=0.1)
@@ -154,9 +156,93 @@ def test_scaled_weights_stay_bounded(scale: float) -> None:
     assert exact * (1 - 1e-12) <= report.upper <= 1.2 * exact
 
 
-def test_infeasible_multipliers_prove_nothing() -> None:
-    model = positive(chain(nn.Linear(4, 6), nn.Linear(6, 2)), 0)
-    network = steps(model, (4,))
-    forms = system(network, Entries([s.shape for s in network.steps]))
-    small = {k: 0.4 * m for k, m in eliminate.closed_form(forms).items()}
-    assert eliminate.certificate(forms, small) == float("inf")
+def encoder(*, pool: bool) -> nn.Sequential:
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) if pool else ()
+    return nn.Sequential(Residual(1), nn.Conv2d(3, 2, 3, padding=1), nn.ReLU(), Residual(2), *head)
+
+
+RUNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "one level": (lambda: chain(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 2, 3, padding=1)), (2, 5, 4), 3),
+    "strides": (lambda: chain(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 3, 3, 2, 1), nn.Conv2d(3, 2, 3, 2, 1)), (2, 9, 7), 3),
+    "stride 3": (lambda: chain(nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 2, 5, 3, 2), nn.Conv2d(2, 2, 3, padding=1)), (1, 8, 7), 3),
+    "no piece of its own for a stride": (lambda: chain(nn.Conv2d(1, 2, 4, (1, 2)), nn.Conv2d(2, 2, 3, (2, 1), 1)), (1, 7, 8), 2),
+    "residuals": (lambda: encoder(pool=False), (2, 6, 6), 3),
+    "residuals and head": (lambda: encoder(pool=True), (2, 6, 6), 4),
+    "residuals and head, odd": (lambda: encoder(pool=True), (2, 5, 7), 4),
+    "up again": (lambda: chain(nn.Conv2d(1, 3, 4, 2, 1), nn.Conv2d(3, 3, 3, padding=1), nn.ConvTranspose2d(3, 1, 4, 2, 1)), (1, 8, 6), 3),
+    "1d": (lambda: chain(nn.Conv1d(1, 2, 5, 2, 2), nn.Conv1d(2, 2, 3, 3, 1), nn.Conv1d(2, 1, 3, padding=1)), (1, 23), 3),
+    "3d": (lambda: chain(nn.Conv3d(1, 2, 3, padding=1), nn.Conv3d(2, 2, 2, 2), nn.Conv3d(2, 1, 1)), (1, 3, 4, 3), 3),
+}
+
+
+def planned(network: Network) -> plan.Plan:
+    cuts = segments.cuts_of(network)
+    assert cuts is not None
+    shapes = [[network.steps[s].shape for s in step.sources] for step in network.steps]
+    found = plan.plan(network, [constant(step, given) for step, given in zip(network.steps, shapes, strict=True)], cuts, 0)
+    assert found is not None
+    assert found.last == len(network.steps) - 1
+    return found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_of_linked_pieces_are_never_below_the_exact_constant(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "ENTRIES", 4)
+    monkeypatch.setattr(plan, "SMALL", 0)
+    build, shape, pieces = RUNS[name]
+    for seed in range(2):
+        model = positive(build(), seed)
+        network = steps(model, shape)
+        found = planned(network)
+        assert len(found.run) == pieces
+        exact = linear_part(model, shape)
+        closed = Search.closed(found.run)
+        upper = certificate(found.run, improve(found.search, closed, 15))
+        assert exact * (1 - 1e-12) <= min(upper, certificate(found.run, closed))
+        if "head" not in name:  # links cost little against one torus for the whole
+            whole = [Piece(system(network, circulant(network)))]
+            assert upper <= 1.5 * certificate(whole, improve(whole, Search.closed(whole), 15))
+
+
+@pytest.mark.parametrize("name", ["strides", "residuals and head", "up again"])
+def test_any_choice_proves_a_bound_or_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "ENTRIES", 4)
+    monkeypatch.setattr(plan, "SMALL", 0)
+    build, shape, _ = RUNS[name]
+    model = positive(build(), 0)
+    exact, found = linear_part(model, shape), planned(steps(model, shape))
+    torch.manual_seed(0)
+    for spread in (0.0, 0.5, 3.0, 20.0):
+        for excess in (-50.0, -1.0, 3.0):
+            search = Search.closed(found.run)
+            for choices in search.choices:
+                for choice in choices.values():
+                    choice.shape, choice.excess = spread * torch.randn_like(choice.shape), torch.tensor(excess, dtype=torch.float64)
+            search.powers = [torch.tensor(float(p), dtype=torch.float64) for p in spread * torch.randn(len(found.run))]
+            assert exact * (1 - 1e-12) <= certificate(found.run, search)
+
+
+def test_a_mean_with_rounded_weights_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 1/49 rounded to float32 and made larger: the model's own weight counts, not the mean that it looks like
+    monkeypatch.setattr(plan, "ENTRIES", 4)
+    monkeypatch.setattr(plan, "SMALL", 0)
+    mean = nn.Conv2d(2, 2, 7, groups=2, bias=False)
+    model = positive(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), mean, nn.Flatten(), nn.Linear(2, 1)), 0)
+    with torch.no_grad():
+        mean.weight.fill_(1.001 / 49)
+    found = planned(steps(model, (1, 7, 7)))
+    exact = linear_part(model, (1, 7, 7))
+    assert exact * (1 - 1e-12) <= certificate(found.run, Search.closed(found.run)) <= 1.03 * exact
+
+
+@pytest.mark.parametrize("scale", [1e-28, 1e28])
+def test_a_deep_chain_of_tiny_or_huge_layers_is_bounded(scale: float) -> None:
+    model = positive(chain(*(nn.Linear(3, 3) for _ in range(8))), 1).double()
+    with torch.no_grad():
+        for layer in model[::2]:
+            layer.weight.mul_(scale)
+    report = audit(model, torch.ones(1, 3, dtype=torch.float64))
+    matrices = [(layer.weight / scale).detach() for layer in model[::2]]
+    exact = float(torch.linalg.matrix_norm(torch.linalg.multi_dot(matrices[::-1]), 2))
+    logarithm = math.log(exact) + 8 * math.log(scale)
+    assert math.log(report.upper) >= logarithm - 1e-9

@@ -16,6 +16,7 @@ from gramlip import rounding as rd
 from gramlip.certificates import cholesky
 from gramlip.coupling.forms import System, size_of, sizes_of
 
+FLOOR = 1e-250  # forms below it are given up: underflow would be above the bounds of rounding
 LIFTS = 24  # multipliers that a factorisation refuses are raised so many times, by a tenth each
 
 
@@ -33,7 +34,7 @@ class Choice:
         """The multipliers (n,) for the anchor's own block (F, n, n); nothing is proved here."""
         shape = self.shape.exp()[channels]
         root = shape.rsqrt()
-        least = largest(root[:, None] * own * root, steps).clamp_min(1e-250)
+        least = largest(root[:, None] * own * root, steps).clamp_min(FLOOR)
         return shape * least * (0.5 + self.excess.exp())
 
 
@@ -51,9 +52,8 @@ class Quadratic:
 def raised(live: list[int], matrix: Tensor, noise: Tensor | float) -> Quadratic:
     """A form at least as large as any within `noise` in norm of `matrix`: what is known up to noise is replaced by what is above it."""
     matrix = 0.5 * (matrix + matrix.mH)
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    room = (noise + rd.gamma(8) * (sizes_of(matrix) + noise)) * (1 + 1e-9)
-    diagonal.add_(room[:, None])
+    room = (noise + rd.gamma(8) * (sizes_of(matrix.detach()) + noise)) * (1 + 1e-9)
+    matrix.diagonal(dim1=-2, dim2=-1).add_(room[:, None])
     return Quadratic(live, matrix)
 
 
@@ -208,6 +208,6 @@ def root_of(form: Quadratic) -> float:
     tops = torch.linalg.eigvalsh(form.matrix)[:, -1].clamp_min(0.0)
     for slack in (1e-9, 1e-6, 1e-3):
         threshold = tops.max() * (1 + slack)
-        if bool((threshold > 0) and cholesky(form.matrix.clone(), threshold.expand(len(tops)).clone(), torch.zeros_like(tops)).all()):
+        if bool((threshold > FLOOR) and cholesky(form.matrix.clone(), threshold.expand(len(tops)).clone(), torch.zeros_like(tops)).all()):
             return rd.sqrt_up(rd.mul_up(float(threshold), 1 + 1e-12))
     return float("inf")

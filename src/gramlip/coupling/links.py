@@ -31,18 +31,22 @@ class Link(Protocol):
 
 @dataclass
 class Pooled:
-    """The mean over all places: on the torus, the frequency 0 times a constant."""
+    """`weight` times the sum over all places: on the torus, the frequency 0 times a constant; known up to `error` in norm."""
 
     torus: Circulant
-    sizes: Sides
     places: int
+    weight: float
+    error: float
 
     def __call__(self, form: Tensor, power: Tensor) -> tuple[Tensor, Tensor | float]:
-        """`|mean|^2 = places / prod(n)^2 |x(0)|^2`, x(0) the unitary transform at frequency 0 on the torus of all places."""
-        factor = self.places / math.prod(self.sizes) ** 2
+        """`|w sum x|^2 = places w^2 |x(0)|^2`, x(0) the unitary transform at frequency 0 on the torus of all places."""
+        factor = self.places * self.weight**2
         wide = torch.zeros(self.torus.frequencies, *form.shape[1:], dtype=torch.complex128)
         wide = wide.index_put((torch.zeros(1, dtype=torch.long),), (form * factor).to(torch.complex128))
-        return wide, rd.gamma(8) * float(sizes_of(wide.detach())[0])
+        # |w sum x + e|^2 with |e| <= error |x|, in the form: 2 |w sum| error + error^2 times its size.
+        off = rd.mul_up(self.error, rd.add_up(rd.mul_up(2.0, rd.sqrt_up(factor * (1 + 1e-9))), self.error))
+        size = float(sizes_of(form.detach()).max())
+        return wide, rd.add_up(rd.mul_up(rd.gamma(8), rd.mul_up(factor, size)), rd.mul_up(off, size))
 
 
 @dataclass

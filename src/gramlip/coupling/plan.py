@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
+from itertools import pairwise
 
 from gramlip.bound import Bound
 from gramlip.coupling.circulant import Circulant, NotCirculantError, circulant
-from gramlip.coupling.forms import Entries, Maps, system
+from gramlip.coupling.forms import Entries, system
 from gramlip.coupling.links import Alias, Pooled
 from gramlip.coupling.run import Piece, system_cost
 from gramlip.operators import Conv
@@ -20,7 +19,8 @@ ENTRIES = 512  # values of at most so many entries are taken entry by entry
 MEMORY = 2**24  # matrix entries that one form may take
 COST = 1e10  # multiplications of one piece's elimination that are still worth it
 TOTAL = 3e10  # and of a run's
-COARSE = 3  # points an axis of the torus on which multipliers are searched for
+SMALL = 1e8  # multiplications of a run of layers that is not cut
+COARSE = 5  # points an axis of the torus on which multipliers are searched for
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def _torus(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at
 
 def _alone(network: Network, first: int, last: int) -> Plan | None:
     piece = _entries_piece(network, first, last)
-    return Plan(first, last, [piece], [piece]) if piece is not None and len(piece.system.queries) > 1 else None
+    run = [] if piece is None else [piece]
+    return Plan(first, last, run, run) if any(len(piece.system.queries) > 1 for piece in run) else None
 
 
 def _entries_piece(network: Network, first: int, last: int) -> Piece | None:
@@ -99,19 +100,21 @@ def _linked(network: Network, constants: Sequence[Bound], cuts: Sequence[int], a
     first, last = cuts[at], cuts[end]
     whole = circulant(part(network, first, last))
     marks = [first, *(c for c in cuts[at + 1 : end] if isinstance(network.steps[c].what, Slope)), last]
+    if _small(whole) and system_cost(system(part(network, first, last), whole)) <= SMALL:
+        marks = [first, last]  # no link, nothing lost at strides
     coarse = tuple(min(n, COARSE) for n in whole.points)
     run: list[Piece] = []
     search: list[Piece] = []
     ends: list[tuple[Circulant, Circulant]] = []
     total, reached = 0.0, first
-    for one, other in zip(marks, marks[1:], strict=False):
+    for one, other in pairwise(marks):
         inside = part(network, one, other)
         levels = whole.levels[one - first : other - first + 1]
         base = tuple(math.gcd(*(level[j] for level in levels)) for j in range(len(coarse)))
         levels = [tuple(r // b for r, b in zip(level, base, strict=True)) for level in levels]
         shapes = [s.shape for s in inside.steps]
         tori = [Circulant(shapes, levels, tuple(n * b for n, b in zip(points, base, strict=True))) for points in (whole.points, coarse)]
-        if tori[0].frequencies * max(tori[0].rows(i) for i in range(len(shapes))) ** 2 > MEMORY:
+        if not _small(tori[0]):
             break
         piece = Piece(system(inside, tori[0]))
         total += system_cost(piece.system)
@@ -128,6 +131,10 @@ def _linked(network: Network, constants: Sequence[Bound], cuts: Sequence[int], a
     if reached == last:
         reached = _tail(network, constants, cuts, end, run, search, ends[-1])
     return Plan(first, reached, run, search) if any(len(piece.system.queries) > 1 for piece in run) else None
+
+
+def _small(torus: Circulant) -> bool:
+    return torus.frequencies * max(torus.rows(i) for i in range(len(torus.shapes))) ** 2 <= MEMORY
 
 
 def _join(run: list[Piece], search: list[Piece], before: tuple[Circulant, Circulant], after: tuple[Circulant, Circulant]) -> None:
@@ -147,22 +154,22 @@ def _tail(
     """A mean over all places and what follows it, taken into the run; the number of its last step."""
     if end + 1 >= len(cuts) or any(r != 1 for r in tori[0].levels[-1]) or not run[-1].system.output.clean:
         return cuts[end]
-    sizes = _pool(network, cuts[end], cuts[end + 1])
+    pool = _pool(network, cuts[end], cuts[end + 1])
     after = _entries(network, constants, cuts, end + 1)
-    if sizes is None or after == end + 1:
+    if pool is None or after == end + 1:
         return cuts[end]
     piece = _entries_piece(network, cuts[end + 1], cuts[after])
     if piece is None:
         return cuts[end]
     for pieces, torus in zip((run, search), tori, strict=True):
         # the torus of the search is smaller than the layer: the same factor as on the true one
-        pieces[-1].link = Pooled(torus, sizes, math.prod(tori[0].points))
+        pieces[-1].link = Pooled(torus, math.prod(tori[0].points), *pool)
         pieces.append(piece)
     return cuts[after]
 
 
-def _pool(network: Network, first: int, last: int) -> tuple[int, ...] | None:
-    """Sizes of the axes over which a step takes the mean of every channel, None where it does anything else."""
+def _pool(network: Network, first: int, last: int) -> tuple[float, float] | None:
+    """Weight and error of a step that takes one multiple of the sum over all places of every channel, None where it does anything else."""
     if last != first + 1:
         return None
     step: Step = network.steps[last]
@@ -170,7 +177,8 @@ def _pool(network: Network, first: int, last: int) -> tuple[int, ...] | None:
     if not isinstance(what, Linear) or not isinstance(what.op, Conv) or what.op.transposed or what.op.input_size is None:
         return None
     op, shape = what.op, network.steps[first].shape
-    sizes = tuple(shape[2:])
-    exact = torch.full_like(op.weight, 1.0 / math.prod(sizes))
-    alone = op.groups == shape[1] and tuple(op.weight.shape) == (shape[1], 1, *sizes) and not any(map(any, op.padding))  # type: ignore[arg-type]
-    return sizes if alone and torch.equal(op.weight, exact) else None
+    alone = op.groups == shape[1] and tuple(op.weight.shape) == (shape[1], 1, *shape[2:]) and not any(map(any, op.padding))  # type: ignore[arg-type]
+    if not alone or op.weight.is_complex():
+        return None
+    weight = op.weight.detach().double()
+    return (float(weight.max()), what.error) if bool((weight == weight.max()).all()) else None

@@ -45,9 +45,8 @@ class Search:
         def own(t: Tensor) -> Tensor:
             return t.detach().clone()
 
-        return Search(
-            [{k: Choice(own(c.shape), own(c.excess)) for k, c in choices.items()} for choices in self.choices], [own(p) for p in self.powers]
-        )
+        copied = [{k: Choice(own(c.shape), own(c.excess)) for k, c in choices.items()} for choices in self.choices]
+        return Search(copied, [own(p) for p in self.powers])
 
 
 def objective(run: Sequence[Piece], search: Search) -> Tensor | None:

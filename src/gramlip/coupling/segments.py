@@ -13,7 +13,8 @@ from gramlip.coupling.run import Search, certificate, cost, improve
 from gramlip.steps import Input, Network
 
 STEPS = 150  # gradient steps of the search for multipliers at effort 1, if
-BUDGET = 4e9  # so many multiplications allow them
+LEAST = 4  # fewer steps are not worth a certificate
+BUDGET = 4e10  # so many multiplications allow them
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def coupled(network: Network, constants: Sequence[Bound], effort: float = 1.0) -
     """
     if len(network.outputs) != 1 or sum(isinstance(s.what, Input) for s in network.steps) != 1 or len(network.steps) < 2:
         return None
-    cuts = _cuts(network)
+    cuts = cuts_of(network)
     if cuts is None:
         return None
     segments: list[Segment] = []
@@ -57,7 +58,7 @@ def total(segments: Sequence[Segment]) -> float:
     return upper
 
 
-def _cuts(network: Network) -> list[int] | None:
+def cuts_of(network: Network) -> list[int] | None:
     """Numbers of the values that every path from input to output goes through."""
     if not isinstance(network.steps[0].what, Input) or network.outputs[0] != len(network.steps) - 1:
         return None
@@ -70,14 +71,25 @@ def _cuts(network: Network) -> list[int] | None:
     return cuts
 
 
+def _coupled(found: Plan, effort: float) -> float:
+    """The least of the bounds of closed forms, of a search on a coarse torus, and of one on the true torus that starts from it."""
+    choice = Search.closed(found.run)
+    upper = certificate(found.run, choice)
+    stages = [found.run] if found.search is found.run else [found.search, found.run]
+    for pieces, share in zip(stages, (0.75, 0.25), strict=False):
+        steps = int(effort * min(STEPS, share * BUDGET / max(cost(pieces), 1e6)))
+        if steps >= LEAST:
+            choice = improve(pieces, choice, steps)
+            upper = min(upper, certificate(found.run, choice))
+    return upper
+
+
 def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, found: Plan | None, effort: float) -> Segment:
     own = [Bound(1.0, 1.0, "input"), *constants[first + 1 : last + 1]]
     composed = compose(part(network, first, last), own).upper
     if found is None:
         return Segment(first, last, composed, composed, "")
-    closed = Search.closed(found.run)
-    steps = int(effort * min(STEPS, BUDGET / max(cost(found.search), 1e6)))
-    upper = certificate(found.run, improve(found.search, closed, steps) if steps > 0 else closed)
+    upper = _coupled(found, effort)
     if not upper < composed:
         return Segment(first, last, composed, composed, "")
     names = [network.steps[first + 1].name, network.steps[last].name]
