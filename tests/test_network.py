@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gramlip import Bound
+from gramlip import Bound, bound
 from gramlip.coupling import segments
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network import audit
@@ -254,16 +254,32 @@ def test_examples_that_cannot_be_used_are_refused(bad: object) -> None:
 
 def test_segments_multiply_to_the_whole() -> None:
     torch.manual_seed(2)
-    from gramlip.compose import constant
+    from gramlip.compose import constants
     from gramlip.fold import fold
     from gramlip.graph import export
     from gramlip.rules import lower
 
     model = models.settled(models.DnCNN(3, 4), torch.zeros(1, 1, 6, 6))
     network = fold(lower(export(model, (torch.zeros(1, 1, 6, 6),))).network)
-    constants = [constant(s, [network.steps[x].shape for x in s.sources]) for s in network.steps]
-    found = segments.coupled(network, constants, effort=0.0)
+    own = constants(network.steps, [[network.steps[x].shape for x in s.sources] for s in network.steps])
+    found = segments.coupled(network, own, effort=0.0)
     assert found is not None
     assert segments.total(found) <= 1.0001 * audit(model, (1, 6, 6), effort=0).upper
     assert steepest(model, (1, 6, 6)) <= segments.total(found)
     assert Bound(0.0, segments.total(found), "").upper > 0
+
+
+def test_layers_of_equal_shape_are_searched_together_and_an_error_names_its_own() -> None:
+    torch.manual_seed(0)
+    layers = [m for _ in range(3) for m in (nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(100, 2)).eval()
+    report = audit(model, (4, 5, 5), effort=-1)
+    for row, layer in zip(report.layers[:3], layers[::2], strict=True):
+        alone = bound(layer, (5, 5))
+        assert alone.lower <= row.bound.upper
+        assert row.bound.lower <= alone.upper
+        assert row.bound.upper <= 1.011 * row.bound.lower
+    with torch.no_grad():
+        layers[2].weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        audit(model, (4, 5, 5), effort=-1)

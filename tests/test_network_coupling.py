@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gramlip.compose import constant
+from gramlip.compose import constants
 from gramlip.coupling import plan, segments
 from gramlip.coupling.circulant import circulant
 from gramlip.coupling.forms import Entries, system
@@ -179,7 +179,7 @@ def planned(network: Network) -> plan.Plan:
     cuts = segments.cuts_of(network)
     assert cuts is not None
     shapes = [[network.steps[s].shape for s in step.sources] for step in network.steps]
-    found = plan.plan(network, [constant(step, given) for step, given in zip(network.steps, shapes, strict=True)], cuts, 0)
+    found = plan.plan(network, constants(network.steps, shapes), cuts, 0)
     assert found is not None
     assert found.last == len(network.steps) - 1
     return found

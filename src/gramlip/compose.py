@@ -11,25 +11,54 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.bound import Bound
-from gramlip.norm import bound
-from gramlip.operators import Dense, Diagonal
+from gramlip.certify import TOGETHER, certify_all
+from gramlip.operators import Dense, Diagonal, Operator
 from gramlip.steps import Input, Linear, Lipschitz, Network, Pad, Product, Scale, Shape, Slope, Step, Sum, Unbounded
 
 SMALL = 256  # matrices with a side of at most this are closed to 1e-6: it costs next to nothing
 
 
-def constant(step: Step, shapes: Sequence[Shape], rtol: float = 1e-2) -> Bound:
-    """Interval of the step's own Lipschitz constant in all its sources joined; 1 for sums, joins and products, which `compose` treats."""
+def constants(steps: Sequence[Step], shapes: Sequence[Sequence[Shape]], rtol: float = 1e-2) -> list[Bound]:
+    """Interval of each step's own Lipschitz constant in all its sources joined; 1 for sums, joins and products, which `compose` treats.
+
+    `shapes` are those of each step's sources. Steps of equal `kind` are searched together.
+    """
+    found: dict[int, Bound] = {}
+    asked: dict[float, list[tuple[int, Operator]]] = {}
+    for i, (step, given) in enumerate(zip(steps, shapes, strict=True)):
+        what = step.what
+        if not isinstance(what, Linear):
+            found[i] = _fixed(what, given)
+        elif what.known is not None:
+            found[i] = _widened(what, what.known)
+        else:
+            small = isinstance(what.op, Dense) and min(what.op.weight.shape) <= SMALL
+            op = Diagonal(what.op.weight) if isinstance(what.op, Scale) else what.op
+            asked.setdefault(min(rtol, 1e-6) if small else rtol, []).append((i, op))
+    for width, items in asked.items():
+        for (i, _), own in zip(items, certify_all([op for _, op in items], rtol=width), strict=True):
+            what = steps[i].what
+            assert isinstance(what, Linear)
+            found[i] = _widened(what, own)
+    return [found[i] for i in range(len(steps))]
+
+
+def kind(step: Step) -> object:
+    """Equal for steps that cost little more together than alone; None for what stands alone."""
     what = step.what
-    if isinstance(what, Linear):
-        small = isinstance(what.op, Dense) and min(what.op.weight.shape) <= SMALL
-        own = what.known or bound(
-            Diagonal(what.op.weight) if isinstance(what.op, Scale) else what.op, rtol=min(rtol, 1e-6) if small else rtol
-        )
-        if what.error == 0.0:
-            return own
-        lower = max(0.0, rd.down(own.lower - what.error))
-        return Bound(lower, rd.add_up(float(own.upper), what.error), f"{own.because}; rounding of the fold added")
+    if not isinstance(what, Linear) or what.known is not None or what.op.weight.numel() > TOGETHER:
+        return None
+    return type(what.op), tuple(what.op.weight.shape)
+
+
+def _widened(what: Linear, own: Bound) -> Bound:
+    if what.error == 0.0:
+        return own
+    lower = max(0.0, rd.down(own.lower - what.error))
+    return Bound(lower, rd.add_up(float(own.upper), what.error), f"{own.because}; rounding of the fold added")
+
+
+def _fixed(what: object, shapes: Sequence[Shape]) -> Bound:
     if isinstance(what, Slope):
         ends = [float(x.abs().max()) if isinstance(x, Tensor) else abs(x) for x in (what.low, what.high)]
         return Bound(max(ends) * (1 - 2.0**-40), max(ends), what.because)

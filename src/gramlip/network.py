@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from gramlip import rounding as rd
 from gramlip.bound import Bound, decimals
-from gramlip.compose import Composition, compose, constant
+from gramlip.compose import Composition, compose, constants, kind
 from gramlip.coupling import coupled, total
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.fold import fold
 from gramlip.graph import Program, export
 from gramlip.jacobian import Stretch, function, stretch
+from gramlip.norm import check_rtol
 from gramlip.operators import Conv
 from gramlip.ranges import capped
 from gramlip.report import Layer, LeftOut, Report
 from gramlip.rules import lower
-from gramlip.steps import Linear, Network, Pad, Product, Scale, Slope, Step, Sum, Unbounded
+from gramlip.steps import Linear, Network, Pad, Product, Scale, Shape, Slope, Step, Sum, Unbounded
 
 _KINDS: dict[type, str] = {Slope: "activation", Pad: "padding", Sum: "sum", Product: "product", Unbounded: "unbounded"}
 Example = Tensor | Sequence[Tensor] | Sequence[int]
@@ -82,7 +83,7 @@ def audit(
     >>> report.lower <= report.upper
     True
     """
-    _check(assume, domain)
+    _check(assume, domain, rtol)
     tensors = inputs(example)
     program = export(model, tensors)
     lowered = lower(program, assume)
@@ -91,14 +92,14 @@ def audit(
         msg = f"{type(model).__name__} has {len(lowered.unsupported)} calls without a rule; expected rules for all of them: {calls}"
         raise UnsupportedError(msg)
     network = fold(capped(lowered.network, domain))
-    constants, seconds = _constants(network, rtol, progress)
-    composed = compose(network, constants)
-    upper, because = _whole(network, constants, composed, effort)
-    found = _lower_side(program, tensors, data, domain, seed)
-    whole = Bound(min(found.value, upper), upper, f"{because}; {found.because}")
+    found, seconds = _constants(network, rtol, progress)
+    composed = compose(network, found)
+    upper, because = _whole(network, found, composed, effort)
+    below = _lower_side(program, tensors, data, domain, seed)
+    whole = Bound(min(below.value, upper), upper, f"{because}; {below.because}")
     return Report(
         target or type(model).__name__,
-        _rows(network, constants, seconds, composed),
+        _rows(network, found, seconds, composed),
         _left_out(network),
         whole,
         tuple(lowered.assumed),
@@ -120,7 +121,8 @@ def steps_of(model: nn.Module | torch.export.ExportedProgram, example: Example) 
     return fold(lower(export(model, inputs(example))).network)
 
 
-def _check(assume: Mapping[str, float] | None, domain: tuple[float, float] | None) -> None:
+def _check(assume: Mapping[str, float] | None, domain: tuple[float, float] | None, rtol: float) -> None:
+    check_rtol(rtol)
     for name, value in (assume or {}).items():
         if not 0 <= value < math.inf:
             msg = f"assume={name}={value!r} was given; expected a finite constant of at least 0 such as {name}=1.0"
@@ -131,18 +133,33 @@ def _check(assume: Mapping[str, float] | None, domain: tuple[float, float] | Non
 
 
 def _constants(network: Network, rtol: float, progress: Callable[[list[str]], Iterable[str]] | None) -> tuple[list[Bound], list[float]]:
-    constants: list[Bound] = []
-    seconds: list[float] = []
-    names = [step.name for step in network.steps]
-    for step, _ in zip(network.steps, progress(names) if progress else names, strict=True):
+    steps = network.steps
+    shapes = [[steps[s].shape for s in step.sources] for step in steps]
+    alike: dict[object, list[int]] = {}
+    for i, step in enumerate(steps):
+        own = kind(step)
+        alike.setdefault(i if own is None else own, []).append(i)
+    groups = {min(group): group for group in alike.values()}
+    found: dict[int, tuple[Bound, float]] = {}
+    names = [step.name for step in steps]
+    for i, _ in zip(range(len(steps)), progress(names) if progress else names, strict=True):
+        group = groups.get(i, [])
         begin = time.perf_counter()
-        try:
-            constants.append(constant(step, [network.steps[s].shape for s in step.sources], rtol))
-        except InputError as error:
-            msg = f"{step.name}: {error}"
-            raise InputError(msg) from error
-        seconds.append(time.perf_counter() - begin)
-    return constants, seconds
+        bounds = _bounds([(steps[j], shapes[j]) for j in group], rtol)
+        seconds = (time.perf_counter() - begin) / max(1, len(group))
+        found |= {j: (bound, seconds) for j, bound in zip(group, bounds, strict=True)}
+    return [found[i][0] for i in range(len(steps))], [found[i][1] for i in range(len(steps))]
+
+
+def _bounds(items: Sequence[tuple[Step, Sequence[Shape]]], rtol: float) -> list[Bound]:
+    """The constants of steps that are searched together; an error names the step."""
+    try:
+        return constants([step for step, _ in items], [shapes for _, shapes in items], rtol)
+    except InputError as error:
+        if len(items) > 1:
+            return [_bounds([item], rtol)[0] for item in items]
+        msg = f"{items[0][0].name}: {error}"
+        raise InputError(msg) from error
 
 
 def _lower_side(
@@ -172,7 +189,7 @@ def _row(i: int, step: Step, own: Bound, seconds: float, share: float | None, ne
         size = what.op.input_size if isinstance(what.op, Conv) else None
         op = None if isinstance(what.op, Scale) else what.op
         return Layer(step.name, type(what.op).__name__, tuple(what.op.weight.shape), size, own, seconds, share, op)  # type: ignore[arg-type]
-    kind = _KINDS.get(type(what), "map")
+    label = _KINDS.get(type(what), "map")
     if isinstance(what, Sum | Product):
         largest = max(composed.lips[s] for s in step.sources)
         growth = rd.up(composed.lips[i] / largest) if 0 < largest < math.inf else composed.lips[i]
@@ -181,7 +198,7 @@ def _row(i: int, step: Step, own: Bound, seconds: float, share: float | None, ne
             growth,
             "sum of branches, against the largest of them" if isinstance(what, Sum) else "product of two values, against the larger",
         )
-    return Layer(step.name, f"{kind} ({step.op.removeprefix('aten.').split('.')[0]})", (), sizes, own, seconds, share)
+    return Layer(step.name, f"{label} ({step.op.removeprefix('aten.').split('.')[0]})", (), sizes, own, seconds, share)
 
 
 def _left_out(network: Network) -> tuple[LeftOut, ...]:

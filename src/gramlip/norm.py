@@ -38,9 +38,7 @@ def bound(
     >>> bound(torch.diag(torch.tensor([3.0, 4.0]))).upper >= 4.0
     True
     """
-    if not isinstance(rtol, float | int) or isinstance(rtol, bool) or not 0 < rtol < float("inf"):
-        msg = f"rtol={rtol!r} was given; expected a positive number such as 1e-2"
-        raise InputError(msg)
+    check_rtol(rtol)
     if method not in METHODS:
         msg = f"method={method!r} is unknown; expected one of {sorted(METHODS)}"
         raise InputError(msg)
@@ -49,3 +47,10 @@ def bound(
         raise InputError(msg)
     op = describe(x) if input_size is None else describe(x, input_size)
     return op if isinstance(op, Bound) else METHODS[method](op, rtol=rtol, finite=finite)
+
+
+def check_rtol(rtol: float) -> None:
+    """InputError for a relative width that is no positive number."""
+    if not isinstance(rtol, float | int) or isinstance(rtol, bool) or not 0 < rtol < float("inf"):
+        msg = f"rtol={rtol!r} was given; expected a positive number such as 1e-2"
+        raise InputError(msg)
