@@ -9,7 +9,6 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 
-SHORT = 8  # Lanczos steps that orthogonalise once
 THREADED = (48, 256)  # orders at which LAPACK itself runs on one thread, and is slow enough to share
 THREADED_WORK = 1 << 22  # least sum of cubes that is worth a pool
 TRACE_ORDER = 128  # up to this order the trace is a good enough bound of a single-precision factorisation's error
@@ -144,20 +143,23 @@ def lanczos(g: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     steps = min(steps, g.shape[-1])
     basis = g.new_zeros(len(g), steps, g.shape[-1])  # orthonormal rows
     small = g.new_zeros(len(g), steps, steps)
-    v = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)
+    v = _unit(start)
     for j in range(steps):
         basis[:, j] = v
         w = _times(g, v)
         q = basis[:, : j + 1]
-        for again in range(1 if steps <= SHORT else 2):  # against all, and twice where the basis is long
-            part = q.conj() @ w[..., None]
-            small[:, : j + 1, j] += part[..., 0]
-            if j + 1 == steps and not again:
-                break
-            w = w - (q.mT @ part)[..., 0]
-        # what is left of an invariant subspace is noise in any direction: no further basis vector
-        size, floor = torch.linalg.vector_norm(w, dim=-1), small[:, 0, 0].abs() * 1e-12
-        v = w * torch.where(size > floor, 1 / size, 0.0).to(w.dtype)[:, None]
+        part = q.conj() @ w[..., None]
+        small[:, : j + 1, j] = part[..., 0]
+        if j + 1 < steps:
+            v = _unit(w - (q.mT @ part)[..., 0])
+            # again, at length one: an invariant subspace leaves noise, which is dropped where it is not orthogonal itself
+            v = _unit(v - (q.mT @ (q.conj() @ v[..., None]))[..., 0], 0.5)
     small = torch.triu(small)
     values, vectors = torch.linalg.eigh(small, UPLO="U")
     return values[:, -1], (basis.mT @ vectors[..., -1:])[..., 0]
+
+
+def _unit(v: Tensor, least: float = 0.0) -> Tensor:
+    """Vectors of length one; those no longer than `least` become zero."""
+    size = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    return v * torch.where(size > least, 1 / size, 0.0)
