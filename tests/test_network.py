@@ -281,5 +281,5 @@ def test_layers_of_equal_shape_are_searched_together_and_an_error_names_its_own(
         assert row.bound.upper <= 1.011 * row.bound.lower
     with torch.no_grad():
         layers[2].weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(InputError, match="NaN"):
+    with pytest.raises(UnsupportedError, match="in 2: weight holds NaN"):
         audit(model, (4, 5, 5), effort=-1)

@@ -89,7 +89,7 @@ def audit(
     lowered = lower(program, assume)
     if lowered.unsupported and strict:
         calls = "; ".join(lowered.unsupported)
-        msg = f"{type(model).__name__} has {len(lowered.unsupported)} calls without a rule; expected rules for all of them: {calls}"
+        msg = f"{type(model).__name__} has {len(lowered.unsupported)} calls that no rule can bound; expected rules for all of them: {calls}"
         raise UnsupportedError(msg)
     network = fold(capped(lowered.network, domain))
     found, seconds = _constants(network, rtol, progress)

@@ -51,7 +51,7 @@ def lower(program: Program, assume: Mapping[str, float] | None = None) -> Lowere
             if node in overwritten:
                 values[overwritten[node]] = values[node]
         except (UnsupportedError, InputError) as error:
-            unsupported.append(f"{place(node)}: {error}")
+            unsupported.append(f"{place(node)}, in {module_path(node)}: {error}")
             steps.append(Step(Unbounded("no rule"), (), shape_of(node), module_path(node), op_name(node), place(node)))
             values[node] = Var(len(steps) - 1, shape_of(node))
     if unused:
