@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,20 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
         table = pa.table({"img": images, "label": torch.randint(10, (count,), generator=source).tolist()})
         parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
     return folder
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """The hub's own client, offline, with a cache in its real layout; called with kind and repository it gives the snapshot's folder."""
+    constants = pytest.importorskip("huggingface_hub.constants", reason="the extra gramlip[hub]")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def snapshot(kind: str, repository: str) -> Path:
+        home, commit = tmp_path / "hub" / f"{kind}s--{repository.replace('/', '--')}", "0" * 40
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text(commit)
+        (home / "snapshots" / commit).mkdir(parents=True)
+        return home / "snapshots" / commit
+
+    return snapshot

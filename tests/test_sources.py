@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ def test_the_hub_by_a_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     save_file({"fc.weight": torch.eye(3)}, tmp_path / "model.safetensors")
     hub = types.ModuleType("huggingface_hub")
 
-    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(repository: str, repo_type: str, allow_patterns: list[str]) -> str:
         if repository != "owner/small":
             msg = "offline"
             raise ConnectionError(msg)
@@ -133,3 +134,10 @@ def test_the_hub_by_a_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"no \.safetensors file"):
         resolve("hf:owner/small")
+
+
+def test_the_hub_by_its_cache(hub_cache: Callable[[str, str], Path]) -> None:
+    save_file({"fc.weight": 2 * torch.eye(3)}, hub_cache("model", "owner/small") / "model.safetensors")
+    assert resolve("hf:owner/small").audit(rtol=1e-2, watch=iter).layers[0].lower <= 2.0
+    with pytest.raises(InputError, match=r"hf:owner/large cannot be fetched: .*; expected a public repository, online or in the cache"):
+        resolve("hf:owner/large")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +176,11 @@ def test_a_folder_holds_one_run(cifar: Path, tmp_path: Path) -> None:
     train("small", cifar, tmp_path, epochs=1)
     with pytest.raises(gl.InputError, match="differs in \\['epochs'\\]"):
         train("small", cifar, tmp_path)
+
+
+def test_images_from_the_hubs_cache(hub_cache: Callable[[str, str], Path], cifar: Path) -> None:
+    with pytest.raises(gl.InputError, match=r"uoft-cs/cifar10 cannot be fetched: .*; expected a public repository, online or in the cache"):
+        data.load("uoft-cs/cifar10", "train")
+    shutil.copytree(cifar, hub_cache("dataset", "uoft-cs/cifar10") / "plain_text")
+    for found, local in zip(data.load("uoft-cs/cifar10", "train"), data.load(cifar, "train"), strict=True):
+        assert torch.equal(found, local)

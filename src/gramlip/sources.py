@@ -169,15 +169,24 @@ def from_hub(target: str, inputs: Shape | None) -> Weights:
     if inputs is not None:
         msg = f"--input was given, but {target} names weights alone, bounded for every input size; expected no --input"
         raise InputError(msg)
-    hub, repository = _library(target, "huggingface_hub", "gramlip[hub]"), target.partition(":")[2]
-    try:
-        folder = Path(hub.snapshot_download(repository, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
-    except Exception as error:  # offline, unknown or private: the client's errors have no common type
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        msg = f"{target} cannot be fetched: {first}; expected a public repository, online or in the cache"
-        raise InputError(msg) from error
+    folder = snapshot(target, target.partition(":")[2], ["*.safetensors", "*.safetensors.index.json"])
     files = [*sorted(folder.glob("*.safetensors.index.json")), *sorted(folder.glob("*.safetensors"))]
     if not files:
         msg = f"{target} holds no .safetensors file; expected weights in that format"
         raise InputError(msg)
     return Weights(target, read(files[0]))
+
+
+def snapshot(target: str, repository: str, patterns: list[str], kind: str = "model") -> Path:
+    """The folder of a hub repository's files, by the hub's own client: downloaded, or from its cache where offline.
+
+    Raises:
+        InputError: no client, no such repository, or neither a network nor the files in the cache.
+    """
+    hub = _library(target, "huggingface_hub", "gramlip[hub]")
+    try:
+        return Path(hub.snapshot_download(repository, repo_type=kind, allow_patterns=patterns))
+    except Exception as error:  # offline, unknown or private: the client's errors have no common type
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        msg = f"{target} cannot be fetched: {first}; expected a public repository, online or in the cache"
+        raise InputError(msg) from error

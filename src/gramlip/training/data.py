@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import Sampler
 
 from gramlip.errors import InputError
+from gramlip.sources import snapshot
 
 HUB = "uoft-cs/cifar10"
 
@@ -22,9 +23,7 @@ def files(source: str | Path, split: str) -> list[Path]:
     """The split's parquet files: of a folder, or of the hub's data set where `source` is its name."""
     folder = Path(source)
     if not folder.is_dir() and str(source) == HUB:
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(HUB, repo_type="dataset", allow_patterns="*.parquet"))
+        folder = snapshot(HUB, HUB, ["*.parquet"], "dataset")
     found = sorted(folder.rglob(f"{split}-*.parquet"))
     if not found:
         msg = f"{source} holds no {split}-*.parquet; expected a folder of CIFAR-10's parquet files, or {HUB} for the hub's"
