@@ -197,7 +197,7 @@ def test_runs_of_linked_pieces_are_never_below_the_exact_constant(name: str, mon
         assert len(found.run) == pieces
         exact = linear_part(model, shape)
         closed = Search.closed(found.run)
-        upper = certificate(found.run, improve(found.search, closed, 15))
+        upper = certificate(found.run, improve(found.searches[0], closed, 15))
         assert exact * (1 - 1e-12) <= min(upper, certificate(found.run, closed))
         if "head" not in name:  # links cost little against one torus for the whole
             whole = [Piece(system(network, circulant(network)))]

@@ -22,6 +22,15 @@ from torch import nn
 def make(): return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
 def number(): return 3
 def needs(argument): return argument
+def breaks(): raise RuntimeError("no such thing\\nmore")
+def leaves(): raise SystemExit(1)
+class Loud(nn.Module):
+    def forward(self, x):
+        print("from the model")
+        return 2 * x
+def loud():
+    print("from the callable")
+    return Loud()
 """
 
 
@@ -48,6 +57,13 @@ def test_a_callable_is_audited_with_json_and_page(folder: Path, capsys: pytest.C
     assert main([*arguments[:4], "--fail-above", "1e-9"]) == 1
 
 
+def test_standard_output_is_json_alone_whatever_the_model_prints(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "mymodels:loud", "--input", "4", "--effort", "0", "--json", "-"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["network"]["upper"] >= 2.0
+    assert "from the callable" in shown.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -55,6 +71,9 @@ def test_a_callable_is_audited_with_json_and_page(folder: Path, capsys: pytest.C
         (["mymodels:nothing", "--input", "4"], "expected package.module:callable"),
         (["mymodels:number", "--input", "4"], "expected a torch.nn.Module"),
         (["mymodels:needs", "--input", "4"], "without arguments"),
+        (["mymodels:breaks", "--input", "4"], "raised RuntimeError (no such thing) at "),
+        (["mymodels:leaves", "--input", "4"], "raised SystemExit (1) at "),
+        (["junk.pt2"], "expected a file that torch.export.save wrote"),
         (["nowhere.at.all:make", "--input", "4"], "unknown kind"),
         (["mymodels:make", "--input", "7"], "expected a model that torch.export takes"),
         (["mymodels:make", "--input", "4", "--domain", "1,0"], "the lower first"),
@@ -68,6 +87,7 @@ def test_a_callable_is_audited_with_json_and_page(folder: Path, capsys: pytest.C
 def test_what_cannot_be_used_is_one_line(
     arguments: list[str], expected: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (folder / "junk.pt2").write_bytes(b"junk")
     for name in ("timm", "torchvision"):
         monkeypatch.setitem(sys.modules, name, None)
     assert main(["audit", *arguments]) == 2

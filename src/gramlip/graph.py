@@ -5,9 +5,11 @@ What a call does to its inputs is decided by the rules; here nothing is bounded.
 
 from __future__ import annotations
 
+import logging
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +42,25 @@ def export(model: nn.Module | torch.export.ExportedProgram, example: tuple[Tenso
     exported = model
     if not isinstance(exported, torch.export.ExportedProgram):
         try:
-            exported = torch.export.export(model, example)  # type: ignore[arg-type]
+            with silent():
+                exported = torch.export.export(model, example)  # type: ignore[arg-type]
         except Exception as error:  # torch.export raises many types; all of them mean that there is no graph
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             shapes = [tuple(e.shape) for e in example]
             msg = f"{type(model).__name__} was given with inputs {shapes}; expected a model that torch.export takes: {first}"
             raise InputError(msg) from error
     return _program(exported)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without torch's log, which would repeat in many lines what an error says in one."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _program(exported: torch.export.ExportedProgram) -> Program:

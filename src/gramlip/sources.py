@@ -1,12 +1,15 @@
 """Models that a TARGET names: a callable, an exported program, or an entry of timm, torchvision or the Hugging Face hub.
 
 Running a user's module, or a library's, is the user's explicit choice by the form of the target; a file of weights never runs code.
+What they print goes to standard error: standard output is the report's alone.
 """
 
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.machinery import PathFinder
@@ -19,6 +22,7 @@ from torch import nn
 
 from gramlip.checkpoint import read
 from gramlip.errors import InputError
+from gramlip.graph import silent
 from gramlip.network import audit, steps_of
 from gramlip.operators import Conv, Dense
 from gramlip.report import Report
@@ -50,24 +54,27 @@ class Model:
 
     def operators(self) -> Iterable[tuple[str, Dense | Conv]]:
         """Every linear map of the folded graph by name."""
-        for step in steps_of(self.program, self.example).steps:
+        with redirect_stdout(sys.stderr):
+            steps = steps_of(self.program, self.example).steps
+        for step in steps:
             if isinstance(step.what, Linear) and isinstance(step.what.op, Dense | Conv):
                 yield step.name, step.what.op
 
     def audit(self, *, rtol: float, watch: Watch) -> Report:
         """The report of the whole network."""
         o = self.options
-        return audit(
-            self.program,
-            self.example,
-            rtol=rtol,
-            assume=o.assume,
-            domain=o.domain,
-            seed=o.seed,
-            effort=o.effort,
-            target=self.target,
-            progress=watch,
-        )
+        with redirect_stdout(sys.stderr):
+            return audit(
+                self.program,
+                self.example,
+                rtol=rtol,
+                assume=o.assume,
+                domain=o.domain,
+                seed=o.seed,
+                effort=o.effort,
+                target=self.target,
+                progress=watch,
+            )
 
 
 def _sample(target: str, inputs: Shape | None) -> tuple[torch.Tensor, ...]:
@@ -90,12 +97,19 @@ def from_callable(target: str, inputs: Shape | None) -> Model:
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
-        made = getattr(import_module(place), name)()
+        with redirect_stdout(sys.stderr):
+            made = getattr(import_module(place), name)()
     except (ImportError, AttributeError, TypeError, SyntaxError) as error:
         msg = f"{target}: {error}; expected package.module:callable without arguments, found from the current folder"
         raise InputError(msg) from error
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises, in one line with its place
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        msg = f"{target} raised {type(error).__name__} ({first}) at {last.filename}:{last.lineno}; expected it to return a module"
+        raise InputError(msg) from error
     finally:
-        sys.path.remove(here)
+        if here in sys.path:
+            sys.path.remove(here)
     return Model(target, _module(target, made), example)
 
 
@@ -109,12 +123,13 @@ def _module(target: str, made: object) -> Program:
 
 
 def from_exported(target: str, inputs: Shape | None) -> Model:
-    """A `.pt2` file; its input shape is its own."""
+    """A `.pt2` file; its input shape is its own. It is a program, not weights: torch's loader trusts it, as it trusts a module."""
     if inputs is not None:
         msg = f"--input was given, but {target} is an exported program that holds its input's shape; expected no --input"
         raise InputError(msg)
     try:
-        program = torch.export.load(target)
+        with silent():
+            program = torch.export.load(target)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.export raises many types for files that it did not write
@@ -137,7 +152,8 @@ def _library(target: str, package: str, extra: str) -> Any:
 
 def _built(target: str, make: Callable[[], object], advice: str) -> Program:
     try:
-        made = make()
+        with redirect_stdout(sys.stderr):
+            made = make()
     except Exception as error:  # a library's own errors for unknown names and for being offline have no common type
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         msg = f"{target} cannot be loaded: {first}; {advice}"

@@ -20,17 +20,17 @@ MEMORY = 2**24  # matrix entries that one form may take
 COST = 1e10  # multiplications of one piece's elimination that are still worth it
 TOTAL = 3e10  # and of a run's
 SMALL = 1e8  # multiplications of a run of layers that is not cut
-COARSE = 5  # points an axis of the torus on which multipliers are searched for
+COARSE = (3, 5)  # points an axis of the tori on which multipliers are searched for, one after the other
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps `first` < i <= `last`, the pieces that prove a bound of them, and smaller ones of the same form for the search."""
+    """Steps `first` < i <= `last`, the pieces that prove a bound of them, and runs of smaller ones of the same form for the search."""
 
     first: int
     last: int
     run: list[Piece]
-    search: list[Piece]
+    searches: list[list[Piece]]
 
 
 def part(network: Network, first: int, last: int) -> Network:
@@ -86,7 +86,7 @@ def _torus(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at
 def _alone(network: Network, first: int, last: int) -> Plan | None:
     piece = _entries_piece(network, first, last)
     run = [] if piece is None else [piece]
-    return Plan(first, last, run, run) if any(len(piece.system.queries) > 1 for piece in run) else None
+    return Plan(first, last, run, []) if any(len(piece.system.queries) > 1 for piece in run) else None
 
 
 def _entries_piece(network: Network, first: int, last: int) -> Piece | None:
@@ -102,44 +102,38 @@ def _linked(network: Network, constants: Sequence[Bound], cuts: Sequence[int], a
     marks = [first, *(c for c in cuts[at + 1 : end] if isinstance(network.steps[c].what, Slope)), last]
     if _small(whole) and system_cost(system(part(network, first, last), whole)) <= SMALL:
         marks = [first, last]  # no link, nothing lost at strides
-    coarse = tuple(min(n, COARSE) for n in whole.points)
-    run: list[Piece] = []
-    search: list[Piece] = []
-    ends: list[tuple[Circulant, Circulant]] = []
+    sizes = [whole.points, *(tuple(min(n, most) for n in whole.points) for most in COARSE)]
+    runs: list[list[Piece]] = [[] for _ in sizes]
+    ends: list[list[Circulant]] = []
     total, reached = 0.0, first
     for one, other in pairwise(marks):
         inside = part(network, one, other)
         levels = whole.levels[one - first : other - first + 1]
-        base = tuple(math.gcd(*(level[j] for level in levels)) for j in range(len(coarse)))
+        base = tuple(math.gcd(*(level[j] for level in levels)) for j in range(len(whole.points)))
         levels = [tuple(r // b for r, b in zip(level, base, strict=True)) for level in levels]
         shapes = [s.shape for s in inside.steps]
-        tori = [Circulant(shapes, levels, tuple(n * b for n, b in zip(points, base, strict=True))) for points in (whole.points, coarse)]
+        tori = [Circulant(shapes, levels, tuple(n * b for n, b in zip(points, base, strict=True))) for points in sizes]
         if not _small(tori[0]):
             break
-        piece = Piece(system(inside, tori[0]))
-        total += system_cost(piece.system)
-        if system_cost(piece.system) > COST or total > TOTAL:
+        forms = system(inside, tori[0])
+        total += system_cost(forms)
+        if system_cost(forms) > COST or total > TOTAL:
             break
-        if run:
-            _join(run, search, ends[-1], (tori[0], tori[1]))
-        run.append(piece)
-        search.append(Piece(system(inside, tori[1])))
-        ends.append((tori[0], tori[1]))
+        for j, (run, torus) in enumerate(zip(runs, tori, strict=True)):
+            if run:
+                run[-1].link = Alias(torus, torus.levels[0], ends[-1][j], ends[-1][j].levels[-1])
+            run.append(Piece(forms if j == 0 else system(inside, torus)))
+        ends.append(tori)
         reached = other
-    if not run:
+    if not ends:
         return None
     if reached == last:
-        reached = _tail(network, constants, cuts, end, run, search, ends[-1])
-    return Plan(first, reached, run, search) if any(len(piece.system.queries) > 1 for piece in run) else None
+        reached = _tail(network, constants, cuts, end, runs, ends[-1])
+    return Plan(first, reached, runs[0], runs[1:]) if any(len(piece.system.queries) > 1 for piece in runs[0]) else None
 
 
 def _small(torus: Circulant) -> bool:
     return torus.frequencies * max(torus.rows(i) for i in range(len(torus.shapes))) ** 2 <= MEMORY
-
-
-def _join(run: list[Piece], search: list[Piece], before: tuple[Circulant, Circulant], after: tuple[Circulant, Circulant]) -> None:
-    for pieces, earlier, later in zip((run, search), before, after, strict=True):
-        pieces[-1].link = Alias(later, later.levels[0], earlier, earlier.levels[-1])
 
 
 def _tail(
@@ -147,12 +141,11 @@ def _tail(
     constants: Sequence[Bound],
     cuts: Sequence[int],
     end: int,
-    run: list[Piece],
-    search: list[Piece],
-    tori: tuple[Circulant, Circulant],
+    runs: list[list[Piece]],
+    tori: list[Circulant],
 ) -> int:
     """A mean over all places and what follows it, taken into the run; the number of its last step."""
-    if end + 1 >= len(cuts) or any(r != 1 for r in tori[0].levels[-1]) or not run[-1].system.output.clean:
+    if end + 1 >= len(cuts) or any(r != 1 for r in tori[0].levels[-1]) or not runs[0][-1].system.output.clean:
         return cuts[end]
     pool = _pool(network, cuts[end], cuts[end + 1])
     after = _entries(network, constants, cuts, end + 1)
@@ -161,7 +154,7 @@ def _tail(
     piece = _entries_piece(network, cuts[end + 1], cuts[after])
     if piece is None:
         return cuts[end]
-    for pieces, torus in zip((run, search), tori, strict=True):
+    for pieces, torus in zip(runs, tori, strict=True):
         # the torus of the search is smaller than the layer: the same factor as on the true one
         pieces[-1].link = Pooled(torus, math.prod(tori[0].points), *pool)
         pieces.append(piece)

@@ -14,7 +14,8 @@ from gramlip.steps import Input, Network
 
 STEPS = 150  # gradient steps of the search for multipliers at effort 1, if
 LEAST = 4  # fewer steps are not worth a certificate
-BUDGET = 4e10  # so many multiplications allow them
+BUDGET = 6e10  # so many multiplications allow them,
+SHARES = (0.5, 0.3, 0.2)  # shared among the tori from the coarsest to the true one
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ def cuts_of(network: Network) -> list[int] | None:
 
 
 def _coupled(found: Plan, effort: float) -> float:
-    """The least of the bounds of closed forms, of a search on a coarse torus, and of one on the true torus that starts from it."""
+    """The least of the bounds of closed forms and of searches, each from where the last one ended: coarse tori, then the true one."""
     choice = Search.closed(found.run)
     upper = certificate(found.run, choice)
-    stages = [found.run] if found.search is found.run else [found.search, found.run]
-    for pieces, share in zip(stages, (0.75, 0.25), strict=False):
+    stages = [*found.searches, found.run]
+    for pieces, share in zip(stages, SHARES if found.searches else (1.0,), strict=True):
         steps = int(effort * min(STEPS, share * BUDGET / max(cost(pieces), 1e6)))
         if steps >= LEAST:
             choice = improve(pieces, choice, steps)
