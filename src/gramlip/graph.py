@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +53,7 @@ def export(model: nn.Module | torch.export.ExportedProgram, example: tuple[Tenso
 
 
 @contextmanager
-def silent() -> Iterator[None]:
+def silent() -> Generator[None, None, None]:
     """Without torch's log, which would repeat in many lines what an error says in one."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
