@@ -46,7 +46,7 @@ def theorem(case: Case) -> None:
         factor /= 1.0 if points else math.cos(math.pi * degree / side)
         lines.append(torch.arange(side, dtype=torch.float64) * (2 * math.pi / side))
     frequencies = torch.cartesian_prod(*lines).reshape(-1, len(lines))
-    largest = float(torch.linalg.matrix_norm(replace(sym, kernel=kernel).at(frequencies), 2).max())
+    largest = float(torch.linalg.matrix_norm(replace(sym, plain=kernel, strides=(1,) * len(lines)).at(frequencies), 2).max())
     value, error = (math.ldexp(x, exponent) for x in (largest * factor, ROUNDING * float(kernel.abs().sum())))
     assert value >= case.truth - error, f"{sym.because}: {value} below the truth {case.truth}: {case.name}"
     if sym.exact and None not in sym.points:

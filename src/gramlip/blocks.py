@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,20 +17,30 @@ from gramlip.padding import PADDING, Axis
 class Symbol:
     """A layer as the matrix trigonometric polynomial `D(w) = sum_p K[..., p] exp(-i p.w)`.
 
-    `kernel` is (groups, m, n, *k): polyphase for a stride, alias-free, real or complex. The layer's norm is at most
-    `sqrt(square) max_w ||D(w)||` over the grid of `points[j]` equidistant frequencies on axis j, all of them where None.
+    `kernel` is (groups, m, n, *k): polyphase for a stride, alias-free, real or complex; it is made from `plain`, the kernel
+    without phases, and `strides` when it is first read. The layer's norm is at most `sqrt(square) max_w ||D(w)||` over the
+    grid of `points[j]` equidistant frequencies on axis j, all of them where None.
     """
 
-    kernel: Tensor
+    plain: Tensor
+    strides: tuple[int, ...]
     points: tuple[int | None, ...]
     square: int
     exact: bool
     because: str
 
+    @cached_property
+    def kernel(self) -> Tensor:
+        """The polyphase kernel, with the weight's graph; for a stride it is a copy."""
+        kernel = self.plain
+        for j, stride in enumerate(self.strides):
+            kernel = polyphase(kernel, 3 + j, stride)
+        return kernel
+
     @property
     def degrees(self) -> tuple[float, ...]:
         """Half the range of exponents on each axis: `u* D(w) v` is, up to a phase, a polynomial of that degree."""
-        return tuple((k - 1) / 2 for k in self.kernel.shape[3:])
+        return tuple((-(-k // s) - 1) / 2 for k, s in zip(self.plain.shape[3:], self.strides, strict=True))
 
     def at(self, frequencies: Tensor) -> Tensor:
         """The blocks D(w), shape (groups, F, m, n), complex, at `frequencies` of shape (F, axes)."""
@@ -57,11 +68,8 @@ def symbol(op: Dense | Conv) -> Symbol:
     torch.Size([1, 4, 8, 2, 2])
     """
     if isinstance(op, Dense):
-        return Symbol(op.weight[None], (), 1, True, "a matrix")
+        return Symbol(op.weight[None], (), (), 1, True, "a matrix")
     circles = [PADDING[op.padding_mode](axis) for axis in axes(op)]
-    kernel = grouped(op)
-    for j, circle in enumerate(circles):
-        kernel = polyphase(kernel, 3 + j, circle.stride)
     reasons = list(dict.fromkeys(c.because for c in circles))
     if op.groups > 1:
         reasons.append(f"largest of {op.groups} groups (theorem 5)")
@@ -69,7 +77,8 @@ def symbol(op: Dense | Conv) -> Symbol:
         reasons.append("a transposed convolution is the adjoint of a convolution (theorem 5)")
     square = math.prod(c.square for c in circles)
     exact = all(c.exact for c in circles)
-    return Symbol(kernel, tuple(c.points for c in circles), square, exact, "; ".join(reasons))
+    strides = tuple(c.stride for c in circles)
+    return Symbol(grouped(op), strides, tuple(c.points for c in circles), square, exact, "; ".join(reasons))
 
 
 def axes(op: Conv) -> list[Axis]:

@@ -28,14 +28,16 @@ def excess(op: Conv, group: int, exponent: int, mass: float) -> float | None:
     """Upper bound of `||T||^2 - S^2` for one group, weights divided by `2**exponent`; None where its matrices are too large."""
     geometry = axes(op)
     parts = [_ends(axis, op.padding_mode) for axis in geometry]
-    kernel = widen(grouped(op).detach()[group], exponent)[0].cpu()
-    total = 0.0
+    weight, total = grouped(op).detach()[group], 0.0
+    # the two ends of an axis touch the outputs that read its padding: the largest matrix takes all axes at once
+    worst = math.prod(max((f.shape[-1] for f in ends), default=1) for ends in parts)
+    if worst * weight.shape[0] > LARGEST:
+        return None
+    kernel = widen(weight, exponent)[0].cpu()
     for size in range(1, op.dims + 1):
         for chosen in itertools.combinations(range(op.dims), size):
             worst = 0.0
             for ends in itertools.product(*(parts[j] for j in chosen)):
-                if math.prod(f.shape[-1] for f in ends) * kernel.shape[0] > LARGEST:
-                    return None
                 worst = max(worst, _largest(kernel, geometry, chosen, ends, mass))
             total = rd.add_up(total, worst)
     return total

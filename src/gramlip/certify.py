@@ -56,7 +56,7 @@ def certify_all(ops: Sequence[Operator], *, rtol: float = 1e-2, finite: bool | s
                 bounds[i] = _separable(op, rtol)
             else:
                 sym = symbol(op)
-                together.setdefault(_alike(op, sym) if sym.kernel.numel() <= TOGETHER else i, []).append(i)
+                together.setdefault(_alike(op, sym) if sym.plain.numel() <= TOGETHER else i, []).append(i)
         for alike in together.values():
             for some in (alike[k : k + 64] for k in range(0, len(alike), 64)):
                 chosen = [ops[i] for i in some]
@@ -118,7 +118,7 @@ class _Enclosing:
         self.ops, self.rtol, self.finite = ops, rtol, finite
         self.syms = [symbol(op) for op in ops]
         if len(ops) == 1:
-            self.gram = Gramian(self.syms[0].kernel)
+            self.gram = Gramian(self.syms[0].plain, self.syms[0].strides, rtol)
             self.exponents = [self.gram.exponent]
         else:  # each layer on its own scale
             wide = [widen(sym.kernel.detach(), None) for sym in self.syms]
@@ -174,8 +174,8 @@ class _Enclosing:
 
     def _of_size(self, i: int, op: Conv) -> tuple[Bound | None, float]:
         """A layer of given size whose blocks bound it from above only: its own interval if it has one, and its lower side."""
-        part = sample(op)
-        layer = Layer(part, self.exponents[i])
+        part, modes = sample(op)
+        layer = Layer(part, self.exponents[i], modes)
         group = int(self.search.lattice.decode(self.search.where[i : i + 1])[0]) - i * self.groups
         above = math.sqrt(float(self.search.best[i]) * self.syms[i].square)
         x, lower = self._ascend(layer, group, wave(self.search, i, layer, group), above, self._mass(i)[group])

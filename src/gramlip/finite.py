@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,35 +19,65 @@ from gramlip.operators import Conv
 from gramlip.padding import index_map
 from gramlip.widen import widen
 
+WIDE_BYTES = 48 << 20  # the float64 copy of a kernel is kept while it is smaller than this
+PIECE_BYTES = 2 << 20  # else pieces of about this size, which caches hold, are cast when they are used
+
 
 class Layer:
     """One group's finite linear map in float64, scaled by `2**-exponent`: the convolution, or the one whose adjoint it is."""
 
-    def __init__(self, op: Conv, exponent: int) -> None:
-        """Index maps of all axes; the kernel is kept as (groups, m, n, *k)."""
+    def __init__(self, op: Conv, exponent: int, modes: Sequence[str] | None = None) -> None:
+        """Index maps of all axes, each with its own padding mode where `modes` are given.
+
+        The kernel (groups, m, n, *k) is copied where it is small, else cast piece by piece.
+        """
         self.geometry = axes(op)
-        self.kernel = widen(grouped(op).detach(), exponent)[0]
-        self.maps = [index_map(a, op.padding_mode).to(self.kernel.device) for a in self.geometry]
+        self.source, self.exponent = grouped(op).detach(), exponent
+        self.shape, self.is_complex, self.device = self.source.shape, self.source.is_complex(), self.source.device
+        self.dtype = torch.complex128 if self.is_complex else torch.float64
+        scalar = 16 if self.is_complex else 8
+        self.bytes = scalar * self.source[0].numel()
+        self._step = max(1, PIECE_BYTES * self.shape[1] // self.bytes)
+        self._wide = widen(self.source, exponent)[0] if scalar * self.source.numel() <= WIDE_BYTES else None
+        modes = modes or (op.padding_mode,) * op.dims
+        self.maps = [index_map(a, mode).to(self.device) for a, mode in zip(self.geometry, modes, strict=True)]
         self.sizes = tuple(a.size or 0 for a in self.geometry)
         self.outputs = tuple(a.outputs or 0 for a in self.geometry)
         self.shared = math.prod(max(int(row[row >= 0].bincount().max()) if bool((row >= 0).any()) else 0 for row in m) for m in self.maps)
 
+    def kernel(self, group: int) -> Tensor:
+        """The exact float64 kernel of one group, (m, n, *k)."""
+        return self._wide[group] if self._wide is not None else widen(self.source[group], self.exponent)[0]
+
+    def _pieces(self, group: int) -> list[tuple[slice, Callable[[], Tensor]]]:
+        """Rows of the kernel and how to get them, (r, n k): whole where it is kept."""
+        if self._wide is not None:
+            whole = self._wide[group].flatten(1)
+            return [(slice(None), lambda: whole)]
+        rows = [slice(start, start + self._step) for start in range(0, self.shape[1], self._step)]
+        return [(some, lambda some=some: widen(self.source[group, some], self.exponent)[0].flatten(1)) for some in rows]
+
     def forward(self, x: Tensor, group: int) -> Tensor:
         """The layer on x (n, *sizes), zeros where a tap reads padding; (m, *outputs)."""
-        kernel = self.kernel[group]
-        for j, (m, taps) in enumerate(zip(self.maps, kernel.shape[2:], strict=True)):
+        for j, (m, taps) in enumerate(zip(self.maps, self.shape[3:], strict=True)):
             axis = 1 + 2 * j  # gather the taps of this axis: (n, k_0, o_0, ..., size_j, ...) -> (..., k_j, o_j, ...)
             picked = x.index_select(axis, m.clamp_min(0).flatten())
             picked = picked * (m >= 0).flatten().to(x.dtype).reshape(-1, *(1,) * (x.ndim - axis - 1))
             x = picked.unflatten(axis, (taps, m.shape[1]))
         d = len(self.maps)
         columns = x.permute(0, *(1 + 2 * j for j in range(d)), *(2 + 2 * j for j in range(d))).reshape(-1, math.prod(self.outputs))
-        return (kernel.flatten(1) @ columns).reshape(-1, *self.outputs)
+        out = columns.new_empty(self.shape[1], columns.shape[1])
+        for rows, piece in self._pieces(group):
+            out[rows] = piece() @ columns
+        return out.reshape(-1, *self.outputs)
 
     def adjoint(self, y: Tensor, group: int) -> Tensor:
         """The adjoint on y (m, *outputs); (n, *sizes)."""
-        kernel, d = self.kernel[group], len(self.maps)
-        x = (kernel.flatten(1).mH @ y.flatten(1)).reshape(-1, *kernel.shape[2:], *self.outputs)
+        d, flat = len(self.maps), y.flatten(1)
+        x = torch.zeros(math.prod(self.shape[2:]), flat.shape[1], dtype=self.dtype, device=self.device)
+        for rows, piece in self._pieces(group):
+            x.addmm_(piece().mH, flat[rows])
+        x = x.reshape(-1, *self.shape[3:], *self.outputs)
         x = x.permute(0, *itertools.chain.from_iterable((1 + j, 1 + d + j) for j in range(d)))
         for j in reversed(range(d)):
             axis = 1 + 2 * j
@@ -59,9 +90,9 @@ class Layer:
 
     def lower(self, x: Tensor, group: int, mass: float) -> float:
         """Lower bound `||T x|| / ||x||` less the rounding of T x, at most `gamma mass ||x||`: docs/rounding.md#r6-rayleigh-quotients."""
-        length = self.kernel[group, 0].numel() + 8
+        length = math.prod(self.shape[2:]) + 8
         error = rd.mul_up(rd.mul_up(rd.gamma(8.0 * length), mass), rd.sqrt_up(float(self.shared)))
-        size = rd.gamma(4.0 * (x.numel() + math.prod(self.outputs) * self.kernel.shape[1]) + 64)
+        size = rd.gamma(4.0 * (x.numel() + math.prod(self.outputs) * self.shape[1]) + 64)
         quotient = float(torch.linalg.vector_norm(self.forward(x, group)) / torch.linalg.vector_norm(x))
         return max(0.0, rd.down(quotient * rd.down(1 - 4 * size) - error))
 
@@ -96,7 +127,7 @@ class Certificate:
     def __init__(self, layer: Layer, group: int) -> None:
         """The rows' products; `cost` estimates the operations of one factorisation with its preparation."""
         self.layer, self.group = layer, group
-        m, n = layer.kernel.shape[1:3]
+        m, n = layer.shape[1:3]
         rows, columns = m * math.prod(layer.outputs[1:]), n * math.prod(layer.sizes[1:])
         self.on_inputs = columns * layer.sizes[0] <= rows * layer.outputs[0]
         self.side, other = (columns, rows) if self.on_inputs else (rows, columns)
@@ -104,12 +135,12 @@ class Certificate:
         self.pairs = self._pairs()
         self.band = max((j - i for i, j in self.pairs), default=0)
         self.products = {pq for terms in self.pairs.values() for pq in terms}
-        weight = 4.0 if layer.kernel.is_complex() else 1.0
+        weight = 4.0 if layer.is_complex else 1.0
         band = self.band
         self.cost = weight * (2.0 * len(self.products) * self.side**2 * other + self.steps * (1 / 3 + band + band**2) * self.side**3)
-        scalar = 16 if layer.kernel.is_complex() else 8
-        slices = layer.kernel.shape[3] * rows * columns
-        self.bytes = scalar * (slices + (len(self.products) + (band + 1) ** 2 + 3) * self.side**2)
+        scalar = 16 if layer.is_complex else 8
+        slices = layer.shape[3] * rows * columns
+        self.bytes = layer.bytes + scalar * (slices + (len(self.products) + (band + 1) ** 2 + 3) * self.side**2)
 
     def _pairs(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
         """For blocks i <= j of the Gram matrix the pairs of first-axis taps whose products make it up."""
@@ -132,7 +163,7 @@ class Certificate:
 
     def _slices(self) -> list[Tensor]:
         """The layer on the other axes for each tap of the first: matrices (m * outputs, n * sizes)."""
-        kernel = self.layer.kernel[self.group]
+        kernel = self.layer.kernel(self.group)
         m, n, first, *rest = kernel.shape
         outs, ins = math.prod(self.layer.outputs[1:]), math.prod(self.layer.sizes[1:])
         slices = []
@@ -160,14 +191,14 @@ class Certificate:
     def proves(self, tau: float, mass: float) -> bool:
         """Whether the factorisation for tau completes: then `||T|| <= tau`."""
         bound = rd.mul_up(rd.mul_up(mass, mass), float(self.layer.shared))
-        length = 8.0 * (self.layer.kernel[self.group].numel() * math.prod(self.layer.sizes[1:]) + 64)
+        length = 8.0 * (math.prod(self.layer.shape[1:]) * math.prod(self.layer.sizes[1:]) + 64)
         noise = rd.mul_up(rd.gamma(length), bound)
         total = self.side * self.steps
         t = (tau * tau - noise) * (1 - 2 * shift(total))
         if t <= 0:
             return False
         window: dict[tuple[int, int], Tensor] = {}
-        eye = torch.eye(self.side, dtype=self.layer.kernel.dtype, device=self.layer.kernel.device)
+        eye = torch.eye(self.side, dtype=self.layer.dtype, device=self.layer.device)
         for i in range(self.steps):
             row = [self._block(window, i, j, t, eye) for j in range(i, min(i + self.band + 1, self.steps))]
             factor, info = torch.linalg.cholesky_ex(row[0])

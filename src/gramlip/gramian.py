@@ -15,11 +15,13 @@ from torch import Tensor
 
 from gramlip import certificates as cert
 from gramlip import rounding as rd
-from gramlip.widen import widen
+from gramlip.tall import Tall
+from gramlip.taps import Narrow, correlate, spectral
 
-TAP_BYTES = 208 << 20  # the autocorrelation is kept only while it is smaller than this
-WIDE_BYTES = 32 << 20  # and the float64 copy of the kernel while it is smaller than this
-MOST_TAPS = 4096  # and has at most so many taps
+TAP_BYTES = 208 << 20  # the autocorrelation is kept in double while it is smaller than this
+NARROW_BYTES = 230 << 20  # above, in single precision while that is smaller than this,
+NARROW_RTOL = 1e-4  # for real kernels whose interval may be so wide
+MOST_TAPS = 4096  # and in neither case with more taps
 CHUNK_BYTES = 4 << 20  # blocks are streamed in pieces of about this size, which caches hold
 
 
@@ -29,75 +31,68 @@ class Gramian:
     `noise` bounds `||fl(G) - G||_2` for every group and frequency; `side` is the order c of the blocks.
     """
 
-    def __init__(self, kernel: Tensor) -> None:
-        """Orient the kernel tall, scale it exactly, and form the taps where that is the cheaper way."""
-        tall = kernel.detach()
-        self.flipped = tall.shape[1] < tall.shape[2]
-        if self.flipped:  # D D* instead of D* D; its conjugation only mirrors the frequencies
-            tall = tall.transpose(1, 2)
-        self.groups, self.rows, self.side = tall.shape[:3]
-        self.span = tuple(tall.shape[3:])
+    def __init__(self, kernel: Tensor, strides: tuple[int, ...] | None = None, rtol: float = 1e-2) -> None:
+        """Orient the kernel tall, scale it exactly, and form the taps where that is the cheaper way; `strides` are its phases'.
+
+        `rtol` is the width that the blocks are to serve: where it is small nothing is kept in single precision.
+        """
+        self.tall = Tall(kernel, strides)
+        self.flipped, self.groups, self.rows, self.side = self.tall.flipped, self.tall.groups, self.tall.rows, self.tall.side
+        self.span, self.exponent, self.is_complex = self.tall.span, self.tall.exponent, self.tall.is_complex
         self.axes = len(self.span)
-        self.device = tall.device
-        self.is_complex = tall.is_complex()
-        self._tall = (tall.flatten(3) if self.axes else tall[..., None]).movedim(-1, 1)  # (groups, taps, rows, side)
+        self.device = kernel.device
         self._dtype = torch.complex128 if self.is_complex else torch.float64
         self._grid = torch.tensor(list(itertools.product(*map(range, self.span))), dtype=torch.int64).reshape(
             math.prod(self.span), self.axes
         )
-        self._small = self._tall.numel() * (16 if self.is_complex else 8) <= WIDE_BYTES
-        self.exponent = widen(self._tall, None)[1] if self._small else max(widen(t, None)[1] for t in self._tall.unbind(1))
-        self._wide = self._cast(self._tall) if self._small else None
         self.mass = self._mass()
         count = (math.prod(2 * k - 1 for k in self.span) - 1) // 2
-        tap_bytes = self.groups * (2 * count + 1) * self.side**2 * (16 if self.is_complex else 8)
-        shared = tap_bytes <= TAP_BYTES and count <= MOST_TAPS
-        ranges = [range(1 - k, k) for k in self.span] if shared else []
+        each = self.groups * self.side**2 * (16 if self.is_complex else 8)
+        shared = count <= MOST_TAPS and each * (2 * count + 1) <= TAP_BYTES
+        narrow = (
+            count <= MOST_TAPS and not shared and not self.is_complex and rtol >= NARROW_RTOL and each * (count / 2 + 1) <= NARROW_BYTES
+        )
+        ranges = [range(1 - k, k) for k in self.span] if shared or narrow else []
         offsets = [q for q in itertools.product(*ranges) if q > (0,) * self.axes]
         self.offsets = torch.tensor(offsets, dtype=torch.int64).reshape(len(offsets), self.axes)
-        length = self.rows * self._tall.shape[1] + count + 64
+        length = self.rows * self.tall.count + count + 64
         per = rd.gamma(4.0 * length if self.is_complex else 2.0 * length)
         self.noise = [rd.add_up(rd.mul_up(per, rd.mul_up(m, m)), rd.TINY) if m else 0.0 for m in self.mass]
-        self.taps = self._autocorrelation() if shared else None
+        self.narrow = Narrow(self.tall, self._pairs(), self.device) if narrow else None
+        if self.narrow is not None:
+            self.noise = [rd.add_up(n, lost) if n else 0.0 for n, lost in zip(self.noise, self.narrow.noise, strict=True)]
+            self.taps = (self.narrow.zero[:, None], self.narrow.zero[:, :0])
+        else:
+            self.taps = self._autocorrelation() if shared else None
         # real operations to form one block
-        self.operations = (4.0 * count + 2.0 if shared else 8.0 * self.rows) * self.side**2
-
-    def _cast(self, piece: Tensor) -> Tensor:
-        """The exact float64 (complex128) copy, conjugated where the sides were exchanged."""
-        wide = widen(piece.contiguous(), self.exponent)[0]
-        return wide.conj().resolve_conj() if self.flipped and self.is_complex else wide
-
-    def tap(self, p: int) -> Tensor:
-        """One tap of the scaled kernel, (groups, rows, side)."""
-        return self._wide[:, p] if self._wide is not None else self._cast(self._tall[:, p])
+        self.operations = (4.0 * count + 2.0 if self.taps is not None else 8.0 * self.rows) * self.side**2
 
     def _mass(self) -> list[float]:
         """Upper bound of `sum_p ||K_p||_F` for each group."""
-        grow = 1.0 + rd.gamma(4.0 * self.rows * self.side)
-        if self._wide is not None:
-            norms = torch.linalg.vector_norm(self._wide.flatten(2), dim=-1).sum(-1)
-        else:
-            norms = sum(torch.linalg.vector_norm(self.tap(p), dim=(1, 2)) for p in range(self._tall.shape[1]))
-        return [rd.up(x * rd.up(grow)) if x else 0.0 for x in norms.tolist()]  # type: ignore[union-attr]
+        grow = 1.0 + rd.gamma(8.0 * (self.rows * self.side + self.tall.count))
+        norms = torch.zeros(self.groups, self.tall.count, dtype=torch.float64, device=self.device)
+        for piece in self.tall.pieces():
+            norms = torch.hypot(norms, torch.linalg.vector_norm(piece.flatten(2), dim=-1))
+        return [rd.up(x * rd.up(grow)) if x else 0.0 for x in norms.sum(-1).tolist()]
+
+    def _pairs(self) -> list[list[list[int]]]:
+        """For A_0 and every offset the pairs of the kernel's taps that are so far apart."""
+        strides = torch.tensor([math.prod(2 * k - 1 for k in self.span[j + 1 :]) for j in range(self.axes)], dtype=torch.int64)
+        code = (self._grid * strides).sum(-1)
+        gap = code[None, :] - code[:, None]
+        return [(gap == q).nonzero().tolist() for q in [0, *(self.offsets * strides).sum(-1).tolist()]]
 
     def _autocorrelation(self) -> tuple[Tensor, Tensor]:
         """Coefficients of the cosines (A_0 and A_q + A_q*) and of the sines (A_q - A_q*), (groups, taps, c, c)."""
-        g, c = self.groups, self.side
-        strides = torch.tensor([math.prod(2 * k - 1 for k in self.span[j + 1 :]) for j in range(self.axes)], dtype=torch.int64)
-        code = (self._grid * strides).sum(-1)
-        taps = torch.zeros(g, 1 + len(self.offsets), c, c, dtype=self._dtype, device=self.device)
-        where = {int(q): i + 1 for i, q in enumerate((self.offsets * strides).sum(-1))} | {0: 0}
-        gap = code[None, :] - code[:, None]
-        for q, i in where.items():
-            left, right = (gap == q).nonzero().unbind(1)
-            if self._wide is not None:  # one product, the pairs of taps one below the other
-                ones, others = self._wide[:, left].flatten(1, 2), self._wide[:, right].flatten(1, 2)
-                taps[:, i] = ones.mH @ others
-            else:
-                for one, other in zip(left.tolist(), right.tolist(), strict=True):
-                    taps[:, i].baddbmm_(self.tap(one).mH, self.tap(other))
-        later = taps[:, 1:]
-        return torch.cat([taps[:, :1], later + later.mH], 1), later - later.mH
+        even = torch.zeros(self.groups, 1 + len(self.offsets), self.side, self.side, dtype=self._dtype, device=self.device)
+        correlate(self.tall, self._pairs(), even.transpose(0, 1))
+        odd = torch.empty_like(even[:, 1:])
+        step = max(1, CHUNK_BYTES // (even[:, 0].numel() * even.element_size()))  # the copies of all taps at once would be many
+        for later, apart in zip(even[:, 1:].split(step, 1), odd.split(step, 1), strict=True):
+            adjoint = later.mH.clone()
+            torch.sub(later, adjoint, out=apart)
+            later += adjoint
+        return even, odd
 
     def tap_norms(self, items: Tensor, largest: Tensor) -> Tensor | None:
         """Upper bounds of `||A_q||`, q > 0, (groups, taps), or None where they cannot serve.
@@ -107,27 +102,27 @@ class Gramian:
         """
         if self.taps is None or not len(self.offsets):
             return None
-        even, odd = self.taps
-        # A_q = (even + odd) / 2, and the two halves are orthogonal
-        halves = [torch.linalg.vector_norm(half, dim=(-2, -1)) for half in (even[:, 1:], odd)]
-        sizes = torch.hypot(*halves).cpu() / 2 * (1 + 1e-12)
+        if self.narrow is not None:
+            sizes = self.narrow.sizes() * (1 + 1e-12)
+        else:  # A_q = (even + odd) / 2, and the two halves are orthogonal
+            even, odd = self.taps
+            sizes = torch.hypot(*(_frobenius(half) for half in (even[:, 1:], odd))).cpu() / 2 * (1 + 1e-12)
         reach = (sizes * self.offsets.to(torch.float64).square().sum(-1)).sum(-1) / self.side**0.5
         if bool((reach > largest[items] * sum((k - 1) ** 2 for k in self.span) / 8).all()):
             return None
-        # ||A||^2 = ||A* A||, of which one more Gram step gives a closer bound than the Frobenius norm
-        scale = torch.where(sizes > 0, sizes, 1.0).to(self.device)
-        unit = ((even[:, 1:] + odd) / 2 / scale[..., None, None]).flatten(0, 1)
-        error = torch.full((len(unit),), 2 * rd.gamma(8.0 * (self.side + 2)), dtype=torch.float64, device=self.device)
-        norms = cert.gram(unit.mH @ unit, error).sqrt().cpu().reshape(sizes.shape).clamp_max(1.0)
-        return norms * sizes * (1 + 1e-12)
+        if self.narrow is not None:
+            return self.narrow.norms()
+        even, odd = self.taps[0][:, 1:].flatten(0, 1), self.taps[1].flatten(0, 1)
+        parts = torch.arange(len(odd)).split(max(1, 4 * CHUNK_BYTES // (odd.element_size() * self.side**2)))
+        return torch.cat([spectral((even[part] + odd[part]) / 2).cpu() for part in parts]).reshape(sizes.shape)
 
     def polynomial(self, group: Tensor, index: Tensor, sizes: tuple[int, ...], v: Tensor) -> tuple[Tensor, Tensor]:
         """The coefficients (I, taps) of `p(w) = u* D(w) v`, u the image of v at the given frequency, and the exponents (taps, axes)."""
-        if self._wide is not None:
-            images = _apply(self._wide[group], v)
+        if self.tall.wide is not None:
+            images = _apply(self.tall.wide[group], v)
         else:
-            taps = range(self._tall.shape[1])
-            images = torch.stack([(self.tap(t)[group].to(v.dtype) @ v[..., None])[..., 0] for t in taps], 1)
+            each = zip(group.tolist(), v[:, None], strict=True)
+            images = torch.cat([torch.cat([_apply(piece, one) for piece in self.tall.pieces(at)], -1) for at, one in each])
         angles = self.waves(index, sizes, self._grid)
         image = (torch.polar(torch.ones_like(angles), -angles)[:, None] @ images)[:, 0]
         return (images @ image.conj()[..., None])[..., 0].cpu(), self._grid.to(torch.float64)
@@ -142,6 +137,8 @@ class Gramian:
 
     def at(self, group: Tensor, index: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """G at the lattice frequencies `2 pi index / sizes` (F, axes) of the given groups (F,): (F, c, c), real where all are real."""
+        if self.narrow is not None:
+            return self._combined(group.to(self.device), index, sizes)
         if self.taps is None:
             out: Tensor | None = None
             for one in group.unique().tolist():
@@ -169,6 +166,13 @@ class Gramian:
             return real
         return torch.complex(real, self._combine(sines, odd, group))
 
+    def _combined(self, group: Tensor, index: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """The same from taps in single precision."""
+        assert self.narrow is not None
+        angles = self.waves(index, sizes, self.offsets)
+        sines = -angles.sin()
+        return self.narrow.combine(group, angles.cos(), sines if float(sines.abs().max()) >= 1e-15 else None)
+
     def _combine(self, weights: Tensor, taps: Tensor, group: Tensor) -> Tensor:
         c = self.side
         if self.groups == 1:
@@ -186,12 +190,10 @@ class Gramian:
         angles = self.waves(index, sizes, self._grid)
         real = not self.is_complex and bool((angles.sin().abs() < 1e-15).all())
         factors = angles.cos() if real else torch.polar(torch.ones_like(angles), -angles)
-        taps = self._tall.shape[1]
-        step = max(1, (4 * CHUNK_BYTES) // (16 * self.side * max(taps, len(index))))
+        # pieces whose blocks, at all these frequencies, hold at most a few chunks
+        share = 16 * max(1, len(index)) / ((16 if self.is_complex else 8) * self.tall.count)
         total: Tensor | None = None
-        for start in range(0, self.rows, step):
-            rows = slice(start, min(start + step, self.rows))
-            piece = self._wide[group, :, rows] if self._wide is not None else self._cast(self._tall[group, :, rows])
+        for (piece,) in self.tall.pieces(group, int(4 * CHUNK_BYTES / max(1.0, share))):
             flat = piece.flatten(1)
             if real or self.is_complex:
                 block = factors.to(flat.dtype if real else factors.dtype) @ flat
@@ -204,18 +206,26 @@ class Gramian:
 
     def chunk(self) -> int:
         """How many blocks are worked on at once."""
-        each = 16 * max(self.side**2, len(self.offsets) if self.taps is not None else self._tall.shape[1])
+        each = 16 * max(self.side**2, len(self.offsets) if self.taps is not None else self.tall.count)
         # several while memory allows: each piece reads all taps once
         return max(1, CHUNK_BYTES // each, min(8, 8 * CHUNK_BYTES // each))
 
     def crude(self, group: int) -> float:
         """Upper bound of the norm without any frequency: `sum_p ||K_p||_F`, or the root of P times `||sum_p K_p* K_p||` (lemma 14)."""
-        if self._wide is None or self.axes == 0:
+        if self.axes == 0:
             return self.mass[group]
-        flat = self._wide[group].flatten(0, 1)
-        zero = (flat.mH @ flat)[None]
-        top = float(cert.moments(zero, torch.tensor([self.noise[group]], dtype=torch.float64, device=self.device)))
-        return min(self.mass[group], rd.sqrt_up(rd.mul_up(top, float(self._tall.shape[1]))))
+        zero = torch.zeros(1, self.side, self.side, dtype=self._dtype, device=self.device)
+        for piece in self.tall.pieces(group):
+            flat = piece[0].flatten(0, 1)
+            zero[0].addmm_(flat.mH, flat)
+        noise = torch.tensor([self.noise[group]], dtype=torch.float64, device=self.device)
+        top = cert.moments(zero, noise)
+        start = zero[:, :, int(zero[0].diagonal().real.argmax())]
+        guess = 1.02 * cert.lanczos(zero, start, 24)[0] + 2 * noise if bool(start.any()) else top
+        while bool(guess < top) and not bool(cert.cholesky(zero, guess, noise)):
+            guess = 1.2 * guess
+        top = float(torch.minimum(guess, top))
+        return min(self.mass[group], rd.sqrt_up(rd.mul_up(top, float(self.tall.count))))
 
 
 def _apply(taps: Tensor, v: Tensor) -> Tensor:
@@ -223,3 +233,8 @@ def _apply(taps: Tensor, v: Tensor) -> Tensor:
     if taps.is_complex():
         return (taps @ v[:, None, :, None])[..., 0]
     return torch.view_as_complex((taps @ torch.view_as_real(v)[:, None]).contiguous())
+
+
+def _frobenius(taps: Tensor) -> Tensor:
+    """Frobenius norms of the last two axes, (groups, taps), one tap at a time: torch would copy them all."""
+    return torch.stack([torch.linalg.vector_norm(taps[:, i], dim=(-2, -1)) for i in range(taps.shape[1])], 1)

@@ -1,0 +1,93 @@
+"""The autocorrelation's taps `A_q = sum_p K_p* K_{p+q}`, of which all Gram blocks are combinations: docs/theory.md#autocorrelation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gramlip import certificates as cert
+from gramlip import rounding as rd
+from gramlip.tall import Tall
+
+HALF = 2.0**-24  # unit roundoff of single precision
+TOGETHER = 3  # taps that are accumulated in double at once before they are stored in single precision
+SLAB_BYTES = 8 << 20  # rows of all taps that are combined at once
+
+Pairs = list[list[int]]  # (left, right) taps of the kernel that make up one tap of the autocorrelation
+
+
+def correlate(tall: Tall, pairs: list[Pairs], out: Tensor) -> None:
+    """Add the tap `A_q` of each list of pairs to `out[i]` (groups, c, c), with the rows of the kernel streamed."""
+    for piece in tall.pieces():
+        for one, some in zip(out, pairs, strict=True):
+            left, right = ([pair[side] for pair in some] for side in (0, 1))  # one product, the pairs one below the other
+            one.baddbmm_(piece[:, left].flatten(1, 2).mH, piece[:, right].flatten(1, 2))
+
+
+class Narrow:
+    """Taps of real kernels too wide to be kept in double: `A_0` in double, the others in single precision.
+
+    `noise[g]` bounds what storing them adds to the error of any block of group g: docs/rounding.md#r2-symbol.
+    """
+
+    def __init__(self, tall: Tall, pairs: list[Pairs], device: torch.device) -> None:
+        """Form the taps, those of `pairs[0]` being `A_0`, a few at a time."""
+        shape = (tall.groups, tall.side, tall.side)
+        self.zero = torch.zeros(1, *shape, dtype=torch.float64, device=device)
+        correlate(tall, pairs[:1], self.zero)
+        self.zero = self.zero[0]
+        self.rest = torch.empty(tall.groups, len(pairs) - 1, *shape[1:], dtype=torch.float32, device=device)
+        lost = torch.zeros(tall.groups, dtype=torch.float64, device=device)
+        for start in range(1, len(pairs), TOGETHER):
+            some = pairs[start : start + TOGETHER]
+            exact = torch.zeros(len(some), *shape, dtype=torch.float64, device=device)
+            correlate(tall, some, exact)
+            for i, tap in enumerate(exact, start - 1):
+                lost += torch.linalg.vector_norm(tap, dim=(-2, -1))
+                self.rest[:, i] = tap
+        # each entry loses half a unit, or all of itself below the normal range; every tap occurs with its adjoint
+        tiny = 2.0**-125 * tall.side * (len(pairs) - 1)
+        self.noise = [rd.up(2 * (HALF * x * (1 + 1e-6) + tiny)) for x in lost.tolist()]
+
+    def combine(self, group: Tensor, cosines: Tensor, sines: Tensor | None) -> Tensor:
+        """`A_0 + M + M*` with `M = sum_q (cosines + i sines)_q A_q` for each row of the weights, (F, c, c); real without sines."""
+        c, count = self.rest.shape[-1], len(group)
+        real = cosines.new_empty(count, c, c)
+        imaginary = real if sines is None else torch.empty_like(real)
+        step = max(1, SLAB_BYTES // (8 * self.rest.shape[1] * c))
+        for one in group.unique().tolist():
+            at = (group == one).nonzero()[:, 0]
+            for rows in torch.arange(c).split(step):
+                slab = self.rest[one, :, rows[0] : rows[-1] + 1].to(torch.float64).flatten(1)
+                part = slice(int(rows[0]), int(rows[-1]) + 1)
+                real[at, part] = (cosines[at] @ slab).reshape(len(at), -1, c)
+                if sines is not None:
+                    imaginary[at, part] = (sines[at] @ slab).reshape(len(at), -1, c)
+        real += real.mT.contiguous()
+        real += self.zero[group]
+        if sines is None:
+            return real
+        imaginary -= imaginary.mT.contiguous()
+        return torch.complex(real, imaginary)
+
+    def norms(self) -> Tensor:
+        """Upper bounds of `||A_q||` of the taps as stored, (groups, taps), by one Gram step more than the Frobenius norm."""
+        found = [[self._norm(tap) for tap in taps] for taps in self.rest]
+        return torch.tensor(found, dtype=torch.float64)
+
+    def sizes(self) -> Tensor:
+        """Frobenius norms of the taps, (groups, taps)."""
+        found = [[float(torch.linalg.vector_norm(tap.to(torch.float64))) for tap in taps] for taps in self.rest]
+        return torch.tensor(found, dtype=torch.float64)
+
+    @staticmethod
+    def _norm(tap: Tensor) -> float:
+        return float(spectral(tap.to(torch.float64)[None])[0])
+
+
+def spectral(taps: Tensor) -> Tensor:
+    """Upper bounds of the norms of matrices (F, c, c): `||A||^2 = ||A* A||`, of which one Gram step is closer than the Frobenius norm."""
+    sizes = torch.linalg.vector_norm(taps, dim=(-2, -1))
+    unit = taps / torch.where(sizes > 0, sizes, 1.0)[:, None, None]
+    error = torch.full((len(unit),), 2 * rd.gamma(8.0 * (taps.shape[-1] + 2)), dtype=torch.float64, device=taps.device)
+    return cert.gram(unit.mH @ unit, error).sqrt().clamp_max(1.0) * sizes * (1 + 1e-12)
