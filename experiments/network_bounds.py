@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import models
 
 from gramlip import audit, demo
+from gramlip.bound import decimals
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "models"
@@ -45,9 +46,10 @@ def row(name: str, model: nn.Module, example: tuple[int, ...] | torch.Tensor, ef
 def table(rows: list[dict[str, object]]) -> str:
     """The rows for docs/network.md."""
     head = "| network | at least | composition | coupling | gain | audit without, with coupling |\n|---|---|---|---|---|---|\n"
-    line = "| {network} | {lower:.4g} | {composition:.4g} | {coupling:.4g} | {gain:.3g} | "
-    line += "{composition_seconds:.0f} s, {coupling_seconds:.0f} s |\n"
-    return head + "".join(line.format(**r) for r in rows)
+    line = "| {network} | {below} | {plain} | {tight} | {gain:.3g} | {composition_seconds:.0f} s, {coupling_seconds:.0f} s |\n"
+    sides = {"below": ("lower", False), "plain": ("composition", True), "tight": ("coupling", True)}
+    shown = [{key: decimals(r[name], upward=up) for key, (name, up) in sides.items()} | r for r in rows]  # type: ignore[arg-type]
+    return head + "".join(line.format(**r) for r in shown)
 
 
 def main() -> None:

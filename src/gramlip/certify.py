@@ -262,7 +262,7 @@ class _Enclosing:
     def _why(self, i: int, found: Enclosure) -> str:
         tally = found.tally
         ways = " and ".join(WAYS[way] for way in sorted(tally.ways))
-        where = f"; attained at frequency ({', '.join(f'{w:.4g}' for w in found.frequency)})" if found.frequency else ""
+        where = f"; attained at frequency ({', '.join(f'{w + 0.0:.4g}' for w in found.frequency)})" if found.frequency else ""
         cells = " at the corners of cells (theorem 7)" if found.frequency else ""
         group = f" of group {found.group - i * self.groups}" if self.groups > 1 else ""
         layers = f", {len(self.ops)} layers together" if len(self.ops) > 1 else ""
