@@ -67,6 +67,13 @@ def objective(run: Sequence[Piece], search: Search) -> Tensor | None:
     return torch.logsumexp(40.0 * top, 0) / 40.0 + logarithm
 
 
+def reached(run: Sequence[Piece], search: Search) -> float:
+    """The objective as a number, to rank choices by; infinite where it fails."""
+    with torch.no_grad():
+        value = objective(run, search)
+    return math.inf if value is None or math.isnan(float(value)) else float(value)
+
+
 def improve(run: Sequence[Piece], search: Search, steps: int, rate: float = 0.1) -> Search:
     """Choices after gradient steps on their logarithms, the best met; never worse than those given."""
     best, now, least = search.copy(), search.copy(), math.inf
@@ -87,9 +94,9 @@ def improve(run: Sequence[Piece], search: Search, steps: int, rate: float = 0.1)
             rate *= 0.5
             optimiser = torch.optim.Adam(now.variables(), lr=rate)
             continue
-        reached = float(value.detach())
-        if reached < least:
-            least, best = reached, now.copy()
+        size = float(value.detach())
+        if size < least:
+            least, best = size, now.copy()
         optimiser.zero_grad()
         value.backward()  # type: ignore[reportUnknownMemberType]
         optimiser.step()

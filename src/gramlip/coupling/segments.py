@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,11 +10,11 @@ from gramlip import rounding as rd
 from gramlip.bound import Bound, decimals
 from gramlip.compose import compose
 from gramlip.coupling.plan import Plan, part, plan
-from gramlip.coupling.run import Search, certificate, cost, improve
+from gramlip.coupling.run import Search, certificate, cost, improve, reached
 from gramlip.steps import Input, Network
 
 STEPS = 150  # gradient steps of the search for multipliers at effort 1, if
-LEAST = 4  # fewer steps are not worth a certificate
+LEAST = 4  # fewer steps are not worth their start
 BUDGET = 6e10  # so many multiplications allow them,
 SHARES = (0.5, 0.3, 0.2)  # shared among the tori from the coarsest to the true one
 
@@ -73,16 +74,17 @@ def cuts_of(network: Network) -> list[int] | None:
 
 
 def _coupled(found: Plan, effort: float) -> float:
-    """The least of the bounds of closed forms and of searches, each from where the last one ended: coarse tori, then the true one."""
-    choice = Search.closed(found.run)
-    upper = certificate(found.run, choice)
-    stages = [*found.searches, found.run]
-    for pieces, share in zip(stages, SHARES if found.searches else (1.0,), strict=True):
+    """The proved bound of the best choice met: closed forms, then searches that go on from it, on coarse tori, then on the true one."""
+    met = [Search.closed(found.run)]
+    for pieces, share in zip([*found.searches, found.run], SHARES if found.searches else (1.0,), strict=True):
         steps = int(effort * min(STEPS, share * BUDGET / max(cost(pieces), 1e6)))
         if steps >= LEAST:
-            choice = improve(pieces, choice, steps)
-            upper = min(upper, certificate(found.run, choice))
-    return upper
+            met.append(improve(pieces, met[-1], steps))
+    for choice in sorted(met, key=lambda m: reached(found.run, m)) if len(met) > 1 else met:
+        upper = certificate(found.run, choice)
+        if upper < math.inf:
+            return upper
+    return math.inf
 
 
 def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, found: Plan | None, effort: float) -> Segment:

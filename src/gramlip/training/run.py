@@ -207,8 +207,9 @@ def _denoised(plan: Recipe, net: nn.Module, batches: list[tuple[Tensor, Tensor]]
         with torch.no_grad():
             before.append(float(psnr(noisy, x)))
             after.append(float(psnr(net(noisy), x)))
-    report = audit(net, EXAMPLE[1:])
-    constant = {"lower": report.lower, "upper": float(chain(net).upper) if plan.control == "rescaled" else report.upper}
+    rescaled = plan.control == "rescaled"
+    report = audit(net, EXAMPLE[1:], effort=-1.0 if rescaled else 1.0)
+    constant = {"lower": report.lower, "upper": float(chain(net).upper) if rescaled else report.upper}
     return {
         "constant": constant,
         "psnr_noisy": sum(before) / len(before),
