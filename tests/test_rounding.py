@@ -18,6 +18,8 @@ import gramlip as gl
 from cases import Case
 from gramlip import rounding as rd
 from gramlip.bound import decimals
+from gramlip.gramian import Gramian
+from gramlip.search import Search
 from gramlip.testing import weight
 
 POSITIVE = st.floats(0, 1e300, allow_nan=False)
@@ -357,3 +359,28 @@ def test_scaling_by_a_power_of_two_scales_the_interval() -> None:
         op = gl.Conv(case.weight() * 2.0**exponent, 5, padding=1)
         found = gl.bound(op)
         assert (found.lower, found.upper) == (math.ldexp(base.lower, exponent), math.ldexp(base.upper, exponent))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12])
+@pytest.mark.parametrize("complex_", [False, True])
+def test_blocks_in_single_precision_err_by_no_more_than_their_noise(complex_: bool, scale: float) -> None:
+    """R2: channels of very different scale, several groups, frequencies on no grid; against the same blocks in double."""
+    dtype = torch.complex128 if complex_ else torch.float64
+    kernel = torch.randn(2, 9, 6, 3, 2, dtype=dtype) * torch.tensor([1.0, scale]).repeat(3)[:, None, None]
+    double, single = Gramian(kernel), Gramian(kernel)
+    assert single.mix(1e-2)
+    index, group = torch.randint(997, (200, 2)), torch.arange(200) % 2
+    wide, narrow = (gram.at(group, index, (997, 997)) for gram in (double, single))
+    assert narrow.dtype == torch.complex64
+    error = torch.linalg.matrix_norm(wide - narrow.to(wide.dtype), 2)
+    assert 0 < float(error.max()) <= max(single.noise) + max(double.noise)
+    assert bool((error <= torch.tensor(single.noise)[group]).all())
+
+
+def test_blocks_are_formed_in_single_precision_only_where_the_width_allows_it() -> None:
+    kernel = torch.randn(1, 8, 8, 3, 3)
+    assert not Gramian(kernel).mix(1e-9)
+    for rtol, dtype in ((1e-2, torch.complex64), (1e-6, torch.complex128)):
+        search = Search(Gramian(kernel), (None, None))
+        search.start(rtol)
+        assert search.blocks(torch.tensor([3, 5])).dtype == dtype

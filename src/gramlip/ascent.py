@@ -18,6 +18,7 @@ KEPT_BYTES = 128 << 20  # blocks of the coarse grid are kept while they are smal
 AHEAD = 16  # groups that are searched before the others
 STEPS = 8  # Lanczos steps on a block
 DENSE_STEPS = 40  # and where there is only one
+MIXED_PART = 0.05  # blocks are formed in single precision where this costs at most such a part of the width, of a norm's square
 SURVEYED = 8  # blocks of a layer, those of the largest moments, on which Lanczos steps are taken at first
 
 
@@ -47,8 +48,8 @@ class Ascent:
         self.items = items if items is not None else torch.zeros(gram.groups, dtype=torch.int64)
         count = int(self.items.max()) + 1
         self.noise = torch.tensor(gram.noise, dtype=torch.float64)
-        self.floor = torch.zeros(count, dtype=torch.float64).scatter_reduce_(0, self.items, 2 * self.noise.sqrt(), "amax")
         self.best = torch.zeros(count, dtype=torch.float64)  # lower bounds of the largest eigenvalues of the Gram symbols
+        self.floor = self._least()
         # the keys at which they are attained, at first frequency 0 of each layer's first group
         self.where = torch.full((count,), gram.groups).scatter_reduce_(0, self.items, torch.arange(gram.groups), "amin")
         self.vectors = torch.zeros(count, gram.side, dtype=torch.complex128, device=gram.device)
@@ -56,6 +57,9 @@ class Ascent:
     def start(self, rtol: float) -> None:
         """The lower side: Lanczos steps on a coarse grid, then uphill from the best frequency of each layer."""
         self.rtol = rtol
+        if self.g.mix(MIXED_PART * rtol):
+            self.noise = torch.tensor(self.g.noise, dtype=torch.float64)
+            self.floor = self._least()
         groups = self.nonzero()
         first = groups
         if len(groups) > 2 * AHEAD:  # the groups of largest mass first: most of the others cannot reach them
@@ -84,6 +88,10 @@ class Ascent:
             self.raise_lower(self.coarse[close], 2 * STEPS)
         else:
             self.climb(torch.arange(len(self.best)), 2 if rtol > 1e-3 else 8)
+
+    def _least(self) -> Tensor:
+        """What rounding lets be told from zero, for each layer."""
+        return torch.zeros_like(self.best).scatter_reduce_(0, self.items, 2 * self.noise.sqrt(), "amax")
 
     def reaching(self, groups: Tensor) -> Tensor:
         """The groups whose taps' norms add up to more than their layer's lower side: the others cannot hold the norm."""
@@ -139,12 +147,13 @@ class Ascent:
             item = self.items[group]
             begin = self.vectors[item.to(self.g.device)] if warm else _start(self.g.side, self.g.device).expand(len(part), -1)
             estimate, v = cert.lanczos(g, (begin if g.is_complex() else begin.real + 0.5 * begin.imag).to(g.dtype), steps)
-            estimate = estimate.cpu()
+            estimate = estimate.to(torch.float64).cpu()
             top = torch.full_like(self.best, -1.0).scatter_reduce_(0, item, estimate, "amax")
             chosen = ((estimate >= top[item]) & (top[item] > self.best[item])).nonzero()[:, 0]
             if len(chosen):
                 there = chosen.to(self.g.device)
-                lower = cert.rayleigh(g[there], v[there], self.noise[group[chosen]].to(self.g.device)).cpu()
+                double = torch.complex128 if v.is_complex() else torch.float64
+                lower = cert.rayleigh(g[there].to(double), v[there].to(double), self.noise[group[chosen]].to(self.g.device)).cpu()
                 for k, value in zip(chosen.tolist(), lower.tolist(), strict=True):
                     one = int(item[k])
                     if value > float(self.best[one]):

@@ -63,8 +63,9 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
 
 def _shifted(g: Tensor, t: Tensor, single: bool) -> Tensor:
     """`t I - G`, its diagonal subtracted in double; rounded to single precision where asked."""
-    matrix = g.to(torch.complex64 if g.is_complex() else torch.float32).neg_() if single else -g
-    matrix.diagonal(dim1=-2, dim2=-1).copy_(t[:, None] - g.diagonal(dim1=-2, dim2=-1))
+    wide, narrow = (torch.complex128, torch.complex64) if g.is_complex() else (torch.float64, torch.float32)
+    matrix = -g.to(narrow if single else wide)
+    matrix.diagonal(dim1=-2, dim2=-1).copy_(t[:, None] - g.diagonal(dim1=-2, dim2=-1).to(wide))
     return matrix
 
 
@@ -93,7 +94,7 @@ def _growth(factor: Tensor) -> Tensor:
 def frobenius(g: Tensor) -> Tensor:
     """Frobenius norms of the blocks, (F,); as a sum of squares of reals, since torch takes complex moduli one by one."""
     flat = torch.view_as_real(g).flatten(1) if g.is_complex() else g.flatten(1)
-    return torch.linalg.vector_norm(flat, dim=-1)
+    return torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float64)
 
 
 def moments(g: Tensor, noise: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def moments(g: Tensor, noise: Tensor) -> Tensor:
     docs/theory.md#two-moments; rounding: docs/rounding.md#r4-moments.
     """
     side = g.shape[-1]
-    mean = g.diagonal(dim1=-2, dim2=-1).real.sum(-1) / side
+    mean = g.diagonal(dim1=-2, dim2=-1).real.sum(-1, dtype=torch.float64) / side
     size = frobenius(g)
     spread = (size.square() - side * mean.square()).clamp_min(0.0)
     slack = rd.gamma(16.0 * side * side)

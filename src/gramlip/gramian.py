@@ -16,11 +16,12 @@ from torch import Tensor
 from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip.tall import Tall
-from gramlip.taps import Narrow, correlate, spectral
+from gramlip.taps import Mixed, Narrow, correlate, spectral
 
 TAP_BYTES = 208 << 20  # the autocorrelation is kept in double while it is smaller than this
 NARROW_BYTES = 230 << 20  # above, in single precision while that is smaller than this,
 NARROW_RTOL = 1e-4  # for real kernels whose interval may be so wide
+MIXED_BYTES = 64 << 20  # blocks are formed in single precision from taps of at most this size there
 MOST_TAPS = 4096  # and in neither case with more taps
 CHUNK_BYTES = 4 << 20  # blocks are streamed in pieces of about this size, which caches hold
 
@@ -64,6 +65,7 @@ class Gramian:
             self.taps = (self.narrow.zero[:, None], self.narrow.zero[:, :0])
         else:
             self.taps = self._autocorrelation() if shared else None
+        self.mixed: Mixed | None = None
         # real operations to form one block
         self.operations = (4.0 * count + 2.0 if self.taps is not None else 8.0 * self.rows) * self.side**2
 
@@ -102,11 +104,7 @@ class Gramian:
         """
         if self.taps is None or not len(self.offsets):
             return None
-        if self.narrow is not None:
-            sizes = self.narrow.sizes() * (1 + 1e-12)
-        else:  # A_q = (even + odd) / 2, and the two halves are orthogonal
-            even, odd = self.taps
-            sizes = torch.hypot(*(_frobenius(half) for half in (even[:, 1:], odd))).cpu() / 2 * (1 + 1e-12)
+        sizes = self._sizes()
         reach = (sizes * self.offsets.to(torch.float64).square().sum(-1)).sum(-1) / self.side**0.5
         if bool((reach > largest[items] * sum((k - 1) ** 2 for k in self.span) / 8).all()):
             return None
@@ -115,6 +113,28 @@ class Gramian:
         even, odd = self.taps[0][:, 1:].flatten(0, 1), self.taps[1].flatten(0, 1)
         parts = torch.arange(len(odd)).split(max(1, 4 * CHUNK_BYTES // (odd.element_size() * self.side**2)))
         return torch.cat([spectral((even[part] + odd[part]) / 2).cpu() for part in parts]).reshape(sizes.shape)
+
+    def _sizes(self) -> Tensor:
+        """Upper bounds of the Frobenius norms of `A_q`, q > 0, (groups, taps)."""
+        if self.narrow is not None:
+            return self.narrow.sizes() * (1 + 1e-12)
+        assert self.taps is not None  # A_q = (even + odd) / 2, and the two halves are orthogonal
+        even, odd = self.taps
+        return torch.hypot(*(_frobenius(half) for half in (even[:, 1:], odd))).cpu() / 2 * (1 + 1e-12)
+
+    def mix(self, part: float) -> bool:
+        """Form blocks in single precision from now on, where its error is at most this part of every group's largest eigenvalue."""
+        size = 8 * self.groups * (2 * len(self.offsets) + 1) * self.side**2
+        if self.device.type != "cpu" or self.narrow is not None or self.taps is None or not len(self.offsets) or size > MIXED_BYTES:
+            return False
+        mixed = Mixed(*self.taps, self._sizes())
+        # the mean over all frequencies of the largest eigenvalue is at least the mean eigenvalue of A_0
+        least = self.taps[0][:, 0].diagonal(dim1=-2, dim2=-1).real.mean(-1).tolist()
+        if any(m and noise > part * x for m, noise, x in zip(self.mass, mixed.noise, least, strict=True)):
+            return False
+        self.mixed = mixed
+        self.noise = [rd.add_up(n, more) if n else 0.0 for n, more in zip(self.noise, mixed.noise, strict=True)]
+        return True
 
     def polynomial(self, group: Tensor, index: Tensor, sizes: tuple[int, ...], v: Tensor) -> tuple[Tensor, Tensor]:
         """The coefficients (I, taps) of `p(w) = u* D(w) v`, u the image of v at the given frequency, and the exponents (taps, axes)."""
@@ -159,6 +179,8 @@ class Gramian:
         angles = self.waves(index, sizes, self.offsets)
         cosines = torch.cat([torch.ones_like(angles[:, :1]), angles.cos()], 1)
         sines = -angles.sin()
+        if self.mixed is not None:
+            return self.mixed.combine(group, cosines, sines)
         if self.is_complex:
             return self._combine(cosines.to(torch.complex128), even, group) + self._combine(sines * 1j, odd, group)
         real = self._combine(cosines, even, group)

@@ -85,6 +85,38 @@ class Narrow:
         return float(spectral(tap.to(torch.float64)[None])[0])
 
 
+class Mixed:
+    """Gram blocks as one complex product in single precision, which no global setting cuts short on a CPU: weights times the taps.
+
+    `noise[g]` bounds what this adds to the error of any block of group g: docs/rounding.md#r2-symbol.
+    """
+
+    def __init__(self, even: Tensor, odd: Tensor, sizes: Tensor) -> None:
+        """Round the coefficients of the cosines and sines; `sizes` (groups, taps) are the Frobenius norms of `A_q`, q > 0."""
+        groups, count, c = *even.shape[:2], even.shape[-1]
+        self.taps = torch.zeros(groups, count + odd.shape[1], c, c, dtype=torch.complex64, device=even.device)
+        self.taps[:, :count] = even
+        if odd.is_complex():
+            self.taps[:, count:] = 1j * odd
+        else:
+            self.taps[:, count:].imag.copy_(odd)
+        length = self.taps.shape[1] + 4
+        total = torch.linalg.vector_norm(even[:, 0], dim=(-2, -1)).cpu() + 2 * sizes.sum(-1)
+        per, tiny = rd.gamma(2.0 * length, HALF), 2.0**-120 * length * c
+        self.noise = [rd.add_up(rd.mul_up(per, x * (1 + 1e-6)), tiny) for x in total.tolist()]
+
+    def combine(self, group: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """The blocks (F, c, c), complex, for the weights of each frequency."""
+        weights, c = torch.cat([cosines, sines], 1).to(torch.complex64), self.taps.shape[2]
+        if len(self.taps) == 1:
+            return (weights @ self.taps[0].flatten(1)).reshape(-1, c, c)
+        out = self.taps.new_empty(len(group), c, c)
+        for one in group.unique():
+            at = (group == one).nonzero()[:, 0]
+            out[at] = (weights[at] @ self.taps[one].flatten(1)).reshape(-1, c, c)
+        return out
+
+
 def spectral(taps: Tensor) -> Tensor:
     """Upper bounds of the norms of matrices (F, c, c): `||A||^2 = ||A* A||`, of which one Gram step is closer than the Frobenius norm."""
     sizes = torch.linalg.vector_norm(taps, dim=(-2, -1))
