@@ -133,27 +133,33 @@ class _Enclosing:
         widths = torch.full((len(self.ops),), self.rtol, dtype=torch.float64)
         ceilings = torch.zeros_like(widths)
         done: dict[int, Bound] = {}
-        lowers: dict[int, float] = {}
+        lowers: dict[int, tuple[float, int]] = {}
         for i, op in enumerate(self.ops):
             if max(self._mass(i)) == 0.0:
                 done[i] = Bound(0.0, 0.0, f"{self.syms[i].because}; all weights are zero")
             elif isinstance(op, Conv) and op.input_size is not None and not self.syms[i].exact:
-                own, lowers[i] = self._of_size(i, op)
+                peak = int(self.search.where[i])
+                own, lower = self._of_size(i, op)
                 if own is not None:
                     done[i] = own
+                lowers[i] = lower, peak
                 # the width asked for is that of the layer, not of its blocks
                 widths[i] = self.rtol / 4
-                ceilings[i] = lowers[i] * (1 + self.rtol * 0.98) / math.sqrt(self.syms[i].square)
+                ceilings[i] = lower * (1 + self.rtol * 0.98) / math.sqrt(self.syms[i].square)
         todo = [i for i in range(len(self.ops)) if i not in done]
         found = self.search.close(widths, todo, ceilings) if todo else []
         for i, enclosure in zip(todo, found, strict=True):
             done[i] = self._bound(i, enclosure, lowers.get(i))
         return [done[i] for i in range(len(self.ops))]
 
-    def _bound(self, i: int, found: Enclosure, lower: float | None) -> Bound:
+    def _bound(self, i: int, found: Enclosure, below: tuple[float, int] | None) -> Bound:
         op, sym = self.ops[i], self.syms[i]
         upper, why = self._above(i, found)
-        if lower is not None:
+        if below is not None:
+            assert isinstance(op, Conv)
+            lower, peak = below
+            if upper > lower * (1 + self.rtol) and peak != int(self.search.where[i]):  # a higher peak was found since
+                lower = max(lower, self._below(i, op)[-1])
             if lower > upper:  # a vector that the layer stretches more than the theorem allows: never to be hidden
                 msg = (
                     f"{why}: the layer stretches a vector by {lower}, beyond the bound {upper}; expected no such vector: please report this"
@@ -172,14 +178,20 @@ class _Enclosing:
     def _mass(self, i: int) -> list[float]:
         return self.gram.mass[i * self.groups : (i + 1) * self.groups]
 
-    def _of_size(self, i: int, op: Conv) -> tuple[Bound | None, float]:
-        """A layer of given size whose blocks bound it from above only: its own interval if it has one, and its lower side."""
+    def _peak(self, i: int) -> float:
+        return math.sqrt(float(self.search.best[i]) * self.syms[i].square)
+
+    def _below(self, i: int, op: Conv) -> tuple[Conv, Layer, int, Tensor, float]:
+        """The layer that is applied, the group of the best block, and a vector from there with its Rayleigh quotient."""
         part, modes = sample(op)
         layer = Layer(part, self.exponents[i], modes)
         group = int(self.search.lattice.decode(self.search.where[i : i + 1])[0]) - i * self.groups
-        above = math.sqrt(float(self.search.best[i]) * self.syms[i].square)
-        x, lower = self._ascend(layer, group, wave(self.search, i, layer, group), above, self._mass(i)[group])
-        gap = max(above / lower - 1, 0.0) if lower else math.inf
+        return part, layer, group, *self._ascend(layer, group, wave(self.search, i, layer, group), self._peak(i), self._mass(i)[group])
+
+    def _of_size(self, i: int, op: Conv) -> tuple[Bound | None, float]:
+        """A layer of given size whose blocks bound it from above only: its own interval if it has one, and its lower side."""
+        part, layer, group, x, lower = self._below(i, op)
+        gap = max(self._peak(i) / lower - 1, 0.0) if lower else math.inf
         if self.finite is True and part is not op:
             limit = f"{SAMPLE_BYTES >> 20} MiB"
             msg = f"finite=True was given for an input of {op.sizes}; expected one whose columns fit in {limit}: type finite=False"
@@ -217,9 +229,9 @@ class _Enclosing:
         for _ in range(TRIES):
             if best >= above * (1 - self.rtol / 4):
                 break
-            y = layer.ascend(x, group, 12)
+            y = layer.ascend(x, group, 8)
             value = layer.lower(y, group, mass)
-            improved = value > best * (1 + self.rtol / 8)
+            improved = value > best * (1 + self.rtol / 4)
             if value > best:
                 x, best = y, value
             if not improved:
