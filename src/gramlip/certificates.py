@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
 
-THREADED = (48, 256)  # orders at which LAPACK itself runs on one thread, and is slow enough to share
-THREADED_WORK = 1 << 22  # least sum of cubes that is worth a pool
 TRACE_ORDER = 128  # up to this order the trace is a good enough bound of a single-precision factorisation's error
 
 
@@ -47,7 +43,7 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
     s = single_shift(side) if single else shift(side)
     t = (threshold - noise) * (1.0 - (s if single else 2.0 * s)) - 4.0 * noise * 2.0**-50
     matrix = _shifted(g, t, single)
-    factor, info = _factorise(matrix)
+    factor, info = torch.linalg.cholesky_ex(matrix)
     proved = (info == 0) & (t > 0)
     if single and side > TRACE_ORDER:
         within = _growth(factor).to(torch.float64) * ((1 + 1e-3) * _single_gamma(side)) <= (0.99 * s - 2.0**-23 * side**0.5) * t
@@ -69,26 +65,20 @@ def _shifted(g: Tensor, t: Tensor, single: bool) -> Tensor:
     return matrix
 
 
-def _factorise(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors and codes of `torch.linalg.cholesky_ex`, in as many threads as torch may use: LAPACK takes a batch one by one."""
-    threads, side = torch.get_num_threads(), matrix.shape[-1]
-    if matrix.device.type != "cpu" or threads == 1 or not THREADED[0] <= side < THREADED[1] or len(matrix) * side**3 < THREADED_WORK:
-        return torch.linalg.cholesky_ex(matrix)
-    with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(torch.linalg.cholesky_ex, matrix.chunk(threads)))
-    return torch.cat([part.L for part in parts]), torch.cat([part.info for part in parts])
-
-
 def _growth(factor: Tensor) -> Tensor:
-    """Upper bound of `|| |R*| |R| ||` for each factor, in its own precision: Collatz and Wielandt; docs/rounding.md#single-precision."""
+    """Upper bound of `|| |L| |L*| ||` for each factor, in its own precision: Collatz and Wielandt; docs/rounding.md#single-precision.
+
+    No products of matrices: their precision may be lowered by global settings.
+    """
+    rows = factor.mT.contiguous()  # as LAPACK leaves it
     each = 2 if factor.is_complex() else 1  # |re| and |im| side by side, whose sums are at least the moduli
-    size = (torch.view_as_real(factor) if factor.is_complex() else factor).abs().flatten(2)
+    size = (torch.view_as_real(rows) if factor.is_complex() else rows).abs().flatten(2)
 
     def times(columns: Tensor) -> Tensor:
-        return (size * columns.unflatten(-1, (-1, each)).sum(-1).repeat_interleave(each, -1)[:, None]).sum(-1)
+        return (size * columns[..., None]).sum(1).unflatten(-1, (-1, each)).sum(-1)
 
-    x = times(size.sum(1)).clamp_min_(1e-30)
-    return (times((x[:, None] @ size)[:, 0]) / x).amax(-1)
+    x = times(size.sum(-1)).clamp_min_(1e-30)
+    return (times((size * x.repeat_interleave(each, -1)[:, None]).sum(-1)) / x).amax(-1)
 
 
 def frobenius(g: Tensor) -> Tensor:

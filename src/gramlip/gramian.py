@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ class Gramian:
         """
         if self.taps is None or not len(self.offsets):
             return None
-        sizes = self._sizes()
+        sizes = self._sizes
         reach = (sizes * self.offsets.to(torch.float64).square().sum(-1)).sum(-1) / self.side**0.5
         if bool((reach > largest[items] * sum((k - 1) ** 2 for k in self.span) / 8).all()):
             return None
@@ -114,6 +115,7 @@ class Gramian:
         parts = torch.arange(len(odd)).split(max(1, 4 * CHUNK_BYTES // (odd.element_size() * self.side**2)))
         return torch.cat([spectral((even[part] + odd[part]) / 2).cpu() for part in parts]).reshape(sizes.shape)
 
+    @cached_property
     def _sizes(self) -> Tensor:
         """Upper bounds of the Frobenius norms of `A_q`, q > 0, (groups, taps)."""
         if self.narrow is not None:
@@ -127,7 +129,7 @@ class Gramian:
         size = 8 * self.groups * (2 * len(self.offsets) + 1) * self.side**2
         if self.device.type != "cpu" or self.narrow is not None or self.taps is None or not len(self.offsets) or size > MIXED_BYTES:
             return False
-        mixed = Mixed(*self.taps, self._sizes())
+        mixed = Mixed(*self.taps, self._sizes)
         # the mean over all frequencies of the largest eigenvalue is at least the mean eigenvalue of A_0
         least = self.taps[0][:, 0].diagonal(dim1=-2, dim2=-1).real.mean(-1).tolist()
         if any(m and noise > part * x for m, noise, x in zip(self.mass, mixed.noise, least, strict=True)):

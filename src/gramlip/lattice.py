@@ -43,21 +43,30 @@ class Lattice:
             if grid and n > START * d:
                 self.spread *= math.cos(math.pi * d / n)
 
+    def _parts(self, refine: float) -> list[tuple[int, int]]:
+        """For each axis how far the cells reach, half of it where that stands for all, and how many there are."""
+        halved = max(self.active, default=None, key=lambda j: self.degrees[j]) if self.mirrored else None
+        ends = [n // 2 if j == halved else n for j, n in enumerate(self.sizes)]
+        counts = [math.ceil(START * d * refine * end / n) for n, d, end in zip(self.sizes, self.degrees, ends, strict=True)]
+        return [(end, min(max(1, count), end)) for end, count in zip(ends, counts, strict=True)]
+
+    def outlook(self, refine: float) -> tuple[int, float]:
+        """How many cells there are, and what each loses: nothing where it is one step of a grid."""
+        count, loss = 1, 0.0
+        for j in self.active:
+            end, cells = self._parts(refine)[j]
+            count *= cells
+            if not (self.on_grid[j] and cells == end):
+                loss += 1 - math.cos(min(self.degrees[j] * math.pi * -(-end // cells) / self.sizes[j], math.pi))
+        return count, loss
+
     def cells(self, refine: float, groups: Tensor) -> Cells:
         """Cells that cover the torus, or half of it where it is mirrored, for each of the groups."""
-        lows: list[list[int]] = []
-        highs: list[list[int]] = []
-        halved = max(self.active, default=None, key=lambda j: self.degrees[j]) if self.mirrored else None
-        for j, (n, d) in enumerate(zip(self.sizes, self.degrees, strict=True)):
-            if n == 1:
-                lows.append([0])
-                highs.append([0])
-                continue
-            end = n // 2 if j == halved else n
-            count = min(max(1, math.ceil(START * d * refine * end / n)), end)
-            edges = [end * i // count for i in range(count + 1)]
-            lows.append(edges[:-1])
-            highs.append(edges[1:])
+        edges = [
+            [end * i // count for i in range(count + 1)] if n > 1 else [0, 0]
+            for n, (end, count) in zip(self.sizes, self._parts(refine), strict=True)
+        ]
+        lows, highs = [line[:-1] for line in edges], [line[1:] for line in edges]
         total = math.prod(map(len, lows))
         lo = torch.tensor(list(itertools.product(*lows)), dtype=torch.int64).reshape(total, self.axes)
         hi = torch.tensor(list(itertools.product(*highs)), dtype=torch.int64).reshape(total, self.axes)

@@ -22,8 +22,10 @@ from torch import Tensor
 from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip.ascent import STEPS, Ascent, Tally
-from gramlip.lattice import START, Cells
+from gramlip.lattice import Cells
 
+REFINE = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)  # resolutions of the first cells, of which the cheapest is taken
+LEVELS = 6  # halvings that this estimate looks ahead
 WIDER = (1.25, 2.0)  # the targets tried once the budget is spent, as multiples of the one asked for
 
 
@@ -168,14 +170,17 @@ class Search(Ascent):
             return self.lattice.cells(1.0, groups)
         group, _ = self.lattice.decode(self.coarse)
         ratio = (self.estimates.clamp_min(0).sqrt() / tau[self.items[group]].clamp_min(1e-300)).sort()[0]
-        dims = len(self.lattice.active)
-        best, choice = math.inf, 1.0
-        for refine in (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0):
-            limit = 1 - dims * (1 - math.cos(math.pi / (2 * START * refine)))
-            fail = 1 - int(torch.searchsorted(ratio, limit)) / len(ratio)
-            cost = refine**dims * (1 + 2**dims * fail)
-            if cost < best:
-                best, choice = cost, refine
+
+        def cost(refine: float) -> float:
+            """Blocks to test when what fails is halved again and again; a cell fails where one of its corners does."""
+            total, share = 0.0, 1.0
+            for _ in range(LEVELS):
+                count, loss = self.lattice.outlook(refine)
+                total, refine = total + share * count, 2 * refine
+                share = min(1.0, 2 - 2 * int(torch.searchsorted(ratio, 1 - loss)) / len(ratio)) if loss else 0.0
+            return total
+
+        choice = min(REFINE, key=cost)
         return self.lattice.cells(choice, groups)
 
     def _learn(self, failed: Tensor, thresholds: Tensor, width: Tensor, steps: int) -> None:
