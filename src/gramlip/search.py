@@ -67,7 +67,7 @@ class Search(Ascent):
             groups = groups[~self._flat(groups, taps, self._tau(width)[self.items[groups]])]
         cells = self._first_cells(groups, self._tau(width))
         proved: Table = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64))
-        steps, over = STEPS, False
+        steps, over, tested = STEPS, False, 0
         while len(cells[0]):
             tau = (self._tau(width) * stretch)[self.items[cells[0]]]
             names, back = self.lattice.corner_keys(cells).unique(return_inverse=True)
@@ -92,7 +92,9 @@ class Search(Ascent):
                 continue
             before, count = self.best.clone(), len(left)
             failed = test[~passed[test]]
-            self._learn(names[failed], least[failed], width, steps)
+            # where the work grows, a higher peak may be what is missing: every candidate is looked at, not the best blocks alone
+            self._learn(names[failed], least[failed], width, steps, len(test) > tested)
+            tested = len(test)
             cells = self.lattice.split(cells)
             if len(cells[0]) == count and torch.equal(before, self.best):  # nothing left to split, and no better vector
                 stuck = steps >= self.g.side
@@ -183,7 +185,7 @@ class Search(Ascent):
         choice = min(REFINE, key=cost)
         return self.lattice.cells(choice, groups)
 
-    def _learn(self, failed: Tensor, thresholds: Tensor, width: Tensor, steps: int) -> None:
+    def _learn(self, failed: Tensor, thresholds: Tensor, width: Tensor, steps: int, every: bool) -> None:
         """Corners that are above what is known, or nearly: raise the lower side there."""
         group, _ = self.lattice.decode(failed)
         item = self.items[group]
@@ -191,7 +193,7 @@ class Search(Ascent):
         candidates = failed[close]
         if not len(candidates):
             return
-        values = self.survey(candidates[: 4 * self.g.chunk()], steps)
+        values = (self.raise_lower if every else self.survey)(candidates[: 4 * self.g.chunk()], steps)
         item = item[close][: 4 * self.g.chunk()]
         rising = item[values > self.best[item] * (1 - width[item] / 2)].unique()
         if len(rising):
