@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ class Symbol:
     """A layer as the matrix trigonometric polynomial `D(w) = sum_p K[..., p] exp(-i p.w)`.
 
     `kernel` is (groups, m, n, *k): polyphase for a stride, alias-free, real or complex; it is made from `plain`, the kernel
-    without phases, and `strides` when it is first read. The layer's norm is at most `sqrt(square) max_w ||D(w)||` over the
+    without phases, and `strides` when it is read. The layer's norm is at most `sqrt(square) max_w ||D(w)||` over the
     grid of `points[j]` equidistant frequencies on axis j, all of them where None.
     """
 
@@ -29,9 +28,12 @@ class Symbol:
     exact: bool
     because: str
 
-    @cached_property
+    @property
     def kernel(self) -> Tensor:
-        """The polyphase kernel, with the weight's graph; for a stride it is a copy."""
+        """The polyphase kernel, with the weight's graph.
+
+        For a stride it is a new copy each time: one kept from under `no_grad` would have no graph.
+        """
         kernel = self.plain
         for j, stride in enumerate(self.strides):
             kernel = polyphase(kernel, 3 + j, stride)

@@ -70,11 +70,12 @@ def _alike(op: Dense | Conv, sym: Symbol) -> object:
 
     Blocks of nearly equal order are filled up with zeros, but not where a finite layer is to start from its block's vector.
     """
-    groups, rows, columns, *span = sym.kernel.shape
+    kernel = sym.kernel
+    groups, rows, columns, *span = kernel.shape
     side, own = min(rows, columns), isinstance(op, Conv) and op.input_size is not None and not sym.exact
     filled = 1 << max(side - 1, LEAST_SIDE - 1).bit_length()
     shape = (rows, columns) if own or max(rows, columns) > 4 * filled else (filled, rows < columns)
-    return groups, shape, tuple(span), sym.kernel.is_complex(), sym.kernel.device, sym.points
+    return groups, shape, tuple(span), kernel.is_complex(), kernel.device, sym.points
 
 
 def _stack(kernels: Sequence[Tensor]) -> Tensor:
