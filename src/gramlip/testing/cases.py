@@ -277,5 +277,9 @@ TRAPS: dict[str, Case] = {
         Case("sobel", (1, 1, 3), (3,), (2,), transposed=True, label="wrong-side-of-transposed"),
         _square("ones", 3, 4, 1, "transposed-with-stride", c=2, transposed=True, stride=(2, 2)),
         Case("ones", (2, 1, 3), (4,), (2,), ((0, 0),), transposed=True, output_padding=(1,), label="output-padding"),
+        Case("known_line", (1, 1, 3), (20,), padding=((1, 1),), padding_mode="circular", label="known-8.0056"),
+        _square("known_square", 3, 20, 1, "known-22.9122", "circular"),
+        _square("known_square", 3, 20, 1, "known-22.7275"),
+        Case("known_row", (1, 1, 2, 3), (20, 20), padding=((0, 1), (1, 1)), padding_mode="circular", label="known-17.2700"),
     )
 }

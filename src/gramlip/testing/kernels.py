@@ -20,7 +20,7 @@ def weight(kernel: str, shape: Shape, dtype: torch.dtype = torch.float32, seed: 
     [1.0, -2.0, 1.0]
     """
     generator = torch.Generator().manual_seed(seed)
-    real = KERNELS[kernel](shape, generator)
+    real = (KERNELS | KNOWN)[kernel](shape, generator)
     if kernel == "denormal":
         real = real * (torch.finfo(dtype).tiny * 2.0**-5)
     if not dtype.is_complex:
@@ -135,3 +135,15 @@ KERNELS: dict[str, Maker] = {
     "ill_scaled": _ill_scaled,
     "denormal": _random,  # scaled below the normal range of its dtype
 }
+
+
+def _given(*taps: float) -> Maker:
+    return lambda shape, g: torch.tensor(taps, dtype=torch.float64).reshape(shape)
+
+
+KNOWN: dict[str, Maker] = {
+    "known_line": _given(2, 7, -1),
+    "known_square": _given(2, 7, -1, 1, 3, -8, 5, -3, 1),
+    "known_row": _given(2, 7, -1, 1, 3, -8),
+}
+"""Kernels of one shape each whose norms have been published; not drawn for the table."""
