@@ -134,32 +134,33 @@ class _Enclosing:
         widths = torch.full((len(self.ops),), self.rtol, dtype=torch.float64)
         ceilings = torch.zeros_like(widths)
         done: dict[int, Bound] = {}
-        lowers: dict[int, tuple[float, int]] = {}
+        lowers: dict[int, tuple[float, float]] = {}
         for i, op in enumerate(self.ops):
             if max(self._mass(i)) == 0.0:
                 done[i] = Bound(0.0, 0.0, f"{self.syms[i].because}; all weights are zero")
             elif isinstance(op, Conv) and op.input_size is not None and not self.syms[i].exact:
-                peak = int(self.search.where[i])
+                peak = self._peak(i)
                 own, lower = self._of_size(i, op)
                 if own is not None:
                     done[i] = own
                 lowers[i] = lower, peak
                 # the width asked for is that of the layer, not of its blocks
-                widths[i] = self.rtol / 4
                 ceilings[i] = lower * (1 + self.rtol * 0.98) / math.sqrt(self.syms[i].square)
+                room = float(ceilings[i]) * math.sqrt(self.syms[i].square) / peak - 1 if peak else 0.0
+                widths[i] = max(room, self.rtol / 16) if 0 < room < self.rtol / 4 else self.rtol / 4
         todo = [i for i in range(len(self.ops)) if i not in done]
         found = self.search.close(widths, todo, ceilings) if todo else []
         for i, enclosure in zip(todo, found, strict=True):
             done[i] = self._bound(i, enclosure, lowers.get(i))
         return [done[i] for i in range(len(self.ops))]
 
-    def _bound(self, i: int, found: Enclosure, below: tuple[float, int] | None) -> Bound:
+    def _bound(self, i: int, found: Enclosure, below: tuple[float, float] | None) -> Bound:
         op, sym = self.ops[i], self.syms[i]
         upper, why = self._above(i, found)
         if below is not None:
             assert isinstance(op, Conv)
             lower, peak = below
-            if upper > lower * (1 + self.rtol) and peak != int(self.search.where[i]):  # a higher peak was found since
+            if upper > lower * (1 + self.rtol) and self._peak(i) > peak * (1 + self.rtol / 2):  # a higher one was found since
                 lower = max(lower, self._below(i, op)[-1])
             if lower > upper:  # a vector that the layer stretches more than the theorem allows: never to be hidden
                 msg = (
@@ -230,12 +231,12 @@ class _Enclosing:
         for _ in range(TRIES):
             if best >= above * (1 - self.rtol / 4):
                 break
-            y = layer.ascend(x, group, 8)
+            y, growth = layer.ascend(x, group, 8)
             value = layer.lower(y, group, mass)
-            improved = value > best * (1 + self.rtol / 4)
             if value > best:
                 x, best = y, value
-            if not improved:
+            near = 0.7 * self.rtol < above / best - 1 < 1.3 * self.rtol if best else False  # a little more may close the interval
+            if growth < self.rtol / (64 if near else 8):
                 break
         return x, best
 
@@ -255,7 +256,7 @@ class _Enclosing:
                 if certificate.proves(max(top * (1 + width), floor), mass):
                     break
                 before = top
-                vector = layer.ascend(vector, group, 24)
+                vector, _ = layer.ascend(vector, group, 24)
                 top = max(top, layer.lower(vector, group, mass))
                 if top > before * (1 + width / 50):
                     continue

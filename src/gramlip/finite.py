@@ -65,20 +65,21 @@ class Layer:
             picked = picked * (m >= 0).flatten().to(x.dtype).reshape(-1, *(1,) * (x.ndim - axis - 1))
             x = picked.unflatten(axis, (taps, m.shape[1]))
         d = len(self.maps)
-        columns = x.permute(0, *(1 + 2 * j for j in range(d)), *(2 + 2 * j for j in range(d))).reshape(-1, math.prod(self.outputs))
-        out = columns.new_empty(self.shape[1], columns.shape[1])
+        order = (*(2 + 2 * j for j in range(d)), 0, *(1 + 2 * j for j in range(d)))
+        columns = x.permute(order).reshape(math.prod(self.outputs), -1)  # few rows: a product of rows is the faster one
+        out = columns.new_empty(columns.shape[0], self.shape[1])
         for rows, piece in self._pieces(group):
-            out[rows] = piece() @ columns
-        return out.reshape(-1, *self.outputs)
+            out[:, rows] = columns @ piece().mT
+        return out.mT.reshape(-1, *self.outputs)
 
     def adjoint(self, y: Tensor, group: int) -> Tensor:
         """The adjoint on y (m, *outputs); (n, *sizes)."""
-        d, flat = len(self.maps), y.flatten(1)
-        x = torch.zeros(math.prod(self.shape[2:]), flat.shape[1], dtype=self.dtype, device=self.device)
+        d, flat = len(self.maps), y.flatten(1).mT.contiguous()
+        x = torch.zeros(flat.shape[0], math.prod(self.shape[2:]), dtype=self.dtype, device=self.device)
         for rows, piece in self._pieces(group):
-            x.addmm_(piece().mH, flat[rows])
-        x = x.reshape(-1, *self.shape[3:], *self.outputs)
-        x = x.permute(0, *itertools.chain.from_iterable((1 + j, 1 + d + j) for j in range(d)))
+            x.addmm_(flat[:, rows], piece().conj())
+        x = x.reshape(*self.outputs, self.shape[2], *self.shape[3:])
+        x = x.permute(d, *itertools.chain.from_iterable((d + 1 + j, j) for j in range(d)))
         for j in reversed(range(d)):
             axis = 1 + 2 * j
             m = self.maps[j]
@@ -96,8 +97,8 @@ class Layer:
         quotient = float(torch.linalg.vector_norm(self.forward(x, group)) / torch.linalg.vector_norm(x))
         return max(0.0, rd.down(quotient * rd.down(1 - 4 * size) - error))
 
-    def ascend(self, x: Tensor, group: int, steps: int) -> Tensor:
-        """The leading Ritz vector of `T* T` after Lanczos steps from x."""
+    def ascend(self, x: Tensor, group: int, steps: int) -> tuple[Tensor, float]:
+        """The leading Ritz vector of `T* T` after Lanczos steps from x, and what the last two of them added, relative to the norm."""
         basis, diagonal, beside = [x / torch.linalg.vector_norm(x)], [], []
         for j in range(steps):
             w = self.adjoint(self.forward(basis[-1], group), group)
@@ -113,8 +114,11 @@ class Layer:
         small = torch.diag(torch.stack(diagonal))
         if beside:
             small = small + torch.diag(torch.stack(beside), 1) + torch.diag(torch.stack(beside), -1)
-        weights = torch.linalg.eigh(small)[1][:, -1].to(x.dtype)
-        return sum((w * b for w, b in zip(weights, basis, strict=True)), torch.zeros_like(x))
+        values, vectors = torch.linalg.eigh(small)
+        earlier = torch.linalg.eigvalsh(small[:-2, :-2])[-1] if len(small) > 2 else values[-1]
+        weights = vectors[:, -1].to(x.dtype)
+        total = sum((w * b for w, b in zip(weights, basis, strict=True)), torch.zeros_like(x))
+        return total, float(1 - (earlier / values[-1]).clamp_min(0).sqrt()) if float(values[-1]) > 0 else 0.0
 
 
 class Certificate:
