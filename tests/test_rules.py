@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gramlip.errors import UnsupportedError
+from gramlip.errors import InputError, UnsupportedError
 from gramlip.network import audit
 from gramlip.rules import RULES, register
 from gramlip.rules.activations import SLOPES
@@ -107,6 +107,20 @@ MAPS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] = {
     "nearest": (lambda x: F.interpolate(x, scale_factor=2), SMALL, 2.0 + 1e-6),
     "bilinear": (lambda x: F.interpolate(x, size=(9, 11), mode="bilinear"), SMALL, 2.2),
     "bicubic": (lambda x: F.interpolate(x, size=(9, 9), mode="bicubic"), SMALL, 2.2),
+    "nearest uneven": (lambda x: F.interpolate(x, scale_factor=3.1), (1, 5, 5), 4.0 + 1e-9),
+    "bicubic by a factor": (lambda x: F.interpolate(x, scale_factor=1.3, mode="bicubic"), (2, 5, 5), 1.37),
+    "bicubic antialias": (lambda x: F.interpolate(x, size=(4, 5), mode="bicubic", antialias=True), SMALL, 0.8),
+    "avg pool negative": (lambda x: F.avg_pool2d(x, (2, 3), (2, 1), divisor_override=-3), SMALL, 1.5),
+    "maximum broadcast": (lambda x: torch.maximum(x, -50.0 * torch.ones(5, 1, 4)), (4,), math.sqrt(5) + 1e-6),
+    "topk": (lambda x: x.topk(2, 1)[0], (4,), 1.0),
+    "windows": (lambda x: F.unfold(x, 3, padding=1), SMALL, 3.0 + 1e-9),
+    "windows added": (lambda x: F.fold(x, (4, 4), 2), (4, 9), 2.0 + 1e-9),
+    "matrix for each": (lambda x: torch.einsum("bij,ijk->bik", x, torch.arange(24.0, dtype=x.dtype).reshape(3, 4, 2)), (3, 4), 55.54),
+    "swish by hand": (lambda x: x * torch.sigmoid(1.702 * x), (9,), 1.0999),
+    "hardswish by hand": (lambda x: F.relu6(x + 3) * x / 6, (9,), 1.5 + 1e-9),
+    "hardswish by clamp": (lambda x: x * (x + 3).clamp(0, 6) / 6, (9,), 1.5 + 1e-9),
+    "clamp between tensors": (lambda x: x.clamp(torch.zeros(4), torch.arange(4.0)), (4,), 1.0),
+    "rms norm of type": (lambda x: F.rms_norm(x, (4,)), (4,), 6.8e7),
     "shuffle": (lambda x: F.pixel_shuffle(x, 2), (4, 3, 3), 1.0),
     "index": (lambda x: x[:, [0, 0, 1]], (4,), math.sqrt(2) + 1e-6),
     "slices": (lambda x: x[:, :, 1:5, ::2], SMALL, 1.0),
@@ -132,7 +146,7 @@ MAPS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] = {
 @pytest.mark.parametrize("name", MAPS)
 def test_maps_are_bounded_above_their_jacobians_and_tightly(name: str) -> None:
     call, shape, most = MAPS[name]
-    dtype = torch.float32 if name in ("matmul", "prelu", "where", "broadcast") else torch.float64
+    dtype = torch.float32 if name in ("matmul", "prelu", "where", "broadcast", "clamp between tensors") else torch.float64
     upper = audit(Map(call).eval(), shape, effort=-1).upper
     generator = torch.Generator().manual_seed(1)
     best = 0.0
@@ -142,6 +156,35 @@ def test_maps_are_bounded_above_their_jacobians_and_tightly(name: str) -> None:
         best = max(best, float(torch.linalg.matrix_norm(matrix.reshape(-1, x.numel()).double(), 2)))
     assert best <= upper * (1 + 1e-6)
     assert upper <= most
+
+
+def test_nearest_neighbours_are_counted_where_torchs_derivative_takes_others() -> None:
+    x = torch.arange(5.0).reshape(1, 1, 5)
+    taken = F.interpolate(x, scale_factor=2.1).reshape(-1)
+    assert (
+        math.sqrt(int(torch.bincount(taken.long()).max())) <= audit(Map(lambda x: F.interpolate(x, scale_factor=2.1)).eval(), (1, 5)).upper
+    )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: x.max(1)[1],
+        lambda x: x.sort(1)[1].float(),
+        lambda x: F.max_pool2d(x[None], 2, return_indices=True)[1] * 0.5,
+        torch.argmax,
+        lambda x: x * (x > 0),
+    ],
+)
+def test_integers_and_truth_values_jump(call: Callable[[Tensor], Tensor]) -> None:
+    report = audit(Map(call).eval(), (4, 4), strict=False)
+    assert report.upper == math.inf
+    assert any("integers or truth values" in row.reason for row in report.left_out)
+
+
+def test_an_assumption_that_two_inputs_refute_is_an_error() -> None:
+    with pytest.raises(InputError, match=r"taken as 1-Lipschitz by assumption .* two inputs are stretched by"):
+        audit(Map(lambda x: torch.cumsum(x, 1)).eval(), (8,), assume={"aten.cumsum": 1.0})
 
 
 def test_a_users_rule_is_used_and_its_absence_is_an_error() -> None:

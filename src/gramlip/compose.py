@@ -13,7 +13,7 @@ from gramlip import rounding as rd
 from gramlip.bound import Bound
 from gramlip.certify import TOGETHER, certify_all
 from gramlip.operators import Dense, Diagonal, Operator
-from gramlip.steps import Input, Linear, Lipschitz, Network, Pad, Product, Scale, Shape, Slope, Step, Sum, Unbounded
+from gramlip.steps import Attention, Input, Linear, Lipschitz, Network, Pad, Product, Scale, Shape, Slope, Step, Sum, Unbounded
 
 SMALL = 256  # matrices with a side of at most this are closed to 1e-6: it costs next to nothing
 
@@ -113,7 +113,20 @@ def _joined(step: Step, lips: list[float]) -> float:
             return 0.0 if max(lips) == 0.0 else math.inf
         a, b = what.caps
         return rd.mul_up(what.scale, rd.add_up(rd.mul_up(b, lips[0]), rd.mul_up(a, lips[1])))
+    if isinstance(what, Attention):
+        if what.rows is None:
+            return 0.0 if max(lips) == 0.0 else math.inf
+        return rd.add_up(*(rd.mul_up(c, x) for c, x in zip(_attention(step, what.rows), lips, strict=True)))
     return rd.hypot_up(lips)
+
+
+def _attention(step: Step, rows: tuple[float, float, float]) -> tuple[float, float, float]:
+    """What differences of Q, K and V count for: docs/network.md#attention, theorem N9."""
+    assert isinstance(step.what, Attention)
+    queries, keys, values = rows
+    root = rd.sqrt_up(float(step.shape[-2]))
+    reach = rd.mul_up(step.what.scale, values)
+    return rd.mul_up(reach, keys), rd.mul_up(rd.mul_up(reach, root), queries), root
 
 
 def _weights(step: Step, lips: list[float]) -> list[float]:
@@ -122,6 +135,8 @@ def _weights(step: Step, lips: list[float]) -> list[float]:
         terms = lips
     elif isinstance(step.what, Product) and step.what.caps is not None:
         terms = [step.what.caps[1] * lips[0], step.what.caps[0] * lips[1]]
+    elif isinstance(step.what, Attention) and step.what.rows is not None:
+        terms = [c * x for c, x in zip(_attention(step, step.what.rows), lips, strict=True)]
     else:
         terms = [x * x for x in lips]
     total = math.fsum(terms)

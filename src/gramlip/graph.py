@@ -25,10 +25,10 @@ _PASS_THROUGH = ("aten.dropout.default", "aten.feature_dropout.default", "aten.a
 
 @dataclass(frozen=True)
 class Program:
-    """An exported model: its graph, the tensors it holds, and which placeholders are the user's inputs."""
+    """An exported model: its graph, the tensors and objects it holds, and which placeholders are the user's inputs."""
 
     nodes: list[fx.Node]
-    constants: dict[fx.Node, Tensor]
+    constants: dict[fx.Node, Any]
     inputs: list[fx.Node]
     outputs: list[fx.Node]
 
@@ -65,14 +65,19 @@ def silent() -> Generator[None, None, None]:
 
 def _program(exported: torch.export.ExportedProgram) -> Program:
     signature = exported.graph_signature
-    names: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    names: dict[str, str] = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+        **signature.inputs_to_lifted_custom_objs,
+    }
     nodes = list(exported.graph.nodes)
-    constants: dict[fx.Node, Tensor] = {}
+    constants: dict[fx.Node, Any] = {}
     for node in nodes:
         if node.op == "placeholder" and node.name in names:
             held = exported.state_dict.get(names[node.name], exported.constants.get(names[node.name]))
-            if isinstance(held, Tensor):
-                constants[node] = held.detach()
+            if held is not None:
+                constants[node] = held.detach() if isinstance(held, Tensor) else held
     inputs = [n for n in nodes if n.op == "placeholder" and n.name in signature.user_inputs]
     outputs: list[fx.Node] = []
     for node in nodes:

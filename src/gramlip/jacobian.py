@@ -15,6 +15,10 @@ from gramlip import rounding as rd
 from gramlip.graph import Program, op_name
 
 MARGIN = 2.0**-20  # relative; covers the rounding of two forward passes in float64 and of their difference
+_WIDE = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64) | dict.fromkeys(
+    (torch.complex64, torch.complex32), torch.complex128
+)
+SCALES = (1.0, 0.1, 3.0)  # of the random points where no domain is given: a normalisation is steepest near constant inputs
 Function = Callable[[Tensor], Tensor]
 
 
@@ -29,7 +33,7 @@ class Stretch:
 def function(program: Program, shapes: Sequence[tuple[int, ...]]) -> Function:
     """The network in float64 as a function of one flat vector (all inputs joined) to one flat vector (all outputs joined)."""
     sizes = [math.prod(s) for s in shapes]
-    constants = {n: c.double() if c.is_floating_point() else c for n, c in program.constants.items()}
+    constants = {n: c.double() if isinstance(c, Tensor) and c.is_floating_point() else c for n, c in program.constants.items()}
 
     def run(flat: Tensor) -> Tensor:
         values: dict[fx.Node, Any] = dict(constants)
@@ -38,17 +42,16 @@ def function(program: Program, shapes: Sequence[tuple[int, ...]]) -> Function:
         for node in program.nodes:
             if node.op == "call_function" and "_assert" not in op_name(node):
                 values[node] = _call(node, values)
-        return torch.cat([values[n].reshape(-1) for n in program.outputs])
+        return torch.cat([values[n].reshape(-1).double() for n in program.outputs])
 
     return run
 
 
 def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    args: tuple[Any, ...] = map_arg(node.args, values.__getitem__)
+    given: tuple[Any, ...] = map_arg(node.args, values.__getitem__)
     kwargs: dict[str, Any] = dict(map_arg(node.kwargs, values.__getitem__))
-    if any(a is torch.float32 or a is torch.float16 or a is torch.bfloat16 for a in (*args, *kwargs.values())):
-        args = tuple(torch.float64 if isinstance(a, torch.dtype) and a.is_floating_point else a for a in args)
-        kwargs = {k: torch.float64 if isinstance(v, torch.dtype) and v.is_floating_point else v for k, v in kwargs.items()}
+    args: tuple[Any, ...] = tuple(_WIDE.get(a, a) if isinstance(a, torch.dtype) else a for a in given)
+    kwargs = {k: _WIDE.get(v, v) if isinstance(v, torch.dtype) else v for k, v in kwargs.items()}
     if op_name(node) == "aten.scaled_dot_product_attention.default":  # the fused kernel has no forward derivative
         q, k, v, *others = args
         mask, dropout, causal = (*others, *(None, 0.0, False)[len(others) :])
@@ -59,6 +62,13 @@ def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         gain = (var + args[7]).rsqrt() if weight is None else weight * (var + args[7]).rsqrt()
         shift = -mean * gain if bias is None else bias - mean * gain
         return x * gain.reshape(shape) + shift.reshape(shape)
+    if op_name(node) == "aten.softplus.default":  # the function that its rule bounds, without the switch at a threshold
+        x, *others = args
+        beta = float(others[0] if others else kwargs.get("beta", 1.0))
+        return torch.logaddexp(torch.zeros_like(x), beta * x) / beta
+    if op_name(node) == "aten.rms_norm.default" and (*args, None, None)[3] is None and kwargs.get("eps") is None:
+        wide = torch.float64 if node.meta["val"].dtype == torch.float64 else torch.float32  # torch takes eps from the type
+        kwargs, args = kwargs | {"eps": torch.finfo(wide).eps}, args[:3]
     schema: Any = getattr(node.target, "_schema", None)
     if schema is not None and schema.is_mutable:
         # The value may be a leaf or shared: overwrite a copy, and let later reads of the name see it.
@@ -69,7 +79,7 @@ def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         values[source] = result
         return result
     result = node.target(*args, **kwargs)  # type: ignore[operator]
-    return result.double() if isinstance(result, Tensor) and result.is_floating_point() and result.dtype != torch.float64 else result
+    return result.to(_WIDE.get(result.dtype, result.dtype)) if isinstance(result, Tensor) else result
 
 
 def direction(run: Function, x: Tensor, v: Tensor, steps: int) -> Tensor:
@@ -138,7 +148,7 @@ def stretch(
     Args:
         run: from `function`.
         size: entries of its input.
-        data: points (k, size) to start from; else uniform in the domain, or standard normal.
+        data: points (k, size) to start from; else uniform in the domain, or normal with standard deviations in `SCALES`.
         domain: interval of each input entry.
         seed: of the random numbers; the result depends on it and on nothing else.
         starts: number of starting points.
@@ -155,7 +165,7 @@ def stretch(
         elif domain is not None:
             x = lo + (hi - lo) * torch.rand(size, generator=generator, dtype=torch.float64)
         else:
-            x = noise
+            x = noise * SCALES[start % len(SCALES)]
         v = torch.randn(size, generator=generator, dtype=torch.float64)
         v, x = v / torch.linalg.vector_norm(v), x.clamp(lo, hi)
         for i in range(rounds):

@@ -22,9 +22,25 @@ from gramlip.operators import Conv
 from gramlip.ranges import capped
 from gramlip.report import Layer, LeftOut, Report
 from gramlip.rules import lower
-from gramlip.steps import Linear, Network, Pad, Product, Scale, Shape, Slope, Step, Sum, Unbounded
+from gramlip.steps import Attention, Linear, Network, Pad, Product, Scale, Shape, Slope, Step, Sum, Unbounded
 
-_KINDS: dict[type, str] = {Slope: "activation", Pad: "padding", Sum: "sum", Product: "product", Unbounded: "unbounded"}
+_KINDS: dict[type, str] = {
+    Slope: "activation",
+    Pad: "padding",
+    Sum: "sum",
+    Product: "product",
+    Attention: "attention",
+    Unbounded: "unbounded",
+}
+_GROWTH: dict[type, str] = {
+    Sum: "sum of branches, against the largest of them",
+    Product: "product of two values, against the larger",
+    Attention: "attention of rows of bounded norm, against the largest of its inputs",
+}
+_NEEDS_DOMAIN = {
+    Product: "a product of two values that depend on the input has no finite constant without a domain: pass domain=(low, high)",
+    Attention: "dot-product attention has no finite constant (arXiv 2006.04710) without a domain: pass domain=(low, high)",
+}
 Example = Tensor | Sequence[Tensor] | Sequence[int]
 
 
@@ -96,7 +112,9 @@ def audit(
     composed = compose(network, found)
     upper, because = _whole(network, found, composed, effort)
     below = _lower_side(program, tensors, data, domain, seed)
-    whole = Bound(min(below.value, upper), upper, f"{because}; {below.because}")
+    if below.value > upper:
+        _contradicted(lowered.assumed, below, upper)
+    whole = Bound(below.value, upper, f"{because}; {below.because}")
     return Report(
         target or type(model).__name__,
         _rows(network, found, seconds, composed),
@@ -105,6 +123,16 @@ def audit(
         tuple(lowered.assumed),
         unsupported=tuple(lowered.unsupported),
     )
+
+
+def _contradicted(assumed: Sequence[str], below: Stretch, upper: float) -> None:
+    """Two inputs are stretched by more than the upper side: an assumption that does not hold, or a wrong rule."""
+    seen = f"two inputs are stretched by {decimals(below.value, upward=False)} ({below.because}), beyond {decimals(upper, upward=True)}"
+    if assumed:
+        msg = f"{'; '.join(assumed)}: {seen}; expected assumptions that hold: raise the constants"
+        raise InputError(msg)
+    msg = f"{seen}: a rule is wrong, or a rule of yours; nothing was widened"
+    raise ArithmeticError(msg)
 
 
 def _whole(network: Network, constants: Sequence[Bound], composed: Composition, effort: float) -> tuple[float, str]:
@@ -177,7 +205,7 @@ def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float]
     rows: list[Layer] = []
     for i, (step, own) in enumerate(zip(network.steps, constants, strict=True)):
         share = None if composed.parts is None or composed.upper == 1.0 else composed.parts[i] / math.log(composed.upper)
-        if isinstance(step.what, Linear | Sum | Product) or own.upper != 1.0:
+        if isinstance(step.what, Linear | Sum | Product | Attention) or own.upper != 1.0:
             rows.append(_row(i, step, own, seconds[i], share, network, composed))
     return tuple(rows)
 
@@ -190,14 +218,10 @@ def _row(i: int, step: Step, own: Bound, seconds: float, share: float | None, ne
         op = None if isinstance(what.op, Scale) else what.op
         return Layer(step.name, type(what.op).__name__, tuple(what.op.weight.shape), size, own, seconds, share, op)  # type: ignore[arg-type]
     label = _KINDS.get(type(what), "map")
-    if isinstance(what, Sum | Product):
+    if isinstance(what, Sum | Product | Attention):
         largest = max(composed.lips[s] for s in step.sources)
         growth = rd.up(composed.lips[i] / largest) if 0 < largest < math.inf else composed.lips[i]
-        own = Bound(
-            0.0,
-            growth,
-            "sum of branches, against the largest of them" if isinstance(what, Sum) else "product of two values, against the larger",
-        )
+        own = Bound(0.0, growth, _GROWTH[type(what)])
     return Layer(step.name, f"{label} ({step.op.removeprefix('aten.').split('.')[0]})", (), sizes, own, seconds, share)
 
 
@@ -205,9 +229,13 @@ def _left_out(network: Network) -> tuple[LeftOut, ...]:
     """Nodes without a finite constant, each with its reason and place."""
     left: list[LeftOut] = []
     for step in network.steps:
-        reason = step.what.reason if isinstance(step.what, Unbounded) else None
-        if isinstance(step.what, Product) and step.what.caps is None:
-            reason = "a product of two values that depend on the input has no finite constant without a domain: pass domain=(low, high)"
+        what, reason = step.what, None
+        if isinstance(what, Unbounded):
+            reason = what.reason
+        elif (isinstance(what, Product) and what.caps is None) or (isinstance(what, Attention) and what.rows is None):
+            before = [network.steps[s] for s in step.sources]
+            if not any(isinstance(s.what, Unbounded) and s.place == step.place for s in before):  # a quotient says it once
+                reason = _NEEDS_DOMAIN[type(what)]
         if reason is not None:
             left.append(LeftOut(step.name, (), f"unbounded: {reason} ({step.place})"))
     return tuple(left)

@@ -11,19 +11,39 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.operators import Conv, Dense
-from gramlip.steps import Input, Join, Linear, Lipschitz, Network, Pad, Product, Scale, Shape, Slice, Slope, Step, Sum, View
+from gramlip.steps import (
+    Attention,
+    Input,
+    Join,
+    Linear,
+    Lipschitz,
+    Network,
+    Pad,
+    Product,
+    Scale,
+    Shape,
+    Slice,
+    Slope,
+    Step,
+    Sum,
+    Unbounded,
+    View,
+    What,
+)
 
 SLACK = 1e-9  # relative to the sum of moduli; covers the rounding of sums of fewer than a million float64 terms
+WIDEST = 2048  # sides of matrices that are multiplied for it
 INF = math.inf
 
 
 @dataclass(frozen=True)
 class Range:
-    """Every entry lies in [low, high]; every row along the last axis has an l2 norm of at most `row`."""
+    """Every entry lies in [low, high]; every row along the last axis, and column along the one before, has at most this l2 norm."""
 
     low: float
     high: float
     row: float
+    column: float
 
     @property
     def size(self) -> float:
@@ -31,33 +51,59 @@ class Range:
         return max(abs(self.low), abs(self.high))
 
 
-def ranges(network: Network, domain: tuple[float, float] | None) -> list[Range]:
-    """A range for each value; infinite where nothing is known. `domain` holds every entry of the input."""
-    found: list[Range] = []
-    for step in network.steps:
-        sources = [found[s] for s in step.sources]
-        low, high, row = _range(step, sources, [network.steps[s].shape for s in step.sources], domain)
-        width = rd.sqrt_up(float(step.shape[-1])) if step.shape else 1.0
-        found.append(Range(low, high, min(row, INF if max(abs(low), abs(high)) == INF else rd.mul_up(width, max(abs(low), abs(high))))))
-    return found
-
-
 def capped(network: Network, domain: tuple[float, float] | None) -> Network:
-    """The network with `caps` on every product whose factors have a finite range."""
-    known = ranges(network, domain)
+    """The network with what ranges know: caps of products and attention, slopes on an interval of functions too steep without one.
+
+    `domain` holds every entry of the input.
+    """
+    known: list[Range] = []
     steps: list[Step] = []
     for step in network.steps:
-        if isinstance(step.what, Product):
-            caps = [_cap(step.what, known[s], network.steps[s].shape) for s in step.sources]
-            if max(caps) < INF:
-                step = replace(step, what=replace(step.what, caps=(caps[0], caps[1])))
-        steps.append(step)
+        sources, shapes = [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources]
+        steps.append(_capped(step, sources, shapes))
+        low, high, row = _range(steps[-1], sources, shapes, domain)
+        ways = _lines(steps[-1].what, sources, row), _of_entries(max(abs(low), abs(high)), step.shape)
+        row, column = (min(lines) for lines in zip(*ways, strict=True))
+        known.append(Range(low, high, row, column))
     return Network(steps, network.outputs)
 
 
+def _of_entries(size: float, shape: Shape) -> tuple[float, float]:
+    """Norms of rows and columns of entries of at most this modulus."""
+    counts = [shape[-j] if len(shape) >= j else 1 for j in (1, 2)]
+    row, column = (INF if size == INF else rd.mul_up(rd.sqrt_up(float(n)), size) for n in counts)
+    return row, column
+
+
+def _lines(what: What, sources: Sequence[Range], row: float) -> tuple[float, float]:
+    """Norms of rows and columns that are parts of rows of the source."""
+    if isinstance(what, Slice):
+        return sources[0].row, sources[0].column
+    if isinstance(what, View | Lipschitz) and what.lines:
+        return (min(row, sources[0].row), INF) if what.lines == "rows" else (row, sources[0].row)
+    return row, INF
+
+
+def _capped(step: Step, sources: Sequence[Range], shapes: Sequence[Shape]) -> Step:
+    what = step.what
+    if isinstance(what, Product):
+        caps = [_cap(what, r, shape) for r, shape in zip(sources, shapes, strict=True)]
+        return replace(step, what=replace(what, caps=(caps[0], caps[1]))) if max(caps) < INF else step
+    if isinstance(what, Attention):
+        rows = (sources[0].row, sources[1].column if what.transposed else sources[1].row, sources[2].row)
+        return replace(step, what=replace(what, rows=rows)) if max(rows) < INF else step
+    if isinstance(what, Unbounded) and what.within is not None and sources:
+        slopes = what.within(sources[0].low, sources[0].high)
+        return step if slopes is None else replace(step, what=slopes)
+    return step
+
+
 def _cap(what: Product, r: Range, shape: Shape) -> float:
-    """Size of a factor: its largest entry, or the norm of each of its matrices by their rows."""
-    return r.size if what.kind == "entries" else INF if r.row == INF else rd.mul_up(rd.sqrt_up(float(shape[-2])), r.row)
+    """Size of a factor: its largest entry, or the norm of each of its matrices by their rows or columns."""
+    if what.kind == "entries":
+        return r.size
+    ways = ((shape[-2], r.row), (shape[-1], r.column))
+    return min(INF if line == INF else rd.mul_up(rd.sqrt_up(float(count)), line) for count, line in ways)
 
 
 def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape], domain: tuple[float, float] | None) -> tuple[float, float, float]:
@@ -75,7 +121,11 @@ def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape], domain
         room = SLACK * (max(abs(a), abs(b)) if max(abs(a), abs(b)) < INF else 0.0)
         return max(a - room, what.image[0]), min(b + room, what.image[1]), INF
     if isinstance(what, Lipschitz):
-        inside = (min(low, 0.0), max(high, 0.0)) if what.same_range else (-INF, INF)
+        inside = (-INF, INF)
+        if what.same_range:
+            ends = (low, high) if what.others is None else (min(low, what.others[0]), max(high, what.others[1]))
+            room = 0.0 if what.times == 1.0 or max(map(abs, ends)) == INF else SLACK * what.times * max(map(abs, ends))
+            inside = ends[0] * what.times - room, ends[1] * what.times + room
         return max(inside[0], what.image[0]), min(inside[1], what.image[1]), what.row
     if isinstance(what, Pad):
         return min(low, what.value), max(high, what.value), INF
@@ -86,7 +136,10 @@ def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape], domain
     if isinstance(what, Product):
         terms = shapes[0][-1] if what.kind == "matrix" else 1
         top = rd.mul_up(rd.mul_up(what.scale, float(terms)), rd.mul_up(sources[0].size, sources[1].size))
-        return -top, top, INF
+        square = what.kind == "entries" and step.sources[0] == step.sources[1]
+        return 0.0 if square else -top, top, INF
+    if isinstance(what, Attention):  # rows are averages of rows of V
+        return sources[2].low, sources[2].high, sources[2].row
     return (low, high, INF) if isinstance(what, View | Slice | Join) else (-INF, INF, INF)
 
 
@@ -109,11 +162,12 @@ def _linear(what: Linear, r: Range) -> tuple[float, float, float]:
     if isinstance(what.op, Scale):
         ends = [float(w) * x for w in (what.op.weight.min(), what.op.weight.max()) for x in (r.low, r.high)]
         slack = SLACK * (max(map(abs, ends)) + room)
-        return min(ends) + shift[0] - slack, max(ends) + shift[1] + slack, INF
+        row = INF if r.row == INF else rd.mul_up(rd.add_up(float(what.op.weight.abs().max()), what.error), r.row)
+        return min(ends) + shift[0] - slack, max(ends) + shift[1] + slack, INF if room else row
     rows = _rows(what.op)
     row = INF
     if isinstance(what.op, Dense) and r.row < INF:
-        norm = rd.mul_up(float(torch.linalg.vector_norm(rows)), 1.0 + SLACK)
+        norm = _norm(rows)
         row = rd.add_up(
             rd.mul_up(norm, r.row), rd.mul_up(float(torch.linalg.vector_norm(bias)) if bias.numel() > 1 else abs(float(bias)), 1.0 + SLACK)
         )
@@ -128,6 +182,19 @@ def _linear(what: Linear, r: Range) -> tuple[float, float, float]:
         a, b = max(a, -lengths), min(b, lengths)
     slack = SLACK * (size + room)
     return a + shift[0] - slack, b + shift[1] + slack, row
+
+
+def _norm(matrix: Tensor) -> float:
+    """A quick upper bound of the spectral norm: the fourth root of `||G^2||_F` with G the Gram matrix, rounding included."""
+    size = rd.mul_up(float(torch.linalg.vector_norm(matrix)), 1.0 + SLACK)
+    if size == 0.0 or min(matrix.shape) > WIDEST:
+        return size
+    x = matrix / size
+    gram = x @ x.mT if x.shape[0] < x.shape[1] else x.mT @ x
+    square = float(torch.linalg.vector_norm(gram @ gram))
+    error = rd.gamma(2.0 * max(matrix.shape) + 8.0)  # of each product; x and its Gram matrix have Frobenius norms of at most 1
+    top = rd.add_up(rd.sqrt_up(rd.add_up(rd.mul_up(square, 1.0 + SLACK), rd.mul_up(4.0, error))), error)
+    return min(size, rd.mul_up(rd.mul_up(rd.sqrt_up(top), 1.0 + SLACK), size))
 
 
 def _rows(op: Conv | Dense) -> Tensor:

@@ -6,7 +6,7 @@ them, composition and coupling read them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,6 +16,7 @@ from gramlip.bound import Bound
 from gramlip.operators import Conv, Dense
 
 Shape = tuple[int, ...]
+Lines = Literal["", "rows", "columns"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,23 +72,31 @@ class Slope:
 class Lipschitz:
     """Any map with Lipschitz constant at most `upper` in all its sources together (l2 norm of the joined differences).
 
-    `image` as in `Slope`; `same_range` where each entry of the result is an entry of the sources, zero, or between them;
-    `row` is at least the l2 norm of the result's rows along the last axis.
+    `image` as in `Slope`; `same_range` where each entry of the result is `times` an entry of the sources, of `others`, or
+    between; `row` is at least the l2 norm of the result's rows along the last axis; `lines` as in `View`.
     """
 
     upper: float
     because: str
     image: tuple[float, float] = (float("-inf"), float("inf"))
     same_range: bool = False
+    others: tuple[float, float] | None = None
+    times: float = 1.0
     assumed: bool = False
     row: float = float("inf")
+    lines: Lines = ""
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A rearrangement of all entries: an isometry; `flat` where their order stays the same and only the shape changes."""
+    """A rearrangement of all entries: an isometry; `flat` where their order stays the same and only the shape changes.
+
+    `lines` says which lines of the result, its rows along the last axis or its columns along the one before, are rows of
+    the source or parts of such.
+    """
 
     flat: bool = False
+    lines: Lines = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,13 +137,30 @@ class Product:
 
 
 @dataclass(frozen=True, eq=False)
+class Attention:
+    """`softmax(scale Q K' + constants) V` of the sources Q, K, V over their last two axes; K as it is, or already transposed.
+
+    `rows` are upper bounds of the l2 norms of the rows of Q, K and V where intervals know them: without them there is no
+    finite constant.
+    """
+
+    scale: float
+    transposed: bool = False
+    rows: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Unbounded:
-    """A map without a finite Lipschitz constant, and why."""
+    """A map without a finite Lipschitz constant, and why.
+
+    `within` gives the slopes of an entrywise function on an interval, None where they have no finite bound there.
+    """
 
     reason: str
+    within: Callable[[float, float], Slope | None] | None = None
 
 
-What = Input | Linear | Pad | Slope | Lipschitz | View | Sum | Join | Slice | Product | Unbounded
+What = Input | Linear | Pad | Slope | Lipschitz | View | Sum | Join | Slice | Product | Attention | Unbounded
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from gramlip.rules import activations, affine, pooling, shapes
+from gramlip.rules import activations, affine, attention, einsum, pooling, shapes, steep
 from gramlip.rules.lower import lower
 from gramlip.rules.registry import RULES, Call, Rule, Var, register
 
-__all__ = ["RULES", "Call", "Rule", "Var", "activations", "affine", "lower", "pooling", "register", "shapes"]
+__all__ = [
+    "RULES",
+    "Call",
+    "Rule",
+    "Var",
+    "activations",
+    "affine",
+    "attention",
+    "einsum",
+    "lower",
+    "pooling",
+    "register",
+    "shapes",
+    "steep",
+]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.errors import UnsupportedError
 from gramlip.rules.registry import Call, Var, register
-from gramlip.steps import Lipschitz, Product, Slice, Slope, Unbounded
+from gramlip.steps import Linear, Lipschitz, Product, Scale, Slice, Slope, Unbounded
 
 INF = math.inf
 # name -> (least slope, largest slope, image, value at 0), each float just outside the real number; tests/test_rules.py
@@ -116,11 +118,14 @@ def _hardtanh(call: Call) -> Slope:
 
 @register("aten.clamp", "aten.clip", "aten.clamp_min", "aten.clamp_max")
 def _clamp(call: Call) -> Slope:
-    low, high = call.args.get("min"), call.args.get("max")
-    if isinstance(low, Tensor | Var) or isinstance(high, Tensor | Var):
-        msg = "clamp with tensors as limits, which no rule covers"
+    limits = call.args.get("min"), call.args.get("max")
+    if any(isinstance(x, Var) for x in limits) or call.shape != call.var("self").shape:
+        msg = "clamp with limits that depend on the input or have more entries than it, which no rule covers"
         raise UnsupportedError(msg)
-    return _clip(-INF if low is None else float(low), INF if high is None else float(high))
+    low, high = (torch.as_tensor(default if x is None else x, dtype=torch.float64) for x, default in zip(limits, (-INF, INF), strict=True))
+    if low.numel() == high.numel() == 1:
+        return _clip(float(low), float(high))
+    return Slope(0.0, 1.0, "clamp: slopes 0 and 1", (float(torch.minimum(low, high).min()), float(high.max())), (-INF, INF))
 
 
 def _clip(low: float, high: float) -> Slope:
@@ -143,19 +148,31 @@ def _jump(call: Call) -> Unbounded:
     return Unbounded(f"{call.op.split('.')[1]} jumps")
 
 
-@register(
-    "aten.exp", "aten.sqrt", "aten.rsqrt", "aten.log", "aten.reciprocal", "aten.pow", "aten.tan", "aten.sinh", "aten.cosh", "aten.log1p"
-)
-def _steep(call: Call) -> Unbounded | Var:
-    if call.op.startswith("aten.pow") and call.args.get("exponent") in (1, 1.0, 2, 2.0):
-        x = call.var("self")
-        return x if float(call["exponent"]) == 1 else call.then(Product("entries"), x, x)
-    return Unbounded(f"{call.op.split('.')[1]} has unbounded slopes")
-
-
-@register("aten.square")
-def _square(call: Call) -> Var:
-    return call.then(Product("entries"), call.var("self"), call.var("self"))
+def gated(call: Call, x: Var, gate: Var) -> Slope | None:
+    """The step for `x * sigmoid(b x)`, `x * relu6(x + 3)` and `x * hardsigmoid(x)`, which are activations; None for other products."""
+    step = call.steps[gate.step]
+    if not isinstance(step.what, Slope) or x.shape != gate.shape:
+        return None
+    at, factor, shift = step.sources[0], 1.0, 0.0
+    while at != x.step:  # back through constants to the value itself
+        what = call.steps[at].what
+        if (
+            not isinstance(what, Linear)
+            or not isinstance(what.op, Scale)
+            or what.op.weight.numel() > 1
+            or torch.as_tensor(what.bias).numel() > 1
+        ):
+            return None
+        shift, factor = shift + factor * float(what.bias), factor * float(what.op.weight)
+        at = call.steps[at].sources[0]
+    if step.op.startswith("aten.sigmoid") and factor > 0 and shift == 0:  # silu(b x) / b
+        found = slope("silu")
+        return replace(found, because=f"x sigmoid(b x): {found.because}", image=(found.image[0] / factor * (1 + 1e-12), INF))
+    if (factor, shift) == (1.0, 0.0) and step.op.startswith("aten.hardsigmoid"):
+        return slope("hardswish")
+    if (factor, shift) == (1.0, 3.0) and step.what.image == (0.0, 6.0):
+        return Slope(-3.0, 9.0, "x relu6(x + 3): six times hardswish, slopes in [-3, 9]", (-2.25, INF))
+    return None
 
 
 @register("aten.softmax", "aten._softmax", "aten.special_softmax")

@@ -12,7 +12,10 @@ from gramlip import rounding as rd
 from gramlip.bound import Bound
 from gramlip.errors import UnsupportedError
 from gramlip.operators import Conv, Dense
+from gramlip.rules.activations import gated
+from gramlip.rules.attention import product
 from gramlip.rules.registry import Call, Var, register
+from gramlip.rules.steep import quotient
 from gramlip.steps import Linear, Lipschitz, Product, Scale, Sum, Unbounded
 
 
@@ -56,13 +59,27 @@ def _rounding(weight: Tensor, roundings: int = 2) -> float:
 
 @register("aten.matmul", "aten.mm", "aten.bmm", "aten.mv")
 def _matmul(call: Call) -> Linear | Var | Lipschitz:
-    names = list(call.args)[:2]
-    left, right = call.args[names[0]], call.args[names[1]]
+    return _product_of(call, *list(call.args.values())[:2])
+
+
+@register("aten.baddbmm")
+def _baddbmm(call: Call) -> Var:
+    """A constant plus a product of matrices."""
+    shift = entries_of(call.const("self"))
+    if shift is None or call.const("alpha") != 1:
+        msg = f"baddbmm with alpha={call['alpha']!r}, which no rule covers"
+        raise UnsupportedError(msg)
+    made = _product_of(call, call["batch1"], call["batch2"])
+    value = made if isinstance(made, Var) else call.then(made, *call.vars)
+    return _times(call, value, torch.tensor(1.0, dtype=torch.float64), shift * float(call.const("beta")), known=_ONE)
+
+
+def _product_of(call: Call, left: Any, right: Any) -> Linear | Var | Lipschitz:
     if isinstance(left, Var) and isinstance(right, Var):
         if min(len(left.shape), len(right.shape)) < 2:
             msg = "matmul of a variable vector, which no rule covers"
             raise UnsupportedError(msg)
-        return call.then(Product("matrix"), left, right)
+        return product(call, left, right)
     constant: Tensor = right if isinstance(left, Var) else left
     if isinstance(left, Var) and constant.ndim == 2 and len(left.shape) >= 2:
         return Linear(Dense(constant.mT.detach()))
@@ -160,7 +177,8 @@ def _group_norm(call: Call) -> Lipschitz | Unbounded | Var:
 def _rms_norm(call: Call) -> Lipschitz | Unbounded | Var:
     eps = call.const("eps")
     count = max(2, math.prod(call.const("normalized_shape")))
-    return normalised(call, call.var("input"), count, call.const("weight"), None, 2.0**-149 if eps is None else float(eps))
+    default = torch.finfo(torch.float64 if call.dtype == torch.float64 else torch.float32).eps
+    return normalised(call, call.var("input"), count, call.const("weight"), None, default if eps is None else float(eps))
 
 
 def spread(call: Call, x: Var, shape: tuple[int, ...]) -> Var:
@@ -212,14 +230,20 @@ def _shaped(call: Call, shape: tuple[int, ...]) -> Call:
 def _mul(call: Call) -> Var | Unbounded:
     left, right = call["self"], call["other"]
     divides = "mul" not in call.op
-    if isinstance(left, Var) and isinstance(right, Var):
-        if divides:
-            return Unbounded("a quotient of two values that depend on the input")
-        return call.then(Product("entries"), spread(call, left, call.shape), spread(call, right, call.shape))
-    if divides and isinstance(right, Var):
-        return Unbounded("division by a value that depends on the input")
     if call.args.get("rounding_mode") is not None:
         return Unbounded("division with rounding jumps")
+    if isinstance(left, Var) and isinstance(right, Var):
+        for value, gate in () if divides else ((left, right), (right, left)):
+            if (known := gated(call, value, gate)) is not None:
+                return call.then(known, value)
+        left, right = spread(call, left, call.shape), spread(call, right, call.shape)
+        return quotient(call, left, right) if divides else call.then(Product("entries"), left, right)
+    if divides and isinstance(right, Var):
+        numerator = entries_of(left)
+        if numerator is None:
+            msg = f"{call.op} with a constant of another type, which no rule covers"
+            raise UnsupportedError(msg)
+        return _times(call, quotient(call, None, right), numerator)
     x, other = (left, right) if isinstance(left, Var) else (right, left)
     constant = entries_of(other)
     if constant is None:
@@ -236,18 +260,3 @@ def _mul(call: Call) -> Var | Unbounded:
 @register("aten.neg")
 def _neg(call: Call) -> Var:
     return _times(call, call.var("self"), torch.tensor(-1.0, dtype=torch.float64), known=_ONE)
-
-
-@register("aten.scaled_dot_product_attention")
-def _attention(call: Call) -> Var:
-    q, k, v = (call.var(n) for n in ("query", "key", "value"))
-    if float(call.const("dropout_p")) > 0 or call.args.get("enable_gqa"):
-        msg = "attention with dropout or grouped queries, which no rule covers"
-        raise UnsupportedError(msg)
-    call.const("attn_mask")
-    scale = call.const("scale")
-    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    keys = call.then(Lipschitz(1.0, "transpose", same_range=True), k, shape=(*k.shape[:-2], k.shape[-1], k.shape[-2]))
-    scores = call.then(Product("matrix", rd.up(abs(factor)) if scale is None else abs(factor)), q, keys, shape=(*q.shape[:-1], k.shape[-2]))
-    weights = call.then(Lipschitz(0.5, "softmax: at most 1/2 in the l2 norm", (0.0, 1.0), row=1.0), scores, shape=scores.shape)
-    return call.then(Product("matrix"), weights, v)

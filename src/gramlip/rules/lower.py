@@ -14,6 +14,12 @@ from gramlip.graph import Program, arguments, is_random, module_path, mutations,
 from gramlip.rules.registry import Call, Var, find
 from gramlip.steps import Input, Lipschitz, Network, Step, Unbounded, renumbered
 
+_OF_SHAPE = {
+    **dict.fromkeys(["aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.new_zeros", "aten.new_ones", "aten.new_full"], 0),
+    **dict.fromkeys(["aten.expand_as", "aten.view_as", "aten.reshape_as", "aten.type_as", "aten.to.other"], 1),
+}
+"""Operation -> the place of the argument of which it reads the shape and the type alone."""
+
 
 @dataclass(frozen=True)
 class Lowered:
@@ -79,14 +85,21 @@ def _needed(program: Program, overwritten: Mapping[fx.Node, fx.Node]) -> set[fx.
 def _value(
     node: fx.Node, values: Mapping[fx.Node, object], steps: list[Step], assume: Mapping[str, float], unused: set[str], assumed: list[str]
 ) -> object:
+    op = op_name(node)
+    at = _OF_SHAPE.get(op, _OF_SHAPE.get(op.rsplit(".", 1)[0]))
+    shaped = node.args[at] if at is not None and at < len(node.args) and node.args.count(node.args[at]) == 1 else None
+
     def resolve(n: fx.Node) -> object:
         if n not in values:
             msg = f"{op_name(node)} reads {n.name}, which is neither an input nor a weight"
             raise UnsupportedError(msg)
-        return values[n]
+        value = values[n]
+        if n is shaped and isinstance(value, Var):  # nothing of it is read but its shape and type
+            return torch.zeros((), dtype=n.meta["val"].dtype).expand(value.shape)
+        return value
 
-    op = op_name(node)
-    call = Call(op, arguments(node, resolve), shape_of(node), module_path(node), place(node), node.target, steps)  # type: ignore[arg-type]
+    given, dtype = arguments(node, resolve), getattr(node.meta.get("val"), "dtype", None)
+    call = Call(op, given, shape_of(node), module_path(node), place(node), node.target, steps, dtype)  # type: ignore[arg-type]
     for name in (call.name, node.name, op, op.rsplit(".", 1)[0]):
         if name in assume and call.vars:
             unused.discard(name)
@@ -98,6 +111,8 @@ def _value(
     if schema is not None and schema.is_mutable and not isinstance(next(iter(call.args.values())), Var):
         msg = f"{op} writes into a weight or buffer"
         raise UnsupportedError(msg)
+    if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
+        return call.then(Unbounded(f"{op.removeprefix('aten.')} gives integers or truth values, which jump"), *call.vars)
     rule = find(op)
     if rule is None:
         msg = f"{op} has no rule: type @gramlip.rules.register({op!r}) on a function (call) -> constant, or --assume {call.name}=1.0"

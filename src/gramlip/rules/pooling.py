@@ -64,7 +64,7 @@ def _avg_pool(call: Call) -> Linear | Lipschitz:
     pad = _axes(call.const("padding"), dims)
     plain = not call.const("ceil_mode") and (call.const("count_include_pad") or not any(pad)) and call.args.get("divisor_override") is None
     if not plain or len(x.shape) != dims + 2 or max(kernel) > 8:
-        return _nonnegative(call, "average pooling")
+        return nonnegative(call, "average pooling")
     return _averages(x.shape, kernel, stride, pad)
 
 
@@ -85,25 +85,35 @@ def _adaptive_avg_pool(call: Call) -> Linear | Lipschitz:
     pairs = list(zip(x.shape[-dims:], call.shape[-dims:], strict=True))
     sides = [n // m for n, m in pairs]
     if len(x.shape) != dims + 2 or any(n % m for n, m in pairs) or max(sides) > 8:
-        return _nonnegative(call, "adaptive average pooling")
+        return nonnegative(call, "adaptive average pooling")
     return _averages(x.shape, sides, sides, [0] * dims)
 
 
-@register("aten.upsample_nearest1d", "aten.upsample_nearest2d", "aten.upsample_nearest3d", "aten._upsample_nearest_exact2d")
 @register("aten.upsample_linear1d", "aten.upsample_bilinear2d", "aten.upsample_trilinear3d", "aten._upsample_bilinear2d_aa")
-def _upsample(call: Call) -> Linear | Lipschitz:
+def _upsample(call: Call) -> Lipschitz:
+    return nonnegative(call, "interpolation")
+
+
+@register(*(f"aten.{name}{d}d" for name in ("upsample_nearest", "_upsample_nearest_exact") for d in (1, 2, 3)))
+def _nearest(call: Call) -> Linear | Lipschitz:
     x = call.vars[0]
-    pairs = list(zip(x.shape[2:], call.shape[2:], strict=True))
-    if "nearest" in call.op and not any(m % n for n, m in pairs):
-        sides = [m // n for n, m in pairs]
-        weight = torch.ones(x.shape[1], 1, *sides, dtype=torch.float64)
-        root = float(math.prod(sides))
-        known = Bound(rd.sqrt_down(root), rd.sqrt_up(root), f"each entry repeated {math.prod(sides)} times")
-        return Linear(Conv(weight, input_size=x.shape[2:], stride=sides, groups=x.shape[1], transposed=True), known=known)
-    return _nonnegative(call, "interpolation")
+    n, m = x.shape[2:], call.shape[2:]
+    numbers = torch.arange(math.prod(n), dtype=torch.float64).reshape(1, 1, *n)
+    taken: Tensor = call.run(numbers)  # forward: torch's own derivative takes other places where a scale factor is not an integer
+    even = numbers
+    for axis, (one, other) in enumerate(zip(n, m, strict=True)):
+        even = even.repeat_interleave(max(1, other // one), 2 + axis)
+    if not torch.equal(taken, even):
+        most = int(torch.bincount(taken.reshape(-1).long()).max())
+        return Lipschitz(rd.sqrt_up(float(most)), f"nearest neighbours: an entry occurs at most {most} times", same_range=True)
+    sides = [other // one for one, other in zip(n, m, strict=True)]
+    weight = torch.ones(x.shape[1], 1, *sides, dtype=torch.float64)
+    root = float(math.prod(sides))
+    known = Bound(rd.sqrt_down(root), rd.sqrt_up(root), f"each entry repeated {math.prod(sides)} times")
+    return Linear(Conv(weight, input_size=n, stride=sides, groups=x.shape[1], transposed=True), known=known)
 
 
-@register("aten.upsample_bicubic2d")
+@register("aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa")
 def _bicubic(call: Call) -> Lipschitz:
     from gramlip.norm import bound  # one matrix for each axis; the map is their Kronecker product
 
@@ -111,21 +121,39 @@ def _bicubic(call: Call) -> Lipschitz:
     if max(*x.shape[2:], *call.shape[2:]) > 1024:
         msg = f"bicubic interpolation of an input of shape {x.shape}; expected sides of at most 1024"
         raise UnsupportedError(msg)
-    for n, m in zip(x.shape[2:], call.shape[2:], strict=True):
-        basis = torch.eye(n, dtype=torch.float64).reshape(n, 1, n, 1)
-        matrix = torch.nn.functional.interpolate(basis, size=(m, 1), mode="bicubic", align_corners=call.const("align_corners"))
-        upper = rd.mul_up(upper, rd.mul_up(float(bound(matrix.reshape(n, m)).upper), 1 + 1e-12))
+    for axis in (2, 3):  # the call on what is constant along the other axis, where it does nothing: its weights add up to 1
+        columns: list[Tensor] = []
+        for part in torch.eye(x.shape[axis], dtype=torch.float64).split(16):
+            shape = [len(part), 1, 1, 1]
+            shape[axis] = x.shape[axis]
+            wide = part.reshape(shape).expand(len(part), 1, *x.shape[2:])
+            columns.append(call.run(wide.contiguous()).select(5 - axis, 0).reshape(len(part), -1))
+        upper = rd.mul_up(upper, rd.mul_up(float(bound(torch.cat(columns)).upper), 1 + 1e-12))
     return Lipschitz(upper, "bicubic interpolation: one matrix for each axis")
 
 
-def _nonnegative(call: Call, what: str) -> Lipschitz:
-    """Schur's test for a linear map with entries >= 0: the root of largest row sum times largest column sum, from the call itself."""
-    x = call.vars[0]
-    ones = torch.ones(1, 1, *x.shape[2:], dtype=torch.float64, requires_grad=True)
+def nonnegative(call: Call, what: str, shape: Sequence[int] | None = None) -> Lipschitz:
+    """Schur's test for a linear map with entries of one sign: the root of largest row sum times largest column sum, from the call itself.
+
+    `shape` is that of the tensor of ones given to the call: one channel unless it mixes channels.
+    """
+    ones = torch.ones(*(shape or (1, 1, *call.vars[0].shape[2:])), dtype=torch.float64, requires_grad=True)
     with torch.enable_grad():
         rows: Tensor = call.run(ones)
         (columns,) = torch.autograd.grad(rows.sum(), ones)
+    probe = torch.linspace(1.0, 2.0, ones.numel(), dtype=torch.float64).reshape(ones.shape)
+    seen, meant = float(call.run(probe).sum()), float((columns * probe).sum())
+    if not abs(seen - meant) <= 1e-9 * abs(meant):
+        msg = f"{call.op}: its derivative in torch is not that of its values, so its column sums are not known"
+        raise UnsupportedError(msg)
     slack = 1.0 + rd.gamma(float(rows.numel() + ones.numel() + 64))
-    upper = rd.sqrt_up(rd.mul_up(rd.mul_up(float(rows.detach().max()), slack), rd.mul_up(float(columns.max()), slack)))
+    most = [rd.mul_up(float(sums.detach().abs().max()), slack) for sums in (rows, columns)]
     mean = abs(float(rows.detach().max()) - 1) < 1e-9 and abs(float(rows.detach().min()) - 1) < 1e-9
-    return Lipschitz(rd.up(upper), f"{what}: Schur's test on its nonnegative entries", same_range=mean)
+    return Lipschitz(rd.up(rd.sqrt_up(rd.mul_up(*most))), f"{what}: Schur's test on its nonnegative entries", same_range=mean)
+
+
+@register("aten.im2col", "aten.col2im", "aten.unfold", "aten.take", "aten.take_along_dim", "aten.diag_embed")
+def _windows_of(call: Call) -> Lipschitz:
+    """Entries copied into windows, by constant indices, onto diagonals, or added up from windows."""
+    call.var("self")
+    return nonnegative(call, "entries copied or added up", call.vars[0].shape)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gramlip.errors import UnsupportedError
@@ -25,7 +26,8 @@ class Call:
     """One call of the graph as a rule sees it.
 
     `call["name"]` is an argument by its name in torch's own schema, defaults filled in: a `Var` for what depends on the
-    network's input, tensors and Python values for the rest. `shape` is the result's (the first one's where there are several).
+    network's input, tensors and Python values for the rest. `shape` is the result's (the first one's where there are several),
+    `dtype` its type.
     """
 
     op: str
@@ -35,6 +37,7 @@ class Call:
     place: str
     target: Callable[..., Any]
     steps: list[Step]
+    dtype: torch.dtype | None = None
 
     def __getitem__(self, name: str) -> Any:
         return self.args[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from gramlip.bound import Bound
 from gramlip.errors import UnsupportedError
 from gramlip.operators import Conv
 from gramlip.rules.registry import Call, Var, register
-from gramlip.steps import Join, Linear, Lipschitz, Pad, Slice, View
+from gramlip.steps import Join, Linear, Lines, Lipschitz, Pad, Slice, View
 
 
 def _aten(names: str) -> list[str]:
@@ -28,7 +29,10 @@ _VIEWS = _aten(
     "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT squeeze unsqueeze movedim moveaxis swapaxes swapdims "
     "flip fliplr flipud rot90 roll ravel pixel_shuffle pixel_unshuffle channel_shuffle view_as reshape_as"
 )
-_PARTS = _aten("split split_with_sizes chunk unbind tensor_split sort msort diagonal narrow_copy amax amin max min maximum minimum")
+_PARTS = _aten(
+    "split split_with_sizes chunk unbind tensor_split diagonal narrow_copy "
+    "sort msort topk kthvalue median amax amin max min maximum minimum"
+)
 
 
 @register(*_SAME)
@@ -46,19 +50,41 @@ def _same(call: Call) -> Var:
 @register(*_VIEWS)
 def _view(call: Call) -> Var | View:
     flat = call.op.split(".")[1] in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "ravel")
-    return call.vars[0] if flat and call.vars[0].shape == call.shape else View(flat)
+    return call.vars[0] if flat and call.vars[0].shape == call.shape else View(flat, _lines(call))
+
+
+LARGEST = 2**20  # entries of a value whose rows are followed through views
+
+
+def _lines(call: Call) -> Lines:
+    """Which lines of the result are parts of rows of the one variable, read off by giving the call the rows' numbers."""
+    x = call.vars[0]
+    if len(call.vars) > 1 or len(x.shape) < 2 or len(call.shape) < 2 or math.prod(x.shape) > LARGEST:
+        return ""
+    numbers = torch.arange(math.prod(x.shape[:-1]), dtype=torch.float64).reshape(*x.shape[:-1], 1).expand(x.shape).contiguous()
+    made: Tensor | Sequence[Tensor] = call.run(numbers)
+    parts = [made] if isinstance(made, Tensor) else list(made)
+    if all(bool((part == part[..., :1]).all()) for part in parts):
+        return "rows"
+    return "columns" if all(bool((part == part[..., :1, :]).all()) for part in parts) else ""
 
 
 @register(*_PARTS)
 def _parts(call: Call) -> Lipschitz:
-    """Parts, orders and extremes of entries: 1 in all variables joined."""
-    compared = any(isinstance(v, Tensor) for v in call.args.values())
-    return Lipschitz(1.0, "entries kept, sorted or compared", same_range=not compared)
+    """Parts, orders and extremes of entries: 1 in all variables joined, the root of the repeats where one is broadcast."""
+    constants = _between([v for v in call.args.values() if isinstance(v, Tensor)])
+    parted = call.op.split(".")[1] in ("split", "split_with_sizes", "chunk", "unbind", "tensor_split")
+    upper = rd.sqrt_up(float(max(1, _widest(call))))
+    return Lipschitz(upper, "entries kept, sorted or compared", same_range=True, others=constants, lines=_lines(call) if parted else "")
 
 
 @register("getitem")
 def _getitem(call: Call) -> Lipschitz:
-    return Lipschitz(1.0, "one of several results", same_range=True)
+    if "native" in call.steps[call.vars[0].step].op and call.args["1"] != 0:
+        msg = "a normalisation's mean or scale as a value, which no rule covers"
+        raise UnsupportedError(msg)
+    alike = call.vars[0].shape == call.shape  # what is known of rows is known for the shape of the first result
+    return Lipschitz(1.0, "one of several results", same_range=True, lines="rows" if alike else "")
 
 
 @register("aten.slice", "aten.narrow")
@@ -89,7 +115,7 @@ def _selection(x: Var, rows: Tensor, stride: list[int]) -> Linear:
 @register("aten.select")
 def _select(call: Call) -> Lipschitz:
     call.const("index")
-    return Lipschitz(1.0, "a selection of entries", same_range=True)
+    return Lipschitz(1.0, "a selection of entries", same_range=True, lines=_lines(call))
 
 
 def _most(index: Tensor, size: int) -> int:
@@ -120,7 +146,7 @@ def _index(call: Call) -> Lipschitz:
 @register("aten.expand", "aten.repeat", "aten.tile", "aten.expand_as", "aten.broadcast_to", "aten.repeat_interleave")
 def _repeat(call: Call) -> Lipschitz | Var:
     x = call.vars[0]
-    if any(isinstance(v, Tensor) for v in call.args.values()):
+    if any(isinstance(v, Tensor) for v in call.args.values()) and "expand_as" not in call.op:
         msg = f"{call.op} with a tensor of repeats, which no rule covers"
         raise UnsupportedError(msg)
     times = math.prod(call.shape) // math.prod(x.shape)
@@ -135,16 +161,25 @@ def _repeat(call: Call) -> Lipschitz | Var:
 def _cat(call: Call) -> Join | Lipschitz:
     parts: list[Any] = next(v for v in call.args.values() if isinstance(v, list | tuple))  # type: ignore[reportUnknownVariableType]
     if len(call.vars) < len(parts):
-        return Lipschitz(1.0, "concatenation with constants")
+        return Lipschitz(1.0, "concatenation with constants", same_range=True, others=_between(parts))
     return Join(int(call.const("dim")) % len(call.shape)) if "cat" in call.op else Lipschitz(1.0, "values stacked", same_range=True)
 
 
 @register("aten.where", "aten.masked_fill")
 def _where(call: Call) -> Lipschitz:
     call.const("condition" if "where" in call.op else "mask")
-    if call.args.get("value") is not None or any(isinstance(v, Tensor) and v.is_floating_point() for v in call.args.values()):
-        return Lipschitz(rd.sqrt_up(float(_widest(call))), "entries kept, others constant")
-    return Lipschitz(rd.sqrt_up(float(_widest(call))), "entries chosen by a constant mask", same_range=True)
+    chosen = [call.args["self"], call.args["other" if "where" in call.op else "value"]]
+    upper = rd.sqrt_up(float(_widest(call)))
+    if all(isinstance(value, Var) for value in chosen):
+        return Lipschitz(upper, "entries chosen by a constant mask", same_range=True)
+    return Lipschitz(upper, "entries kept, others constant", same_range=True, others=_between(chosen))
+
+
+def _between(values: Sequence[Any]) -> tuple[float, float] | None:
+    """The least interval with the entries of all constants among the values, None without one."""
+    held = [torch.as_tensor(v).detach().double() for v in values if not isinstance(v, Var)]
+    ends = [float(end) for v in held if v.numel() for end in (v.min(), v.max())]
+    return (min(ends), max(ends)) if ends else None
 
 
 def _widest(call: Call) -> int:
@@ -154,7 +189,7 @@ def _widest(call: Call) -> int:
 
 @register("aten.triu", "aten.tril")
 def _triangle(call: Call) -> Lipschitz:
-    return Lipschitz(1.0, "a selection of entries", same_range=True)
+    return Lipschitz(1.0, "a selection of entries", same_range=True, others=(0.0, 0.0))
 
 
 @register("aten.pad", "aten.constant_pad_nd")
@@ -200,7 +235,7 @@ def _mean(call: Call) -> Lipschitz:
     count = math.prod(x.shape) // max(1, math.prod(call.shape))
     root = rd.sqrt_up(float(count))
     if ".sum" in call.op:
-        return Lipschitz(root, f"sum over {count} entries: the root of their number")
+        return Lipschitz(root, f"sum over {count} entries: the root of their number", same_range=True, times=float(count))
     upper = rd.up(1.0 / rd.sqrt_down(float(count))) if count > 1 else 1.0
     return Lipschitz(upper, f"mean over {count} entries: one over the root of their number", same_range=True)
 
