@@ -139,7 +139,7 @@ def test_attention_on_a_ball_lies_between_its_jacobian_and_the_published_bound(w
     assert largest(model, (tokens, width), -reach, reach, points=60) <= report.upper
     assert report.lower <= report.upper
     assert audit(model, example).upper == math.inf
-    if heads == 1:  # arXiv 2312.14820, theorem 3.3, on the ball of radius R that holds the box, with its own matrix A
+    if heads == 1:  # arXiv 2312.14820, on the ball of radius R that holds the box, with its own matrix A
         a = model.k.weight.mT @ model.q.weight / math.sqrt(width)
         r, n, norm = reach * math.sqrt(width), tokens, lambda m: float(torch.linalg.matrix_norm(m.detach(), 2))
         published = math.sqrt(3) * norm(model.v.weight) * math.sqrt(norm(a) ** 2 * r**4 * (4 * n + 1) + n)
