@@ -74,7 +74,7 @@ class Ascent:
             cells = (cells[0][few], cells[1][few], cells[2][few])
         steps = STEPS if self.lattice.active else DENSE_STEPS
         self.coarse = self.lattice.corner_keys(cells).unique()
-        if len(self.coarse) * self.g.side**2 * 16 <= KEPT_BYTES:
+        if len(self.coarse) * self.g.block_bytes <= KEPT_BYTES:
             self.kept = (self.coarse, self.g.at(*self.lattice.decode(self.coarse), self.lattice.sizes))
             self.count(len(self.coarse))
         self.estimates = self.survey(self.coarse, steps)

@@ -40,6 +40,13 @@ class Symbol:
         return kernel
 
     @property
+    def frequencies(self) -> int | None:
+        """How many blocks the grid has, of which a real kernel needs half; None for the torus."""
+        known = [n for n in self.points if n is not None]
+        count = math.prod(known) if len(known) == len(self.points) else None
+        return count if count is None or self.plain.is_complex() else count // 2 + 1
+
+    @property
     def degrees(self) -> tuple[float, ...]:
         """Half the range of exponents on each axis: `u* D(w) v` is, up to a phase, a polynomial of that degree."""
         return tuple((-(-k // s) - 1) / 2 for k, s in zip(self.plain.shape[3:], self.strides, strict=True))

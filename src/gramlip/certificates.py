@@ -8,6 +8,7 @@ from torch import Tensor
 from gramlip import rounding as rd
 
 TRACE_ORDER = 128  # up to this order the trace is a good enough bound of a single-precision factorisation's error
+BLOCKED = range(105, 132)  # orders that take LAPACK longer than 132, where it works in blocks
 
 
 def shift(side: int) -> float:
@@ -26,7 +27,7 @@ def single_shift(side: int) -> float:
     Up to `TRACE_ORDER` the trace bounds the error beforehand; above, the factor itself does afterwards, and this is what it
     comes to for flat spectra.
     """
-    growth = float(side) if side <= TRACE_ORDER else 1.6 * (0.87 + 0.22 * side**0.5) ** 2
+    growth = 1.42 * side if side <= TRACE_ORDER else 1.6 * (0.87 + 0.22 * side**0.5) ** 2
     return 1.1 * (_single_gamma(side) * growth + 2.0**-23 * side**0.5)
 
 
@@ -45,46 +46,62 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
     matrix = _shifted(g, t, single)
     factor, info = torch.linalg.cholesky_ex(matrix)
     proved = (info == 0) & (t > 0)
+    if g.device.type != "cpu":  # LAPACK's backward error is a theorem; another library's is measured on its result
+        residual = frobenius(matrix - factor @ factor.mH)
+        proved &= residual * (1 + 2.0**-40) + rd.gamma(8.0 * (side + 2)) * frobenius(factor).square() <= shift(side) * t
     if single and side > TRACE_ORDER:
         within = _growth(factor).to(torch.float64) * ((1 + 1e-3) * _single_gamma(side)) <= (0.99 * s - 2.0**-23 * side**0.5) * t
         again = (proved & ~within).nonzero()[:, 0]
         proved &= within
         if len(again):  # rare: the factor is too large for single precision to tell
             proved[again] = torch.linalg.cholesky_ex(_shifted(g[again], t[again], False)).info == 0
-    if g.device.type != "cpu":  # LAPACK's backward error is a theorem; another library's is measured on its result
-        residual = frobenius(matrix - factor @ factor.mH)
-        proved &= residual * (1 + 2.0**-40) + rd.gamma(8.0 * (side + 2)) * frobenius(factor).square() <= shift(side) * t
     return proved
 
 
 def _shifted(g: Tensor, t: Tensor, single: bool) -> Tensor:
-    """`t I - G`, its diagonal subtracted in double; rounded to single precision where asked."""
+    """`t I - G`, its diagonal subtracted in double; rounded to single precision where asked.
+
+    On a CPU rows of `t I` are added where LAPACK is faster so, up to half of the time: below its blocked algorithm's least order,
+    and where a power of two makes the columns of a matrix share their places in the caches. docs/rounding.md#r3-cholesky.
+    """
     wide, narrow = (torch.complex128, torch.complex64) if g.is_complex() else (torch.float64, torch.float32)
-    matrix = -g.to(narrow if single else wide)
-    matrix.diagonal(dim1=-2, dim2=-1).copy_(t[:, None] - g.diagonal(dim1=-2, dim2=-1).to(wide))
+    c = side = g.shape[-1]
+    if g.device.type == "cpu":
+        side = BLOCKED.stop if c in BLOCKED else c + 8 if c >= 256 and c % 64 == 0 else c
+    if side == c:
+        matrix = -g.to(narrow if single else wide)
+    else:
+        matrix = g.new_zeros(len(g), side, side, dtype=narrow if single else wide)
+        torch.neg(g.to(matrix.dtype), out=matrix[:, :c, :c])
+        matrix.diagonal(dim1=-2, dim2=-1)[:, c:] = t[:, None]
+    matrix.diagonal(dim1=-2, dim2=-1)[:, :c] = t[:, None] - g.diagonal(dim1=-2, dim2=-1).to(wide)
     return matrix
 
 
 def _growth(factor: Tensor) -> Tensor:
     """Upper bound of `|| |L| |L*| ||` for each factor, in its own precision: Collatz and Wielandt; docs/rounding.md#single-precision.
 
-    No products of matrices: their precision may be lowered by global settings.
+    The factor is used up. Its products are complex ones, as the precision of real ones may be lowered by global settings.
     """
-    rows = factor.mT.contiguous()  # as LAPACK leaves it
-    each = 2 if factor.is_complex() else 1  # |re| and |im| side by side, whose sums are at least the moduli
-    size = (torch.view_as_real(rows) if factor.is_complex() else rows).abs().flatten(2)
+    rows = factor.mT  # as LAPACK leaves it
+    parts = (torch.view_as_real(rows) if rows.is_complex() else torch.stack([rows, torch.zeros_like(rows)], -1)).abs_()
+    size = torch.view_as_complex(parts)  # |re| + i |im|: the two parts of a product add up to at least that of the moduli
 
-    def times(columns: Tensor) -> Tensor:
-        return (size * columns[..., None]).sum(1).unflatten(-1, (-1, each)).sum(-1)
+    def times(x: Tensor, matrix: Tensor) -> Tensor:
+        image = torch.view_as_real(x[:, None].to(matrix.dtype) @ matrix)
+        return image.sum(-1)[:, 0]
 
-    x = times(size.sum(-1)).clamp_min_(1e-30)
-    return (times((size * x.repeat_interleave(each, -1)[:, None]).sum(-1)) / x).amax(-1)
+    x = times(parts.flatten(2).sum(-1), size).clamp_min_(1e-30)
+    return (times(times(x, size.mT), size) / x).amax(-1)
 
 
 def frobenius(g: Tensor) -> Tensor:
-    """Frobenius norms of the blocks, (F,); as a sum of squares of reals, since torch takes complex moduli one by one."""
-    flat = torch.view_as_real(g).flatten(1) if g.is_complex() else g.flatten(1)
-    return torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float64)
+    """Frobenius norms of the blocks, (F,); as sums of squares of reals, since torch takes complex moduli one by one.
+
+    Each row is summed in the precision of the block, the rows in double: docs/rounding.md#r4-moments.
+    """
+    rows = torch.view_as_real(g).flatten(2) if g.is_complex() else g
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=-1).to(torch.float64), dim=-1)
 
 
 def moments(g: Tensor, noise: Tensor) -> Tensor:
@@ -95,6 +112,8 @@ def moments(g: Tensor, noise: Tensor) -> Tensor:
     side = g.shape[-1]
     mean = g.diagonal(dim1=-2, dim2=-1).real.sum(-1, dtype=torch.float64) / side
     size = frobenius(g)
+    if g.dtype in (torch.float32, torch.complex64):  # the norms of the rows, and squares that vanish
+        size = size * (1 + rd.gamma(2.0 * (side + 4), 2.0**-24)) + side * 2.0**-60
     spread = (size.square() - side * mean.square()).clamp_min(0.0)
     slack = rd.gamma(16.0 * side * side)
     # The subtraction may cancel: its error is relative to the square of the Frobenius norm.

@@ -119,7 +119,7 @@ class _Enclosing:
         self.ops, self.rtol, self.finite = ops, rtol, finite
         self.syms = [symbol(op) for op in ops]
         if len(ops) == 1:
-            self.gram = Gramian(self.syms[0].plain, self.syms[0].strides, rtol)
+            self.gram = Gramian(self.syms[0].plain, self.syms[0].strides, rtol, self.syms[0].frequencies)
             self.exponents = [self.gram.exponent]
         else:  # each layer on its own scale
             wide = [widen(sym.kernel.detach(), None) for sym in self.syms]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gramlip import certificates as cert
 from gramlip import rounding as rd
+from gramlip import squares
 from gramlip.tall import Tall
 from gramlip.taps import Mixed, Narrow, correlate, spectral
 
@@ -24,6 +25,8 @@ NARROW_BYTES = 230 << 20  # above, in single precision while that is smaller tha
 NARROW_RTOL = 1e-4  # for real kernels whose interval may be so wide
 MIXED_BYTES = 64 << 20  # blocks are formed in single precision from taps of at most this size there
 MOST_TAPS = 4096  # and in neither case with more taps
+SQUARED_SIDE = 128  # blocks of this order are squared in single precision one by one where there are few of them
+SQUARED_PART = 0.7  # and this costs at most such a part of the width, of a norm's square
 CHUNK_BYTES = 4 << 20  # blocks are streamed in pieces of about this size, which caches hold
 
 
@@ -33,10 +36,13 @@ class Gramian:
     `noise` bounds `||fl(G) - G||_2` for every group and frequency; `side` is the order c of the blocks.
     """
 
-    def __init__(self, kernel: Tensor, strides: tuple[int, ...] | None = None, rtol: float = 1e-2) -> None:
+    def __init__(
+        self, kernel: Tensor, strides: tuple[int, ...] | None = None, rtol: float = 1e-2, frequencies: int | None = None
+    ) -> None:
         """Orient the kernel tall, scale it exactly, and form the taps where that is the cheaper way; `strides` are its phases'.
 
         `rtol` is the width that the blocks are to serve: where it is small nothing is kept in single precision.
+        `frequencies` is how many there are, None for all of the torus.
         """
         self.tall = Tall(kernel, strides)
         self.flipped, self.groups, self.rows, self.side = self.tall.flipped, self.tall.groups, self.tall.rows, self.tall.side
@@ -50,25 +56,44 @@ class Gramian:
         self.mass = self._mass()
         count = (math.prod(2 * k - 1 for k in self.span) - 1) // 2
         each = self.groups * self.side**2 * (16 if self.is_complex else 8)
-        shared = count <= MOST_TAPS and each * (2 * count + 1) <= TAP_BYTES
-        narrow = (
-            count <= MOST_TAPS and not shared and not self.is_complex and rtol >= NARROW_RTOL and each * (count / 2 + 1) <= NARROW_BYTES
-        )
-        ranges = [range(1 - k, k) for k in self.span] if shared or narrow else []
+        ranges = [range(1 - k, k) for k in self.span] if count <= MOST_TAPS else []
         offsets = [q for q in itertools.product(*ranges) if q > (0,) * self.axes]
         self.offsets = torch.tensor(offsets, dtype=torch.int64).reshape(len(offsets), self.axes)
         length = self.rows * self.tall.count + count + 64
         per = rd.gamma(4.0 * length if self.is_complex else 2.0 * length)
         self.noise = [rd.add_up(rd.mul_up(per, rd.mul_up(m, m)), rd.TINY) if m else 0.0 for m in self.mass]
-        self.narrow = Narrow(self.tall, self._pairs(), self.device) if narrow else None
+        self.squared = self._few(frequencies) and self._squarable(SQUARED_PART * rtol)
+        shared = not self.squared and count <= MOST_TAPS and each * (2 * count + 1) <= TAP_BYTES
+        exact = self.is_complex or rtol < NARROW_RTOL or shared or self.squared or count > MOST_TAPS
+        self.narrow = Narrow(self.tall, self._pairs(), self.device) if not exact and each * (count / 2 + 1) <= NARROW_BYTES else None
         if self.narrow is not None:
-            self.noise = [rd.add_up(n, lost) if n else 0.0 for n, lost in zip(self.noise, self.narrow.noise, strict=True)]
+            self._add_noise(self.narrow.noise)
             self.taps = (self.narrow.zero[:, None], self.narrow.zero[:, :0])
         else:
             self.taps = self._autocorrelation() if shared else None
         self.mixed: Mixed | None = None
         # real operations to form one block
-        self.operations = (4.0 * count + 2.0 if self.taps is not None else 8.0 * self.rows) * self.side**2
+        self.operations = (4.0 * count + 2.0 if self.taps is not None else (5.0 if self.squared else 8.0) * self.rows) * self.side**2
+
+    def _add_noise(self, more: list[float]) -> None:
+        self.noise = [rd.add_up(n, x) if n else 0.0 for n, x in zip(self.noise, more, strict=True)]
+
+    def _few(self, frequencies: int | None) -> bool:
+        """Whether squaring so many blocks one by one costs less than the products of all pairs of taps, in double."""
+        pairs = self.tall.count * (self.tall.count + 1) // 2
+        few = frequencies is not None and frequencies <= pairs <= MOST_TAPS and self.side >= SQUARED_SIDE
+        return few and not self.is_complex and self.device.type == "cpu" and self.tall.wide is not None
+
+    def _squarable(self, part: float) -> bool:
+        """Take squares in single precision where their error is at most this part of every group's largest eigenvalue."""
+        assert self.tall.wide is not None
+        errors = squares.errors(self.tall, self._pairs())
+        # the mean over all frequencies of the largest eigenvalue is at least the mean eigenvalue
+        mean = self.tall.wide.flatten(1).square().sum(-1) / self.side
+        if any(m and error > part * x for m, error, x in zip(self.mass, errors, mean.tolist(), strict=True)):
+            return False
+        self._add_noise(errors)
+        return True
 
     def _mass(self) -> list[float]:
         """Upper bound of `sum_p ||K_p||_F` for each group."""
@@ -135,7 +160,7 @@ class Gramian:
         if any(m and noise > part * x for m, noise, x in zip(self.mass, mixed.noise, least, strict=True)):
             return False
         self.mixed = mixed
-        self.noise = [rd.add_up(n, more) if n else 0.0 for n, more in zip(self.noise, mixed.noise, strict=True)]
+        self._add_noise(mixed.noise)
         return True
 
     def polynomial(self, group: Tensor, index: Tensor, sizes: tuple[int, ...], v: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,6 +187,8 @@ class Gramian:
         if self.narrow is not None:
             return self._combined(group.to(self.device), index, sizes)
         if self.taps is None:
+            if self.groups == 1:
+                return self._direct(0, index, sizes)
             out: Tensor | None = None
             for one in group.unique().tolist():
                 there = (group == one).nonzero()[:, 0]
@@ -212,6 +239,8 @@ class Gramian:
     def _direct(self, group: int, index: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """Blocks of one group from pieces of rows of the symbol, so that no more than a few blocks are alive."""
         angles = self.waves(index, sizes, self._grid)
+        if self.squared:
+            return squares.square(self.tall, group, angles)
         real = not self.is_complex and bool((angles.sin().abs() < 1e-15).all())
         factors = angles.cos() if real else torch.polar(torch.ones_like(angles), -angles)
         # pieces whose blocks, at all these frequencies, hold at most a few chunks
@@ -227,6 +256,11 @@ class Gramian:
             total = block.mH @ block if total is None else total.add_(block.mH @ block)
         assert total is not None
         return total
+
+    @property
+    def block_bytes(self) -> int:
+        """The size of a block in bytes, at most."""
+        return (8 if self.squared or self.mixed is not None else 16) * self.side**2
 
     def chunk(self) -> int:
         """How many blocks are worked on at once."""

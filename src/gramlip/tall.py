@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from gramlip.blocks import polyphase
-from gramlip.widen import widen
+from gramlip.widen import exponent_of, widen
 
 WIDE_BYTES = 32 << 20  # the float64 copy of the whole kernel is kept while it is smaller than this
 PIECE_BYTES = 8 << 20  # pieces of larger kernels have about this size
@@ -42,11 +42,8 @@ class Tall:
     def _exponent(self) -> int:
         """The exponent of the largest entry, 0 where all are zero."""
         each = 8 * self.source.numel() // self.source.shape[1]
-        found: list[int] = []
-        for part in self.source.split(max(1, PIECE_BYTES // each), 1):
-            wide, exponent = widen(part, None)
-            found += [exponent] if bool(wide.any()) else []
-        return max(found, default=0)
+        found = (exponent_of(part) for part in self.source.split(max(1, PIECE_BYTES // each), 1))
+        return max((exponent for exponent in found if exponent is not None), default=0)
 
     def pieces(self, group: int | None = None, size: int = PIECE_BYTES) -> Iterator[Tensor]:
         """The rows of one group, or of all, in turn: (groups, taps, r, side) of about `size` bytes at most."""

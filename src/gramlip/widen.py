@@ -16,29 +16,40 @@ def widen(x: Tensor, exponent: int | None) -> tuple[Tensor, int]:
     if x.is_complex():
         parts, exponent = widen(torch.view_as_real(x.resolve_conj()), exponent)
         return torch.view_as_complex(parts), exponent
+    if exponent is None:
+        exponent = exponent_of(x) or 0
+    x, magnitude, width, least = _bits(x)
+    wide = _scale(x.to(torch.float64), -exponent)
+    small = magnitude < (1 << width)
+    if bool(small.any()) and bool((small & (magnitude > 0)).any()):
+        tiny = _scale(magnitude.to(torch.float64), least - exponent)
+        wide = torch.where(small, torch.where(x.view(magnitude.dtype) < 0, -tiny, tiny), wide)
+    return wide, exponent
+
+
+def exponent_of(x: Tensor) -> int | None:
+    """The exponent of the power of two above the largest entry; None where all entries are zero."""
+    _, magnitude, width, least = _bits(torch.view_as_real(x.resolve_conj()) if x.is_complex() else x)
+    top = int(magnitude.max())
+    field = top >> width  # from the bits: frexp itself may flush
+    bias = 126 if width == 23 else 1022
+    return (field - bias if field else top.bit_length() + least) if top else None
+
+
+def _bits(x: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """A contiguous float32 or float64 copy of x, the bits of its moduli, the bits of a mantissa and the least exponent."""
     if x.dtype == torch.bfloat16:
         x = (x.contiguous().view(torch.int16).to(torch.int32) << 16).view(torch.float32)
     elif x.dtype == torch.float16:
         x = x.to(torch.float32)
-    if x.dtype == torch.float32:
-        bits, width, least, dtype = x.contiguous().view(torch.int32), 23, -149, torch.int32
-    else:
-        bits, width, least, dtype = x.contiguous().view(torch.int64), 52, -1074, torch.int64
-    magnitude = bits & torch.iinfo(dtype).max
-    if exponent is None:
-        top = int(magnitude.max())
-        field = top >> width  # from the bits: frexp itself may flush
-        bias = 126 if width == 23 else 1022
-        exponent = (field - bias if field else top.bit_length() + least) if top else 0
-    small = magnitude < (1 << width)
-    wide = _scale(x.to(torch.float64), -exponent)
-    if bool((small & (magnitude > 0)).any()):
-        tiny = _scale(magnitude.to(torch.float64), least - exponent)
-        wide = torch.where(small, torch.where(bits < 0, -tiny, tiny), wide)
-    return wide.reshape(x.shape), exponent
+    x = x.contiguous()
+    dtype, width, least = (torch.int32, 23, -149) if x.dtype == torch.float32 else (torch.int64, 52, -1074)
+    return x, x.view(dtype) & torch.iinfo(dtype).max, width, least
 
 
 def _scale(x: Tensor, exponent: int) -> Tensor:
-    """The tensor times a power of two, in two steps so that the factor itself never over- or underflows."""
+    """The tensor times a power of two, in two steps where the factor itself would over- or underflow."""
+    if abs(exponent) < 1000:
+        return x * 2.0**exponent
     half = exponent // 2
     return x * 2.0**half * 2.0 ** (exponent - half)

@@ -1,0 +1,56 @@
+"""Gram blocks of a few frequencies as squares of their symbols, in single precision with a proved error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gramlip import rounding as rd
+from gramlip.tall import Tall
+
+UNIT = 2.0**-24  # unit roundoff of single precision
+ROWS = 64  # rows that one product adds up
+PART = 128  # columns of a block that one product forms, so that few of the upper half are formed
+BYTES = 4 << 20  # of symbols at once
+
+
+def errors(tall: Tall, pairs: list[list[list[int]]]) -> list[float]:
+    """Upper bounds of `||fl(G) - G||` for any block of each group, beyond the error in double.
+
+    `pairs` are the pairs of taps at each distance, whose inner products are the coefficients of the trace of G:
+    docs/rounding.md#r2-symbol.
+    """
+    assert tall.wide is not None
+    flat = tall.wide.flatten(2)
+    inner = flat @ flat.mT
+    trace, *others = ([float(sum(one[p, q] for p, q in some)) for one in inner] for some in pairs)
+    most = [sum(abs(x) for x in column) for column in zip(trace, *others, *others, strict=True)]
+    grow = 1 + rd.gamma(8.0 * tall.rows * tall.side * tall.count)
+    per = rd.gamma(1.42 * (2.0 * ROWS + tall.rows / ROWS + 4) + 3, UNIT)
+    mass = [float(one.diagonal().sum()) * tall.count for one in inner]  # what rounding of the inner products is relative to
+    return [rd.up(per * (m * grow + (grow - 1) * n) + 2.0**-100 * tall.rows * tall.side) for m, n in zip(most, mass, strict=True)]
+
+
+def square(tall: Tall, group: int, angles: Tensor) -> Tensor:
+    """`D(w)* D(w)` of a real kernel at the angles (F, taps) of its taps: (F, c, c) in single precision.
+
+    Complex products alone: no global setting cuts them short on a CPU.
+    """
+    count, c = len(angles), tall.side
+    out = torch.empty(count, c, c, dtype=torch.complex64, device=angles.device)
+    parts = torch.arange(c).split(PART)
+    started = False
+    assert tall.wide is not None
+    for rows in tall.wide[group].split(max(ROWS, BYTES // (8 * count * c) // ROWS * ROWS), 1):
+        flat = rows.flatten(1)
+        symbol = torch.complex((angles.cos() @ flat).to(torch.float32), (angles.sin() @ flat).to(torch.float32)).reshape(count, -1, c)
+        left, right = symbol.mT, symbol.conj().resolve_conj()  # exp(i a), the conjugate, is the left factor
+        for k in range(0, symbol.shape[1], ROWS):
+            for part in parts:
+                i, j = int(part[0]), int(part[-1]) + 1
+                out[:, i:j, :j].baddbmm_(left[:, i:j, k : k + ROWS], right[:, k : k + ROWS, :j], beta=float(started))
+            started = True
+    for part in parts[1:]:
+        i, j = int(part[0]), int(part[-1]) + 1
+        out[:, :i, i:j] = out[:, i:j, :i].mH
+    return out
