@@ -27,7 +27,7 @@ def single_shift(side: int) -> float:
     Up to `TRACE_ORDER` the trace bounds the error beforehand; above, the factor itself does afterwards, and this is what it
     comes to for flat spectra.
     """
-    growth = 1.42 * side if side <= TRACE_ORDER else 1.6 * (0.87 + 0.22 * side**0.5) ** 2
+    growth = 1.42 * side if side <= TRACE_ORDER else 1.3 * (0.87 + 0.22 * side**0.5) ** 2
     return 1.1 * (_single_gamma(side) * growth + 2.0**-23 * side**0.5)
 
 

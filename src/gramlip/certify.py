@@ -147,7 +147,7 @@ class _Enclosing:
                 # the width asked for is that of the layer, not of its blocks
                 ceilings[i] = lower * (1 + self.rtol * 0.98) / math.sqrt(self.syms[i].square)
                 room = float(ceilings[i]) * math.sqrt(self.syms[i].square) / peak - 1 if peak else 0.0
-                widths[i] = max(room, self.rtol / 16) if 0 < room < self.rtol / 4 else self.rtol / 4
+                widths[i] = self.rtol / 2 if room <= 0 else min(max(room, self.rtol / 16), self.rtol / 4)
         todo = [i for i in range(len(self.ops)) if i not in done]
         found = self.search.close(widths, todo, ceilings) if todo else []
         for i, enclosure in zip(todo, found, strict=True):
@@ -227,16 +227,14 @@ class _Enclosing:
 
     def _ascend(self, layer: Layer, group: int, x: Tensor, above: float, mass: float) -> tuple[Tensor, float]:
         """Lanczos steps on the layer until its Rayleigh quotient is as close to the blocks' norm as it can come."""
-        best = layer.lower(x, group, mass)
+        best = 0.0
         for _ in range(TRIES):
-            if best >= above * (1 - self.rtol / 4):
-                break
-            y, growth = layer.ascend(x, group, 8)
+            y, done = layer.ascend(x, group, above, self.rtol)
             value = layer.lower(y, group, mass)
+            better = value > best * (1 + self.rtol / 64)
             if value > best:
                 x, best = y, value
-            near = 0.7 * self.rtol < above / best - 1 < 1.3 * self.rtol if best else False  # a little more may close the interval
-            if growth < self.rtol / (64 if near else 8):
+            if done or not better:
                 break
         return x, best
 
@@ -256,7 +254,7 @@ class _Enclosing:
                 if certificate.proves(max(top * (1 + width), floor), mass):
                     break
                 before = top
-                vector, _ = layer.ascend(vector, group, 24)
+                vector, _ = layer.ascend(vector, group, steps=24)
                 top = max(top, layer.lower(vector, group, mass))
                 if top > before * (1 + width / 50):
                     continue

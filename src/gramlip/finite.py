@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,14 +17,22 @@ from gramlip.blocks import axes, grouped
 from gramlip.certificates import shift
 from gramlip.operators import Conv
 from gramlip.padding import index_map
+from gramlip.precision import full_products
 from gramlip.widen import widen
 
-WIDE_BYTES = 48 << 20  # the float64 copy of a kernel is kept while it is smaller than this
+WIDE_BYTES = 48 << 20  # a copy of a kernel in the precision of the vectors is kept while it is smaller than this
 PIECE_BYTES = 2 << 20  # else pieces of about this size, which caches hold, are cast when they are used
+STEPS = 32  # Lanczos steps between restarts
+BASIS_BYTES = 48 << 20  # or fewer, whose vectors are smaller than this together
+SINGLE_RTOL = 1e-3  # intervals so wide take their vectors from single precision
 
 
 class Layer:
-    """One group's finite linear map in float64, scaled by `2**-exponent`: the convolution, or the one whose adjoint it is."""
+    """One group's finite linear map, scaled by `2**-exponent`: the convolution, or the one whose adjoint it is.
+
+    Inputs and outputs are matrices with a row for each position and a column for each channel, in float64 or, where no proof
+    rests on them, in single precision.
+    """
 
     def __init__(self, op: Conv, exponent: int, modes: Sequence[str] | None = None) -> None:
         """Index maps of all axes, each with its own padding mode where `modes` are given.
@@ -38,56 +46,57 @@ class Layer:
         scalar = 16 if self.is_complex else 8
         self.bytes = scalar * self.source[0].numel()
         self._step = max(1, PIECE_BYTES * self.shape[1] // self.bytes)
-        self._wide = widen(self.source, exponent)[0] if scalar * self.source.numel() <= WIDE_BYTES else None
+        self._kept: dict[torch.dtype, tuple[int, Tensor]] = {}
         modes = modes or (op.padding_mode,) * op.dims
         self.maps = [index_map(a, mode).to(self.device) for a, mode in zip(self.geometry, modes, strict=True)]
         self.sizes = tuple(a.size or 0 for a in self.geometry)
         self.outputs = tuple(a.outputs or 0 for a in self.geometry)
         self.shared = math.prod(max(int(row[row >= 0].bincount().max()) if bool((row >= 0).any()) else 0 for row in m) for m in self.maps)
+        self._reads = self._positions()
+
+    def _positions(self) -> Tensor:
+        """The input position that each tap of each output reads, (outputs * taps,); the one after the last for a padded zero."""
+        reads = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        for m, size in zip(self.maps, self.sizes, strict=True):
+            one, two = reads[:, None, :, None], m.mT[None, :, None, :]
+            reads = torch.where((one >= 0) & (two >= 0), one * size + two, -1)
+            reads = reads.reshape(reads.shape[0] * reads.shape[1], -1)
+        return torch.where(reads >= 0, reads, math.prod(self.sizes)).flatten()
 
     def kernel(self, group: int) -> Tensor:
         """The exact float64 kernel of one group, (m, n, *k)."""
-        return self._wide[group] if self._wide is not None else widen(self.source[group], self.exponent)[0]
+        return widen(self.source[group], self.exponent)[0]
 
-    def _pieces(self, group: int) -> list[tuple[slice, Callable[[], Tensor]]]:
-        """Rows of the kernel and how to get them, (r, n k): whole where it is kept."""
-        if self._wide is not None:
-            whole = self._wide[group].flatten(1)
-            return [(slice(None), lambda: whole)]
-        rows = [slice(start, start + self._step) for start in range(0, self.shape[1], self._step)]
-        return [(some, lambda some=some: widen(self.source[group, some], self.exponent)[0].flatten(1)) for some in rows]
+    def _pieces(self, group: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of the kernel, (r, taps n), in turn: at once where it is kept."""
+        if dtype.itemsize * self.source[0].numel() <= WIDE_BYTES:
+            if dtype not in self._kept or self._kept[dtype][0] != group:
+                self._kept[dtype] = group, self._piece(group, slice(None), dtype)
+            yield slice(None), self._kept[dtype][1]
+            return
+        for start in range(0, self.shape[1], self._step):
+            rows = slice(start, start + self._step)
+            yield rows, self._piece(group, rows, dtype)
+
+    def _piece(self, group: int, rows: slice, dtype: torch.dtype) -> Tensor:
+        wide = widen(self.source[group, rows], self.exponent)[0].to(dtype)
+        return wide.flatten(2).mT.flatten(1)
 
     def forward(self, x: Tensor, group: int) -> Tensor:
-        """The layer on x (n, *sizes), zeros where a tap reads padding; (m, *outputs)."""
-        for j, (m, taps) in enumerate(zip(self.maps, self.shape[3:], strict=True)):
-            axis = 1 + 2 * j  # gather the taps of this axis: (n, k_0, o_0, ..., size_j, ...) -> (..., k_j, o_j, ...)
-            picked = x.index_select(axis, m.clamp_min(0).flatten())
-            picked = picked * (m >= 0).flatten().to(x.dtype).reshape(-1, *(1,) * (x.ndim - axis - 1))
-            x = picked.unflatten(axis, (taps, m.shape[1]))
-        d = len(self.maps)
-        order = (*(2 + 2 * j for j in range(d)), 0, *(1 + 2 * j for j in range(d)))
-        columns = x.permute(order).reshape(math.prod(self.outputs), -1)  # few rows: a product of rows is the faster one
+        """The layer on x (positions, n), zeros where a tap reads padding: (output positions, m)."""
+        columns = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, self._reads).reshape(math.prod(self.outputs), -1)
         out = columns.new_empty(columns.shape[0], self.shape[1])
-        for rows, piece in self._pieces(group):
-            out[:, rows] = columns @ piece().mT
-        return out.mT.reshape(-1, *self.outputs)
+        for rows, piece in self._pieces(group, x.dtype):
+            out[:, rows] = columns @ piece.mT
+        return out
 
     def adjoint(self, y: Tensor, group: int) -> Tensor:
-        """The adjoint on y (m, *outputs); (n, *sizes)."""
-        d, flat = len(self.maps), y.flatten(1).mT.contiguous()
-        x = torch.zeros(flat.shape[0], math.prod(self.shape[2:]), dtype=self.dtype, device=self.device)
-        for rows, piece in self._pieces(group):
-            x.addmm_(flat[:, rows], piece().conj())
-        x = x.reshape(*self.outputs, self.shape[2], *self.shape[3:])
-        x = x.permute(d, *itertools.chain.from_iterable((d + 1 + j, j) for j in range(d)))
-        for j in reversed(range(d)):
-            axis = 1 + 2 * j
-            m = self.maps[j]
-            x = x.flatten(axis, axis + 1)
-            x = x * (m >= 0).flatten().to(x.dtype).reshape(-1, *(1,) * (x.ndim - axis - 1))
-            out = x.new_zeros(*x.shape[:axis], self.sizes[j], *x.shape[axis + 1 :])
-            x = out.index_add_(axis, m.clamp_min(0).flatten(), x)
-        return x
+        """The adjoint on y (output positions, m): (positions, n)."""
+        columns = y.new_zeros(len(y), math.prod(self.shape[2:]))
+        for rows, piece in self._pieces(group, y.dtype):
+            columns.addmm_(y[:, rows], piece.conj())
+        x = y.new_zeros(math.prod(self.sizes) + 1, self.shape[2])
+        return x.index_add_(0, self._reads, columns.reshape(-1, self.shape[2]))[:-1]
 
     def lower(self, x: Tensor, group: int, mass: float) -> float:
         """Lower bound `||T x|| / ||x||` less the rounding of T x, at most `gamma mass ||x||`: docs/rounding.md#r6-rayleigh-quotients."""
@@ -97,28 +106,35 @@ class Layer:
         quotient = float(torch.linalg.vector_norm(self.forward(x, group)) / torch.linalg.vector_norm(x))
         return max(0.0, rd.down(quotient * rd.down(1 - 4 * size) - error))
 
-    def ascend(self, x: Tensor, group: int, steps: int) -> tuple[Tensor, float]:
-        """The leading Ritz vector of `T* T` after Lanczos steps from x, and what the last two of them added, relative to the norm."""
-        basis, diagonal, beside = [x / torch.linalg.vector_norm(x)], [], []
+    def ascend(self, x: Tensor, group: int, above: float = math.inf, rtol: float = 0.0, steps: int = STEPS) -> tuple[Tensor, bool]:
+        """The leading Ritz vector of `T* T` after Lanczos steps from x, and whether more of them would add little.
+
+        They end early within `rtol / 4` of `above`, or where two of them add little beside `rtol`. Wide intervals take them in single precision.
+        """
+        single = rtol >= SINGLE_RTOL and (self.is_complex or full_products())
+        dtype = (torch.complex64 if self.is_complex else torch.float32) if single else self.dtype
+        steps = min(steps, max(8, BASIS_BYTES // (x.numel() * dtype.itemsize)))
+        basis = torch.empty(steps, x.numel(), dtype=dtype, device=self.device)
+        small, tops, done = torch.zeros(steps, steps, dtype=torch.float64), list[float](), False
+        w = (x / torch.linalg.vector_norm(x)).to(dtype)
         for j in range(steps):
-            w = self.adjoint(self.forward(basis[-1], group), group)
-            diagonal.append(torch.vdot(basis[-1].flatten(), w.flatten()).real)
-            flat = torch.stack([b.flatten() for b in basis])
+            basis[j] = w.flatten()
+            w = self.adjoint(self.forward(w, group), group)
+            small[j, j] = torch.vdot(basis[j], w.flatten()).real
+            tops.append(float(torch.linalg.eigvalsh(small[: j + 1, : j + 1])[-1].clamp_min(0).sqrt()))
+            near = bool(tops[j]) and 0.7 * rtol < above / tops[j] - 1 < 1.3 * rtol  # a little more may close the interval
+            done = tops[j] >= above * (1 - rtol / 4) or (j > 2 and tops[j] - tops[j - 2] < tops[j] * rtol / (64 if near else 8))
+            q = basis[: j + 1]
             for _ in range(2):
-                w = w - (flat.mT @ (flat.conj() @ w.flatten())).reshape(w.shape)
-            size = torch.linalg.vector_norm(w)
-            if j + 1 == steps or float(size) <= 1e-13 * float(diagonal[0]):
+                w = w - (q.mT @ (q.conj() @ w.flatten())).reshape(w.shape)
+            size = float(torch.linalg.vector_norm(w))
+            if done or j + 1 == steps or size <= (1e-6 if single else 1e-13) * tops[0] ** 2:
                 break
-            beside.append(size)
-            basis.append(w / size)
-        small = torch.diag(torch.stack(diagonal))
-        if beside:
-            small = small + torch.diag(torch.stack(beside), 1) + torch.diag(torch.stack(beside), -1)
-        values, vectors = torch.linalg.eigh(small)
-        earlier = torch.linalg.eigvalsh(small[:-2, :-2])[-1] if len(small) > 2 else values[-1]
-        weights = vectors[:, -1].to(x.dtype)
-        total = sum((w * b for w, b in zip(weights, basis, strict=True)), torch.zeros_like(x))
-        return total, float(1 - (earlier / values[-1]).clamp_min(0).sqrt()) if float(values[-1]) > 0 else 0.0
+            small[j, j + 1] = small[j + 1, j] = size
+            w = w / size
+        count = len(tops)
+        weights = torch.linalg.eigh(small[:count, :count])[1][:, -1].to(dtype).to(self.device)
+        return (weights @ basis[:count]).reshape(x.shape).to(self.dtype), done
 
 
 class Certificate:

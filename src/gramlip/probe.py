@@ -70,12 +70,13 @@ def wave(search: Search, i: int, layer: Layer, group: int) -> Tensor:
     if not layer.is_complex:
         real, imaginary = x.real.contiguous(), x.imag.contiguous()
         x = real if float(real.norm()) >= float(imaginary.norm()) else imaginary
+    x = x.flatten(1).mT.contiguous()
     x = layer.adjoint(x, group) if flipped else x
     return x if bool(x.any()) else start_like(layer, x)  # taps that read padding alone leave nothing
 
 
 def _blank(layer: Layer) -> Tensor:
-    return torch.zeros(layer.shape[2], *layer.sizes, dtype=layer.dtype, device=layer.device)
+    return torch.zeros(math.prod(layer.sizes), layer.shape[2], dtype=layer.dtype, device=layer.device)
 
 
 def start_like(layer: Layer, x: Tensor, number: int = 0) -> Tensor:

@@ -17,6 +17,7 @@ from gramlip.errors import InputError
 from gramlip.gram import gram_norm
 from gramlip.operators import Conv, Dense
 from gramlip.padding import PADDING
+from gramlip.precision import full_products
 
 POWER_STEPS = 4  # cheap lower estimates that say which blocks cannot be the largest
 
@@ -95,15 +96,6 @@ def kernel(weight: Tensor, groups: int, strides: tuple[int, ...] | list[int]) ->
     for j, stride in enumerate(strides):
         out = polyphase(out, 3 + j, stride)
     return out
-
-
-def full_products() -> bool:
-    """Whether float32 products are float32 products: no TF32 and no bfloat16 behind them."""
-    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    modes = [getattr(backend, "fp32_precision", None) for backend in backends]
-    if modes[0] is None:  # before torch 2.9 there was one switch
-        return torch.get_float32_matmul_precision() == "highest"
-    return all(mode in (None, "none", "ieee") for mode in modes)
 
 
 def wide(weight: Tensor) -> Tensor:
