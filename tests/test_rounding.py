@@ -16,6 +16,7 @@ from torch import Tensor
 
 import gramlip as gl
 from cases import Case
+from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip.bound import decimals
 from gramlip.gramian import Gramian
@@ -304,6 +305,19 @@ def test_settings_neither_matter_nor_change(case: Case, setting: str) -> None:
         assert (a.lower, a.upper, a.because) == (b.lower, b.upper, b.because)
 
 
+@pytest.mark.parametrize("setting", ["matmul medium", "deterministic"])
+def test_vectors_from_single_precision_need_whole_products(setting: str) -> None:
+    """A large finite layer takes its lower side's vectors from single precision, unless a setting cuts its products short."""
+    case = Case("random", (64, 64, 3, 3), (3, 3), padding=((1, 1), (1, 1)))
+    plain = gl.bound(case.operator(), finite=False)
+    with SETTINGS[setting]():
+        under = gl.bound(case.operator(), finite=False)
+    for interval in (plain, under):
+        assert interval.lower <= case.truth * (1 + 1e-12)
+        assert interval.upper >= case.truth * (1 - 1e-12)
+    assert under.lower >= plain.lower * (1 - 1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_flushed_denormals_do_not_become_a_zero_layer(dtype: torch.dtype) -> None:
     case = Case("denormal", (4, 4), dtype=dtype)
@@ -384,3 +398,48 @@ def test_blocks_are_formed_in_single_precision_only_where_the_width_allows_it() 
         search = Search(Gramian(kernel), (None, None))
         search.start(rtol)
         assert search.blocks(torch.tensor([3, 5])).dtype == dtype
+
+
+@pytest.mark.parametrize("kernel", ["random", "smooth", "signs"])
+@pytest.mark.parametrize("shape", [(128, 130, 3, 3), (160, 128, 2, 2), (2, 128, 128, 3)], ids=str)
+def test_squares_in_single_precision_are_within_their_error(kernel: str, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    draw = torch.randn(shape if len(shape) > 3 else (1, *shape), generator=generator)
+    draw = draw if draw.ndim == 5 or shape[0] == 2 else draw[None]
+    k = {"random": draw, "smooth": 1 + 0.01 * draw, "signs": draw.sign()}[kernel]
+    axes = k.ndim - 3
+    single, double = Gramian(k, rtol=1.0, frequencies=1), Gramian(k, rtol=1e-6, frequencies=1)
+    assert single.squared
+    assert not double.squared
+    index = torch.randint(0, 7, (5, axes), generator=generator)
+    for group in range(k.shape[0]):
+        groups = torch.full((5,), group)
+        gap = single.at(groups, index, (7,) * axes).to(torch.complex128) - double.at(groups, index, (7,) * axes)
+        assert float(torch.linalg.matrix_norm(gap, 2).max()) <= single.noise[group]
+
+
+def test_few_wide_blocks_hold_the_norm() -> None:
+    """Grids so small that blocks are squared one by one, against an FFT and SVDs in double."""
+    generator = torch.Generator().manual_seed(5)
+    for scale in (1.0, 1e-6):
+        kernel = torch.randn(144, 128, 3, 3, generator=generator)
+        kernel[:64] *= scale
+        blocks = torch.fft.fft2(kernel.double(), s=(5, 5)).permute(2, 3, 0, 1)
+        norm = float(torch.linalg.matrix_norm(blocks, 2).max())
+        for rtol in (1e-2, 1e-3, 1e-6):
+            interval = gl.bound(gl.operators.Conv(kernel, input_size=5, padding=1, padding_mode="circular"), rtol=rtol)
+            assert norm * (1 - 1e-12) <= interval.upper <= norm * (1 + rtol)
+            assert interval.lower <= norm * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("order", [104, 112, 128, 131, 132, 256, 260, 320])
+@pytest.mark.parametrize("single", [True, False])
+def test_added_rows_change_no_verdict(order: int, single: bool) -> None:
+    generator = torch.Generator().manual_seed(order)
+    x = torch.randn(3, order, order, generator=generator, dtype=torch.complex128)
+    g = x @ x.mH / order
+    top = torch.linalg.eigvalsh(g)[:, -1]
+    noise = torch.zeros(3, dtype=torch.float64)
+    room = 4 * cert.single_shift(order) if single else 1e-9
+    assert bool(cert.cholesky(g, top * (1 + room), noise, single=single).all())
+    assert not bool(cert.cholesky(g, top * (1 - 1e-14), noise, single=single).any())

@@ -19,7 +19,8 @@ AHEAD = 16  # groups that are searched before the others
 STEPS = 8  # Lanczos steps on a block
 DENSE_STEPS = 40  # and where there is only one
 MIXED_PART = 0.05  # blocks are formed in single precision where this costs at most such a part of the width, of a norm's square
-SURVEYED = 8  # blocks of a layer, those of the largest moments, on which Lanczos steps are taken at first
+SURVEYED = 8  # blocks of a layer, those of the largest moments, on which Lanczos steps are taken at first,
+SURVEYED_SIZE = 4096  # or more, of so many entries together
 
 
 @dataclass
@@ -51,7 +52,8 @@ class Ascent:
         self.best = torch.zeros(count, dtype=torch.float64)  # lower bounds of the largest eigenvalues of the Gram symbols
         self.floor = self._least()
         # the keys at which they are attained, at first frequency 0 of each layer's first group
-        self.where = torch.full((count,), gram.groups).scatter_reduce_(0, self.items, torch.arange(gram.groups), "amin")
+        first = torch.full((count,), gram.groups).scatter_reduce_(0, self.items, torch.arange(gram.groups), "amin")
+        self.where = self.lattice.keys(first, torch.zeros(count, self.lattice.axes, dtype=torch.int64))
         self.vectors = torch.zeros(count, gram.side, dtype=torch.complex128, device=gram.device)
 
     def start(self, rtol: float) -> None:
@@ -125,7 +127,7 @@ class Ascent:
         order = order[item[order].argsort(stable=True)]
         sizes = torch.bincount(item, minlength=len(self.best))
         first = (sizes.cumsum(0) - sizes)[item[order]]
-        chosen = order[torch.arange(len(keys)) - first < SURVEYED]
+        chosen = order[torch.arange(len(keys)) - first < max(SURVEYED, SURVEYED_SIZE // self.g.side**2)]
         values = self.raise_lower(keys[chosen], steps, held=None if held is None else held[chosen.to(held.device)])
         share = torch.zeros_like(self.best).scatter_reduce_(
             0, item[chosen], values / above[chosen].clamp_min(1e-300), "mean", include_self=False

@@ -71,8 +71,9 @@ def _shifted(g: Tensor, t: Tensor, single: bool) -> Tensor:
     if side == c:
         matrix = -g.to(narrow if single else wide)
     else:
-        matrix = g.new_zeros(len(g), side, side, dtype=narrow if single else wide)
+        matrix = g.new_empty(len(g), side, side, dtype=narrow if single else wide)
         torch.neg(g.to(matrix.dtype), out=matrix[:, :c, :c])
+        matrix[:, c:] = 0.0  # what lies above the diagonal is not read
         matrix.diagonal(dim1=-2, dim2=-1)[:, c:] = t[:, None]
     matrix.diagonal(dim1=-2, dim2=-1)[:, :c] = t[:, None] - g.diagonal(dim1=-2, dim2=-1).to(wide)
     return matrix
@@ -163,13 +164,14 @@ def lanczos(g: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         if j + 1 < steps:
             v = _unit(w - (q.mT @ part)[..., 0])
             # again, at length one: an invariant subspace leaves noise, which is dropped where it is not orthogonal itself
-            v = _unit(v - (q.mT @ (q.conj() @ v[..., None]))[..., 0], 0.5)
+            v = v - (q.mT @ (q.conj() @ v[..., None]))[..., 0]
+            size = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+            v = v * ((size > 0.5) / size.clamp_min(1e-30))
     small = torch.triu(small)
     values, vectors = torch.linalg.eigh(small, UPLO="U")
     return values[:, -1], (basis.mT @ vectors[..., -1:])[..., 0]
 
 
-def _unit(v: Tensor, least: float = 0.0) -> Tensor:
-    """Vectors of length one; those no longer than `least` become zero."""
-    size = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
-    return v * torch.where(size > least, 1 / size, 0.0)
+def _unit(v: Tensor) -> Tensor:
+    """Vectors of length one; zero ones stay as they are."""
+    return v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(1e-30)

@@ -25,6 +25,7 @@ PIECE_BYTES = 2 << 20  # else pieces of about this size, which caches hold, are 
 STEPS = 32  # Lanczos steps between restarts
 BASIS_BYTES = 48 << 20  # or fewer, whose vectors are smaller than this together
 SINGLE_RTOL = 1e-3  # intervals so wide take their vectors from single precision
+SINGLE_SIZE = 1 << 15  # where the kernel has so many entries
 
 
 class Layer:
@@ -79,8 +80,10 @@ class Layer:
             yield rows, self._piece(group, rows, dtype)
 
     def _piece(self, group: int, rows: slice, dtype: torch.dtype) -> Tensor:
-        wide = widen(self.source[group, rows], self.exponent)[0].to(dtype)
-        return wide.flatten(2).mT.flatten(1)
+        part = self.source[group, rows]
+        exact = dtype == self.dtype or abs(self.exponent) > 60 or part.dtype != dtype
+        part = widen(part, self.exponent)[0].to(dtype) if exact else part * 2.0**-self.exponent
+        return part.flatten(2).mT.flatten(1)
 
     def forward(self, x: Tensor, group: int) -> Tensor:
         """The layer on x (positions, n), zeros where a tap reads padding: (output positions, m)."""
@@ -109,9 +112,11 @@ class Layer:
     def ascend(self, x: Tensor, group: int, above: float = math.inf, rtol: float = 0.0, steps: int = STEPS) -> tuple[Tensor, bool]:
         """The leading Ritz vector of `T* T` after Lanczos steps from x, and whether more of them would add little.
 
-        They end early within `rtol / 4` of `above`, or where two of them add little beside `rtol`. Wide intervals take them in single precision.
+        They end early within `rtol / 4` of `above`, or where two of them add little beside `rtol`. Large kernels take them in
+        single precision for a wide interval, unless the global settings cut its products short.
         """
-        single = rtol >= SINGLE_RTOL and (self.is_complex or full_products())
+        large = self.source[0].numel() >= SINGLE_SIZE
+        single = rtol >= SINGLE_RTOL and large and (self.is_complex or full_products())
         dtype = (torch.complex64 if self.is_complex else torch.float32) if single else self.dtype
         steps = min(steps, max(8, BASIS_BYTES // (x.numel() * dtype.itemsize)))
         basis = torch.empty(steps, x.numel(), dtype=dtype, device=self.device)
@@ -122,7 +127,9 @@ class Layer:
             w = self.adjoint(self.forward(w, group), group)
             small[j, j] = torch.vdot(basis[j], w.flatten()).real
             tops.append(float(torch.linalg.eigvalsh(small[: j + 1, : j + 1])[-1].clamp_min(0).sqrt()))
-            near = bool(tops[j]) and 0.7 * rtol < above / tops[j] - 1 < 1.3 * rtol  # a little more may close the interval
+            near = (
+                bool(tops[j]) and above / tops[j] - 1 < 1.3 * rtol
+            )  # a little more may close the interval, or leave more of it to the proof
             done = tops[j] >= above * (1 - rtol / 4) or (j > 2 and tops[j] - tops[j - 2] < tops[j] * rtol / (64 if near else 8))
             q = basis[: j + 1]
             for _ in range(2):

@@ -36,9 +36,7 @@ class Gramian:
     `noise` bounds `||fl(G) - G||_2` for every group and frequency; `side` is the order c of the blocks.
     """
 
-    def __init__(
-        self, kernel: Tensor, strides: tuple[int, ...] | None = None, rtol: float = 1e-2, frequencies: int | None = None
-    ) -> None:
+    def __init__(self, kernel: Tensor, strides: tuple[int, ...] | None = None, rtol: float = 1e-2, frequencies: int | None = None) -> None:
         """Orient the kernel tall, scale it exactly, and form the taps where that is the cheaper way; `strides` are its phases'.
 
         `rtol` is the width that the blocks are to serve: where it is small nothing is kept in single precision.

@@ -30,7 +30,7 @@ class Lattice:
         self.sizes = tuple(1 if k == 1 else n or fine for n, k in zip(points, span, strict=True))
         self.on_grid = tuple(n is not None or k == 1 for n, k in zip(points, span, strict=True))
         self.degrees = tuple((k - 1) / 2 for k in span)
-        self.axes, self.groups, self.mirrored = len(span), groups, mirrored
+        self.axes, self.count, self.mirrored = len(span), math.prod(self.sizes), mirrored
         self.active = [j for j, n in enumerate(self.sizes) if n > 1]
         # whether the first cells already have every frequency of the grid among their corners
         self.listed = all(grid and (n == 1 or n <= START * d) for n, d, grid in zip(self.sizes, self.degrees, self.on_grid, strict=True))
@@ -73,7 +73,10 @@ class Lattice:
         return groups.repeat_interleave(total), lo.repeat(len(groups), 1), hi.repeat(len(groups), 1)
 
     def keys(self, group: Tensor, index: Tensor) -> Tensor:
-        """One integer for each (group, frequency), the same for mirror images; group broadcasts against index[..., 0]."""
+        """One integer for each (group, frequency), the same for mirror images, the groups one after the other.
+
+        `group` broadcasts against `index[..., 0]`.
+        """
         code = torch.zeros_like(index[..., 0]) if self.axes else torch.zeros_like(group)
         mirror = code
         for j in self.active:
@@ -81,16 +84,17 @@ class Lattice:
             at = index[..., j].remainder(n)
             code = code * n + at
             mirror = mirror * n + (-at).remainder(n)
-        return (torch.minimum(code, mirror) if self.mirrored else code) * self.groups + group
+        return (torch.minimum(code, mirror) if self.mirrored else code) + group * self.count
 
     def decode(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Group and frequency of the keys."""
-        rest = keys.div(self.groups, rounding_mode="floor")
+        group = keys.div(self.count, rounding_mode="floor")
+        rest = keys - group * self.count
         index = keys.new_zeros(len(keys), self.axes)
         for j in reversed(self.active):
             index[:, j] = rest.remainder(self.sizes[j])
             rest = rest.div(self.sizes[j], rounding_mode="floor")
-        return keys.remainder(self.groups), index
+        return group, index
 
     def corner_keys(self, cells: Cells) -> Tensor:
         """Keys of the corners of the cells, (B, 2^active)."""

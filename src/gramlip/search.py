@@ -194,8 +194,11 @@ class Search(Ascent):
         candidates = failed[close]
         if not len(candidates):
             return
-        values = (self.raise_lower if every else self.survey)(candidates[: 4 * self.g.chunk()], steps)
-        item = item[close][: 4 * self.g.chunk()]
+        group = group[close]
+        rank = torch.arange(len(group)) - torch.searchsorted(group, group)  # some of each group
+        some = rank.argsort(stable=True)[: 4 * self.g.chunk()].sort()[0]
+        values = (self.raise_lower if every else self.survey)(candidates[some], steps)
+        item = item[close][some]
         rising = item[values > self.best[item] * (1 - width[item] / 2)].unique()
         if len(rising):
             self.climb(rising, 1 if self.rtol > 1e-3 else 3)

@@ -18,10 +18,18 @@ Pairs = list[list[int]]  # (left, right) taps of the kernel that make up one tap
 
 def correlate(tall: Tall, pairs: list[Pairs], out: Tensor) -> None:
     """Add the tap `A_q` of each list of pairs to `out[i]` (groups, c, c), with the rows of the kernel streamed."""
+    runs = [_runs(some) for some in pairs]
     for piece in tall.pieces():
-        for one, some in zip(out, pairs, strict=True):
-            left, right = ([pair[side] for pair in some] for side in (0, 1))  # one product, the pairs one below the other
-            one.baddbmm_(piece[:, left].flatten(1, 2).mH, piece[:, right].flatten(1, 2))
+        for one, some in zip(out, runs, strict=True):
+            for left, right in some:  # one product, the pairs one below the other
+                one.baddbmm_(piece[:, left].flatten(1, 2).mH, piece[:, right].flatten(1, 2))
+
+
+def _runs(pairs: Pairs) -> list[tuple[slice, slice]]:
+    """The pairs as runs of neighbouring taps, which need no copy."""
+    starts = [i for i, (p, q) in enumerate(pairs) if not i or [p - 1, q - 1] != pairs[i - 1]]
+    ends = [*starts[1:], len(pairs)]
+    return [tuple(slice(pairs[i][side], pairs[i][side] + j - i) for side in (0, 1)) for i, j in zip(starts, ends, strict=True)]  # type: ignore[misc]
 
 
 class Narrow:
@@ -111,9 +119,9 @@ class Mixed:
         if len(self.taps) == 1:
             return (weights @ self.taps[0].flatten(1)).reshape(-1, c, c)
         out = self.taps.new_empty(len(group), c, c)
-        for one in group.unique():
-            at = (group == one).nonzero()[:, 0]
-            out[at] = (weights[at] @ self.taps[one].flatten(1)).reshape(-1, c, c)
+        names, counts = group.unique_consecutive(return_counts=True)
+        for one, some, blocks in zip(names.tolist(), weights.split(counts.tolist()), out.flatten(1).split(counts.tolist()), strict=True):
+            torch.mm(some, self.taps[one].flatten(1), out=blocks)
         return out
 
 
