@@ -105,8 +105,7 @@ class Ascent:
         if self.kept is not None:
             at = torch.searchsorted(self.kept[0], keys).clamp_max(len(self.kept[0]) - 1)
             if torch.equal(self.kept[0][at], keys):
-                row = len(at) > 0 and int(at[-1] - at[0]) + 1 == len(at) and bool((at.diff() == 1).all())
-                return self.kept[1][int(at[0]) : int(at[-1]) + 1] if row else self.kept[1][at.to(self.g.device)]
+                return take(self.kept[1], at)
         group, index = self.lattice.decode(keys)
         self.count(len(keys))
         return self.g.at(group, index, self.lattice.sizes)
@@ -120,7 +119,7 @@ class Ascent:
         held = self.blocks(keys) if len(keys) <= 4 * self.g.chunk() else None
         rough: list[Tensor] = []
         for part in torch.arange(len(keys)).split(self.g.chunk()):
-            g = self.blocks(keys[part]) if held is None else held[part.to(held.device)]
+            g = self.blocks(keys[part]) if held is None else take(held, part)
             rough.append(cert.moments(g, torch.zeros(len(g), dtype=torch.float64, device=g.device)).cpu())
         above, item = torch.cat(rough), self.items[self.lattice.decode(keys)[0]]
         order = above.argsort(descending=True)
@@ -128,7 +127,7 @@ class Ascent:
         sizes = torch.bincount(item, minlength=len(self.best))
         first = (sizes.cumsum(0) - sizes)[item[order]]
         chosen = order[torch.arange(len(keys)) - first < max(SURVEYED, SURVEYED_SIZE // self.g.side**2)]
-        values = self.raise_lower(keys[chosen], steps, held=None if held is None else held[chosen.to(held.device)])
+        values = self.raise_lower(keys[chosen], steps, held=None if held is None else take(held, chosen))
         share = torch.zeros_like(self.best).scatter_reduce_(
             0, item[chosen], values / above[chosen].clamp_min(1e-300), "mean", include_self=False
         )
@@ -145,7 +144,7 @@ class Ascent:
         for at in torch.arange(len(keys)).split(self.g.chunk()):
             part = keys[at]
             group, _ = self.lattice.decode(part)
-            g = self.blocks(part) if held is None else held[at.to(held.device)]
+            g = self.blocks(part) if held is None else take(held, at)
             item = self.items[group]
             begin = self.vectors[item.to(self.g.device)] if warm else _start(self.g.side, self.g.device).expand(len(part), -1)
             estimate, v = cert.lanczos(g, (begin if g.is_complex() else begin.real + 0.5 * begin.imag).to(g.dtype), steps)
@@ -155,7 +154,7 @@ class Ascent:
             if len(chosen):
                 there = chosen.to(self.g.device)
                 double = torch.complex128 if v.is_complex() else torch.float64
-                lower = cert.rayleigh(g[there].to(double), v[there].to(double), self.noise[group[chosen]].to(self.g.device)).cpu()
+                lower = cert.rayleigh(take(g, chosen).to(double), v[there].to(double), self.noise[group[chosen]].to(self.g.device)).cpu()
                 for k, value in zip(chosen.tolist(), lower.tolist(), strict=True):
                     one = int(item[k])
                     if value > float(self.best[one]):
@@ -224,6 +223,12 @@ class Ascent:
         """Book blocks that were formed."""
         self.tally.blocks += blocks
         self.tally.operations += blocks * self.g.operations
+
+
+def take(blocks: Tensor, rows: Tensor) -> Tensor:
+    """These rows of the blocks, to be read alone: no copy where they are neighbours."""
+    neighbours = len(rows) > 0 and int(rows[-1] - rows[0]) + 1 == len(rows) and bool((rows.diff() == 1).all())
+    return blocks[int(rows[0]) : int(rows[-1]) + 1] if neighbours else blocks[rows.to(blocks.device)]
 
 
 def _start(side: int, device: torch.device) -> Tensor:

@@ -202,7 +202,7 @@ class Gramian:
         even, odd = self.taps
         group = group.to(self.device)
         if not len(self.offsets):
-            return even[group, 0]
+            return even[:, 0].expand(len(group), -1, -1) if self.groups == 1 else even[group, 0]
         angles = self.waves(index, sizes, self.offsets)
         cosines = torch.cat([torch.ones_like(angles[:, :1]), angles.cos()], 1)
         sines = -angles.sin()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gramlip import certificates as cert
 from gramlip import rounding as rd
-from gramlip.ascent import STEPS, Ascent, Tally
+from gramlip.ascent import STEPS, Ascent, Tally, take
 from gramlip.lattice import Cells
 
 REFINE = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)  # resolutions of the first cells, of which the cheapest is taken
@@ -127,7 +127,7 @@ class Search(Ascent):
                 self.tally.ways.add("Gram")
             if len(rest):
                 self.tally.ways.add("Cholesky")
-                some = g if len(rest) == len(g) else g[rest]
+                some = take(g, rest)
                 good[rest] = cert.cholesky(some, t[rest], noise[rest], single=single)
             done[part] = good.cpu()
             self.tally.factorizations += len(rest)

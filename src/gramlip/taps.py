@@ -11,18 +11,26 @@ from gramlip.tall import Tall
 
 HALF = 2.0**-24  # unit roundoff of single precision
 TOGETHER = 3  # taps that are accumulated in double at once before they are stored in single precision
+LEAST_STRIP, STRIPS = 128, 8  # the least rows of a strip, and how many strips there are of a large matrix
 SLAB_BYTES = 8 << 20  # rows of all taps that are combined at once
 
 Pairs = list[list[int]]  # (left, right) taps of the kernel that make up one tap of the autocorrelation
 
 
 def correlate(tall: Tall, pairs: list[Pairs], out: Tensor) -> None:
-    """Add the tap `A_q` of each list of pairs to `out[i]` (groups, c, c), with the rows of the kernel streamed."""
+    """Add the tap `A_q` of each list of pairs to `out[i]` (groups, c, c), which are zero, with the rows of the kernel streamed."""
     runs = [_runs(some) for some in pairs]
+    # a Hermitian one, of pairs of equal taps, is formed below the diagonal, in strips of rows
+    strips = [(int(part[0]), int(part[-1]) + 1) for part in torch.arange(tall.side).split(max(LEAST_STRIP, tall.side // STRIPS))]
     for piece in tall.pieces():
         for one, some in zip(out, runs, strict=True):
             for left, right in some:  # one product, the pairs one below the other
-                one.baddbmm_(piece[:, left].flatten(1, 2).mH, piece[:, right].flatten(1, 2))
+                a, b = piece[:, left].flatten(1, 2), piece[:, right].flatten(1, 2)
+                for i, j in strips if left == right else [(0, tall.side)]:
+                    one[:, i:j, :j].baddbmm_(a[:, :, i:j].mH, b[:, :, :j])
+    for one, some in zip(out, runs, strict=True):
+        for i, j in strips if some and some[0][0] == some[0][1] else []:
+            one[:, :i, i:j] = one[:, i:j, :i].mH
 
 
 def _runs(pairs: Pairs) -> list[tuple[slice, slice]]:
