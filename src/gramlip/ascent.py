@@ -20,6 +20,7 @@ STEPS = 8  # Lanczos steps on a block
 DENSE_STEPS = 40  # and where there is only one
 MIXED_PART = 0.05  # blocks are formed in single precision where this costs at most such a part of the width, of a norm's square
 SURVEYED = 8  # blocks of a layer, those of the largest moments, on which Lanczos steps are taken at first,
+SMALL_GRID = 100  # frequencies
 SURVEYED_SIZE = 4096  # or more, of so many entries together
 
 
@@ -56,8 +57,11 @@ class Ascent:
         self.where = self.lattice.keys(first, torch.zeros(count, self.lattice.axes, dtype=torch.int64))
         self.vectors = torch.zeros(count, gram.side, dtype=torch.complex128, device=gram.device)
 
-    def start(self, rtol: float) -> None:
-        """The lower side: Lanczos steps on a coarse grid, then uphill from the best frequency of each layer."""
+    def start(self, rtol: float, thorough: bool = False) -> None:
+        """The lower side: Lanczos steps on a coarse grid, then uphill from the best frequency of each layer.
+
+        Where it is `thorough`, steps are taken on all blocks of a small grid: a peak that is missed at first costs more than they do.
+        """
         self.rtol = rtol
         if self.g.mix(MIXED_PART * rtol):
             self.noise = torch.tensor(self.g.noise, dtype=torch.float64)
@@ -69,7 +73,8 @@ class Ascent:
             first = groups[mass.argsort(descending=True)[:AHEAD]]
         if not len(groups):
             return
-        cells = self.lattice.cells(1.0, first)
+        every = thorough and self.lattice.count <= SMALL_GRID
+        cells = self.lattice.cells(float(self.lattice.count) if every else 1.0, first)
         self.too_long = len(cells[0]) * max(math.prod(self.g.span) * 1e3, self.g.operations) > self.budget / 8
         if self.too_long:
             few = slice(None, None, 1 + len(cells[0]) // 8)
@@ -79,13 +84,13 @@ class Ascent:
         if len(self.coarse) * self.g.block_bytes <= KEPT_BYTES:
             self.kept = (self.coarse, self.g.at(*self.lattice.decode(self.coarse), self.lattice.sizes))
             self.count(len(self.coarse))
-        self.estimates = self.survey(self.coarse, steps)
+        self.estimates = (self.raise_lower if every else self.survey)(self.coarse, steps)
         rest = self.reaching(groups[~torch.isin(groups, first)])
         if len(rest) and not self.too_long:
             more = self.lattice.corner_keys(self.lattice.cells(1.0, rest)).unique()
             self.estimates = torch.cat([self.estimates, self.survey(more, steps)])
             self.coarse = torch.cat([self.coarse, more])
-        if self.lattice.listed:  # every frequency was seen: only the vectors can still improve
+        if every or self.lattice.listed:  # every frequency was seen: only the vectors can still improve
             close = self.estimates > self.best[self.items[self.lattice.decode(self.coarse)[0]]] * 0.98
             self.raise_lower(self.coarse[close], 2 * STEPS)
         else:

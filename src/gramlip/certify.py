@@ -130,7 +130,7 @@ class _Enclosing:
 
     def bounds(self) -> list[Bound]:
         """The intervals, in the order of the operators."""
-        self.search.start(self.rtol)
+        self.search.start(self.rtol, not all(sym.exact for sym in self.syms))
         widths = torch.full((len(self.ops),), self.rtol, dtype=torch.float64)
         ceilings = torch.zeros_like(widths)
         done: dict[int, Bound] = {}
@@ -144,10 +144,7 @@ class _Enclosing:
                 if own is not None:
                     done[i] = own
                 lowers[i] = lower, peak
-                # the width asked for is that of the layer, not of its blocks
-                ceilings[i] = lower * (1 + self.rtol * 0.98) / math.sqrt(self.syms[i].square)
-                room = float(ceilings[i]) * math.sqrt(self.syms[i].square) / peak - 1 if peak else 0.0
-                widths[i] = self.rtol / 2 if room <= 0 else min(max(room, self.rtol / 16), self.rtol / 4)
+                ceilings[i], widths[i] = self._room(i, lower)
         todo = [i for i in range(len(self.ops)) if i not in done]
         found = self.search.close(widths, todo, ceilings) if todo else []
         for i, enclosure in zip(todo, found, strict=True):
@@ -162,6 +159,9 @@ class _Enclosing:
             lower, peak = below
             if upper > lower * (1 + self.rtol) and self._peak(i) > peak * (1 + self.rtol / 2):  # a higher one was found since
                 lower = max(lower, self._below(i, op)[-1])
+                ceiling, width = self._room(i, lower)
+                if upper > lower * (1 + self.rtol) and width < self.rtol / 2:  # it can still close
+                    upper, why = self._above(i, self.search.close(width, [i], torch.full_like(self.search.best, ceiling))[0])
             if lower > upper:  # a vector that the layer stretches more than the theorem allows: never to be hidden
                 msg = (
                     f"{why}: the layer stretches a vector by {lower}, beyond the bound {upper}; expected no such vector: please report this"
@@ -176,6 +176,13 @@ class _Enclosing:
             return self._scaled(i, found.lower, upper, f"{why}; lower side: large inputs come as close to the supremum as one likes")
         large = certify(replace(op, padding_mode="zeros"), rtol=self.rtol)
         return Bound(large.lower, self._scaled(i, 0.0, upper, "").upper, f"{why}; lower side: large inputs of a multiple of the stride")
+
+    def _room(self, i: int, lower: float) -> tuple[float, float]:
+        """What the blocks' norm may reach for the layer's interval to close, and how close to their peak it is worth while to prove it."""
+        # the width asked for is that of the layer, not of its blocks
+        ceiling, peak = lower * (1 + self.rtol * 0.98) / math.sqrt(self.syms[i].square), math.sqrt(float(self.search.best[i]))
+        room = ceiling / peak - 1 if peak else 0.0
+        return ceiling, self.rtol / 2 if room <= 0 else min(max(room, self.rtol / 16), self.rtol / 4)
 
     def _mass(self, i: int) -> list[float]:
         return self.gram.mass[i * self.groups : (i + 1) * self.groups]
@@ -269,7 +276,7 @@ class _Enclosing:
 
     def _scaled(self, i: int, lower: float, upper: float, why: str) -> Bound:
         e = self.exponents[i]
-        return Bound(_times_power(lower, e, upward=False), _times_power(upper, e, upward=True), why)
+        return Bound(rd.ldexp_down(lower, e), rd.ldexp_up(upper, e), why)
 
     def _why(self, i: int, found: Enclosure) -> str:
         tally = found.tally
@@ -281,16 +288,3 @@ class _Enclosing:
         early = "" if found.finished else "; budget reached before the width asked for"
         blocks = f"{tally.blocks} blocks of {self.gram.side}x{self.gram.side}{cells}{where}{group}{layers}"
         return f"{self.syms[i].because}; {ways} on {blocks}{early}"
-
-
-def _times_power(x: float, exponent: int, *, upward: bool) -> float:
-    """X times a power of two, rounded outward where it leaves the normal range."""
-    if x == 0.0 or math.isinf(x):
-        return x
-    try:
-        y = math.ldexp(x, exponent)
-    except OverflowError:
-        return math.inf if upward else 1.7976931348623157e308
-    if y < rd.TINY:
-        return rd.TINY if upward else 0.0
-    return y

@@ -81,3 +81,21 @@ def gamma(n: float, unit: float = UNIT) -> float:
     if n * unit >= 0.5:
         return math.inf
     return up(up(n * unit) / down(1.0 - up(n * unit)))
+
+
+def ldexp_up(x: float, exponent: int) -> float:
+    """Upper bound of a nonnegative number times a power of two."""
+    try:
+        y = math.ldexp(x, exponent)
+    except OverflowError:
+        return math.inf
+    return y if x == 0.0 else max(y, TINY)
+
+
+def ldexp_down(x: float, exponent: int) -> float:
+    """Lower bound of a nonnegative number times a power of two: zero below the normal range, the largest float above it."""
+    try:
+        y = math.ldexp(x, exponent)
+    except OverflowError:
+        return sys.float_info.max
+    return y if y >= TINY else 0.0

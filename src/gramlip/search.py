@@ -112,7 +112,7 @@ class Search(Ascent):
         c = self.g.side
         tried = settled = 0
         # a shift takes from the cells' width, and where there are none from nothing else
-        single = self.g.device.type == "cpu" and cert.single_shift(c) <= (0.8 if self.lattice.listed else 0.4) * self.rtol
+        single = self.g.device.type == "cpu" and cert.single_shift(c) <= (0.8 if self.lattice.listed else 0.5) * self.rtol
         for part in torch.arange(len(keys)).split(self.g.chunk()):
             group, _ = self.lattice.decode(keys[part])
             g = self.blocks(keys[part])
