@@ -22,7 +22,7 @@ from gramlip.widen import widen
 
 WIDE_BYTES = 48 << 20  # a copy of a kernel in the precision of the vectors is kept while it is smaller than this
 PIECE_BYTES = 2 << 20  # else pieces of about this size, which caches hold, are cast when they are used
-STEPS = 32  # Lanczos steps between restarts
+STEPS, LEAST_STEPS = 32, 3  # Lanczos steps between restarts, and before they may end for adding little
 BASIS_BYTES = 48 << 20  # or fewer, whose vectors are smaller than this together
 SINGLE_RTOL = 1e-3  # intervals so wide take their vectors from single precision
 SINGLE_SIZE = 1 << 15  # where the kernel has so many entries
@@ -130,7 +130,7 @@ class Layer:
             near = (
                 bool(tops[j]) and above / tops[j] - 1 < 1.3 * rtol
             )  # a little more may close the interval, or leave more of it to the proof
-            done = tops[j] >= above * (1 - rtol / 4) or (j > 2 and tops[j] - tops[j - 2] < tops[j] * rtol / (64 if near else 8))
+            done = tops[j] >= above * (1 - rtol / 4) or (j >= LEAST_STEPS and tops[j] - tops[j - 2] < tops[j] * rtol / (64 if near else 8))
             q = basis[: j + 1]
             for _ in range(2):
                 w = w - (q.mT @ (q.conj() @ w.flatten())).reshape(w.shape)
