@@ -30,9 +30,9 @@ class Counts:
         gram_steps: blocks on which the two moments were tried.
         factorizations: Cholesky factorisations of a block.
         matvecs: products of a block with a vector.
-        forming: the fewest real operations that form the tested blocks, shared products included.
+        forming: the fewest real operations in double precision that form the tested blocks, shared products included.
         double: real operations of the factorisations in double precision.
-        single: the same in single precision.
+        single: real operations in single precision, of either.
     """
 
     blocks: int
@@ -65,16 +65,16 @@ def count(work: Callable[[], object]) -> Counts:
 
     with patch.object(engine, "Search", search), patch.object(certificates, "cholesky", cholesky):
         work()
-    tallies = [s.tally for s in searches]
+    tallies, formed = [s.tally for s in searches], [s.forming() for s in searches]
     return Counts(
         sum(t.blocks for t in tallies),
         sum(s.tested for s in searches),
         sum(t.gram_steps for t in tallies),
         sum(t.factorizations for t in tallies),
         sum(t.matvecs for t in tallies),
-        sum(s.forming() for s in searches),
+        sum(double for double, _ in formed),
         flops[False],
-        flops[True],
+        sum((single for _, single in formed), flops[True]),
     )
 
 
@@ -88,15 +88,19 @@ class _Booked(Search):
         self.tested += len(keys)
         return super().certify(keys, thresholds)
 
-    def forming(self) -> float:
-        """The fewest real operations that form the tested blocks: half of each Hermitian product, complex ones as four real ones."""
+    def forming(self) -> tuple[float, float]:
+        """The fewest real operations that form the tested blocks, in double and in single precision.
+
+        Half of each Hermitian product, complex ones as four real ones.
+        """
         g, taps, field = self.g, math.prod(self.g.span), 4 if self.g.is_complex else 1
         if g.taps is not None:
-            shared = g.groups * taps**2 * g.rows * g.side**2 * field
-            each = 2 * len(g.offsets) * g.side**2 * (2 if g.is_complex else 1)
-            return float(shared + self.tested * each)
-        each = 4 * g.rows * g.side**2 + 4 * taps * g.rows * g.side if g.axes else g.rows * g.side**2 * field
-        return float(self.tested * each)
+            shared = float(g.groups * taps**2 * g.rows * g.side**2 * field)
+            each = float(self.tested * 2 * len(g.offsets) * g.side**2 * (2 if g.is_complex else 1))
+            return (shared, each) if g.mixed is not None else (shared + each, 0.0)
+        square = 4 * g.rows * g.side**2 if g.axes else g.rows * g.side**2 * field
+        symbol = 4 * taps * g.rows * g.side if g.axes else 0
+        return (float(self.tested * symbol), float(self.tested * square)) if g.squared else (float(self.tested * (symbol + square)), 0.0)
 
 
 def rates(device: torch.device, trials: int, quick: bool = False, dtypes: Sequence[torch.dtype] = DTYPES) -> dict[str, float]:
