@@ -21,6 +21,7 @@ from gramlip.padding import Axis, index_map
 from gramlip.widen import widen
 
 LARGEST = 1536  # order of the largest boundary matrix that is formed
+LEAST = 2.0**-600  # what a boundary term is taken to be at least: margins relative to it are normal numbers
 POINTS = 48  # frequencies a side on the axes that stay Toeplitz, for each unit of degree
 
 
@@ -29,6 +30,8 @@ def excess(op: Conv, group: int, exponent: int, mass: float) -> float | None:
     geometry = axes(op)
     parts = [_ends(axis, op.padding_mode) for axis in geometry]
     weight, total = grouped(op).detach()[group], 0.0
+    if mass == 0.0:
+        return 0.0
     # the two ends of an axis touch the outputs that read its padding: the largest matrix takes all axes at once
     worst = math.prod(max((f.shape[-1] for f in ends), default=1) for ends in parts)
     if worst * weight.shape[0] > LARGEST:
@@ -99,10 +102,6 @@ def _largest(kernel: Tensor, geometry: list[Axis], chosen: tuple[int, ...], ends
     spans = ordered.shape[3 : 3 + len(rest)]
     stacked = ordered[0].flatten(2 + len(rest)).flatten(2, 1 + len(rest)) if rest else ordered[0].flatten(2)[:, :, None]
     m, n, taps, picks = stacked.shape
-    f = ends[0]
-    for other in ends[1:]:
-        k, r, q, s = f.shape[0], f.shape[2], other.shape[0], other.shape[2]
-        f = torch.einsum("abij,cdkl->acbdikjl", f, other).reshape(k * q, k * q, r * s, r * s)
     counts = [max(1, POINTS * (k - 1)) for k in spans]
     grid = torch.tensor(list(itertools.product(*map(range, counts))), dtype=torch.float64).reshape(math.prod(counts), len(rest))
     if not kernel.is_complex() and rest:
@@ -110,19 +109,31 @@ def _largest(kernel: Tensor, geometry: list[Axis], chosen: tuple[int, ...], ends
         grid = grid[half]
     positions = torch.tensor(list(itertools.product(*map(range, spans))), dtype=torch.float64).reshape(taps, len(rest))
     angles = grid * (2 * math.pi) / torch.tensor(counts, dtype=torch.float64) @ positions.mT
-    side, width = m * f.shape[-1], float(f.abs().sum((0, 1)).sum(-1).max())
-    size = rd.up(mass * mass * width * (1 + 1e-9))  # bounds the norm at every frequency, by Schur's test on F
+    side = m * math.prod(f.shape[-1] for f in ends)
+    width = math.prod(float(f.abs().sum((0, 1)).sum(-1).max()) for f in ends)
+    size = max(rd.up(mass * mass * width * (1 + 1e-9)), LEAST)  # bounds the norm at every frequency, by Schur's test on F
     noise = size * rd.gamma(16.0 * (n * taps * picks**2 + 64))
     slack = size * sum(1 - math.cos(math.pi * (k - 1) / c) for k, c in zip(spans, counts, strict=True)) * (1 + 1e-9)
     worst = 0.0
+    real = not rest and not kernel.is_complex()
     for part in angles.split(max(1, (32 << 20) // (16 * side**2))):
         waves = torch.polar(torch.ones_like(part), -part)
-        d = torch.einsum("mntp,ft->fpmn", stacked.to(torch.complex128), waves)
-        pairs = torch.einsum("fpmn,fqkn->fpqmk", d, d.conj())
-        e = torch.einsum("fpqmk,pqij->fmikj", pairs, f.to(torch.complex128)).reshape(len(part), side, side)
+        d = torch.einsum("mntp,ft->fpmn", stacked, waves.real) if real else torch.einsum("mntp,ft->fpmn", stacked.to(waves.dtype), waves)
+        pairs = torch.einsum("fpmn,fqkn->fmkpq", d, d.conj())
+        e = _contract(pairs, ends).reshape(len(part), side, side)
         e = (e + e.mH) / 2
         worst = max(worst, _positive(e, noise, size))
     return rd.up(worst + slack) if worst + slack > 0 else 0.0
+
+
+def _contract(pairs: Tensor, ends: tuple[Tensor, ...]) -> Tensor:
+    """`sum_pq pairs[:, :, :, p, q] (x) F_pq` over the taps of all ends' axes, one axis after the other: (f, m, *r, m, *r)."""
+    taps = [f.shape[0] for f in ends]
+    e = pairs.unflatten(-1, taps).unflatten(3, taps)
+    for left, f in zip(range(len(ends), 0, -1), ends, strict=True):  # the taps of the axes left stand first, p then q
+        e = torch.tensordot(e, f.to(e.dtype), dims=([3, 3 + left], [0, 1]))
+    axes = range(len(ends))
+    return e.permute(0, 1, *(3 + 2 * j for j in axes), 2, *(4 + 2 * j for j in axes))
 
 
 def _positive(e: Tensor, noise: float, size: float) -> float:

@@ -280,6 +280,6 @@ TRAPS: dict[str, Case] = {
         Case("known_line", (1, 1, 3), (20,), padding=((1, 1),), padding_mode="circular", label="known-8.0056"),
         _square("known_square", 3, 20, 1, "known-22.9122", "circular"),
         _square("known_square", 3, 20, 1, "known-22.7275"),
-        Case("known_row", (1, 1, 2, 3), (20, 20), padding=((0, 1), (1, 1)), padding_mode="circular", label="known-17.2700"),
+        Case("known_row", (1, 1, 2, 3), (20, 20), padding="same", padding_mode="circular", label="known-17.2700"),
     )
 }

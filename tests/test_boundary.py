@@ -1,0 +1,95 @@
+"""Reflect and replicate padding by theorem 12: never below the truth, never above the padding's norm times the layer's supremum."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import gramlip as gl
+from cases import ROUNDING, Case
+from gramlip.blocks import axes, symbol
+from gramlip.boundary import _ends, _largest
+from oracle import oracle
+
+MODES = ("reflect", "replicate")
+GEOMETRIES = [  # kernel, input size, stride, padding, dilation: taps that meet the padding on one axis, on none, on one side
+    ((3, 1), (7, 5), (1, 1), ((1, 1), (0, 0)), (1, 1)),
+    ((1, 4), (4, 9), (1, 2), ((0, 0), (3, 2)), (1, 1)),
+    ((1, 3), (6, 8), (1, 1), ((2, 2), (1, 1)), (1, 1)),
+    ((2, 3), (9, 8), (2, 1), ((1, 0), (0, 2)), (1, 2)),
+    ((5, 2), (6, 12), (3, 2), ((0, 4), (1, 0)), (1, 3)),
+    ((1, 1), (5, 6), (2, 1), ((3, 0), (0, 2)), (1, 1)),
+    ((3, 1, 2), (4, 3, 6), (1, 2, 1), ((1, 2), (0, 0), (0, 1)), (1, 1, 1)),
+    ((3,), (40,), (2,), ((1, 1),), (3,)),
+    ((7,), (11,), (1,), ((10, 3),), (1,)),
+]
+KERNELS = ("random", "ones", "corner", "laplacian", "alternating", "ill_scaled", "one side")
+
+
+def layer(kernel: str, geometry: tuple, mode: str, channels: int = 2) -> gl.Conv:
+    taps, size, stride, padding, dilation = geometry
+    weight = Case("ones" if kernel == "one side" else kernel, (channels, channels, *taps), dtype=torch.float64).weight()
+    if kernel == "one side":  # only the last tap of the first axis is left
+        weight[:, :, :-1] = 0.0
+    return gl.Conv(weight, input_size=size, stride=stride, padding=padding, padding_mode=mode, dilation=dilation)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_bound_holds_at_the_size_and_for_every_size(geometry: tuple, mode: str) -> None:
+    for kernel in KERNELS:
+        op = layer(kernel, geometry, mode)
+        truth = oracle(op)
+        every = gl.Conv(op.weight, stride=op.stride, padding=op.padding, padding_mode=mode, dilation=op.dilation)
+        for found in (gl.bound(op, finite=False), gl.bound(every)):
+            assert float(found.upper) >= truth * (1 - ROUNDING), (kernel, found)
+        zero = gl.Conv(op.weight, stride=op.stride, padding=op.padding, dilation=op.dilation)
+        product = math.sqrt(symbol(op).square) * float(gl.bound(zero).upper)
+        assert float(gl.bound(op, finite=False).upper) <= product * 1.02
+
+
+def contracted(kernel: Tensor, ends: tuple[Tensor, ...]) -> Tensor:
+    """The boundary term of all axes by its definition, one entry of every F at a time."""
+    m, n, *taps = kernel.shape
+    total = 0
+    for p in itertools.product(*map(range, taps)):
+        for q in itertools.product(*map(range, taps)):
+            term = kernel[(slice(None), slice(None), *p)] @ kernel[(slice(None), slice(None), *q)].mT
+            for a, b, f in zip(p, q, ends, strict=True):
+                term = torch.kron(term, f[a, b])
+            total = total + term
+    assert isinstance(total, Tensor)
+    assert total.shape == (m * math.prod(f.shape[-1] for f in ends),) * 2
+    return total
+
+
+@pytest.mark.parametrize("taps", [(4,), (3, 2), (2, 3, 2)], ids=str)
+def test_boundary_term_by_its_definition(taps: tuple[int, ...]) -> None:
+    """Axes contracted one after the other give the term; the bound of its largest eigenvalue is close above."""
+    weight = Case("random", (2, 3, *taps), dtype=torch.float64).weight()
+    op = gl.Conv(weight, input_size=(9,) * len(taps), padding=1, padding_mode="reflect")
+    geometry = axes(op)
+    mass = float(torch.linalg.vector_norm(weight.flatten(2), dim=(0, 1)).sum()) * (1 + 1e-9)
+    for ends in itertools.product(*(_ends(axis, "reflect") for axis in geometry)):
+        top = max(0.0, float(torch.linalg.eigvalsh(contracted(weight, ends)).max()))
+        assert top <= _largest(weight, geometry, tuple(range(len(taps))), ends, mass) <= top * (1 + 1e-6) + 1e-6 * mass**2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_groups_of_no_weight_or_next_to_none(mode: str) -> None:
+    """Their boundary terms are no reason to go on for ever, whether or not denormals are flushed."""
+    weight = torch.randn(6, 1, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight[:2] = 0.0
+    weight[2:4] *= 1e-280
+    for flushed in (False, True):
+        torch.set_flush_denormal(flushed)
+        try:
+            found = gl.bound(gl.Conv(weight, groups=3, padding=1, padding_mode=mode))
+        finally:
+            torch.set_flush_denormal(False)
+        assert float(found.upper) >= oracle(gl.Conv(weight, groups=3, padding=1, padding_mode=mode, input_size=30))
+
