@@ -54,15 +54,14 @@ def test_bound_holds_at_the_size_and_for_every_size(geometry: tuple, mode: str) 
 
 def contracted(kernel: Tensor, ends: tuple[Tensor, ...]) -> Tensor:
     """The boundary term of all axes by its definition, one entry of every F at a time."""
-    m, n, *taps = kernel.shape
-    total = 0
+    m, _, *taps = kernel.shape
+    total = torch.zeros(())
     for p in itertools.product(*map(range, taps)):
         for q in itertools.product(*map(range, taps)):
             term = kernel[(slice(None), slice(None), *p)] @ kernel[(slice(None), slice(None), *q)].mT
             for a, b, f in zip(p, q, ends, strict=True):
                 term = torch.kron(term, f[a, b])
             total = total + term
-    assert isinstance(total, Tensor)
     assert total.shape == (m * math.prod(f.shape[-1] for f in ends),) * 2
     return total
 
@@ -92,4 +91,3 @@ def test_groups_of_no_weight_or_next_to_none(mode: str) -> None:
         finally:
             torch.set_flush_denormal(False)
         assert float(found.upper) >= oracle(gl.Conv(weight, groups=3, padding=1, padding_mode=mode, input_size=30))
-

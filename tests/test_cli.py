@@ -120,6 +120,11 @@ def test_help_and_version(capsys):
         assert expected in capsys.readouterr().out
 
 
+def test_the_package_runs_as_a_module():
+    found = subprocess.run([sys.executable, "-m", "gramlip", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout == f"gramlip {gl.__version__}\n"
+
+
 def test_every_command_module_adds_a_command(capsys):
     import pkgutil
 

@@ -131,7 +131,8 @@ def _contract(pairs: Tensor, ends: tuple[Tensor, ...]) -> Tensor:
     taps = [f.shape[0] for f in ends]
     e = pairs.unflatten(-1, taps).unflatten(3, taps)
     for left, f in zip(range(len(ends), 0, -1), ends, strict=True):  # the taps of the axes left stand first, p then q
-        e = torch.tensordot(e, f.to(e.dtype), dims=([3, 3 + left], [0, 1]))
+        e = e.movedim((3, 3 + left), (-2, -1)).flatten(-2) @ f.flatten(2).flatten(0, 1).to(e.dtype)
+        e = e.unflatten(-1, f.shape[2:])
     axes = range(len(ends))
     return e.permute(0, 1, *(3 + 2 * j for j in axes), 2, *(4 + 2 * j for j in axes))
 

@@ -113,7 +113,8 @@ def page() -> str:
         "",
         "## Traps",
         "",
-        "Each of these broke a published library, or has an answer known beforehand. Upper bounds; **bold** where below the truth or not a number.",
+        "Each of these broke a published library, or has an answer known beforehand. Upper bounds; **bold** where below the truth",
+        "or not a number.",
         "",
     ]
     shown = ["`certify`", "`gram`", "`singla2021`", "torch `spectral_norm`", "the reshaped weight"]
