@@ -1,6 +1,7 @@
 """What an interval of a wide layer takes: peak memory beyond the weights in a fresh process, its width and its time.
 
-Writes experiments/results/memory.json: `python experiments/memory.py`, or with some of the names below to measure these again.
+Writes experiments/results/memory.json and the table in docs/performance.md: `python experiments/memory.py`, or with some of the names
+below to measure these again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results" / "memory.json"
+PAGE = ROOT / "docs" / "performance.md"
+MARKS = ("<!-- memory -->\n", "<!-- end of memory -->")
 
 LAYERS: dict[str, tuple[tuple[int, ...], str]] = {  # the shape of the weight, and the layer's settings
     "2048 every size": ((2048, 2048, 3, 3), "padding=1"),
@@ -69,6 +72,16 @@ print(json.dumps({"MiB": round(extra), "width": found.rtol, "seconds": round(sec
 """
 
 
+def table(found: dict[str, dict[str, object]]) -> str:
+    """The rows as Markdown."""
+    lines = ["| layer | weight | MiB | width | s | |", "| --- | --- | ---: | ---: | ---: | --- |"]
+    for name in (name for name in LAYERS if name in found):
+        row, shape = found[name], "x".join(map(str, LAYERS[name][0]))
+        early = "budget reached" if "budget reached" in str(row["because"]) else ""
+        lines.append(f"| {name} | {shape} | {row['MiB']} | {row['width']:.2g} | {row['seconds']:.3g} | {early} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     found: dict[str, dict[str, object]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in sys.argv[1:] or LAYERS:
@@ -78,6 +91,8 @@ def main() -> None:
         found[name] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         sys.stderr.write(f"{name}: {found[name]}\n")
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    before, rest = PAGE.read_text().split(MARKS[0])
+    PAGE.write_text(before + MARKS[0] + table(found) + MARKS[1] + rest.split(MARKS[1])[1])
 
 
 if __name__ == "__main__":
