@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import gramlip as gl
+from gramlip import gramian
 from gramlip.gramian import Gramian
 from gramlip.lattice import Lattice
 from gramlip.search import Enclosure, Search
@@ -138,6 +140,17 @@ def test_spent_budget_is_said_and_stays_true() -> None:
     found = search.close(1e-6)[0]
     assert not found.finished
     assert math.ldexp(found.upper, gram.exponent) >= largest(KERNELS["2d"], [61, 61])
+
+
+@pytest.mark.parametrize("shape", [(90, 40), (40, 90)], ids=str)
+def test_matrices_of_any_size_are_one_block_and_close(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the memory for taps: there is nothing to search."""
+    monkeypatch.setattr(gramian, "TAP_BYTES", 1)
+    monkeypatch.setattr(gramian, "NARROW_BYTES", 1)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    truth = float(torch.linalg.matrix_norm(weight.double(), 2))
+    found = gl.bound(gl.Dense(weight))
+    assert truth * (1 - 1e-12) <= found.upper <= found.lower * 1.01
 
 
 def test_peaked_layers_need_few_blocks() -> None:

@@ -61,7 +61,8 @@ class Gramian:
         per = rd.gamma(4.0 * length if self.is_complex else 2.0 * length)
         self.noise = [rd.add_up(rd.mul_up(per, rd.mul_up(m, m)), rd.TINY) if m else 0.0 for m in self.mass]
         self.squared = self._few(frequencies) and self._squarable(SQUARED_PART * rtol)
-        shared = not self.squared and count <= MOST_TAPS and each * (2 * count + 1) <= TAP_BYTES
+        # a matrix is one block, whatever its size
+        shared = not self.squared and (count == 0 or (count <= MOST_TAPS and each * (2 * count + 1) <= TAP_BYTES))
         exact = self.is_complex or rtol < NARROW_RTOL or shared or self.squared or count > MOST_TAPS
         self.narrow = Narrow(self.tall, self._pairs(), self.device) if not exact and each * (count / 2 + 1) <= NARROW_BYTES else None
         if self.narrow is not None:

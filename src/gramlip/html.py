@@ -24,6 +24,7 @@ td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:8rem}
 td.why{white-space:normal;color:#777;font-size:.85rem}
 .bar{display:inline-block;height:.7rem;background:var(--bar);vertical-align:middle;margin-right:.4rem}
 .bar.minus{background:#b0582a}
+li{overflow-wrap:anywhere}
 .maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:1rem}
 figure{margin:0}canvas{width:100%;aspect-ratio:1;image-rendering:pixelated;display:block}
 figcaption{font-size:.8rem;overflow-wrap:anywhere}
@@ -92,20 +93,22 @@ def _network(report: Report) -> str:
 
 
 def _table(report: Report) -> str:
-    heads = "".join(f"<th>{name}</th>" for name in ("layer", "operator", "shape", "input", "interval", "share", "why"))
-    top = max((abs(row.share) for row in report.layers if row.share is not None), default=0.0)
+    top = max((abs(row.share) for row in report.layers if row.share is not None), default=None)
+    names = ("layer", "operator", "shape", "input", "interval", *(() if top is None else ("share",)), "why")
+    heads = "".join(f"<th>{name}</th>" for name in names)
     return f"<thead><tr>{heads}</tr></thead><tbody>{''.join(_row(row, top) for row in report.layers)}</tbody>"
 
 
-def _row(row: Layer, top: float) -> str:
+def _row(row: Layer, top: float | None) -> str:
     size = "any" if row.input_size is None else "x".join(map(str, row.input_size))
     share = ""
     if row.share is not None:
-        width = 6.0 * abs(row.share) / top if top > 0 else 0.0
+        width = 6.0 * abs(row.share) / top if top else 0.0
         kind = "bar minus" if row.share < 0 else "bar"
         share = f'<span class="{kind}" style="width:{width:.2f}rem"></span>{100 * row.share:.1f} %'
     shape = "x".join(map(str, row.weight_shape))
-    cells = {"operator": escape(row.op), "shape": shape, "input": size, "interval": _interval(row.lower, row.upper), "share": share}
+    cells = {"operator": escape(row.op), "shape": shape, "input": size, "interval": _interval(row.lower, row.upper)}
+    cells |= {} if top is None else {"share": share}
     rest = "".join(f'<td data-head="{head}">{cell}</td>' if cell else "<td></td>" for head, cell in cells.items())
     return f'<tr><td>{escape(row.name)}</td>{rest}<td class="why">{escape(row.bound.because)}</td></tr>'
 

@@ -66,6 +66,7 @@ def _large(found: Row, options: Options) -> None:
     case = f"{shape[0]}x{shape[1]}, once, in a process of its own"
     found.entries.append(Entry("dense", case, OURS, seconds, seconds, 1.0, upper, upper / lower - 1, memory=int(memory)))
     found.claims.append(Claim("dense", f"{shape[0]}x{shape[1]}: memory over {MEMORY >> 30} GiB", memory / MEMORY, 1, False))
+    found.claims.append(Claim("dense", f"{shape[0]}x{shape[1]}: width of the interval", upper / lower - 1, 1e-2, False))
 
 
 def alone(rows: int, columns: int, device: str, threads: int) -> str:
