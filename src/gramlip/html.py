@@ -15,22 +15,23 @@ from gramlip.operators import Conv
 from gramlip.report import Layer, Report
 
 STYLE = """
-:root{color-scheme:light dark;--line:#8884;--bar:#2a6fb0}
+:root{color-scheme:light dark;--line:#8884;--bar:#2a6fb0;--muted:light-dark(#5c5c5c,#ababab)}
 body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:80rem;padding:1rem}
 h1{font-size:1.3rem;overflow-wrap:anywhere}h2{font-size:1.05rem;margin:1.6rem 0 .4rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem .25rem 0;border-bottom:1px solid var(--line);text-align:left;white-space:nowrap;vertical-align:top}
 td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:8rem}
-td.why{white-space:normal;color:#777;font-size:.85rem}
+td.why{white-space:normal;color:var(--muted);font-size:.85rem}
 .bar{display:inline-block;height:.7rem;background:var(--bar);vertical-align:middle;margin-right:.4rem}
 .bar.minus{background:#b0582a}
 li{overflow-wrap:anywhere}
 .maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:1rem}
-figure{margin:0}canvas{width:100%;aspect-ratio:1;image-rendering:pixelated;display:block}
+figure{margin:0}.scale span{display:inline-block;width:8rem;height:.7rem;margin:0 .5rem;
+background:linear-gradient(90deg,#000028,#7f048b,#b420b4,#dd6c8b,#ffff28)}canvas{width:100%;aspect-ratio:1;image-rendering:pixelated;display:block}
 figcaption{font-size:.8rem;overflow-wrap:anywhere}
 @media(max-width:48rem){thead{display:none}tr{display:block;border-bottom:1px solid var(--line);padding:.4rem 0}
 td{display:block;border:0;padding:.1rem 0;white-space:normal}td:first-child{font-weight:600}td:empty{display:none}
-td[data-head]::before{content:attr(data-head) " ";color:#777}}
+td[data-head]::before{content:attr(data-head) " ";color:var(--muted)}}
 """
 SCRIPT = """
 const maps = JSON.parse(document.getElementById("maps").textContent);
@@ -45,7 +46,8 @@ document.querySelectorAll("canvas[data-map]").forEach(canvas => {
   pen.putImageData(image, 0, 0);
 });
 """
-CAPTION = "Norm of the symbol over the frequencies, zero in the middle; samples, scaled to their largest."
+CAPTION = "Norm of the symbol over the frequencies of the first two axes, zero in the middle; samples, each picture from 0 to its largest."
+SCALE = '<p class="scale" role="img" aria-label="colours from 0 to the largest">0<span></span>largest</p>'
 
 
 def page(report: Report) -> str:
@@ -57,7 +59,7 @@ def page(report: Report) -> str:
     """
     maps = [(row, grid) for row in report.layers if (grid := sampled(row)) is not None]
     data = [{"rows": grid, "top": max(map(max, grid))} for _, grid in maps]
-    figures = "".join(_figure(i, row, data[i]["top"]) for i, (row, _) in enumerate(maps))  # type: ignore[arg-type]
+    figures = "".join(_figure(i, row, grid) for i, (row, grid) in enumerate(maps))
     held = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     parts = [
         "<!doctype html>",
@@ -68,7 +70,7 @@ def page(report: Report) -> str:
         _network(report),
         f'<h2>Layers</h2><div class="wide"><table id="layers">{_table(report)}</table></div>',
         _lists(report),
-        f'<h2>Symbols</h2><p>{CAPTION}</p><div class="maps">{figures}</div>' if maps else "",
+        f'<h2>Symbols</h2><p>{CAPTION}</p>{SCALE}<div class="maps">{figures}</div>' if maps else "",
         f'<script type="application/json" id="maps">{held}</script><script>{SCRIPT}</script></body></html>',
     ]
     return "\n".join(part for part in parts if part) + "\n"
@@ -119,8 +121,8 @@ def _lists(report: Report) -> str:
     return "".join(f"<h2>{title}</h2><ul>{''.join(f'<li>{escape(x)}</li>' for x in items)}</ul>" for title, items in parts if items)
 
 
-def _figure(number: int, row: Layer, top: float) -> str:
-    label = f"{escape(row.name)}, up to {top:.4g}"
+def _figure(number: int, row: Layer, grid: list[list[float]]) -> str:
+    label = f"{escape(row.name)}, {min(map(min, grid)):.4g} to {max(map(max, grid)):.4g}"
     canvas = f'<canvas data-map="{number}" role="img" aria-label="symbol norm of {label}"></canvas>'
     return f"<figure>{canvas}<figcaption>{label}</figcaption></figure>"
 
