@@ -162,3 +162,12 @@ def test_peaked_layers_need_few_blocks() -> None:
     assert enclose(flat, (None, None))[2].tally.factorizations <= 600
     sharp = enclose(flat, (None, None), 1e-6)[2].tally
     assert sharp.factorizations <= 1500
+
+
+def test_the_lower_side_is_looked_for_among_all_candidates() -> None:
+    """Sparse kernels of many taps: the highest of several peaks was not among the lowest frequencies, and no round found it."""
+    generator = torch.Generator().manual_seed(3)
+    kernel = torch.randn(1, 50, 100, 16, generator=generator) * (torch.rand(1, 50, 100, 16, generator=generator) < 0.1)
+    _, _, found = enclose(kernel, (None,), 1e-6)
+    assert found.finished
+    assert found.tally.blocks < 2000

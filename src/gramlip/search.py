@@ -26,6 +26,7 @@ from gramlip.lattice import Cells
 
 REFINE = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)  # resolutions of the first cells, of which the cheapest is taken
 LEVELS = 6  # halvings that this estimate looks ahead
+SPREAD = 0.6180339887498949  # multiples of the golden ratio fall evenly into the unit interval
 WIDER = (1.25, 2.0)  # the targets tried once the budget is spent, as multiples of the one asked for
 
 
@@ -195,9 +196,14 @@ class Search(Ascent):
         if not len(candidates):
             return
         group = group[close]
-        rank = torch.arange(len(group)) - torch.searchsorted(group, group)  # some of each group
-        some = rank.argsort(stable=True)[: 4 * self.g.chunk()].sort()[0]
-        values = (self.raise_lower if every else self.survey)(candidates[some], steps)
+        order = (torch.arange(len(group), dtype=torch.float64) * SPREAD).frac().argsort()  # not the lowest frequencies alone
+        order = order[group[order].argsort(stable=True)]
+        rank = torch.arange(len(group)) - torch.searchsorted(group[order], group[order])  # some of each group
+        some = order[rank.argsort(stable=True)[: 4 * self.g.chunk()]].sort()[0]
+        if every:  # more steps, and the vector of the best block for what is left of the way to its peak
+            values = torch.maximum(self.raise_lower(candidates[some], 2 * steps), self.raise_lower(candidates[some], steps, warm=True))
+        else:
+            values = self.survey(candidates[some], steps)
         item = item[close][some]
         rising = item[values > self.best[item] * (1 - width[item] / 2)].unique()
         if len(rising):
