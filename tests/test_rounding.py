@@ -443,3 +443,12 @@ def test_added_rows_change_no_verdict(order: int, single: bool) -> None:
     room = 4 * cert.single_shift(order) if single else 1e-9
     assert bool(cert.cholesky(g, top * (1 + room), noise, single=single).all())
     assert not bool(cert.cholesky(g, top * (1 - 1e-14), noise, single=single).any())
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_cholesky_proves_nothing_that_the_noise_allows_to_be_false(single: bool) -> None:
+    """Blocks whose noise is as large as themselves and whose computed eigenvalues are negative but one, just above what noise leaves."""
+    generator, noise = torch.Generator().manual_seed(0), torch.ones(200, dtype=torch.float64)
+    u = torch.nn.functional.normalize(torch.randn(200, 64, generator=generator, dtype=torch.float64), dim=-1)
+    g = (1 + 3e-8) * u[:, :, None] * u[:, None] - torch.eye(64, dtype=torch.float64)
+    assert not bool(cert.cholesky(g, noise + 1e-9, noise, single=single).any())

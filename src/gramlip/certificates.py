@@ -42,7 +42,7 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
     """
     side = g.shape[-1]
     s = single_shift(side) if single else shift(side)
-    t = (threshold - noise) * (1.0 - (s if single else 2.0 * s)) - 4.0 * noise * 2.0**-50
+    t = (threshold - noise) * (1.0 - (s if single else 2.0 * s)) - 2.0 * s * noise  # the trace is at most c (t + noise)
     matrix = _shifted(g, t, single)
     factor, info = torch.linalg.cholesky_ex(matrix)
     proved = (info == 0) & (t > 0)

@@ -221,7 +221,7 @@ class Certificate:
         length = 8.0 * (math.prod(self.layer.shape[1:]) * math.prod(self.layer.sizes[1:]) + 64)
         noise = rd.mul_up(rd.gamma(length), bound)
         total = self.side * self.steps
-        t = (tau * tau - noise) * (1 - 2 * shift(total))
+        t = (tau * tau - noise) * (1 - 2 * shift(total)) - 2 * shift(total) * noise
         if t <= 0:
             return False
         window: dict[tuple[int, int], Tensor] = {}
