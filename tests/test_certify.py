@@ -13,6 +13,7 @@ import gramlip as gl
 from gramlip.certificates import lanczos
 from gramlip.certify import certify_all
 from gramlip.layers import describe
+from oracle import oracle
 
 
 def truth(module: nn.Module, size: tuple[int, ...]) -> float:
@@ -159,3 +160,13 @@ def test_steps_end_where_the_vectors_stay_in_a_small_subspace(rank: int) -> None
     assert float(value) == pytest.approx(float(torch.linalg.eigvalsh(gram)[-1]), rel=1e-10)
     found = gl.bound(torch.ones(8, 72), rtol=1e-6)
     assert found.lower <= 24.0 <= found.upper <= 24.0 * (1 + 1e-6)
+
+
+def test_a_finite_layer_whose_taps_read_padding_alone_ends() -> None:
+    """The layer is zero though its weights are not: closed to what rounding can tell from zero, not sought for ever."""
+    weight = torch.zeros(1, 4, 6, 6)
+    weight[0, :, 3, 3] = 0.5
+    op = gl.Conv(weight, input_size=(2, 8), stride=(4, 5), padding=((9, 2), (2, 2)))
+    interval = gl.bound(op)
+    assert oracle(op) == interval.lower == 0.0
+    assert 0.0 < float(interval.upper) < 1e-4

@@ -254,7 +254,7 @@ class _Enclosing:
             certificate = Certificate(layer, group)
             certificate.prepare()
             # a map that cancels to nothing is closed to what rounding can tell from zero
-            floor = max(floor, mass * layer.shared * 2.0**-20)
+            floor = max(floor, 2 * rd.sqrt_up(certificate.noise(mass)))
             vector, fresh = (x if group == best else start_like(layer, x)), 0
             while True:
                 factorizations += 1

@@ -215,12 +215,15 @@ class Certificate:
             slices = [s.mH for s in slices]
         self.gram = {(p, q): slices[p].mH @ slices[q] for p, q in self.products}
 
-    def proves(self, tau: float, mass: float) -> bool:
-        """Whether the factorisation for tau completes: then `||T|| <= tau`."""
+    def noise(self, mass: float) -> float:
+        """Upper bound of the error of the Gram matrix that is factorised: what cannot be told from zero."""
         bound = rd.mul_up(rd.mul_up(mass, mass), float(self.layer.shared))
         length = 8.0 * (math.prod(self.layer.shape[1:]) * math.prod(self.layer.sizes[1:]) + 64)
-        noise = rd.mul_up(rd.gamma(length), bound)
-        total = self.side * self.steps
+        return rd.mul_up(rd.gamma(length), bound)
+
+    def proves(self, tau: float, mass: float) -> bool:
+        """Whether the factorisation for tau completes: then `||T|| <= tau`."""
+        noise, total = self.noise(mass), self.side * self.steps
         t = (tau * tau - noise) * (1 - 2 * shift(total)) - 2 * shift(total) * noise
         if t <= 0:
             return False
