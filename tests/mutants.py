@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip import blocks, boundary, certificates, conv_gram, gram, lattice, methods, norm, search
+from gramlip import blocks, boundary, certificates, certify, conv_gram, gram, lattice, methods, norm, search
 from gramlip import rounding as rd
 from gramlip.padding import PADDING, Axis, Circle
 from test_rounding import assert_exactly_between, exceeds
@@ -194,6 +194,11 @@ def mirrored_complex(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lattice.Lattice, "__init__", lambda self, span, points, groups, mirrored: right(self, span, points, groups, True))
 
 
+def phases_in_quadrature(patch: pytest.MonkeyPatch) -> None:
+    """Squares added over the phases of a stride, where padding lets phases read one input: a group is left out that holds the norm."""
+    patch.setattr(certify._Enclosing, "_mass", lambda self, i: self.gram.mass[i * self.groups : (i + 1) * self.groups])
+
+
 # ---- rounding ------------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +358,7 @@ MUTANTS: dict[str, Mutant] = {
         _rule("circular", polyphase_where_the_stride_does_not_divide), _on(theorem, "stride-does-not-divide")
     ),
     "phases of a stride missing": Mutant(phases_missing, _on(theorem, "stride-ignored", "output-padding")),
+    "phases of repeated inputs in quadrature": Mutant(phases_in_quadrature, _on(check, "phases-read-one-input", "groups-and-phases")),
     "stride ignored": Mutant(_rule("zeros", stride_ignored), _on(not_loose, "stride-ignored")),
     "wrong side of transposed": Mutant(wrong_side_of_transposed, _on(theorem, "wrong-side-of-transposed")),
     "groups multiplied": Mutant(groups_multiplied, _on(check, "groups-multiplied")),

@@ -185,7 +185,13 @@ class _Enclosing:
         return ceiling, self.rtol / 2 if room <= 0 else min(max(room, self.rtol / 16), self.rtol / 4)
 
     def _mass(self, i: int) -> list[float]:
-        return self.gram.mass[i * self.groups : (i + 1) * self.groups]
+        """Upper bound of `sum_p ||K_p||_F` over the taps of the layer itself, for each group.
+
+        A symbol adds up the squares over the phases of a stride; padding that repeats inputs lets phases read the same ones.
+        """
+        sym = self.syms[i]
+        phases = math.prod(min(s, k) for s, k in zip(sym.strides, sym.plain.shape[3:], strict=True))
+        return [rd.mul_up(mass, rd.sqrt_up(float(phases))) for mass in self.gram.mass[i * self.groups : (i + 1) * self.groups]]
 
     def _peak(self, i: int) -> float:
         return math.sqrt(float(self.search.best[i]) * self.syms[i].square)

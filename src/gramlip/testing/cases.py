@@ -265,6 +265,8 @@ TRAPS: dict[str, Case] = {
         *(_square(kernel, 3, 5, 1, f"replicate-{kernel}", "replicate") for kernel in ("ones", "corner", "laplacian", "tiny", "zero")),
         _square("ones", 7, 7, 3, "reflect-7x7-ones", "reflect"),
         _square("laplacian", 7, 7, 3, "replicate-7x7-laplacian", "replicate"),
+        Case("random", (6, 1, 3), (1,), (6,), ((8, 8),), "replicate", groups=6, seed=23, label="phases-read-one-input"),
+        Case("random", (6, 2, 3, 2, 3), (1, 1, 3), (5, 5, 4), ((5, 5), (3, 3), (2, 2)), "replicate", groups=3, label="groups-and-phases"),
         _square("random", 3, 6, 1, "stride-ignored", c=3, stride=(2, 2)),
         Case("random", (64, 48), label="fp32-rounding"),
         Case("tiny", (8, 8), label="epsilon-in-a-normalisation"),
