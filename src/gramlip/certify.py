@@ -159,9 +159,10 @@ class _Enclosing:
             lower, peak = below
             if upper > lower * (1 + self.rtol) and self._peak(i) > peak * (1 + self.rtol / 2):  # a higher one was found since
                 lower = max(lower, self._below(i, op)[-1])
-                ceiling, width = self._room(i, lower)
+                ceilings = torch.zeros_like(self.search.best)  # of this layer alone
+                ceilings[i], width = self._room(i, lower)
                 if upper > lower * (1 + self.rtol) and width < self.rtol / 2:  # it can still close
-                    upper, why = self._above(i, self.search.close(width, [i], torch.full_like(self.search.best, ceiling))[0])
+                    upper, why = self._above(i, self.search.close(width, [i], ceilings)[0])
             if lower > upper:  # a vector that the layer stretches more than the theorem allows: never to be hidden
                 msg = (
                     f"{why}: the layer stretches a vector by {lower}, beyond the bound {upper}; expected no such vector: please report this"
