@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_bytes
 from torch import Tensor
 
-from gramlip.errors import InputError
+from gramlip.errors import InputError, first_line
 from gramlip.report import printable
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64"}
@@ -247,5 +247,4 @@ def _unwrapped(entries: Entries) -> Entries:
 
 def _line(error: Exception) -> str:
     """The first line of an error, short, or its type."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return printable(text[:160]) or type(error).__name__
+    return printable(first_line(error).strip()[:160]) or type(error).__name__

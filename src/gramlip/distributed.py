@@ -71,7 +71,7 @@ def bounds(items: Sequence[Any], **options: Any) -> list[Bound]:
         if i in mine and error is None:
             try:
                 done[i] = op if isinstance(op, Bound) else bound(op, **options)
-            except Exception as caught:
+            except Exception as caught:  # whatever it is, it is raised again, on every rank
                 error = caught
     every: list[Any] = [(done, error)]
     if world() > 1:

@@ -9,3 +9,8 @@ class InputError(ValueError):
 
 class UnsupportedError(TypeError):
     """A layer or operation that no rule covers; it is never guessed."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from gramlip.errors import InputError, UnsupportedError
+from gramlip.errors import InputError, UnsupportedError, first_line
 from gramlip.steps import Shape
 
 _PASS_THROUGH = ("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default")  # may return their input itself
@@ -45,9 +45,8 @@ def export(model: nn.Module | torch.export.ExportedProgram, example: tuple[Tenso
             with silent():
                 exported = torch.export.export(model, example)  # type: ignore[arg-type]
         except Exception as error:  # torch.export raises many types; all of them mean that there is no graph
-            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             shapes = [tuple(e.shape) for e in example]
-            msg = f"{type(model).__name__} was given with inputs {shapes}; expected a model that torch.export takes: {first}"
+            msg = f"{type(model).__name__} was given with inputs {shapes}; expected a model that torch.export takes: {first_line(error)}"
             raise InputError(msg) from error
     return _program(exported)
 

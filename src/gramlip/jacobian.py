@@ -105,7 +105,7 @@ def _pushed(run: Function, x: Tensor, v: Tensor) -> Tensor:
     """J v, by forward differentiation, or by a central difference where an operation has no forward derivative."""
     try:
         return torch.func.jvp(run, (x,), (v,))[1]
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError):  # torch raises either; a failure of the network itself comes again below
         with torch.no_grad():
             step = 1e-5 * max(1.0, float(torch.linalg.vector_norm(x)))
             return (run(x + step * v) - run(x - step * v)) / (2 * step)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from gramlip.checkpoint import read
-from gramlip.errors import InputError
+from gramlip.errors import InputError, first_line
 from gramlip.graph import silent
 from gramlip.network import audit, steps_of
 from gramlip.operators import Conv, Dense
@@ -133,8 +133,7 @@ def from_exported(target: str, inputs: Shape | None) -> Model:
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.export raises many types for files that it did not write
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        msg = f"{target} cannot be read as an exported program: {first}; expected a file that torch.export.save wrote"
+        msg = f"{target} cannot be read as an exported program: {first_line(error)}; expected a file that torch.export.save wrote"
         raise InputError(msg) from error
     names = program.graph_signature.user_inputs
     values: dict[str, Any] = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
@@ -155,8 +154,7 @@ def _built(target: str, make: Callable[[], object], advice: str) -> Program:
         with redirect_stdout(sys.stderr):
             made = make()
     except Exception as error:  # a library's own errors for unknown names and for being offline have no common type
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        msg = f"{target} cannot be loaded: {first}; {advice}"
+        msg = f"{target} cannot be loaded: {first_line(error)}; {advice}"
         raise InputError(msg) from error
     return _module(target, made)
 
@@ -203,6 +201,5 @@ def snapshot(target: str, repository: str, patterns: list[str], kind: str = "mod
     try:
         return Path(hub.snapshot_download(repository, repo_type=kind, allow_patterns=patterns))
     except Exception as error:  # offline, unknown or private: the client's errors have no common type
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        msg = f"{target} cannot be fetched: {first}; expected a public repository, online or in the cache"
+        msg = f"{target} cannot be fetched: {first_line(error)}; expected a public repository, online or in the cache"
         raise InputError(msg) from error
