@@ -20,8 +20,8 @@ STEPS = 8  # Lanczos steps on a block
 DENSE_STEPS = 40  # and where there is only one
 MIXED_PART = 0.05  # blocks are formed in single precision where this costs at most such a part of the width, of a norm's square
 SURVEYED = 8  # blocks of a layer, those of the largest moments, on which Lanczos steps are taken at first,
-SMALL_GRID = 100  # frequencies
 SURVEYED_SIZE = 4096  # or more, of so many entries together
+SMALL_GRID = 100  # frequencies of a grid that may be surveyed whole
 
 
 @dataclass

@@ -18,7 +18,7 @@ from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip import squares
 from gramlip.tall import Tall
-from gramlip.taps import Mixed, Narrow, correlate, spectral
+from gramlip.taps import Mixed, Narrow, Pairs, combined, correlate, spectral
 
 TAP_BYTES = 208 << 20  # the autocorrelation is kept in double while it is smaller than this
 NARROW_BYTES = 230 << 20  # above, in single precision while that is smaller than this,
@@ -64,7 +64,7 @@ class Gramian:
         # a matrix is one block, whatever its size
         shared = not self.squared and (count == 0 or (count <= MOST_TAPS and each * (2 * count + 1) <= TAP_BYTES))
         exact = self.is_complex or rtol < NARROW_RTOL or shared or self.squared or count > MOST_TAPS
-        self.narrow = Narrow(self.tall, self._pairs(), self.device) if not exact and each * (count / 2 + 1) <= NARROW_BYTES else None
+        self.narrow = Narrow(self.tall, self._pairs, self.device) if not exact and each * (count / 2 + 1) <= NARROW_BYTES else None
         if self.narrow is not None:
             self._add_noise(self.narrow.noise)
             self.taps = (self.narrow.zero[:, None], self.narrow.zero[:, :0])
@@ -86,7 +86,7 @@ class Gramian:
     def _squarable(self, part: float) -> bool:
         """Take squares in single precision where their error is at most this part of every group's largest eigenvalue."""
         assert self.tall.wide is not None
-        errors = squares.errors(self.tall, self._pairs())
+        errors = squares.errors(self.tall, self._pairs)
         # the mean over all frequencies of the largest eigenvalue is at least the mean eigenvalue
         mean = self.tall.wide.flatten(1).square().sum(-1) / self.side
         if any(m and error > part * x for m, error, x in zip(self.mass, errors, mean.tolist(), strict=True)):
@@ -102,7 +102,8 @@ class Gramian:
             norms = torch.hypot(norms, torch.linalg.vector_norm(piece.flatten(2), dim=-1))
         return [rd.up(x * rd.up(grow)) if x else 0.0 for x in norms.sum(-1).tolist()]
 
-    def _pairs(self) -> list[list[list[int]]]:
+    @cached_property
+    def _pairs(self) -> list[Pairs]:
         """For A_0 and every offset the pairs of the kernel's taps that are so far apart."""
         strides = torch.tensor([math.prod(2 * k - 1 for k in self.span[j + 1 :]) for j in range(self.axes)], dtype=torch.int64)
         code = (self._grid * strides).sum(-1)
@@ -112,7 +113,7 @@ class Gramian:
     def _autocorrelation(self) -> tuple[Tensor, Tensor]:
         """Coefficients of the cosines (A_0 and A_q + A_q*) and of the sines (A_q - A_q*), (groups, taps, c, c)."""
         even = torch.zeros(self.groups, 1 + len(self.offsets), self.side, self.side, dtype=self._dtype, device=self.device)
-        correlate(self.tall, self._pairs(), even.transpose(0, 1))
+        correlate(self.tall, self._pairs, even.transpose(0, 1))
         odd = torch.empty_like(even[:, 1:])
         step = max(1, CHUNK_BYTES // (even[:, 0].numel() * even.element_size()))  # the copies of all taps at once would be many
         for later, apart in zip(even[:, 1:].split(step, 1), odd.split(step, 1), strict=True):
@@ -224,16 +225,9 @@ class Gramian:
         return self.narrow.combine(group, angles.cos(), sines if float(sines.abs().max()) >= 1e-15 else None)
 
     def _combine(self, weights: Tensor, taps: Tensor, group: Tensor) -> Tensor:
-        c = self.side
-        if self.groups == 1:
-            return (weights @ taps[0].flatten(1)).reshape(-1, c, c)
-        if weights.numel() * c * c * 16 <= CHUNK_BYTES:
+        if self.groups > 1 and weights.numel() * self.side**2 * 16 <= CHUNK_BYTES:
             return torch.einsum("ft,ftcd->fcd", weights, taps[group])
-        out = weights.new_empty(len(weights), c, c)
-        for one in group.unique():
-            at = group == one
-            out[at] = (weights[at] @ taps[one].flatten(1)).reshape(-1, c, c)
-        return out
+        return combined(weights, taps, group)
 
     def _direct(self, group: int, index: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """Blocks of one group from pieces of rows of the symbol, so that no more than a few blocks are alive."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gramlip import certificates as cert
 from gramlip import rounding as rd
-from gramlip.ascent import STEPS, Ascent, Tally, take
+from gramlip.ascent import KEPT_BYTES, STEPS, Ascent, Tally, take
 from gramlip.lattice import Cells
 
 REFINE = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)  # resolutions of the first cells, of which the cheapest is taken
@@ -201,7 +201,9 @@ class Search(Ascent):
         rank = torch.arange(len(group)) - torch.searchsorted(group[order], group[order])  # some of each group
         some = order[rank.argsort(stable=True)[: 4 * self.g.chunk()]].sort()[0]
         if every:  # more steps, and the vector of the best block for what is left of the way to its peak
-            values = torch.maximum(self.raise_lower(candidates[some], 2 * steps), self.raise_lower(candidates[some], steps, warm=True))
+            held = self.blocks(candidates[some]) if len(some) * self.g.block_bytes <= KEPT_BYTES else None
+            far = self.raise_lower(candidates[some], 2 * steps, held=held)
+            values = torch.maximum(far, self.raise_lower(candidates[some], steps, warm=True, held=held))
         else:
             values = self.survey(candidates[some], steps)
         item = item[close][some]

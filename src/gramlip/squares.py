@@ -7,14 +7,13 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.tall import Tall
+from gramlip.taps import HALF, STRIP, Pairs, mirror, strips
 
-UNIT = 2.0**-24  # unit roundoff of single precision
 ROWS = 64  # rows that one product adds up
-PART = 128  # columns of a block that one product forms, so that few of the upper half are formed
 BYTES = 4 << 20  # of symbols at once
 
 
-def errors(tall: Tall, pairs: list[list[list[int]]]) -> list[float]:
+def errors(tall: Tall, pairs: list[Pairs]) -> list[float]:
     """Upper bounds of `||fl(G) - G||` for any block of each group, beyond the error in double.
 
     `pairs` are the pairs of taps at each distance, whose inner products are the coefficients of the trace of G:
@@ -26,7 +25,7 @@ def errors(tall: Tall, pairs: list[list[list[int]]]) -> list[float]:
     trace, *others = ([float(sum(one[p, q] for p, q in some)) for one in inner] for some in pairs)
     most = [sum(abs(x) for x in column) for column in zip(trace, *others, *others, strict=True)]
     grow = 1 + rd.gamma(8.0 * tall.rows * tall.side * tall.count)
-    per = rd.gamma(1.42 * (2.0 * ROWS + tall.rows / ROWS + 4) + 3, UNIT)
+    per = rd.gamma(1.42 * (2.0 * ROWS + tall.rows / ROWS + 4) + 3, HALF)
     mass = [float(one.diagonal().sum()) * tall.count for one in inner]  # what rounding of the inner products is relative to
     return [rd.up(per * (m * grow + (grow - 1) * n) + 2.0**-100 * tall.rows * tall.side) for m, n in zip(most, mass, strict=True)]
 
@@ -38,7 +37,7 @@ def square(tall: Tall, group: int, angles: Tensor) -> Tensor:
     """
     count, c = len(angles), tall.side
     out = torch.empty(count, c, c, dtype=torch.complex64, device=angles.device)
-    parts = torch.arange(c).split(PART)
+    parts = strips(c, STRIP)
     started = False
     assert tall.wide is not None
     for rows in tall.wide[group].split(max(ROWS, BYTES // (8 * count * c) // ROWS * ROWS), 1):
@@ -46,11 +45,8 @@ def square(tall: Tall, group: int, angles: Tensor) -> Tensor:
         symbol = torch.complex((angles.cos() @ flat).to(torch.float32), (angles.sin() @ flat).to(torch.float32)).reshape(count, -1, c)
         left, right = symbol.mT, symbol.conj().resolve_conj()  # exp(i a), the conjugate, is the left factor
         for k in range(0, symbol.shape[1], ROWS):
-            for part in parts:
-                i, j = int(part[0]), int(part[-1]) + 1
+            for i, j in parts:
                 out[:, i:j, :j].baddbmm_(left[:, i:j, k : k + ROWS], right[:, k : k + ROWS, :j], beta=float(started))
             started = True
-    for part in parts[1:]:
-        i, j = int(part[0]), int(part[-1]) + 1
-        out[:, :i, i:j] = out[:, i:j, :i].mH
+    mirror(out, parts)
     return out

@@ -11,7 +11,7 @@ from gramlip.tall import Tall
 
 HALF = 2.0**-24  # unit roundoff of single precision
 TOGETHER = 3  # taps that are accumulated in double at once before they are stored in single precision
-LEAST_STRIP, STRIPS = 128, 8  # the least rows of a strip, and how many strips there are of a large matrix
+STRIP, STRIPS = 128, 8  # the least rows of a strip, and how many strips there are of a large matrix
 SLAB_BYTES = 8 << 20  # rows of all taps that are combined at once
 
 Pairs = list[list[int]]  # (left, right) taps of the kernel that make up one tap of the autocorrelation
@@ -20,17 +20,37 @@ Pairs = list[list[int]]  # (left, right) taps of the kernel that make up one tap
 def correlate(tall: Tall, pairs: list[Pairs], out: Tensor) -> None:
     """Add the tap `A_q` of each list of pairs to `out[i]` (groups, c, c), which are zero, with the rows of the kernel streamed."""
     runs = [_runs(some) for some in pairs]
-    # a Hermitian one, of pairs of equal taps, is formed below the diagonal, in strips of rows
-    strips = [(int(part[0]), int(part[-1]) + 1) for part in torch.arange(tall.side).split(max(LEAST_STRIP, tall.side // STRIPS))]
+    # a Hermitian one, of pairs of equal taps, is formed below the diagonal
+    parts = strips(tall.side, max(STRIP, tall.side // STRIPS))
     for piece in tall.pieces():
         for one, some in zip(out, runs, strict=True):
             for left, right in some:  # one product, the pairs one below the other
                 a, b = piece[:, left].flatten(1, 2), piece[:, right].flatten(1, 2)
-                for i, j in strips if left == right else [(0, tall.side)]:
+                for i, j in parts if left == right else [(0, tall.side)]:
                     one[:, i:j, :j].baddbmm_(a[:, :, i:j].mH, b[:, :, :j])
     for one, some in zip(out, runs, strict=True):
-        for i, j in strips if some and some[0][0] == some[0][1] else []:
-            one[:, :i, i:j] = one[:, i:j, :i].mH
+        if some and some[0][0] == some[0][1]:
+            mirror(one, parts)
+
+
+def strips(side: int, size: int) -> list[tuple[int, int]]:
+    """First and last row of strips of a square matrix, of which each is to be formed up to its diagonal block."""
+    return [(i, min(i + size, side)) for i in range(0, side, size)]
+
+
+def mirror(blocks: Tensor, parts: list[tuple[int, int]]) -> None:
+    """Fill what lies above the strips of Hermitian blocks (F, c, c)."""
+    for i, j in parts:
+        blocks[:, :i, i:j] = blocks[:, i:j, :i].mH
+
+
+def combined(weights: Tensor, taps: Tensor, group: Tensor) -> Tensor:
+    """`sum_t weights[f, t] taps[group[f], t]` for taps (groups, T, c, c), one product for each run of equal groups: (F, c, c)."""
+    out = weights.new_empty(len(group), *taps.shape[-2:])
+    names, counts = group.unique_consecutive(return_counts=True)
+    for one, some, blocks in zip(names.tolist(), weights.split(counts.tolist()), out.flatten(1).split(counts.tolist()), strict=True):
+        torch.mm(some, taps[one].flatten(1), out=blocks)
+    return out
 
 
 def _runs(pairs: Pairs) -> list[tuple[slice, slice]]:
@@ -123,14 +143,7 @@ class Mixed:
 
     def combine(self, group: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """The blocks (F, c, c), complex, for the weights of each frequency."""
-        weights, c = torch.cat([cosines, sines], 1).to(torch.complex64), self.taps.shape[2]
-        if len(self.taps) == 1:
-            return (weights @ self.taps[0].flatten(1)).reshape(-1, c, c)
-        out = self.taps.new_empty(len(group), c, c)
-        names, counts = group.unique_consecutive(return_counts=True)
-        for one, some, blocks in zip(names.tolist(), weights.split(counts.tolist()), out.flatten(1).split(counts.tolist()), strict=True):
-            torch.mm(some, self.taps[one].flatten(1), out=blocks)
-        return out
+        return combined(torch.cat([cosines, sines], 1).to(torch.complex64), self.taps, group)
 
 
 def spectral(taps: Tensor) -> Tensor:
