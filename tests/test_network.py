@@ -283,3 +283,18 @@ def test_layers_of_equal_shape_are_searched_together_and_an_error_names_its_own(
         layers[2].weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(UnsupportedError, match="in 2: weight holds NaN"):
         audit(model, (4, 5, 5), effort=-1)
+
+
+def test_lower_side_starts_from_data() -> None:
+    """A network that is flat but for one place: points that are given are where the search for its steepest pair begins."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.eye(3))
+        net[0].bias.fill_(-1000.0)
+    reports = [audit(net, (3,), data=data) for data in (None, torch.full((2, 3), 1001.0))]
+    assert reports[0].lower == 0.0
+    assert "from data" in reports[1].network.because
+    assert "seed 0" in reports[1].network.because
+    truth = float(torch.linalg.matrix_norm(net[2].weight.detach().double(), 2))
+    assert 0.9 * truth <= reports[1].lower <= truth * (1 + 1e-9) <= reports[1].upper * (1 + 1e-9)
