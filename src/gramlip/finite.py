@@ -49,15 +49,15 @@ class Layer:
         self._step = max(1, PIECE_BYTES * self.shape[1] // self.bytes)
         self._kept: dict[torch.dtype, tuple[int, Tensor]] = {}
         modes = modes or (op.padding_mode,) * op.dims
-        self.maps = [index_map(a, mode).to(self.device) for a, mode in zip(self.geometry, modes, strict=True)]
+        self.maps = [index_map(a, mode) for a, mode in zip(self.geometry, modes, strict=True)]
         self.sizes = tuple(a.size or 0 for a in self.geometry)
         self.outputs = tuple(a.outputs or 0 for a in self.geometry)
         self.shared = math.prod(max(int(row[row >= 0].bincount().max()) if bool((row >= 0).any()) else 0 for row in m) for m in self.maps)
-        self._reads = self._positions()
+        self._reads = self._positions().to(self.device)
 
     def _positions(self) -> Tensor:
         """The input position that each tap of each output reads, (outputs * taps,); the one after the last for a padded zero."""
-        reads = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        reads = torch.zeros(1, 1, dtype=torch.int64)
         for m, size in zip(self.maps, self.sizes, strict=True):
             one, two = reads[:, None, :, None], m.mT[None, :, None, :]
             reads = torch.where((one >= 0) & (two >= 0), one * size + two, -1)
@@ -148,7 +148,8 @@ class Certificate:
     """`||T|| <= tau` for one group of a finite layer by a block-banded Cholesky factorisation along the first axis.
 
     The Gram matrix of the smaller side is banded in blocks of one row of the first axis (docs/theory.md#finite-layer); a
-    factorisation of `tau^2 I - T* T`, shifted as in docs/rounding.md#r3-cholesky, proves the bound for the layer itself.
+    factorisation of `tau^2 I - T* T`, shifted as in docs/rounding.md#r3-cholesky, proves the bound for the layer itself. It is
+    done on the CPU wherever the layer is: the theorem on its error is one on LAPACK.
     """
 
     def __init__(self, layer: Layer, group: int) -> None:
@@ -190,7 +191,7 @@ class Certificate:
 
     def _slices(self) -> list[Tensor]:
         """The layer on the other axes for each tap of the first: matrices (m * outputs, n * sizes)."""
-        kernel = self.layer.kernel(self.group)
+        kernel = self.layer.kernel(self.group).cpu()
         m, n, first, *rest = kernel.shape
         outs, ins = math.prod(self.layer.outputs[1:]), math.prod(self.layer.sizes[1:])
         slices = []
@@ -198,13 +199,13 @@ class Certificate:
             matrix = kernel.new_zeros(outs, ins, m, n)
             for q in itertools.product(*map(range, rest)):
                 to, source = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-                for tap, table, size, out in zip(q, self.layer.maps[1:], self.layer.sizes[1:], self.layer.outputs[1:], strict=True):
-                    reads = table[tap].cpu()
+                for at, table, size, out in zip(q, self.layer.maps[1:], self.layer.sizes[1:], self.layer.outputs[1:], strict=True):
+                    reads = table[at]
                     source = torch.where((source[:, None] >= 0) & (reads >= 0), source[:, None] * size + reads, -1).flatten()
                     to = (to[:, None] * out + torch.arange(out)).flatten()
                 keep = source >= 0
-                where = (to[keep].to(kernel.device), source[keep].to(kernel.device))
-                matrix.index_put_(where, kernel[(slice(None), slice(None), p, *q)].expand(int(keep.sum()), m, n), accumulate=True)
+                tap = kernel[(slice(None), slice(None), p, *q)].expand(int(keep.sum()), m, n)
+                matrix.index_put_((to[keep], source[keep]), tap, accumulate=True)
             slices.append(matrix.permute(0, 2, 1, 3).reshape(outs * m, ins * n))
         return slices
 
@@ -228,7 +229,7 @@ class Certificate:
         if t <= 0:
             return False
         window: dict[tuple[int, int], Tensor] = {}
-        eye = torch.eye(self.side, dtype=self.layer.dtype, device=self.layer.device)
+        eye = torch.eye(self.side, dtype=self.layer.dtype)
         for i in range(self.steps):
             row = [self._block(window, i, j, t, eye) for j in range(i, min(i + self.band + 1, self.steps))]
             factor, info = torch.linalg.cholesky_ex(row[0])

@@ -27,7 +27,8 @@ MIXED_BYTES = 64 << 20  # blocks are formed in single precision from taps of at 
 MOST_TAPS = 4096  # and in neither case with more taps
 SQUARED_SIDE = 128  # blocks of this order are squared in single precision one by one where there are few of them
 SQUARED_PART = 0.7  # and this costs at most such a part of the width, of a norm's square
-CHUNK_BYTES = 4 << 20  # blocks are streamed in pieces of about this size, which caches hold
+CHUNK_BYTES = 4 << 20  # blocks are streamed in pieces of about this size, which caches hold,
+GPU_CHUNK_BYTES = 48 << 20  # or this, which keeps a GPU busy
 
 
 class Gramian:
@@ -259,7 +260,7 @@ class Gramian:
         """How many blocks are worked on at once."""
         each = 16 * max(self.side**2, len(self.offsets) if self.taps is not None else self.tall.count)
         # several while memory allows: each piece reads all taps once
-        return max(1, CHUNK_BYTES // each, min(8, 8 * CHUNK_BYTES // each))
+        return max(1, (CHUNK_BYTES if self.device.type == "cpu" else GPU_CHUNK_BYTES) // each, min(8, 8 * CHUNK_BYTES // each))
 
     def crude(self, group: int) -> float:
         """Upper bound of the norm without any frequency: `sum_p ||K_p||_F`, or the root of P times `||sum_p K_p* K_p||` (lemma 14)."""
