@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gramlip import certificates as cert
+from gramlip.device import SURVEY_OPERATIONS
 from gramlip.gramian import Gramian
 from gramlip.lattice import Lattice
 
@@ -20,7 +21,9 @@ STEPS = 8  # Lanczos steps on a block
 DENSE_STEPS = 40  # and where there is only one
 MIXED_PART = 0.05  # blocks are formed in single precision where this costs at most such a part of the width, of a norm's square
 SURVEYED = 8  # blocks of a layer, those of the largest moments, on which Lanczos steps are taken at first,
-SURVEYED_SIZE = 4096  # or more, of so many entries together
+SURVEYED_SIZE = 4096  # or more, of so many entries together;
+SURVEYED_TOGETHER = 4096  # on a GPU of so many rows
+SQUARINGS, SQUARED_SIDE = 8, 512  # there vectors come from so many squarings of blocks up to this order
 SMALL_GRID = 100  # frequencies of a grid that may be surveyed whole
 
 
@@ -74,7 +77,7 @@ class Ascent:
         if not len(groups):
             return
         every = thorough and self.lattice.count <= SMALL_GRID
-        cells = self.lattice.cells(float(self.lattice.count) if every else 1.0, first)
+        cells = self.lattice.cells(float(self.lattice.count) if every else self.g.fine if self.g.swept else 1.0, first)
         self.too_long = len(cells[0]) * max(math.prod(self.g.span) * 1e3, self.g.operations) > self.budget / 8
         if self.too_long:
             few = slice(None, None, 1 + len(cells[0]) // 8)
@@ -82,7 +85,9 @@ class Ascent:
         steps = STEPS if self.lattice.active else DENSE_STEPS
         self.coarse = self.lattice.corner_keys(cells).unique()
         if len(self.coarse) * self.g.block_bytes <= KEPT_BYTES:
-            self.kept = (self.coarse, self.g.at(*self.lattice.decode(self.coarse), self.lattice.sizes))
+            parts = self.coarse.split(self.g.chunk() if self.g.parallel else len(self.coarse))
+            blocks = [self.g.at(*self.lattice.decode(part), self.lattice.sizes) for part in parts]
+            self.kept = (self.coarse, blocks[0] if len(blocks) == 1 else torch.cat(blocks))
             self.count(len(self.coarse))
         self.estimates = (self.raise_lower if every else self.survey)(self.coarse, steps)
         rest = self.reaching(groups[~torch.isin(groups, first)])
@@ -90,6 +95,8 @@ class Ascent:
             more = self.lattice.corner_keys(self.lattice.cells(1.0, rest)).unique()
             self.estimates = torch.cat([self.estimates, self.survey(more, steps)])
             self.coarse = torch.cat([self.coarse, more])
+        if self.g.swept:  # the cells leave room for what lies between their corners
+            return
         if every or self.lattice.listed:  # every frequency was seen: only the vectors can still improve
             close = self.estimates > self.best[self.items[self.lattice.decode(self.coarse)[0]]] * 0.98
             self.raise_lower(self.coarse[close], 2 * STEPS)
@@ -121,7 +128,9 @@ class Ascent:
 
     def survey(self, keys: Tensor, steps: int) -> Tensor:
         """Estimates of the largest eigenvalues: two moments everywhere, Lanczos steps where these are largest in each layer."""
-        held = self.blocks(keys) if len(keys) <= 4 * self.g.chunk() else None
+        if self.g.parallel and len(keys) * 8.0 * SQUARINGS * self.g.side**3 <= SURVEY_OPERATIONS:
+            return self.raise_lower(keys, steps)
+        held = self.blocks(keys) if len(keys) <= (1 if self.g.parallel else 4) * self.g.chunk() else None
         rough: list[Tensor] = []
         for part in torch.arange(len(keys)).split(self.g.chunk()):
             g = self.blocks(keys[part]) if held is None else take(held, part)
@@ -131,7 +140,8 @@ class Ascent:
         order = order[item[order].argsort(stable=True)]
         sizes = torch.bincount(item, minlength=len(self.best))
         first = (sizes.cumsum(0) - sizes)[item[order]]
-        chosen = order[torch.arange(len(keys)) - first < max(SURVEYED, SURVEYED_SIZE // self.g.side**2)]
+        most = SURVEYED_TOGETHER // self.g.side if self.g.parallel else SURVEYED_SIZE // self.g.side**2
+        chosen = order[torch.arange(len(keys)) - first < max(SURVEYED, most)]
         values = self.raise_lower(keys[chosen], steps, held=None if held is None else take(held, chosen))
         share = torch.zeros_like(self.best).scatter_reduce_(
             0, item[chosen], values / above[chosen].clamp_min(1e-300), "mean", include_self=False
@@ -152,7 +162,9 @@ class Ascent:
             g = self.blocks(part) if held is None else take(held, at)
             item = self.items[group]
             begin = self.vectors[item.to(self.g.device)] if warm else _start(self.g.side, self.g.device).expand(len(part), -1)
-            estimate, v = cert.lanczos(g, (begin if g.is_complex() else begin.real + 0.5 * begin.imag).to(g.dtype), steps)
+            begin = (begin if g.is_complex() else begin.real + 0.5 * begin.imag).to(g.dtype)
+            squared = self.g.parallel and self.g.side <= SQUARED_SIDE
+            estimate, v = cert.squared(g, begin, SQUARINGS) if squared else cert.lanczos(g, begin, steps)
             estimate = estimate.to(torch.float64).cpu()
             top = torch.full_like(self.best, -1.0).scatter_reduce_(0, item, estimate, "amax")
             chosen = ((estimate >= top[item]) & (top[item] > self.best[item])).nonzero()[:, 0]
@@ -232,8 +244,9 @@ class Ascent:
 
 def take(blocks: Tensor, rows: Tensor) -> Tensor:
     """These rows of the blocks, to be read alone: no copy where they are neighbours."""
-    neighbours = len(rows) > 0 and int(rows[-1] - rows[0]) + 1 == len(rows) and bool((rows.diff() == 1).all())
-    return blocks[int(rows[0]) : int(rows[-1]) + 1] if neighbours else blocks[rows.to(blocks.device)]
+    at = rows.tolist()
+    neighbours = at and at[-1] - at[0] + 1 == len(at) and at == list(range(at[0], at[-1] + 1))
+    return blocks[at[0] : at[-1] + 1] if neighbours else blocks[rows.to(blocks.device)]
 
 
 def _start(side: int, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
+from gramlip.device import parallel
 
 TRACE_ORDER = 128  # up to this order the trace is a good enough bound of a single-precision factorisation's error
 BLOCKED = range(105, 132)  # orders that take LAPACK longer than 132, where it works in blocks
@@ -46,8 +47,8 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
     matrix = _shifted(g, t, single)
     factor, info = torch.linalg.cholesky_ex(matrix)
     proved = (info == 0) & (t > 0)
-    if g.device.type != "cpu":  # LAPACK's backward error is a theorem; another library's is measured on its result
-        residual = frobenius(matrix - factor @ factor.mH)
+    if parallel(g.device):  # LAPACK's backward error is a theorem; another library's is measured on its result
+        residual = frobenius(matrix.baddbmm_(factor, factor.mH, alpha=-1))
         proved &= residual * (1 + 2.0**-40) + rd.gamma(8.0 * (side + 2)) * frobenius(factor).square() <= shift(side) * t
     if single and side > TRACE_ORDER:
         within = _growth(factor).to(torch.float64) * ((1 + 1e-3) * _single_gamma(side)) <= (0.99 * s - 2.0**-23 * side**0.5) * t
@@ -66,7 +67,7 @@ def _shifted(g: Tensor, t: Tensor, single: bool) -> Tensor:
     """
     wide, narrow = (torch.complex128, torch.complex64) if g.is_complex() else (torch.float64, torch.float32)
     c = side = g.shape[-1]
-    if g.device.type == "cpu":
+    if not parallel(g.device):
         side = BLOCKED.stop if c in BLOCKED else c + 8 if c >= 256 and c % 64 == 0 else c
     if side == c:
         matrix = -g.to(narrow if single else wide)
@@ -170,6 +171,17 @@ def lanczos(g: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     small = torch.triu(small)
     values, vectors = torch.linalg.eigh(small, UPLO="U")
     return values[:, -1], (basis.mT @ vectors[..., -1:])[..., 0]
+
+
+def squared(g: Tensor, start: Tensor, times: int) -> tuple[Tensor, Tensor]:
+    """The same from repeated squaring of the blocks: few calls, and much arithmetic."""
+    power = g
+    for i in range(times):
+        if i % 2 == 0:  # four powers do not leave the range
+            power = power / frobenius(power).to(g.real.dtype).clamp_min(1e-30)[:, None, None]
+        power = power @ power
+    v = _unit(_times(power, start))
+    return (v.conj() * _times(g, v)).sum(-1).real, v
 
 
 def _unit(v: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from gramlip import rounding as rd
 from gramlip.blocks import axes, grouped
 from gramlip.certificates import shift
+from gramlip.device import parallel
 from gramlip.operators import Conv
 from gramlip.padding import index_map
 from gramlip.precision import full_products
@@ -23,6 +24,7 @@ from gramlip.widen import widen
 WIDE_BYTES = 48 << 20  # a copy of a kernel in the precision of the vectors is kept while it is smaller than this
 PIECE_BYTES = 2 << 20  # else pieces of about this size, which caches hold, are cast when they are used
 STEPS, LEAST_STEPS = 32, 3  # Lanczos steps between restarts, and before they may end for adding little
+LOOK = 4  # of which a GPU takes so many before they are looked at
 BASIS_BYTES = 48 << 20  # or fewer, whose vectors are smaller than this together
 SINGLE_RTOL = 1e-3  # intervals so wide take their vectors from single precision
 SINGLE_SIZE = 1 << 15  # where the kernel has so many entries
@@ -53,13 +55,14 @@ class Layer:
         self.sizes = tuple(a.size or 0 for a in self.geometry)
         self.outputs = tuple(a.outputs or 0 for a in self.geometry)
         self.shared = math.prod(max(int(row[row >= 0].bincount().max()) if bool((row >= 0).any()) else 0 for row in m) for m in self.maps)
-        self._reads = self._positions().to(self.device)
+        self._look = LOOK if parallel(self.device) else 1
+        self._reads = self._positions()
 
     def _positions(self) -> Tensor:
         """The input position that each tap of each output reads, (outputs * taps,); the one after the last for a padded zero."""
-        reads = torch.zeros(1, 1, dtype=torch.int64)
+        reads = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         for m, size in zip(self.maps, self.sizes, strict=True):
-            one, two = reads[:, None, :, None], m.mT[None, :, None, :]
+            one, two = reads[:, None, :, None], m.mT[None, :, None, :].to(self.device)
             reads = torch.where((one >= 0) & (two >= 0), one * size + two, -1)
             reads = reads.reshape(reads.shape[0] * reads.shape[1], -1)
         return torch.where(reads >= 0, reads, math.prod(self.sizes)).flatten()
@@ -121,27 +124,34 @@ class Layer:
         steps = min(steps, max(8, BASIS_BYTES // (x.numel() * dtype.itemsize)))
         basis = torch.empty(steps, x.numel(), dtype=dtype, device=self.device)
         small, tops, done = torch.zeros(steps, steps, dtype=torch.float64), list[float](), False
+        found: list[Tensor] = []  # diagonal and subdiagonal that were not looked at yet: looking waits for the device
         w = (x / torch.linalg.vector_norm(x)).to(dtype)
         for j in range(steps):
             basis[j] = w.flatten()
             w = self.adjoint(self.forward(w, group), group)
-            small[j, j] = torch.vdot(basis[j], w.flatten()).real
-            tops.append(float(torch.linalg.eigvalsh(small[: j + 1, : j + 1])[-1].clamp_min(0).sqrt()))
-            near = (
-                bool(tops[j]) and above / tops[j] - 1 < 1.3 * rtol
-            )  # a little more may close the interval, or leave more of it to the proof
-            done = tops[j] >= above * (1 - rtol / 4) or (j >= LEAST_STEPS and tops[j] - tops[j - 2] < tops[j] * rtol / (64 if near else 8))
+            found.append(torch.vdot(basis[j], w.flatten()).real)
             q = basis[: j + 1]
             for _ in range(2):
                 w = w - (q.mT @ (q.conj() @ w.flatten())).reshape(w.shape)
-            size = float(torch.linalg.vector_norm(w))
-            if done or j + 1 == steps or size <= (1e-6 if single else 1e-13) * tops[0] ** 2:
-                break
-            small[j, j + 1] = small[j + 1, j] = size
-            w = w / size
-        count = len(tops)
-        weights = torch.linalg.eigh(small[:count, :count])[1][:, -1].to(dtype).to(self.device)
-        return (weights @ basis[:count]).reshape(x.shape).to(self.dtype), done
+            found.append(torch.linalg.vector_norm(w))
+            w = w / found[-1].clamp_min(1e-30)
+            if len(found) < 2 * self._look and j + 1 < steps:
+                continue
+            for diagonal, size in torch.stack(found).reshape(-1, 2).tolist():
+                i = len(tops)
+                small[i, i] = diagonal
+                tops.append(float(torch.linalg.eigvalsh(small[: i + 1, : i + 1])[-1].clamp_min(0).sqrt()))
+                # near: a little more may close the interval, or leave more of it to the proof
+                near = bool(tops[i]) and above / tops[i] - 1 < 1.3 * rtol
+                little = i >= LEAST_STEPS and tops[i] - tops[i - 2] < tops[i] * rtol / (64 if near else 8)
+                done = little or tops[i] >= above * (1 - rtol / 4)
+                if done or i + 1 == steps or size <= (1e-6 if single else 1e-13) * tops[0] ** 2:
+                    count = i + 1
+                    weights = torch.linalg.eigh(small[:count, :count])[1][:, -1].to(dtype).to(self.device)
+                    return (weights @ basis[:count]).reshape(x.shape).to(self.dtype), done
+                small[i, i + 1] = small[i + 1, i] = size
+            found = []
+        raise AssertionError  # the last step returned
 
 
 class Certificate:

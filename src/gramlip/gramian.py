@@ -17,6 +17,7 @@ from torch import Tensor
 from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip import squares
+from gramlip.device import START, SWEEP_BYTES, SWEEP_OPERATIONS, parallel, resolution
 from gramlip.tall import Tall
 from gramlip.taps import Mixed, Narrow, Pairs, combined, correlate, spectral
 
@@ -47,7 +48,7 @@ class Gramian:
         self.flipped, self.groups, self.rows, self.side = self.tall.flipped, self.tall.groups, self.tall.rows, self.tall.side
         self.span, self.exponent, self.is_complex = self.tall.span, self.tall.exponent, self.tall.is_complex
         self.axes = len(self.span)
-        self.device = kernel.device
+        self.device, self.parallel = kernel.device, parallel(kernel.device)
         self._dtype = torch.complex128 if self.is_complex else torch.float64
         self._grid = torch.tensor(list(itertools.product(*map(range, self.span))), dtype=torch.int64).reshape(
             math.prod(self.span), self.axes
@@ -62,9 +63,10 @@ class Gramian:
         per = rd.gamma(4.0 * length if self.is_complex else 2.0 * length)
         self.noise = [rd.add_up(rd.mul_up(per, rd.mul_up(m, m)), rd.TINY) if m else 0.0 for m in self.mass]
         self.squared = self._few(frequencies) and self._squarable(SQUARED_PART * rtol)
+        self.swept = self.parallel and self._sweepable(frequencies, rtol)
         # a matrix is one block, whatever its size
-        shared = not self.squared and (count == 0 or (count <= MOST_TAPS and each * (2 * count + 1) <= TAP_BYTES))
-        exact = self.is_complex or rtol < NARROW_RTOL or shared or self.squared or count > MOST_TAPS
+        shared = not self.squared and not self.swept and (count == 0 or (count <= MOST_TAPS and each * (2 * count + 1) <= TAP_BYTES))
+        exact = self.is_complex or rtol < NARROW_RTOL or shared or self.squared or self.swept or count > MOST_TAPS
         self.narrow = Narrow(self.tall, self._pairs, self.device) if not exact and each * (count / 2 + 1) <= NARROW_BYTES else None
         if self.narrow is not None:
             self._add_noise(self.narrow.noise)
@@ -82,7 +84,15 @@ class Gramian:
         """Whether squaring so many blocks one by one costs less than the products of all pairs of taps, in double."""
         pairs = self.tall.count * (self.tall.count + 1) // 2
         few = frequencies is not None and frequencies <= pairs <= MOST_TAPS and self.side >= SQUARED_SIDE
-        return few and not self.is_complex and self.device.type == "cpu" and self.tall.wide is not None
+        return few and not self.is_complex and not self.parallel and self.tall.wide is not None
+
+    def _sweepable(self, frequencies: int | None, rtol: float) -> bool:
+        """Whether cells that close the interval at once, each block squared on its own, are what suits a GPU."""
+        self.fine = resolution(max(1, self.axes), rtol)
+        cells = math.prod(math.ceil(START * self.fine * (k - 1) / 2) for k in self.span) / (1 if self.is_complex else 2)
+        blocks = self.groups * min(cells, math.inf if frequencies is None else frequencies)
+        few = 16 * blocks * self.side**2 <= SWEEP_BYTES and 8 * blocks * self.rows * self.side**2 <= SWEEP_OPERATIONS
+        return few and cells > 1 and self.tall.wide is not None
 
     def _squarable(self, part: float) -> bool:
         """Take squares in single precision where their error is at most this part of every group's largest eigenvalue."""
@@ -153,7 +163,7 @@ class Gramian:
     def mix(self, part: float) -> bool:
         """Form blocks in single precision from now on, where its error is at most this part of every group's largest eigenvalue."""
         size = 8 * self.groups * (2 * len(self.offsets) + 1) * self.side**2
-        if self.device.type != "cpu" or self.narrow is not None or self.taps is None or not len(self.offsets) or size > MIXED_BYTES:
+        if self.parallel or self.narrow is not None or self.taps is None or not len(self.offsets) or size > MIXED_BYTES:
             return False
         mixed = Mixed(*self.taps, self._sizes)
         # the mean over all frequencies of the largest eigenvalue is at least the mean eigenvalue of A_0
@@ -239,8 +249,9 @@ class Gramian:
         factors = angles.cos() if real else torch.polar(torch.ones_like(angles), -angles)
         # pieces whose blocks, at all these frequencies, hold at most a few chunks
         share = 16 * max(1, len(index)) / ((16 if self.is_complex else 8) * self.tall.count)
+        size = GPU_CHUNK_BYTES if self.parallel else 4 * CHUNK_BYTES
         total: Tensor | None = None
-        for (piece,) in self.tall.pieces(group, int(4 * CHUNK_BYTES / max(1.0, share))):
+        for (piece,) in self.tall.pieces(group, int(size / max(1.0, share))):
             flat = piece.flatten(1)
             if real or self.is_complex:
                 block = factors.to(flat.dtype if real else factors.dtype) @ flat
@@ -260,7 +271,7 @@ class Gramian:
         """How many blocks are worked on at once."""
         each = 16 * max(self.side**2, len(self.offsets) if self.taps is not None else self.tall.count)
         # several while memory allows: each piece reads all taps once
-        return max(1, (CHUNK_BYTES if self.device.type == "cpu" else GPU_CHUNK_BYTES) // each, min(8, 8 * CHUNK_BYTES // each))
+        return max(1, (GPU_CHUNK_BYTES if self.parallel else CHUNK_BYTES) // each, min(8, 8 * CHUNK_BYTES // each))
 
     def crude(self, group: int) -> float:
         """Upper bound of the norm without any frequency: `sum_p ||K_p||_F`, or the root of P times `||sum_p K_p* K_p||` (lemma 14)."""

@@ -8,9 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from gramlip.device import START
 from gramlip.errors import InputError
-
-START = 8  # cells a side to start from, for each unit of degree
 
 Cells = tuple[Tensor, Tensor, Tensor]  # group (B,), lowest corner (B, axes), highest corner (B, axes)
 

@@ -113,13 +113,14 @@ class Search(Ascent):
         c = self.g.side
         tried = settled = 0
         # a shift takes from the cells' width, and where there are none from nothing else
-        single = self.g.device.type == "cpu" and cert.single_shift(c) <= (0.8 if self.lattice.listed else 0.5) * self.rtol
+        single = not self.g.parallel and cert.single_shift(c) <= (0.8 if self.lattice.listed else 0.5) * self.rtol
         for part in torch.arange(len(keys)).split(self.g.chunk()):
             group, _ = self.lattice.decode(keys[part])
             g = self.blocks(keys[part])
             noise, t = self.noise[group].to(g.device), thresholds[part].to(g.device)
             good = torch.zeros(len(part), dtype=torch.bool, device=g.device)
-            if 8 * settled >= tried:  # the moments are tried for as long as they settle one block in eight
+            # the moments are tried for as long as they settle one block in eight, and where a factorisation costs more
+            if 8 * settled >= tried and not self.g.parallel:
                 good |= cert.moments(g, noise) <= t
                 tried, settled = tried + len(part), settled + int(good.sum())
                 self.tally.gram_steps += len(part)
@@ -170,8 +171,8 @@ class Search(Ascent):
 
     def _first_cells(self, groups: Tensor, tau: Tensor) -> Cells:
         """The initial cells at the resolution that the estimates on the coarse grid predict to be cheapest."""
-        if not self.lattice.active or not len(groups):
-            return self.lattice.cells(1.0, groups)
+        if not self.lattice.active or not len(groups) or self.g.swept:
+            return self.lattice.cells(self.g.fine if self.g.swept else 1.0, groups)
         group, _ = self.lattice.decode(self.coarse)
         ratio = (self.estimates.clamp_min(0).sqrt() / tau[self.items[group]].clamp_min(1e-300)).sort()[0]
 
