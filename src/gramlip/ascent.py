@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gramlip import certificates as cert
-from gramlip.device import SURVEY_OPERATIONS
+from gramlip import sweep
 from gramlip.gramian import Gramian
 from gramlip.lattice import Lattice
 
@@ -21,9 +21,8 @@ STEPS = 8  # Lanczos steps on a block
 DENSE_STEPS = 40  # and where there is only one
 MIXED_PART = 0.05  # blocks are formed in single precision where this costs at most such a part of the width, of a norm's square
 SURVEYED = 8  # blocks of a layer, those of the largest moments, on which Lanczos steps are taken at first,
-SURVEYED_SIZE = 4096  # or more, of so many entries together;
-SURVEYED_TOGETHER = 4096  # on a GPU of so many rows
-SQUARINGS, SQUARED_SIDE = 8, 512  # there vectors come from so many squarings of blocks up to this order
+SURVEYED_SIZE = 4096  # or more, of so many entries together
+SQUARED_SIDE = 512  # a GPU squares blocks up to this order instead
 SMALL_GRID = 100  # frequencies of a grid that may be surveyed whole
 
 
@@ -49,7 +48,7 @@ class Ascent:
         """Lay the lattice; nothing is computed yet."""
         self.g, self.budget, self.tally, self.too_long = gram, budget, Tally(), False
         self.kept: tuple[Tensor, Tensor] | None = None
-        self.lattice = Lattice(gram.span, points, gram.groups, not gram.is_complex)
+        self.points, self.lattice = points, Lattice(gram.span, points, gram.groups, not gram.is_complex)
         self.items = items if items is not None else torch.zeros(gram.groups, dtype=torch.int64)
         count = int(self.items.max()) + 1
         self.noise = torch.tensor(gram.noise, dtype=torch.float64)
@@ -69,6 +68,9 @@ class Ascent:
         if self.g.mix(MIXED_PART * rtol):
             self.noise = torch.tensor(self.g.noise, dtype=torch.float64)
             self.floor = self._least()
+        if self.g.swept:
+            self._sweep()
+            return
         groups = self.nonzero()
         first = groups
         if len(groups) > 2 * AHEAD:  # the groups of largest mass first: most of the others cannot reach them
@@ -77,7 +79,7 @@ class Ascent:
         if not len(groups):
             return
         every = thorough and self.lattice.count <= SMALL_GRID
-        cells = self.lattice.cells(float(self.lattice.count) if every else self.g.fine if self.g.swept else 1.0, first)
+        cells = self.lattice.cells(float(self.lattice.count) if every else 1.0, first)
         self.too_long = len(cells[0]) * max(math.prod(self.g.span) * 1e3, self.g.operations) > self.budget / 8
         if self.too_long:
             few = slice(None, None, 1 + len(cells[0]) // 8)
@@ -85,9 +87,7 @@ class Ascent:
         steps = STEPS if self.lattice.active else DENSE_STEPS
         self.coarse = self.lattice.corner_keys(cells).unique()
         if len(self.coarse) * self.g.block_bytes <= KEPT_BYTES:
-            parts = self.coarse.split(self.g.chunk() if self.g.parallel else len(self.coarse))
-            blocks = [self.g.at(*self.lattice.decode(part), self.lattice.sizes) for part in parts]
-            self.kept = (self.coarse, blocks[0] if len(blocks) == 1 else torch.cat(blocks))
+            self.kept = (self.coarse, self.g.at(*self.lattice.decode(self.coarse), self.lattice.sizes))
             self.count(len(self.coarse))
         self.estimates = (self.raise_lower if every else self.survey)(self.coarse, steps)
         rest = self.reaching(groups[~torch.isin(groups, first)])
@@ -95,13 +95,26 @@ class Ascent:
             more = self.lattice.corner_keys(self.lattice.cells(1.0, rest)).unique()
             self.estimates = torch.cat([self.estimates, self.survey(more, steps)])
             self.coarse = torch.cat([self.coarse, more])
-        if self.g.swept:  # the cells leave room for what lies between their corners
-            return
         if every or self.lattice.listed:  # every frequency was seen: only the vectors can still improve
             close = self.estimates > self.best[self.items[self.lattice.decode(self.coarse)[0]]] * 0.98
             self.raise_lower(self.coarse[close], 2 * STEPS)
         else:
             self.climb(torch.arange(len(self.best)), 2 if rtol > 1e-3 else 8)
+
+    def _sweep(self) -> None:
+        """The lower side from all corners at once, on a GPU: what lies between them is left to the width."""
+        g = self.g
+        self.corners = sweep.corners(g.span, self.points, g.groups, self.lattice.mirrored, g.fine, g.device)
+        found = sweep.Sweep(g, self.corners.waves)
+        keys = self.corners.keys + torch.arange(g.groups)[:, None] * self.lattice.count
+        self.kept = (keys.flatten(), found.blocks.flatten(0, 1))
+        self.count(keys.numel())
+        at, blocks, vectors = found.best()
+        lower = cert.rayleigh(blocks, vectors, self.noise.to(g.device))
+        for group, (value, place) in enumerate(torch.stack([lower, at.to(lower.dtype)], 1).tolist()):
+            item = int(self.items[group])
+            if value > float(self.best[item]):
+                self.best[item], self.where[item], self.vectors[item] = value, keys[group, int(place)], vectors[group]
 
     def _least(self) -> Tensor:
         """What rounding lets be told from zero, for each layer."""
@@ -128,8 +141,6 @@ class Ascent:
 
     def survey(self, keys: Tensor, steps: int) -> Tensor:
         """Estimates of the largest eigenvalues: two moments everywhere, Lanczos steps where these are largest in each layer."""
-        if self.g.parallel and len(keys) * 8.0 * SQUARINGS * self.g.side**3 <= SURVEY_OPERATIONS:
-            return self.raise_lower(keys, steps)
         held = self.blocks(keys) if len(keys) <= (1 if self.g.parallel else 4) * self.g.chunk() else None
         rough: list[Tensor] = []
         for part in torch.arange(len(keys)).split(self.g.chunk()):
@@ -140,8 +151,7 @@ class Ascent:
         order = order[item[order].argsort(stable=True)]
         sizes = torch.bincount(item, minlength=len(self.best))
         first = (sizes.cumsum(0) - sizes)[item[order]]
-        most = SURVEYED_TOGETHER // self.g.side if self.g.parallel else SURVEYED_SIZE // self.g.side**2
-        chosen = order[torch.arange(len(keys)) - first < max(SURVEYED, most)]
+        chosen = order[torch.arange(len(keys)) - first < max(SURVEYED, SURVEYED_SIZE // self.g.side**2)]
         values = self.raise_lower(keys[chosen], steps, held=None if held is None else take(held, chosen))
         share = torch.zeros_like(self.best).scatter_reduce_(
             0, item[chosen], values / above[chosen].clamp_min(1e-300), "mean", include_self=False
@@ -161,10 +171,10 @@ class Ascent:
             group, _ = self.lattice.decode(part)
             g = self.blocks(part) if held is None else take(held, at)
             item = self.items[group]
-            begin = self.vectors[item.to(self.g.device)] if warm else _start(self.g.side, self.g.device).expand(len(part), -1)
+            begin = self.vectors[item.to(self.g.device)] if warm else cert.start(self.g.side, self.g.device).expand(len(part), -1)
             begin = (begin if g.is_complex() else begin.real + 0.5 * begin.imag).to(g.dtype)
             squared = self.g.parallel and self.g.side <= SQUARED_SIDE
-            estimate, v = cert.squared(g, begin, SQUARINGS) if squared else cert.lanczos(g, begin, steps)
+            estimate, v = cert.squared(g, begin, sweep.SQUARINGS) if squared else cert.lanczos(g, begin, steps)
             estimate = estimate.to(torch.float64).cpu()
             top = torch.full_like(self.best, -1.0).scatter_reduce_(0, item, estimate, "amax")
             chosen = ((estimate >= top[item]) & (top[item] > self.best[item])).nonzero()[:, 0]
@@ -247,9 +257,3 @@ def take(blocks: Tensor, rows: Tensor) -> Tensor:
     at = rows.tolist()
     neighbours = at and at[-1] - at[0] + 1 == len(at) and at == list(range(at[0], at[-1] + 1))
     return blocks[at[0] : at[-1] + 1] if neighbours else blocks[rows.to(blocks.device)]
-
-
-def _start(side: int, device: torch.device) -> Tensor:
-    """A deterministic start vector, without touching the global generator."""
-    i = torch.arange(1, side + 1, dtype=torch.float64, device=device)
-    return torch.polar(1 + 0.5 * (i * 0.754877666).frac(), 2 * math.pi * (i * i * 0.569840291).frac())

@@ -123,7 +123,7 @@ class _Enclosing:
             self.exponents = [self.gram.exponent]
         else:  # each layer on its own scale
             wide = [widen(sym.kernel.detach(), None) for sym in self.syms]
-            self.gram = Gramian(_stack([kernel for kernel, _ in wide]))
+            self.gram = Gramian(_stack([kernel for kernel, _ in wide]), rtol=rtol)
             self.exponents = [exponent + self.gram.exponent for _, exponent in wide]
         self.groups = self.gram.groups // len(ops)
         self.search = Search(self.gram, self.syms[0].points, torch.arange(len(ops)).repeat_interleave(self.groups))

@@ -17,7 +17,8 @@ from torch import Tensor
 from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip import squares
-from gramlip.device import START, SWEEP_BYTES, SWEEP_OPERATIONS, parallel, resolution
+from gramlip.device import parallel
+from gramlip.lattice import START, angles, resolution
 from gramlip.tall import Tall
 from gramlip.taps import Mixed, Narrow, Pairs, combined, correlate, spectral
 
@@ -28,8 +29,11 @@ MIXED_BYTES = 64 << 20  # blocks are formed in single precision from taps of at 
 MOST_TAPS = 4096  # and in neither case with more taps
 SQUARED_SIDE = 128  # blocks of this order are squared in single precision one by one where there are few of them
 SQUARED_PART = 0.7  # and this costs at most such a part of the width, of a norm's square
+SWEPT_SLACK = 0.45  # a GPU takes cells that lose such a part of the width,
+SWEPT_BYTES = 256 << 20  # while their blocks are smaller than this together
+SWEPT_OPERATIONS = 4e11  # and are formed by fewer operations
 CHUNK_BYTES = 4 << 20  # blocks are streamed in pieces of about this size, which caches hold,
-GPU_CHUNK_BYTES = 48 << 20  # or this, which keeps a GPU busy
+GPU_CHUNK_BYTES = 80 << 20  # or this, which keeps a GPU busy
 
 
 class Gramian:
@@ -87,12 +91,12 @@ class Gramian:
         return few and not self.is_complex and not self.parallel and self.tall.wide is not None
 
     def _sweepable(self, frequencies: int | None, rtol: float) -> bool:
-        """Whether cells that close the interval at once, each block squared on its own, are what suits a GPU."""
-        self.fine = resolution(max(1, self.axes), rtol)
-        cells = math.prod(math.ceil(START * self.fine * (k - 1) / 2) for k in self.span) / (1 if self.is_complex else 2)
-        blocks = self.groups * min(cells, math.inf if frequencies is None else frequencies)
-        few = 16 * blocks * self.side**2 <= SWEEP_BYTES and 8 * blocks * self.rows * self.side**2 <= SWEEP_OPERATIONS
-        return few and cells > 1 and self.tall.wide is not None
+        """Whether cells that close the interval at once, each block squared on its own, are few enough: `gramlip.sweep`."""
+        self.fine = resolution(self.axes, SWEPT_SLACK * rtol)
+        cells = math.prod(math.ceil(START * self.fine * (k - 1) / 2) or 1 for k in self.span) / (1 if self.is_complex else 2)
+        blocks = self.groups * max(1, min(cells, math.inf if frequencies is None else frequencies))
+        few = 16 * blocks * self.side**2 <= SWEPT_BYTES and 8 * blocks * self.rows * self.side**2 <= SWEPT_OPERATIONS
+        return few and self.tall.wide is not None
 
     def _squarable(self, part: float) -> bool:
         """Take squares in single precision where their error is at most this part of every group's largest eigenvalue."""
@@ -187,11 +191,7 @@ class Gramian:
 
     def waves(self, index: Tensor, sizes: tuple[int, ...], positions: Tensor) -> Tensor:
         """The angles `2 pi sum_j q_j i_j / N_j`, reduced exactly before rounding; (F, positions) on the kernel's device."""
-        turns = torch.zeros(len(index), len(positions), dtype=torch.float64)
-        for j, n in enumerate(sizes):
-            if n > 1:
-                turns += (index[:, j, None] * positions[None, :, j]).remainder(n).to(torch.float64) / n
-        return (turns * (2 * math.pi)).to(self.device)
+        return angles(index, sizes, positions).to(self.device)
 
     def at(self, group: Tensor, index: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """G at the lattice frequencies `2 pi index / sizes` (F, axes) of the given groups (F,): (F, c, c), real where all are real."""

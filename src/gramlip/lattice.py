@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from gramlip.device import START
 from gramlip.errors import InputError
+
+START = 8  # cells a side to start from, for each unit of degree
 
 Cells = tuple[Tensor, Tensor, Tensor]  # group (B,), lowest corner (B, axes), highest corner (B, axes)
 
@@ -129,3 +130,17 @@ class Lattice:
             group, cuts = torch.cat([group, group[cut]]), torch.cat([cuts, cuts[cut]])
             lo, hi = torch.cat([lo, upper]), torch.cat([lower, hi[cut]])
         return group, lo, hi
+
+
+def resolution(axes: int, loss: float) -> float:
+    """Multiples of `START` cells for each unit of degree that lose such a part of the norm: theorem 7."""
+    return math.pi / START * math.sqrt(max(1, axes) / (2 * loss))
+
+
+def angles(index: Tensor, sizes: tuple[int, ...], positions: Tensor) -> Tensor:
+    """`2 pi sum_j q_j i_j / N_j` of frequencies (F, axes) and exponents (T, axes), reduced exactly before rounding; (F, T)."""
+    turns = torch.zeros(len(index), len(positions), dtype=torch.float64)
+    for j, n in enumerate(sizes):
+        if n > 1:
+            turns += (index[:, j, None] * positions[None, :, j]).remainder(n).to(torch.float64) / n
+    return turns * (2 * math.pi)

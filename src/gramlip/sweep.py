@@ -1,0 +1,78 @@
+"""The search in one pass, for a GPU: cells so small that a good lower side and one factorisation of each corner close the interval.
+
+A call costs more there than the arithmetic of many blocks, so all corners are formed, squared and factorised together. Where
+the proof fails the cells go to the search: `gramlip.search`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from gramlip import certificates as cert
+from gramlip.gramian import Gramian
+from gramlip.lattice import Lattice, angles
+
+SQUARINGS = 10  # of the best blocks,
+BEST = 8
+FEWER, LEAST = 5, 3  # and of all of them: the less where they take more operations than this
+OPERATIONS = 1e11
+
+
+class Corners:
+    """The corners of cells, what a cell at each can lose between them (F,), and their waves `exp(-i p.w)` at the taps (F, taps)."""
+
+    def __init__(self, lattice: Lattice, fine: float, span: tuple[int, ...], device: torch.device) -> None:
+        """Keys (F,) as of the first group; the waves live on the device."""
+        cells = lattice.cells(fine, torch.zeros(1, dtype=torch.int64))
+        self.keys, back = lattice.corner_keys(cells).unique(return_inverse=True)
+        loss = (lattice.slack(lattice.half_widths(cells)) / lattice.spread)[:, None].expand_as(back).flatten()
+        self.loss = torch.zeros(len(self.keys), dtype=torch.float64).scatter_reduce_(0, back.flatten(), loss, "amax").to(device)
+        taps = torch.tensor(list(itertools.product(*map(range, span))), dtype=torch.int64)
+        phase = angles(lattice.decode(self.keys)[1], lattice.sizes, taps)
+        self.waves = torch.polar(torch.ones_like(phase), -phase).to(device)
+
+
+@lru_cache(maxsize=32)
+def corners(
+    span: tuple[int, ...], points: tuple[int | None, ...], groups: int, mirrored: bool, fine: float, device: torch.device
+) -> Corners:
+    """Those of the first group of a lattice, kept for the next layer of the same geometry."""
+    return Corners(Lattice(span, points, groups, mirrored), fine, span, device)
+
+
+class Sweep:
+    """All blocks of a symbol at the corners, (groups, F, c, c), with an estimate of the largest eigenvalue of each (groups, F)."""
+
+    def __init__(self, g: Gramian, waves: Tensor) -> None:
+        """Form the blocks, a few frequencies at a time, and square them."""
+        count, c = len(waves), g.side
+        self.blocks = torch.empty(g.groups, count, c, c, dtype=torch.complex128, device=g.device)
+        self.values = torch.empty(g.groups, count, dtype=torch.float64, device=g.device)
+        times = FEWER if 8.0 * FEWER * g.groups * count * c**3 <= OPERATIONS else LEAST
+        assert g.tall.wide is not None
+        flat = g.tall.wide.flatten(2)
+        for at in torch.arange(count).split(max(1, g.chunk() // g.groups)):
+            part = slice(int(at[0]), int(at[-1]) + 1)
+            some = waves[part]
+            d = some @ flat if g.is_complex else torch.complex(some.real @ flat, some.imag @ flat)
+            d = d.reshape(-1, g.rows, c)
+            blocks = d.mH @ d
+            self.blocks[:, part] = blocks.unflatten(0, (g.groups, -1))
+            self.values[:, part] = _square(blocks, times)[0].unflatten(0, (g.groups, -1))
+
+    def best(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For each group its best corner, the block there (groups, c, c) and its vector (groups, c)."""
+        groups = torch.arange(len(self.values), device=self.values.device)
+        many = self.values.topk(min(BEST, self.values.shape[1]))[1]
+        blocks = self.blocks[groups[:, None], many]
+        values, vectors = _square(blocks.flatten(0, 1), SQUARINGS)
+        place = values.reshape(many.shape).argmax(-1)
+        return many[groups, place], blocks[groups, place], vectors.reshape(*many.shape, -1)[groups, place]
+
+
+def _square(blocks: Tensor, times: int) -> tuple[Tensor, Tensor]:
+    return cert.squared(blocks, cert.start(blocks.shape[-1], blocks.device).expand(len(blocks), -1), times)
