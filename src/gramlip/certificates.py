@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from gramlip import devices
 from gramlip import rounding as rd
-from gramlip.device import parallel
 
 TRACE_ORDER = 128  # up to this order the trace is a good enough bound of a single-precision factorisation's error
 BLOCKED = range(105, 132)  # orders that take LAPACK longer than 132, where it works in blocks
@@ -50,9 +50,9 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
     matrix = _shifted(g, t, single)
     factor, info = torch.linalg.cholesky_ex(matrix)
     proved = (info == 0) & (t > 0)
-    if parallel(g.device):  # LAPACK's backward error is a theorem; another library's is measured on its result
-        residual = frobenius(matrix.baddbmm_(factor, factor.mH, alpha=-1))
-        proved &= residual * (1 + 2.0**-40) + rd.gamma(8.0 * (side + 2)) * frobenius(factor).square() <= shift(side) * t
+    if devices.parallel(g.device):  # LAPACK's backward error is a theorem; another library's is measured on its result
+        residual = frobenius(matrix.baddbmm_(factor, factor.mH, alpha=-1)) * (1 + 2.0**-40)
+        proved &= residual + rd.gamma(8.0 * (side + 2)) * frobenius(factor).square() <= (2 * shift(side) - 2.0**-52) * t
     if single and side > TRACE_ORDER:
         within = _growth(factor).to(torch.float64) * ((1 + 1e-3) * _single_gamma(side)) <= (0.99 * s - 2.0**-23 * side**0.5) * t
         again = (proved & ~within).nonzero()[:, 0]
@@ -70,7 +70,7 @@ def _shifted(g: Tensor, t: Tensor, single: bool) -> Tensor:
     """
     wide, narrow = (torch.complex128, torch.complex64) if g.is_complex() else (torch.float64, torch.float32)
     c = side = g.shape[-1]
-    if not parallel(g.device):
+    if not devices.parallel(g.device):
         side = BLOCKED.stop if c in BLOCKED else c + 8 if c >= 256 and c % 64 == 0 else c
     if side == c:
         matrix = -g.to(narrow if single else wide)

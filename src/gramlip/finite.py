@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from gramlip import devices
 from gramlip import rounding as rd
 from gramlip.blocks import axes, grouped
 from gramlip.certificates import shift
-from gramlip.device import parallel
 from gramlip.operators import Conv
 from gramlip.padding import index_map
 from gramlip.precision import full_products
@@ -55,7 +55,7 @@ class Layer:
         self.sizes = tuple(a.size or 0 for a in self.geometry)
         self.outputs = tuple(a.outputs or 0 for a in self.geometry)
         self.shared = math.prod(max(int(row[row >= 0].bincount().max()) if bool((row >= 0).any()) else 0 for row in m) for m in self.maps)
-        self._look = LOOK if parallel(self.device) else 1
+        self._look = LOOK if devices.parallel(self.device) else 1
         self._reads = self._positions()
 
     def _positions(self) -> Tensor:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from gramlip import certificates as cert
+from gramlip import devices, squares
 from gramlip import rounding as rd
-from gramlip import squares
-from gramlip.device import parallel
 from gramlip.lattice import START, angles, resolution
 from gramlip.tall import Tall
 from gramlip.taps import Mixed, Narrow, Pairs, combined, correlate, spectral
@@ -33,7 +32,7 @@ SWEPT_SLACK = 0.45  # a GPU takes cells that lose such a part of the width,
 SWEPT_BYTES = 256 << 20  # while their blocks are smaller than this together
 SWEPT_OPERATIONS = 4e11  # and are formed by fewer operations
 CHUNK_BYTES = 4 << 20  # blocks are streamed in pieces of about this size, which caches hold,
-GPU_CHUNK_BYTES = 80 << 20  # or this, which keeps a GPU busy
+GPU_CHUNK_BYTES = 76 << 20  # or this, which keeps a GPU busy
 
 
 class Gramian:
@@ -52,7 +51,7 @@ class Gramian:
         self.flipped, self.groups, self.rows, self.side = self.tall.flipped, self.tall.groups, self.tall.rows, self.tall.side
         self.span, self.exponent, self.is_complex = self.tall.span, self.tall.exponent, self.tall.is_complex
         self.axes = len(self.span)
-        self.device, self.parallel = kernel.device, parallel(kernel.device)
+        self.device, self.parallel = kernel.device, devices.parallel(kernel.device)
         self._dtype = torch.complex128 if self.is_complex else torch.float64
         self._grid = torch.tensor(list(itertools.product(*map(range, self.span))), dtype=torch.int64).reshape(
             math.prod(self.span), self.axes
@@ -180,11 +179,7 @@ class Gramian:
 
     def polynomial(self, group: Tensor, index: Tensor, sizes: tuple[int, ...], v: Tensor) -> tuple[Tensor, Tensor]:
         """The coefficients (I, taps) of `p(w) = u* D(w) v`, u the image of v at the given frequency, and the exponents (taps, axes)."""
-        if self.tall.wide is not None:
-            images = _apply(self.tall.wide[group], v)
-        else:
-            each = zip(group.tolist(), v[:, None], strict=True)
-            images = torch.cat([torch.cat([_apply(piece, one) for piece in self.tall.pieces(at)], -1) for at, one in each])
+        images = self.tall.images(group, v)
         angles = self.waves(index, sizes, self._grid)
         image = (torch.polar(torch.ones_like(angles), -angles)[:, None] @ images)[:, 0]
         return (images @ image.conj()[..., None])[..., 0].cpu(), self._grid.to(torch.float64)
@@ -270,8 +265,10 @@ class Gramian:
     def chunk(self) -> int:
         """How many blocks are worked on at once."""
         each = 16 * max(self.side**2, len(self.offsets) if self.taps is not None else self.tall.count)
+        if self.parallel:
+            return max(1, GPU_CHUNK_BYTES // max(each, 16 * self.side * self.rows if self.taps is None else 0))
         # several while memory allows: each piece reads all taps once
-        return max(1, (GPU_CHUNK_BYTES if self.parallel else CHUNK_BYTES) // each, min(8, 8 * CHUNK_BYTES // each))
+        return max(1, CHUNK_BYTES // each, min(8, 8 * CHUNK_BYTES // each))
 
     def crude(self, group: int) -> float:
         """Upper bound of the norm without any frequency: `sum_p ||K_p||_F`, or the root of P times `||sum_p K_p* K_p||` (lemma 14)."""
@@ -289,13 +286,6 @@ class Gramian:
             guess = 1.2 * guess
         top = float(torch.minimum(guess, top))
         return min(self.mass[group], rd.sqrt_up(rd.mul_up(top, float(self.tall.count))))
-
-
-def _apply(taps: Tensor, v: Tensor) -> Tensor:
-    """All taps (I, P, rows, side), real or complex, times vectors (I, side): (I, P, rows), complex."""
-    if taps.is_complex():
-        return (taps @ v[:, None, :, None])[..., 0]
-    return torch.view_as_complex((taps @ torch.view_as_real(v)[:, None]).contiguous())
 
 
 def _frobenius(taps: Tensor) -> Tensor:

@@ -43,11 +43,16 @@ class Lattice:
             if grid and n > START * d:
                 self.spread *= math.cos(math.pi * d / n)
 
-    def _parts(self, refine: float) -> list[tuple[int, int]]:
-        """For each axis how far the cells reach, half of it where that stands for all, and how many there are."""
+    def _parts(self, refine: float, least: bool = False) -> list[tuple[int, int]]:
+        """For each axis how far the cells reach, half of it where that stands for all, and how many there are.
+
+        On a grid some are a step longer than that many would be on a circle; `least` takes so many that none is.
+        """
         halved = max(self.active, default=None, key=lambda j: self.degrees[j]) if self.mirrored else None
         ends = [n // 2 if j == halved else n for j, n in enumerate(self.sizes)]
         counts = [math.ceil(START * d * refine * end / n) for n, d, end in zip(self.sizes, self.degrees, ends, strict=True)]
+        if least:
+            counts = [math.ceil(end / max(1, end // count)) if count else 0 for end, count in zip(ends, counts, strict=True)]
         return [(end, min(max(1, count), end)) for end, count in zip(ends, counts, strict=True)]
 
     def outlook(self, refine: float) -> tuple[int, float]:
@@ -60,11 +65,11 @@ class Lattice:
                 loss += 1 - math.cos(min(self.degrees[j] * math.pi * -(-end // cells) / self.sizes[j], math.pi))
         return count, loss
 
-    def cells(self, refine: float, groups: Tensor) -> Cells:
-        """Cells that cover the torus, or half of it where it is mirrored, for each of the groups."""
+    def cells(self, refine: float, groups: Tensor, least: bool = False) -> Cells:
+        """Cells that cover the torus, or half of it where it is mirrored, for each group; none longer than asked for with `least`."""
         edges = [
             [end * i // count for i in range(count + 1)] if n > 1 else [0, 0]
-            for n, (end, count) in zip(self.sizes, self._parts(refine), strict=True)
+            for n, (end, count) in zip(self.sizes, self._parts(refine, least), strict=True)
         ]
         lows, highs = [line[:-1] for line in edges], [line[1:] for line in edges]
         total = math.prod(map(len, lows))

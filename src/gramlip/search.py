@@ -27,6 +27,7 @@ from gramlip.lattice import Cells
 REFINE = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)  # resolutions of the first cells, of which the cheapest is taken
 LEVELS = 6  # halvings that this estimate looks ahead
 SPREAD = 0.6180339887498949  # multiples of the golden ratio fall evenly into the unit interval
+AGAIN = 64  # corners of a sweep that are looked at once more for a higher peak
 WIDER = (1.25, 2.0)  # the targets tried once the budget is spent, as multiples of the one asked for
 
 
@@ -57,7 +58,7 @@ class Search(Ascent):
             self.floor = torch.maximum(self.floor, ceiling)
         chosen = list(range(len(self.best))) if only is None else list(only)
         width = torch.as_tensor(rtol, dtype=torch.float64).expand(len(self.best)).clone()
-        if self.g.swept and len(chosen) == len(self.best) and self._swept(self._tau(width)):
+        if self.g.swept and len(chosen) == len(self.best) and self._swept(width):
             return [self._result(i, float(self._tau(width)[i]), True) for i in chosen]
         self.rtol = float((self._tau(width)[chosen] / self.best[chosen].sqrt().clamp_min(1e-300) - 1).min())
         stretch = torch.ones_like(self.best)  # beyond 1 once the width asked for cannot be had
@@ -109,17 +110,31 @@ class Search(Ascent):
             self._crude(i) if math.isinf(float(upper[i])) else self._result(i, float(upper[i]), float(stretch[i]) == 1.0) for i in chosen
         ]
 
-    def _swept(self, tau: Tensor) -> bool:
-        """Whether all corners of a sweep are proved to be so far below these targets that nothing between them exceeds them."""
+    def _swept(self, width: Tensor) -> bool:
+        """Whether all corners of a sweep are proved to be so far below the targets that nothing between them exceeds them.
+
+        Those that are not may hold a higher peak, with which they are tried again.
+        """
         assert self.kept is not None
-        loss, device = self.corners.loss, self.g.device
-        target = (tau[self.items].to(device)[:, None] * (1 - loss * (1 + 1e-14))).clamp_min(0).square() * (1 - 1e-15)
-        t, noise = target.flatten(), self.noise.to(device).repeat_interleave(len(loss))
-        good = [cert.cholesky(*some).all() for some in zip(*(x.split(self.g.chunk()) for x in (self.kept[1], t, noise)), strict=True)]
-        self.tally.factorizations += len(t)
-        self.tally.operations += len(t) * (4 / 3) * self.g.side**3
+        keys, loss = self.kept[0], self.corners.loss.repeat(self.g.groups)
+        left = torch.arange(len(keys))
+        group = left.div(len(self.corners.keys), rounding_mode="floor")
         self.tally.ways.add("Cholesky")
-        return bool(torch.stack(good).all())
+        while len(left):
+            before = self.best.clone()
+            tau = self._tau(width)[self.items[group[left]]]
+            target = (tau * (1 - loss[left] * (1 + 1e-14))).clamp_min(0).square() * (1 - 1e-15)
+            t, noise = target.to(self.g.device), self.noise[group[left]].to(self.g.device)
+            parts = zip(left.split(self.g.chunk()), t.split(self.g.chunk()), noise.split(self.g.chunk()), strict=True)
+            good = torch.cat([cert.cholesky(take(self.kept[1], part), *rest) for part, *rest in parts]).cpu()
+            self.tally.factorizations += len(left)
+            self.tally.operations += len(left) * (4 / 3) * self.g.side**3
+            left = left[~good]
+            if len(left):
+                self.raise_lower(keys[left[:: 1 + len(left) // AGAIN]], STEPS)
+                if not bool((self.best > before).any()):
+                    return False
+        return True
 
     def certify(self, keys: Tensor, thresholds: Tensor) -> Tensor:
         """True where `lambda_1(G) <= threshold` is proved: two moments first, then a Cholesky factorisation."""
@@ -186,7 +201,7 @@ class Search(Ascent):
     def _first_cells(self, groups: Tensor, tau: Tensor) -> Cells:
         """The initial cells at the resolution that the estimates on the coarse grid predict to be cheapest."""
         if not self.lattice.active or not len(groups) or self.g.swept:
-            return self.lattice.cells(self.g.fine if self.g.swept else 1.0, groups)
+            return self.lattice.cells(self.g.fine if self.g.swept else 1.0, groups, least=self.g.swept)
         group, _ = self.lattice.decode(self.coarse)
         ratio = (self.estimates.clamp_min(0).sqrt() / tau[self.items[group]].clamp_min(1e-300)).sort()[0]
 

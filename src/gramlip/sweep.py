@@ -27,10 +27,10 @@ class Corners:
 
     def __init__(self, lattice: Lattice, fine: float, span: tuple[int, ...], device: torch.device) -> None:
         """Keys (F,) as of the first group; the waves live on the device."""
-        cells = lattice.cells(fine, torch.zeros(1, dtype=torch.int64))
+        cells = lattice.cells(fine, torch.zeros(1, dtype=torch.int64), least=True)
         self.keys, back = lattice.corner_keys(cells).unique(return_inverse=True)
         loss = (lattice.slack(lattice.half_widths(cells)) / lattice.spread)[:, None].expand_as(back).flatten()
-        self.loss = torch.zeros(len(self.keys), dtype=torch.float64).scatter_reduce_(0, back.flatten(), loss, "amax").to(device)
+        self.loss = torch.zeros(len(self.keys), dtype=torch.float64).scatter_reduce_(0, back.flatten(), loss, "amax")
         taps = torch.tensor(list(itertools.product(*map(range, span))), dtype=torch.int64)
         phase = angles(lattice.decode(self.keys)[1], lattice.sizes, taps)
         self.waves = torch.polar(torch.ones_like(phase), -phase).to(device)

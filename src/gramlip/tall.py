@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from gramlip.blocks import polyphase
@@ -57,6 +58,13 @@ class Tall:
             stop = min(start + step, total)
             yield self.wide[chosen, :, start * self._unit : stop * self._unit] if self.wide is not None else self._cast(start, stop, chosen)
 
+    def images(self, group: Tensor, v: Tensor) -> Tensor:
+        """All taps of the groups (I,) times a vector each (I, side): (I, P, rows), complex."""
+        if self.wide is not None:
+            return _apply(self.wide[group], v)
+        each = zip(group.tolist(), v[:, None], strict=True)
+        return torch.cat([torch.cat([_apply(piece, one) for piece in self.pieces(at)], -1) for at, one in each])
+
     def _cast(self, start: int, stop: int, groups: slice) -> Tensor:
         """The exact copy of these rows of the source, conjugated where the sides were exchanged."""
         part = self.source[groups].narrow(2 if self.flipped else 1, start, stop - start)
@@ -66,3 +74,10 @@ class Tall:
         part = (part.flatten(3) if self.span else part[..., None]).movedim(-1, 1)
         wide = widen(part.contiguous(), self.exponent)[0]
         return wide.conj().resolve_conj() if self.flipped and self.is_complex else wide
+
+
+def _apply(taps: Tensor, v: Tensor) -> Tensor:
+    """All taps (I, P, rows, side), real or complex, times vectors (I, side): (I, P, rows), complex."""
+    if taps.is_complex():
+        return (taps @ v[:, None, :, None])[..., 0]
+    return torch.view_as_complex((taps @ torch.view_as_real(v)[:, None]).contiguous())

@@ -62,7 +62,7 @@ def resnet18(options: Options) -> Row:
     found = Row()
     worst: dict[bool, float] = {True: 0.0, False: 0.0}
     for i, (name, shape, stride, n) in enumerate(layers):
-        op = Conv(he(shape, i).to(options.device), n, stride, shape[-1] // 2, "circular")
+        op = Conv(he(shape, i).to(options.device, options.dtype), n, stride, shape[-1] // 2, "circular")
         zeros = replace(op, padding_mode="zeros")
         works = {
             OURS: lambda op=op: bound(op),
@@ -101,7 +101,7 @@ def cifar(options: Options) -> Row:
             found.notes.append(f"{name} was left out: {path} does not exist; expected its weights: type --models DIR")
             continue
         entries = read(path).entries
-        weights = [e.load().float().to(options.device) for e in entries.values() if len(e.shape) == 4]
+        weights = [e.load().to(options.device, options.dtype) for e in entries.values() if len(e.shape) == 4]
         ops = [Conv(w) for w in (weights[:4] if options.quick else weights)]
         case, sharp = f"{name}, {len(ops)} convolutions", f"{OURS}, rtol 1e-4"
         works: dict[str, Callable[[], list[Bound] | float]] = {
@@ -125,7 +125,7 @@ def cifar(options: Options) -> Row:
 def any_size(options: Options) -> Row:
     """One layer for every input size, and at sizes that grow."""
     row, channels = "any-size", 8 if options.quick else 64
-    op = Conv(he((channels, channels, 3, 3), 0).to(options.device), None, 1, 1, "circular")
+    op = Conv(he((channels, channels, 3, 3), 0).to(options.device, options.dtype), None, 1, 1, "circular")
     case = f"{channels}x{channels}x3x3"
     works: dict[str, Callable[[], Bound]] = {OURS: lambda: bound(replace(op, padding_mode="zeros"))}
     for n in (64, 256, 1024):
@@ -162,7 +162,7 @@ def nearly_orthogonal(options: Options) -> dict[str, Conv]:
         for j, columns in enumerate((half, ~half)):
             block[:, :, 1 + i, 1 + j] = last @ (rows[:, None] * other * columns) @ basis
     kernels = {"orthogonal 1x1 in 3x3, perturbed": one, "block-orthogonal 3x3, perturbed": block}
-    return {name: Conv((k + noise(k.shape)).to(options.device), n, 1, 1, "circular") for name, k in kernels.items()}
+    return {name: Conv((k + noise(k.shape)).to(options.device, options.dtype), n, 1, 1, "circular") for name, k in kernels.items()}
 
 
 def orthogonal(options: Options) -> Row:

@@ -23,13 +23,13 @@ MEMORY = 6 << 30
 
 
 def dense(options: Options) -> Row:
-    """A square float32 matrix, against one product of it and one Cholesky factorisation in float64."""
+    """A square matrix, against one product of it and one Cholesky factorisation in float64."""
     row, side = "dense", 128 if options.quick else 4096
-    weight = torch.randn(side, side, generator=torch.Generator().manual_seed(0)).to(options.device)
+    weight = torch.randn(side, side, generator=torch.Generator().manual_seed(0)).to(options.device, options.dtype)
     wide = weight.double()
     spd = wide @ wide.mT
     spd.diagonal().add_(spd.diagonal().sum() / side)
-    product, factor = "one product, float32", "one Cholesky, float64"
+    product, factor = f"one product, {str(options.dtype).removeprefix('torch.')}", "one Cholesky, float64"
     works: dict[str, Callable[[], Bound | float]] = {
         OURS: lambda: bound(Dense(weight)),
         product: lambda: float((weight @ weight)[0, 0]),

@@ -22,9 +22,13 @@ Work = Callable[[], "Bound | list[Bound] | float"]
 
 @dataclass(frozen=True)
 class Options:
-    """What a run depends on; `quick` shrinks it to seconds, `full` adds what takes minutes, `models` holds trained weights."""
+    """What a run depends on; `dtype` is that of the weights, `models` holds trained ones.
+
+    `quick` shrinks the rows to seconds, `full` adds what takes minutes.
+    """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
     trials: int = 3
     quick: bool = False
     full: bool = False

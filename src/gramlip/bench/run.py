@@ -41,7 +41,13 @@ def bench(rows: Sequence[str] = (), options: Options | None = None, keep: Callab
         raise InputError(msg)
     options.say("rates of matrix products")
     options = replace(options, rates=rates(options.device, options.trials, options.quick))
-    own = {"dtype": "float32", "trials": options.trials, "warm_up_dropped": WARM_UP, "quick": options.quick, "commit": commit()}
+    own = {
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "trials": options.trials,
+        "warm_up_dropped": WARM_UP,
+        "quick": options.quick,
+        "commit": commit(),
+    }
     measured = {"cuda": torch.version.cuda or "none"} if options.device.type == "cuda" else {"gpu": "not measured"}
     result = Result(environment(options.device) | own | measured | {"flops_per_second": dict(options.rates)}, {})
     for name in ROWS:

@@ -12,6 +12,8 @@ from gramlip.commands.reproduce import device
 from gramlip.options import count
 from gramlip.output import check_output, emit, note, write_whole
 
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
 
 def add_parser(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
@@ -25,6 +27,7 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
     parser.add_argument("--threads", type=count, default=2, metavar="N", help="CPU threads (default 2)")
     parser.add_argument("--trials", type=count, default=3, metavar="T", help="timed runs of each contender, after one dropped (default 3)")
     parser.add_argument("--device", type=device, default=torch.device("cpu"), metavar="D", help="cpu or cuda (default cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default float32); training stays in float32")
     parser.add_argument("--models", type=Path, default=Path("../shared/models"), metavar="DIR", help="resnet20/32-cifar10.safetensors")
     parser.set_defaults(run=run)
 
@@ -34,7 +37,7 @@ def run(args: Namespace) -> int:
     from gramlip.bench import Options, Result, bench
 
     file = check_output("--json", args.json)
-    options = Options(args.device, args.trials, args.quick, args.full, args.models, say=note)
+    options = Options(args.device, DTYPES[args.dtype], args.trials, args.quick, args.full, args.models, say=note)
 
     def keep(result: Result) -> None:
         if file is not None:
