@@ -80,6 +80,7 @@ def test_intervals_of_float32_at_convergence() -> None:
             assert truth * (1 - ROUNDING) <= interval.upper <= truth * (1 + 2e-10)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 def test_gram_steps_wait_for_nothing(dtype: torch.dtype) -> None:
     weight = torch.randn(8, 8, 3, 3, dtype=dtype).cuda().requires_grad_()
@@ -91,3 +92,16 @@ def test_gram_steps_wait_for_nothing(dtype: torch.dtype) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert bool(weight.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("channels", [256, 1024, 2048])
+@pytest.mark.parametrize("size", [7, None])
+def test_memory_beyond_the_weights(channels: int, size: int | None) -> None:
+    kernel = 3 if channels < 2048 else 2
+    weight = torch.randn(channels, channels, kernel, device="cuda") / channels**0.5
+    gl.bound(gl.Conv(weight, size, 1, 1))  # what the libraries keep for themselves
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = gl.bound(gl.Conv(weight, size, 1, 1))
+    assert torch.cuda.max_memory_allocated() - before <= 512 << 20
+    assert found.rtol <= 0.05

@@ -7,7 +7,7 @@ import torch
 
 import gramlip as gl
 from cases import Case, cases, check, closes
-from gramlip import certificates, devices
+from gramlip import certificates, devices, gramian
 from gramlip.ascent import Ascent
 from gramlip.bench.convolutions import he
 from gramlip.certify import certify_all
@@ -17,6 +17,7 @@ from gramlip.search import Search
 @pytest.fixture(autouse=True)
 def _parallel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "parallel", lambda device: True)
+    monkeypatch.setattr(gramian, "SWEPT_OPERATIONS", 1e9)  # a GPU has time for more
 
 
 @pytest.mark.parametrize("case", cases()[::5], ids=lambda case: case.name)

@@ -107,9 +107,10 @@ class Ascent:
         self.corners = sweep.corners(g.span, self.points, g.groups, self.lattice.mirrored, g.fine, g.device)
         found = sweep.Sweep(g, self.corners.waves)
         keys = self.corners.keys + torch.arange(g.groups)[:, None] * self.lattice.count
-        self.kept = (keys.flatten(), found.blocks.flatten(0, 1))
+        self.coarse = keys.flatten()
+        self.kept = None if found.blocks is None else (self.coarse, found.blocks.flatten(0, 1))
         self.count(keys.numel())
-        at, blocks, vectors = found.best()
+        at, blocks, vectors = found.best(g)
         lower = cert.rayleigh(blocks, vectors, self.noise.to(g.device))
         for group, (value, place) in enumerate(torch.stack([lower, at.to(lower.dtype)], 1).tolist()):
             item = int(self.items[group])

@@ -29,8 +29,8 @@ MOST_TAPS = 4096  # and in neither case with more taps
 SQUARED_SIDE = 128  # blocks of this order are squared in single precision one by one where there are few of them
 SQUARED_PART = 0.7  # and this costs at most such a part of the width, of a norm's square
 SWEPT_SLACK = 0.45  # a GPU takes cells that lose such a part of the width,
-SWEPT_BYTES = 256 << 20  # while their blocks are smaller than this together
-SWEPT_OPERATIONS = 4e11  # and are formed by fewer operations
+SWEPT_BLOCKS = 1 << 15  # while there are fewer
+SWEPT_OPERATIONS = 1e12  # that are formed and squared a few times by fewer operations
 CHUNK_BYTES = 4 << 20  # blocks are streamed in pieces of about this size, which caches hold,
 GPU_CHUNK_BYTES = 76 << 20  # or this, which keeps a GPU busy
 
@@ -94,8 +94,11 @@ class Gramian:
         self.fine = resolution(self.axes, SWEPT_SLACK * rtol)
         cells = math.prod(math.ceil(START * self.fine * (k - 1) / 2) or 1 for k in self.span) / (1 if self.is_complex else 2)
         blocks = self.groups * max(1, min(cells, math.inf if frequencies is None else frequencies))
-        few = 16 * blocks * self.side**2 <= SWEPT_BYTES and 8 * blocks * self.rows * self.side**2 <= SWEPT_OPERATIONS
-        return few and self.tall.wide is not None
+        return (
+            self.tall.wide is not None
+            and blocks <= SWEPT_BLOCKS
+            and 8 * blocks * (self.rows + 3 * self.side) * self.side**2 <= SWEPT_OPERATIONS
+        )
 
     def _squarable(self, part: float) -> bool:
         """Take squares in single precision where their error is at most this part of every group's largest eigenvalue."""

@@ -115,8 +115,7 @@ class Search(Ascent):
 
         Those that are not may hold a higher peak, with which they are tried again.
         """
-        assert self.kept is not None
-        keys, loss = self.kept[0], self.corners.loss.repeat(self.g.groups)
+        keys, loss = self.coarse, self.corners.loss.repeat(self.g.groups)
         left = torch.arange(len(keys))
         group = left.div(len(self.corners.keys), rounding_mode="floor")
         self.tally.ways.add("Cholesky")
@@ -125,8 +124,8 @@ class Search(Ascent):
             tau = self._tau(width)[self.items[group[left]]]
             target = (tau * (1 - loss[left] * (1 + 1e-14))).clamp_min(0).square() * (1 - 1e-15)
             t, noise = target.to(self.g.device), self.noise[group[left]].to(self.g.device)
-            parts = zip(left.split(self.g.chunk()), t.split(self.g.chunk()), noise.split(self.g.chunk()), strict=True)
-            good = torch.cat([cert.cholesky(take(self.kept[1], part), *rest) for part, *rest in parts]).cpu()
+            parts = zip(*(x.split(self.g.chunk()) for x in (keys[left], t, noise)), strict=True)
+            good = torch.cat([cert.cholesky(self.blocks(part), *rest) for part, *rest in parts]).cpu()
             self.tally.factorizations += len(left)
             self.tally.operations += len(left) * (4 / 3) * self.g.side**3
             left = left[~good]

@@ -20,6 +20,7 @@ SQUARINGS = 10  # of the best blocks,
 BEST = 8
 FEWER, LEAST = 5, 3  # and of all of them: the less where they take more operations than this
 OPERATIONS = 1e11
+KEPT_BYTES = 112 << 20  # blocks are kept while they are smaller than this
 
 
 class Corners:
@@ -45,33 +46,45 @@ def corners(
 
 
 class Sweep:
-    """All blocks of a symbol at the corners, (groups, F, c, c), with an estimate of the largest eigenvalue of each (groups, F)."""
+    """An estimate of the largest eigenvalue of every block of a symbol at the corners, (groups, F), and the blocks where they are small."""
 
     def __init__(self, g: Gramian, waves: Tensor) -> None:
         """Form the blocks, a few frequencies at a time, and square them."""
         count, c = len(waves), g.side
-        self.blocks = torch.empty(g.groups, count, c, c, dtype=torch.complex128, device=g.device)
+        size = g.groups * count
+        self.blocks = (
+            torch.empty(g.groups, count, c, c, dtype=torch.complex128, device=g.device) if 16 * size * c**2 <= KEPT_BYTES else None
+        )
         self.values = torch.empty(g.groups, count, dtype=torch.float64, device=g.device)
-        times = FEWER if 8.0 * FEWER * g.groups * count * c**3 <= OPERATIONS else LEAST
-        assert g.tall.wide is not None
-        flat = g.tall.wide.flatten(2)
+        times = FEWER if 8.0 * FEWER * size * c**3 <= OPERATIONS else LEAST
         for at in torch.arange(count).split(max(1, g.chunk() // g.groups)):
             part = slice(int(at[0]), int(at[-1]) + 1)
-            some = waves[part]
-            d = some @ flat if g.is_complex else torch.complex(some.real @ flat, some.imag @ flat)
-            d = d.reshape(-1, g.rows, c)
-            blocks = d.mH @ d
-            self.blocks[:, part] = blocks.unflatten(0, (g.groups, -1))
+            blocks = _blocks(g, waves[part])
             self.values[:, part] = _square(blocks, times)[0].unflatten(0, (g.groups, -1))
+            if self.blocks is not None:
+                self.blocks[:, part] = blocks.unflatten(0, (g.groups, -1))
+        self._waves = waves
 
-    def best(self) -> tuple[Tensor, Tensor, Tensor]:
+    def best(self, g: Gramian) -> tuple[Tensor, Tensor, Tensor]:
         """For each group its best corner, the block there (groups, c, c) and its vector (groups, c)."""
-        groups = torch.arange(len(self.values), device=self.values.device)
+        groups = torch.arange(g.groups, device=g.device)
         many = self.values.topk(min(BEST, self.values.shape[1]))[1]
-        blocks = self.blocks[groups[:, None], many]
+        if self.blocks is None:
+            blocks = torch.stack([_blocks(g, self._waves[at], one) for one, at in enumerate(many)])
+        else:
+            blocks = self.blocks[groups[:, None], many]
         values, vectors = _square(blocks.flatten(0, 1), SQUARINGS)
         place = values.reshape(many.shape).argmax(-1)
         return many[groups, place], blocks[groups, place], vectors.reshape(*many.shape, -1)[groups, place]
+
+
+def _blocks(g: Gramian, waves: Tensor, group: int | None = None) -> Tensor:
+    """`D* D` of one group or of all, one after the other, at these waves (F, taps)."""
+    assert g.tall.wide is not None
+    flat = (g.tall.wide if group is None else g.tall.wide[group]).flatten(-2)
+    d = waves @ flat if g.is_complex else torch.complex(waves.real @ flat, waves.imag @ flat)
+    d = d.reshape(-1, g.rows, g.side)
+    return d.mH @ d
 
 
 def _square(blocks: Tensor, times: int) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from gramlip import devices
 from gramlip.blocks import polyphase
 from gramlip.widen import exponent_of, widen
 
 WIDE_BYTES = 32 << 20  # the float64 copy of the whole kernel is kept while it is smaller than this
-PIECE_BYTES = 8 << 20  # pieces of larger kernels have about this size
+PIECE_BYTES = 8 << 20  # pieces of larger kernels have about this size,
+GPU_PIECE_BYTES = 64 << 20  # or this on a GPU
 
 
 class Tall:
@@ -46,13 +48,14 @@ class Tall:
         found = (exponent_of(part) for part in self.source.split(max(1, PIECE_BYTES // each), 1))
         return max((exponent for exponent in found if exponent is not None), default=0)
 
-    def pieces(self, group: int | None = None, size: int = PIECE_BYTES) -> Iterator[Tensor]:
+    def pieces(self, group: int | None = None, size: int | None = None) -> Iterator[Tensor]:
         """The rows of one group, or of all, in turn: (groups, taps, r, side) of about `size` bytes at most."""
         chosen = slice(None) if group is None else slice(group, group + 1)
         if self.wide is not None and (group is None or self.groups == 1):
             yield self.wide
             return
         total = self.rows // self._unit
+        size = size or (GPU_PIECE_BYTES if devices.parallel(self.source.device) else PIECE_BYTES)
         step = max(1, size // (self._row_bytes * (self.groups if group is None else 1)))
         for start in range(0, total, step):
             stop = min(start + step, total)
