@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gramlip as gl
 from gramlip.blocks import blocks
@@ -169,3 +171,23 @@ def test_errors() -> None:
     with pytest.raises(InputError, match="n_iter=0"):
         gl.conv_gram_norm(torch.ones(1, 1, 3), n_iter=0)
     assert gl.conv_gram_norm(torch.full((1, 1, 3), torch.nan)).isnan()
+
+
+class _Waits(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: a tensor that is copied from or to the host. A meta tensor's values cannot be read."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        found = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor) and x.ndim]
+        assert len({x.device.type for x in found}) <= 1, f"{func} between devices"
+        return result
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_nothing_waits_for_the_device(name: str) -> None:
+    shape, geometry = GEOMETRIES[name]
+    weight = torch.empty(shape, device="meta", requires_grad=True)
+    with _Waits():
+        gl.conv_gram_norm(weight, **geometry).backward()
+    assert weight.grad is not None

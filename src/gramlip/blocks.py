@@ -54,8 +54,8 @@ class Symbol:
     def at(self, frequencies: Tensor) -> Tensor:
         """The blocks D(w), shape (groups, F, m, n), complex, at `frequencies` of shape (F, axes)."""
         kernel = self.kernel.flatten(3)
-        positions = torch.cartesian_prod(*(torch.arange(k) for k in self.kernel.shape[3:])).reshape(kernel.shape[-1], -1)
-        angles = frequencies @ positions.to(frequencies).mT
+        taps = (torch.arange(k, dtype=frequencies.dtype, device=frequencies.device) for k in self.kernel.shape[3:])
+        angles = frequencies @ torch.cartesian_prod(*taps).reshape(kernel.shape[-1], -1).mT
         waves = torch.polar(torch.ones_like(angles), -angles)
         return torch.einsum("gmnp,fp->gfmn", kernel.to(waves.dtype), waves)
 
