@@ -17,10 +17,10 @@ from gramlip.lattice import Lattice
 BUDGET = 4e12  # real operations after which the search stops with what it has proved
 KEPT_BYTES = 128 << 20  # blocks of the coarse grid are kept while they are smaller than this
 AHEAD = 16  # groups that are searched before the others
-STEPS = 8  # Lanczos steps on a block
+STEPS = 8  # Krylov steps on a block
 DENSE_STEPS = 40  # and where there is only one
 MIXED_PART = 0.05  # blocks are formed in single precision where this costs at most such a part of the width, of a norm's square
-SURVEYED = 8  # blocks of a layer, those of the largest moments, on which Lanczos steps are taken at first,
+SURVEYED = 16  # blocks of a layer, those of the largest moments, on which Krylov steps are taken at first,
 SURVEYED_SIZE = 4096  # or more, of so many entries together
 SQUARED_SIDE = 512  # a GPU squares blocks up to this order instead
 SMALL_GRID = 100  # frequencies of a grid that may be surveyed whole
@@ -60,7 +60,7 @@ class Ascent:
         self.vectors = torch.zeros(count, gram.side, dtype=torch.complex128, device=gram.device)
 
     def start(self, rtol: float, thorough: bool = False) -> None:
-        """The lower side: Lanczos steps on a coarse grid, then uphill from the best frequency of each layer.
+        """The lower side: Krylov steps on a coarse grid, then uphill from the best frequency of each layer.
 
         Where it is `thorough`, steps are taken on all blocks of a small grid: a peak that is missed at first costs more than they do.
         """
@@ -141,7 +141,7 @@ class Ascent:
         return torch.tensor([g for g, mass in enumerate(self.g.mass) if mass], dtype=torch.int64)
 
     def survey(self, keys: Tensor, steps: int) -> Tensor:
-        """Estimates of the largest eigenvalues: two moments everywhere, Lanczos steps where these are largest in each layer."""
+        """Estimates of the largest eigenvalues: two moments everywhere, Krylov steps where these are largest in each layer."""
         held = self.blocks(keys) if len(keys) <= (1 if self.g.parallel else 4) * self.g.chunk() else None
         rough: list[Tensor] = []
         for part in torch.arange(len(keys)).split(self.g.chunk()):
@@ -162,7 +162,7 @@ class Ascent:
         return above
 
     def raise_lower(self, keys: Tensor, steps: int, warm: bool = False, held: Tensor | None = None) -> Tensor:
-        """Rayleigh quotients at these frequencies after Lanczos steps; keeps each layer's best. Returns estimates.
+        """Rayleigh quotients at these frequencies after Krylov steps; keeps each layer's best. Returns estimates.
 
         `held` are the blocks there, where they are known already.
         """
@@ -175,7 +175,7 @@ class Ascent:
             begin = self.vectors[item.to(self.g.device)] if warm else cert.start(self.g.side, self.g.device).expand(len(part), -1)
             begin = (begin if g.is_complex() else begin.real + 0.5 * begin.imag).to(g.dtype)
             squared = self.g.parallel and self.g.side <= SQUARED_SIDE
-            estimate, v = cert.squared(g, begin, sweep.SQUARINGS) if squared else cert.lanczos(g, begin, steps)
+            estimate, v = cert.squared(g, begin, sweep.SQUARINGS) if squared else cert.krylov(g, begin, steps)
             estimate = estimate.to(torch.float64).cpu()
             top = torch.full_like(self.best, -1.0).scatter_reduce_(0, item, estimate, "amax")
             chosen = ((estimate >= top[item]) & (top[item] > self.best[item])).nonzero()[:, 0]

@@ -12,6 +12,7 @@ from gramlip import devices
 from gramlip import rounding as rd
 
 TRACE_ORDER = 128  # up to this order the trace is a good enough bound of a single-precision factorisation's error
+SHORT, LONG = 8, 16  # rows of a Krylov basis in single and in double precision
 BLOCKED = range(105, 132)  # orders that take LAPACK longer than 132, where it works in blocks
 
 
@@ -153,27 +154,31 @@ def _times(g: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(v.conj()[:, None], g)[:, 0].conj()
 
 
-def lanczos(g: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Leading Ritz values and vectors of the blocks after a few Lanczos steps from `start` (F, c)."""
-    steps = min(steps, g.shape[-1])
-    basis = g.new_zeros(len(g), steps, g.shape[-1])  # orthonormal rows
-    small = g.new_zeros(len(g), steps, steps)
-    v = _unit(start)
-    for j in range(steps):
-        basis[:, j] = v
-        w = _times(g, v)
-        q = basis[:, : j + 1]
-        part = q.conj() @ w[..., None]
-        small[:, : j + 1, j] = part[..., 0]
-        if j + 1 < steps:
-            v = _unit(w - (q.mT @ part)[..., 0])
-            # again, at length one: an invariant subspace leaves noise, which is dropped where it is not orthogonal itself
-            v = v - (q.mT @ (q.conj() @ v[..., None]))[..., 0]
-            size = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
-            v = v * ((size > 0.5) / size.clamp_min(1e-30))
-    small = torch.triu(small)
-    values, vectors = torch.linalg.eigh(small, UPLO="U")
-    return values[:, -1], (basis.mT @ vectors[..., -1:])[..., 0]
+def krylov(g: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Leading Ritz values and vectors of the blocks in Krylov spaces of so many products from `start` (F, c).
+
+    A Chebyshev basis stays well enough conditioned to be orthogonalised at once, which takes fewer calls than Lanczos steps.
+    """
+    values, v, most = g.new_zeros(len(g)).real, start, SHORT if g.dtype in (torch.float32, torch.complex64) else LONG
+    while steps > 0:
+        q = torch.linalg.qr(_chebyshev(g, v, min(steps, most, g.shape[-1])).mH)[0]
+        found, vectors = torch.linalg.eigh(torch.bmm(torch.bmm(q.mH, g), q))
+        values, v = found[:, -1], torch.bmm(q, vectors[:, :, -1:])[..., 0]
+        steps -= most
+    return values, v
+
+
+def _chebyshev(g: Tensor, start: Tensor, count: int) -> Tensor:
+    """Chebyshev polynomials of the blocks, over twice the growth of two power steps, times their result: rows (F, count, c)."""
+    row = torch.bmm(_unit(_times(g, start)).conj()[:, None], g)
+    growth = torch.linalg.vector_norm(row, dim=-1, keepdim=True).clamp_min(1e-30)
+    row = row / growth
+    rows, factor = [row], (2 / growth).to(g.dtype)
+    for j in range(1, count):
+        before = row if j == 1 else torch.add(rows[-2], row, alpha=2)
+        row = torch.baddbmm(before, row * (factor / 2 if j == 1 else factor), g, beta=-1)
+        rows.append(row)
+    return torch.cat(rows, 1)
 
 
 @lru_cache(maxsize=32)

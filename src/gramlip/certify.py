@@ -157,7 +157,7 @@ class _Enclosing:
         if below is not None:
             assert isinstance(op, Conv)
             lower, peak = below
-            if upper > lower * (1 + self.rtol) and self._peak(i) > peak * (1 + self.rtol / 2):  # a higher one was found since
+            if upper > lower * (1 + self.rtol) and self._peak(i) > peak * (1 + self.rtol / 8):  # a higher one was found since
                 lower = max(lower, self._below(i, op)[-1])
                 ceilings = torch.zeros_like(self.search.best)  # of this layer alone
                 ceilings[i], width = self._room(i, lower)

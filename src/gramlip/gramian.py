@@ -284,7 +284,7 @@ class Gramian:
         noise = torch.tensor([self.noise[group]], dtype=torch.float64, device=self.device)
         top = cert.moments(zero, noise)
         start = zero[:, :, int(zero[0].diagonal().real.argmax())]
-        guess = 1.02 * cert.lanczos(zero, start, 24)[0] + 2 * noise if bool(start.any()) else top
+        guess = 1.02 * cert.krylov(zero, start, 24)[0] + 2 * noise if bool(start.any()) else top
         while bool(guess < top) and not bool(cert.cholesky(zero, guess, noise)):
             guess = 1.2 * guess
         top = float(torch.minimum(guess, top))

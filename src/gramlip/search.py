@@ -13,8 +13,10 @@ together, each with its own target.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -202,15 +204,17 @@ class Search(Ascent):
         if not self.lattice.active or not len(groups) or self.g.swept:
             return self.lattice.cells(self.g.fine if self.g.swept else 1.0, groups, least=self.g.swept)
         group, _ = self.lattice.decode(self.coarse)
-        ratio = (self.estimates.clamp_min(0).sqrt() / tau[self.items[group]].clamp_min(1e-300)).sort()[0]
+        ratio = (self.estimates.clamp_min(0).sqrt() / tau[self.items[group]].clamp_min(1e-300)).sort()[0].tolist()
+
+        outlook = cache(self.lattice.outlook)
 
         def cost(refine: float) -> float:
             """Blocks to test when what fails is halved again and again; a cell fails where one of its corners does."""
             total, share = 0.0, 1.0
             for _ in range(LEVELS):
-                count, loss = self.lattice.outlook(refine)
+                count, loss = outlook(refine)
                 total, refine = total + share * count, 2 * refine
-                share = min(1.0, 2 - 2 * int(torch.searchsorted(ratio, 1 - loss)) / len(ratio)) if loss else 0.0
+                share = min(1.0, 2 - 2 * bisect_left(ratio, 1 - loss) / len(ratio)) if loss else 0.0
             return total
 
         choice = min(REFINE, key=cost)
