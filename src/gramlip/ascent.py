@@ -13,6 +13,7 @@ from gramlip import certificates as cert
 from gramlip import sweep
 from gramlip.gramian import Gramian
 from gramlip.lattice import Lattice
+from gramlip.uphill import uphill
 
 BUDGET = 4e12  # real operations after which the search stops with what it has proved
 KEPT_BYTES = 128 << 20  # blocks of the coarse grid are kept while they are smaller than this
@@ -178,15 +179,17 @@ class Ascent:
             estimate, v = cert.squared(g, begin, sweep.SQUARINGS) if squared else cert.krylov(g, begin, steps)
             estimate = estimate.to(torch.float64).cpu()
             top = torch.full_like(self.best, -1.0).scatter_reduce_(0, item, estimate, "amax")
-            chosen = ((estimate >= top[item]) & (top[item] > self.best[item])).nonzero()[:, 0]
+            place = torch.where(estimate >= top[item], torch.arange(len(part)), len(part))
+            first = torch.full_like(self.where, len(part)).scatter_reduce_(0, item, place, "amin")  # one for each layer
+            chosen = first[(first < len(part)) & (top > self.best)]
             if len(chosen):
-                there = chosen.to(self.g.device)
-                double = torch.complex128 if v.is_complex() else torch.float64
+                there, double = chosen.to(self.g.device), torch.complex128 if v.is_complex() else torch.float64
                 lower = cert.rayleigh(take(g, chosen).to(double), v[there].to(double), self.noise[group[chosen]].to(self.g.device)).cpu()
-                for k, value in zip(chosen.tolist(), lower.tolist(), strict=True):
-                    one = int(item[k])
-                    if value > float(self.best[one]):
-                        self.best[one], self.where[one], self.vectors[one] = value, part[k], v[k]
+                better = lower > self.best[item[chosen]]
+                chosen, there = chosen[better], there[better.to(there.device)]
+                one = item[chosen]
+                self.best[one], self.where[one] = lower[better], part[chosen]
+                self.vectors[one.to(there.device)] = v[there].to(self.vectors.dtype)
             values.append(estimate)
             self.tally.matvecs += len(part) * steps
             self.tally.operations += len(part) * 8.0 * steps * self.g.side**2
@@ -212,40 +215,13 @@ class Ascent:
             items = items[self.best[items] > before * (1 + self.rtol * 0.1)]
 
     def _uphill(self, items: Tensor) -> Tensor:
-        """Newton steps, safeguarded, on `|u* D(w) v|^2` from the best frequency of each layer; lattice coordinates (I, axes)."""
+        """Steps up `|u* D(w) v|^2` from the best frequency of each layer; lattice coordinates (I, axes)."""
         group, index = self.lattice.decode(self.where[items])
         sizes = torch.tensor(self.lattice.sizes, dtype=torch.float64)
         coefficients, positions = self.g.polynomial(group, index, self.lattice.sizes, self.vectors[items.to(self.g.device)])
         w = index.to(torch.float64) * (2 * math.pi) / sizes
-        outer = (positions[:, :, None] * positions[:, None, :]).flatten(1)
-        moments = torch.cat([torch.ones_like(positions[:, :1]), positions, outer], 1).to(torch.complex128)
-        d = positions.shape[1]
-
-        def terms(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            angles = -w @ positions.mT
-            sums = (coefficients * torch.polar(torch.ones_like(angles), angles)) @ moments
-            return sums[:, 0], -1j * sums[:, 1 : 1 + d], -sums[:, 1 + d :].unflatten(1, (d, d))
-
-        p, first, second = terms(w)
-        for _ in range(5):
-            slope = 2 * (p.conj()[:, None] * first).real
-            bend = 2 * (p.conj()[:, None, None] * second + first.conj()[:, :, None] * first[:, None, :]).real
-            values, vectors = torch.linalg.eigh(bend)
-            # Newton where the surface is concave, a gradient step of the same scale elsewhere
-            size = values.abs().clamp_min(1e-3 * values.abs().amax(-1, keepdim=True) + 1e-300)
-            step = (vectors @ ((vectors.mT @ slope[..., None]) / size[..., None]))[..., 0].clamp(-1.0, 1.0)
-            for scale in (1.0, 0.25, 0.0):
-                after = terms(w + scale * step)
-                better = after[0].abs() > p.abs()
-                if bool(better.all()) or scale == 0.0:
-                    break
-                step = torch.where(better[:, None], step, step * 0.25)
-            move = torch.where(better[:, None], scale * step, 0.0)
-            if float(move.abs().max()) < 1e-8:
-                break
-            w = w + move
-            p, first, second = terms(w)
-        return w / (2 * math.pi) * sizes
+        found = uphill(coefficients.numpy(), positions.numpy(), w.numpy())
+        return torch.from_numpy(found) / (2 * math.pi) * sizes
 
     def count(self, blocks: int) -> None:
         """Book blocks that were formed."""

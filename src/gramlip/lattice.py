@@ -31,6 +31,8 @@ class Lattice:
         self.on_grid = tuple(n is not None or k == 1 for n, k in zip(points, span, strict=True))
         self.degrees = tuple((k - 1) / 2 for k in span)
         self.axes, self.count, self.mirrored = len(span), math.prod(self.sizes), mirrored
+        self._sizes = torch.tensor(self.sizes, dtype=torch.int64)
+        self._strides = torch.tensor([math.prod(self.sizes[j + 1 :]) for j in range(self.axes)], dtype=torch.int64)
         self.active = [j for j, n in enumerate(self.sizes) if n > 1]
         # whether the first cells already have every frequency of the grid among their corners
         self.listed = all(grid and (n == 1 or n <= START * d) for n, d, grid in zip(self.sizes, self.degrees, self.on_grid, strict=True))
@@ -82,24 +84,18 @@ class Lattice:
 
         `group` broadcasts against `index[..., 0]`.
         """
-        code = torch.zeros_like(index[..., 0]) if self.axes else torch.zeros_like(group)
-        mirror = code
-        for j in self.active:
-            n = self.sizes[j]
-            at = index[..., j].remainder(n)
-            code = code * n + at
-            mirror = mirror * n + (-at).remainder(n)
-        return (torch.minimum(code, mirror) if self.mirrored else code) + group * self.count
+        if not self.axes:
+            return group * self.count
+        at = index.remainder(self._sizes)
+        code = (at * self._strides).sum(-1)
+        if self.mirrored:
+            code = torch.minimum(code, ((-at).remainder(self._sizes) * self._strides).sum(-1))
+        return code + group * self.count
 
     def decode(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Group and frequency of the keys."""
-        group = keys.div(self.count, rounding_mode="floor")
-        rest = keys - group * self.count
-        index = keys.new_zeros(len(keys), self.axes)
-        for j in reversed(self.active):
-            index[:, j] = rest.remainder(self.sizes[j])
-            rest = rest.div(self.sizes[j], rounding_mode="floor")
-        return group, index
+        index = keys[:, None].div(self._strides, rounding_mode="floor").remainder_(self._sizes)
+        return keys.div(self.count, rounding_mode="floor"), index
 
     def corner_keys(self, cells: Cells) -> Tensor:
         """Keys of the corners of the cells, (B, 2^active)."""
@@ -144,8 +140,6 @@ def resolution(axes: int, loss: float) -> float:
 
 def angles(index: Tensor, sizes: tuple[int, ...], positions: Tensor) -> Tensor:
     """`2 pi sum_j q_j i_j / N_j` of frequencies (F, axes) and exponents (T, axes), reduced exactly before rounding; (F, T)."""
-    turns = torch.zeros(len(index), len(positions), dtype=torch.float64)
-    for j, n in enumerate(sizes):
-        if n > 1:
-            turns += (index[:, j, None] * positions[None, :, j]).remainder(n).to(torch.float64) / n
-    return turns * (2 * math.pi)
+    points = torch.tensor(sizes, dtype=torch.int64)
+    turns = (index[:, None] * positions).remainder_(points).to(torch.float64) / points
+    return turns.sum(-1).mul_(2 * math.pi)
