@@ -149,7 +149,7 @@ class Gramian:
             return None
         sizes = self._sizes
         reach = (sizes * self.offsets.to(torch.float64).square().sum(-1)).sum(-1) / self.side**0.5
-        if bool((reach > largest[items] * sum((k - 1) ** 2 for k in self.span) / 8).all()):
+        if bool((reach > largest[items] * sum((k - 1) ** 2 for k in self.span) / 32).all()):
             return None
         if self.narrow is not None:
             return self.narrow.norms()
