@@ -48,6 +48,7 @@ class Ascent:
     def __init__(self, gram: Gramian, points: tuple[int | None, ...], items: Tensor | None = None, budget: float = BUDGET) -> None:
         """Lay the lattice; nothing is computed yet."""
         self.g, self.budget, self.tally, self.too_long = gram, budget, Tally(), False
+        self.limit = math.inf  # operations after which no more blocks are tested
         self.kept: tuple[Tensor, Tensor] | None = None
         self.points, self.lattice = points, Lattice(gram.span, points, gram.groups, not gram.is_complex)
         self.items = items if items is not None else torch.zeros(gram.groups, dtype=torch.int64)
@@ -81,7 +82,7 @@ class Ascent:
             return
         every = thorough and self.lattice.count <= SMALL_GRID
         cells = self.lattice.cells(float(self.lattice.count) if every else 1.0, first)
-        self.too_long = len(cells[0]) * max(math.prod(self.g.span) * 1e3, self.g.operations) > self.budget / 8
+        self.too_long = len(cells[0]) * max(math.prod(self.g.span) * 1e3, self.g.operations) > self.budget / 2
         if self.too_long:
             few = slice(None, None, 1 + len(cells[0]) // 8)
             cells = (cells[0][few], cells[1][few], cells[2][few])

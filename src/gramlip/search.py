@@ -27,10 +27,11 @@ from gramlip.ascent import KEPT_BYTES, STEPS, Ascent, Tally, take
 from gramlip.lattice import Cells
 
 REFINE = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)  # resolutions of the first cells, of which the cheapest is taken
+PEAK = 0.2  # parts of the torus so small may be left to the refinement
 LEVELS = 6  # halvings that this estimate looks ahead
 SPREAD = 0.6180339887498949  # multiples of the golden ratio fall evenly into the unit interval
 AGAIN = 64  # corners of a sweep that are looked at once more for a higher peak
-WIDER = (1.25, 2.0)  # the targets tried once the budget is spent, as multiples of the one asked for
+WIDER = (1.02, 1.05, 1.1, 1.25, 2.0)  # targets where the budget does not allow the one that was asked for, as multiples of it
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,11 @@ class Search(Ascent):
             return [self._crude(i) for i in chosen]
         if taps is not None:
             groups = groups[~self._flat(groups, taps, self._tau(width)[self.items[groups]])]
-        cells = self._first_cells(groups, self._tau(width))
+        stretch *= self._affordable(groups, width)
+        cells = self._first_cells(groups, self._tau(width) * stretch)
         proved: Table = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64))
-        steps, over, tested = STEPS, False, 0
+        steps, tested = STEPS, 0
+        self.limit = 1.5 * self.budget
         while len(cells[0]):
             tau = (self._tau(width) * stretch)[self.items[cells[0]]]
             names, back = self.lattice.corner_keys(cells).unique(return_inverse=True)
@@ -89,12 +92,14 @@ class Search(Ascent):
             if not len(left):
                 break
             late = self.items[cells[0]].unique()
-            over = over or self.tally.operations > self.budget
-            if over:  # no cell is split any more: wider targets for those that are left, then what needs no frequency
+            if self.tally.operations > self.budget:  # wider targets from wider cells for what is left, then what needs no frequency
                 wider = torch.tensor([*WIDER, math.inf], dtype=torch.float64)
                 stretch[late] = wider[torch.searchsorted(wider, stretch[late], right=True).clamp_max(len(WIDER))]
                 if bool(torch.isinf(stretch[late]).any()):
                     break
+                self.limit = self.tally.operations + self.budget / 4
+                if not self.lattice.listed:
+                    cells = self._first_cells(cells[0].unique(), self._tau(width) * stretch)
                 continue
             before, count = self.best.clone(), len(left)
             failed = test[~passed[test]]
@@ -138,7 +143,7 @@ class Search(Ascent):
         return True
 
     def certify(self, keys: Tensor, thresholds: Tensor) -> Tensor:
-        """True where `lambda_1(G) <= threshold` is proved: two moments first, then a Cholesky factorisation."""
+        """True where `lambda_1(G) <= threshold` is proved: two moments first, then a Cholesky factorisation, until the limit is reached."""
         done = torch.zeros(len(keys), dtype=torch.bool)
         c = self.g.side
         tried = settled = 0
@@ -164,6 +169,8 @@ class Search(Ascent):
             done[part] = good.cpu()
             self.tally.factorizations += len(rest)
             self.tally.operations += len(rest) * (4 / 3) * c**3
+            if self.tally.operations > self.limit:
+                break
         return done
 
     def _tau(self, width: Tensor) -> Tensor:
@@ -203,9 +210,23 @@ class Search(Ascent):
         """The initial cells at the resolution that the estimates on the coarse grid predict to be cheapest."""
         if not self.lattice.active or not len(groups) or self.g.swept:
             return self.lattice.cells(self.g.fine if self.g.swept else 1.0, groups, least=self.g.swept)
+        return self.lattice.cells(self._cheapest(tau)[1], groups)
+
+    def _affordable(self, groups: Tensor, width: Tensor) -> float:
+        """The least multiple of the targets for which the blocks to test are predicted to stay within the budget."""
+        if self.g.swept or self.lattice.listed or not len(groups):
+            return 1.0
+        each = len(groups) * (self.g.operations + (4 / 3) * self.g.side**3)
+        left = 1.5 * self.budget - self.tally.operations
+        return next((s for s in (1.0, *WIDER) if each * self._cheapest(self._tau(width) * s, PEAK)[0] <= left), WIDER[-1])
+
+    def _cheapest(self, tau: Tensor, peak: float = 0.0) -> tuple[float, float]:
+        """How many blocks of a group are to be tested at the best resolution of the first cells, and that resolution.
+
+        A part of the torus that is less than `peak` is left out: how far it is refined is not known beforehand.
+        """
         group, _ = self.lattice.decode(self.coarse)
         ratio = (self.estimates.clamp_min(0).sqrt() / tau[self.items[group]].clamp_min(1e-300)).sort()[0].tolist()
-
         outlook = cache(self.lattice.outlook)
 
         def cost(refine: float) -> float:
@@ -215,10 +236,11 @@ class Search(Ascent):
                 count, loss = outlook(refine)
                 total, refine = total + share * count, 2 * refine
                 share = min(1.0, 2 - 2 * bisect_left(ratio, 1 - loss) / len(ratio)) if loss else 0.0
+                if share <= peak:
+                    break
             return total
 
-        choice = min(REFINE, key=cost)
-        return self.lattice.cells(choice, groups)
+        return min((cost(refine), refine) for refine in REFINE)
 
     def _learn(self, failed: Tensor, thresholds: Tensor, width: Tensor, steps: int, every: bool) -> None:
         """Corners that are above what is known, or nearly: raise the lower side there."""
