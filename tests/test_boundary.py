@@ -11,6 +11,7 @@ from torch import Tensor
 
 import gramlip as gl
 from cases import ROUNDING, Case
+from gramlip import boundary
 from gramlip.blocks import axes, symbol
 from gramlip.boundary import _ends, _largest
 from oracle import oracle
@@ -91,3 +92,28 @@ def test_groups_of_no_weight_or_next_to_none(mode: str) -> None:
         finally:
             torch.set_flush_denormal(False)
         assert float(found.upper) >= oracle(gl.Conv(weight, groups=3, padding=1, padding_mode=mode, input_size=30))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("channels", [4, 16])
+def test_dense_kernels_stay_below_the_product(channels: int, mode: str) -> None:
+    """Of 3x3 clearly, as docs/theory.md says; the best of all sets of axes whose padding is taken by its norm."""
+    weight = torch.randn(channels, channels, 3, 3, generator=torch.Generator().manual_seed(channels))
+    op = gl.Conv(weight, 8, 1, 1, mode)
+    found, supremum = gl.bound(op, finite=False), float(gl.bound(gl.Conv(weight, None, 1, 1)).upper)
+    assert found.lower <= oracle(op) <= float(found.upper) <= 1.75 * supremum
+    assert "theorem 12" in found.because
+
+
+def test_one_axis_by_the_norm_of_its_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the matrix of a corner is too large, one axis adds its boundary term and the other is multiplied."""
+    line = torch.tensor([1.0, -2.0, 1.0])
+    op = gl.Conv((line[:, None] * line)[None, None], 9, 1, 1, "reflect")
+    both = gl.bound(op, finite=False)
+    monkeypatch.setattr(boundary, "LARGEST", 3)
+    one = gl.bound(op, finite=False)
+    monkeypatch.setattr(boundary, "LARGEST", 0)
+    none = gl.bound(op, finite=False)
+    assert oracle(op) <= float(both.upper) <= float(one.upper) < float(none.upper)
+    assert "on axes (0,)" in one.because or "on axes (1,)" in one.because
+    assert "boundary's share" not in none.because

@@ -17,7 +17,7 @@ from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip.blocks import axes, grouped, polyphase
 from gramlip.operators import Conv
-from gramlip.padding import Axis, index_map
+from gramlip.padding import PADDING, Axis, index_map
 from gramlip.widen import widen
 
 LARGEST = 1536  # order of the largest boundary matrix that is formed
@@ -25,25 +25,41 @@ LEAST = 2.0**-600  # what a boundary term is taken to be at least: margins relat
 POINTS = 48  # frequencies a side on the axes that stay Toeplitz, for each unit of degree
 
 
-def excess(op: Conv, group: int, exponent: int, mass: float) -> float | None:
-    """Upper bound of `||T||^2 - S^2` for one group, weights divided by `2**exponent`; None where its matrices are too large."""
+def upper_side(op: Conv, group: int, exponent: int, mass: float, supremum: float) -> tuple[float, tuple[int, ...]]:
+    """Upper bound of the norm of one group, weights divided by `2**exponent`, and the axes whose padding is taken by its norm alone.
+
+    `supremum` is that of the symbol. The other axes add their boundary terms: theorem 12 and its corollary.
+    """
     geometry = axes(op)
     parts = [_ends(axis, op.padding_mode) for axis in geometry]
-    weight, total = grouped(op).detach()[group], 0.0
-    if mass == 0.0:
-        return 0.0
-    # the two ends of an axis touch the outputs that read its padding: the largest matrix takes all axes at once
-    worst = math.prod(max((f.shape[-1] for f in ends), default=1) for ends in parts)
-    if worst * weight.shape[0] > LARGEST:
-        return None
-    kernel = widen(weight, exponent)[0].cpu()
-    for size in range(1, op.dims + 1):
-        for chosen in itertools.combinations(range(op.dims), size):
-            worst = 0.0
-            for ends in itertools.product(*(parts[j] for j in chosen)):
-                worst = max(worst, _largest(kernel, geometry, chosen, ends, mass))
-            total = rd.add_up(total, worst)
-    return total
+    squares = [PADDING[op.padding_mode](axis).square for axis in geometry]
+    kernel = widen(grouped(op).detach()[group], exponent)[0].cpu()
+    padded = [j for j in range(op.dims) if parts[j]]
+
+    def term(chosen: tuple[int, ...]) -> float | None:
+        """The largest eigenvalue of a boundary term, or zero; None where its matrices are too large."""
+        if mass == 0.0:
+            return 0.0
+        if kernel.shape[0] * math.prod(max(f.shape[-1] for f in parts[j]) for j in chosen) > LARGEST:
+            return None
+        return max(_largest(kernel, geometry, chosen, ends, mass) for ends in itertools.product(*(parts[j] for j in chosen)))
+
+    terms = {chosen: term(chosen) for chosen in _subsets(padded) if chosen}
+    found: list[tuple[float, tuple[int, ...]]] = []
+    for added in _subsets(padded):
+        values = [value for chosen, value in terms.items() if set(chosen) <= set(added)]
+        if None not in values:
+            total = rd.mul_up(supremum, supremum)
+            for value in values:
+                total = rd.add_up(total, value or 0.0)
+            alone = tuple(j for j in range(op.dims) if j not in added)
+            found.append((rd.mul_up(total, float(math.prod(squares[j] for j in alone))), tuple(j for j in alone if parts[j])))
+    least, alone = min(found)
+    return rd.sqrt_up(least), alone
+
+
+def _subsets(of: list[int]) -> list[tuple[int, ...]]:
+    return [some for size in range(len(of) + 1) for some in itertools.combinations(of, size)]
 
 
 def _ends(axis: Axis, mode: str) -> list[Tensor]:

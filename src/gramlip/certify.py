@@ -13,7 +13,7 @@ from torch import Tensor
 from gramlip import rounding as rd
 from gramlip.blocks import Symbol, symbol
 from gramlip.bound import Bound
-from gramlip.boundary import excess
+from gramlip.boundary import upper_side
 from gramlip.errors import InputError
 from gramlip.finite import Certificate, Layer
 from gramlip.gramian import Gramian
@@ -228,16 +228,14 @@ class _Enclosing:
     def _above(self, i: int, found: Enclosure) -> tuple[float, str]:
         """The layer's upper bound from the symbol's: times the padding's factor, or plus what the boundary adds."""
         op, square = self.ops[i], self.syms[i].square
-        upper = rd.mul_up(found.upper, rd.sqrt_up(float(square)))
         if square > 1 and isinstance(op, Conv) and op.padding_mode in ("reflect", "replicate"):
-            parts = [excess(op, g, self.exponents[i], mass) for g, mass in enumerate(self._mass(i))]
-            if None not in parts:
-                extra = max(p for p in parts if p is not None)
-                other = rd.sqrt_up(rd.add_up(rd.mul_up(found.upper, found.upper), extra))
-                if other < upper:
-                    return other, f"{self._why(i, found)}; plus the boundary's share"
+            parts = [upper_side(op, g, self.exponents[i], mass, found.upper) for g, mass in enumerate(self._mass(i))]
+            upper, alone = max(parts)
+            by_norm = f"times the norm of the padding on axes {alone}" if alone else ""
+            added = "plus the boundary's share (theorem 12)" if len(alone) < sum(lo + hi > 0 for lo, hi in op.pads) else ""
+            return upper, "; ".join(filter(None, (self._why(i, found), added, by_norm)))
         factor = f"; times sqrt({square}), the norm of the padding" if square > 1 else ""
-        return upper, self._why(i, found) + factor
+        return rd.mul_up(found.upper, rd.sqrt_up(float(square))), self._why(i, found) + factor
 
     def _ascend(self, layer: Layer, group: int, x: Tensor, above: float, mass: float) -> tuple[Tensor, float]:
         """Lanczos steps on the layer until its Rayleigh quotient is as close to the blocks' norm as it can come."""
