@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import gramlip.certificates as certificates
 import gramlip.certify as engine
+from gramlip.gramian import Gramian
 from gramlip.measure import interleaved
 from gramlip.search import Search
 
@@ -76,6 +78,33 @@ def count(work: Callable[[], object]) -> Counts:
         flops[False],
         sum((single for _, single in formed), flops[True]),
     )
+
+
+def proofs(work: Callable[[], object]) -> Callable[[], float]:
+    """What the work's certificates take by themselves: the blocks that it forms and the factorisations that it tries, again.
+
+    Run once to record them. No lower side, no search: what is left of the work is the way to these blocks.
+    """
+    calls: list[Callable[[], Tensor]] = []
+    form, factorise = Gramian.at, certificates.cholesky
+
+    def at(self: Gramian, group: Tensor, index: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        calls.append(partial(form, self, group, index, sizes))
+        return form(self, group, index, sizes)
+
+    def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = False) -> Tensor:
+        calls.append(partial(factorise, g.clone(), threshold, noise, single=single))
+        return factorise(g, threshold, noise, single=single)
+
+    with patch.object(Gramian, "at", at), patch.object(certificates, "cholesky", cholesky):
+        work()
+
+    def again() -> float:
+        for call in calls:
+            call()
+        return float(len(calls))
+
+    return again
 
 
 class _Booked(Search):
