@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -33,16 +34,17 @@ def upper_side(op: Conv, group: int, exponent: int, mass: float, supremum: float
     geometry = axes(op)
     parts = [_ends(axis, op.padding_mode) for axis in geometry]
     squares = [PADDING[op.padding_mode](axis).square for axis in geometry]
-    kernel = widen(grouped(op).detach()[group], exponent)[0].cpu()
+    weight = grouped(op).detach()[group]
+    kernel = cache(lambda: widen(weight, exponent)[0].cpu())  # where a term is small enough to be formed
     padded = [j for j in range(op.dims) if parts[j]]
 
     def term(chosen: tuple[int, ...]) -> float | None:
         """The largest eigenvalue of a boundary term, or zero; None where its matrices are too large."""
         if mass == 0.0:
             return 0.0
-        if kernel.shape[0] * math.prod(max(f.shape[-1] for f in parts[j]) for j in chosen) > LARGEST:
+        if weight.shape[0] * math.prod(max(f.shape[-1] for f in parts[j]) for j in chosen) > LARGEST:
             return None
-        return max(_largest(kernel, geometry, chosen, ends, mass) for ends in itertools.product(*(parts[j] for j in chosen)))
+        return max(_largest(kernel(), geometry, chosen, ends, mass) for ends in itertools.product(*(parts[j] for j in chosen)))
 
     terms = {chosen: term(chosen) for chosen in _subsets(padded) if chosen}
     found: list[tuple[float, tuple[int, ...]]] = []
