@@ -131,8 +131,8 @@ def _largest(kernel: Tensor, geometry: list[Axis], chosen: tuple[int, ...], ends
     width = math.prod(float(f.abs().sum((0, 1)).sum(-1).max()) for f in ends)
     size = max(rd.up(mass * mass * width * (1 + 1e-9)), LEAST)  # bounds the norm at every frequency, by Schur's test on F
     noise = size * rd.gamma(16.0 * (n * taps * picks**2 + 64))
-    slack = size * sum(1 - math.cos(math.pi * (k - 1) / c) for k, c in zip(spans, counts, strict=True)) * (1 + 1e-9)
-    worst = 0.0
+    turns = [math.pi * (k - 1) / c for k, c in zip(spans, counts, strict=True)]  # degree times the grid's half-width: theorems 6 and 7
+    top = bottom = 0.0
     real = not rest and not kernel.is_complex()
     for part in angles.split(max(1, (32 << 20) // (16 * side**2))):
         waves = torch.polar(torch.ones_like(part), -part)
@@ -140,8 +140,9 @@ def _largest(kernel: Tensor, geometry: list[Axis], chosen: tuple[int, ...], ends
         pairs = torch.einsum("fpmn,fqkn->fmkpq", d, d.conj())
         e = _contract(pairs, ends).reshape(len(part), side, side)
         e = (e + e.mH) / 2
-        worst = max(worst, _positive(e, noise, size))
-    return rd.up(worst + slack) if worst + slack > 0 else 0.0
+        top, bottom = max(top, _positive(e, noise, size)), max(bottom, _positive(-e, noise, size) if rest else 0.0)
+    largest = min(size, max(top, bottom) / math.prod(math.cos(t) for t in turns) * (1 + 1e-9))  # of the norm at any frequency
+    return rd.up(top + largest * sum(1 - math.cos(t) for t in turns) * (1 + 1e-9))
 
 
 def _contract(pairs: Tensor, ends: tuple[Tensor, ...]) -> Tensor:
