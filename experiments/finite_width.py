@@ -96,11 +96,12 @@ def main() -> None:
         "",
         "## Reflect padding",
         "",
-        f"For layers too large for their own certificate, reflect padding adds what the boundary contributes (theorem 12). At n = {LARGE} and",
-        "for every size, of which the smallest are the worst: the supremum of the symbol, which zero padding cannot exceed, the lower and upper side of",
-        "`gl.bound` with `finite=False`, and the norm of the padding map times the supremum, each at a width of 1e-2:",
+        "For layers too large for their own certificate, reflect padding adds what the boundary contributes (theorem 12). At",
+        f"n = {LARGE} and for every size, of which the smallest are the worst: the supremum of the symbol, which zero padding "
+        "cannot exceed, the",
+        "lower and upper side of `gl.bound` with `finite=False`, and the norm of the padding map times the supremum, at a width of 1e-2:",
         "",
-        f"| layer | supremum | n = {LARGE}: lower | upper | padding's norm times supremum | every size: upper | padding's norm times supremum |",
+        f"| layer | supremum | n = {LARGE}: lower | upper | padding times supremum | every size: upper | padding times supremum |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, edge in edges.items():

@@ -162,6 +162,25 @@ def test_steps_end_where_the_vectors_stay_in_a_small_subspace(rank: int) -> None
     assert found.lower <= 24.0 <= found.upper <= 24.0 * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_steps_from_a_vector_that_misses_the_norm_stay_in_range(dtype: torch.dtype) -> None:
+    """Two power steps from there say nothing of the norm; blocks of the same batch may be zero, or noise."""
+    side, generator = 48, torch.Generator().manual_seed(0)
+    top = torch.ones(side, dtype=dtype) / side**0.5
+    small = torch.randn(side, side, generator=generator, dtype=dtype) * 1e-9
+    small = small @ small.mH
+    g = torch.stack([top[:, None] * top.conj() + small, torch.zeros(side, side, dtype=dtype), small * 1e-12])
+    start = torch.randn(side, generator=generator, dtype=dtype)
+    start = start - (top.conj() @ start) * top
+    for steps in (8, 16, 40):
+        values, vectors = krylov(g, start.expand(3, -1), steps)
+        assert bool(torch.view_as_real(vectors).isfinite().all() if dtype.is_complex else vectors.isfinite().all())
+        assert float(values[1]) == 0.0
+        assert float(values[0]) <= 1.0 + 1e-5
+    found = gl.bound(torch.ones(56, 14) * torch.tensor([1.0, -1.0]).repeat(7))
+    assert found.lower <= 28.0 <= float(found.upper)
+
+
 def test_a_finite_layer_whose_taps_read_padding_alone_ends() -> None:
     """The layer is zero though its weights are not: closed to what rounding can tell from zero, not sought for ever."""
     weight = torch.zeros(1, 4, 6, 6)

@@ -169,11 +169,17 @@ def krylov(g: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def _chebyshev(g: Tensor, start: Tensor, count: int) -> Tensor:
-    """Chebyshev polynomials of the blocks, over twice the growth of two power steps, times their result: rows (F, count, c)."""
-    row = torch.bmm(_unit(_times(g, start)).conj()[:, None], g)
-    growth = torch.linalg.vector_norm(row, dim=-1, keepdim=True).clamp_min(1e-30)
+    """Chebyshev polynomials of the blocks, over twice the growth of two power steps, times their result: rows (F, count, c).
+
+    The norm is at least the Frobenius norm over the root of c: so the polynomials stay in range where the steps miss it.
+    """
+    floor = 1e-15 if g.dtype in (torch.float32, torch.complex64) else 1e-100  # whose square is a normal number
+    row = _times(g, start).conj()[:, None]
+    row = torch.bmm(row / torch.linalg.vector_norm(row, dim=-1, keepdim=True).clamp_min(floor), g)
+    growth = torch.linalg.vector_norm(row, dim=-1, keepdim=True).clamp_min(floor)
+    least = (frobenius(g) / g.shape[-1] ** 0.5).to(growth.dtype)[:, None, None]
     row = row / growth
-    rows, factor = [row], (2 / growth).to(g.dtype)
+    rows, factor = [row], (2 / torch.maximum(growth, least)).to(g.dtype)
     for j in range(1, count):
         before = row if j == 1 else torch.add(rows[-2], row, alpha=2)
         row = torch.baddbmm(before, row * (factor / 2 if j == 1 else factor), g, beta=-1)
