@@ -82,7 +82,10 @@ class Ascent:
             return
         every = thorough and self.lattice.count <= SMALL_GRID
         cells = self.lattice.cells(float(self.lattice.count) if every else 1.0, first)
-        self.too_long = len(cells[0]) * max(math.prod(self.g.span) * 1e3, self.g.operations) > self.budget / 2
+        # a grid is looked at twice, a torus many times more
+        self.too_long = len(cells[0]) * max(math.prod(self.g.span) * 1e3, self.g.operations) > self.budget / (
+            2 if self.lattice.listed else 8
+        )
         if self.too_long:
             few = slice(None, None, 1 + len(cells[0]) // 8)
             cells = (cells[0][few], cells[1][few], cells[2][few])
