@@ -177,8 +177,17 @@ def test_steps_from_a_vector_that_misses_the_norm_stay_in_range(dtype: torch.dty
         assert bool(torch.view_as_real(vectors).isfinite().all() if dtype.is_complex else vectors.isfinite().all())
         assert float(values[1]) == 0.0
         assert float(values[0]) <= 1.0 + 1e-5
-    found = gl.bound(torch.ones(56, 14) * torch.tensor([1.0, -1.0]).repeat(7))
-    assert found.lower <= 28.0 <= float(found.upper)
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "replicate"])
+def test_basis_of_a_block_of_rank_one(padding_mode: str) -> None:
+    """All its vectors are parallel, but for rounding: what orthogonalising leaves of them must not underflow."""
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0]).repeat(17)
+    op = gl.Conv(signs[:, None, None] * torch.ones(68, 17, 4) / 68**0.5, 17, 3, 2, padding_mode, groups=4)
+    for rtol in (1e-2, 1e-6):
+        found = gl.bound(op, rtol=rtol)
+        assert found.lower <= oracle(op) * (1 + 1e-12)
+        assert float(found.upper) >= oracle(op) * (1 - 1e-12)
 
 
 def test_a_finite_layer_whose_taps_read_padding_alone_ends() -> None:

@@ -184,7 +184,10 @@ def _chebyshev(g: Tensor, start: Tensor, count: int) -> Tensor:
         before = row if j == 1 else torch.add(rows[-2], row, alpha=2)
         row = torch.baddbmm(before, row * (factor / 2 if j == 1 else factor), g, beta=-1)
         rows.append(row)
-    return torch.cat(rows, 1)
+    basis = torch.cat(rows, 1)
+    # where they span less, what orthogonalising leaves of each is less by a factor of epsilon than of the last, until it underflows
+    basis.diagonal(dim1=-2, dim2=-1).add_(torch.finfo(g.dtype).eps ** 0.6)
+    return basis
 
 
 @lru_cache(maxsize=32)
