@@ -452,3 +452,16 @@ def test_cholesky_proves_nothing_that_the_noise_allows_to_be_false(single: bool)
     u = torch.nn.functional.normalize(torch.randn(200, 64, generator=generator, dtype=torch.float64), dim=-1)
     g = (1 + 3e-8) * u[:, :, None] * u[:, None] - torch.eye(64, dtype=torch.float64)
     assert not bool(cert.cholesky(g, noise + 1e-9, noise, single=single).any())
+
+
+def test_blocks_that_are_used_up_are_proved_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cert, "LARGE_BYTES", 0)
+    x = torch.randn(3, 20, 20, generator=torch.Generator().manual_seed(0), dtype=torch.complex128)
+    g = x @ x.mH
+    top = torch.linalg.eigvalsh(g)[:, -1]
+    noise = torch.full_like(top, 1e-13)
+    for factor, proved in ((1 + 1e-9, True), (1 - 1e-9, False)):
+        kept = g.clone()
+        assert cert.cholesky(kept, top * factor, noise).tolist() == [proved] * 3
+        assert torch.equal(kept, g)
+        assert cert.cholesky(kept, top * factor, noise, spare=True).tolist() == [proved] * 3

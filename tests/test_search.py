@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import gramlip as gl
-from gramlip import gramian
+from gramlip import ascent, certificates, gramian
 from gramlip.gramian import Gramian
 from gramlip.lattice import Lattice
 from gramlip.search import Enclosure, Search
@@ -171,3 +171,18 @@ def test_the_lower_side_is_looked_for_among_all_candidates() -> None:
     _, _, found = enclose(kernel, (None,), 1e-6)
     assert found.finished
     assert found.tally.blocks < 2000
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (24, 24, 3)], ids=str)
+def test_taps_outlive_blocks_that_are_used_up(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix is its own tap; and nothing is kept of what is used up."""
+    monkeypatch.setattr(certificates, "LARGE_BYTES", 0)
+    monkeypatch.setattr(ascent, "KEPT_BYTES", 0)
+    kernel = torch.randn(1, *shape, *(1,) * (2 - len(shape)), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = Gramian(kernel)
+    assert gram.taps is not None
+    before = [taps.clone() for taps in gram.taps]
+    search = Search(gram, (None,) * len(gram.span))
+    search.start(1e-4)
+    assert search.close(1e-4)[0].finished
+    assert all(map(torch.equal, before, gram.taps))

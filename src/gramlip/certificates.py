@@ -12,6 +12,7 @@ from gramlip import devices
 from gramlip import rounding as rd
 
 TRACE_ORDER = 128  # up to this order the trace is a good enough bound of a single-precision factorisation's error
+LARGE_BYTES = 32 << 20  # blocks so large are factorised without another copy where nobody needs them any more
 SHORT, LONG = 8, 16  # rows of a Krylov basis in single and in double precision
 BLOCKED = range(105, 132)  # orders that take LAPACK longer than 132, where it works in blocks
 
@@ -40,15 +41,17 @@ def _single_gamma(side: int) -> float:
     return rd.gamma(2.0 * (side + 6), 2.0**-24)
 
 
-def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = False) -> Tensor:
+def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = False, spare: bool = False) -> Tensor:
     """True where `lambda_1(G) <= threshold` is proved for blocks g (F, c, c) known up to `noise` (F,).
 
-    `single` factorises in single precision, about three times faster, and proves a little less.
+    `single` factorises in single precision, about three times faster, and proves a little less. Large blocks are used up where they
+    are to `spare`.
     """
     side = g.shape[-1]
     s = single_shift(side) if single else shift(side)
     t = (threshold - noise) * (1.0 - (s if single else 2.0 * s)) - 2.0 * s * noise  # the trace is at most c (t + noise)
-    matrix = _shifted(g, t, single)
+    large = spare and not single and g.numel() * g.element_size() >= LARGE_BYTES
+    matrix = _used(g, t) if large else _shifted(g, t, single)
     factor, info = torch.linalg.cholesky_ex(matrix)
     proved = (info == 0) & (t > 0)
     if devices.parallel(g.device):  # LAPACK's backward error is a theorem; another library's is measured on its result
@@ -81,6 +84,13 @@ def _shifted(g: Tensor, t: Tensor, single: bool) -> Tensor:
         matrix[:, c:] = 0.0  # what lies above the diagonal is not read
         matrix.diagonal(dim1=-2, dim2=-1)[:, c:] = t[:, None]
     matrix.diagonal(dim1=-2, dim2=-1)[:, :c] = t[:, None] - g.diagonal(dim1=-2, dim2=-1).to(wide)
+    return matrix
+
+
+def _used(g: Tensor, t: Tensor) -> Tensor:
+    """`t I - G` in the place of G, in double."""
+    matrix = g.neg_()
+    matrix.diagonal(dim1=-2, dim2=-1).add_(t[:, None])
     return matrix
 
 

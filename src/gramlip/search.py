@@ -149,6 +149,7 @@ class Search(Ascent):
         tried = settled = 0
         # a shift takes from the cells' width, and where there are none from nothing else
         single = not self.g.parallel and cert.single_shift(c) <= (0.8 if self.lattice.listed else 0.5) * self.rtol
+        spare = self.kept is None and len(self.g.offsets) > 0  # blocks are new ones: a matrix is its own tap
         for part in torch.arange(len(keys)).split(self.g.chunk()):
             group, _ = self.lattice.decode(keys[part])
             g = self.blocks(keys[part])
@@ -165,7 +166,7 @@ class Search(Ascent):
             if len(rest):
                 self.tally.ways.add("Cholesky")
                 some = take(g, rest)
-                good[rest] = cert.cholesky(some, t[rest], noise[rest], single=single)
+                good[rest] = cert.cholesky(some, t[rest], noise[rest], single=single, spare=spare)
             done[part] = good.cpu()
             self.tally.factorizations += len(rest)
             self.tally.operations += len(rest) * (4 / 3) * c**3

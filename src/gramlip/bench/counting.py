@@ -92,9 +92,9 @@ def proofs(work: Callable[[], object]) -> Callable[[], float]:
         calls.append(partial(form, self, group, index, sizes))
         return form(self, group, index, sizes)
 
-    def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = False) -> Tensor:
+    def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = False, **options: Any) -> Tensor:
         calls.append(partial(factorise, g.clone(), threshold, noise, single=single))
-        return factorise(g, threshold, noise, single=single)
+        return factorise(g, threshold, noise, single=single, **options)
 
     with patch.object(Gramian, "at", at), patch.object(certificates, "cholesky", cholesky):
         work()
