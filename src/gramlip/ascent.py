@@ -152,6 +152,7 @@ class Ascent:
         for part in torch.arange(len(keys)).split(self.g.chunk()):
             g = self.blocks(keys[part]) if held is None else take(held, part)
             rough.append(cert.moments(g, torch.zeros(len(g), dtype=torch.float64, device=g.device)).cpu())
+            del g  # the next ones may be as large
         above, item = torch.cat(rough), self.items[self.lattice.decode(keys)[0]]
         order = above.argsort(descending=True)
         order = order[item[order].argsort(stable=True)]
@@ -194,6 +195,7 @@ class Ascent:
                 one = item[chosen]
                 self.best[one], self.where[one] = lower[better], part[chosen]
                 self.vectors[one.to(there.device)] = v[there].to(self.vectors.dtype)
+            del g
             values.append(estimate)
             self.tally.matvecs += len(part) * steps
             self.tally.operations += len(part) * 8.0 * steps * self.g.side**2

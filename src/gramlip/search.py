@@ -165,8 +165,8 @@ class Search(Ascent):
                 self.tally.ways.add("Gram")
             if len(rest):
                 self.tally.ways.add("Cholesky")
-                some = take(g, rest)
-                good[rest] = cert.cholesky(some, t[rest], noise[rest], single=single, spare=spare)
+                good[rest] = cert.cholesky(take(g, rest), t[rest], noise[rest], single=single, spare=spare)
+            del g
             done[part] = good.cpu()
             self.tally.factorizations += len(rest)
             self.tally.operations += len(rest) * (4 / 3) * c**3
