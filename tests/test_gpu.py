@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gramlip as gl
-from cases import ROUNDING, Case, cases
+from cases import ROUNDING, Case, cases, holds
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 TABLE = cases() if torch.cuda.is_available() else cases()[:1]
@@ -26,14 +26,9 @@ WIDE = [
 ]
 
 
-def moved(case: Case, input_size: tuple[int, ...] | None = ()) -> gl.Conv | gl.Dense:
-    operator = case.operator(input_size)
+def moved(case: Case) -> gl.Conv | gl.Dense:
+    operator = case.operator()
     return replace(operator, weight=operator.weight.cuda())
-
-
-def holds(case: Case, interval: gl.Bound) -> None:
-    assert interval.upper >= case.truth * (1 - ROUNDING), f"upper {interval.upper} below the truth {case.truth}: {case.name}"
-    assert interval.lower <= case.truth * (1 + ROUNDING), f"lower {interval.lower} above the truth {case.truth}: {case.name}"
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)

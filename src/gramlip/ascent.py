@@ -115,7 +115,7 @@ class Ascent:
         self.coarse = keys.flatten()
         self.kept = None if found.blocks is None else (self.coarse, found.blocks.flatten(0, 1))
         self.count(keys.numel())
-        at, blocks, vectors = found.best(g)
+        at, blocks, vectors = found.best()
         lower = cert.rayleigh(blocks, vectors, self.noise.to(g.device))
         for group, (value, place) in enumerate(torch.stack([lower, at.to(lower.dtype)], 1).tolist()):
             item = int(self.items[group])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -26,38 +27,42 @@ LEAST = 2.0**-600  # what a boundary term is taken to be at least: margins relat
 POINTS = 48  # frequencies a side on the axes that stay Toeplitz, for each unit of degree
 
 
-def upper_side(op: Conv, group: int, exponent: int, mass: float, supremum: float) -> tuple[float, tuple[int, ...]]:
-    """Upper bound of the norm of one group, weights divided by `2**exponent`, and the axes whose padding is taken by its norm alone.
+def upper_side(op: Conv, exponent: int, masses: Sequence[float], supremum: float) -> tuple[float, tuple[int, ...]]:
+    """Upper bound of the norm, weights divided by `2**exponent`, and the axes whose padding is taken by its norm alone.
 
-    `supremum` is that of the symbol. The other axes add their boundary terms: theorem 12 and its corollary.
+    `masses` are those of the groups, `supremum` is that of the symbol. The other axes add their boundary terms: theorem 12 and its
+    corollary.
     """
     geometry = axes(op)
     parts = [_ends(axis, op.padding_mode) for axis in geometry]
     squares = [PADDING[op.padding_mode](axis).square for axis in geometry]
-    weight = grouped(op).detach()[group]
-    kernel = cache(lambda: widen(weight, exponent)[0].cpu())  # where a term is small enough to be formed
     padded = [j for j in range(op.dims) if parts[j]]
 
-    def term(chosen: tuple[int, ...]) -> float | None:
+    def term(kernel: Callable[[], Tensor], m: int, mass: float, chosen: tuple[int, ...]) -> float | None:
         """The largest eigenvalue of a boundary term, or zero; None where its matrices are too large."""
         if mass == 0.0:
             return 0.0
-        if weight.shape[0] * math.prod(max(f.shape[-1] for f in parts[j]) for j in chosen) > LARGEST:
+        if m * math.prod(max(f.shape[-1] for f in parts[j]) for j in chosen) > LARGEST:
             return None
         return max(_largest(kernel(), geometry, chosen, ends, mass) for ends in itertools.product(*(parts[j] for j in chosen)))
 
-    terms = {chosen: term(chosen) for chosen in _subsets(padded) if chosen}
-    found: list[tuple[float, tuple[int, ...]]] = []
-    for added in _subsets(padded):
-        values = [value for chosen, value in terms.items() if set(chosen) <= set(added)]
-        if None not in values:
-            total = rd.mul_up(supremum, supremum)
-            for value in values:
-                total = rd.add_up(total, value or 0.0)
-            alone = tuple(j for j in range(op.dims) if j not in added)
-            found.append((rd.mul_up(total, float(math.prod(squares[j] for j in alone))), tuple(j for j in alone if parts[j])))
-    least, alone = min(found)
-    return rd.sqrt_up(least), alone
+    def least(weight: Tensor, mass: float) -> tuple[float, tuple[int, ...]]:
+        """The square of the bound of one group, from the best set of axes."""
+        kernel = cache(lambda: widen(weight, exponent)[0].cpu())  # where a term is small enough to be formed
+        terms = {chosen: term(kernel, weight.shape[0], mass, chosen) for chosen in _subsets(padded) if chosen}
+        found: list[tuple[float, tuple[int, ...]]] = []
+        for added in _subsets(padded):
+            values = [value for chosen, value in terms.items() if set(chosen) <= set(added)]
+            if None not in values:
+                total = rd.mul_up(supremum, supremum)
+                for value in values:
+                    total = rd.add_up(total, value or 0.0)
+                alone = tuple(j for j in range(op.dims) if j not in added)
+                found.append((rd.mul_up(total, float(math.prod(squares[j] for j in alone))), tuple(j for j in alone if parts[j])))
+        return min(found)
+
+    square, alone = max(least(weight, mass) for weight, mass in zip(grouped(op).detach(), masses, strict=True))
+    return rd.sqrt_up(square), alone
 
 
 def _subsets(of: list[int]) -> list[tuple[int, ...]]:

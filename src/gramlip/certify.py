@@ -229,8 +229,7 @@ class _Enclosing:
         """The layer's upper bound from the symbol's: times the padding's factor, or plus what the boundary adds."""
         op, square = self.ops[i], self.syms[i].square
         if square > 1 and isinstance(op, Conv) and op.padding_mode in ("reflect", "replicate"):
-            parts = [upper_side(op, g, self.exponents[i], mass, found.upper) for g, mass in enumerate(self._mass(i))]
-            upper, alone = max(parts)
+            upper, alone = upper_side(op, self.exponents[i], self._mass(i), found.upper)
             by_norm = f"times the norm of the padding on axes {alone}" if alone else ""
             added = "plus the boundary's share (theorem 12)" if len(alone) < sum(lo + hi > 0 for lo, hi in op.pads) else ""
             return upper, "; ".join(filter(None, (self._why(i, found), added, by_norm)))

@@ -18,7 +18,7 @@ from gramlip import certificates as cert
 from gramlip import devices, squares
 from gramlip import rounding as rd
 from gramlip.lattice import START, angles, resolution
-from gramlip.tall import Tall
+from gramlip.tall import Tall, symbols
 from gramlip.taps import Mixed, Narrow, Pairs, combined, correlate, spectral
 
 TAP_BYTES = 208 << 20  # the autocorrelation is kept in double while it is smaller than this
@@ -251,11 +251,7 @@ class Gramian:
         total: Tensor | None = None
         for (piece,) in self.tall.pieces(group, int(size / max(1.0, share))):
             flat = piece.flatten(1)
-            if real or self.is_complex:
-                block = factors.to(flat.dtype if real else factors.dtype) @ flat
-            else:
-                block = torch.complex(factors.real @ flat, factors.imag @ flat)
-            block = block.reshape(-1, *piece.shape[1:])
+            block = (factors @ flat if real else symbols(factors, flat)).reshape(-1, *piece.shape[1:])
             total = block.mH @ block if total is None else total.add_(block.mH @ block)
         assert total is not None
         return total

@@ -64,7 +64,6 @@ class Search(Ascent):
         if self.g.swept and len(chosen) == len(self.best) and self._swept(width):
             return [self._result(i, float(self._tau(width)[i]), True) for i in chosen]
         self.rtol = float((self._tau(width)[chosen] / self.best[chosen].sqrt().clamp_min(1e-300) - 1).min())
-        stretch = torch.ones_like(self.best)  # beyond 1 once the width asked for cannot be had
         taps = self.g.tap_norms(self.items, self.best)
         groups = self.nonzero()
         groups = self.reaching(groups[torch.isin(self.items[groups], torch.tensor(chosen))])
@@ -72,8 +71,8 @@ class Search(Ascent):
             return [self._crude(i) for i in chosen]
         if taps is not None:
             groups = groups[~self._flat(groups, taps, self._tau(width)[self.items[groups]])]
-        stretch *= self._affordable(groups, width)
-        cells = self._first_cells(groups, self._tau(width) * stretch)
+        affordable, cells = self._open(groups, width)
+        stretch = torch.full_like(self.best, affordable)  # beyond 1 where the width asked for cannot be had
         proved: Table = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64))
         steps, tested = STEPS, 0
         self.limit = 1.5 * self.budget
@@ -213,13 +212,18 @@ class Search(Ascent):
             return self.lattice.cells(self.g.fine if self.g.swept else 1.0, groups, least=self.g.swept)
         return self.lattice.cells(self._cheapest(tau)[1], groups)
 
-    def _affordable(self, groups: Tensor, width: Tensor) -> float:
-        """The least multiple of the targets for which the blocks to test are predicted to stay within the budget."""
+    def _open(self, groups: Tensor, width: Tensor) -> tuple[float, Cells]:
+        """The least multiple of the targets for which the blocks to test are predicted to stay within the budget, and its first cells."""
+        tau = self._tau(width)
         if self.g.swept or self.lattice.listed or not len(groups):
-            return 1.0
+            return 1.0, self._first_cells(groups, tau)
         each = len(groups) * (self.g.operations + (4 / 3) * self.g.side**3)
         left = 1.5 * self.budget - self.tally.operations
-        return next((s for s in (1.0, *WIDER) if each * self._cheapest(self._tau(width) * s, PEAK)[0] <= left), WIDER[-1])
+        cost, refine = self._cheapest(tau)
+        if each * cost <= left:
+            return 1.0, self.lattice.cells(refine, groups)
+        stretch = next((s for s in (1.0, *WIDER) if each * self._cheapest(tau * s, PEAK)[0] <= left), WIDER[-1])
+        return stretch, self._first_cells(groups, tau * stretch)
 
     def _cheapest(self, tau: Tensor, peak: float = 0.0) -> tuple[float, float]:
         """How many blocks of a group are to be tested at the best resolution of the first cells, and that resolution.

@@ -15,6 +15,7 @@ from torch import Tensor
 from gramlip import certificates as cert
 from gramlip.gramian import Gramian
 from gramlip.lattice import Lattice, angles
+from gramlip.tall import symbols
 
 SQUARINGS = 10  # of the best blocks,
 BEST = 8
@@ -50,6 +51,7 @@ class Sweep:
 
     def __init__(self, g: Gramian, waves: Tensor) -> None:
         """Form the blocks, a few frequencies at a time, and square them."""
+        self._g, self._waves = g, waves
         count, c = len(waves), g.side
         size = g.groups * count
         self.blocks = (
@@ -63,14 +65,13 @@ class Sweep:
             self.values[:, part] = _square(blocks, times)[0].unflatten(0, (g.groups, -1))
             if self.blocks is not None:
                 self.blocks[:, part] = blocks.unflatten(0, (g.groups, -1))
-        self._waves = waves
 
-    def best(self, g: Gramian) -> tuple[Tensor, Tensor, Tensor]:
+    def best(self) -> tuple[Tensor, Tensor, Tensor]:
         """For each group its best corner, the block there (groups, c, c) and its vector (groups, c)."""
-        groups = torch.arange(g.groups, device=g.device)
+        groups = torch.arange(self._g.groups, device=self._g.device)
         many = self.values.topk(min(BEST, self.values.shape[1]))[1]
         if self.blocks is None:
-            blocks = torch.stack([_blocks(g, self._waves[at], one) for one, at in enumerate(many)])
+            blocks = torch.stack([_blocks(self._g, self._waves[at], one) for one, at in enumerate(many)])
         else:
             blocks = self.blocks[groups[:, None], many]
         values, vectors = _square(blocks.flatten(0, 1), SQUARINGS)
@@ -82,8 +83,7 @@ def _blocks(g: Gramian, waves: Tensor, group: int | None = None) -> Tensor:
     """`D* D` of one group or of all, one after the other, at these waves (F, taps)."""
     assert g.tall.wide is not None
     flat = (g.tall.wide if group is None else g.tall.wide[group]).flatten(-2)
-    d = waves @ flat if g.is_complex else torch.complex(waves.real @ flat, waves.imag @ flat)
-    d = d.reshape(-1, g.rows, g.side)
+    d = symbols(waves, flat).reshape(-1, g.rows, g.side)
     return d.mH @ d
 
 

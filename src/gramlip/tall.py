@@ -79,6 +79,11 @@ class Tall:
         return wide.conj().resolve_conj() if self.flipped and self.is_complex else wide
 
 
+def symbols(waves: Tensor, taps: Tensor) -> Tensor:
+    """`D(w)` from complex waves (F, P) and flat taps (..., P, n): a product for each part where the taps are real."""
+    return waves @ taps if taps.is_complex() else torch.complex(waves.real @ taps, waves.imag @ taps)
+
+
 def _apply(taps: Tensor, v: Tensor) -> Tensor:
     """All taps (I, P, rows, side), real or complex, times vectors (I, side): (I, P, rows), complex."""
     if taps.is_complex():
