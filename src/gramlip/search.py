@@ -25,6 +25,7 @@ from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip.ascent import KEPT_BYTES, STEPS, Ascent, Tally, take
 from gramlip.lattice import Cells
+from gramlip.proved import Table, look_up, merge
 
 REFINE = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)  # resolutions of the first cells, of which the cheapest is taken
 PEAK = 0.2  # parts of the torus so small may be left to the refinement
@@ -44,9 +45,6 @@ class Enclosure:
     group: int
     tally: Tally
     finished: bool
-
-
-Table = tuple[Tensor, Tensor]  # sorted keys and, for each, the least threshold that was proved there
 
 
 class Search(Ascent):
@@ -82,10 +80,10 @@ class Search(Ascent):
             target = self._targets(cells, taps, tau)
             least = torch.full((len(names),), math.inf, dtype=torch.float64)
             least.scatter_reduce_(0, back.flatten(), target[:, None].expand_as(back).flatten(), "amin")
-            passed = _look_up(proved, names) <= least
+            passed = look_up(proved, names) <= least
             test = (~passed & (least > 0)).nonzero()[:, 0]
             passed[test] = self.certify(names[test], least[test])
-            proved = _merge(proved, (names[passed], least[passed]))
+            proved = merge(proved, (names[passed], least[passed]))
             left = (~passed[back].all(-1)).nonzero()[:, 0]
             cells = (cells[0][left], cells[1][left], cells[2][left])
             if not len(left):
@@ -283,18 +281,3 @@ class Search(Ascent):
         turns = zip(index[0].tolist(), self.lattice.sizes, strict=True)
         frequency = tuple(math.remainder(sign * 2 * math.pi * i / n, 2 * math.pi) for i, n in turns)
         return Enclosure(rd.sqrt_down(float(self.best[item])), upper, frequency, int(group[0]), self.tally, finished)
-
-
-def _look_up(table: Table, keys: Tensor) -> Tensor:
-    """The proved threshold of each key, infinite where there is none."""
-    if not len(table[0]):
-        return torch.full((len(keys),), math.inf, dtype=torch.float64)
-    at = torch.searchsorted(table[0], keys).clamp_max(len(table[0]) - 1)
-    return torch.where(table[0][at] == keys, table[1][at], math.inf)
-
-
-def _merge(table: Table, new: Table) -> Table:
-    """The table with new entries, the least of each key."""
-    names, back = torch.cat([table[0], new[0]]).unique(return_inverse=True)
-    least = torch.full((len(names),), math.inf, dtype=torch.float64)
-    return names, least.scatter_reduce_(0, back, torch.cat([table[1], new[1]]), "amin")
