@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -159,8 +160,8 @@ def first_group_only(patch: pytest.MonkeyPatch) -> None:
 
 def power_iteration_as_a_bound(patch: pytest.MonkeyPatch) -> None:
     """The lower side sold as an upper bound."""
-    patch.setattr(search.Search, "certify", lambda self, keys, thresholds: torch.ones(len(keys), dtype=torch.bool))
-    patch.setattr(search.Search, "_tau", lambda self, width: self.best.sqrt())
+    patch.setattr(search.Search, "certify", lambda self, keys, thresholds: np.ones(len(keys), dtype=np.bool_))
+    patch.setattr(search.Search, "_tau", lambda self, width: np.sqrt(self.best))
 
 
 def frobenius_as_a_lower_bound(patch: pytest.MonkeyPatch) -> None:
@@ -185,7 +186,7 @@ def boundary_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 def corners_without_slack(patch: pytest.MonkeyPatch) -> None:
     """A cell judged by its corners, as if nothing happened between them."""
-    patch.setattr(lattice.Lattice, "slack", lambda self, half: torch.zeros(len(half), dtype=torch.float64))
+    patch.setattr(lattice.Lattice, "slack", lambda self, half: np.zeros(len(half)))
 
 
 def mirrored_complex(patch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,13 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gramlip import certificates as cert
 from gramlip import sweep
+from gramlip.arrays import Ints, Reals, integers, largest, leading, on, pieces
 from gramlip.gramian import Gramian
 from gramlip.lattice import Lattice
 from gramlip.uphill import uphill
@@ -45,20 +47,20 @@ class Ascent:
     `items` says to which layer each group belongs; every layer has its own lower side and its own target.
     """
 
-    def __init__(self, gram: Gramian, points: tuple[int | None, ...], items: Tensor | None = None, budget: float = BUDGET) -> None:
+    def __init__(self, gram: Gramian, points: tuple[int | None, ...], items: Ints | None = None, budget: float = BUDGET) -> None:
         """Lay the lattice; nothing is computed yet."""
         self.g, self.budget, self.tally, self.too_long = gram, budget, Tally(), False
         self.limit = math.inf  # operations after which no more blocks are tested
-        self.kept: tuple[Tensor, Tensor] | None = None
+        self.kept: tuple[Ints, Tensor] | None = None
         self.points, self.lattice = points, Lattice(gram.span, points, gram.groups, not gram.is_complex)
-        self.items = items if items is not None else torch.zeros(gram.groups, dtype=torch.int64)
+        self.items = items if items is not None else np.zeros(gram.groups, dtype=np.int64)
         count = int(self.items.max()) + 1
-        self.noise = torch.tensor(gram.noise, dtype=torch.float64)
-        self.best = torch.zeros(count, dtype=torch.float64)  # lower bounds of the largest eigenvalues of the Gram symbols
+        self.noise, self.mass = np.array(gram.noise), np.array(gram.mass)
+        self.best = np.zeros(count)  # lower bounds of the largest eigenvalues of the Gram symbols
         self.floor = self._least()
         # the keys at which they are attained, at first frequency 0 of each layer's first group
-        first = torch.full((count,), gram.groups).scatter_reduce_(0, self.items, torch.arange(gram.groups), "amin")
-        self.where = self.lattice.keys(first, torch.zeros(count, self.lattice.axes, dtype=torch.int64))
+        first = np.unique(self.items, return_index=True)[1].astype(np.int64)
+        self.where = self.lattice.keys(first, np.zeros((count, self.lattice.axes), dtype=np.int64))
         self.vectors = torch.zeros(count, gram.side, dtype=torch.complex128, device=gram.device)
 
     def start(self, rtol: float, thorough: bool = False) -> None:
@@ -68,7 +70,7 @@ class Ascent:
         """
         self.rtol = rtol
         if self.g.mix(MIXED_PART * rtol):
-            self.noise = torch.tensor(self.g.noise, dtype=torch.float64)
+            self.noise = np.array(self.g.noise)
             self.floor = self._least()
         if self.g.swept:
             self._sweep()
@@ -76,8 +78,7 @@ class Ascent:
         groups = self.nonzero()
         first = groups
         if len(groups) > 2 * AHEAD:  # the groups of largest mass first: most of the others cannot reach them
-            mass = torch.tensor(self.g.mass, dtype=torch.float64)[groups]
-            first = groups[mass.argsort(descending=True)[:AHEAD]]
+            first = groups[self.mass[groups].argsort()[::-1][:AHEAD]]
         if not len(groups):
             return
         every = thorough and self.lattice.count <= SMALL_GRID
@@ -90,118 +91,112 @@ class Ascent:
             few = slice(None, None, 1 + len(cells[0]) // 8)
             cells = (cells[0][few], cells[1][few], cells[2][few])
         steps = STEPS if self.lattice.active else DENSE_STEPS
-        self.coarse = self.lattice.corner_keys(cells).unique()
+        self.coarse = np.unique(self.lattice.corner_keys(cells))
         if len(self.coarse) * self.g.block_bytes <= KEPT_BYTES:
             self.kept = (self.coarse, self.g.at(*self.lattice.decode(self.coarse), self.lattice.sizes))
             self.count(len(self.coarse))
         self.estimates = (self.raise_lower if every else self.survey)(self.coarse, steps)
-        rest = self.reaching(groups[~torch.isin(groups, first)])
+        rest = self.reaching(groups[~np.isin(groups, first)]) if len(first) < len(groups) else groups[:0]
         if len(rest) and not self.too_long:
-            more = self.lattice.corner_keys(self.lattice.cells(1.0, rest)).unique()
-            self.estimates = torch.cat([self.estimates, self.survey(more, steps)])
-            self.coarse = torch.cat([self.coarse, more])
+            more = np.unique(self.lattice.corner_keys(self.lattice.cells(1.0, rest)))
+            self.estimates = np.concatenate([self.estimates, self.survey(more, steps)])
+            self.coarse = np.concatenate([self.coarse, more])
         if every or self.lattice.listed:  # every frequency was seen: only the vectors can still improve
             close = self.estimates > self.best[self.items[self.lattice.decode(self.coarse)[0]]] * 0.98
             self.raise_lower(self.coarse[close], 2 * STEPS)
         else:
-            self.climb(torch.arange(len(self.best)), 2 if rtol > 1e-3 else 8)
+            self.climb(np.arange(len(self.best)), 2 if rtol > 1e-3 else 8)
 
     def _sweep(self) -> None:
         """The lower side from all corners at once, on a GPU: what lies between them is left to the width."""
         g = self.g
         self.corners = sweep.corners(g.span, self.points, g.groups, self.lattice.mirrored, g.fine, g.device)
         found = sweep.Sweep(g, self.corners.waves)
-        keys = self.corners.keys + torch.arange(g.groups)[:, None] * self.lattice.count
-        self.coarse = keys.flatten()
+        keys = self.corners.keys + np.arange(g.groups)[:, None] * self.lattice.count
+        self.coarse = keys.ravel()
         self.kept = None if found.blocks is None else (self.coarse, found.blocks.flatten(0, 1))
-        self.count(keys.numel())
+        self.count(keys.size)
         at, blocks, vectors = found.best()
-        lower = cert.rayleigh(blocks, vectors, self.noise.to(g.device))
+        lower = cert.rayleigh(blocks, vectors, on(g.device, self.noise))
         for group, (value, place) in enumerate(torch.stack([lower, at.to(lower.dtype)], 1).tolist()):
             item = int(self.items[group])
-            if value > float(self.best[item]):
+            if value > self.best[item]:
                 self.best[item], self.where[item], self.vectors[item] = value, keys[group, int(place)], vectors[group]
 
-    def _least(self) -> Tensor:
+    def _least(self) -> Reals:
         """What rounding lets be told from zero, for each layer."""
-        return torch.zeros_like(self.best).scatter_reduce_(0, self.items, 2 * self.noise.sqrt(), "amax")
+        return largest(len(self.best), self.items, 2 * np.sqrt(self.noise))
 
-    def reaching(self, groups: Tensor) -> Tensor:
+    def reaching(self, groups: Ints) -> Ints:
         """The groups whose taps' norms add up to more than their layer's lower side: the others cannot hold the norm."""
-        mass = torch.tensor(self.g.mass, dtype=torch.float64)[groups]
-        return groups[mass * mass > self.best[self.items[groups]] * (1 - 1e-12)]
+        return groups[self.mass[groups] ** 2 > self.best[self.items[groups]] * (1 - 1e-12)]
 
-    def blocks(self, keys: Tensor) -> Tensor:
+    def blocks(self, keys: Ints) -> Tensor:
         """The Gram blocks at these keys, to be read alone: those of the coarse grid are kept while they are small."""
         if self.kept is not None:
-            at = torch.searchsorted(self.kept[0], keys).clamp_max(len(self.kept[0]) - 1)
-            if torch.equal(self.kept[0][at], keys):
+            at = np.minimum(np.searchsorted(self.kept[0], keys), len(self.kept[0]) - 1)
+            if (self.kept[0][at] == keys).all():
                 return take(self.kept[1], at)
         group, index = self.lattice.decode(keys)
         self.count(len(keys))
         return self.g.at(group, index, self.lattice.sizes)
 
-    def nonzero(self) -> Tensor:
+    def nonzero(self) -> Ints:
         """The groups with a weight other than zero."""
-        return torch.tensor([g for g, mass in enumerate(self.g.mass) if mass], dtype=torch.int64)
+        return self.mass.nonzero()[0]
 
-    def survey(self, keys: Tensor, steps: int) -> Tensor:
+    def survey(self, keys: Ints, steps: int) -> Reals:
         """Estimates of the largest eigenvalues: two moments everywhere, Krylov steps where these are largest in each layer."""
         held = self.blocks(keys) if len(keys) <= (1 if self.g.parallel else 4) * self.g.chunk() else None
-        rough: list[Tensor] = []
-        for part in torch.arange(len(keys)).split(self.g.chunk()):
-            g = self.blocks(keys[part]) if held is None else take(held, part)
-            rough.append(cert.moments(g, torch.zeros(len(g), dtype=torch.float64, device=g.device)).cpu())
+        rough: list[Reals] = []
+        for part in pieces(len(keys), self.g.chunk()):
+            g = self.blocks(keys[part]) if held is None else held[part]
+            rough.append(cert.moments(g, torch.zeros(len(g), dtype=torch.float64, device=g.device)).cpu().numpy())
             del g  # the next ones may be as large
-        above, item = torch.cat(rough), self.items[self.lattice.decode(keys)[0]]
-        order = above.argsort(descending=True)
-        order = order[item[order].argsort(stable=True)]
-        sizes = torch.bincount(item, minlength=len(self.best))
-        first = (sizes.cumsum(0) - sizes)[item[order]]
-        chosen = order[torch.arange(len(keys)) - first < max(SURVEYED, SURVEYED_SIZE // self.g.side**2)]
+        above, item = np.concatenate(rough), self.items[keys // self.lattice.count]
+        order, before = leading(item, above)
+        chosen = order[before < max(SURVEYED, SURVEYED_SIZE // self.g.side**2)]
         values = self.raise_lower(keys[chosen], steps, held=None if held is None else take(held, chosen))
-        share = torch.zeros_like(self.best).scatter_reduce_(
-            0, item[chosen], values / above[chosen].clamp_min(1e-300), "mean", include_self=False
-        )
-        above *= share[item]
+        share = np.bincount(item[chosen], values / np.maximum(above[chosen], 1e-300), len(self.best))
+        above *= (share / np.maximum(np.bincount(item[chosen], minlength=len(self.best)), 1))[item]
         above[chosen] = values
         return above
 
-    def raise_lower(self, keys: Tensor, steps: int, warm: bool = False, held: Tensor | None = None) -> Tensor:
+    def raise_lower(self, keys: Ints, steps: int, warm: bool = False, held: Tensor | None = None) -> Reals:
         """Rayleigh quotients at these frequencies after Krylov steps; keeps each layer's best. Returns estimates.
 
         `held` are the blocks there, where they are known already.
         """
-        values: list[Tensor] = []
-        for at in torch.arange(len(keys)).split(self.g.chunk()):
+        values: list[Reals] = []
+        device = self.g.device
+        for at in pieces(len(keys), self.g.chunk()):
             part = keys[at]
-            group, _ = self.lattice.decode(part)
-            g = self.blocks(part) if held is None else take(held, at)
+            group = part // self.lattice.count
+            g = self.blocks(part) if held is None else held[at]
             item = self.items[group]
-            begin = self.vectors[item.to(self.g.device)] if warm else cert.start(self.g.side, self.g.device).expand(len(part), -1)
+            begin = self.vectors[on(device, item)] if warm else cert.start(self.g.side, device).expand(len(part), -1)
             begin = (begin if g.is_complex() else begin.real + 0.5 * begin.imag).to(g.dtype)
             squared = self.g.parallel and self.g.side <= SQUARED_SIDE
-            estimate, v = cert.squared(g, begin, sweep.SQUARINGS) if squared else cert.krylov(g, begin, steps)
-            estimate = estimate.to(torch.float64).cpu()
-            top = torch.full_like(self.best, -1.0).scatter_reduce_(0, item, estimate, "amax")
-            place = torch.where(estimate >= top[item], torch.arange(len(part)), len(part))
-            first = torch.full_like(self.where, len(part)).scatter_reduce_(0, item, place, "amin")  # one for each layer
-            chosen = first[(first < len(part)) & (top > self.best)]
+            found, v = cert.squared(g, begin, sweep.SQUARINGS) if squared else cert.krylov(g, begin, steps)
+            estimate: Reals = found.to(torch.float64).cpu().numpy()
+            order, before = leading(item, estimate)
+            chosen = order[before == 0]  # one for each layer
+            chosen = chosen[estimate[chosen] > self.best[item[chosen]]]
             if len(chosen):
-                there, double = chosen.to(self.g.device), torch.complex128 if v.is_complex() else torch.float64
-                lower = cert.rayleigh(take(g, chosen).to(double), v[there].to(double), self.noise[group[chosen]].to(self.g.device)).cpu()
-                better = lower > self.best[item[chosen]]
-                chosen, there = chosen[better], there[better.to(there.device)]
-                one = item[chosen]
-                self.best[one], self.where[one] = lower[better], part[chosen]
-                self.vectors[one.to(there.device)] = v[there].to(self.vectors.dtype)
+                there, double = on(device, chosen), torch.complex128 if v.is_complex() else torch.float64
+                v = v[there].to(double)
+                lower = cert.rayleigh(take(g, chosen).to(double), v, on(device, self.noise[group[chosen]])).cpu().numpy()
+                better = (lower > self.best[item[chosen]]).nonzero()[0]
+                one = item[chosen[better]]
+                self.best[one], self.where[one] = lower[better], part[chosen[better]]
+                self.vectors[on(device, one)] = v[on(device, better)].to(self.vectors.dtype)
             del g
             values.append(estimate)
             self.tally.matvecs += len(part) * steps
             self.tally.operations += len(part) * 8.0 * steps * self.g.side**2
-        return torch.cat(values)
+        return np.concatenate([np.zeros(0), *values])
 
-    def climb(self, items: Tensor, rounds: int) -> None:
+    def climb(self, items: Ints, rounds: int) -> None:
         """Move the best frequencies uphill, with the singular vectors held: docs/theory.md#lower-side."""
         if not self.lattice.active:
             return
@@ -213,21 +208,19 @@ class Ascent:
             group, _ = self.lattice.decode(self.where[items])
             point = self._uphill(items)
             near = [
-                (point[:, j].floor(), point[:, j].ceil()) if grid else (point[:, j].round(),) for j, grid in enumerate(self.lattice.on_grid)
+                (np.floor(point[:, j]), np.ceil(point[:, j])) if grid else (point[:, j].round(),)
+                for j, grid in enumerate(self.lattice.on_grid)
             ]
-            keys = [self.lattice.keys(group, torch.stack(c, -1).to(torch.int64)) for c in itertools.product(*near)]
-            keys = torch.cat(keys).unique()
-            self.raise_lower(keys, STEPS, warm=True)
+            keys = [self.lattice.keys(group, integers(np.stack(c, -1))) for c in itertools.product(*near)]
+            self.raise_lower(np.unique(np.concatenate(keys)), STEPS, warm=True)
             items = items[self.best[items] > before * (1 + self.rtol * 0.1)]
 
-    def _uphill(self, items: Tensor) -> Tensor:
+    def _uphill(self, items: Ints) -> Reals:
         """Steps up `|u* D(w) v|^2` from the best frequency of each layer; lattice coordinates (I, axes)."""
         group, index = self.lattice.decode(self.where[items])
-        sizes = torch.tensor(self.lattice.sizes, dtype=torch.float64)
-        coefficients, positions = self.g.polynomial(group, index, self.lattice.sizes, self.vectors[items.to(self.g.device)])
-        w = index.to(torch.float64) * (2 * math.pi) / sizes
-        found = uphill(coefficients.numpy(), positions.numpy(), w.numpy())
-        return torch.from_numpy(found) / (2 * math.pi) * sizes
+        turn = 2 * math.pi / np.array(self.lattice.sizes)
+        coefficients, positions = self.g.polynomial(group, index, self.lattice.sizes, self.vectors[on(self.g.device, items)])
+        return uphill(coefficients, positions, index * turn) / turn
 
     def count(self, blocks: int) -> None:
         """Book blocks that were formed."""
@@ -235,8 +228,8 @@ class Ascent:
         self.tally.operations += blocks * self.g.operations
 
 
-def take(blocks: Tensor, rows: Tensor) -> Tensor:
+def take(blocks: Tensor, rows: Ints) -> Tensor:
     """These rows of the blocks, to be read alone: no copy where they are neighbours."""
-    at = rows.tolist()
-    neighbours = at and at[-1] - at[0] + 1 == len(at) and at == list(range(at[0], at[-1] + 1))
-    return blocks[at[0] : at[-1] + 1] if neighbours else blocks[rows.to(blocks.device)]
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows) and (np.diff(rows) == 1).all():
+        return blocks[int(rows[0]) : int(rows[-1]) + 1]
+    return blocks[on(blocks.device, rows)]

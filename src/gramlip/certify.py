@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,13 +127,12 @@ class _Enclosing:
             self.gram = Gramian(_stack([kernel for kernel, _ in wide]), rtol=rtol)
             self.exponents = [exponent + self.gram.exponent for _, exponent in wide]
         self.groups = self.gram.groups // len(ops)
-        self.search = Search(self.gram, self.syms[0].points, torch.arange(len(ops)).repeat_interleave(self.groups))
+        self.search = Search(self.gram, self.syms[0].points, np.arange(len(ops)).repeat(self.groups))
 
     def bounds(self) -> list[Bound]:
         """The intervals, in the order of the operators."""
         self.search.start(self.rtol, not all(sym.exact for sym in self.syms))
-        widths = torch.full((len(self.ops),), self.rtol, dtype=torch.float64)
-        ceilings = torch.zeros_like(widths)
+        widths, ceilings = np.full(len(self.ops), self.rtol), np.zeros(len(self.ops))
         done: dict[int, Bound] = {}
         lowers: dict[int, tuple[float, float]] = {}
         for i, op in enumerate(self.ops):
@@ -159,7 +159,7 @@ class _Enclosing:
             lower, peak = below
             if upper > lower * (1 + self.rtol) and self._peak(i) > peak * (1 + self.rtol / 8):  # a higher one was found since
                 lower = max(lower, self._below(i, op)[-1])
-                ceilings = torch.zeros_like(self.search.best)  # of this layer alone
+                ceilings = np.zeros_like(self.search.best)  # of this layer alone
                 ceilings[i], width = self._room(i, lower)
                 if upper > lower * (1 + self.rtol) and width < self.rtol / 2:  # it can still close
                     upper, why = self._above(i, self.search.close(width, [i], ceilings)[0])
@@ -201,7 +201,7 @@ class _Enclosing:
         """The layer that is applied, the group of the best block, and a vector from there with its Rayleigh quotient."""
         part, modes = sample(op)
         layer = Layer(part, self.exponents[i], modes)
-        group = int(self.search.lattice.decode(self.search.where[i : i + 1])[0]) - i * self.groups
+        group = int(self.search.where[i] // self.search.lattice.count) - i * self.groups
         return part, layer, group, *self._ascend(layer, group, wave(self.search, i, layer, group), self._peak(i), self._mass(i)[group])
 
     def _of_size(self, i: int, op: Conv) -> tuple[Bound | None, float]:

@@ -7,19 +7,20 @@ memory stays bounded. Error bounds: docs/rounding.md#r2-symbol.
 
 from __future__ import annotations
 
-import itertools
 import math
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gramlip import certificates as cert
-from gramlip import devices, squares
+from gramlip import devices, exponents, squares
 from gramlip import rounding as rd
+from gramlip.arrays import Complexes, Ints, Reals, integers, on
 from gramlip.lattice import START, angles, resolution
 from gramlip.tall import Tall, symbols
-from gramlip.taps import Mixed, Narrow, Pairs, combined, correlate, spectral
+from gramlip.taps import Mixed, Narrow, combined, correlate, spectral
 
 TAP_BYTES = 208 << 20  # the autocorrelation is kept in double while it is smaller than this
 NARROW_BYTES = 230 << 20  # above, in single precision while that is smaller than this,
@@ -53,15 +54,10 @@ class Gramian:
         self.axes = len(self.span)
         self.device, self.parallel = kernel.device, devices.parallel(kernel.device)
         self._dtype = torch.complex128 if self.is_complex else torch.float64
-        self._grid = torch.tensor(list(itertools.product(*map(range, self.span))), dtype=torch.int64).reshape(
-            math.prod(self.span), self.axes
-        )
         self.mass = self._mass()
         count = (math.prod(2 * k - 1 for k in self.span) - 1) // 2
         each = self.groups * self.side**2 * (16 if self.is_complex else 8)
-        ranges = [range(1 - k, k) for k in self.span] if count <= MOST_TAPS else []
-        offsets = [q for q in itertools.product(*ranges) if q > (0,) * self.axes]
-        self.offsets = torch.tensor(offsets, dtype=torch.int64).reshape(len(offsets), self.axes)
+        self.offsets = exponents.offsets(self.span) if count <= MOST_TAPS else integers([]).reshape(0, self.axes)
         length = self.rows * self.tall.count + count + 64
         per = rd.gamma(4.0 * length if self.is_complex else 2.0 * length)
         self.noise = [rd.add_up(rd.mul_up(per, rd.mul_up(m, m)), rd.TINY) if m else 0.0 for m in self.mass]
@@ -70,7 +66,9 @@ class Gramian:
         # a matrix is one block, whatever its size
         shared = not self.squared and not self.swept and (count == 0 or (count <= MOST_TAPS and each * (2 * count + 1) <= TAP_BYTES))
         exact = self.is_complex or rtol < NARROW_RTOL or shared or self.squared or self.swept or count > MOST_TAPS
-        self.narrow = Narrow(self.tall, self._pairs, self.device) if not exact and each * (count / 2 + 1) <= NARROW_BYTES else None
+        self.narrow = (
+            Narrow(self.tall, exponents.runs(self.span), self.device) if not exact and each * (count / 2 + 1) <= NARROW_BYTES else None
+        )
         if self.narrow is not None:
             self._add_noise(self.narrow.noise)
             self.taps = (self.narrow.zero[:, None], self.narrow.zero[:, :0])
@@ -103,7 +101,7 @@ class Gramian:
     def _squarable(self, part: float) -> bool:
         """Take squares in single precision where their error is at most this part of every group's largest eigenvalue."""
         assert self.tall.wide is not None
-        errors = squares.errors(self.tall, self._pairs)
+        errors = squares.errors(self.tall, exponents.pairs(self.span))
         # the mean over all frequencies of the largest eigenvalue is at least the mean eigenvalue
         mean = self.tall.wide.flatten(1).square().sum(-1) / self.side
         if any(m and error > part * x for m, error, x in zip(self.mass, errors, mean.tolist(), strict=True)):
@@ -119,18 +117,10 @@ class Gramian:
             norms = torch.hypot(norms, torch.linalg.vector_norm(piece.flatten(2), dim=-1))
         return [rd.up(x * rd.up(grow)) if x else 0.0 for x in norms.sum(-1).tolist()]
 
-    @cached_property
-    def _pairs(self) -> list[Pairs]:
-        """For A_0 and every offset the pairs of the kernel's taps that are so far apart."""
-        strides = torch.tensor([math.prod(2 * k - 1 for k in self.span[j + 1 :]) for j in range(self.axes)], dtype=torch.int64)
-        code = (self._grid * strides).sum(-1)
-        gap = code[None, :] - code[:, None]
-        return [(gap == q).nonzero().tolist() for q in [0, *(self.offsets * strides).sum(-1).tolist()]]
-
     def _autocorrelation(self) -> tuple[Tensor, Tensor]:
         """Coefficients of the cosines (A_0 and A_q + A_q*) and of the sines (A_q - A_q*), (groups, taps, c, c)."""
         even = torch.zeros(self.groups, 1 + len(self.offsets), self.side, self.side, dtype=self._dtype, device=self.device)
-        correlate(self.tall, self._pairs, even.transpose(0, 1))
+        correlate(self.tall, exponents.runs(self.span), even.transpose(0, 1))
         odd = torch.empty_like(even[:, 1:])
         step = max(1, CHUNK_BYTES // (even[:, 0].numel() * even.element_size()))  # the copies of all taps at once would be many
         for later, apart in zip(even[:, 1:].split(step, 1), odd.split(step, 1), strict=True):
@@ -139,7 +129,7 @@ class Gramian:
             later += adjoint
         return even, odd
 
-    def tap_norms(self, items: Tensor, largest: Tensor) -> Tensor | None:
+    def tap_norms(self, items: Ints, largest: Reals) -> Reals | None:
         """Upper bounds of `||A_q||`, q > 0, (groups, taps), or None where they cannot serve.
 
         `largest` holds a lower bound of the largest eigenvalue of each layer, `items` the layer of each group: the taps serve
@@ -147,24 +137,24 @@ class Gramian:
         """
         if self.taps is None or not len(self.offsets):
             return None
-        sizes = self._sizes
-        reach = (sizes * self.offsets.to(torch.float64).square().sum(-1)).sum(-1) / self.side**0.5
-        if bool((reach > largest[items] * sum((k - 1) ** 2 for k in self.span) / 32).all()):
+        reach = self._sizes @ np.square(self.offsets).sum(-1) / self.side**0.5
+        if (reach > largest[items] * sum((k - 1) ** 2 for k in self.span) / 32).all():
             return None
         if self.narrow is not None:
             return self.narrow.norms()
         even, odd = self.taps[0][:, 1:].flatten(0, 1), self.taps[1].flatten(0, 1)
         parts = torch.arange(len(odd)).split(max(1, 4 * CHUNK_BYTES // (odd.element_size() * self.side**2)))
-        return torch.cat([spectral((even[part] + odd[part]) / 2).cpu() for part in parts]).reshape(sizes.shape)
+        norms: Reals = torch.cat([spectral((even[part] + odd[part]) / 2).cpu() for part in parts]).numpy()
+        return norms.reshape(self._sizes.shape)
 
     @cached_property
-    def _sizes(self) -> Tensor:
+    def _sizes(self) -> Reals:
         """Upper bounds of the Frobenius norms of `A_q`, q > 0, (groups, taps)."""
         if self.narrow is not None:
             return self.narrow.sizes() * (1 + 1e-12)
         assert self.taps is not None  # A_q = (even + odd) / 2, and the two halves are orthogonal
         even, odd = self.taps
-        return torch.hypot(*(_frobenius(half) for half in (even[:, 1:], odd))).cpu() / 2 * (1 + 1e-12)
+        return np.hypot(*(_frobenius(half) for half in (even[:, 1:], odd))) / 2 * (1 + 1e-12)
 
     def mix(self, part: float) -> bool:
         """Form blocks in single precision from now on, where its error is at most this part of every group's largest eigenvalue."""
@@ -180,71 +170,58 @@ class Gramian:
         self._add_noise(mixed.noise)
         return True
 
-    def polynomial(self, group: Tensor, index: Tensor, sizes: tuple[int, ...], v: Tensor) -> tuple[Tensor, Tensor]:
+    def polynomial(self, group: Ints, index: Ints, sizes: tuple[int, ...], v: Tensor) -> tuple[Complexes, Ints]:
         """The coefficients (I, taps) of `p(w) = u* D(w) v`, u the image of v at the given frequency, and the exponents (taps, axes)."""
-        images = self.tall.images(group, v)
-        angles = self.waves(index, sizes, self._grid)
-        image = (torch.polar(torch.ones_like(angles), -angles)[:, None] @ images)[:, 0]
-        return (images @ image.conj()[..., None])[..., 0].cpu(), self._grid.to(torch.float64)
+        images: Complexes = self.tall.images(on(self.device, group), v).cpu().numpy()
+        taps = exponents.taps(self.span)
+        image = np.exp(-1j * angles(index, sizes, taps))[:, None] @ images
+        return (images @ image.conj().swapaxes(1, 2))[..., 0], taps
 
-    def waves(self, index: Tensor, sizes: tuple[int, ...], positions: Tensor) -> Tensor:
-        """The angles `2 pi sum_j q_j i_j / N_j`, reduced exactly before rounding; (F, positions) on the kernel's device."""
-        return angles(index, sizes, positions).to(self.device)
-
-    def at(self, group: Tensor, index: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    def at(self, group: Ints, index: Ints, sizes: tuple[int, ...]) -> Tensor:
         """G at the lattice frequencies `2 pi index / sizes` (F, axes) of the given groups (F,): (F, c, c), real where all are real."""
-        if self.narrow is not None:
-            return self._combined(group.to(self.device), index, sizes)
         if self.taps is None:
             if self.groups == 1:
                 return self._direct(0, index, sizes)
             out: Tensor | None = None
-            for one in group.unique().tolist():
-                there = (group == one).nonzero()[:, 0]
+            for one in np.unique(group).tolist():
+                there = (group == one).nonzero()[0]
                 blocks = self._direct(one, index[there], sizes)
                 out = (
                     blocks.new_empty(len(group), self.side, self.side)
                     if out is None
                     else out.to(torch.promote_types(out.dtype, blocks.dtype))
                 )
-                out[there.to(self.device)] = blocks.to(out.dtype)
+                out[on(self.device, there)] = blocks.to(out.dtype)
             assert out is not None
             return out
         even, odd = self.taps
-        group = group.to(self.device)
         if not len(self.offsets):
-            return even[:, 0].expand(len(group), -1, -1) if self.groups == 1 else even[group, 0]
-        angles = self.waves(index, sizes, self.offsets)
-        cosines = torch.cat([torch.ones_like(angles[:, :1]), angles.cos()], 1)
-        sines = -angles.sin()
+            return even[:, 0].expand(len(group), -1, -1) if self.groups == 1 else even[on(self.device, group), 0]
+        turns = angles(index, sizes, self.offsets)
+        cosines, sines = np.cos(turns), -np.sin(turns)
         if self.mixed is not None:
             return self.mixed.combine(group, cosines, sines)
+        real = not self.is_complex and bool((np.abs(sines) < 1e-15).all())  # frequencies 0 and pi: their error is inside `noise`
+        if self.narrow is not None:
+            return self.narrow.combine(group, on(self.device, cosines), None if real else on(self.device, sines))
+        weights = on(self.device, np.concatenate([np.ones((len(group), 1)), cosines], 1))
         if self.is_complex:
-            return self._combine(cosines.to(torch.complex128), even, group) + self._combine(sines * 1j, odd, group)
-        real = self._combine(cosines, even, group)
-        if float(sines.abs().max()) < 1e-15:  # frequencies 0 and pi: their error is inside `noise`
-            return real
-        return torch.complex(real, self._combine(sines, odd, group))
+            return self._combine(weights.to(self._dtype), even, group) + self._combine(on(self.device, sines) * 1j, odd, group)
+        part = self._combine(weights, even, group)
+        return part if real else torch.complex(part, self._combine(on(self.device, sines), odd, group))
 
-    def _combined(self, group: Tensor, index: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """The same from taps in single precision."""
-        assert self.narrow is not None
-        angles = self.waves(index, sizes, self.offsets)
-        sines = -angles.sin()
-        return self.narrow.combine(group, angles.cos(), sines if float(sines.abs().max()) >= 1e-15 else None)
-
-    def _combine(self, weights: Tensor, taps: Tensor, group: Tensor) -> Tensor:
+    def _combine(self, weights: Tensor, taps: Tensor, group: Ints) -> Tensor:
         if self.groups > 1 and weights.numel() * self.side**2 * 16 <= CHUNK_BYTES:
-            return torch.einsum("ft,ftcd->fcd", weights, taps[group])
+            return torch.einsum("ft,ftcd->fcd", weights, taps[on(self.device, group)])
         return combined(weights, taps, group)
 
-    def _direct(self, group: int, index: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    def _direct(self, group: int, index: Ints, sizes: tuple[int, ...]) -> Tensor:
         """Blocks of one group from pieces of rows of the symbol, so that no more than a few blocks are alive."""
-        angles = self.waves(index, sizes, self._grid)
+        turns = angles(index, sizes, exponents.taps(self.span))
         if self.squared:
-            return squares.square(self.tall, group, angles)
-        real = not self.is_complex and bool((angles.sin().abs() < 1e-15).all())
-        factors = angles.cos() if real else torch.polar(torch.ones_like(angles), -angles)
+            return squares.square(self.tall, group, on(self.device, turns))
+        real = not self.is_complex and bool((np.abs(np.sin(turns)) < 1e-15).all())
+        factors = on(self.device, np.cos(turns) if real else np.exp(-1j * turns))
         # pieces whose blocks, at all these frequencies, hold at most a few chunks
         share = 16 * max(1, len(index)) / ((16 if self.is_complex else 8) * self.tall.count)
         size = GPU_CHUNK_BYTES if self.parallel else 4 * CHUNK_BYTES
@@ -287,6 +264,7 @@ class Gramian:
         return min(self.mass[group], rd.sqrt_up(rd.mul_up(top, float(self.tall.count))))
 
 
-def _frobenius(taps: Tensor) -> Tensor:
+def _frobenius(taps: Tensor) -> Reals:
     """Frobenius norms of the last two axes, (groups, taps), one tap at a time: torch would copy them all."""
-    return torch.stack([torch.linalg.vector_norm(taps[:, i], dim=(-2, -1)) for i in range(taps.shape[1])], 1)
+    norms: Reals = torch.stack([torch.linalg.vector_norm(taps[:, i], dim=(-2, -1)) for i in range(taps.shape[1])], 1).cpu().numpy()
+    return norms

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from gramlip.arrays import Ints, Reals, integers
 from gramlip.errors import InputError
 
 START = 8  # cells a side to start from, for each unit of degree
 
-Cells = tuple[Tensor, Tensor, Tensor]  # group (B,), lowest corner (B, axes), highest corner (B, axes)
+Cells = tuple[Ints, Ints, Ints]  # group (B,), lowest corner (B, axes), highest corner (B, axes)
 
 
 class Lattice:
@@ -31,14 +31,15 @@ class Lattice:
         self.on_grid = tuple(n is not None or k == 1 for n, k in zip(points, span, strict=True))
         self.degrees = tuple((k - 1) / 2 for k in span)
         self.axes, self.count, self.mirrored = len(span), math.prod(self.sizes), mirrored
-        self._sizes = torch.tensor(self.sizes, dtype=torch.int64)
-        self._strides = torch.tensor([math.prod(self.sizes[j + 1 :]) for j in range(self.axes)], dtype=torch.int64)
+        self._sizes, self._degrees, self._grid = integers(self.sizes), np.array(self.degrees), np.array(self.on_grid, dtype=np.bool_)
+        self._strides = integers([math.prod(self.sizes[j + 1 :]) for j in range(self.axes)])
+        self._scale = np.array([math.pi / n for n in self.sizes])
+        self._weight = np.array([d / n for d, n in zip(self.degrees, self.sizes, strict=True)])
         self.active = [j for j, n in enumerate(self.sizes) if n > 1]
         # whether the first cells already have every frequency of the grid among their corners
         self.listed = all(grid and (n == 1 or n <= START * d) for n, d, grid in zip(self.sizes, self.degrees, self.on_grid, strict=True))
-        self.masks = torch.zeros(1 << len(self.active), self.axes, dtype=torch.bool)
-        for row, bits in enumerate(itertools.product((False, True), repeat=len(self.active))):
-            self.masks[row, self.active] = torch.tensor(bits, dtype=torch.bool)
+        self.masks = np.zeros((1 << len(self.active), self.axes), dtype=np.bool_)
+        self.masks[:, self.active] = list(itertools.product((False, True), repeat=len(self.active)))
         # sup over the torus <= (largest on the grid) / spread; axes that are visited point by point have no share in it
         self.spread = 1.0 - 1e-14
         for n, d, grid in zip(self.sizes, self.degrees, self.on_grid, strict=True):
@@ -67,7 +68,7 @@ class Lattice:
                 loss += 1 - math.cos(min(self.degrees[j] * math.pi * -(-end // cells) / self.sizes[j], math.pi))
         return count, loss
 
-    def cells(self, refine: float, groups: Tensor, least: bool = False) -> Cells:
+    def cells(self, refine: float, groups: Ints, least: bool = False) -> Cells:
         """Cells that cover the torus, or half of it where it is mirrored, for each group; none longer than asked for with `least`."""
         edges = [
             [end * i // count for i in range(count + 1)] if n > 1 else [0, 0]
@@ -75,61 +76,54 @@ class Lattice:
         ]
         lows, highs = [line[:-1] for line in edges], [line[1:] for line in edges]
         total = math.prod(map(len, lows))
-        lo = torch.tensor(list(itertools.product(*lows)), dtype=torch.int64).reshape(total, self.axes)
-        hi = torch.tensor(list(itertools.product(*highs)), dtype=torch.int64).reshape(total, self.axes)
-        return groups.repeat_interleave(total), lo.repeat(len(groups), 1), hi.repeat(len(groups), 1)
+        lo, hi = (integers(list(itertools.product(*ends))).reshape(total, self.axes) for ends in (lows, highs))
+        return groups.repeat(total), np.tile(lo, (len(groups), 1)), np.tile(hi, (len(groups), 1))
 
-    def keys(self, group: Tensor, index: Tensor) -> Tensor:
+    def keys(self, group: Ints, index: Ints) -> Ints:
         """One integer for each (group, frequency), the same for mirror images, the groups one after the other.
 
         `group` broadcasts against `index[..., 0]`.
         """
         if not self.axes:
             return group * self.count
-        at = index.remainder(self._sizes)
-        code = (at * self._strides).sum(-1)
+        at = index % self._sizes
+        code = at @ self._strides
         if self.mirrored:
-            code = torch.minimum(code, ((-at).remainder(self._sizes) * self._strides).sum(-1))
+            code = np.minimum(code, (-at % self._sizes) @ self._strides)
         return code + group * self.count
 
-    def decode(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, keys: Ints) -> tuple[Ints, Ints]:
         """Group and frequency of the keys."""
-        index = keys[:, None].div(self._strides, rounding_mode="floor").remainder_(self._sizes)
-        return keys.div(self.count, rounding_mode="floor"), index
+        return keys // self.count, keys[:, None] // self._strides % self._sizes
 
-    def corner_keys(self, cells: Cells) -> Tensor:
+    def corner_keys(self, cells: Cells) -> Ints:
         """Keys of the corners of the cells, (B, 2^active)."""
         group, lo, hi = cells
-        return self.keys(group[:, None], torch.where(self.masks[None], hi[:, None], lo[:, None]))
+        return self.keys(group[:, None], np.where(self.masks, hi[:, None], lo[:, None]))
 
-    def half_widths(self, cells: Cells) -> Tensor:
+    def half_widths(self, cells: Cells) -> Reals:
         """Half-widths in radians, (B, axes); zero for a grid cell with no point strictly inside."""
-        width = (cells[2] - cells[1]).to(torch.float64)
-        scale = torch.tensor([math.pi / n for n in self.sizes], dtype=torch.float64)
-        grid = torch.tensor(self.on_grid, dtype=torch.bool)
-        return torch.where((width <= 1) & grid, 0.0, width * scale)
+        width = cells[2] - cells[1]
+        return np.where((width <= 1) & self._grid, 0.0, width * self._scale)
 
-    def slack(self, half: Tensor) -> Tensor:
+    def slack(self, half: Reals) -> Reals:
         """`sum_j (1 - cos(degree_j h_j))` for each cell, rounded up; beyond reach of the theorem where an angle exceeds pi/2."""
-        angle = half * torch.tensor(self.degrees, dtype=torch.float64)
-        part = torch.where(angle <= math.pi / 2, 1 - angle.cos() + 1e-15, 1e9)
-        return torch.where(angle > 0, part, 0.0).sum(-1)
+        angle = half * self._degrees
+        part = np.where(angle <= math.pi / 2, 1 - np.cos(angle) + 2e-15, 1e9)
+        return np.where(angle > 0, part, 0.0).sum(-1)
 
     def split(self, cells: Cells) -> Cells:
         """The cells halved along the axes that matter most to each; a cell that cannot be halved stays."""
         group, lo, hi = cells
-        weight = torch.zeros(lo.shape, dtype=torch.float64)
+        width = hi - lo
+        weight = np.where(width > 1, width * self._weight, 0.0)
+        cuts = (weight > 0) & (weight >= 0.5 * weight.max(-1, keepdims=True, initial=0.0))
         for j in self.active:
-            width = hi[:, j] - lo[:, j]
-            weight[:, j] = torch.where(width > 1, width * (self.degrees[j] / self.sizes[j]), 0.0)
-        cuts = (weight > 0) & (weight >= 0.5 * weight.amax(-1, keepdim=True)) if self.active else weight > 0
-        for j in self.active:
-            cut = cuts[:, j].nonzero()[:, 0]
-            mid = (lo[cut, j] + hi[cut, j]).div(2, rounding_mode="floor")
-            upper, lower = lo[cut], hi.clone()
-            upper[:, j], lower[cut, j] = mid, mid
-            group, cuts = torch.cat([group, group[cut]]), torch.cat([cuts, cuts[cut]])
-            lo, hi = torch.cat([lo, upper]), torch.cat([lower, hi[cut]])
+            cut = cuts[:, j].nonzero()[0]
+            upper, lower = lo[cut], hi.copy()
+            upper[:, j] = lower[cut, j] = (lo[cut, j] + hi[cut, j]) // 2
+            group, cuts = np.concatenate([group, group[cut]]), np.concatenate([cuts, cuts[cut]])
+            lo, hi = np.concatenate([lo, upper]), np.concatenate([lower, hi[cut]])
         return group, lo, hi
 
 
@@ -138,8 +132,7 @@ def resolution(axes: int, loss: float) -> float:
     return math.pi / START * math.sqrt(max(1, axes) / (2 * loss))
 
 
-def angles(index: Tensor, sizes: tuple[int, ...], positions: Tensor) -> Tensor:
+def angles(index: Ints, sizes: tuple[int, ...], positions: Ints) -> Reals:
     """`2 pi sum_j q_j i_j / N_j` of frequencies (F, axes) and exponents (T, axes), reduced exactly before rounding; (F, T)."""
-    points = torch.tensor(sizes, dtype=torch.int64)
-    turns = (index[:, None] * positions).remainder_(points).to(torch.float64) / points
-    return turns.sum(-1).mul_(2 * math.pi)
+    points = integers(sizes)
+    return ((index[:, None] * positions) % points / points).sum(-1) * (2 * math.pi)

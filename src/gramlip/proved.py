@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import numpy as np
 
-import torch
-from torch import Tensor
+from gramlip.arrays import Ints, Reals, named, smallest
 
-Table = tuple[Tensor, Tensor]  # sorted keys and, for each, the least threshold that was proved there
+Table = tuple[Ints, Reals]  # sorted keys and, for each, the least threshold that was proved there
 
 
-def look_up(table: Table, keys: Tensor) -> Tensor:
+def look_up(table: Table, keys: Ints) -> Reals:
     """The proved threshold of each key, infinite where there is none."""
     if not len(table[0]):
-        return torch.full((len(keys),), math.inf, dtype=torch.float64)
-    at = torch.searchsorted(table[0], keys).clamp_max(len(table[0]) - 1)
-    return torch.where(table[0][at] == keys, table[1][at], math.inf)
+        return np.full(len(keys), np.inf)
+    at = np.searchsorted(table[0], keys).clip(max=len(table[0]) - 1)
+    return np.where(table[0][at] == keys, table[1][at], np.inf)
 
 
 def merge(table: Table, new: Table) -> Table:
     """The table with new entries, the least of each key."""
-    names, back = torch.cat([table[0], new[0]]).unique(return_inverse=True)
-    least = torch.full((len(names),), math.inf, dtype=torch.float64)
-    return names, least.scatter_reduce_(0, back, torch.cat([table[1], new[1]]), "amin")
+    names, back = named(np.concatenate([table[0], new[0]]))
+    return names, smallest(len(names), back, np.concatenate([table[1], new[1]]))

@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from gramlip import certificates as cert
 from gramlip import rounding as rd
+from gramlip.arrays import Flags, Ints, Reals, leading, named, on, pieces, smallest
 from gramlip.ascent import KEPT_BYTES, STEPS, Ascent, Tally, take
 from gramlip.lattice import Cells
 from gramlip.proved import Table, look_up, merge
@@ -50,61 +51,60 @@ class Enclosure:
 class Search(Ascent):
     """Encloses the largest norm of a symbol; `start` finds the lower side, `close` proves the upper one."""
 
-    def close(self, rtol: float | Tensor, only: Sequence[int] | None = None, ceiling: Tensor | None = None) -> list[Enclosure]:
+    def close(self, rtol: float | Reals, only: Sequence[int] | None = None, ceiling: Reals | None = None) -> list[Enclosure]:
         """Prove for every layer (or `only` these) that nothing exceeds its lower side by more than `rtol`, unless the budget ends first.
 
         A value in `ceiling` is good enough as well where it is larger.
         """
         if ceiling is not None:
-            self.floor = torch.maximum(self.floor, ceiling)
+            self.floor = np.maximum(self.floor, ceiling)
         chosen = list(range(len(self.best))) if only is None else list(only)
-        width = torch.as_tensor(rtol, dtype=torch.float64).expand(len(self.best)).clone()
+        width = np.broadcast_to(rtol, self.best.shape)
         if self.g.swept and len(chosen) == len(self.best) and self._swept(width):
             return [self._result(i, float(self._tau(width)[i]), True) for i in chosen]
-        self.rtol = float((self._tau(width)[chosen] / self.best[chosen].sqrt().clamp_min(1e-300) - 1).min())
+        self.rtol = float((self._tau(width)[chosen] / np.sqrt(self.best[chosen]).clip(min=1e-300) - 1).min())
         taps = self.g.tap_norms(self.items, self.best)
         groups = self.nonzero()
-        groups = self.reaching(groups[torch.isin(self.items[groups], torch.tensor(chosen))])
+        groups = self.reaching(groups[np.isin(self.items[groups], chosen)])
         if self.too_long:
             return [self._crude(i) for i in chosen]
         if taps is not None:
             groups = groups[~self._flat(groups, taps, self._tau(width)[self.items[groups]])]
         affordable, cells = self._open(groups, width)
-        stretch = torch.full_like(self.best, affordable)  # beyond 1 where the width asked for cannot be had
-        proved: Table = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64))
+        stretch = np.full(len(self.best), affordable)  # beyond 1 where the width asked for cannot be had
+        proved: Table = (np.zeros(0, dtype=np.int64), np.zeros(0))
         steps, tested = STEPS, 0
         self.limit = 1.5 * self.budget
         while len(cells[0]):
             tau = (self._tau(width) * stretch)[self.items[cells[0]]]
-            names, back = self.lattice.corner_keys(cells).unique(return_inverse=True)
+            names, back = named(self.lattice.corner_keys(cells))
             target = self._targets(cells, taps, tau)
-            least = torch.full((len(names),), math.inf, dtype=torch.float64)
-            least.scatter_reduce_(0, back.flatten(), target[:, None].expand_as(back).flatten(), "amin")
-            passed = look_up(proved, names) <= least
-            test = (~passed & (least > 0)).nonzero()[:, 0]
+            least = smallest(len(names), back.ravel(), target.repeat(back.shape[1]))
+            passed: Flags = look_up(proved, names) <= least
+            test = (~passed & (least > 0)).nonzero()[0]
             passed[test] = self.certify(names[test], least[test])
             proved = merge(proved, (names[passed], least[passed]))
-            left = (~passed[back].all(-1)).nonzero()[:, 0]
+            left = np.flatnonzero((~passed[back]).any(-1))
             cells = (cells[0][left], cells[1][left], cells[2][left])
             if not len(left):
                 break
-            late = self.items[cells[0]].unique()
+            late = np.unique(self.items[cells[0]])
             if self.tally.operations > self.budget:  # wider targets from wider cells for what is left, then what needs no frequency
-                wider = torch.tensor([*WIDER, math.inf], dtype=torch.float64)
-                stretch[late] = wider[torch.searchsorted(wider, stretch[late], right=True).clamp_max(len(WIDER))]
-                if bool(torch.isinf(stretch[late]).any()):
+                wider = np.array([*WIDER, math.inf])
+                stretch[late] = wider[np.searchsorted(wider, stretch[late], side="right").clip(max=len(WIDER))]
+                if np.isinf(stretch[late]).any():
                     break
                 self.limit = self.tally.operations + self.budget / 4
                 if not self.lattice.listed:
-                    cells = self._first_cells(cells[0].unique(), self._tau(width) * stretch)
+                    cells = self._first_cells(np.unique(cells[0]), self._tau(width) * stretch)
                 continue
-            before, count = self.best.clone(), len(left)
+            before, count = self.best.copy(), len(left)
             failed = test[~passed[test]]
             # where the work grows, a higher peak may be what is missing: every candidate is looked at, not the best blocks alone
             self._learn(names[failed], least[failed], width, steps, len(test) > tested)
             tested = len(test)
             cells = self.lattice.split(cells)
-            if len(cells[0]) == count and torch.equal(before, self.best):  # nothing left to split, and no better vector
+            if len(cells[0]) == count and (before == self.best).all():  # nothing left to split, and no better vector
                 stuck = steps >= self.g.side
                 steps *= 2
                 if stuck:
@@ -114,103 +114,100 @@ class Search(Ascent):
             self._crude(i) if math.isinf(float(upper[i])) else self._result(i, float(upper[i]), float(stretch[i]) == 1.0) for i in chosen
         ]
 
-    def _swept(self, width: Tensor) -> bool:
+    def _swept(self, width: Reals) -> bool:
         """Whether all corners of a sweep are proved to be so far below the targets that nothing between them exceeds them.
 
         Those that are not may hold a higher peak, with which they are tried again.
         """
-        keys, loss = self.coarse, self.corners.loss.repeat(self.g.groups)
-        left = torch.arange(len(keys))
-        group = left.div(len(self.corners.keys), rounding_mode="floor")
+        keys, loss = self.coarse, np.tile(self.corners.loss, self.g.groups)
+        left = np.arange(len(keys))
+        group = left // len(self.corners.keys)
         self.tally.ways.add("Cholesky")
         while len(left):
-            before = self.best.clone()
+            before = self.best.copy()
             tau = self._tau(width)[self.items[group[left]]]
-            target = (tau * (1 - loss[left] * (1 + 1e-14))).clamp_min(0).square() * (1 - 1e-15)
-            t, noise = target.to(self.g.device), self.noise[group[left]].to(self.g.device)
-            parts = zip(*(x.split(self.g.chunk()) for x in (keys[left], t, noise)), strict=True)
-            good = torch.cat([cert.cholesky(self.blocks(part), *rest) for part, *rest in parts]).cpu()
+            target = np.maximum(tau * (1 - loss[left] * (1 + 1e-14)), 0.0) ** 2 * (1 - 1e-15)
+            t, noise = on(self.g.device, target), on(self.g.device, self.noise[group[left]])
+            parts = pieces(len(left), self.g.chunk())
+            good = torch.cat([cert.cholesky(self.blocks(keys[left[part]]), t[part], noise[part]) for part in parts]).cpu().numpy()
             self.tally.factorizations += len(left)
             self.tally.operations += len(left) * (4 / 3) * self.g.side**3
             left = left[~good]
             if len(left):
                 self.raise_lower(keys[left[:: 1 + len(left) // AGAIN]], STEPS)
-                if not bool((self.best > before).any()):
+                if not (self.best > before).any():
                     return False
         return True
 
-    def certify(self, keys: Tensor, thresholds: Tensor) -> Tensor:
+    def certify(self, keys: Ints, thresholds: Reals) -> Flags:
         """True where `lambda_1(G) <= threshold` is proved: two moments first, then a Cholesky factorisation, until the limit is reached."""
-        done = torch.zeros(len(keys), dtype=torch.bool)
-        c = self.g.side
+        done = np.zeros(len(keys), dtype=np.bool_)
+        c, device = self.g.side, self.g.device
         tried = settled = 0
         # a shift takes from the cells' width, and where there are none from nothing else
         single = not self.g.parallel and cert.single_shift(c) <= (0.8 if self.lattice.listed else 0.5) * self.rtol
         spare = self.kept is None and len(self.g.offsets) > 0  # blocks are new ones: a matrix is its own tap
-        for part in torch.arange(len(keys)).split(self.g.chunk()):
-            group, _ = self.lattice.decode(keys[part])
+        for part in pieces(len(keys), self.g.chunk()):
             g = self.blocks(keys[part])
-            noise, t = self.noise[group].to(g.device), thresholds[part].to(g.device)
-            good = torch.zeros(len(part), dtype=torch.bool, device=g.device)
+            noise, t = on(device, self.noise[keys[part] // self.lattice.count]), on(device, thresholds[part])
+            good = done[part]
             # the moments are tried for as long as they settle one block in eight, and where a factorisation costs more
             if 8 * settled >= tried and not self.g.parallel:
-                good |= cert.moments(g, noise) <= t
-                tried, settled = tried + len(part), settled + int(good.sum())
-                self.tally.gram_steps += len(part)
-            rest = (~good).nonzero()[:, 0]
-            if len(rest) < len(part):
+                good[:] = (cert.moments(g, noise) <= t).cpu().numpy()
+                tried, settled = tried + len(good), settled + int(good.sum())
+                self.tally.gram_steps += len(good)
+            rest = (~good).nonzero()[0]
+            if len(rest) < len(good):
                 self.tally.ways.add("Gram")
             if len(rest):
                 self.tally.ways.add("Cholesky")
-                good[rest] = cert.cholesky(take(g, rest), t[rest], noise[rest], single=single, spare=spare)
+                there = on(device, rest)
+                good[rest] = cert.cholesky(take(g, rest), t[there], noise[there], single=single, spare=spare).cpu().numpy()
             del g
-            done[part] = good.cpu()
             self.tally.factorizations += len(rest)
             self.tally.operations += len(rest) * (4 / 3) * c**3
             if self.tally.operations > self.limit:
                 break
         return done
 
-    def _tau(self, width: Tensor) -> Tensor:
+    def _tau(self, width: Reals) -> Reals:
         """What is to be proved: each lower side plus nearly all of the width asked for, or what rounding lets be told from zero."""
-        return torch.maximum(self.best.sqrt() * (1 + width * 0.98), self.floor)
+        return np.maximum(np.sqrt(self.best) * (1 + width * 0.98), self.floor)
 
-    def _targets(self, cells: Cells, taps: Tensor | None, tau: Tensor) -> Tensor:
+    def _targets(self, cells: Cells, taps: Reals | None, tau: Reals) -> Reals:
         """What the largest eigenvalue at the corners of each cell must not exceed for the cell to stay below tau squared."""
         half = self.lattice.half_widths(cells)
         ratio = self.lattice.slack(half) / self.lattice.spread
-        target = (tau * (1 - ratio * (1 + 1e-14))).clamp_min(0).square()
+        target = np.maximum(tau * (1 - ratio * (1 + 1e-14)), 0.0) ** 2
         if taps is not None:
             # b_q of docs/theory.md#tap-bound; the norms are of the computed taps, whose errors add up to less than `noise`
-            bend = (self.g.offsets[None] * half[:, None]).square().div(2).clamp_max(2.0).sum(-1)
+            bend = np.minimum((self.g.offsets * half[:, None]) ** 2 / 2, 2.0).sum(-1)
             beta = (2 * bend * taps[cells[0]]).sum(-1) * (1 + 1e-12) + 4 * self.lattice.axes * self.noise[cells[0]]
-            target = torch.maximum(target, tau * tau - beta)
+            target = np.maximum(target, tau * tau - beta)
         return target * (1 - 1e-15)
 
-    def _flat(self, groups: Tensor, taps: Tensor, tau: Tensor) -> Tensor:
+    def _flat(self, groups: Ints, taps: Reals, tau: Reals) -> Flags:
         """Where the tap bound of the whole torus, `||A_0|| + 2 sum ||A_q||`, proves the target at once."""
         assert self.g.taps is not None
         room = tau * tau * (1 - 1e-15) - 2 * taps[groups].sum(-1) * (1 + 1e-12)
-        done = room > self.best[self.items[groups]] * (1 + 1e-12)
-        chosen = done.nonzero()[:, 0]
+        done: Flags = room > self.best[self.items[groups]] * (1 + 1e-12)
+        chosen = done.nonzero()[0]
         if len(chosen):
-            there = groups[chosen].to(self.g.device)
-            good = cert.cholesky(
-                self.g.taps[0][there, 0], room[chosen].to(self.g.device), self.noise[groups[chosen]].to(self.g.device)
-            ).cpu()
+            there, t, noise = (on(self.g.device, x[chosen]) for x in (groups, room, self.noise[groups]))
+            good = cert.cholesky(self.g.taps[0][there, 0], t, noise).cpu().numpy()
             done[chosen] = good
             self.tally.factorizations += len(chosen)
-            if bool(good.any()):
+            if good.any():
                 self.tally.ways.add("tap bound")
         return done
 
-    def _first_cells(self, groups: Tensor, tau: Tensor) -> Cells:
+    def _first_cells(self, groups: Ints, tau: Reals) -> Cells:
         """The initial cells at the resolution that the estimates on the coarse grid predict to be cheapest."""
         if not self.lattice.active or not len(groups) or self.g.swept:
             return self.lattice.cells(self.g.fine if self.g.swept else 1.0, groups, least=self.g.swept)
         return self.lattice.cells(self._cheapest(tau)[1], groups)
 
-    def _open(self, groups: Tensor, width: Tensor) -> tuple[float, Cells]:
+    def _open(self, groups: Ints, width: Reals) -> tuple[float, Cells]:
         """The least multiple of the targets for which the blocks to test are predicted to stay within the budget, and its first cells."""
         tau = self._tau(width)
         if self.g.swept or self.lattice.listed or not len(groups):
@@ -223,13 +220,13 @@ class Search(Ascent):
         stretch = next((s for s in (1.0, *WIDER) if each * self._cheapest(tau * s, PEAK)[0] <= left), WIDER[-1])
         return stretch, self._first_cells(groups, tau * stretch)
 
-    def _cheapest(self, tau: Tensor, peak: float = 0.0) -> tuple[float, float]:
+    def _cheapest(self, tau: Reals, peak: float = 0.0) -> tuple[float, float]:
         """How many blocks of a group are to be tested at the best resolution of the first cells, and that resolution.
 
         A part of the torus that is less than `peak` is left out: how far it is refined is not known beforehand.
         """
-        group, _ = self.lattice.decode(self.coarse)
-        ratio = (self.estimates.clamp_min(0).sqrt() / tau[self.items[group]].clamp_min(1e-300)).sort()[0].tolist()
+        item = self.items[self.coarse // self.lattice.count]
+        ratio = np.sort(np.sqrt(self.estimates.clip(min=0)) / tau[item].clip(min=1e-300)).tolist()
         outlook = cache(self.lattice.outlook)
 
         def cost(refine: float) -> float:
@@ -245,27 +242,25 @@ class Search(Ascent):
 
         return min((cost(refine), refine) for refine in REFINE)
 
-    def _learn(self, failed: Tensor, thresholds: Tensor, width: Tensor, steps: int, every: bool) -> None:
+    def _learn(self, failed: Ints, thresholds: Reals, width: Reals, steps: int, every: bool) -> None:
         """Corners that are above what is known, or nearly: raise the lower side there."""
-        group, _ = self.lattice.decode(failed)
+        group = failed // self.lattice.count
         item = self.items[group]
         close = thresholds > 0.97 * self.best[item]
         candidates = failed[close]
         if not len(candidates):
             return
-        group = group[close]
-        order = (torch.arange(len(group), dtype=torch.float64) * SPREAD).frac().argsort()  # not the lowest frequencies alone
-        order = order[group[order].argsort(stable=True)]
-        rank = torch.arange(len(group)) - torch.searchsorted(group[order], group[order])  # some of each group
-        some = order[rank.argsort(stable=True)[: 4 * self.g.chunk()]].sort()[0]
+        spread, _ = np.modf(np.arange(len(candidates)) * SPREAD)
+        order, before = leading(group[close], -spread)  # not the lowest frequencies alone
+        some = np.sort(order[before.argsort(kind="stable")[: 4 * self.g.chunk()]])  # some of each group
         if every:  # more steps, and the vector of the best block for what is left of the way to its peak
             held = self.blocks(candidates[some]) if len(some) * self.g.block_bytes <= KEPT_BYTES else None
             far = self.raise_lower(candidates[some], 2 * steps, held=held)
-            values = torch.maximum(far, self.raise_lower(candidates[some], steps, warm=True, held=held))
+            values = np.maximum(far, self.raise_lower(candidates[some], steps, warm=True, held=held))
         else:
             values = self.survey(candidates[some], steps)
         item = item[close][some]
-        rising = item[values > self.best[item] * (1 - width[item] / 2)].unique()
+        rising = np.unique(item[values > self.best[item] * (1 - width[item] / 2)])
         if len(rising):
             self.climb(rising, 1 if self.rtol > 1e-3 else 3)
 

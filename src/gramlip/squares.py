@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
+from gramlip.exponents import Pair
 from gramlip.tall import Tall
-from gramlip.taps import HALF, STRIP, Pairs, mirror, strips
+from gramlip.taps import HALF, STRIP, mirror, strips
 
 ROWS = 64  # rows that one product adds up
 BYTES = 4 << 20  # of symbols at once
 
 
-def errors(tall: Tall, pairs: list[Pairs]) -> list[float]:
+def errors(tall: Tall, pairs: list[list[Pair]]) -> list[float]:
     """Upper bounds of `||fl(G) - G||` for any block of each group, beyond the error in double.
 
     `pairs` are the pairs of taps at each distance, whose inner products are the coefficients of the trace of G:

@@ -6,13 +6,15 @@ the proof fails the cells go to the search: `gramlip.search`.
 
 from __future__ import annotations
 
-import itertools
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gramlip import certificates as cert
+from gramlip import exponents
+from gramlip.arrays import largest, named, on, pieces
 from gramlip.gramian import Gramian
 from gramlip.lattice import Lattice, angles
 from gramlip.tall import symbols
@@ -29,13 +31,11 @@ class Corners:
 
     def __init__(self, lattice: Lattice, fine: float, span: tuple[int, ...], device: torch.device) -> None:
         """Keys (F,) as of the first group; the waves live on the device."""
-        cells = lattice.cells(fine, torch.zeros(1, dtype=torch.int64), least=True)
-        self.keys, back = lattice.corner_keys(cells).unique(return_inverse=True)
-        loss = (lattice.slack(lattice.half_widths(cells)) / lattice.spread)[:, None].expand_as(back).flatten()
-        self.loss = torch.zeros(len(self.keys), dtype=torch.float64).scatter_reduce_(0, back.flatten(), loss, "amax")
-        taps = torch.tensor(list(itertools.product(*map(range, span))), dtype=torch.int64)
-        phase = angles(lattice.decode(self.keys)[1], lattice.sizes, taps)
-        self.waves = torch.polar(torch.ones_like(phase), -phase).to(device)
+        cells = lattice.cells(fine, np.zeros(1, dtype=np.int64), least=True)
+        self.keys, back = named(lattice.corner_keys(cells))
+        loss = lattice.slack(lattice.half_widths(cells)) / lattice.spread
+        self.loss = largest(len(self.keys), back.ravel(), loss.repeat(back.shape[1]))
+        self.waves = on(device, np.exp(-1j * angles(lattice.decode(self.keys)[1], lattice.sizes, exponents.taps(span))))
 
 
 @lru_cache(maxsize=32)
@@ -59,8 +59,7 @@ class Sweep:
         )
         self.values = torch.empty(g.groups, count, dtype=torch.float64, device=g.device)
         times = FEWER if 8.0 * FEWER * size * c**3 <= OPERATIONS else LEAST
-        for at in torch.arange(count).split(max(1, g.chunk() // g.groups)):
-            part = slice(int(at[0]), int(at[-1]) + 1)
+        for part in pieces(count, max(1, g.chunk() // g.groups)):
             blocks = _blocks(g, waves[part])
             self.values[:, part] = _square(blocks, times)[0].unflatten(0, (g.groups, -1))
             if self.blocks is not None:

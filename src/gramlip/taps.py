@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from gramlip import certificates as cert
 from gramlip import rounding as rd
+from gramlip.arrays import Ints, Reals, on
+from gramlip.exponents import Run
 from gramlip.tall import Tall
 
 HALF = 2.0**-24  # unit roundoff of single precision
@@ -14,19 +19,20 @@ TOGETHER = 3  # taps that are accumulated in double at once before they are stor
 STRIP, STRIPS = 128, 8  # the least rows of a strip, and how many strips there are of a large matrix
 SLAB_BYTES = 8 << 20  # rows of all taps that are combined at once
 
-Pairs = list[list[int]]  # (left, right) taps of the kernel that make up one tap of the autocorrelation
 
-
-def correlate(tall: Tall, pairs: list[Pairs], out: Tensor) -> None:
-    """Add the tap `A_q` of each list of pairs to `out[i]` (groups, c, c), which are zero, with the rows of the kernel streamed."""
-    runs = [_runs(some) for some in pairs]
+def correlate(tall: Tall, runs: list[list[Run]], out: Tensor) -> None:
+    """Add the tap `A_q` of each list of runs to `out[i]` (groups, c, c), which are zero, with the rows of the kernel streamed."""
     # a Hermitian one, of pairs of equal taps, is formed below the diagonal
     parts = strips(tall.side, max(STRIP, tall.side // STRIPS))
     for piece in tall.pieces():
+        flat, rows = piece.flatten(1, 2), piece.shape[2]
         for one, some in zip(out, runs, strict=True):
-            for left, right in some:  # one product, the pairs one below the other
-                a, b = piece[:, left].flatten(1, 2), piece[:, right].flatten(1, 2)
-                for i, j in parts if left == right else [(0, tall.side)]:
+            for left, right, count in some:  # one product, the pairs one below the other
+                a, b = (flat.narrow(1, start * rows, count * rows) for start in (left, right))
+                if left != right or len(parts) == 1:
+                    one.baddbmm_(a.mH, b)
+                    continue
+                for i, j in parts:
                     one[:, i:j, :j].baddbmm_(a[:, :, i:j].mH, b[:, :, :j])
     for one, some in zip(out, runs, strict=True):
         if some and some[0][0] == some[0][1]:
@@ -44,20 +50,14 @@ def mirror(blocks: Tensor, parts: list[tuple[int, int]]) -> None:
         blocks[:, :i, i:j] = blocks[:, i:j, :i].mH
 
 
-def combined(weights: Tensor, taps: Tensor, group: Tensor) -> Tensor:
+def combined(weights: Tensor, taps: Tensor, group: Ints) -> Tensor:
     """`sum_t weights[f, t] taps[group[f], t]` for taps (groups, T, c, c), one product for each run of equal groups: (F, c, c)."""
     out = weights.new_empty(len(group), *taps.shape[-2:])
-    names, counts = group.unique_consecutive(return_counts=True)
-    for one, some, blocks in zip(names.tolist(), weights.split(counts.tolist()), out.flatten(1).split(counts.tolist()), strict=True):
-        torch.mm(some, taps[one].flatten(1), out=blocks)
+    flat, rows = taps.flatten(2), out.flatten(1)
+    starts = [*np.diff(group, prepend=-1).nonzero()[0].tolist(), len(group)]
+    for i, j in itertools.pairwise(starts):
+        torch.mm(weights[i:j], flat[int(group[i])], out=rows[i:j])
     return out
-
-
-def _runs(pairs: Pairs) -> list[tuple[slice, slice]]:
-    """The pairs as runs of neighbouring taps, which need no copy."""
-    starts = [i for i, (p, q) in enumerate(pairs) if not i or [p - 1, q - 1] != pairs[i - 1]]
-    ends = [*starts[1:], len(pairs)]
-    return [tuple(slice(pairs[i][side], pairs[i][side] + j - i) for side in (0, 1)) for i, j in zip(starts, ends, strict=True)]  # type: ignore[misc]
 
 
 class Narrow:
@@ -66,33 +66,33 @@ class Narrow:
     `noise[g]` bounds what storing them adds to the error of any block of group g: docs/rounding.md#r2-symbol.
     """
 
-    def __init__(self, tall: Tall, pairs: list[Pairs], device: torch.device) -> None:
-        """Form the taps, those of `pairs[0]` being `A_0`, a few at a time."""
+    def __init__(self, tall: Tall, runs: list[list[Run]], device: torch.device) -> None:
+        """Form the taps, that of `runs[0]` being `A_0`, a few at a time."""
         shape = (tall.groups, tall.side, tall.side)
         self.zero = torch.zeros(1, *shape, dtype=torch.float64, device=device)
-        correlate(tall, pairs[:1], self.zero)
+        correlate(tall, runs[:1], self.zero)
         self.zero = self.zero[0]
-        self.rest = torch.empty(tall.groups, len(pairs) - 1, *shape[1:], dtype=torch.float32, device=device)
+        self.rest = torch.empty(tall.groups, len(runs) - 1, *shape[1:], dtype=torch.float32, device=device)
         lost = torch.zeros(tall.groups, dtype=torch.float64, device=device)
-        for start in range(1, len(pairs), TOGETHER):
-            some = pairs[start : start + TOGETHER]
+        for start in range(1, len(runs), TOGETHER):
+            some = runs[start : start + TOGETHER]
             exact = torch.zeros(len(some), *shape, dtype=torch.float64, device=device)
             correlate(tall, some, exact)
             for i, tap in enumerate(exact, start - 1):
                 lost += torch.linalg.vector_norm(tap, dim=(-2, -1))
                 self.rest[:, i] = tap
         # each entry loses half a unit, or all of itself below the normal range; every tap occurs with its adjoint
-        tiny = 2.0**-125 * tall.side * (len(pairs) - 1)
+        tiny = 2.0**-125 * tall.side * (len(runs) - 1)
         self.noise = [rd.up(2 * (HALF * x * (1 + 1e-6) + tiny)) for x in lost.tolist()]
 
-    def combine(self, group: Tensor, cosines: Tensor, sines: Tensor | None) -> Tensor:
+    def combine(self, group: Ints, cosines: Tensor, sines: Tensor | None) -> Tensor:
         """`A_0 + M + M*` with `M = sum_q (cosines + i sines)_q A_q` for each row of the weights, (F, c, c); real without sines."""
         c, count = self.rest.shape[-1], len(group)
         real = cosines.new_empty(count, c, c)
         imaginary = real if sines is None else torch.empty_like(real)
         step = max(1, SLAB_BYTES // (8 * self.rest.shape[1] * c))
-        for one in group.unique().tolist():
-            at = (group == one).nonzero()[:, 0]
+        for one in np.unique(group).tolist():
+            at = on(real.device, (group == one).nonzero()[0])
             for rows in torch.arange(c).split(step):
                 slab = self.rest[one, :, rows[0] : rows[-1] + 1].to(torch.float64).flatten(1)
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -100,21 +100,21 @@ class Narrow:
                 if sines is not None:
                     imaginary[at, part] = (sines[at] @ slab).reshape(len(at), -1, c)
         real += real.mT.contiguous()
-        real += self.zero[group]
+        real += self.zero[on(real.device, group)]
         if sines is None:
             return real
         imaginary -= imaginary.mT.contiguous()
         return torch.complex(real, imaginary)
 
-    def norms(self) -> Tensor:
+    def norms(self) -> Reals:
         """Upper bounds of `||A_q||` of the taps as stored, (groups, taps), by one Gram step more than the Frobenius norm."""
         found = [[self._norm(tap) for tap in taps] for taps in self.rest]
-        return torch.tensor(found, dtype=torch.float64)
+        return np.array(found)
 
-    def sizes(self) -> Tensor:
+    def sizes(self) -> Reals:
         """Frobenius norms of the taps, (groups, taps)."""
         found = [[float(torch.linalg.vector_norm(tap.to(torch.float64))) for tap in taps] for taps in self.rest]
-        return torch.tensor(found, dtype=torch.float64)
+        return np.array(found)
 
     @staticmethod
     def _norm(tap: Tensor) -> float:
@@ -127,7 +127,7 @@ class Mixed:
     `noise[g]` bounds what this adds to the error of any block of group g: docs/rounding.md#r2-symbol.
     """
 
-    def __init__(self, even: Tensor, odd: Tensor, sizes: Tensor) -> None:
+    def __init__(self, even: Tensor, odd: Tensor, sizes: Reals) -> None:
         """Round the coefficients of the cosines and sines; `sizes` (groups, taps) are the Frobenius norms of `A_q`, q > 0."""
         groups, count, c = *even.shape[:2], even.shape[-1]
         self.taps = torch.zeros(groups, count + odd.shape[1], c, c, dtype=torch.complex64, device=even.device)
@@ -137,13 +137,14 @@ class Mixed:
         else:
             self.taps[:, count:].imag.copy_(odd)
         length = self.taps.shape[1] + 4
-        total = torch.linalg.vector_norm(even[:, 0], dim=(-2, -1)).cpu() + 2 * sizes.sum(-1)
+        total = torch.linalg.vector_norm(even[:, 0], dim=(-2, -1)).cpu().numpy() + 2 * sizes.sum(-1)
         per, tiny = rd.gamma(2.0 * length, HALF), 2.0**-120 * length * c
         self.noise = [rd.add_up(rd.mul_up(per, x * (1 + 1e-6)), tiny) for x in total.tolist()]
 
-    def combine(self, group: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    def combine(self, group: Ints, cosines: Reals, sines: Reals) -> Tensor:
         """The blocks (F, c, c), complex, for the weights of each frequency."""
-        return combined(torch.cat([cosines, sines], 1).to(torch.complex64), self.taps, group)
+        weights = np.concatenate([np.ones((len(group), 1)), cosines, sines], 1).astype(np.complex64)
+        return combined(on(self.taps.device, weights), self.taps, group)
 
 
 def spectral(taps: Tensor) -> Tensor:

@@ -1,24 +1,21 @@
-"""Newton steps on the size of a trigonometric polynomial: where a vector's image grows. docs/theory.md#lower-side.
-
-In numpy: the arrays hold a few numbers for each layer, and torch takes several times as long for a call.
-"""
+"""Newton steps on the size of a trigonometric polynomial: where a vector's image grows. docs/theory.md#lower-side."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+
+from gramlip.arrays import Complexes, Ints, Reals
 
 STEPS = 5
-Real, Complex = NDArray[np.float64], NDArray[np.complex128]
 
 
-def uphill(coefficients: Complex, positions: Real, w: Real) -> Real:
+def uphill(coefficients: Complexes, positions: Ints, w: Reals) -> Reals:
     """From each w (I, axes) a few safeguarded steps up `|sum_p coefficients_p exp(-i p.w)|^2`; taps p are `positions` (taps, axes)."""
     d = positions.shape[1]
     outer = (positions[:, :, None] * positions[:, None, :]).reshape(len(positions), -1)
     moments = np.concatenate([np.ones((len(positions), 1)), positions, outer], 1).astype(np.complex128)
 
-    def terms(w: Real) -> tuple[Complex, Complex, Complex]:
+    def terms(w: Reals) -> tuple[Complexes, Complexes, Complexes]:
         sums = (coefficients * np.exp(-1j * (w @ positions.T))) @ moments
         return sums[:, 0], -1j * sums[:, 1 : 1 + d], -sums[:, 1 + d :].reshape(-1, d, d)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import gramlip.certificates as certificates
 import gramlip.certify as engine
+from gramlip.arrays import Flags, Ints, Reals
 from gramlip.gramian import Gramian
 from gramlip.measure import interleaved
 from gramlip.search import Search
@@ -88,7 +89,7 @@ def proofs(work: Callable[[], object]) -> Callable[[], float]:
     calls: list[Callable[[], Tensor]] = []
     form, factorise = Gramian.at, certificates.cholesky
 
-    def at(self: Gramian, group: Tensor, index: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    def at(self: Gramian, group: Ints, index: Ints, sizes: tuple[int, ...]) -> Tensor:
         calls.append(partial(form, self, group, index, sizes))
         return form(self, group, index, sizes)
 
@@ -112,7 +113,7 @@ class _Booked(Search):
 
     tested = 0
 
-    def certify(self, keys: Tensor, thresholds: Tensor) -> Tensor:
+    def certify(self, keys: Ints, thresholds: Reals) -> Flags:
         """Book the blocks."""
         self.tested += len(keys)
         return super().certify(keys, thresholds)
