@@ -83,7 +83,7 @@ def _shifted(g: Tensor, t: Tensor, single: bool) -> Tensor:
         torch.neg(g.to(matrix.dtype), out=matrix[:, :c, :c])
         matrix[:, c:] = 0.0  # what lies above the diagonal is not read
         matrix.diagonal(dim1=-2, dim2=-1)[:, c:] = t[:, None]
-    matrix.diagonal(dim1=-2, dim2=-1)[:, :c] = t[:, None] - g.diagonal(dim1=-2, dim2=-1).to(wide)
+    matrix.diagonal(dim1=-2, dim2=-1)[:, :c] = t[:, None] - g.diagonal(dim1=-2, dim2=-1).real
     return matrix
 
 
@@ -129,12 +129,12 @@ def moments(g: Tensor, noise: Tensor) -> Tensor:
     mean = g.diagonal(dim1=-2, dim2=-1).real.sum(-1, dtype=torch.float64) / side
     size = frobenius(g)
     if g.dtype in (torch.float32, torch.complex64):  # the norms of the rows, and squares that vanish
-        size = size * (1 + rd.gamma(2.0 * (side + 4), 2.0**-24)) + side * 2.0**-60
-    spread = (size.square() - side * mean.square()).clamp_min(0.0)
-    slack = rd.gamma(16.0 * side * side)
+        size.mul_(1 + rd.gamma(2.0 * (side + 4), 2.0**-24)).add_(side * 2.0**-60)
+    slack, square = rd.gamma(16.0 * side * side), size.square()
+    spread = torch.addcmul(square, mean, mean, value=-side).clamp_min_(0.0)
     # The subtraction may cancel: its error is relative to the square of the Frobenius norm.
-    deviation = (spread + 4 * slack * size.square()).sqrt() * ((side - 1) / side) ** 0.5
-    return torch.minimum(mean + deviation, size) * (1 + 4 * slack) + 4 * slack * size + noise
+    deviation = spread.add_(square, alpha=4 * slack).sqrt_().mul_(((side - 1) / side) ** 0.5)
+    return torch.minimum(deviation.add_(mean), size).mul_(1 + 4 * slack).add_(size, alpha=4 * slack).add_(noise)
 
 
 def gram(g: Tensor, noise: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def _chebyshev(g: Tensor, start: Tensor, count: int) -> Tensor:
     The norm is at least the Frobenius norm over the root of c: so the polynomials stay in range where the steps miss it.
     """
     floor = 1e-15 if g.dtype in (torch.float32, torch.complex64) else 1e-100  # whose square is a normal number
-    row = _times(g, start).conj()[:, None]
+    row = torch.bmm(start.conj()[:, None], g)
     row = torch.bmm(row / torch.linalg.vector_norm(row, dim=-1, keepdim=True).clamp_min(floor), g)
     growth = torch.linalg.vector_norm(row, dim=-1, keepdim=True).clamp_min(floor)
     least = (frobenius(g) / g.shape[-1] ** 0.5).to(growth.dtype)[:, None, None]

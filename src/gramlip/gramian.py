@@ -18,7 +18,7 @@ from gramlip import certificates as cert
 from gramlip import devices, exponents, squares
 from gramlip import rounding as rd
 from gramlip.arrays import Complexes, Ints, Reals, integers, on
-from gramlip.lattice import START, angles, resolution
+from gramlip.lattice import START, resolution, waves
 from gramlip.tall import Tall, symbols
 from gramlip.taps import Mixed, Narrow, combined, correlate, spectral
 
@@ -58,7 +58,7 @@ class Gramian:
         count = (math.prod(2 * k - 1 for k in self.span) - 1) // 2
         each = self.groups * self.side**2 * (16 if self.is_complex else 8)
         self.offsets = exponents.offsets(self.span) if count <= MOST_TAPS else integers([]).reshape(0, self.axes)
-        length = self.rows * self.tall.count + count + 64
+        length = self.rows * self.tall.count + count + 96
         per = rd.gamma(4.0 * length if self.is_complex else 2.0 * length)
         self.noise = [rd.add_up(rd.mul_up(per, rd.mul_up(m, m)), rd.TINY) if m else 0.0 for m in self.mass]
         self.squared = self._few(frequencies) and self._squarable(SQUARED_PART * rtol)
@@ -174,7 +174,7 @@ class Gramian:
         """The coefficients (I, taps) of `p(w) = u* D(w) v`, u the image of v at the given frequency, and the exponents (taps, axes)."""
         images: Complexes = self.tall.images(on(self.device, group), v).cpu().numpy()
         taps = exponents.taps(self.span)
-        image = np.exp(-1j * angles(index, sizes, taps))[:, None] @ images
+        image = waves(index, sizes, taps)[:, None] @ images
         return (images @ image.conj().swapaxes(1, 2))[..., 0], taps
 
     def at(self, group: Ints, index: Ints, sizes: tuple[int, ...]) -> Tensor:
@@ -197,8 +197,8 @@ class Gramian:
         even, odd = self.taps
         if not len(self.offsets):
             return even[:, 0].expand(len(group), -1, -1) if self.groups == 1 else even[on(self.device, group), 0]
-        turns = angles(index, sizes, self.offsets)
-        cosines, sines = np.cos(turns), -np.sin(turns)
+        turning = waves(index, sizes, self.offsets)
+        cosines, sines = turning.real, turning.imag
         if self.mixed is not None:
             return self.mixed.combine(group, cosines, sines)
         real = not self.is_complex and bool((np.abs(sines) < 1e-15).all())  # frequencies 0 and pi: their error is inside `noise`
@@ -217,11 +217,11 @@ class Gramian:
 
     def _direct(self, group: int, index: Ints, sizes: tuple[int, ...]) -> Tensor:
         """Blocks of one group from pieces of rows of the symbol, so that no more than a few blocks are alive."""
-        turns = angles(index, sizes, exponents.taps(self.span))
+        turning = waves(index, sizes, exponents.taps(self.span))
         if self.squared:
-            return squares.square(self.tall, group, on(self.device, turns))
-        real = not self.is_complex and bool((np.abs(np.sin(turns)) < 1e-15).all())
-        factors = on(self.device, np.cos(turns) if real else np.exp(-1j * turns))
+            return squares.square(self.tall, group, on(self.device, turning))
+        real = not self.is_complex and bool((np.abs(turning.imag) < 1e-15).all())
+        factors = on(self.device, turning.real if real else turning)
         # pieces whose blocks, at all these frequencies, hold at most a few chunks
         share = 16 * max(1, len(index)) / ((16 if self.is_complex else 8) * self.tall.count)
         size = GPU_CHUNK_BYTES if self.parallel else 4 * CHUNK_BYTES

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from gramlip.arrays import Ints, Reals, integers
+from gramlip.arrays import Complexes, Ints, Reals, integers
 from gramlip.errors import InputError
 
 START = 8  # cells a side to start from, for each unit of degree
@@ -132,7 +132,17 @@ def resolution(axes: int, loss: float) -> float:
     return math.pi / START * math.sqrt(max(1, axes) / (2 * loss))
 
 
-def angles(index: Ints, sizes: tuple[int, ...], positions: Ints) -> Reals:
-    """`2 pi sum_j q_j i_j / N_j` of frequencies (F, axes) and exponents (T, axes), reduced exactly before rounding; (F, T)."""
-    points = integers(sizes)
-    return ((index[:, None] * positions) % points / points).sum(-1) * (2 * math.pi)
+def waves(index: Ints, sizes: tuple[int, ...], positions: Ints) -> Complexes:
+    """`exp(-i w.q)` at the frequencies `w = 2 pi index / sizes` (F, axes) for exponents q (T, axes): (F, T).
+
+    One factor for each axis, of an angle that is reduced exactly before rounding: docs/rounding.md#r2-symbol.
+    """
+    total = np.ones((len(index), len(positions)), dtype=np.complex128)
+    for i, n, q in zip(index.T, sizes, positions.T, strict=True):
+        if n > 1 and len(q):
+            least = q.min()
+            angle = (i[:, None] * np.arange(least, q.max() + 1)) % n / n * (2 * math.pi)
+            factor = np.empty(angle.shape, dtype=np.complex128)
+            factor.real, factor.imag = np.cos(angle), -np.sin(angle)
+            total *= factor[:, q - least]
+    return total

@@ -31,20 +31,20 @@ def errors(tall: Tall, pairs: list[list[Pair]]) -> list[float]:
     return [rd.up(per * (m * grow + (grow - 1) * n) + 2.0**-100 * tall.rows * tall.side) for m, n in zip(most, mass, strict=True)]
 
 
-def square(tall: Tall, group: int, angles: Tensor) -> Tensor:
-    """`D(w)* D(w)` of a real kernel at the angles (F, taps) of its taps: (F, c, c) in single precision.
+def square(tall: Tall, group: int, waves: Tensor) -> Tensor:
+    """`D(w)* D(w)` of a real kernel at the waves `exp(-i p.w)` (F, taps) of its taps: (F, c, c) in single precision.
 
     Complex products alone: no global setting cuts them short on a CPU.
     """
-    count, c = len(angles), tall.side
-    out = torch.empty(count, c, c, dtype=torch.complex64, device=angles.device)
+    count, c = len(waves), tall.side
+    out = torch.empty(count, c, c, dtype=torch.complex64, device=waves.device)
     parts = strips(c, STRIP)
     started = False
     assert tall.wide is not None
     for rows in tall.wide[group].split(max(ROWS, BYTES // (8 * count * c) // ROWS * ROWS), 1):
         flat = rows.flatten(1)
-        symbol = torch.complex((angles.cos() @ flat).to(torch.float32), (angles.sin() @ flat).to(torch.float32)).reshape(count, -1, c)
-        left, right = symbol.mT, symbol.conj().resolve_conj()  # exp(i a), the conjugate, is the left factor
+        symbol = torch.complex((waves.real @ flat).to(torch.float32), (waves.imag @ flat).to(torch.float32)).reshape(count, -1, c)
+        left, right = symbol.conj().resolve_conj().mT, symbol
         for k in range(0, symbol.shape[1], ROWS):
             for i, j in parts:
                 out[:, i:j, :j].baddbmm_(left[:, i:j, k : k + ROWS], right[:, k : k + ROWS, :j], beta=float(started))

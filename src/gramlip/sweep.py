@@ -16,7 +16,7 @@ from gramlip import certificates as cert
 from gramlip import exponents
 from gramlip.arrays import largest, named, on, pieces
 from gramlip.gramian import Gramian
-from gramlip.lattice import Lattice, angles
+from gramlip.lattice import Lattice, waves
 from gramlip.tall import symbols
 
 SQUARINGS = 10  # of the best blocks,
@@ -35,7 +35,7 @@ class Corners:
         self.keys, back = named(lattice.corner_keys(cells))
         loss = lattice.slack(lattice.half_widths(cells)) / lattice.spread
         self.loss = largest(len(self.keys), back.ravel(), loss.repeat(back.shape[1]))
-        self.waves = on(device, np.exp(-1j * angles(lattice.decode(self.keys)[1], lattice.sizes, exponents.taps(span))))
+        self.waves = on(device, waves(lattice.decode(self.keys)[1], lattice.sizes, exponents.taps(span)))
 
 
 @lru_cache(maxsize=32)

@@ -7,6 +7,7 @@ import numpy as np
 from gramlip.arrays import Complexes, Ints, Reals
 
 STEPS = 5
+CLOSE = 1e-5  # the next of Newton's steps is about as long as the square of this one
 
 
 def uphill(coefficients: Complexes, positions: Ints, w: Reals) -> Reals:
@@ -19,8 +20,9 @@ def uphill(coefficients: Complexes, positions: Ints, w: Reals) -> Reals:
         sums = (coefficients * np.exp(-1j * (w @ positions.T))) @ moments
         return sums[:, 0], -1j * sums[:, 1 : 1 + d], -sums[:, 1 + d :].reshape(-1, d, d)
 
-    p, first, second = terms(w)
+    now = terms(w)
     for _ in range(STEPS):
+        p, first, second = now
         slope = 2 * (p.conj()[:, None] * first).real
         bend = 2 * (p.conj()[:, None, None] * second + first.conj()[:, :, None] * first[:, None, :]).real
         values, vectors = np.linalg.eigh(bend)
@@ -28,15 +30,15 @@ def uphill(coefficients: Complexes, positions: Ints, w: Reals) -> Reals:
         size = np.abs(values)
         size = np.maximum(size, 1e-3 * size.max(-1, keepdims=True) + 1e-300)
         step = (vectors @ ((vectors.swapaxes(1, 2) @ slope[..., None]) / size[..., None]))[..., 0].clip(-1.0, 1.0)
-        for scale in (1.0, 0.25, 0.0):
-            after = terms(w + scale * step)
-            better = np.abs(after[0]) > np.abs(p)
-            if better.all() or scale == 0.0:
+        after, better, close = now, *np.zeros((2, len(w)), dtype=np.bool_)
+        for shorter in (1.0, 0.25, 0.25):
+            step = np.where(better[:, None], step, shorter * step)
+            after = terms(w + step)
+            better, close = np.abs(after[0]) > np.abs(p), np.abs(step).max(-1) < CLOSE
+            if (better | close).all():
                 break
-            step = np.where(better[:, None], step, step * 0.25)
-        move = np.where(better[:, None], scale * step, 0.0)
-        if np.abs(move).max() < 1e-8:
+        w = np.where(better[:, None], w + step, w)
+        if (close | ~better).all():
             break
-        w = w + move
-        p, first, second = terms(w)
+        now = after if better.all() else terms(w)
     return w
