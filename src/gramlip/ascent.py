@@ -156,23 +156,23 @@ class Ascent:
         above, item = np.concatenate(rough), self.items[keys // self.lattice.count]
         order, before = leading(item, above)
         chosen = order[before < max(SURVEYED, SURVEYED_SIZE // self.g.side**2)]
-        values = self.raise_lower(keys[chosen], steps, held=None if held is None else take(held, chosen))
+        values = self.raise_lower(keys[chosen], steps, held=None if held is None else (held, chosen))
         share = np.bincount(item[chosen], values / np.maximum(above[chosen], 1e-300), len(self.best))
         above *= (share / np.maximum(np.bincount(item[chosen], minlength=len(self.best)), 1))[item]
         above[chosen] = values
         return above
 
-    def raise_lower(self, keys: Ints, steps: int, warm: bool = False, held: Tensor | None = None) -> Reals:
+    def raise_lower(self, keys: Ints, steps: int, warm: bool = False, held: tuple[Tensor, Ints] | None = None) -> Reals:
         """Rayleigh quotients at these frequencies after Krylov steps; keeps each layer's best. Returns estimates.
 
-        `held` are the blocks there, where they are known already.
+        `held` are blocks and which of them are those there, where they are known already.
         """
         values: list[Reals] = []
         device = self.g.device
         for at in pieces(len(keys), self.g.chunk()):
             part = keys[at]
             group = part // self.lattice.count
-            g = self.blocks(part) if held is None else held[at]
+            g = self.blocks(part) if held is None else take(held[0], held[1][at])
             item = self.items[group]
             begin = self.vectors[on(device, item)] if warm else cert.start(self.g.side, device).expand(len(part), -1)
             begin = (begin if g.is_complex() else begin.real + 0.5 * begin.imag).to(g.dtype)

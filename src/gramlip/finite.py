@@ -85,8 +85,8 @@ class Layer:
     def _piece(self, group: int, rows: slice, dtype: torch.dtype) -> Tensor:
         part = self.source[group, rows]
         exact = dtype == self.dtype or abs(self.exponent) > 60 or part.dtype != dtype
-        part = widen(part, self.exponent)[0].to(dtype) if exact else part * 2.0**-self.exponent
-        return part.flatten(2).mT.flatten(1)
+        part = part.flatten(2).mT.flatten(1)
+        return widen(part, self.exponent)[0].to(dtype) if exact else part * 2.0**-self.exponent
 
     def forward(self, x: Tensor, group: int) -> Tensor:
         """The layer on x (positions, n), zeros where a tap reads padding: (output positions, m)."""

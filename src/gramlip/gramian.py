@@ -103,7 +103,7 @@ class Gramian:
         assert self.tall.wide is not None
         errors = squares.errors(self.tall, exponents.pairs(self.span))
         # the mean over all frequencies of the largest eigenvalue is at least the mean eigenvalue
-        mean = self.tall.wide.flatten(1).square().sum(-1) / self.side
+        mean = torch.linalg.vector_norm(self.tall.wide.flatten(1), dim=-1).square() / self.side
         if any(m and error > part * x for m, error, x in zip(self.mass, errors, mean.tolist(), strict=True)):
             return False
         self._add_noise(errors)

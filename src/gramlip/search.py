@@ -254,7 +254,8 @@ class Search(Ascent):
         order, before = leading(group[close], -spread)  # not the lowest frequencies alone
         some = np.sort(order[before.argsort(kind="stable")[: 4 * self.g.chunk()]])  # some of each group
         if every:  # more steps, and the vector of the best block for what is left of the way to its peak
-            held = self.blocks(candidates[some]) if len(some) * self.g.block_bytes <= KEPT_BYTES else None
+            few = len(some) * self.g.block_bytes <= KEPT_BYTES
+            held = (self.blocks(candidates[some]), np.arange(len(some))) if few else None
             far = self.raise_lower(candidates[some], 2 * steps, held=held)
             values = np.maximum(far, self.raise_lower(candidates[some], steps, warm=True, held=held))
         else:

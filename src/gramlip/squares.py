@@ -11,7 +11,7 @@ from gramlip.tall import Tall
 from gramlip.taps import HALF, STRIP, mirror, strips
 
 ROWS = 64  # rows that one product adds up
-BYTES = 4 << 20  # of symbols at once
+BYTES = 24 << 20  # of symbols at once, about
 
 
 def errors(tall: Tall, pairs: list[list[Pair]]) -> list[float]:
@@ -34,20 +34,30 @@ def errors(tall: Tall, pairs: list[list[Pair]]) -> list[float]:
 def square(tall: Tall, group: int, waves: Tensor) -> Tensor:
     """`D(w)* D(w)` of a real kernel at the waves `exp(-i p.w)` (F, taps) of its taps: (F, c, c) in single precision.
 
-    Complex products alone: no global setting cuts them short on a CPU.
+    Complex products alone: no global setting cuts them short on a CPU. One block after the other, which caches hold.
     """
-    count, c = len(waves), tall.side
-    out = torch.empty(count, c, c, dtype=torch.complex64, device=waves.device)
+    c = tall.side
+    out = torch.empty(len(waves), c, c, dtype=torch.complex64, device=waves.device)
     parts = strips(c, STRIP)
-    started = False
-    assert tall.wide is not None
-    for rows in tall.wide[group].split(max(ROWS, BYTES // (8 * count * c) // ROWS * ROWS), 1):
-        flat = rows.flatten(1)
-        symbol = torch.complex((waves.real @ flat).to(torch.float32), (waves.imag @ flat).to(torch.float32)).reshape(count, -1, c)
-        left, right = symbol.conj().resolve_conj().mT, symbol
-        for k in range(0, symbol.shape[1], ROWS):
+    each = max(1, len(waves) // max(1, round(len(waves) * 8 * tall.rows * c / BYTES)))
+    for blocks, some in zip(out.split(each), waves.split(each), strict=True):
+        for block, symbol in zip(blocks, _symbols(tall, group, some), strict=True):
+            left = symbol.conj().resolve_conj().mT
             for i, j in parts:
-                out[:, i:j, :j].baddbmm_(left[:, i:j, k : k + ROWS], right[:, k : k + ROWS, :j], beta=float(started))
-            started = True
+                strip = block[i:j, :j]
+                for k in range(0, tall.rows, ROWS):
+                    torch.addmm(strip, left[i:j, k : k + ROWS], symbol[k : k + ROWS, :j], beta=float(k > 0), out=strip)
     mirror(out, parts)
+    return out
+
+
+def _symbols(tall: Tall, group: int, waves: Tensor) -> Tensor:
+    """`D(w)`, formed in double and rounded: (F, r, c)."""
+    assert tall.wide is not None
+    count = len(waves)
+    out = torch.empty(count, tall.rows, tall.side, dtype=torch.complex64, device=waves.device)
+    both = torch.cat([waves.real, waves.imag])
+    for rows, some in zip(tall.wide[group].split(ROWS, 1), torch.view_as_real(out).split(ROWS, 1), strict=True):
+        found = (both @ rows.flatten(1)).reshape(2, count, -1, tall.side)
+        some[..., 0], some[..., 1] = found[0], found[1]
     return out

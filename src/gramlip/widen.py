@@ -19,10 +19,10 @@ def widen(x: Tensor, exponent: int | None) -> tuple[Tensor, int]:
     if exponent is None:
         exponent = exponent_of(x) or 0
     x, magnitude, width, least = _bits(x)
-    wide = _scale(x.to(torch.float64), -exponent)
+    wide = _scaled_in_place(x.to(torch.float64, copy=True), -exponent)
     small = magnitude < (1 << width)
     if bool(small.any()) and bool((small & (magnitude > 0)).any()):
-        tiny = _scale(magnitude.to(torch.float64), least - exponent)
+        tiny = _scaled_in_place(magnitude.to(torch.float64), least - exponent)
         wide = torch.where(small, torch.where(x.view(magnitude.dtype) < 0, -tiny, tiny), wide)
     return wide, exponent
 
@@ -47,9 +47,9 @@ def _bits(x: Tensor) -> tuple[Tensor, Tensor, int, int]:
     return x, x.view(dtype) & torch.iinfo(dtype).max, width, least
 
 
-def _scale(x: Tensor, exponent: int) -> Tensor:
+def _scaled_in_place(x: Tensor, exponent: int) -> Tensor:
     """The tensor times a power of two, in two steps where the factor itself would over- or underflow."""
     if abs(exponent) < 1000:
-        return x * 2.0**exponent
+        return x.mul_(2.0**exponent)
     half = exponent // 2
-    return x * 2.0**half * 2.0 ** (exponent - half)
+    return x.mul_(2.0**half).mul_(2.0 ** (exponent - half))
