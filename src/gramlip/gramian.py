@@ -8,7 +8,6 @@ memory stays bounded. Error bounds: docs/rounding.md#r2-symbol.
 from __future__ import annotations
 
 import math
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from gramlip import rounding as rd
 from gramlip.arrays import Complexes, Ints, Reals, integers, on
 from gramlip.lattice import START, resolution, waves
 from gramlip.tall import Tall, symbols
-from gramlip.taps import Mixed, Narrow, combined, correlate, spectral
+from gramlip.taps import Mixed, Narrow, Taps
 
 TAP_BYTES = 208 << 20  # the autocorrelation is kept in double while it is smaller than this
 NARROW_BYTES = 230 << 20  # above, in single precision while that is smaller than this,
@@ -53,7 +52,6 @@ class Gramian:
         self.span, self.exponent, self.is_complex = self.tall.span, self.tall.exponent, self.tall.is_complex
         self.axes = len(self.span)
         self.device, self.parallel = kernel.device, devices.parallel(kernel.device)
-        self._dtype = torch.complex128 if self.is_complex else torch.float64
         self.mass = self._mass()
         count = (math.prod(2 * k - 1 for k in self.span) - 1) // 2
         each = self.groups * self.side**2 * (16 if self.is_complex else 8)
@@ -66,14 +64,13 @@ class Gramian:
         # a matrix is one block, whatever its size
         shared = not self.squared and not self.swept and (count == 0 or (count <= MOST_TAPS and each * (2 * count + 1) <= TAP_BYTES))
         exact = self.is_complex or rtol < NARROW_RTOL or shared or self.squared or self.swept or count > MOST_TAPS
-        self.narrow = (
-            Narrow(self.tall, exponents.runs(self.span), self.device) if not exact and each * (count / 2 + 1) <= NARROW_BYTES else None
-        )
-        if self.narrow is not None:
-            self._add_noise(self.narrow.noise)
-            self.taps = (self.narrow.zero[:, None], self.narrow.zero[:, :0])
-        else:
-            self.taps = self._autocorrelation() if shared else None
+        runs = exponents.runs(self.span) if count <= MOST_TAPS else []
+        self.taps: Taps | Narrow | None = None
+        if shared:
+            self.taps = Taps(self.tall, runs, torch.complex128 if self.is_complex else torch.float64, self.device)
+        elif not exact and each * (count / 2 + 1) <= NARROW_BYTES:
+            self.taps = Narrow(self.tall, runs, self.device)
+            self._add_noise(self.taps.noise)
         self.mixed: Mixed | None = None
         # real operations to form one block
         self.operations = (4.0 * count + 2.0 if self.taps is not None else (5.0 if self.squared else 8.0) * self.rows) * self.side**2
@@ -117,18 +114,6 @@ class Gramian:
             norms = torch.hypot(norms, torch.linalg.vector_norm(piece.flatten(2), dim=-1))
         return [rd.up(x * rd.up(grow)) if x else 0.0 for x in norms.sum(-1).tolist()]
 
-    def _autocorrelation(self) -> tuple[Tensor, Tensor]:
-        """Coefficients of the cosines (A_0 and A_q + A_q*) and of the sines (A_q - A_q*), (groups, taps, c, c)."""
-        even = torch.zeros(self.groups, 1 + len(self.offsets), self.side, self.side, dtype=self._dtype, device=self.device)
-        correlate(self.tall, exponents.runs(self.span), even.transpose(0, 1))
-        odd = torch.empty_like(even[:, 1:])
-        step = max(1, CHUNK_BYTES // (even[:, 0].numel() * even.element_size()))  # the copies of all taps at once would be many
-        for later, apart in zip(even[:, 1:].split(step, 1), odd.split(step, 1), strict=True):
-            adjoint = later.mH.clone()
-            torch.sub(later, adjoint, out=apart)
-            later += adjoint
-        return even, odd
-
     def tap_norms(self, items: Ints, largest: Reals) -> Reals | None:
         """Upper bounds of `||A_q||`, q > 0, (groups, taps), or None where they cannot serve.
 
@@ -137,33 +122,19 @@ class Gramian:
         """
         if self.taps is None or not len(self.offsets):
             return None
-        reach = self._sizes @ np.square(self.offsets).sum(-1) / self.side**0.5
+        reach = self.taps.sizes @ np.square(self.offsets).sum(-1) / self.side**0.5
         if (reach > largest[items] * sum((k - 1) ** 2 for k in self.span) / 32).all():
             return None
-        if self.narrow is not None:
-            return self.narrow.norms()
-        even, odd = self.taps[0][:, 1:].flatten(0, 1), self.taps[1].flatten(0, 1)
-        parts = torch.arange(len(odd)).split(max(1, 4 * CHUNK_BYTES // (odd.element_size() * self.side**2)))
-        norms: Reals = torch.cat([spectral((even[part] + odd[part]) / 2).cpu() for part in parts]).numpy()
-        return norms.reshape(self._sizes.shape)
-
-    @cached_property
-    def _sizes(self) -> Reals:
-        """Upper bounds of the Frobenius norms of `A_q`, q > 0, (groups, taps)."""
-        if self.narrow is not None:
-            return self.narrow.sizes() * (1 + 1e-12)
-        assert self.taps is not None  # A_q = (even + odd) / 2, and the two halves are orthogonal
-        even, odd = self.taps
-        return np.hypot(*(_frobenius(half) for half in (even[:, 1:], odd))) / 2 * (1 + 1e-12)
+        return self.taps.norms()
 
     def mix(self, part: float) -> bool:
         """Form blocks in single precision from now on, where its error is at most this part of every group's largest eigenvalue."""
         size = 8 * self.groups * (2 * len(self.offsets) + 1) * self.side**2
-        if self.parallel or self.narrow is not None or self.taps is None or not len(self.offsets) or size > MIXED_BYTES:
+        if self.parallel or not isinstance(self.taps, Taps) or not len(self.offsets) or size > MIXED_BYTES:
             return False
-        mixed = Mixed(*self.taps, self._sizes)
+        mixed = Mixed(self.taps)
         # the mean over all frequencies of the largest eigenvalue is at least the mean eigenvalue of A_0
-        least = self.taps[0][:, 0].diagonal(dim1=-2, dim2=-1).real.mean(-1).tolist()
+        least = self.taps.zero.diagonal(dim1=-2, dim2=-1).real.mean(-1).tolist()
         if any(m and noise > part * x for m, noise, x in zip(self.mass, mixed.noise, least, strict=True)):
             return False
         self.mixed = mixed
@@ -194,26 +165,10 @@ class Gramian:
                 out[on(self.device, there)] = blocks.to(out.dtype)
             assert out is not None
             return out
-        even, odd = self.taps
         if not len(self.offsets):
-            return even[:, 0].expand(len(group), -1, -1) if self.groups == 1 else even[on(self.device, group), 0]
-        turning = waves(index, sizes, self.offsets)
-        cosines, sines = turning.real, turning.imag
-        if self.mixed is not None:
-            return self.mixed.combine(group, cosines, sines)
-        real = not self.is_complex and bool((np.abs(sines) < 1e-15).all())  # frequencies 0 and pi: their error is inside `noise`
-        if self.narrow is not None:
-            return self.narrow.combine(group, on(self.device, cosines), None if real else on(self.device, sines))
-        weights = on(self.device, np.concatenate([np.ones((len(group), 1)), cosines], 1))
-        if self.is_complex:
-            return self._combine(weights.to(self._dtype), even, group) + self._combine(on(self.device, sines) * 1j, odd, group)
-        part = self._combine(weights, even, group)
-        return part if real else torch.complex(part, self._combine(on(self.device, sines), odd, group))
-
-    def _combine(self, weights: Tensor, taps: Tensor, group: Ints) -> Tensor:
-        if self.groups > 1 and weights.numel() * self.side**2 * 16 <= CHUNK_BYTES:
-            return torch.einsum("ft,ftcd->fcd", weights, taps[on(self.device, group)])
-        return combined(weights, taps, group)
+            zero = self.taps.zero
+            return zero.expand(len(group), -1, -1) if self.groups == 1 else zero[on(self.device, group)]
+        return (self.mixed or self.taps).combine(group, waves(index, sizes, self.offsets))
 
     def _direct(self, group: int, index: Ints, sizes: tuple[int, ...]) -> Tensor:
         """Blocks of one group from pieces of rows of the symbol, so that no more than a few blocks are alive."""
@@ -250,7 +205,7 @@ class Gramian:
         """Upper bound of the norm without any frequency: `sum_p ||K_p||_F`, or the root of P times `||sum_p K_p* K_p||` (lemma 14)."""
         if self.axes == 0:
             return self.mass[group]
-        zero = torch.zeros(1, self.side, self.side, dtype=self._dtype, device=self.device)
+        zero = torch.zeros(1, self.side, self.side, dtype=torch.complex128 if self.is_complex else torch.float64, device=self.device)
         for piece in self.tall.pieces(group):
             flat = piece[0].flatten(0, 1)
             zero[0].addmm_(flat.mH, flat)
@@ -262,9 +217,3 @@ class Gramian:
             guess = 1.2 * guess
         top = float(torch.minimum(guess, top))
         return min(self.mass[group], rd.sqrt_up(rd.mul_up(top, float(self.tall.count))))
-
-
-def _frobenius(taps: Tensor) -> Reals:
-    """Frobenius norms of the last two axes, (groups, taps), one tap at a time: torch would copy them all."""
-    norms: Reals = torch.stack([torch.linalg.vector_norm(taps[:, i], dim=(-2, -1)) for i in range(taps.shape[1])], 1).cpu().numpy()
-    return norms

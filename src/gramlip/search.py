@@ -194,7 +194,7 @@ class Search(Ascent):
         chosen = done.nonzero()[0]
         if len(chosen):
             there, t, noise = (on(self.g.device, x[chosen]) for x in (groups, room, self.noise[groups]))
-            good = cert.cholesky(self.g.taps[0][there, 0], t, noise).cpu().numpy()
+            good = cert.cholesky(self.g.taps.zero[there], t, noise).cpu().numpy()
             done[chosen] = good
             self.tally.factorizations += len(chosen)
             if good.any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gramlip import certificates as cert
 from gramlip import rounding as rd
-from gramlip.arrays import Ints, Reals, on
+from gramlip.arrays import Complexes, Ints, Reals, on, pieces
 from gramlip.exponents import Run
 from gramlip.tall import Tall
 
@@ -18,6 +19,9 @@ HALF = 2.0**-24  # unit roundoff of single precision
 TOGETHER = 3  # taps that are accumulated in double at once before they are stored in single precision
 STRIP, STRIPS = 128, 8  # the least rows of a strip, and how many strips there are of a large matrix
 SLAB_BYTES = 8 << 20  # rows of all taps that are combined at once
+NORMS_BYTES = 16 << 20  # taps whose norms are taken at once,
+HALVED_BYTES = 4 << 20  # that are halved at once,
+GATHERED_BYTES = 4 << 20  # or copied for single blocks
 
 
 def correlate(tall: Tall, runs: list[list[Run]], out: Tensor) -> None:
@@ -60,6 +64,62 @@ def combined(weights: Tensor, taps: Tensor, group: Ints) -> Tensor:
     return out
 
 
+class Taps:
+    """The taps of all groups in double, and blocks from them.
+
+    The first blocks turn them into the coefficients of the cosines and sines, `A_q + A_q*` and `A_q - A_q*`.
+    """
+
+    def __init__(self, tall: Tall, runs: list[list[Run]], dtype: torch.dtype, device: torch.device) -> None:
+        """Form the taps, that of `runs[0]` being `A_0`: each the same for all groups, so that one product takes them all."""
+        self.found = torch.zeros(len(runs), tall.groups, tall.side, tall.side, dtype=dtype, device=device)
+        self._odd: Tensor | None = None
+        correlate(tall, runs, self.found)
+
+    @property
+    def zero(self) -> Tensor:
+        """`A_0`, (groups, c, c)."""
+        return self.found[0]
+
+    @cached_property
+    def sizes(self) -> Reals:
+        """Upper bounds of the Frobenius norms of `A_q`, q > 0, (groups, taps)."""
+        if self._odd is None:
+            return _frobenius(self.found[1:]) * (1 + 1e-12)
+        return np.hypot(_frobenius(self.found[1:]), _frobenius(self._odd)) / 2 * (1 + 1e-12)  # the two are orthogonal
+
+    def norms(self) -> Reals:
+        """Upper bounds of `||A_q||`, q > 0, (groups, taps), by one Gram step more than the Frobenius norm."""
+        later = self.found[1:].flatten(0, 1)
+        parts = pieces(len(later), max(1, NORMS_BYTES // (later.element_size() * later.shape[-1] ** 2)))
+        odd = None if self._odd is None else self._odd.flatten(0, 1)
+        each = [spectral(later[part] if odd is None else (later[part] + odd[part]) / 2).cpu() for part in parts]
+        norms: Reals = torch.cat(each).numpy()
+        return norms.reshape(len(self.found) - 1, -1).T
+
+    def combine(self, group: Ints, turning: Complexes) -> Tensor:
+        """`A_0 + sum_q cosines_q (A_q + A_q*) + i sines_q (A_q - A_q*)` for each row of the waves, (F, c, c); real where all are real."""
+        even, odd = self.found.transpose(0, 1), self._halve().transpose(0, 1)
+        cosines, sines = _parts(turning, even.device)
+        weights = torch.cat([torch.ones_like(cosines[:, :1]), cosines], 1)
+        if even.is_complex():
+            turns = torch.zeros_like(cosines) if sines is None else sines
+            return _weighted(weights.to(even.dtype), even, group) + _weighted(turns * 1j, odd, group)
+        real = _weighted(weights, even, group)
+        return real if sines is None else torch.complex(real, _weighted(sines, odd, group))
+
+    def _halve(self) -> Tensor:
+        """The coefficients of the sines; those of the cosines take the places of the taps."""
+        if self._odd is None:
+            self._odd = torch.empty_like(self.found[1:])
+            step = max(1, HALVED_BYTES // (self.found[0].numel() * self.found.element_size()))  # the copies of all at once would be many
+            for later, apart in zip(self.found[1:].split(step), self._odd.split(step), strict=True):
+                adjoint = later.mH.clone()
+                torch.sub(later, adjoint, out=apart)
+                later += adjoint
+        return self._odd
+
+
 class Narrow:
     """Taps of real kernels too wide to be kept in double: `A_0` in double, the others in single precision.
 
@@ -85,8 +145,9 @@ class Narrow:
         tiny = 2.0**-125 * tall.side * (len(runs) - 1)
         self.noise = [rd.up(2 * (HALF * x * (1 + 1e-6) + tiny)) for x in lost.tolist()]
 
-    def combine(self, group: Ints, cosines: Tensor, sines: Tensor | None) -> Tensor:
-        """`A_0 + M + M*` with `M = sum_q (cosines + i sines)_q A_q` for each row of the weights, (F, c, c); real without sines."""
+    def combine(self, group: Ints, turning: Complexes) -> Tensor:
+        """`A_0 + M + M*` with `M = sum_q turning_q A_q` for each row of the waves, (F, c, c); real where these are."""
+        cosines, sines = _parts(turning, self.rest.device)
         c, count = self.rest.shape[-1], len(group)
         real = cosines.new_empty(count, c, c)
         imaginary = real if sines is None else torch.empty_like(real)
@@ -111,10 +172,11 @@ class Narrow:
         found = [[self._norm(tap) for tap in taps] for taps in self.rest]
         return np.array(found)
 
+    @cached_property
     def sizes(self) -> Reals:
-        """Frobenius norms of the taps, (groups, taps)."""
+        """Upper bounds of the Frobenius norms of `A_q`, q > 0, (groups, taps)."""
         found = [[float(torch.linalg.vector_norm(tap.to(torch.float64))) for tap in taps] for taps in self.rest]
-        return np.array(found)
+        return np.array(found) * (1 + 1e-12)
 
     @staticmethod
     def _norm(tap: Tensor) -> float:
@@ -127,23 +189,29 @@ class Mixed:
     `noise[g]` bounds what this adds to the error of any block of group g: docs/rounding.md#r2-symbol.
     """
 
-    def __init__(self, even: Tensor, odd: Tensor, sizes: Reals) -> None:
-        """Round the coefficients of the cosines and sines; `sizes` (groups, taps) are the Frobenius norms of `A_q`, q > 0."""
-        groups, count, c = *even.shape[:2], even.shape[-1]
-        self.taps = torch.zeros(groups, count + odd.shape[1], c, c, dtype=torch.complex64, device=even.device)
-        self.taps[:, :count] = even
-        if odd.is_complex():
-            self.taps[:, count:] = 1j * odd
+    def __init__(self, taps: Taps) -> None:
+        """Round the taps, and add and subtract them and their adjoints: the coefficients of the cosines and sines."""
+        low = taps.found.to(torch.complex64 if taps.found.is_complex() else torch.float32)
+        later, adjoint = low[1:], low[1:].mH
+        count, groups, c = len(low), *low.shape[1:3]
+        self.taps = torch.zeros(groups, 2 * count - 1, c, c, dtype=torch.complex64, device=low.device)
+        places = self.taps.transpose(0, 1)
+        places[0] = low[0]
+        if low.is_complex():
+            places[1:count] = later + adjoint
+            places[count:] = (later - adjoint) * 1j
         else:
-            self.taps[:, count:].imag.copy_(odd)
-        length = self.taps.shape[1] + 4
-        total = torch.linalg.vector_norm(even[:, 0], dim=(-2, -1)).cpu().numpy() + 2 * sizes.sum(-1)
+            parts = torch.view_as_real(places)
+            parts[1:count, ..., 0] = later + adjoint
+            parts[count:, ..., 1] = later - adjoint
+        length = 2 * count + 3
+        total = torch.linalg.vector_norm(taps.zero, dim=(-2, -1)).cpu().numpy() + 2 * taps.sizes.sum(-1)
         per, tiny = rd.gamma(2.0 * length, HALF), 2.0**-120 * length * c
         self.noise = [rd.add_up(rd.mul_up(per, x * (1 + 1e-6)), tiny) for x in total.tolist()]
 
-    def combine(self, group: Ints, cosines: Reals, sines: Reals) -> Tensor:
-        """The blocks (F, c, c), complex, for the weights of each frequency."""
-        weights = np.concatenate([np.ones((len(group), 1)), cosines, sines], 1).astype(np.complex64)
+    def combine(self, group: Ints, turning: Complexes) -> Tensor:
+        """The blocks (F, c, c), complex, for the waves of each frequency."""
+        weights = np.concatenate([np.ones((len(group), 1)), turning.real, turning.imag], 1).astype(np.complex64)
         return combined(on(self.taps.device, weights), self.taps, group)
 
 
@@ -153,3 +221,22 @@ def spectral(taps: Tensor) -> Tensor:
     unit = taps / torch.where(sizes > 0, sizes, 1.0)[:, None, None]
     error = torch.full((len(unit),), 2 * rd.gamma(8.0 * (taps.shape[-1] + 2)), dtype=torch.float64, device=taps.device)
     return cert.gram(unit.mH @ unit, error).sqrt().clamp_max(1.0) * sizes * (1 + 1e-12)
+
+
+def _parts(turning: Complexes, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Cosines and sines of the waves; no sines where all are at frequencies 0 and pi, whose error is inside `noise`."""
+    real = bool((np.abs(turning.imag) < 1e-15).all())
+    return on(device, turning.real), None if real else on(device, turning.imag)
+
+
+def _weighted(weights: Tensor, taps: Tensor, group: Ints) -> Tensor:
+    """`combined`, at once where the taps of so few blocks may be copied."""
+    if taps.shape[0] > 1 and weights.numel() * taps.shape[-1] ** 2 * 16 <= GATHERED_BYTES:
+        return torch.einsum("ft,ftcd->fcd", weights, taps[on(taps.device, group)])
+    return combined(weights, taps, group)
+
+
+def _frobenius(taps: Tensor) -> Reals:
+    """Frobenius norms of taps (T, groups, c, c): (groups, T)."""
+    norms: Reals = torch.linalg.vector_norm(taps, dim=(-2, -1)).T.cpu().numpy()
+    return norms
