@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,7 @@ from gramlip import sweep
 from gramlip.arrays import Ints, Reals, integers, largest, leading, on, pieces
 from gramlip.gramian import Gramian
 from gramlip.lattice import Lattice
+from gramlip.proved import Table
 from gramlip.uphill import uphill
 
 BUDGET = 4e12  # real operations after which the search stops with what it has proved
@@ -23,8 +25,7 @@ AHEAD = 16  # groups that are searched before the others
 STEPS = 8  # Krylov steps on a block
 DENSE_STEPS = 40  # and where there is only one
 MIXED_PART = 0.05  # blocks are formed in single precision where this costs at most such a part of the width, of a norm's square
-SURVEYED = 16  # blocks of a layer, those of the largest moments, on which Krylov steps are taken at first,
-SURVEYED_SIZE = 4096  # or more, of so many entries together
+SURVEYED = {64: 8, sys.maxsize: 16}  # blocks of a layer, up to each order, on which Krylov steps are taken at first
 SQUARED_SIDE = 512  # a GPU squares blocks up to this order instead
 SMALL_GRID = 100  # frequencies of a grid that may be surveyed whole
 
@@ -52,6 +53,7 @@ class Ascent:
         self.g, self.budget, self.tally, self.too_long = gram, budget, Tally(), False
         self.limit = math.inf  # operations after which no more blocks are tested
         self.kept: tuple[Ints, Tensor] | None = None
+        self.moments: Table | None = None  # of the blocks that were surveyed first, their errors not yet added
         self.points, self.lattice = points, Lattice(gram.span, points, gram.groups, not gram.is_complex)
         self.items = items if items is not None else np.zeros(gram.groups, dtype=np.int64)
         count = int(self.items.max()) + 1
@@ -154,8 +156,10 @@ class Ascent:
             rough.append(cert.moments(g, torch.zeros(len(g), dtype=torch.float64, device=g.device)).cpu().numpy())
             del g  # the next ones may be as large
         above, item = np.concatenate(rough), self.items[keys // self.lattice.count]
+        if self.moments is None:
+            self.moments = keys, above.copy()
         order, before = leading(item, above)
-        chosen = order[before < max(SURVEYED, SURVEYED_SIZE // self.g.side**2)]
+        chosen = order[before < next(count for side, count in SURVEYED.items() if self.g.side <= side)]
         values = self.raise_lower(keys[chosen], steps, held=None if held is None else (held, chosen))
         share = np.bincount(item[chosen], values / np.maximum(above[chosen], 1e-300), len(self.best))
         above *= (share / np.maximum(np.bincount(item[chosen], minlength=len(self.best)), 1))[item]

@@ -21,7 +21,7 @@ from gramlip.gramian import Gramian
 from gramlip.operators import Conv, Dense, Diagonal, Operator, Separable
 from gramlip.probe import SAMPLE_BYTES, sample, start_like, wave
 from gramlip.search import Enclosure, Search
-from gramlip.widen import widen
+from gramlip.widen import widen_each
 
 AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself while its estimated operations stay below this
 FINITE_BYTES = 384 << 20  # and never with more memory than this
@@ -50,18 +50,19 @@ def certify_all(ops: Sequence[Operator], *, rtol: float = 1e-2, finite: bool | s
     with torch.no_grad(), _on_cpu():
         bounds: list[Bound | None] = [None] * len(ops)
         together: dict[object, list[int]] = {}
+        syms: dict[int, Symbol] = {}
         for i, op in enumerate(ops):
             if isinstance(op, Diagonal):
                 bounds[i] = _diagonal(op)
             elif isinstance(op, Separable):
                 bounds[i] = _separable(op, rtol)
             else:
-                sym = symbol(op)
+                syms[i] = sym = symbol(op)
                 together.setdefault(_alike(op, sym) if sym.plain.numel() <= TOGETHER else i, []).append(i)
         for alike in together.values():
             for some in (alike[k : k + 64] for k in range(0, len(alike), 64)):
                 chosen = [ops[i] for i in some]
-                for i, bound in zip(some, _Enclosing(chosen, rtol, finite).bounds(), strict=True):  # type: ignore[arg-type]
+                for i, bound in zip(some, _Enclosing(chosen, [syms[i] for i in some], rtol, finite).bounds(), strict=True):  # type: ignore[arg-type]
                     bounds[i] = bound
         return [bound for bound in bounds if bound is not None]
 
@@ -76,14 +77,14 @@ def _alike(op: Dense | Conv, sym: Symbol) -> object:
     side, own = min(rows, columns), isinstance(op, Conv) and op.input_size is not None and not sym.exact
     filled = 1 << max(side - 1, LEAST_SIDE - 1).bit_length()
     shape = (rows, columns) if own or max(rows, columns) > 4 * filled else (filled, rows < columns)
-    return groups, shape, tuple(span), kernel.is_complex(), kernel.device, sym.points
+    return groups, shape, tuple(span), kernel.dtype, kernel.device, sym.points
 
 
 def _stack(kernels: Sequence[Tensor]) -> Tensor:
-    """Kernels (groups, m, n, *k) one after the other, filled up with zeros to the largest m and n."""
+    """Kernels (groups, m, n, *k) along a new first axis, filled up with zeros to the largest m and n."""
     rows, columns = (max(k.shape[j] for k in kernels) for j in (1, 2))
-    out = torch.cat([k.new_zeros(k.shape[0], rows, columns, *k.shape[3:]) for k in kernels])
-    for place, kernel in zip(out.split([len(k) for k in kernels]), kernels, strict=True):
+    out = kernels[0].new_zeros(len(kernels), len(kernels[0]), rows, columns, *kernels[0].shape[3:])
+    for place, kernel in zip(out, kernels, strict=True):
         place[:, : kernel.shape[1], : kernel.shape[2]] = kernel
     return out
 
@@ -116,16 +117,15 @@ def _separable(op: Separable, rtol: float) -> Bound:
 class _Enclosing:
     """Enclosures of layers with symbols of equal shape: the symbols' search, the layers' own lower sides and certificates."""
 
-    def __init__(self, ops: Sequence[Conv | Dense], rtol: float, finite: bool | str) -> None:
-        self.ops, self.rtol, self.finite = ops, rtol, finite
-        self.syms = [symbol(op) for op in ops]
+    def __init__(self, ops: Sequence[Conv | Dense], syms: list[Symbol], rtol: float, finite: bool | str) -> None:
+        self.ops, self.syms, self.rtol, self.finite = ops, syms, rtol, finite
         if len(ops) == 1:
             self.gram = Gramian(self.syms[0].plain, self.syms[0].strides, rtol, self.syms[0].frequencies)
             self.exponents = [self.gram.exponent]
         else:  # each layer on its own scale
-            wide = [widen(sym.kernel.detach(), None) for sym in self.syms]
-            self.gram = Gramian(_stack([kernel for kernel, _ in wide]), rtol=rtol)
-            self.exponents = [exponent + self.gram.exponent for _, exponent in wide]
+            wide, exponents = widen_each(_stack([sym.kernel.detach() for sym in self.syms]))
+            self.gram = Gramian(wide.flatten(0, 1), rtol=rtol)
+            self.exponents = [exponent + self.gram.exponent for exponent in exponents]
         self.groups = self.gram.groups // len(ops)
         self.search = Search(self.gram, self.syms[0].points, np.arange(len(ops)).repeat(self.groups))
 

@@ -20,6 +20,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gramlip import certificates as cert
 from gramlip import rounding as rd
@@ -148,27 +149,35 @@ class Search(Ascent):
         single = not self.g.parallel and cert.single_shift(c) <= (0.8 if self.lattice.listed else 0.5) * self.rtol
         spare = self.kept is None and len(self.g.offsets) > 0  # blocks are new ones: a matrix is its own tap
         for part in pieces(len(keys), self.g.chunk()):
-            g = self.blocks(keys[part])
-            noise, t = on(device, self.noise[keys[part] // self.lattice.count]), on(device, thresholds[part])
-            good = done[part]
+            names, t, noise = keys[part], thresholds[part], self.noise[keys[part] // self.lattice.count]
             # the moments are tried for as long as they settle one block in eight, and where a factorisation costs more
-            if 8 * settled >= tried and not self.g.parallel:
-                good[:] = (cert.moments(g, noise) <= t).cpu().numpy()
-                tried, settled = tried + len(good), settled + int(good.sum())
-                self.tally.gram_steps += len(good)
+            tries = 8 * settled >= tried and not self.g.parallel
+            good, g = self._by_moments(names, t, noise) if tries else (np.zeros(len(names), dtype=np.bool_), None)
             rest = (~good).nonzero()[0]
+            if tries:
+                tried, settled = tried + len(good), settled + len(good) - len(rest)
+                self.tally.gram_steps += len(good)
             if len(rest) < len(good):
                 self.tally.ways.add("Gram")
             if len(rest):
                 self.tally.ways.add("Cholesky")
-                there = on(device, rest)
-                good[rest] = cert.cholesky(take(g, rest), t[there], noise[there], single=single, spare=spare).cpu().numpy()
+                g = self.blocks(names[rest]) if g is None else take(g, rest)
+                good[rest] = cert.cholesky(g, on(device, t[rest]), on(device, noise[rest]), single=single, spare=spare).cpu().numpy()
             del g
+            done[part] = good
             self.tally.factorizations += len(rest)
             self.tally.operations += len(rest) * (4 / 3) * c**3
             if self.tally.operations > self.limit:
                 break
         return done
+
+    def _by_moments(self, keys: Ints, thresholds: Reals, noise: Reals) -> tuple[Flags, Tensor | None]:
+        """Where two moments prove it, and the blocks where they had to be formed for that."""
+        known = np.full(1, np.inf) if self.moments is None else look_up(self.moments, keys) + noise
+        if np.isfinite(known).all():
+            return known <= thresholds, None
+        g = self.blocks(keys)
+        return cert.moments(g, on(g.device, noise)).cpu().numpy() <= thresholds, g
 
     def _tau(self, width: Reals) -> Reals:
         """What is to be proved: each lower side plus nearly all of the width asked for, or what rounding lets be told from zero."""

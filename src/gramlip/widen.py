@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
 def widen(x: Tensor, exponent: int | None) -> tuple[Tensor, int]:
-    """The values of x divided by `2**exponent`, as float64 or complex128, and the exponent.
+    """The values of x divided by `2**exponent`, as float64 or complex128, to be read alone, and the exponent.
 
     With None the exponent is chosen so that the largest entry lies in [1/2, 1). The copy is exact but for entries below
     `2**-1022` of the scale, which lose less than that: docs/rounding.md#r1-weights. Denormal weights are decoded from their
     bits, since a thread that flushes them would read zeros.
     """
+    wide, exponents = widen_each(x[None], None if exponent is None else [exponent])
+    return wide[0], exponents[0]
+
+
+def widen_each(x: Tensor, exponents: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
+    """The same for each of the tensors along the first axis, with an exponent of its own."""
     if x.is_complex():
-        parts, exponent = widen(torch.view_as_real(x.resolve_conj()), exponent)
-        return torch.view_as_complex(parts), exponent
-    if exponent is None:
-        exponent = exponent_of(x) or 0
+        parts, found = widen_each(torch.view_as_real(x.resolve_conj()), exponents)
+        return torch.view_as_complex(parts), found
+    if exponents is not None and x.dtype == torch.float64 and not any(exponents):
+        return x.contiguous(), list(exponents)
     x, magnitude, width, least = _bits(x)
-    wide = _scaled_in_place(x.to(torch.float64, copy=True), -exponent)
+    if exponents is None:
+        exponents = [_exponent(top, width, least) or 0 for top in magnitude.flatten(1).amax(-1).tolist()]
+    wide = _scaled_in_place(x.to(torch.float64, copy=True), [-e for e in exponents])
     small = magnitude < (1 << width)
     if bool(small.any()) and bool((small & (magnitude > 0)).any()):
-        tiny = _scaled_in_place(magnitude.to(torch.float64), least - exponent)
+        tiny = _scaled_in_place(magnitude.to(torch.float64), [least - e for e in exponents])
         wide = torch.where(small, torch.where(x.view(magnitude.dtype) < 0, -tiny, tiny), wide)
-    return wide, exponent
+    return wide, list(exponents)
 
 
 def exponent_of(x: Tensor) -> int | None:
     """The exponent of the power of two above the largest entry; None where all entries are zero."""
     _, magnitude, width, least = _bits(torch.view_as_real(x.resolve_conj()) if x.is_complex() else x)
-    top = int(magnitude.max())
+    return _exponent(int(magnitude.max()), width, least)
+
+
+def _exponent(top: int, width: int, least: int) -> int | None:
     field = top >> width  # from the bits: frexp itself may flush
     bias = 126 if width == 23 else 1022
     return (field - bias if field else top.bit_length() + least) if top else None
@@ -47,9 +60,10 @@ def _bits(x: Tensor) -> tuple[Tensor, Tensor, int, int]:
     return x, x.view(dtype) & torch.iinfo(dtype).max, width, least
 
 
-def _scaled_in_place(x: Tensor, exponent: int) -> Tensor:
-    """The tensor times a power of two, in two steps where the factor itself would over- or underflow."""
-    if abs(exponent) < 1000:
-        return x.mul_(2.0**exponent)
-    half = exponent // 2
-    return x.mul_(2.0**half).mul_(2.0 ** (exponent - half))
+def _scaled_in_place(x: Tensor, exponents: list[int]) -> Tensor:
+    """Each tensor times a power of two, in two steps where the factor itself would over- or underflow."""
+    halves = [[e // 2 for e in exponents], [e - e // 2 for e in exponents]] if max(map(abs, exponents)) >= 1000 else [exponents]
+    for half in halves:
+        factors = [2.0**e for e in half]
+        x.mul_(factors[0] if len(factors) == 1 else x.new_tensor(factors).reshape(-1, *(1,) * (x.ndim - 1)))
+    return x
