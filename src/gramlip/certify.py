@@ -124,7 +124,7 @@ class _Enclosing:
             self.exponents = [self.gram.exponent]
         else:  # each layer on its own scale
             wide, exponents = widen_each(_stack([sym.kernel.detach() for sym in self.syms]))
-            self.gram = Gramian(wide.flatten(0, 1), rtol=rtol)
+            self.gram = Gramian(wide.flatten(0, 1), rtol=rtol, frequencies=self.syms[0].frequencies)
             self.exponents = [exponent + self.gram.exponent for exponent in exponents]
         self.groups = self.gram.groups // len(ops)
         self.search = Search(self.gram, self.syms[0].points, np.arange(len(ops)).repeat(self.groups))

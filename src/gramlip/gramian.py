@@ -26,8 +26,8 @@ NARROW_BYTES = 230 << 20  # above, in single precision while that is smaller tha
 NARROW_RTOL = 1e-4  # for real kernels whose interval may be so wide
 MIXED_BYTES = 64 << 20  # blocks are formed in single precision from taps of at most this size there
 MOST_TAPS = 4096  # and in neither case with more taps
-SQUARED_SIDE = 128  # blocks of this order are squared in single precision one by one where there are few of them
-SQUARED_PART = 0.7  # and this costs at most such a part of the width, of a norm's square
+SQUARED_SIDE = 128  # matrices from this order on, and few blocks of any, are squared one by one in single precision where
+SQUARED_PART = 0.7  # this costs at most such a part of the width, of a norm's square
 SWEPT_SLACK = 0.45  # a GPU takes cells that lose such a part of the width,
 SWEPT_BLOCKS = 1 << 15  # while there are fewer
 SWEPT_OPERATIONS = 1e12  # that are formed and squared a few times by fewer operations
@@ -81,7 +81,7 @@ class Gramian:
     def _few(self, frequencies: int | None) -> bool:
         """Whether squaring so many blocks one by one costs less than the products of all pairs of taps, in double."""
         pairs = self.tall.count * (self.tall.count + 1) // 2
-        few = frequencies is not None and frequencies <= pairs <= MOST_TAPS and self.side >= SQUARED_SIDE
+        few = frequencies is not None and frequencies <= pairs <= MOST_TAPS and (self.axes > 0 or self.side >= SQUARED_SIDE)
         return few and not self.is_complex and not self.parallel and self.tall.wide is not None
 
     def _sweepable(self, frequencies: int | None, rtol: float) -> bool:
@@ -151,6 +151,12 @@ class Gramian:
     def at(self, group: Ints, index: Ints, sizes: tuple[int, ...]) -> Tensor:
         """G at the lattice frequencies `2 pi index / sizes` (F, axes) of the given groups (F,): (F, c, c), real where all are real."""
         if self.taps is None:
+            each = len(group) // self.groups
+            alike = np.array_equal(group, np.arange(self.groups).repeat(each)) and np.array_equal(
+                index, np.tile(index[:each], (self.groups, 1))
+            )
+            if self.squared and alike:  # the same frequencies of all groups
+                return squares.square(self.tall, slice(None), on(self.device, waves(index[:each], sizes, exponents.taps(self.span))))
             if self.groups == 1:
                 return self._direct(0, index, sizes)
             out: Tensor | None = None
@@ -174,7 +180,7 @@ class Gramian:
         """Blocks of one group from pieces of rows of the symbol, so that no more than a few blocks are alive."""
         turning = waves(index, sizes, exponents.taps(self.span))
         if self.squared:
-            return squares.square(self.tall, group, on(self.device, turning))
+            return squares.square(self.tall, slice(group, group + 1), on(self.device, turning))
         real = not self.is_complex and bool((np.abs(turning.imag) < 1e-15).all())
         factors = on(self.device, turning.real if real else turning)
         # pieces whose blocks, at all these frequencies, hold at most a few chunks

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
+from gramlip.arrays import Reals
 from gramlip.exponents import Pair
 from gramlip.tall import Tall
 from gramlip.taps import HALF, STRIP, mirror, strips
 
 ROWS = 64  # rows that one product adds up
-BYTES = 24 << 20  # of symbols at once, about
+BYTES = 24 << 20  # of symbols at once
 
 
 def errors(tall: Tall, pairs: list[list[Pair]]) -> list[float]:
@@ -22,42 +24,62 @@ def errors(tall: Tall, pairs: list[list[Pair]]) -> list[float]:
     """
     assert tall.wide is not None
     flat = tall.wide.flatten(2)
-    inner = flat @ flat.mT
-    trace, *others = ([float(sum(one[p, q] for p, q in some)) for one in inner] for some in pairs)
-    most = [sum(abs(x) for x in column) for column in zip(trace, *others, *others, strict=True)]
+    inner: Reals = (flat @ flat.mT).cpu().numpy()
+    trace, *others = (np.abs(sum((inner[:, p, q] for p, q in some), np.zeros(len(inner)))) for some in pairs)
+    most = trace + 2 * sum(others, np.zeros(len(inner)))
     grow = 1 + rd.gamma(8.0 * tall.rows * tall.side * tall.count)
-    per = rd.gamma(1.42 * (2.0 * ROWS + tall.rows / ROWS + 4) + 3, HALF)
-    mass = [float(one.diagonal().sum()) * tall.count for one in inner]  # what rounding of the inner products is relative to
-    return [rd.up(per * (m * grow + (grow - 1) * n) + 2.0**-100 * tall.rows * tall.side) for m, n in zip(most, mass, strict=True)]
+    rows = min(ROWS, tall.rows)
+    per = rd.gamma(1.42 * (2.0 * rows + -(-tall.rows // rows) + 4) + 3, HALF)
+    mass = np.trace(inner, axis1=1, axis2=2) * tall.count  # what rounding of the inner products is relative to
+    # small symbols are formed in single precision, which errs by so much of the sum of the taps' norms, whose square `mass` is no less than
+    more = per * (grow - 1) + (2.01 * rd.gamma(tall.count + 3.0, HALF) * grow if tall.side <= STRIP else 0.0)
+    return [rd.up(per * m * grow + more * n + 2.0**-100 * tall.rows * tall.side) for m, n in zip(most, mass, strict=True)]
 
 
-def square(tall: Tall, group: int, waves: Tensor) -> Tensor:
-    """`D(w)* D(w)` of a real kernel at the waves `exp(-i p.w)` (F, taps) of its taps: (F, c, c) in single precision.
+def square(tall: Tall, groups: slice, waves: Tensor) -> Tensor:
+    """`D(w)* D(w)` of a real kernel at the waves `exp(-i p.w)` (F, taps) of its taps: (groups F, c, c) in single precision.
 
-    Complex products alone: no global setting cuts them short on a CPU. One block after the other, which caches hold.
+    Complex products alone: no global setting cuts them short on a CPU.
     """
-    c = tall.side
-    out = torch.empty(len(waves), c, c, dtype=torch.complex64, device=waves.device)
-    parts = strips(c, STRIP)
-    each = max(1, len(waves) // max(1, round(len(waves) * 8 * tall.rows * c / BYTES)))
-    for blocks, some in zip(out.split(each), waves.split(each), strict=True):
-        for block, symbol in zip(blocks, _symbols(tall, group, some), strict=True):
-            left = symbol.conj().resolve_conj().mT
-            for i, j in parts:
-                strip = block[i:j, :j]
-                for k in range(0, tall.rows, ROWS):
-                    torch.addmm(strip, left[i:j, k : k + ROWS], symbol[k : k + ROWS, :j], beta=float(k > 0), out=strip)
-    mirror(out, parts)
-    return out
-
-
-def _symbols(tall: Tall, group: int, waves: Tensor) -> Tensor:
-    """`D(w)`, formed in double and rounded: (F, r, c)."""
     assert tall.wide is not None
-    count = len(waves)
-    out = torch.empty(count, tall.rows, tall.side, dtype=torch.complex64, device=waves.device)
+    kernel, count, c = tall.wide[groups], len(waves), tall.side
+    some = max(1, BYTES // (8 * tall.rows * c))  # symbols at once
+    if c <= STRIP:
+        found = [_small(part, waves) for part in kernel.split(max(1, some // count))]
+        return found[0] if len(found) == 1 else torch.cat(found)
+    out = torch.empty(len(kernel), count, c, c, dtype=torch.complex64, device=waves.device)
+    few = -(-count // -(-count // some))
+    for part, blocks in zip(kernel, out, strict=True):
+        for wave, places in zip(waves.split(few), blocks.split(few), strict=True):
+            _large(part, wave, places)
+    return out.flatten(0, 1)
+
+
+def _small(kernel: Tensor, waves: Tensor) -> Tensor:
+    """All at once, from symbols in single precision."""
+    rows, side = kernel.shape[2:]
+    symbols = (waves.to(torch.complex64) @ kernel.flatten(2).to(torch.complex64)).reshape(-1, rows, side)
+    left, *lefts = symbols.mH.split(ROWS, 2)
+    right, *rights = symbols.split(ROWS, 1)
+    total = torch.bmm(left, right)
+    for one, other in zip(lefts, rights, strict=True):
+        total.baddbmm_(one, other)
+    return total
+
+
+def _large(kernel: Tensor, waves: Tensor, out: Tensor) -> None:
+    """One after the other, which caches hold, each below its diagonal; symbols formed in double and rounded."""
+    count, rows, side = len(waves), *kernel.shape[1:]
+    symbols = torch.empty(count, rows, side, dtype=torch.complex64, device=waves.device)
     both = torch.cat([waves.real, waves.imag])
-    for rows, some in zip(tall.wide[group].split(ROWS, 1), torch.view_as_real(out).split(ROWS, 1), strict=True):
-        found = (both @ rows.flatten(1)).reshape(2, count, -1, tall.side)
+    for part, some in zip(kernel.split(ROWS, 1), torch.view_as_real(symbols).split(ROWS, 1), strict=True):
+        found = (both @ part.flatten(1)).reshape(2, count, -1, side)
         some[..., 0], some[..., 1] = found[0], found[1]
-    return out
+    parts = strips(side, STRIP)
+    for block, symbol in zip(out, symbols, strict=True):
+        left = symbol.conj().resolve_conj().mT
+        for i, j in parts:
+            strip = block[i:j, :j]
+            for k in range(0, rows, ROWS):
+                torch.addmm(strip, left[i:j, k : k + ROWS], symbol[k : k + ROWS, :j], beta=float(k > 0), out=strip)
+    mirror(out, parts)
