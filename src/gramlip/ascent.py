@@ -25,7 +25,7 @@ AHEAD = 16  # groups that are searched before the others
 STEPS = 8  # Krylov steps on a block
 DENSE_STEPS = 40  # and where there is only one
 MIXED_PART = 0.05  # blocks are formed in single precision where this costs at most such a part of the width, of a norm's square
-SURVEYED = {64: 8, sys.maxsize: 16}  # blocks of a layer, up to each order, on which Krylov steps are taken at first
+SURVEYED = {16: (16, 6), 64: (8, 6), sys.maxsize: (16, STEPS)}  # up to each order the blocks of a layer, and the Krylov steps on each, at first
 SQUARED_SIDE = 512  # a GPU squares blocks up to this order instead
 SMALL_GRID = 100  # frequencies of a grid that may be surveyed whole
 
@@ -105,7 +105,7 @@ class Ascent:
             self.coarse = np.concatenate([self.coarse, more])
         if every or self.lattice.listed:  # every frequency was seen: only the vectors can still improve
             close = self.estimates > self.best[self.items[self.lattice.decode(self.coarse)[0]]] * 0.98
-            self.raise_lower(self.coarse[close], 2 * STEPS)
+            self.raise_lower(self.coarse[close], STEPS, warm=True)
         else:
             self.climb(np.arange(len(self.best)), 2 if rtol > 1e-3 else 8)
 
@@ -159,8 +159,9 @@ class Ascent:
         if self.moments is None:
             self.moments = keys, above.copy()
         order, before = leading(item, above)
-        chosen = order[before < next(count for side, count in SURVEYED.items() if self.g.side <= side)]
-        values = self.raise_lower(keys[chosen], steps, held=None if held is None else (held, chosen))
+        count, first = next(some for side, some in SURVEYED.items() if self.g.side <= side)
+        chosen = order[before < count]
+        values = self.raise_lower(keys[chosen], first if steps == STEPS else steps, held=None if held is None else (held, chosen))
         share = np.bincount(item[chosen], values / np.maximum(above[chosen], 1e-300), len(self.best))
         above *= (share / np.maximum(np.bincount(item[chosen], minlength=len(self.best)), 1))[item]
         above[chosen] = values

@@ -212,7 +212,7 @@ class Search(Ascent):
 
     def _first_cells(self, groups: Ints, tau: Reals) -> Cells:
         """The initial cells at the resolution that the estimates on the coarse grid predict to be cheapest."""
-        if not self.lattice.active or not len(groups) or self.g.swept:
+        if not self.lattice.active or not len(groups) or self.g.swept or self.lattice.listed:
             return self.lattice.cells(self.g.fine if self.g.swept else 1.0, groups, least=self.g.swept)
         return self.lattice.cells(self._cheapest(tau)[1], groups)
 

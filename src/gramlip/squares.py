@@ -13,7 +13,7 @@ from gramlip.tall import Tall
 from gramlip.taps import HALF, STRIP, mirror, strips
 
 ROWS = 64  # rows that one product adds up
-BYTES = 24 << 20  # of symbols at once
+BYTES, SMALL_BYTES = 24 << 20, 4 << 20  # of symbols at once, large ones and small ones
 
 
 def errors(tall: Tall, pairs: list[list[Pair]]) -> list[float]:
@@ -43,28 +43,29 @@ def square(tall: Tall, groups: slice, waves: Tensor) -> Tensor:
     """
     assert tall.wide is not None
     kernel, count, c = tall.wide[groups], len(waves), tall.side
-    some = max(1, BYTES // (8 * tall.rows * c))  # symbols at once
-    if c <= STRIP:
-        found = [_small(part, waves) for part in kernel.split(max(1, some // count))]
-        return found[0] if len(found) == 1 else torch.cat(found)
     out = torch.empty(len(kernel), count, c, c, dtype=torch.complex64, device=waves.device)
-    few = -(-count // -(-count // some))
+    each = 8 * tall.rows * c
+    if c <= STRIP:
+        some = max(1, SMALL_BYTES // (count * each))
+        for part, blocks in zip(kernel.split(some), out.split(some), strict=True):
+            _small(part, waves, blocks.flatten(0, 1))
+        return out.flatten(0, 1)
+    few = -(-count // -(-count * each // BYTES))
     for part, blocks in zip(kernel, out, strict=True):
         for wave, places in zip(waves.split(few), blocks.split(few), strict=True):
             _large(part, wave, places)
     return out.flatten(0, 1)
 
 
-def _small(kernel: Tensor, waves: Tensor) -> Tensor:
+def _small(kernel: Tensor, waves: Tensor, out: Tensor) -> None:
     """All at once, from symbols in single precision."""
     rows, side = kernel.shape[2:]
     symbols = (waves.to(torch.complex64) @ kernel.flatten(2).to(torch.complex64)).reshape(-1, rows, side)
     left, *lefts = symbols.mH.split(ROWS, 2)
     right, *rights = symbols.split(ROWS, 1)
-    total = torch.bmm(left, right)
+    torch.bmm(left, right, out=out)
     for one, other in zip(lefts, rights, strict=True):
-        total.baddbmm_(one, other)
-    return total
+        out.baddbmm_(one, other)
 
 
 def _large(kernel: Tensor, waves: Tensor, out: Tensor) -> None:
