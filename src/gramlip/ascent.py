@@ -25,7 +25,7 @@ AHEAD = 16  # groups that are searched before the others
 STEPS = 8  # Krylov steps on a block
 DENSE_STEPS = 40  # and where there is only one
 MIXED_PART = 0.05  # blocks are formed in single precision where this costs at most such a part of the width, of a norm's square
-SURVEYED = {16: (16, 6), 64: (8, 6), sys.maxsize: (16, STEPS)}  # up to each order the blocks of a layer, and the Krylov steps on each, at first
+SURVEYED = {16: (16, 6), 64: (8, 6), sys.maxsize: (16, STEPS)}  # by order, blocks of a layer at first, and the Krylov steps on each
 SQUARED_SIDE = 512  # a GPU squares blocks up to this order instead
 SMALL_GRID = 100  # frequencies of a grid that may be surveyed whole
 
@@ -142,6 +142,11 @@ class Ascent:
         group, index = self.lattice.decode(keys)
         self.count(len(keys))
         return self.g.at(group, index, self.lattice.sizes)
+
+    def own(self, blocks: Tensor) -> bool:
+        """Whether nobody else reads these blocks: neither kept ones nor the kernel's, where a matrix is its own tap."""
+        kept = self.kept is not None and blocks.untyped_storage().data_ptr() == self.kept[1].untyped_storage().data_ptr()
+        return not kept and len(self.g.offsets) > 0
 
     def nonzero(self) -> Ints:
         """The groups with a weight other than zero."""

@@ -44,14 +44,13 @@ def _single_gamma(side: int) -> float:
 def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = False, spare: bool = False) -> Tensor:
     """True where `lambda_1(G) <= threshold` is proved for blocks g (F, c, c) known up to `noise` (F,).
 
-    `single` factorises in single precision, about three times faster, and proves a little less. Large blocks are used up where they
-    are to `spare`.
+    `single` factorises in single precision, about three times faster, and proves a little less. Blocks may be used up where they are
+    to `spare`.
     """
     side = g.shape[-1]
     s = single_shift(side) if single else shift(side)
     t = (threshold - noise) * (1.0 - (s if single else 2.0 * s)) - 2.0 * s * noise  # the trace is at most c (t + noise)
-    large = spare and not single and g.numel() * g.element_size() >= LARGE_BYTES
-    matrix = _used(g, t) if large else _shifted(g, t, single)
+    matrix = _shifted(g, t, single, spare and not (single and side > TRACE_ORDER))
     # LAPACK takes a quarter less for the upper factor of small complex matrices in double: the same triangle, read as its transpose's
     upper = matrix.dtype == torch.complex128 and side < BLOCKED.stop and not devices.parallel(g.device)
     factor, info = torch.linalg.cholesky_ex(matrix.mT if upper else matrix, upper=upper)
@@ -64,12 +63,12 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
         again = (proved & ~within).nonzero()[:, 0]
         proved &= within
         if len(again):  # rare: the factor is too large for single precision to tell
-            proved[again] = torch.linalg.cholesky_ex(_shifted(g[again], t[again], False)).info == 0
+            proved[again] = torch.linalg.cholesky_ex(_shifted(g[again], t[again], False, True)).info == 0
     return proved
 
 
-def _shifted(g: Tensor, t: Tensor, single: bool) -> Tensor:
-    """`t I - G`, its diagonal subtracted in double; rounded to single precision where asked.
+def _shifted(g: Tensor, t: Tensor, single: bool, spare: bool) -> Tensor:
+    """`t I - G`, its diagonal subtracted in double; rounded to single precision where asked, and in the place of G where that is spare.
 
     On a CPU rows of `t I` are added where LAPACK is faster so, up to half of the time: below its blocked algorithm's least order,
     and where a power of two makes the columns of a matrix share their places in the caches. docs/rounding.md#r3-cholesky.
@@ -78,21 +77,17 @@ def _shifted(g: Tensor, t: Tensor, single: bool) -> Tensor:
     c = side = g.shape[-1]
     if not devices.parallel(g.device):
         side = BLOCKED.stop if c in BLOCKED else c + 8 if c >= 256 and c % 64 == 0 else c
-    if side == c:
-        matrix = -g.to(narrow if single else wide)
+    dtype, diagonal = narrow if single else wide, t[:, None] - g.diagonal(dim1=-2, dim2=-1).real
+    if spare and g.dtype == dtype and (side == c or g.numel() * g.element_size() >= LARGE_BYTES):
+        matrix = g.neg_()
+    elif side == c:
+        matrix = -g.to(dtype)
     else:
-        matrix = g.new_empty(len(g), side, side, dtype=narrow if single else wide)
-        torch.neg(g.to(matrix.dtype), out=matrix[:, :c, :c])
+        matrix = g.new_empty(len(g), side, side, dtype=dtype)
+        torch.neg(g.to(dtype), out=matrix[:, :c, :c])
         matrix[:, c:] = 0.0  # what lies above the diagonal is not read
         matrix.diagonal(dim1=-2, dim2=-1)[:, c:] = t[:, None]
-    matrix.diagonal(dim1=-2, dim2=-1)[:, :c] = t[:, None] - g.diagonal(dim1=-2, dim2=-1).real
-    return matrix
-
-
-def _used(g: Tensor, t: Tensor) -> Tensor:
-    """`t I - G` in the place of G, in double."""
-    matrix = g.neg_()
-    matrix.diagonal(dim1=-2, dim2=-1).add_(t[:, None])
+    matrix.diagonal(dim1=-2, dim2=-1)[:, :c] = diagonal
     return matrix
 
 

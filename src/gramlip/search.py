@@ -147,7 +147,6 @@ class Search(Ascent):
         tried = settled = 0
         # a shift takes from the cells' width, and where there are none from nothing else
         single = not self.g.parallel and cert.single_shift(c) <= (0.8 if self.lattice.listed else 0.5) * self.rtol
-        spare = self.kept is None and len(self.g.offsets) > 0  # blocks are new ones: a matrix is its own tap
         for part in pieces(len(keys), self.g.chunk()):
             names, t, noise = keys[part], thresholds[part], self.noise[keys[part] // self.lattice.count]
             # the moments are tried for as long as they settle one block in eight, and where a factorisation costs more
@@ -162,7 +161,7 @@ class Search(Ascent):
             if len(rest):
                 self.tally.ways.add("Cholesky")
                 g = self.blocks(names[rest]) if g is None else take(g, rest)
-                good[rest] = cert.cholesky(g, on(device, t[rest]), on(device, noise[rest]), single=single, spare=spare).cpu().numpy()
+                good[rest] = cert.cholesky(g, on(device, t[rest]), on(device, noise[rest]), single=single, spare=self.own(g)).cpu().numpy()
             del g
             done[part] = good
             self.tally.factorizations += len(rest)

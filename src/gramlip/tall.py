@@ -64,7 +64,9 @@ class Tall:
     def images(self, group: Tensor, v: Tensor) -> Tensor:
         """All taps of the groups (I,) times a vector each (I, side): (I, P, rows), complex."""
         if self.wide is not None:
-            return _apply(self.wide[group], v)
+            rows = group.tolist()
+            every = rows == list(range(self.groups))
+            return _apply(self.wide if every else self.wide[group], v)
         each = zip(group.tolist(), v[:, None], strict=True)
         return torch.cat([torch.cat([_apply(piece, one) for piece in self.pieces(at)], -1) for at, one in each])
 
