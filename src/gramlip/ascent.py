@@ -24,6 +24,7 @@ KEPT_BYTES = 128 << 20  # blocks of the coarse grid are kept while they are smal
 AHEAD = 16  # groups that are searched before the others
 STEPS = 8  # Krylov steps on a block
 DENSE_STEPS = 40  # and where there is only one
+STRIDES = (1.0, 2.0)  # multiples of a step uphill where a peak is to be met closely: one with the vectors held falls short
 MIXED_PART = 0.05  # blocks are formed in single precision where this costs at most such a part of the width, of a norm's square
 SURVEYED = {16: (16, 6), 64: (8, 6), sys.maxsize: (16, STEPS)}  # by order, blocks of a layer at first, and the Krylov steps on each
 SQUARED_SIDE = 512  # a GPU squares blocks up to this order instead
@@ -215,13 +216,16 @@ class Ascent:
             if not len(items):
                 return
             before = self.best[items]
-            group, _ = self.lattice.decode(self.where[items])
-            point = self._uphill(items)
-            near = [
-                (np.floor(point[:, j]), np.ceil(point[:, j])) if grid else (point[:, j].round(),)
-                for j, grid in enumerate(self.lattice.on_grid)
-            ]
-            keys = [self.lattice.keys(group, integers(np.stack(c, -1))) for c in itertools.product(*near)]
+            group, index = self.lattice.decode(self.where[items])
+            step = self._uphill(items) - index
+            keys: list[Ints] = []
+            for stride in STRIDES if self.rtol <= 1e-3 else STRIDES[:1]:
+                point = index + stride * step
+                near = [
+                    (np.floor(point[:, j]), np.ceil(point[:, j])) if grid else (point[:, j].round(),)
+                    for j, grid in enumerate(self.lattice.on_grid)
+                ]
+                keys += [self.lattice.keys(group, integers(np.stack(c, -1))) for c in itertools.product(*near)]
             self.raise_lower(np.unique(np.concatenate(keys)), STEPS, warm=True)
             items = items[self.best[items] > before * (1 + self.rtol * 0.1)]
 
