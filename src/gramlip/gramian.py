@@ -143,7 +143,7 @@ class Gramian:
 
     def polynomial(self, group: Ints, index: Ints, sizes: tuple[int, ...], v: Tensor) -> tuple[Complexes, Ints]:
         """The coefficients (I, taps) of `p(w) = u* D(w) v`, u the image of v at the given frequency, and the exponents (taps, axes)."""
-        images: Complexes = self.tall.images(on(self.device, group), v).cpu().numpy()
+        images: Complexes = self.tall.images(group, v).cpu().numpy()
         taps = exponents.taps(self.span)
         image = waves(index, sizes, taps)[:, None] @ images
         return (images @ image.conj().swapaxes(1, 2))[..., 0], taps

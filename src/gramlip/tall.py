@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gramlip import devices
+from gramlip.arrays import Ints
 from gramlip.blocks import polyphase
 from gramlip.widen import exponent_of, widen
 
@@ -61,13 +62,13 @@ class Tall:
             stop = min(start + step, total)
             yield self.wide[chosen, :, start * self._unit : stop * self._unit] if self.wide is not None else self._cast(start, stop, chosen)
 
-    def images(self, group: Tensor, v: Tensor) -> Tensor:
+    def images(self, group: Ints, v: Tensor) -> Tensor:
         """All taps of the groups (I,) times a vector each (I, side): (I, P, rows), complex."""
+        rows: list[int] = group.tolist()
         if self.wide is not None:
-            rows = group.tolist()
             every = rows == list(range(self.groups))
-            return _apply(self.wide if every else self.wide[group], v)
-        each = zip(group.tolist(), v[:, None], strict=True)
+            return _apply(self.wide if every else self.wide[rows], v)
+        each = zip(rows, v[:, None], strict=True)
         return torch.cat([torch.cat([_apply(piece, one) for piece in self.pieces(at)], -1) for at, one in each])
 
     def _cast(self, start: int, stop: int, groups: slice) -> Tensor:
