@@ -1,4 +1,7 @@
-"""Small arrays of the search's bookkeeping, in numpy: torch takes several times as long for a call on a few numbers."""
+"""Small arrays of the search's bookkeeping, in numpy: torch takes several times as long for a call on a few numbers.
+
+Products of any size stay in torch: numpy's threads would be in the way of torch's for a while.
+"""
 
 from __future__ import annotations
 

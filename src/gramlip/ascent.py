@@ -26,7 +26,8 @@ STEPS = 8  # Krylov steps on a block
 DENSE_STEPS = 40  # and where there is only one
 STRIDES = (1.0, 2.0)  # multiples of a step uphill where a peak is to be met closely: one with the vectors held falls short
 MIXED_PART = 0.05  # blocks are formed in single precision where this costs at most such a part of the width, of a norm's square
-SURVEYED = {16: (16, 6), 64: (8, 6), sys.maxsize: (16, STEPS)}  # by order, blocks of a layer at first, and the Krylov steps on each
+SMALL_SIDE = 64  # up to this order a lower side that is met less closely at first costs less than more steps
+SURVEYED = {16: (16, 6), SMALL_SIDE: (8, 6), sys.maxsize: (16, STEPS)}  # by order, blocks of a layer at first, and the Krylov steps on each
 SQUARED_SIDE = 512  # a GPU squares blocks up to this order instead
 SMALL_GRID = 100  # frequencies of a grid that may be surveyed whole
 
@@ -106,7 +107,8 @@ class Ascent:
             self.coarse = np.concatenate([self.coarse, more])
         if every or self.lattice.listed:  # every frequency was seen: only the vectors can still improve
             close = self.estimates > self.best[self.items[self.lattice.decode(self.coarse)[0]]] * 0.98
-            self.raise_lower(self.coarse[close], STEPS, warm=True)
+            small = self.g.side <= SMALL_SIDE
+            self.raise_lower(self.coarse[close], STEPS if small else 2 * STEPS, warm=small)
         else:
             self.climb(np.arange(len(self.best)), 2 if rtol > 1e-3 else 8)
 

@@ -12,7 +12,7 @@ from gramlip import devices
 from gramlip import rounding as rd
 
 TRACE_ORDER = 128  # up to this order the trace is a good enough bound of a single-precision factorisation's error
-LARGE_BYTES = 32 << 20  # blocks so large are factorised without another copy where nobody needs them any more
+LARGE_BYTES = 16 << 20  # blocks each so large are factorised without another copy where nobody needs them any more
 SHORT, LONG = 8, 16  # rows of a Krylov basis in single and in double precision
 BLOCKED = range(105, 132)  # orders that take LAPACK longer than 132, where it works in blocks
 
@@ -78,7 +78,7 @@ def _shifted(g: Tensor, t: Tensor, single: bool, spare: bool) -> Tensor:
     if not devices.parallel(g.device):
         side = BLOCKED.stop if c in BLOCKED else c + 8 if c >= 256 and c % 64 == 0 else c
     dtype, diagonal = narrow if single else wide, t[:, None] - g.diagonal(dim1=-2, dim2=-1).real
-    if spare and g.dtype == dtype and (side == c or g.numel() * g.element_size() >= LARGE_BYTES):
+    if spare and g.dtype == dtype and (side == c or c * c * g.element_size() >= LARGE_BYTES):
         matrix = g.neg_()
     elif side == c:
         matrix = -g.to(dtype)

@@ -64,12 +64,11 @@ class Gramian:
         # a matrix is one block, whatever its size
         shared = not self.squared and not self.swept and (count == 0 or (count <= MOST_TAPS and each * (2 * count + 1) <= TAP_BYTES))
         exact = self.is_complex or rtol < NARROW_RTOL or shared or self.squared or self.swept or count > MOST_TAPS
-        runs = exponents.runs(self.span) if count <= MOST_TAPS else []
         self.taps: Taps | Narrow | None = None
         if shared:
-            self.taps = Taps(self.tall, runs, torch.complex128 if self.is_complex else torch.float64, self.device)
+            self.taps = Taps(self.tall, exponents.runs(self.span), torch.complex128 if self.is_complex else torch.float64, self.device)
         elif not exact and each * (count / 2 + 1) <= NARROW_BYTES:
-            self.taps = Narrow(self.tall, runs, self.device)
+            self.taps = Narrow(self.tall, exponents.runs(self.span), self.device)
             self._add_noise(self.taps.noise)
         self.mixed: Mixed | None = None
         # real operations to form one block
@@ -122,7 +121,7 @@ class Gramian:
         """
         if self.taps is None or not len(self.offsets):
             return None
-        reach = self.taps.sizes @ np.square(self.offsets).sum(-1) / self.side**0.5
+        reach = (self.taps.sizes * np.square(self.offsets).sum(-1)).sum(-1) / self.side**0.5
         if (reach > largest[items] * sum((k - 1) ** 2 for k in self.span) / 32).all():
             return None
         return self.taps.norms()
@@ -143,19 +142,17 @@ class Gramian:
 
     def polynomial(self, group: Ints, index: Ints, sizes: tuple[int, ...], v: Tensor) -> tuple[Complexes, Ints]:
         """The coefficients (I, taps) of `p(w) = u* D(w) v`, u the image of v at the given frequency, and the exponents (taps, axes)."""
-        images: Complexes = self.tall.images(group, v).cpu().numpy()
-        taps = exponents.taps(self.span)
-        image = waves(index, sizes, taps)[:, None] @ images
-        return (images @ image.conj().swapaxes(1, 2))[..., 0], taps
+        images, taps = self.tall.images(group, v), exponents.taps(self.span)
+        image = on(self.device, waves(index, sizes, taps))[:, None] @ images
+        coefficients: Complexes = (images @ image.mH)[..., 0].cpu().numpy()
+        return coefficients, taps
 
     def at(self, group: Ints, index: Ints, sizes: tuple[int, ...]) -> Tensor:
         """G at the lattice frequencies `2 pi index / sizes` (F, axes) of the given groups (F,): (F, c, c), real where all are real."""
         if self.taps is None:
             each = len(group) // self.groups
-            alike = np.array_equal(group, np.arange(self.groups).repeat(each)) and np.array_equal(
-                index, np.tile(index[:each], (self.groups, 1))
-            )
-            if self.squared and alike:  # the same frequencies of all groups
+            same = np.arange(self.groups).repeat(each), np.tile(index[:each], (self.groups, 1))
+            if self.squared and all(map(np.array_equal, same, (group, index))):  # the same frequencies of all groups
                 return squares.square(self.tall, slice(None), on(self.device, waves(index[:each], sizes, exponents.taps(self.span))))
             if self.groups == 1:
                 return self._direct(0, index, sizes)
