@@ -146,7 +146,9 @@ class Search(Ascent):
         c, device = self.g.side, self.g.device
         tried = settled = 0
         # a shift takes from the cells' width, and where there are none from nothing else
-        single = not self.g.parallel and cert.single_shift(c) <= (0.8 if self.lattice.listed else 0.5) * self.rtol
+        shift = math.inf if self.g.parallel else cert.single_shift(c)
+        single = shift <= (0.8 if self.lattice.listed else 0.5) * self.rtol
+        first = not single and c > cert.TRACE_ORDER and shift <= 2 * self.rtol  # what is farther below is proved in single precision
         for part in pieces(len(keys), self.g.chunk()):
             names, t, noise = keys[part], thresholds[part], self.noise[keys[part] // self.lattice.count]
             # the moments are tried for as long as they settle one block in eight, and where a factorisation costs more
@@ -161,6 +163,10 @@ class Search(Ascent):
             if len(rest):
                 self.tally.ways.add("Cholesky")
                 g = self.blocks(names[rest]) if g is None else take(g, rest)
+                if first:
+                    good[rest] = cert.cholesky(g, on(device, t[rest]), on(device, noise[rest]), single=True).cpu().numpy()
+                    self.tally.factorizations += len(rest)
+                    g, rest = take(g, (~good[rest]).nonzero()[0]), rest[~good[rest]]
                 good[rest] = cert.cholesky(g, on(device, t[rest]), on(device, noise[rest]), single=single, spare=self.own(g)).cpu().numpy()
             del g
             done[part] = good
