@@ -36,9 +36,9 @@ def smallest(count: int, places: Ints, values: Reals) -> Reals:
     return out
 
 
-def largest(count: int, places: Ints, values: Reals, least: float = 0.0) -> Reals:
-    """The largest of the values at each of so many places, and at least this."""
-    out = np.full(count, least)
+def largest(count: int, places: Ints, values: Reals) -> Reals:
+    """The largest of the values at each of so many places, and at least 0."""
+    out = np.zeros(count)
     np.maximum.at(out, places, values)
     return out
 

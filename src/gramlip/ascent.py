@@ -97,8 +97,7 @@ class Ascent:
         steps = STEPS if self.lattice.active else DENSE_STEPS
         self.coarse = np.unique(self.lattice.corner_keys(cells))
         if len(self.coarse) * self.g.block_bytes <= KEPT_BYTES:
-            self.kept = (self.coarse, self.g.at(*self.lattice.decode(self.coarse), self.lattice.sizes))
-            self.count(len(self.coarse))
+            self.kept = (self.coarse, self.blocks(self.coarse))
         self.estimates = (self.raise_lower if every else self.survey)(self.coarse, steps)
         rest = self.reaching(groups[~np.isin(groups, first)]) if len(first) < len(groups) else groups[:0]
         if len(rest) and not self.too_long:

@@ -27,19 +27,13 @@ def offsets(span: tuple[int, ...]) -> Ints:
 
 
 @lru_cache(maxsize=64)
-def pairs(span: tuple[int, ...]) -> list[list[Pair]]:
-    """For the difference 0 and each of the offsets the pairs of taps that are so far apart, to be read alone."""
+def runs(span: tuple[int, ...]) -> list[list[Run]]:
+    """For the difference 0 and each of the offsets the pairs of taps that are so far apart, neighbours joined; to be read alone."""
     strides = integers([math.prod(2 * k - 1 for k in span[j + 1 :]) for j in range(len(span))])
     code = taps(span) @ strides
     gap = code[None, :] - code[:, None]
     apart = ((gap == at).nonzero() for at in (0, *(offsets(span) @ strides).tolist()))
-    return [list(zip(left.tolist(), right.tolist(), strict=True)) for left, right in apart]
-
-
-@lru_cache(maxsize=64)
-def runs(span: tuple[int, ...]) -> list[list[Run]]:
-    """The same as runs of neighbouring taps, which need no copy."""
-    return [_joined(some) for some in pairs(span)]
+    return [_joined(list(zip(left.tolist(), right.tolist(), strict=True))) for left, right in apart]
 
 
 def _joined(some: list[Pair]) -> list[Run]:

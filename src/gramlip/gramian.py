@@ -97,7 +97,7 @@ class Gramian:
     def _squarable(self, part: float) -> bool:
         """Take squares in single precision where their error is at most this part of every group's largest eigenvalue."""
         assert self.tall.wide is not None
-        errors = squares.errors(self.tall, exponents.pairs(self.span))
+        errors = squares.errors(self.tall, exponents.runs(self.span))
         # the mean over all frequencies of the largest eigenvalue is at least the mean eigenvalue
         mean = torch.linalg.vector_norm(self.tall.wide.flatten(1), dim=-1).square() / self.side
         if any(m and error > part * x for m, error, x in zip(self.mass, errors, mean.tolist(), strict=True)):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.arrays import Reals
-from gramlip.exponents import Pair
+from gramlip.exponents import Run
 from gramlip.tall import Tall
 from gramlip.taps import HALF, STRIP, mirror, strips
 
@@ -16,16 +16,17 @@ ROWS = 64  # rows that one product adds up
 BYTES, SMALL_BYTES = 24 << 20, 4 << 20  # of symbols at once, large ones and small ones
 
 
-def errors(tall: Tall, pairs: list[list[Pair]]) -> list[float]:
+def errors(tall: Tall, runs: list[list[Run]]) -> list[float]:
     """Upper bounds of `||fl(G) - G||` for any block of each group, beyond the error in double.
 
-    `pairs` are the pairs of taps at each distance, whose inner products are the coefficients of the trace of G:
+    `runs` are those of the pairs of taps at each distance, whose inner products are the coefficients of the trace of G:
     docs/rounding.md#r2-symbol.
     """
     assert tall.wide is not None
     flat = tall.wide.flatten(2)
     inner: Reals = (flat @ flat.mT).cpu().numpy()
-    trace, *others = (np.abs(sum((inner[:, p, q] for p, q in some), np.zeros(len(inner)))) for some in pairs)
+    blocks = ((inner[:, p : p + n, q : q + n].trace(axis1=1, axis2=2) for p, q, n in some) for some in runs)
+    trace, *others = (np.abs(sum(some, np.zeros(len(inner)))) for some in blocks)
     most = trace + 2 * sum(others, np.zeros(len(inner)))
     grow = 1 + rd.gamma(8.0 * tall.rows * tall.side * tall.count)
     rows = min(ROWS, tall.rows)
@@ -44,16 +45,12 @@ def square(tall: Tall, groups: slice, waves: Tensor) -> Tensor:
     assert tall.wide is not None
     kernel, count, c = tall.wide[groups], len(waves), tall.side
     out = torch.empty(len(kernel), count, c, c, dtype=torch.complex64, device=waves.device)
-    each = 8 * tall.rows * c
-    if c <= STRIP:
-        some = max(1, SMALL_BYTES // (count * each))
-        for part, blocks in zip(kernel.split(some), out.split(some), strict=True):
-            _small(part, waves, blocks.flatten(0, 1))
-        return out.flatten(0, 1)
-    few = -(-count // -(-count * each // BYTES))
-    for part, blocks in zip(kernel, out, strict=True):
-        for wave, places in zip(waves.split(few), blocks.split(few), strict=True):
-            _large(part, wave, places)
+    form, limit = (_small, SMALL_BYTES) if c <= STRIP else (_large, BYTES)
+    size = 8 * count * tall.rows * c  # of the symbols of a group, of which some are formed at once or else a few of one
+    some, few = max(1, limit // size) if c <= STRIP else 1, -(-count // -(-size // limit))
+    for part, blocks in zip(kernel.split(some), out.split(some), strict=True):
+        for wave, places in zip(waves.split(few), blocks.split(few, 1), strict=True):
+            form(part, wave, places.flatten(0, 1))
     return out.flatten(0, 1)
 
 
@@ -69,11 +66,11 @@ def _small(kernel: Tensor, waves: Tensor, out: Tensor) -> None:
 
 
 def _large(kernel: Tensor, waves: Tensor, out: Tensor) -> None:
-    """One after the other, which caches hold, each below its diagonal; symbols formed in double and rounded."""
-    count, rows, side = len(waves), *kernel.shape[1:]
+    """Those of one group one after the other, which caches hold, each below its diagonal; symbols formed in double and rounded."""
+    count, rows, side = len(waves), *kernel.shape[2:]
     symbols = torch.empty(count, rows, side, dtype=torch.complex64, device=waves.device)
     both = torch.cat([waves.real, waves.imag])
-    for part, some in zip(kernel.split(ROWS, 1), torch.view_as_real(symbols).split(ROWS, 1), strict=True):
+    for part, some in zip(kernel[0].split(ROWS, 1), torch.view_as_real(symbols).split(ROWS, 1), strict=True):
         found = (both @ part.flatten(1)).reshape(2, count, -1, side)
         some[..., 0], some[..., 1] = found[0], found[1]
     parts = strips(side, STRIP)
