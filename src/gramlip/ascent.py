@@ -105,7 +105,7 @@ class Ascent:
             self.estimates = np.concatenate([self.estimates, self.survey(more, steps)])
             self.coarse = np.concatenate([self.coarse, more])
         if every or self.lattice.listed:  # every frequency was seen: only the vectors can still improve
-            close = self.estimates > self.best[self.items[self.lattice.decode(self.coarse)[0]]] * 0.98
+            close = self.estimates > self.best[self.items[self.lattice.groups(self.coarse)]] * 0.98
             small = self.g.side <= SMALL_SIDE
             self.raise_lower(self.coarse[close], STEPS if small else 2 * STEPS, warm=small)
         else:
@@ -162,7 +162,7 @@ class Ascent:
             g = self.blocks(keys[part]) if held is None else held[part]
             rough.append(cert.moments(g, torch.zeros(len(g), dtype=torch.float64, device=g.device)).cpu().numpy())
             del g  # the next ones may be as large
-        above, item = np.concatenate(rough), self.items[keys // self.lattice.count]
+        above, item = np.concatenate(rough), self.items[self.lattice.groups(keys)]
         if self.moments is None:
             self.moments = keys, above.copy()
         order, before = leading(item, above)
@@ -183,7 +183,7 @@ class Ascent:
         device = self.g.device
         for at in pieces(len(keys), self.g.chunk()):
             part = keys[at]
-            group = part // self.lattice.count
+            group = self.lattice.groups(part)
             g = self.blocks(part) if held is None else take(held[0], held[1][at])
             item = self.items[group]
             begin = self.vectors[on(device, item)] if warm else cert.start(self.g.side, device).expand(len(part), -1)

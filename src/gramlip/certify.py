@@ -201,7 +201,7 @@ class _Enclosing:
         """The layer that is applied, the group of the best block, and a vector from there with its Rayleigh quotient."""
         part, modes = sample(op)
         layer = Layer(part, self.exponents[i], modes)
-        group = int(self.search.where[i] // self.search.lattice.count) - i * self.groups
+        group = int(self.search.lattice.groups(self.search.where)[i]) - i * self.groups
         return part, layer, group, *self._ascend(layer, group, wave(self.search, i, layer, group), self._peak(i), self._mass(i)[group])
 
     def _of_size(self, i: int, op: Conv) -> tuple[Bound | None, float]:

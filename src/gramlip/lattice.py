@@ -92,9 +92,13 @@ class Lattice:
             code = np.minimum(code, (-at % self._sizes) @ self._strides)
         return code + group * self.count
 
+    def groups(self, keys: Ints) -> Ints:
+        """The groups of the keys."""
+        return keys // self.count
+
     def decode(self, keys: Ints) -> tuple[Ints, Ints]:
         """Group and frequency of the keys."""
-        return keys // self.count, keys[:, None] // self._strides % self._sizes
+        return self.groups(keys), keys[:, None] // self._strides % self._sizes
 
     def corner_keys(self, cells: Cells) -> Ints:
         """Keys of the corners of the cells, (B, 2^active)."""

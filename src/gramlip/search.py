@@ -150,7 +150,7 @@ class Search(Ascent):
         single = shift <= (0.8 if self.lattice.listed else 0.5) * self.rtol
         first = not single and c > cert.TRACE_ORDER and shift <= 2 * self.rtol  # what is farther below is proved in single precision
         for part in pieces(len(keys), self.g.chunk()):
-            names, t, noise = keys[part], thresholds[part], self.noise[keys[part] // self.lattice.count]
+            names, t, noise = keys[part], thresholds[part], self.noise[self.lattice.groups(keys[part])]
             # the moments are tried for as long as they settle one block in eight, and where a factorisation costs more
             tries = 8 * settled >= tried and not self.g.parallel
             good, g = self._by_moments(names, t, noise) if tries else (np.zeros(len(names), dtype=np.bool_), None)
@@ -239,7 +239,7 @@ class Search(Ascent):
 
         A part of the torus that is less than `peak` is left out: how far it is refined is not known beforehand.
         """
-        item = self.items[self.coarse // self.lattice.count]
+        item = self.items[self.lattice.groups(self.coarse)]
         ratio = np.sort(np.sqrt(self.estimates.clip(min=0)) / tau[item].clip(min=1e-300)).tolist()
         outlook = cache(self.lattice.outlook)
 
@@ -258,7 +258,7 @@ class Search(Ascent):
 
     def _learn(self, failed: Ints, thresholds: Reals, width: Reals, steps: int, every: bool) -> None:
         """Corners that are above what is known, or nearly: raise the lower side there."""
-        group = failed // self.lattice.count
+        group = self.lattice.groups(failed)
         item = self.items[group]
         close = thresholds > 0.97 * self.best[item]
         candidates = failed[close]
