@@ -433,11 +433,12 @@ def test_few_wide_blocks_hold_the_norm() -> None:
             assert interval.lower <= norm * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("order", [104, 112, 128, 131, 132, 256, 260, 320])
+@pytest.mark.parametrize("order", [1, 16, 64, 104, 122, 128, 131, 132, 256, 260, 320])
 @pytest.mark.parametrize("single", [True, False])
-def test_added_rows_change_no_verdict(order: int, single: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_neither_added_rows_nor_the_place_of_the_factor_change_a_verdict(order: int, single: bool, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(order)
-    x = torch.randn(3, order, order, generator=generator, dtype=torch.complex128)
+    x = torch.randn(3, order, order, generator=generator, dtype=dtype)
     g = x @ x.mH / order
     top = torch.linalg.eigvalsh(g)[:, -1]
     noise = torch.zeros(3, dtype=torch.float64)

@@ -98,7 +98,8 @@ class Ascent:
         self.coarse = np.unique(self.lattice.corner_keys(cells))
         if len(self.coarse) * self.g.block_bytes <= KEPT_BYTES:
             self.kept = (self.coarse, self.blocks(self.coarse))
-        self.estimates = (self.raise_lower if every else self.survey)(self.coarse, steps)
+        whole = every or len(self.coarse) == len(self.best)
+        self.estimates = (self.raise_lower if whole else self.survey)(self.coarse, steps)
         rest = self.reaching(groups[~np.isin(groups, first)]) if len(first) < len(groups) else groups[:0]
         if len(rest) and not self.too_long:
             more = np.unique(self.lattice.corner_keys(self.lattice.cells(1.0, rest)))
@@ -107,7 +108,8 @@ class Ascent:
         if every or self.lattice.listed:  # every frequency was seen: only the vectors can still improve
             close = self.estimates > self.best[self.items[self.lattice.groups(self.coarse)]] * 0.98
             small = self.g.side <= SMALL_SIDE
-            self.raise_lower(self.coarse[close], STEPS if small else 2 * STEPS, warm=small)
+            if self.lattice.active or self.g.side > 2 * DENSE_STEPS:
+                self.raise_lower(self.coarse[close], STEPS if small else 2 * STEPS, warm=small)
         else:
             self.climb(np.arange(len(self.best)), 2 if rtol > 1e-3 else 8)
 

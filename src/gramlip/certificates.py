@@ -13,8 +13,9 @@ from gramlip import rounding as rd
 
 TRACE_ORDER = 128  # up to this order the trace is a good enough bound of a single-precision factorisation's error
 LARGE_BYTES = 16 << 20  # blocks each so large are factorised without another copy where nobody needs them any more
+WHOLE = 16  # order up to which all eigenvectors cost less than a Krylov basis
 SHORT, LONG = 8, 16  # rows of a Krylov basis in single and in double precision
-BLOCKED = range(105, 132)  # orders that take LAPACK longer than 132, where it works in blocks
+BLOCKED = range(122, 132)  # orders that take LAPACK longer than 132, where it works in blocks
 
 
 def shift(side: int) -> float:
@@ -51,9 +52,7 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
     s = single_shift(side) if single else shift(side)
     t = (threshold - noise) * (1.0 - (s if single else 2.0 * s)) - 2.0 * s * noise  # the trace is at most c (t + noise)
     matrix = _shifted(g, t, single, spare and not (single and side > TRACE_ORDER))
-    # LAPACK takes a quarter less for the upper factor of small complex matrices in double: the same triangle, read as its transpose's
-    upper = matrix.dtype == torch.complex128 and side < BLOCKED.stop and not devices.parallel(g.device)
-    factor, info = torch.linalg.cholesky_ex(matrix.mT if upper else matrix, upper=upper)
+    factor, info = _factorised(matrix)
     proved = (info == 0) & (t > 0)
     if devices.parallel(g.device):  # LAPACK's backward error is a theorem; another library's is measured on its result
         residual = frobenius(matrix.baddbmm_(factor, factor.mH, alpha=-1)) * (1 + 2.0**-40)
@@ -63,8 +62,22 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
         again = (proved & ~within).nonzero()[:, 0]
         proved &= within
         if len(again):  # rare: the factor is too large for single precision to tell
-            proved[again] = torch.linalg.cholesky_ex(_shifted(g[again], t[again], False, True)).info == 0
+            proved[again] = _factorised(_shifted(g[again], t[again], False, True))[1] == 0
     return proved
+
+
+def _factorised(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors and LAPACK's verdicts, zero where all went well; on a CPU in the place of the matrices.
+
+    There they are read as their transposes, in the order that LAPACK works in: conjugates, whose factors are conjugates.
+    """
+    if devices.parallel(matrix.device):
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        return factor, info
+    factor, info = matrix.mT, torch.empty(len(matrix), dtype=torch.int32)
+    # the upper factor of small complex matrices in double takes a quarter less
+    torch.linalg.cholesky_ex(factor, upper=matrix.dtype == torch.complex128 and factor.shape[-1] <= BLOCKED.stop, out=(factor, info))
+    return factor, info
 
 
 def _shifted(g: Tensor, t: Tensor, single: bool, spare: bool) -> Tensor:
@@ -85,7 +98,8 @@ def _shifted(g: Tensor, t: Tensor, single: bool, spare: bool) -> Tensor:
     else:
         matrix = g.new_empty(len(g), side, side, dtype=dtype)
         torch.neg(g.to(dtype), out=matrix[:, :c, :c])
-        matrix[:, c:] = 0.0  # what lies above the diagonal is not read
+        matrix[:, c:] = 0.0
+        matrix[:, :c, c:] = 0.0
         matrix.diagonal(dim1=-2, dim2=-1)[:, c:] = t[:, None]
     matrix.diagonal(dim1=-2, dim2=-1)[:, :c] = diagonal
     return matrix
@@ -165,7 +179,11 @@ def krylov(g: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Leading Ritz values and vectors of the blocks in Krylov spaces of so many products from `start` (F, c).
 
     A Chebyshev basis stays well enough conditioned to be orthogonalised at once, which takes fewer calls than Lanczos steps.
+    Small blocks take less time as a whole.
     """
+    if g.shape[-1] <= max(WHOLE, 2 * steps if len(g) == 1 else 0):
+        found, vectors = torch.linalg.eigh(g)
+        return found[:, -1], vectors[:, :, -1]
     values, v, most = g.new_zeros(len(g)).real, start, SHORT if g.dtype in (torch.float32, torch.complex64) else LONG
     while steps > 0:
         q = torch.linalg.qr(_chebyshev(g, v, min(steps, most, g.shape[-1])).mH)[0]

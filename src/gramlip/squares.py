@@ -13,7 +13,7 @@ from gramlip.tall import Tall
 from gramlip.taps import HALF, STRIP, mirror, strips
 
 ROWS = 64  # rows that one product adds up
-BYTES, SMALL_BYTES = 24 << 20, 4 << 20  # of symbols at once, large ones and small ones
+BYTES, SMALL_BYTES = 24 << 20, 1 << 20  # of symbols at once, large ones and small ones
 
 
 def errors(tall: Tall, runs: list[list[Run]]) -> list[float]:
