@@ -15,7 +15,7 @@ TRACE_ORDER = 128  # up to this order the trace is a good enough bound of a sing
 LARGE_BYTES = 16 << 20  # blocks each so large are factorised without another copy where nobody needs them any more
 WHOLE = 16  # order up to which all eigenvectors cost less than a Krylov basis
 SHORT, LONG = 8, 16  # rows of a Krylov basis in single and in double precision
-BLOCKED = range(122, 132)  # orders that take LAPACK longer than 132, where it works in blocks
+HALVED = range(64, 129)  # complex matrices of these orders, which LAPACK takes column by column, take less time in two halves
 
 
 def shift(side: int) -> float:
@@ -51,6 +51,8 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
     side = g.shape[-1]
     s = single_shift(side) if single else shift(side)
     t = (threshold - noise) * (1.0 - (s if single else 2.0 * s)) - 2.0 * s * noise  # the trace is at most c (t + noise)
+    if side in HALVED and g.is_complex() and not devices.parallel(g.device):
+        return (_halves(g, t, single) == 0) & (t > 0)
     matrix = _shifted(g, t, single, spare and not (single and side > TRACE_ORDER))
     factor, info = _factorised(matrix)
     proved = (info == 0) & (t > 0)
@@ -69,27 +71,45 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
 def _factorised(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky factors and LAPACK's verdicts, zero where all went well; on a CPU in the place of the matrices.
 
-    There they are read as their transposes, in the order that LAPACK works in: conjugates, whose factors are conjugates.
+    There the transposes are factorised, in the order that LAPACK works in: into `U* U` in double, which takes less time where
+    they are small, and into `L L*` in single precision.
     """
     if devices.parallel(matrix.device):
         factor, info = torch.linalg.cholesky_ex(matrix)
         return factor, info
     factor, info = matrix.mT, torch.empty(len(matrix), dtype=torch.int32)
-    # the upper factor of small complex matrices in double takes a quarter less
-    torch.linalg.cholesky_ex(factor, upper=matrix.dtype == torch.complex128 and factor.shape[-1] <= BLOCKED.stop, out=(factor, info))
+    torch.linalg.cholesky_ex(factor, upper=_from_above(matrix), out=(factor, info))
     return factor, info
+
+
+def _from_above(matrix: Tensor) -> bool:
+    return matrix.dtype == torch.complex128 and matrix.shape[-1] <= HALVED.stop
+
+
+def _halves(g: Tensor, t: Tensor, single: bool) -> Tensor:
+    """LAPACK's verdicts on `t I - G`: on its leading half, and on what is left of the other one. docs/rounding.md#r3-cholesky."""
+    half = g.shape[-1] // 2
+    dtype, diagonal = torch.complex64 if single else torch.complex128, t[:, None] - g.diagonal(dim1=-2, dim2=-1).real
+    leading, rest = (-part.to(dtype) for part in (g[:, :half, :half], g[:, half:, half:]))
+    leading.diagonal(dim1=-2, dim2=-1)[:] = diagonal[:, :half]
+    rest.diagonal(dim1=-2, dim2=-1)[:] = diagonal[:, half:]
+    above = _from_above(rest)
+    cross = -(g[:, :half, half:] if above else g[:, half:, :half]).to(dtype)
+    factor, info = _factorised(leading)
+    torch.linalg.solve_triangular(factor.mT, cross, upper=not above, left=above, out=cross)
+    left, right = (cross.mH, cross) if above else (cross, cross.mH)
+    return info | _factorised(rest.baddbmm_(left, right, alpha=-1))[1]
 
 
 def _shifted(g: Tensor, t: Tensor, single: bool, spare: bool) -> Tensor:
     """`t I - G`, its diagonal subtracted in double; rounded to single precision where asked, and in the place of G where that is spare.
 
-    On a CPU rows of `t I` are added where LAPACK is faster so, up to half of the time: below its blocked algorithm's least order,
-    and where a power of two makes the columns of a matrix share their places in the caches. docs/rounding.md#r3-cholesky.
+    On a CPU rows of `t I` are added where a power of two makes the columns of a matrix share their places in the caches:
+    docs/rounding.md#r3-cholesky.
     """
     wide, narrow = (torch.complex128, torch.complex64) if g.is_complex() else (torch.float64, torch.float32)
-    c = side = g.shape[-1]
-    if not devices.parallel(g.device):
-        side = BLOCKED.stop if c in BLOCKED else c + 8 if c >= 256 and c % 64 == 0 else c
+    c = g.shape[-1]
+    side = c + 8 if c >= 256 and c % 64 == 0 and not devices.parallel(g.device) else c
     dtype, diagonal = narrow if single else wide, t[:, None] - g.diagonal(dim1=-2, dim2=-1).real
     if spare and g.dtype == dtype and (side == c or c * c * g.element_size() >= LARGE_BYTES):
         matrix = g.neg_()
