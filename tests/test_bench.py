@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 import gramlip as gl
-from gramlip import bench
+from gramlip import bench, measure
 from gramlip.bench import convolutions, counting, matrices
 from gramlip.bench.convolutions import he
 from gramlip.bench.result import OURS, Claim, Entry, Result, Row, total
 from gramlip.certify import certify_all
 from gramlip.checkpoint import read
 from gramlip.cli import main
-from gramlip.measure import interleaved
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -97,11 +97,17 @@ def test_claims_say_whether_they_are_met() -> None:
     assert json.loads(result.to_json())["rows"]["row"]["claims"][1]["measured"] is None
 
 
-def test_contenders_take_turns() -> None:
+def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[str] = []
-    found = interleaved({"a": lambda: heard.append("a"), "b": lambda: heard.append("b")}, CPU, 2)
-    assert heard == ["a", "b"] * 3  # the warm-up, then two trials
-    assert all(len(timing.seconds) == 2 and timing.minimum <= timing.median for timing in found.values())
+    seconds = {"a": 1.0, "b": 0.04, "c": 0.0}
+
+    def watch(device: torch.device) -> Callable[[], float]:
+        return lambda: seconds[heard[-1]]
+
+    monkeypatch.setattr(measure, "_watch", watch)
+    found = measure.interleaved({name: partial(heard.append, name) for name in seconds}, CPU, 2)
+    assert "".join(heard) == "abc" + 2 * ("a" + 3 * "b" + 20 * "c")  # the warm-up, then two trials
+    assert {name: timing.seconds for name, timing in found.items()} == {name: pytest.approx((x, x)) for name, x in seconds.items()}
 
 
 @pytest.mark.parametrize(("shape", "n"), [((6, 4, 3, 3), 8), ((4, 6, 3, 3), 7), ((8, 8, 1, 1), 4)])
@@ -132,12 +138,14 @@ def test_counting_leaves_the_engine_as_it_was() -> None:
 
 GUARDED: dict[str, tuple[Callable[[float], object], tuple[int, int], tuple[int, int]]] = {
     # name -> (work at a width, most (blocks, factorisations) at 1e-2, at 1e-4)
-    "torus": (lambda rtol: gl.bound(gl.Conv(he((16, 16, 3, 3), 0)), rtol=rtol), (340, 340), (850, 780)),
-    "grid": (lambda rtol: gl.bound(gl.Conv(he((64, 64, 3, 3), 1), 28, 1, 1, "circular"), rtol=rtol), (470, 460), (550, 540)),
-    "stride": (lambda rtol: gl.bound(gl.Conv(he((64, 3, 7, 7), 2), 56, 2, 3, "circular"), rtol=rtol), (560, 540), (580, 570)),
+    "torus": (lambda rtol: gl.bound(gl.Conv(he((16, 16, 3, 3), 0)), rtol=rtol), (300, 260), (830, 680)),
+    "grid": (lambda rtol: gl.bound(gl.Conv(he((64, 64, 3, 3), 1), 28, 1, 1, "circular"), rtol=rtol), (470, 425), (475, 425)),
+    "stride": (lambda rtol: gl.bound(gl.Conv(he((64, 3, 7, 7), 2), 56, 2, 3, "circular"), rtol=rtol), (520, 380), (520, 400)),
+    # a higher peak is found late, with which most of the cells that failed pass as they are
+    "flat": (lambda rtol: gl.bound(gl.Conv(he((128, 128, 3, 3), 1)), rtol=rtol), (735, 645), (1850, 1560)),
     "small grid": (lambda rtol: gl.bound(gl.Conv(he((128, 128, 3, 3), 3), 7, 1, 1, "circular"), rtol=rtol), (28, 28), (28, 28)),
     "matrix": (lambda rtol: gl.bound(gl.Dense(he((256, 128), 4)), rtol=rtol), (1, 1), (1, 1)),
-    "together": (lambda rtol: certify_all([gl.Conv(he((8, 8, 3, 3), s)) for s in range(6)], rtol=rtol), (2200, 1700), (4000, 3300)),
+    "together": (lambda rtol: certify_all([gl.Conv(he((8, 8, 3, 3), s)) for s in range(6)], rtol=rtol), (1740, 1060), (3450, 2670)),
 }
 
 

@@ -15,7 +15,7 @@ from gramlip import certificates as cert
 from gramlip import sweep
 from gramlip.arrays import Ints, Reals, integers, largest, leading, on, pieces
 from gramlip.gramian import Gramian
-from gramlip.lattice import Lattice
+from gramlip.lattice import Lattice, pick
 from gramlip.proved import Table
 from gramlip.uphill import uphill
 
@@ -93,7 +93,7 @@ class Ascent:
         )
         if self.too_long:
             few = slice(None, None, 1 + len(cells[0]) // 8)
-            cells = (cells[0][few], cells[1][few], cells[2][few])
+            cells = pick(cells, few)
         steps = STEPS if self.lattice.active else DENSE_STEPS
         self.coarse = np.unique(self.lattice.corner_keys(cells))
         if len(self.coarse) * self.g.block_bytes <= KEPT_BYTES:

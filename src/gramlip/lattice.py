@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from gramlip.arrays import Complexes, Ints, Reals, integers
+from gramlip.arrays import Complexes, Flags, Ints, Reals, integers
 from gramlip.errors import InputError
 
 START = 8  # cells a side to start from, for each unit of degree
@@ -129,6 +129,17 @@ class Lattice:
             group, cuts = np.concatenate([group, group[cut]]), np.concatenate([cuts, cuts[cut]])
             lo, hi = np.concatenate([lo, upper]), np.concatenate([lower, hi[cut]])
         return group, lo, hi
+
+
+def pick(cells: Cells, which: Ints | Flags | slice) -> Cells:
+    """These of the cells."""
+    group, lo, hi = cells
+    return group[which], lo[which], hi[which]
+
+
+def joined(cells: Cells, more: Cells) -> Cells:
+    """The cells of both."""
+    return np.concatenate([cells[0], more[0]]), np.concatenate([cells[1], more[1]]), np.concatenate([cells[2], more[2]])
 
 
 def resolution(axes: int, loss: float) -> float:

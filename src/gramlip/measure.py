@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ import torch
 
 T = TypeVar("T")
 WARM_UP = 1  # runs dropped before the first that counts
+LEAST, MOST = 0.1, 20  # seconds that a trial is to last, and runs that one may take for it
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -32,36 +34,42 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 @dataclass(frozen=True)
 class Timing(Generic[T]):
-    """The last value that a function gave, and the seconds of each run that counts."""
+    """The last value that a function gave, and the seconds of a run in each trial that counts."""
 
     value: T
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The median of the runs."""
+        """The median of the trials."""
         return statistics.median(self.seconds)
 
     @property
     def minimum(self) -> float:
-        """The fastest run."""
+        """The fastest trial."""
         return min(self.seconds)
 
 
 def interleaved(functions: Mapping[str, Callable[[], T]], device: torch.device, trials: int) -> dict[str, Timing[T]]:
     """Time functions against each other: each trial runs all of them in turn, so that what else the machine does meets all alike.
 
-    The warm-up runs are dropped; a GPU is waited for before and after each run, and keeps the time itself, by CUDA events.
+    A short function runs several times in each trial, whose seconds are the mean. The warm-up runs are dropped; a GPU is
+    waited for before and after each run, and keeps the time itself, by CUDA events.
     """
     values: dict[str, T] = {}
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    runs = dict.fromkeys(functions, 1)
     for trial in range(WARM_UP + trials):
         for name, function in functions.items():
-            stop = _watch(device)
-            values[name] = function()
-            passed = stop()
+            passed = 0.0
+            for _ in range(runs[name]):
+                stop = _watch(device)
+                values[name] = function()
+                passed += stop()
             if trial >= WARM_UP:
-                seconds[name].append(passed)
+                seconds[name].append(passed / runs[name])
+            else:
+                runs[name] = min(MOST, math.ceil(LEAST / max(passed, LEAST / MOST)))
     return {name: Timing(values[name], tuple(seconds[name])) for name in functions}
 
 

@@ -26,7 +26,7 @@ from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip.arrays import Flags, Ints, Reals, leading, named, on, pieces, smallest
 from gramlip.ascent import KEPT_BYTES, STEPS, Ascent, Tally, take
-from gramlip.lattice import Cells
+from gramlip.lattice import Cells, joined, pick
 from gramlip.proved import Table, look_up, merge
 
 REFINE = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)  # resolutions of the first cells, of which the cheapest is taken
@@ -34,6 +34,7 @@ PEAK = 0.2  # parts of the torus so small may be left to the refinement
 LEVELS = 6  # halvings that this estimate looks ahead
 SPREAD = 0.6180339887498949  # multiples of the golden ratio fall evenly into the unit interval
 AGAIN = 64  # corners of a sweep that are looked at once more for a higher peak
+RISEN = 0.25  # parts of the width by which a lower side that rises is worth another look at the same cells
 WIDER = (1.02, 1.05, 1.1, 1.25, 2.0)  # targets where the budget does not allow the one that was asked for, as multiples of it
 
 
@@ -86,7 +87,7 @@ class Search(Ascent):
             passed[test] = self.certify(names[test], least[test])
             proved = merge(proved, (names[passed], least[passed]))
             left = np.flatnonzero((~passed[back]).any(-1))
-            cells = (cells[0][left], cells[1][left], cells[2][left])
+            cells = pick(cells, left)
             if not len(left):
                 break
             late = np.unique(self.items[cells[0]])
@@ -104,7 +105,8 @@ class Search(Ascent):
             # where the work grows, a higher peak may be what is missing: every candidate is looked at, not the best blocks alone
             self._learn(names[failed], least[failed], width, steps, len(test) > tested)
             tested = len(test)
-            cells = self.lattice.split(cells)
+            rose = (self.best > before * (1 + self.rtol * RISEN))[self.items[cells[0]]]  # may pass as they are
+            cells = joined(pick(cells, rose), self.lattice.split(pick(cells, ~rose)))
             if len(cells[0]) == count and (before == self.best).all():  # nothing left to split, and no better vector
                 stuck = steps >= self.g.side
                 steps *= 2
@@ -128,12 +130,10 @@ class Search(Ascent):
             before = self.best.copy()
             tau = self._tau(width)[self.items[group[left]]]
             target = np.maximum(tau * (1 - loss[left] * (1 + 1e-14)), 0.0) ** 2 * (1 - 1e-15)
-            t, noise = on(self.g.device, target), on(self.g.device, self.noise[group[left]])
+            noise = self.noise[group[left]]
             parts = pieces(len(left), self.g.chunk())
-            good = torch.cat([cert.cholesky(self.blocks(keys[left[part]]), t[part], noise[part]) for part in parts]).cpu().numpy()
-            self.tally.factorizations += len(left)
-            self.tally.operations += len(left) * (4 / 3) * self.g.side**3
-            left = left[~good]
+            good = [self._factorised(self.blocks(keys[left[part]]), target[part], noise[part]) for part in parts]
+            left = left[~torch.cat(good).cpu().numpy()]
             if len(left):
                 self.raise_lower(keys[left[:: 1 + len(left) // AGAIN]], STEPS)
                 if not (self.best > before).any():
@@ -143,7 +143,7 @@ class Search(Ascent):
     def certify(self, keys: Ints, thresholds: Reals) -> Flags:
         """True where `lambda_1(G) <= threshold` is proved: two moments first, then a Cholesky factorisation, until the limit is reached."""
         done = np.zeros(len(keys), dtype=np.bool_)
-        c, device = self.g.side, self.g.device
+        c = self.g.side
         tried = settled = 0
         # a shift takes from the cells' width, and where there are none from nothing else
         shift = math.inf if self.g.parallel else cert.single_shift(c)
@@ -164,17 +164,20 @@ class Search(Ascent):
                 self.tally.ways.add("Cholesky")
                 g = self.blocks(names[rest]) if g is None else take(g, rest)
                 if first:
-                    good[rest] = cert.cholesky(g, on(device, t[rest]), on(device, noise[rest]), single=True).cpu().numpy()
-                    self.tally.factorizations += len(rest)
+                    good[rest] = self._factorised(g, t[rest], noise[rest], single=True).cpu().numpy()
                     g, rest = take(g, (~good[rest]).nonzero()[0]), rest[~good[rest]]
-                good[rest] = cert.cholesky(g, on(device, t[rest]), on(device, noise[rest]), single=single, spare=self.own(g)).cpu().numpy()
+                good[rest] = self._factorised(g, t[rest], noise[rest], single=single, spare=self.own(g)).cpu().numpy()
             del g
             done[part] = good
-            self.tally.factorizations += len(rest)
-            self.tally.operations += len(rest) * (4 / 3) * c**3
             if self.tally.operations > self.limit:
                 break
         return done
+
+    def _factorised(self, blocks: Tensor, thresholds: Reals, noise: Reals, **how: bool) -> Tensor:
+        """Where a Cholesky factorisation proves it, booked."""
+        self.tally.factorizations += len(blocks)
+        self.tally.operations += len(blocks) * (4 / 3) * self.g.side**3
+        return cert.cholesky(blocks, on(blocks.device, thresholds), on(blocks.device, noise), **how)
 
     def _by_moments(self, keys: Ints, thresholds: Reals, noise: Reals) -> tuple[Flags, Tensor | None]:
         """Where two moments prove it, and the blocks where they had to be formed for that."""
@@ -207,10 +210,8 @@ class Search(Ascent):
         done: Flags = room > self.best[self.items[groups]] * (1 + 1e-12)
         chosen = done.nonzero()[0]
         if len(chosen):
-            there, t, noise = (on(self.g.device, x[chosen]) for x in (groups, room, self.noise[groups]))
-            good = cert.cholesky(self.g.taps.zero[there], t, noise).cpu().numpy()
-            done[chosen] = good
-            self.tally.factorizations += len(chosen)
+            zero = self.g.taps.zero[on(self.g.device, groups[chosen])]
+            done[chosen] = good = self._factorised(zero, room[chosen], self.noise[groups[chosen]]).cpu().numpy()
             if good.any():
                 self.tally.ways.add("tap bound")
         return done
