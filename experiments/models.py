@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -204,6 +205,18 @@ def controller(states: int = 4, width: int = 32, actions: int = 1) -> nn.Sequent
     return nn.Sequential(
         nn.Linear(states, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, actions), nn.Hardtanh(-2.0, 2.0)
     )
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer, and a linear one on its last state."""
+
+    def __init__(self, kind: type[nn.RNNBase], width: int = 6, actions: int = 2, **options: Any) -> None:
+        super().__init__()
+        self.memory = kind(3, width, batch_first=True, **options)
+        self.head = nn.LazyLinear(actions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.memory(x)[0][:, -1])
 
 
 class Attention(nn.Module):

@@ -51,6 +51,7 @@ put("log_softmax", lambda x: A.log_softmax(x, -1))
 put("softmax", lambda x: A.softmax(x, -1))
 put("special_log_softmax", lambda x: A.special_log_softmax(x, -1))
 put("special_softmax", lambda x: A.special_softmax(x, -1))
+put("cumsum", lambda x: A.cumsum(x, -1))
 put("logsumexp", lambda x: A.logsumexp(x, [1]))
 put(
     "_native_batch_norm_legit_no_training",

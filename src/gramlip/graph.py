@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import operator
 import re
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._decomp import get_decompositions
 from torch.fx.node import map_arg
 
 from gramlip.errors import InputError, UnsupportedError, first_line
 from gramlip.steps import Shape
 
+_RECURRENT = (torch.ops.aten.rnn_tanh.input, torch.ops.aten.rnn_relu.input, torch.ops.aten.gru.input, torch.ops.aten.lstm.input)
 _PASS_THROUGH = ("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default")  # may return their input itself
 
 
@@ -42,13 +45,24 @@ def export(model: nn.Module | torch.export.ExportedProgram, example: tuple[Tenso
     exported = model
     if not isinstance(exported, torch.export.ExportedProgram):
         try:
-            with silent():
+            with silent(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # recurrent layers keep a list of their weights
                 exported = torch.export.export(model, example)  # type: ignore[arg-type]
         except Exception as error:  # torch.export raises many types; all of them mean that there is no graph
             shapes = [tuple(e.shape) for e in example]
             msg = f"{type(model).__name__} was given with inputs {shapes}; expected a model that torch.export takes: {first_line(error)}"
             raise InputError(msg) from error
-    return _program(exported)
+    return _program(_unrolled(exported))
+
+
+def _unrolled(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Recurrent layers step by step, as torch itself defines them; everything else stays as it is."""
+    found = [op for op in _RECURRENT if any(node.target is op for node in exported.graph.nodes)]
+    if not found:
+        return exported
+    with silent(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch to itself
+        return exported.run_decompositions(get_decompositions(found))
 
 
 @contextmanager

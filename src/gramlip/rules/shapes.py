@@ -240,6 +240,14 @@ def _mean(call: Call) -> Lipschitz:
     return Lipschitz(upper, f"mean over {count} entries: one over the root of their number", same_range=True)
 
 
+@register("aten.cumsum")
+def _cumsum(call: Call) -> Lipschitz:
+    x, axis = call.var("self"), int(call.const("dim"))
+    n = x.shape[axis] if x.shape else 1
+    upper = 0.5 / math.sin(math.pi / (4 * n + 2)) * (1 + 2.0**-48)
+    return Lipschitz(upper, f"running sum over {n} entries: docs/network.md#selections")
+
+
 @register("aten.linalg_vector_norm", "aten.norm")
 def _norm(call: Call) -> Lipschitz:
     if call.args.get("ord", call.args.get("p")) not in (2, 2.0, None):
