@@ -10,7 +10,7 @@ from torch import Tensor
 from gramlip.errors import InputError
 
 
-def _reals(x: Tensor) -> Tensor:
+def reals(x: Tensor) -> Tensor:
     """Matrices as rows of reals, of the same Frobenius norm: a CPU takes complex moduli and quotients one by one."""
     return torch.view_as_real(x.resolve_conj()).flatten(-3) if x.is_complex() else x.flatten(-2)
 
@@ -23,7 +23,7 @@ def _divided(x: Tensor, by: Tensor) -> Tensor:
 
 def _size(x: Tensor) -> Tensor:
     """Frobenius norms (..., 1, 1)."""
-    return torch.linalg.vector_norm(_reals(x), dim=-1)[..., None, None]
+    return torch.linalg.vector_norm(reals(x), dim=-1)[..., None, None]
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scaled(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """The blocks, tall, divided by their largest part so that no square over- or underflows."""
-    peak = _reals(blocks.detach()).abs().amax(dim=-1)[..., None, None]
+    peak = reals(blocks.detach()).abs().amax(dim=-1)[..., None, None]
     scaled = _divided(blocks, peak)
     return scaled if blocks.shape[-2] >= blocks.shape[-1] else scaled.mH, peak
 
@@ -87,7 +87,7 @@ class _GramNorm(torch.autograd.Function):
         slope = slope + weight * _divided(deviation, _size(deviation))
         grad = tall @ (power @ slope)
         # The value is homogeneous of degree one: Re <grad, blocks> = value (Euler) gives back the lengths divided out.
-        length = (_reals(grad) * _reals(tall)).sum(-1)[..., None, None]
+        length = (reals(grad) * reals(tall)).sum(-1)[..., None, None]
         scale = value[..., None, None] / torch.where(peak > 0, peak, 1.0) * grads[0][..., None, None]
         grad = _divided(grad, length) * scale
         return (grad if blocks.shape[-2] >= blocks.shape[-1] else grad.mH), None

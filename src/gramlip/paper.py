@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gramlip.blocks import transform
 from gramlip.errors import InputError
+from gramlip.gram import reals
 
 
 def Power_iteration(G: Tensor, Niter: int = 100, *, generator: torch.Generator | None = None) -> Tensor:
@@ -58,7 +59,7 @@ def Lip_dense(G: Tensor, Niter: int = 6) -> Tensor:
     """
     _check(G, Niter)
     tall = G if G.shape[-2] >= G.shape[-1] else G.mH
-    peak = tall.detach().abs().amax(dim=(-2, -1), keepdim=True)
+    peak = reals(G.detach()).abs().amax(-1)[..., None, None]
     x = tall / torch.where(peak > 0, peak, 1.0)
     log = torch.zeros_like(peak)
     for step in range(Niter):
