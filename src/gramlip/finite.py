@@ -27,7 +27,7 @@ STEPS, LEAST_STEPS = 32, 3  # Lanczos steps between restarts, and before they ma
 LOOK = 4  # of which a GPU takes so many before they are looked at
 BASIS_BYTES = 48 << 20  # or fewer, whose vectors are smaller than this together
 SINGLE_RTOL = 1e-3  # intervals so wide take their vectors from single precision
-SINGLE_SIZE = 1 << 15  # where the kernel has so many entries
+SINGLE_PRODUCTS = 1 << 21  # where the layer multiplies so many numbers
 
 
 class Layer:
@@ -115,10 +115,10 @@ class Layer:
     def ascend(self, x: Tensor, group: int, above: float = math.inf, rtol: float = 0.0, steps: int = STEPS) -> tuple[Tensor, bool]:
         """The leading Ritz vector of `T* T` after Lanczos steps from x, and whether more of them would add little.
 
-        They end early within `rtol / 4` of `above`, or where two of them add little beside `rtol`. Large kernels take them in
+        They end early within `rtol / 4` of `above`, or where two of them add little beside `rtol`. Large layers take them in
         single precision for a wide interval, unless the global settings cut its products short.
         """
-        large = self.source[0].numel() >= SINGLE_SIZE
+        large = self.source[0].numel() * math.prod(self.outputs) >= SINGLE_PRODUCTS
         single = rtol >= SINGLE_RTOL and large and (self.is_complex or full_products())
         dtype = (torch.complex64 if self.is_complex else torch.float32) if single else self.dtype
         steps = min(steps, max(8, BASIS_BYTES // (x.numel() * dtype.itemsize)))
