@@ -75,7 +75,7 @@ def _large(kernel: Tensor, waves: Tensor, out: Tensor) -> None:
         some[..., 0], some[..., 1] = found[0], found[1]
     parts = strips(side, STRIP)
     for block, symbol in zip(out, symbols, strict=True):
-        left = symbol.conj().resolve_conj().mT
+        left = symbol.mH
         for i, j in parts:
             strip = block[i:j, :j]
             for k in range(0, rows, ROWS):
