@@ -55,7 +55,9 @@ def zeros(axis: Axis) -> Circle:
     # Any larger circulant serves as well; a multiple of stride and dilation decouples their phases.
     points = -(-least // math.lcm(axis.stride, axis.dilation))
     because = f"zero padding: restriction of a circulant of size {points * math.lcm(axis.stride, axis.dilation)} >= n + p (theorem 4)"
-    return Circle(points, stride, 1, axis.kernel == 1 and axis.stride == 1, because)
+    first = -(-axis.before // axis.stride)  # the first output that does not read padding before the input
+    reads = first < axis.outputs and first * axis.stride - axis.before < axis.size
+    return Circle(points, stride, 1, axis.kernel == 1 and reads, because)
 
 
 def circular(axis: Axis) -> Circle:
@@ -80,7 +82,8 @@ def circular(axis: Axis) -> Circle:
         because += f" (stride {axis.stride} taken as {step}, which divides it)"
     if square > 1:
         because += f", each kept up to {square} times"
-    return Circle(points, step // shared, square, axis.outputs == square * period, because)
+    alone = axis.kernel == 1 and not axis.before and not axis.after
+    return Circle(points, step // shared, square, alone or axis.outputs == square * period, because)
 
 
 def _wraps(axis: Axis, size: int) -> int:
