@@ -55,6 +55,7 @@ class Ascent:
         self.g, self.budget, self.tally, self.too_long = gram, budget, Tally(), False
         self.limit = math.inf  # operations after which no more blocks are tested
         self.kept: tuple[Ints, Tensor] | None = None
+        self.found: tuple[Ints, list[Tensor]] = integers([]), []  # keys that were looked at last, and the vectors there
         self.moments: Table | None = None  # of the blocks that were surveyed first, their errors not yet added
         self.points, self.lattice = points, Lattice(gram.span, points, gram.groups, not gram.is_complex)
         self.items = items if items is not None else np.zeros(gram.groups, dtype=np.int64)
@@ -107,11 +108,26 @@ class Ascent:
             self.coarse = np.concatenate([self.coarse, more])
         if every or self.lattice.listed:  # every frequency was seen: only the vectors can still improve
             close = self.estimates > self.best[self.items[self.lattice.groups(self.coarse)]] * 0.98
-            small = self.g.side <= SMALL_SIDE
             if self.lattice.active or self.g.side > 2 * DENSE_STEPS:
-                self.raise_lower(self.coarse[close], STEPS if small else 2 * STEPS, warm=small)
+                self._raise_further(self.coarse[close])
         else:
             self.climb(np.arange(len(self.best)), 2 if rtol > 1e-3 else 8)
+
+    def _raise_further(self, keys: Ints) -> None:
+        """More steps where the largest eigenvalues are close to the best: large blocks go on from what they found."""
+        if self.g.side <= SMALL_SIDE:
+            self.raise_lower(keys, STEPS, self._best_vectors(keys))
+            return
+        known, vectors = self.found
+        order = known.argsort()
+        at = order[np.searchsorted(known, keys, sorter=order).clip(max=len(known) - 1)]
+        seen = known[at] == keys
+        self.raise_lower(keys[seen], STEPS, torch.cat(vectors)[on(self.g.device, at[seen])])
+        self.raise_lower(keys[~seen], 2 * STEPS)
+
+    def _best_vectors(self, keys: Ints) -> Tensor:
+        """The vector of the best block of each key's layer."""
+        return self.vectors[on(self.g.device, self.items[self.lattice.groups(keys)])]
 
     def _sweep(self) -> None:
         """The lower side from all corners at once, on a GPU: what lies between them is left to the width."""
@@ -176,22 +192,25 @@ class Ascent:
         above[chosen] = values
         return above
 
-    def raise_lower(self, keys: Ints, steps: int, warm: bool = False, held: tuple[Tensor, Ints] | None = None) -> Reals:
+    def raise_lower(self, keys: Ints, steps: int, begin: Tensor | None = None, held: tuple[Tensor, Ints] | None = None) -> Reals:
         """Rayleigh quotients at these frequencies after Krylov steps; keeps each layer's best. Returns estimates.
 
-        `held` are blocks and which of them are those there, where they are known already.
+        The steps `begin` at a vector each, if these are given. `held` are blocks and which of them are those there, where they are
+        known already.
         """
-        values: list[Reals] = []
+        values, vectors = list[Reals](), list[Tensor]()
         device = self.g.device
         for at in pieces(len(keys), self.g.chunk()):
             part = keys[at]
             group = self.lattice.groups(part)
             g = self.blocks(part) if held is None else take(held[0], held[1][at])
             item = self.items[group]
-            begin = self.vectors[on(device, item)] if warm else cert.start(self.g.side, device).expand(len(part), -1)
-            begin = (begin if g.is_complex() else begin.real + 0.5 * begin.imag).to(g.dtype)
+            first = cert.start(self.g.side, device).expand(len(part), -1) if begin is None else begin[at]
+            if first.is_complex() and not g.is_complex():
+                first = first.real + 0.5 * first.imag
             squared = self.g.parallel and self.g.side <= SQUARED_SIDE
-            found, v = cert.squared(g, begin, sweep.SQUARINGS) if squared else cert.krylov(g, begin, steps)
+            found, v = cert.squared(g, first.to(g.dtype), sweep.SQUARINGS) if squared else cert.krylov(g, first.to(g.dtype), steps)
+            vectors.append(v)
             estimate: Reals = found.to(torch.float64).cpu().numpy()
             order, before = leading(item, estimate)
             chosen = order[before == 0]  # one for each layer
@@ -208,6 +227,7 @@ class Ascent:
             values.append(estimate)
             self.tally.matvecs += len(part) * steps
             self.tally.operations += len(part) * 8.0 * steps * self.g.side**2
+        self.found = keys, vectors
         return np.concatenate([np.zeros(0), *values])
 
     def climb(self, items: Ints, rounds: int) -> None:
@@ -224,12 +244,13 @@ class Ascent:
             keys: list[Ints] = []
             for stride in STRIDES if self.rtol <= 1e-3 else STRIDES[:1]:
                 point = index + stride * step
-                near = [
+                ends = [
                     (np.floor(point[:, j]), np.ceil(point[:, j])) if grid else (point[:, j].round(),)
                     for j, grid in enumerate(self.lattice.on_grid)
                 ]
-                keys += [self.lattice.keys(group, integers(np.stack(c, -1))) for c in itertools.product(*near)]
-            self.raise_lower(np.unique(np.concatenate(keys)), STEPS, warm=True)
+                keys += [self.lattice.keys(group, integers(np.stack(c, -1))) for c in itertools.product(*ends)]
+            near = np.unique(np.concatenate(keys))
+            self.raise_lower(near, STEPS, self._best_vectors(near))
             items = items[self.best[items] > before * (1 + self.rtol * 0.1)]
 
     def _uphill(self, items: Ints) -> Reals:

@@ -143,7 +143,7 @@ class Layer:
                 tops.append(float(torch.linalg.eigvalsh(small[: i + 1, : i + 1])[-1].clamp_min(0).sqrt()))
                 # near: a little more may close the interval, or leave more of it to the proof
                 near = bool(tops[i]) and above / tops[i] - 1 < 1.3 * rtol
-                little = i >= LEAST_STEPS and tops[i] - tops[i - 2] < tops[i] * rtol / (64 if near else 8)
+                little = i >= LEAST_STEPS and tops[i] - tops[i - 2] < tops[i] * rtol / (32 if near else 8)
                 done = little or tops[i] >= above * (1 - rtol / 4)
                 if done or i + 1 == steps or size <= (1e-6 if single else 1e-13) * tops[0] ** 2:
                     count = i + 1

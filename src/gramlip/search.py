@@ -272,7 +272,7 @@ class Search(Ascent):
             few = len(some) * self.g.block_bytes <= KEPT_BYTES
             held = (self.blocks(candidates[some]), np.arange(len(some))) if few else None
             far = self.raise_lower(candidates[some], 2 * steps, held=held)
-            values = np.maximum(far, self.raise_lower(candidates[some], steps, warm=True, held=held))
+            values = np.maximum(far, self.raise_lower(candidates[some], steps, self._best_vectors(candidates[some]), held))
         else:
             values = self.survey(candidates[some], steps)
         item = item[close][some]
