@@ -114,15 +114,13 @@ class Ascent:
             self.climb(np.arange(len(self.best)), 2 if rtol > 1e-3 else 8)
 
     def _raise_further(self, keys: Ints) -> None:
-        """More steps where the largest eigenvalues are close to the best: large blocks go on from what they found, the least need none."""
+        """More steps where the largest eigenvalues are close to the best: large blocks go on from what they found, small ones need none."""
         known, vectors = self.found
         order = known.argsort()
         at = order[np.searchsorted(known, keys, sorter=order).clip(max=len(known) - 1)]
         seen = known[at] == keys
-        if self.g.side <= cert.WHOLE:
-            self.raise_lower(keys[~seen], STEPS)
-        elif self.g.side <= SMALL_SIDE:
-            self.raise_lower(keys, STEPS, self._best_vectors(keys))
+        if self.g.side <= SMALL_SIDE:
+            self.raise_lower(keys[~seen], STEPS, self._best_vectors(keys[~seen]))
         else:
             self.raise_lower(keys[seen], STEPS, torch.cat(vectors)[on(self.g.device, at[seen])])
             self.raise_lower(keys[~seen], 2 * STEPS)
