@@ -13,7 +13,7 @@ from gramlip import rounding as rd
 
 TRACE_ORDER = 128  # up to this order the trace is a good enough bound of a single-precision factorisation's error
 LARGE_BYTES = 16 << 20  # blocks each so large are factorised without another copy where nobody needs them any more
-WHOLE = 16  # order up to which all eigenvectors cost less than a Krylov basis
+WHOLE, MANY = 16, 32  # order up to which all eigenvectors cost less than a Krylov basis, or half of it for more blocks than so many
 SHORT, LONG = 8, 16  # rows of a Krylov basis in single and in double precision
 HALVED = range(64, 129)  # complex matrices of these orders, which LAPACK takes column by column, take less time in two halves
 
@@ -196,7 +196,7 @@ def krylov(g: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     A Chebyshev basis stays well enough conditioned to be orthogonalised at once, which takes fewer calls than Lanczos steps.
     Small blocks take less time as a whole.
     """
-    if g.shape[-1] <= max(WHOLE, 2 * steps if len(g) == 1 else 0):
+    if g.shape[-1] <= (WHOLE if len(g) <= MANY else WHOLE // 2) or (len(g) == 1 and g.shape[-1] <= 2 * steps):
         found, vectors = torch.linalg.eigh(g)
         return found[:, -1], vectors[:, :, -1]
     values, v, most = g.new_zeros(len(g)).real, start, SHORT if g.dtype in (torch.float32, torch.complex64) else LONG
