@@ -433,7 +433,7 @@ def test_few_wide_blocks_hold_the_norm() -> None:
             assert interval.lower <= norm * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("order", [1, 16, 63, 64, 101, 128, 129, 256, 260, 320])
+@pytest.mark.parametrize("order", [1, 16, 63, 64, 101, 104, 112, 128, 129, 131, 132, 256, 260, 320])
 @pytest.mark.parametrize("single", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_neither_added_rows_nor_the_place_of_the_factor_change_a_verdict(order: int, single: bool, dtype: torch.dtype) -> None:

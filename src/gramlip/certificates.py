@@ -118,8 +118,7 @@ def _shifted(g: Tensor, t: Tensor, single: bool, spare: bool) -> Tensor:
     else:
         matrix = g.new_empty(len(g), side, side, dtype=dtype)
         torch.neg(g.to(dtype), out=matrix[:, :c, :c])
-        matrix[:, c:] = 0.0
-        matrix[:, :c, c:] = 0.0
+        matrix[..., c:] = 0.0  # what lies below the diagonal is not read
         matrix.diagonal(dim1=-2, dim2=-1)[:, c:] = t[:, None]
     matrix.diagonal(dim1=-2, dim2=-1)[:, :c] = diagonal
     return matrix
