@@ -54,7 +54,7 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
     if side in HALVED and g.is_complex() and not devices.parallel(g.device):
         return (_halves(g, t, single) == 0) & (t > 0)
     matrix = _shifted(g, t, single, spare and not (single and side > TRACE_ORDER))
-    factor, info = _factorised(matrix)
+    factor, info = _factor(matrix)
     proved = (info == 0) & (t > 0)
     if devices.parallel(g.device):  # LAPACK's backward error is a theorem; another library's is measured on its result
         residual = frobenius(matrix.baddbmm_(factor, factor.mH, alpha=-1)) * (1 + 2.0**-40)
@@ -64,11 +64,11 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
         again = (proved & ~within).nonzero()[:, 0]
         proved &= within
         if len(again):  # rare: the factor is too large for single precision to tell
-            proved[again] = _factorised(_shifted(g[again], t[again], False, True))[1] == 0
+            proved[again] = _factor(_shifted(g[again], t[again], False, True))[1] == 0
     return proved
 
 
-def _factorised(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky factors and LAPACK's verdicts, zero where all went well; on a CPU in the place of the matrices.
 
     There the transposes are factorised, in the order that LAPACK works in: into `U* U` in double, which takes less time where
@@ -95,10 +95,10 @@ def _halves(g: Tensor, t: Tensor, single: bool) -> Tensor:
     rest.diagonal(dim1=-2, dim2=-1)[:] = diagonal[:, half:]
     above = _from_above(rest)
     cross = -(g[:, :half, half:] if above else g[:, half:, :half]).to(dtype)
-    factor, info = _factorised(leading)
+    factor, info = _factor(leading)
     torch.linalg.solve_triangular(factor.mT, cross, upper=not above, left=above, out=cross)
     left, right = (cross.mH, cross) if above else (cross, cross.mH)
-    return info | _factorised(rest.baddbmm_(left, right, alpha=-1))[1]
+    return info | _factor(rest.baddbmm_(left, right, alpha=-1))[1]
 
 
 def _shifted(g: Tensor, t: Tensor, single: bool, spare: bool) -> Tensor:

@@ -42,27 +42,23 @@ def export(model: nn.Module | torch.export.ExportedProgram, example: tuple[Tenso
     Raises:
         InputError: `torch.export` refuses the model or the example.
     """
-    exported = model
-    if not isinstance(exported, torch.export.ExportedProgram):
-        try:
-            with silent(), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # recurrent layers keep a list of their weights
-                exported = torch.export.export(model, example)  # type: ignore[arg-type]
-        except Exception as error:  # torch.export raises many types; all of them mean that there is no graph
-            shapes = [tuple(e.shape) for e in example]
-            msg = f"{type(model).__name__} was given with inputs {shapes}; expected a model that torch.export takes: {first_line(error)}"
-            raise InputError(msg) from error
-    return _program(_unrolled(exported))
+    try:
+        with silent(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # recurrent layers keep a list of their weights
+            warnings.simplefilter("ignore", FutureWarning)  # of torch to itself, where it unrolls them
+            exported = model if isinstance(model, torch.export.ExportedProgram) else torch.export.export(model, example)
+            unrolled = _unrolled(exported)
+    except Exception as error:  # torch.export raises many types; all of them mean that there is no graph
+        shapes = [tuple(e.shape) for e in example]
+        msg = f"{type(model).__name__} was given with inputs {shapes}; expected a model that torch.export takes: {first_line(error)}"
+        raise InputError(msg) from error
+    return _program(unrolled)
 
 
 def _unrolled(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Recurrent layers step by step, as torch itself defines them; everything else stays as it is."""
     found = [op for op in _RECURRENT if any(node.target is op for node in exported.graph.nodes)]
-    if not found:
-        return exported
-    with silent(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch to itself
-        return exported.run_decompositions(get_decompositions(found))
+    return exported.run_decompositions(get_decompositions(found)) if found else exported
 
 
 @contextmanager
