@@ -143,7 +143,7 @@ def test_gradcheck(n_iter, shape, dtype):
     assert gradgradcheck(lambda t: gl.gram_norm(t, n_iter), x)
 
 
-def test_a_hessian_goes_through_reverse_mode_and_forward_mode_is_refused():
+def test_a_hessian_in_reverse_and_in_forward_mode():
     def norm(t: Tensor) -> Tensor:
         return gl.gram_norm(t, 3)
 
@@ -151,8 +151,41 @@ def test_a_hessian_goes_through_reverse_mode_and_forward_mode_is_refused():
     twice = torch.func.jacrev(torch.func.jacrev(norm))(x).reshape(12, 12)
     assert torch.allclose(twice, twice.mT, rtol=1e-9, atol=1e-12)
     assert torch.allclose(twice @ x.flatten(), torch.zeros(12, dtype=x.dtype), atol=1e-9)  # homogeneous of degree one
-    with pytest.raises(NotImplementedError, match="forward mode AD"):
-        torch.func.hessian(norm)(x)
+    assert torch.allclose(torch.func.hessian(norm)(x).reshape(12, 12), twice, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_number_of_steps(dtype):
+    x = (2 * torch.eye(3, dtype=dtype) + 1).requires_grad_()
+    value = gl.gram_norm(x, 2000)
+    value.backward()
+    assert value.item() == pytest.approx(5.0, rel=1e-6)
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", [gl.gram_norm, lambda x: gl.conv_gram_norm(x.reshape(-1, 1, 16), 256, 10)], ids=["matrix", "convolution"])
+def test_autocast_changes_nothing(norm, dtype):
+    x = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0].requires_grad_()
+    value = norm(x)
+    (slope,) = torch.autograd.grad(value, x)
+    with torch.autocast("cpu", dtype=dtype):
+        inside = norm(x)
+        (within,) = torch.autograd.grad(inside, x)
+    assert torch.equal(inside, value)
+    assert torch.equal(within, slope)
+
+
+def test_matmul_precision_costs_nothing_of_the_value():
+    x = torch.linalg.qr(random(128, 128))[0].float()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        value = gl.gram_norm(x)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import warnings
 
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gramlip as gl
 from gramlip import nn as gnn
-from gramlip.nn.sigma import Plan, largest
+from gramlip.nn.sigma import largest
 
 
 def truth(layer: nn.Module, shape: tuple[int, ...]) -> float:
@@ -87,15 +88,41 @@ def test_norm_of_the_real_layer_is_at_most_the_target(name: str, fill: str, size
     assert norm > 0.7 / 2 or not sized or name in ("conv, reflect", "conv, replicate")  # tightness: half the target at least
 
 
+@pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("name", ["linear", "conv, stride", "conv, groups", "transposed"])
-def test_gradient_is_that_of_the_value(name: str) -> None:
-    layer, _ = make(name)
+def test_gradient_is_that_of_the_value(name: str, soft: bool) -> None:
+    layer, _ = make(name, soft=soft)
     layer = layer.double()
     weight = layer.parametrizations.weight.original.detach().requires_grad_()
     chain = layer.parametrizations.weight[0]
-    assert torch.autograd.gradcheck(chain, weight)
-    chain.soft = True
-    assert torch.autograd.gradcheck(chain, weight)
+    assert torch.autograd.gradcheck(chain, weight, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(chain, weight)
+
+
+def test_forward_mode_sees_the_norm_change() -> None:
+    chain, weight = make("conv")[0].parametrizations.weight[0], torch.randn(4, 3, 3, 3)
+    _, along = torch.func.jvp(chain, (weight,), (weight,))
+    assert along.abs().max() < 1e-5 * chain(weight).abs().max()  # the map is homogeneous of degree zero
+
+
+def test_functional_transforms_over_weights() -> None:
+    layer, shape = make("conv, stride")
+    weights, x = dict(layer.named_parameters()), torch.randn(5, 1, *shape)
+
+    def loss(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, weights, (x,)).square().sum()
+
+    each = torch.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    for i in range(5):
+        loss(weights, x[i]).backward()
+        for name, weight in weights.items():
+            torch.testing.assert_close(each[name][i], weight.grad, rtol=1e-4, atol=1e-4)
+            weight.grad = None
+    several = {name: torch.stack([w.detach(), 2 * w.detach() + 0.1]) for name, w in weights.items()}
+    both = torch.vmap(torch.func.grad(loss), (0, None))(several, x[0])
+    for i in range(2):
+        one = torch.func.grad(loss)({name: w[i] for name, w in several.items()}, x[0])
+        torch.testing.assert_close({name: w[i] for name, w in both.items()}, one, rtol=1e-4, atol=1e-4)
 
 
 def test_complex_weights() -> None:
@@ -103,12 +130,24 @@ def test_complex_weights() -> None:
     assert torch.linalg.matrix_norm(layer.weight.detach().to(torch.complex128), 2) <= 1 + 1e-6
 
 
-def test_a_second_derivative_through_sigma_is_an_error_not_a_wrong_number() -> None:
-    weight = torch.randn(3, 3, requires_grad=True)
-    sigma = Plan.of(gl.Dense(weight)).sigma(weight)
-    (slope,) = torch.autograd.grad(sigma, weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        slope.sum().backward()
+@pytest.mark.parametrize("method", [gnn.spectral_norm, gnn.spectral_rescaling])
+def test_what_is_no_number_is_seen_in_all_weights(method: object) -> None:
+    layer = method(nn.Linear(2, 2, bias=False))
+    layer.weight = torch.tensor([[math.nan, 0.0], [0.0, 100.0]])
+    assert layer.weight.isnan().all()
+
+
+@pytest.mark.parametrize(("fill", "target", "least"), [(1e30, 1e10, 5e9), (2e38, 1.0, 0.5), (1e-30, 1e-20, 1e-30)])
+def test_soft_at_any_scale(fill: float, target: float, least: float) -> None:
+    layer = nn.Linear(2, 2)
+    nn.init.constant_(layer.weight, fill)
+    assert torch.allclose(gnn.spectral_norm(layer, target=target, soft=True).weight / least, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("method", [gnn.spectral_norm, gnn.spectral_rescaling])
+def test_on_the_meta_device(method: object) -> None:
+    layer = method(nn.Conv2d(2, 3, 3)).to("meta")
+    assert layer(torch.zeros(1, 2, 5, 5, device="meta")).shape == (1, 3, 3, 3)
 
 
 def test_zero_stays_zero_and_its_gradient_finite() -> None:
@@ -227,6 +266,76 @@ def test_state_dict_deepcopy_pickle_and_save(model: nn.Sequential, x: torch.Tens
     assert torch.equal(torch.load(buffer, weights_only=False)(x), model(x))
 
 
+def test_pickling_keeps_what_else_is_registered() -> None:
+    layer = nn.Linear(3, 3)
+    torch.nn.utils.parametrizations.orthogonal(layer)
+    gnn.spectral_norm(layer)
+    assert torch.equal(pickle.loads(pickle.dumps(layer)).weight, layer.weight)
+
+
+def test_pickling_asks_the_class_for_its_state() -> None:
+    cell, x = gnn.spectral_norm(nn.LSTM(3, 4), "weight_hh_l0"), torch.randn(5, 1, 3)
+    twin = pickle.loads(pickle.dumps(cell))
+    assert torch.equal(twin(x)[0], cell(x)[0])
+    twin.weight_hh_l0 = 100 * torch.randn(16, 4)
+    assert torch.linalg.matrix_norm(twin.weight_hh_l0, 2) <= 1 + 1e-6
+
+
+def tied(stride: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.Conv2d(3, 3, 3, stride=stride, padding=1, bias=False))
+    model[1].weight = model[0].weight
+    return gnn.spectral_norm_(model, (3, 8, 8))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_baking_tied_weights_keeps_the_network(stride: int) -> None:
+    model, x = tied(stride), torch.randn(2, 3, 8, 8)
+    before = model(x)
+    gnn.remove(model)
+    torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4)
+    assert max(gl.bound(layer, 8).upper for layer in model) <= 1
+    assert (model[0].weight is model[1].weight) == (stride == 1)  # tied for as long as one value serves both
+
+
+def test_baking_leaves_a_tied_table_alone() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight
+    kept = model[0].weight.detach().clone()
+    gnn.spectral_norm(model[1])
+    gnn.remove(model)
+    assert torch.equal(model[0].weight, kept)
+    assert gl.bound(model[1]).upper <= 1
+
+
+def test_nothing_is_removed_where_a_weight_is_no_number() -> None:
+    model = gnn.spectral_norm_(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    model[1].parametrizations.weight.original.data.fill_(math.inf)
+    with pytest.raises(gl.InputError, match="nothing was removed"):
+        gnn.remove(model)
+    assert len(list(gnn.normalised(model))) == 2
+
+
+def test_lazy_layers_and_calls_by_keyword_are_normalised_too() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 3, 3), nn.LazyLinear(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.conv(input=x).flatten(1))
+
+    found = list(gnn.normalised(gnn.spectral_norm_(Net(), (3, 8, 8))))
+    assert [(path, p.input_size) for path, _, _, p in found] == [("conv", (8, 8)), ("head", None)]
+
+
+def test_a_model_that_is_refused_is_not_changed() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), gnn.spectral_norm(nn.Linear(2, 2)))
+    with pytest.raises(gl.InputError, match="normalised already"):
+        gnn.spectral_norm_(model)
+    assert type(model[0]) is nn.Linear
+
+
 def test_average_of_weights(model: nn.Sequential, x: torch.Tensor) -> None:
     average = AveragedModel(model)
     for value in (1.0, 3.0):
@@ -325,6 +434,7 @@ def test_export_before_and_after_baking(model: nn.Sequential, x: torch.Tensor, s
         (lambda: gnn.spectral_norm(nn.Linear(2, 2), "bias"), "expected a matrix"),
         (lambda: gnn.remove(nn.Linear(2, 2)), "holds no parametrization"),
         (lambda: gnn.spectral_norm_(nn.ReLU()), "has no layer"),
+        (lambda: gnn.spectral_norm_(nn.LazyLinear(2)), "pass an example"),
         (lambda: gnn.spectral_norm(nn.Conv2d(1, 1, 3), input_size=2), "smaller than the kernel"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import pickle
 
 import pytest
 import torch
@@ -106,6 +108,48 @@ def test_zero_weights_give_zero_and_finite_gradients() -> None:
         model.zero_grad()
         gnn.LipschitzPenalty(model, threshold=1e-6, over=over)().backward()
         assert model[0].weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_weight_that_is_no_number_is_seen_and_forgotten(form: str) -> None:
+    layer = nn.Linear(2, 2)
+    weight = 5 * torch.eye(2)
+    layer.weight.data = weight.clone()
+    penalty = gnn.LipschitzPenalty(layer, form=form)
+    before = penalty()
+    layer.weight.data[0, 0] = math.nan
+    assert penalty().isnan()
+    layer.weight.data = weight
+    assert penalty().item() == pytest.approx(before.item())
+
+
+def test_a_layer_that_starts_from_zero_is_followed() -> None:
+    layer = nn.Linear(4, 4)
+    nn.init.zeros_(layer.weight)
+    penalty = gnn.LipschitzPenalty(layer)
+    penalty()
+    nn.init.eye_(layer.weight).data.mul_(100)
+    assert penalty().item() == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize("example", [None, torch.zeros(1, 2, 8, 8)])
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [1, 3])
+def test_no_padding_takes_the_estimate_above_the_bound(mode: str, padding: int, example: torch.Tensor | None) -> None:
+    torch.manual_seed(padding)
+    layer = nn.Conv2d(2, 3, 3, padding=padding, padding_mode=mode)
+    penalty = gnn.LipschitzPenalty(layer, example)
+    for _ in range(20):
+        (sigma,) = penalty.sigmas().values()
+    assert sigma <= gl.bound(layer).upper * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_that_holds_it_can_be_cast_and_pickled(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    model.penalty = gnn.LipschitzPenalty(model, threshold=0.1)
+    model.to(dtype)
+    assert pickle.loads(pickle.dumps(model)).penalty().item() == pytest.approx(model.penalty().item())
 
 
 def test_state_resumes_and_the_model_keeps_its_parameters() -> None:

@@ -35,10 +35,10 @@ def trained() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 
 def test_ties_wrong_labels_and_nan_get_radius_zero() -> None:
-    logits = torch.tensor([[2.0, 2.0], [1.0, 3.0], [math.nan, 0.0], [3.0, 0.0]])
-    found = robust.radii(logits, torch.tensor([0, 0, 0, 0]), math.sqrt(2))
-    assert found[:3].tolist() == [0.0, 0.0, 0.0]
-    assert 1.5 * (1 - 1e-12) < found[3] <= 1.5
+    logits = torch.tensor([[2.0, 2.0], [1.0, 3.0], [math.nan, 0.0], [math.inf, 1.0], [3.0, -math.inf], [3.0, 0.0]])
+    found = robust.radii(logits, torch.zeros(6, dtype=torch.uint8), math.sqrt(2))
+    assert found[:5].eq(0.0).all()
+    assert 1.5 * (1 - 1e-12) < found[5] <= 1.5
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -112,6 +112,7 @@ def test_attack_takes_the_normalisation_into_account(trained: tuple[nn.Module, t
 
     same = robust.attacked_accuracy(Shifted(), [(x, y)], 1e-6, mean=[0.25], std=[0.5])
     assert same == 1.0
+    assert robust.attacked_accuracy(Shifted(), [(x, y)], 1e-6, mean=[10.0]) < 1.0  # a mean alone is not left out
     upper = 0.5 * gl.bound(model[0], 6).upper * gl.bound(model[3]).upper * gl.bound(model[5]).upper
     shifted = robust.certify(Shifted(), [((x - 0.25) / 0.5, y)], upper, std=[0.5])
     assert shifted.radii.allclose(robust.certify(model, [(x, y)], upper / 0.5).radii, rtol=1e-4, atol=1e-6)
@@ -128,6 +129,7 @@ def test_attack_takes_the_normalisation_into_account(trained: tuple[nn.Module, t
         (lambda: robust.certify(nn.Identity(), [], 1.0), "no batch"),
         (lambda: robust.certify(nn.Identity(), [], 1.0, eps=-1.0), "eps=-1.0"),
         (lambda: robust.attacked_accuracy(nn.Identity(), []), "no batch"),
+        (lambda: robust.attacked_accuracy(nn.Identity(), [], restarts=0), "restarts=0"),
     ],
 )
 def test_errors(call: object, message: str) -> None:

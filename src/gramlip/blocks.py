@@ -55,7 +55,8 @@ class Symbol:
         """The blocks D(w), shape (groups, F, m, n), complex, at `frequencies` of shape (F, axes)."""
         kernel = self.kernel.flatten(3)
         taps = (torch.arange(k, dtype=frequencies.dtype, device=frequencies.device) for k in self.kernel.shape[3:])
-        angles = frequencies @ torch.cartesian_prod(*taps).reshape(kernel.shape[-1], -1).mT
+        places = torch.cartesian_prod(*taps).reshape(kernel.shape[-1], -1)
+        angles = (frequencies[:, None] * places).sum(-1)  # no product of matrices, which settings cut short
         waves = torch.polar(torch.ones_like(angles), -angles)
         return torch.einsum("gmnp,fp->gfmn", kernel.to(waves.dtype), waves)
 

@@ -13,6 +13,7 @@ from gramlip.blocks import grid, symbol, transform
 from gramlip.errors import InputError
 from gramlip.gram import gram_norm
 from gramlip.operators import Conv, Dense, Ints
+from gramlip.precision import real_dtype, wide
 
 
 def operator_gram_norm(op: Dense | Conv, n_iter: int = 6) -> Tensor:
@@ -25,7 +26,7 @@ def operator_gram_norm(op: Dense | Conv, n_iter: int = 6) -> Tensor:
     4.0
     """
     if isinstance(op, Dense):
-        return gram_norm(_wide(op.weight), n_iter)
+        return gram_norm(op.weight, n_iter)
     sym = symbol(op)
     sides, factor, _ = grid(sym)
     with torch.no_grad():
@@ -94,9 +95,9 @@ def conv_gram_norm(
         spans = Conv(shape, dilation=dilation).spans
         padding = [((span - 1) // 2, span - 1 - (span - 1) // 2) for span in spans]
     op = Conv(shape, input_size, stride, padding, *options)
-    weight, scale = _scaled(_wide(weight))
-    object.__setattr__(op, "weight", weight)
-    return operator_gram_norm(op, n_iter) * scale
+    kernel, scale = _scaled(wide(weight))
+    object.__setattr__(op, "weight", kernel)
+    return (operator_gram_norm(op, n_iter) * scale).to(real_dtype(weight))
 
 
 def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,8 +106,3 @@ def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
     one = torch.ones((), dtype=x.real.dtype if x.is_complex() else x.dtype, device=x.device)
     scale = torch.ldexp(one, exponent // 2), torch.ldexp(one, exponent - exponent // 2)
     return x / scale[0] / scale[1], scale[0] * scale[1]
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Half precisions as float32."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gramlip.errors import InputError
+from gramlip.precision import real_dtype, uncast, wide
 
 
 def reals(x: Tensor) -> Tensor:
@@ -50,6 +51,27 @@ def _spread(x: Tensor) -> tuple[Tensor, Tensor, float]:
     return mean + drift, deviation - drift * eye, ((c - 1) / c) ** 0.5
 
 
+def _slope(blocks: Tensor, value: Tensor, n_iter: int) -> Tensor:
+    """Gradient of the value.
+
+    d tr (G*G)^M = 2M Re tr((G*G)^(M-1) G* dG): the power M - 1 is the product of all iterates but the last.
+    """
+    tall, peak = _scaled(blocks)
+    x, _ = _unit(tall.mH @ tall)
+    power = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    for step in range(n_iter - 1):
+        power = _unit(power @ x)[0] if step else x
+        x, _ = _unit(x @ x)
+    _, deviation, weight = _spread(x)
+    slope = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) / x.shape[-1]
+    slope = slope + weight * _divided(deviation, _size(deviation))
+    grad = tall @ (power @ slope)
+    # The value is homogeneous of degree one: Re <grad, blocks> = value (Euler) gives back the lengths divided out.
+    length = (reals(grad) * reals(tall)).sum(-1)[..., None, None]
+    grad = _divided(grad, length) * (value[..., None, None] / torch.where(peak > 0, peak, 1.0))
+    return grad if blocks.shape[-2] >= blocks.shape[-1] else grad.mH
+
+
 class _GramNorm(torch.autograd.Function):
     """Value and closed-form gradient; memory does not grow with the number of steps."""
 
@@ -57,15 +79,16 @@ class _GramNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(blocks: Tensor, n_iter: int) -> Tensor:
-        tall, peak = _scaled(blocks)
-        x, log = _unit(tall.mH @ tall)
-        for _ in range(n_iter - 1):
-            x, more = _unit(x @ x)
-            log = 2 * log + more
-        mean, deviation, weight = _spread(x)
-        top = mean + weight * _size(deviation)
-        root = 2.0**-n_iter
-        return (peak * (log * root).exp() * top**root)[..., 0, 0]
+        with uncast(blocks):
+            tall, peak = _scaled(blocks)
+            x, log = _unit(tall.mH @ tall)
+            log = log / 2  # of the norm, not of its power, which leaves the range
+            for step in range(1, n_iter):
+                x, more = _unit(x @ x)
+                log = log + more * 2.0 ** -(step + 1)
+            mean, deviation, weight = _spread(x)
+            top = mean + weight * _size(deviation)
+            return (peak * log.exp() * top ** (2.0**-n_iter))[..., 0, 0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
@@ -74,23 +97,24 @@ class _GramNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        # d tr (G*G)^M = 2M Re tr((G*G)^(M-1) G* dG): the power M - 1 is the product of all iterates but the last.
         blocks, value = ctx.saved_tensors
-        tall, peak = _scaled(blocks)
-        x, _ = _unit(tall.mH @ tall)
-        power = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        for step in range(ctx.n_iter - 1):
-            power = _unit(power @ x)[0] if step else x
-            x, _ = _unit(x @ x)
-        _, deviation, weight = _spread(x)
-        slope = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) / x.shape[-1]
-        slope = slope + weight * _divided(deviation, _size(deviation))
-        grad = tall @ (power @ slope)
-        # The value is homogeneous of degree one: Re <grad, blocks> = value (Euler) gives back the lengths divided out.
-        length = (reals(grad) * reals(tall)).sum(-1)[..., None, None]
-        scale = value[..., None, None] / torch.where(peak > 0, peak, 1.0) * grads[0][..., None, None]
-        grad = _divided(grad, length) * scale
-        return (grad if blocks.shape[-2] >= blocks.shape[-1] else grad.mH), None
+        with uncast(blocks):
+            return _slope(blocks, value, ctx.n_iter) * grads[0][..., None, None], None
+
+
+class _GramNormForward(_GramNorm):
+    """The same with forward mode, which torch does not compile."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        _GramNorm.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0], output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        blocks, value = ctx.saved_tensors
+        with uncast(blocks):
+            return (reals(_slope(blocks, value, ctx.n_iter)) * reals(tangents[0])).sum(-1)
 
 
 def gram_norm(blocks: Tensor, n_iter: int = 6) -> Tensor:
@@ -98,8 +122,7 @@ def gram_norm(blocks: Tensor, n_iter: int = 6) -> Tensor:
 
     Gram iteration on the smaller side, rescaled at every step, closed by the two-moment bound of Wolkowicz and Styan,
     which is never above the Frobenius norm of the last iterate that the paper uses and exact for flat spectra.
-    Rounding is not included: for a proved interval call `gramlip.bound`. Derivatives of any order go through reverse mode
-    (`torch.func.jacrev`); forward mode is refused by torch, and with it `torch.func.hessian`: type jacrev(jacrev(f)).
+    Rounding is not included: for a proved interval call `gramlip.bound`. Derivatives of any order, in reverse and forward mode.
 
     Args:
         blocks: real or complex matrices of shape (..., m, n).
@@ -126,5 +149,5 @@ def gram_norm(blocks: Tensor, n_iter: int = 6) -> Tensor:
     if blocks.ndim < 2 or 0 in blocks.shape[-2:]:
         msg = f"blocks has shape {tuple(blocks.shape)}; expected (..., m, n) with m and n of at least 1"
         raise InputError(msg)
-    wide = blocks.float() if blocks.dtype in (torch.float16, torch.bfloat16) else blocks
-    return _GramNorm.apply(wide, n_iter)  # type: ignore[no-any-return]
+    function = _GramNorm if torch.compiler.is_compiling() else _GramNormForward
+    return function.apply(wide(blocks), n_iter).to(real_dtype(blocks))  # type: ignore[no-any-return]

@@ -60,7 +60,7 @@ def constant(lipschitz: float | Bound | Report, std: float | Sequence[float] = 1
     if math.isnan(upper) or upper < 0:
         msg = f"lipschitz={lipschitz!r} was given; expected an upper bound of at least 0: type gramlip.audit(model, example).upper"
         raise InputError(msg)
-    spread = [float(s) for s in std] if isinstance(std, Sequence) else [float(std)]
+    spread: list[float] = torch.as_tensor(std, dtype=torch.float64).flatten().tolist()
     if not spread or any(not 0 < s < math.inf for s in spread):
         msg = f"std={std!r} was given; expected the positive numbers that the input normalisation divides by"
         raise InputError(msg)
@@ -75,7 +75,9 @@ def radii(
     std: float | Sequence[float] = 1.0,
     last: nn.Linear | Tensor | None = None,
 ) -> Tensor:
-    """Certified l2 radii (batch,), float64: no input closer than that, in pixels, gets another label. 0 for wrong labels and ties.
+    """Certified l2 radii (batch,), float64: no input closer than that, in pixels, gets another label.
+
+    0 for wrong labels, ties, and logits that are not finite: an overflow has no margin.
 
     Args:
         logits: (batch, classes).
@@ -100,7 +102,7 @@ def radii(
     if labels.is_floating_point() or bool(((labels < 0) | (labels >= logits.shape[1])).any()):
         msg = f"labels of dtype {labels.dtype} were given; expected integers from 0 to {logits.shape[1] - 1}"
         raise InputError(msg)
-    logits = logits.detach().to(torch.float64)
+    logits, labels = logits.detach().to(torch.float64), labels.long()
     gaps = logits.gather(1, labels[:, None]) - logits
     scale = constant(lipschitz, std)
     slopes = _pairs(last, labels, logits) if last is not None else torch.full_like(gaps, rd.sqrt_up(2.0))
@@ -108,7 +110,7 @@ def radii(
     least = (gaps / (slopes * scale)) * (1 - 2.0**-49)
     least = torch.where((gaps > 0) & (slopes * scale == 0), torch.inf, least)
     least = least.scatter(1, labels[:, None], torch.inf).amin(1)
-    return torch.where(least > 0, least, 0.0)  # NaN logits: 0
+    return torch.where((least > 0) & logits.isfinite().all(1), least, 0.0)
 
 
 def _pairs(last: nn.Linear | Tensor, labels: Tensor, logits: Tensor) -> Tensor:
@@ -198,13 +200,13 @@ def attacked_accuracy(
         model: the classifier, which takes `(pixels - mean) / std`.
         loader: batches (pixels, labels); **pixels in [0, 1]**, not normalised.
         eps: radius.
-        mean: of the input normalisation, by channel; None where the model takes pixels.
-        std: likewise.
+        mean: of the input normalisation, by channel; None is 0.
+        std: likewise; None is 1.
         steps: of the attack.
         restarts: from random points; a sample counts as right only if all of them fail.
 
     Raises:
-        InputError: foolbox is not installed, or there are no samples.
+        InputError: foolbox is not installed, there are no samples, or nothing is tried.
 
     >>> model = nn.Linear(2, 2, bias=False)
     >>> _ = nn.init.eye_(model.weight)
@@ -218,7 +220,11 @@ def attacked_accuracy(
     except ImportError as error:
         msg = 'attacks need foolbox, which is not installed; expected the extra: type pip install "gramlip[attack]"'
         raise InputError(msg) from error
-    preprocessing = None if std is None else {"mean": list(mean or [0.0] * len(std)), "std": list(std), "axis": -3}
+    if min(steps, restarts) < 1:
+        msg = f"steps={steps}, restarts={restarts} were given; expected integers of at least 1"
+        raise InputError(msg)
+    channels = len(std or mean or [])
+    preprocessing = {"mean": list(mean or [0.0] * channels), "std": list(std or [1.0] * channels), "axis": -3} if channels else None
     modes, right, count = [(module, module.training) for module in model.modules()], 0, 0
     target = foolbox.PyTorchModel(model.eval(), bounds=(0, 1), preprocessing=preprocessing, device=_device(model))
     attack = foolbox.attacks.L2ProjectedGradientDescentAttack(steps=steps)

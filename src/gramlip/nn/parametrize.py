@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import numbers
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ class Normalised(nn.Module):
 
 def positive(name: str, value: float) -> float:
     """The value as a float, refused unless positive and finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < float("inf"):
         msg = f"{name}={value!r} was given; expected a positive number such as 1.0"
         raise InputError(msg)
     return float(value)
@@ -72,11 +74,17 @@ def real(op: Dense | Conv, what: str) -> None:
         raise UnsupportedError(msg)
 
 
+def plain(module: nn.Module, name: str, path: str = "") -> None:
+    """Refuse a weight that is normalised already."""
+    if parametrize.is_parametrized(module, name) and any(isinstance(p, Normalised) for p in module.parametrizations[name]):  # type: ignore[union-attr,index]
+        given = f"{path or type(module).__name__}.{name} is normalised already"
+        msg = f"{given}; expected a plain weight: type gramlip.nn.remove(module) first, or leave it out of a model with where="
+        raise InputError(msg)
+
+
 def attach(module: nn.Module, name: str, parametrization: Normalised) -> None:
     """Register it on `module.name`, once, so that the whole module can still be pickled."""
-    if parametrize.is_parametrized(module, name) and any(isinstance(p, Normalised) for p in module.parametrizations[name]):  # type: ignore[union-attr,index]
-        msg = f"{type(module).__name__}.{name} is normalised already; expected a plain weight: type gramlip.nn.remove(module) first"
-        raise InputError(msg)
+    plain(module, name)
     parametrize.register_parametrization(module, name, parametrization)
     _teach(type(module))
 
@@ -97,28 +105,21 @@ def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """Pickle a parametrized module as its plain class, its state and what was registered (torch refuses otherwise)."""
+    """Pickle a parametrized module as its plain class, that class's state and the parametrizations (torch refuses otherwise)."""
     plain = type(module).__mro__[1]
-    state = {k: v for k, v in module.__dict__.items() if k != "_modules"}
+    get = getattr(plain, "__getstate__", None)  # every class has one from Python 3.11 on
+    state = dict(get(module) if get is not None else module.__dict__)
     state["_modules"] = {k: m for k, m in module.__dict__["_modules"].items() if k != "parametrizations"}
-    lists = dict(module.parametrizations.items())  # type: ignore[union-attr,operator]
-    if any(not hasattr(chain, "original") for chain in lists.values()):
-        msg = f"{plain.__name__} has a parametrization of several tensors, which cannot be pickled; save its state_dict instead"
-        raise UnsupportedError(msg)
-    return _restore, (plain, state, {name: (list(chain), chain.original) for name, chain in lists.items()})
+    return _restore, (plain, state, module.parametrizations)
 
 
-def _restore(plain: type[nn.Module], state: dict[str, Any], chains: dict[str, tuple[list[nn.Module], Tensor]]) -> nn.Module:
+def _restore(plain: type[nn.Module], state: dict[str, Any], chains: nn.ModuleDict) -> nn.Module:
     module = plain.__new__(plain)
-    module.__dict__.update(state)
-    for name, (chain, original) in chains.items():
-        put = module.register_parameter if isinstance(original, nn.Parameter) else module.register_buffer
-        put(name, original)  # type: ignore[arg-type]
-        kept = original.detach().clone()
-        for parametrization in chain:
-            parametrize.register_parametrization(module, name, parametrization, unsafe=True)
-        with torch.no_grad():
-            module.parametrizations[name].original.copy_(kept)  # type: ignore[union-attr,index,operator]
+    module.__setstate__(state)
+    for name in chains:  # torch makes the class and its properties; what was registered is put back as it was, not made anew
+        module.register_parameter(name, nn.Parameter(torch.zeros(())))
+        parametrize.register_parametrization(module, name, nn.Identity())
+    module.parametrizations = chains
     _teach(type(module))
     return module
 
@@ -158,6 +159,11 @@ def remove(model: nn.Module, rtol: float = 1e-3) -> nn.Module:
     if not found:
         msg = f"{type(model).__name__} holds no parametrization of gramlip; expected one: type gramlip.nn.spectral_norm(module) first"
         raise InputError(msg)
+    for path, module, name, _ in found:
+        if not bool(getattr(module, name).isfinite().all()):
+            msg = f"{path or type(module).__name__}.{name} holds NaN or infinite numbers; expected finite weights: nothing was removed"
+            raise InputError(msg)
+    _untie(model, found)
     for path, module, name, parametrization in found:
         parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         try:
@@ -166,6 +172,20 @@ def remove(model: nn.Module, rtol: float = 1e-3) -> nn.Module:
             msg = f"{path or type(module).__name__}.{name}: {error}"
             raise InputError(msg) from error
     return model
+
+
+def _untie(model: nn.Module, found: Iterable[tuple[str, nn.Module, str, Normalised]]) -> None:
+    """Give a stored weight that has other users a copy for each value that is made from it: baking writes into what is stored."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    twins: dict[int, list[tuple[Tensor, nn.Parameter]]] = defaultdict(list)
+    for _, module, name, _ in found:
+        chain: Any = module.parametrizations[name]  # type: ignore[union-attr,index]
+        original: Any = getattr(chain, "original", None)
+        if uses[id(original)] > 1:
+            value = getattr(module, name).detach()
+            same = [twin for other, twin in twins[id(original)] if torch.equal(other, value)]
+            chain.original = same[0] if same else nn.Parameter(original.detach().clone(), original.requires_grad)
+            twins[id(original)].append((value, chain.original))
 
 
 def shrink(module: nn.Module, name: str, input_size: Ints | None, target: float, rtol: float) -> None:
@@ -186,7 +206,18 @@ def shrink(module: nn.Module, name: str, input_size: Ints | None, target: float,
 
 
 def layers(model: nn.Module, example: Any, where: Callable[[str, nn.Module], bool] | None) -> list[tuple[str, nn.Module, Ints | None]]:
-    """The linear layers that a forward pass of `example` uses, with their input sizes; None where sizes differ or none is given."""
+    """The linear layers that a forward pass of `example` uses, with their input sizes; None where sizes differ or none is given.
+
+    An example is an input, a tuple of them, or the shape of one sample.
+    """
+    shape = isinstance(example, tuple) and bool(example) and all(isinstance(n, int) for n in example)
+    args = (torch.zeros(1, *example),) if shape else example if isinstance(example, tuple) else (example,)
+    if lazy := [path for path, module in model.named_modules() if any(map(is_lazy, module.parameters(recurse=False)))]:
+        if example is None:
+            msg = f"{lazy} have no shape yet; expected initialised layers: pass an example, or run one forward pass first"
+            raise InputError(msg)
+        with evaluating(model):
+            model(*args)
     found = {
         path: module
         for path, module in model.named_modules()
@@ -203,12 +234,13 @@ def layers(model: nn.Module, example: Any, where: Callable[[str, nn.Module], boo
     sizes: dict[str, set[tuple[int, ...]]] = {path: set() for path in found}
 
     def note(path: str, axes: int) -> Callable[..., None]:
-        return lambda _module, inputs: sizes[path].add(tuple(inputs[0].shape[-axes:]) if axes else ())
+        return lambda _, given, named: sizes[path].add(tuple((given or tuple(named.values()))[0].shape[-axes:]) if axes else ())
 
-    handles = [m.register_forward_pre_hook(note(path, m.weight.ndim - 2)) for path, m in found.items()]  # type: ignore[operator,union-attr]
+    hooks = [(m, note(path, m.weight.ndim - 2)) for path, m in found.items()]  # type: ignore[operator,union-attr]
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
     try:
         with evaluating(model):
-            model(*(example if isinstance(example, tuple) else (example,)))
+            model(*args)
     finally:
         for handle in handles:
             handle.remove()

@@ -18,18 +18,35 @@ from gramlip.nn.sigma import Plan
 from gramlip.nn.track import Tracker
 from gramlip.operators import Ints
 
-FORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "paper": lambda sigma, threshold: torch.where(sigma > threshold, sigma, 0.0),
-    "hinge": lambda sigma, threshold: (sigma - threshold).clamp_min(0.0),
-    "square": lambda sigma, threshold: (sigma - threshold).clamp_min(0.0).square(),
-    "log": lambda sigma, threshold: (sigma / threshold).clamp_min(1.0).log(),
-}
+
+def _paper(sigma: Tensor, threshold: float) -> Tensor:
+    return torch.where(sigma <= threshold, 0.0, sigma)  # what is no number stays one that is seen
+
+
+def _hinge(sigma: Tensor, threshold: float) -> Tensor:
+    return (sigma - threshold).clamp_min(0.0)
+
+
+def _square(sigma: Tensor, threshold: float) -> Tensor:
+    return _hinge(sigma, threshold).square()
+
+
+def _log(sigma: Tensor, threshold: float) -> Tensor:
+    return (sigma / threshold).clamp_min(1.0).log()
+
+
+def _layers(sigmas: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(sigmas.values()))
+
+
+def _product(sigmas: dict[str, Tensor]) -> Tensor:
+    return _layers(sigmas).prod()
+
+
+FORMS: dict[str, Callable[[Tensor, float], Tensor]] = {"paper": _paper, "hinge": _hinge, "square": _square, "log": _log}
 """Name -> what one norm, or the composed constant, costs above its threshold. "paper" jumps there, the others are continuous."""
 
-COMPOSE: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
-    "layers": lambda sigmas: torch.stack(list(sigmas.values())),
-    "product": lambda sigmas: torch.stack(list(sigmas.values())).prod(),
-}
+COMPOSE: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {"layers": _layers, "product": _product}
 """Name -> what is penalised: every layer on its own, or the constant of a chain of them."""
 
 
@@ -57,7 +74,8 @@ class LipschitzPenalty(nn.Module):
         torus: grid points per axis in a search.
         where: keep only layers for which `where(path, module)` holds.
         shared: with several ranks each computes its share of the layers, times the number of ranks: gradients that are averaged over
-            the ranks, as `DistributedDataParallel` does, are those of the whole penalty.
+            the ranks, as `DistributedDataParallel` does, are those of the whole penalty. The state is each rank's own: keep the penalty
+            outside of the module that is wrapped.
 
     Raises:
         InputError: options that cannot be used, or a model without such layers.

@@ -14,10 +14,11 @@ from gramlip import rounding as rd
 from gramlip.bound import Bound
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.layers import describe
-from gramlip.nn.parametrize import Normalised, attach, layers, operator, positive, real
+from gramlip.nn.parametrize import Normalised, attach, layers, operator, plain, positive, real
 from gramlip.nn.sigma import Plan
 from gramlip.norm import bound
 from gramlip.operators import Conv, Ints
+from gramlip.precision import uncast
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,9 +32,9 @@ class SpectralRescaling(Normalised):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rescaled weight, of the same shape and dtype; the sums are taken in float64."""
-        with torch.autocast(weight.device.type, enabled=False):
+        with uncast(weight):
             peak = weight.detach().abs().amax()
-            scaled = weight.to(torch.float64) / torch.where(peak > 0, peak, 1.0).to(torch.float64)
+            scaled = weight.to(torch.float64) / torch.where(peak == 0, 1.0, peak).to(torch.float64)
             diagonal = rescaling(self.plan.kernel(scaled), self.n_iter) * (self.target / math.sqrt(self.plan.square))
             return (scaled * self._spread(diagonal, weight)).to(weight.dtype)
 
@@ -79,13 +80,13 @@ def rescaling(kernel: Tensor, n_iter: int) -> Tensor:
         gram, log = _unit(spectrum.mH @ product, total)
     taps = torch.fft.irfftn(gram, s=grid, dim=spots) if grid else gram
     sums = taps.abs().sum(dim=(*spots, -1))
-    return torch.where(sums > 0, torch.exp(-(torch.where(sums > 0, sums, 1.0).log() + log) / (2 * power)), 1.0)
+    return torch.where(sums == 0, 1.0, torch.exp(-(torch.where(sums == 0, 1.0, sums).log() + log) / (2 * power)))
 
 
 def _unit(x: Tensor, log: Tensor | float) -> tuple[Tensor, Tensor]:
     """X over its largest entry, and log plus that entry's logarithm."""
     peak = x.detach().abs().amax()
-    peak = torch.where(peak > 0, peak, 1.0)
+    peak = torch.where(peak == 0, 1.0, peak)
     return x / peak, log + peak.log()
 
 
@@ -133,7 +134,10 @@ def spectral_rescaling_(model: M, example: Any = None, *, where: Callable[[str, 
     >>> len(list(normalised(spectral_rescaling_(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))))))
     2
     """
-    for _, module, size in layers(model, example, where):
+    chosen = layers(model, example, where)
+    for path, module, _ in chosen:  # before anything is changed
+        plain(module, "weight", path)
+    for _, module, size in chosen:
         spectral_rescaling(module, input_size=size, **options)
     return model
 

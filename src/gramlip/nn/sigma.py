@@ -1,11 +1,13 @@
 """The norm of a layer as a function of its weight alone: one opaque, differentiable operation for eager, compiled and exported code.
 
 `Plan` is the layer's geometry, worked out once; `Plan.sigma(weight)` is the upper bound, with the gradient of the largest block.
+Eager code goes through `_Sigma`, which knows the transforms of `torch.func`; code that torch compiles or traces takes the operation itself.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,20 +19,24 @@ from gramlip.errors import InputError
 from gramlip.gram import gram_norm
 from gramlip.operators import Conv, Dense
 from gramlip.padding import PADDING
-from gramlip.precision import full_products
+from gramlip.precision import real_dtype, uncast, wide
 
 POWER_STEPS = 4  # cheap lower estimates that say which blocks cannot be the largest
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Geometry of a layer without its weight: `norm <= factor * max over the grid of ||D(w)||`, for any weight of that shape."""
+    """Geometry of a layer without its weight: `norm <= factor * max over the grid of ||D(w)||`, for any weight of that shape.
+
+    A lower estimate of the largest block times `attained` is one of the layer's norm: the padding's factor where it is exact, otherwise 1.
+    """
 
     groups: int
     strides: tuple[int, ...]
     grid: tuple[int, ...]
     square: int
     factor: float
+    attained: float
     because: str
 
     @staticmethod
@@ -47,7 +53,7 @@ class Plan:
             msg = f"torus={torus!r} was given; expected an integer of at least 4 grid points per axis, such as 16"
             raise InputError(msg)
         if isinstance(op, Dense):
-            return Plan(1, (), (), 1, 1.0, "a matrix")
+            return Plan(1, (), (), 1, 1.0, 1.0, "a matrix")
         sym = symbol(op)
         strides = tuple(PADDING[op.padding_mode](axis).stride for axis in axes(op))
         grid, factor, because = [], math.sqrt(sym.square), sym.because
@@ -60,7 +66,7 @@ class Plan:
             if degree:
                 factor /= math.cos(math.pi * degree / side)
                 because += f"; {side}-point grid with the cosine factor"
-        return Plan(op.groups, strides, tuple(grid), sym.square, factor, because)
+        return Plan(op.groups, strides, tuple(grid), sym.square, factor, math.sqrt(sym.square) if sym.exact else 1.0, because)
 
     def kernel(self, weight: Tensor) -> Tensor:
         """The polyphase kernel (groups, m, n, *k) of a weight; linear."""
@@ -71,14 +77,15 @@ class Plan:
 
         The value depends on the weight alone. The gradient is that of the largest block. A sharded weight is gathered.
         """
-        if (sharded := _replicated(weight)) is not None:
+        if (sharded := replicated(weight)) is not None:
             full, wrap = sharded
             return wrap(self.sigma(full, n_iter))
-        top, _ = torch.ops.gramlip.largest_block(weight, self.groups, self.strides, self.grid, n_iter)
-        return top * self.factor
+        opaque = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        largest_block = torch.ops.gramlip.largest_block if opaque else _Sigma.apply
+        return largest_block(weight, self.groups, self.strides, self.grid, n_iter)[0] * self.factor
 
 
-def _replicated(weight: Tensor) -> tuple[Tensor, Any] | None:
+def replicated(weight: Tensor) -> tuple[Tensor, Any] | None:
     """For a DTensor: the full tensor and the way back to a replicated DTensor. None for a plain tensor."""
     if not torch.distributed.is_available() or type(weight) in (Tensor, torch.nn.Parameter):
         return None
@@ -90,7 +97,7 @@ def _replicated(weight: Tensor) -> tuple[Tensor, Any] | None:
     return weight.full_tensor(), lambda x: DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim)
 
 
-def kernel(weight: Tensor, groups: int, strides: tuple[int, ...] | list[int]) -> Tensor:
+def kernel(weight: Tensor, groups: int, strides: Sequence[int]) -> Tensor:
     """A weight as (groups, m, n, *k), the phases of each strided axis moved to the columns; missing taps are zeros."""
     out = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     for j, stride in enumerate(strides):
@@ -98,20 +105,10 @@ def kernel(weight: Tensor, groups: int, strides: tuple[int, ...] | list[int]) ->
     return out
 
 
-def wide(weight: Tensor) -> Tensor:
-    """The weight in the precision that norms are computed in: at least float32, float64 where float32 products are cut short."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32 if full_products() else torch.float64))
-
-
-def real_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of a norm of this weight: float64 for double precision, otherwise float32."""
-    return torch.float64 if weight.dtype in (torch.float64, torch.complex128) else torch.float32
-
-
 @torch.library.custom_op("gramlip::largest_block", mutates_args=())
 def _largest(weight: Tensor, groups: int, strides: list[int], grid: list[int], n_iter: int) -> tuple[Tensor, Tensor]:
     """The largest Gram bound over groups and frequencies, and its flat index."""
-    with torch.autocast(weight.device.type, enabled=False):
+    with uncast(weight):
         blocks = transform(kernel(wide(weight), groups, strides), grid)
         blocks = blocks.reshape(-1, *blocks.shape[-2:])
         value, index = largest(blocks, n_iter)
@@ -160,13 +157,18 @@ def _(weight: Tensor, groups: int, strides: list[int], grid: list[int], n_iter: 
     return weight.new_empty((), dtype=real_dtype(weight)), weight.new_empty((), dtype=torch.int64)
 
 
+def slope(weight: Tensor, index: Tensor, groups: int, strides: Sequence[int], grid: Sequence[int], n_iter: int) -> Tensor:
+    """Gradient of the Gram bound of one block with respect to the weight, differentiable itself."""
+    with uncast(weight):
+        _, pull = cast("Any", torch.func.vjp)(lambda w: gram_norm(block_at(kernel(w, groups, strides), index, grid), n_iter), wide(weight))
+        (found,) = pull(torch.ones((), dtype=real_dtype(wide(weight)), device=weight.device))
+    return found.to(weight.dtype).contiguous()
+
+
 @torch.library.custom_op("gramlip::largest_block_slope", mutates_args=())
 def _slope(weight: Tensor, index: Tensor, groups: int, strides: list[int], grid: list[int], n_iter: int) -> Tensor:
-    """Gradient of the Gram bound of one block with respect to the weight."""
-    with torch.autocast(weight.device.type, enabled=False):
-        _, pull = cast("Any", torch.func.vjp)(lambda w: gram_norm(block_at(kernel(w, groups, strides), index, grid), n_iter), wide(weight))
-        (slope,) = pull(torch.ones((), dtype=wide(weight).real.dtype, device=weight.device))
-    return slope.to(weight.dtype).contiguous()
+    """The same as one operation."""
+    return slope(weight, index, groups, strides, grid, n_iter)
 
 
 @_slope.register_fake
@@ -174,7 +176,7 @@ def _(weight: Tensor, index: Tensor, groups: int, strides: list[int], grid: list
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-def block_at(kernel: Tensor, index: Tensor, grid: tuple[int, ...] | list[int]) -> Tensor:
+def block_at(kernel: Tensor, index: Tensor, grid: Sequence[int]) -> Tensor:
     """The block (m, n) at a flat index of the grid that `transform` returns: the last axis is halved for real kernels."""
     if not grid:
         return kernel[index]
@@ -199,11 +201,43 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _pull(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     weight, index = ctx.saved_tensors
-    grad = grads[0]
-    if grad is None:
-        return (None,) * 5
-    slope = torch.ops.gramlip.largest_block_slope(weight, index, *ctx.geometry)
-    return grad.to(slope.real.dtype if slope.is_complex() else slope.dtype) * slope, None, None, None, None
+    return _times(grads[0], torch.ops.gramlip.largest_block_slope(weight, index, *ctx.geometry)), None, None, None, None
+
+
+def _times(grad: Tensor | None, direction: Tensor) -> Tensor | None:
+    """A scalar's gradient times a direction, in the direction's precision."""
+    return None if grad is None else grad.to(direction.real.dtype if direction.is_complex() else direction.dtype) * direction
 
 
 _largest.register_autograd(_pull, setup_context=_save)
+
+
+class _Sigma(torch.autograd.Function):
+    """`largest_block` with derivatives of any order, forward mode, and `torch.vmap` over weights."""
+
+    @staticmethod
+    def forward(weight: Tensor, groups: int, strides: Sequence[int], grid: Sequence[int], n_iter: int) -> tuple[Tensor, Tensor]:
+        top, index = torch.ops.gramlip.largest_block(weight, groups, strides, grid, n_iter)
+        return top, index
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        weight, *ctx.geometry = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(weight, output[1])
+        ctx.save_for_forward(weight, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _times(grads[0], slope(*ctx.saved_tensors, *ctx.geometry)), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
+        weight, index = ctx.saved_tensors
+        return (slope(weight, index, *ctx.geometry).conj() * tangents[0]).real.sum().to(real_dtype(weight)), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+        weights, *geometry = inputs
+        found = [_Sigma.apply(weight, *geometry) for weight in weights.unbind(in_dims[0] or 0)]
+        return tuple(torch.stack(part) for part in zip(*found, strict=True)), (0, 0)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gramlip.errors import InputError
-from gramlip.nn.parametrize import Normalised, attach, layers, operator, positive
-from gramlip.nn.sigma import Plan, real_dtype
+from gramlip.nn.parametrize import Normalised, attach, layers, operator, plain, positive
+from gramlip.nn.sigma import Plan
 from gramlip.operators import Ints
+from gramlip.precision import real_dtype, uncast
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,17 +26,14 @@ class SpectralNorm(Normalised):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The normalised weight, of the same shape and dtype; the norm is computed in float32 at least, whatever autocast says."""
-        with torch.autocast(weight.device.type, enabled=False):
+        with uncast(weight):
             # A norm is homogeneous: the peak is divided out first, so that no weight is too small or too large for its square.
             peak = weight.detach().abs().amax()
-            peak = torch.where(peak > 0, peak, 1.0).to(real_dtype(weight))
+            peak = torch.where(peak == 0, 1.0, peak).to(real_dtype(weight))
             shape = weight / peak  # in float32 at least
             sigma = self.plan.sigma(shape, self.n_iter)
-            if self.soft:
-                scale = peak * self.target / torch.maximum(peak * sigma, torch.full_like(sigma, self.target))
-            else:
-                scale = self.target / torch.where(sigma > 0, sigma, 1.0)
-            return (shape * scale).to(weight.dtype)
+            scale = self.target / torch.where(sigma == 0, 1.0, sigma)  # what is no number stays one that is seen
+            return (shape * (torch.minimum(scale, peak) if self.soft else scale)).to(weight.dtype)
 
     def extra_repr(self) -> str:
         """What is asked for, and by which theorem it holds."""
@@ -102,8 +100,9 @@ def spectral_norm_(model: M, example: Any = None, *, where: Callable[[str, nn.Mo
 
     Args:
         model: the network.
-        example: an input, or a tuple of them, that one forward pass runs on (in eval mode, without gradient) to learn each
-            layer's input size; None holds for every size. A layer seen at several sizes is normalised for every size.
+        example: an input, a tuple of them, or the shape of one sample, that one forward pass runs on (in eval mode, without
+            gradient) to learn each layer's input size; None holds for every size. A layer seen at several sizes is normalised for
+            every size.
         where: keep only layers for which `where(path, module)` holds.
         **options: those of `spectral_norm`.
 
@@ -114,6 +113,9 @@ def spectral_norm_(model: M, example: Any = None, *, where: Callable[[str, nn.Mo
     >>> [type(p).__name__ for m in model for p in getattr(m, "parametrizations", {})]
     ['str', 'str']
     """
-    for _, module, size in layers(model, example, where):
+    chosen = layers(model, example, where)
+    for path, module, _ in chosen:  # before anything is changed
+        plain(module, "weight", path)
+    for _, module, size in chosen:
         spectral_norm(module, input_size=size, **options)
     return model

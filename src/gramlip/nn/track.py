@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramlip.nn.sigma import Plan, real_dtype, unit
+from gramlip.nn.sigma import Plan, replicated, unit
+from gramlip.precision import real_dtype, uncast
 
 SEARCH_STEPS = 12  # power steps per grid point in a search
 TOGETHER = 1 << 24  # entries of the waves that a search holds at a time
@@ -37,7 +38,7 @@ class Tracker(nn.Module):
     def __init__(self, plan: Plan, weights: Sequence[Callable[[], Tensor]], steps: int, peaks: int) -> None:
         super().__init__()
         self.plan, self.steps, self._weights = plan, steps, tuple(weights)
-        first = self._weights[0]().detach()
+        first = _full(self._weights[0]().detach())
         shape, options = plan.kernel(first).shape, dict[str, Any](dtype=real_dtype(first), device=first.device)
         axes = [torch.arange(k, **options) - (k - 1) / 2 for k in shape[3:]]  # centred: a phase of D(w), which changes no norm
         half = [torch.arange(n if j + 1 < len(axes) else n // 2 + 1, device=first.device) for j, n in enumerate(plan.grid)]
@@ -52,9 +53,13 @@ class Tracker(nn.Module):
     def __len__(self) -> int:
         return len(self._weights)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tracker:
+        """Follow the model to another device, in the precision that estimates are made in."""
+        return super()._apply(lambda x: fn(x).to(x.dtype), recurse)
+
     def forward(self) -> Tensor:
-        """Track, then the norm estimates (L,) with their graph: times the padding's factor, lower estimates of the suprema."""
-        with torch.autocast(self.frequency.device.type, enabled=False):
+        """Track, then lower estimates (L,) of the norms with their graph."""
+        with uncast(self.frequency):
             kernels = self.kernels(range(len(self)))
             with torch.no_grad():
                 heights, fixed = self.frequency.new_zeros(()), kernels.detach()
@@ -65,11 +70,11 @@ class Tracker(nn.Module):
                 chosen = best // peaks + self.plan.groups * torch.arange(len(self), device=best.device)
                 probes = self._probes(self.frequency[chosen, best % peaks], torch.view_as_complex(self.vector[chosen, best % peaks]))
             one = kernels if self.plan.groups == 1 else kernels[chosen]
-            return torch.linalg.vector_norm(_image(one, probes[:, None]), dim=(1, 2, 3)) * math.sqrt(self.plan.square)
+            return torch.linalg.vector_norm(_image(one, probes[:, None]), dim=(1, 2, 3)) * self.plan.attained
 
     def kernels(self, which: Iterable[int]) -> Tensor:
         """The kernels (B, m, n, taps) of some layers in float32 at least, with their graph."""
-        parts = [self.plan.kernel(self._weights[i]()) for i in which]
+        parts = [self.plan.kernel(_full(self._weights[i]())) for i in which]
         stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
         return stacked.reshape(*stacked.shape[:3], -1).to(self.frequency.dtype)
 
@@ -82,7 +87,7 @@ class Tracker(nn.Module):
         kernels = self.kernels(which := list(range(len(self)) if which is None else which))
         rows = (torch.tensor(which)[:, None] * self.plan.groups + torch.arange(self.plan.groups)).flatten().to(kernels.device)
         each = max(1, TOGETHER // (len(self.turns) * kernels[0, 0].numel()))
-        with torch.autocast(kernels.device.type, enabled=False):
+        with uncast(kernels):
             for some, part in zip(rows.split(each), kernels.split(each), strict=True):
                 self._search(part, some)
 
@@ -109,7 +114,7 @@ class Tracker(nn.Module):
         left = kernels.new_zeros(())
         for _ in range(SEARCH_STEPS):
             back = _back(kernels, _image(kernels, vectors[..., None] * waves[:, None]))
-            left, vectors = _split((back * waves.conj()[:, None]).sum(-1))
+            left, vectors = _split((back * waves.conj()[:, None]).sum(-1), vectors)
         tops, line = [], torch.arange(len(kernels), device=kernels.device)
         for _ in range(self.frequency.shape[1]):
             tops.append(top := left.argmax(-1))
@@ -123,7 +128,7 @@ class Tracker(nn.Module):
 
     def _waves(self, frequency: Tensor) -> Tensor:
         """exp(-i p.w): (..., taps)."""
-        angle = frequency @ self.positions.mT
+        angle = (frequency[..., None, :] * self.positions).sum(-1)  # no product of matrices, which settings cut short
         return torch.polar(torch.ones_like(angle), -angle)
 
     def _probes(self, frequency: Tensor, vector: Tensor) -> Tensor:
@@ -142,7 +147,7 @@ class Tracker(nn.Module):
         if self.frequency.shape[-1]:
             self.frequency.copy_(self._climb((back.conj() * v[..., None]).sum(2), waves))
             waves = self._waves(self.frequency)
-        length, v = _split((back * waves.conj()[:, :, None]).sum(-1))
+        length, v = _split((back * waves.conj()[:, :, None]).sum(-1), v)
         self.vector.copy_(torch.view_as_real(v))
         size = torch.linalg.vector_norm(image, dim=(1, 3))
         return length / torch.where(size > 0, size, 1.0)
@@ -154,6 +159,7 @@ class Tracker(nn.Module):
         gradient = (terms.sum(-1).conj()[..., None] * slope).real
         curvature = (terms.abs() @ self.positions.abs()).square().sum(-1, keepdim=True)
         safe = gradient / torch.where(curvature > 0, curvature, 1.0)
+        safe = torch.where(safe.isfinite(), safe, 0.0)
         tried = self.frequency[..., None, :] + safe[..., None, :] * safe.new_tensor(STRIDES)[:, None]
         height = (taps[..., None, :] * self._waves(tried)).sum(-1).abs()
         return tried.take_along_dim(height.argmax(-1)[..., None, None], -2)[..., 0, :]
@@ -176,6 +182,13 @@ def _back(kernels: Tensor, image: Tensor) -> Tensor:
     return torch.view_as_complex(back).mT.unflatten(-1, kernels.shape[2:])
 
 
-def _split(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Lengths and unit vectors along the last axis."""
-    return torch.linalg.vector_norm(v, dim=-1), unit(v).contiguous()
+def _split(v: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths and unit vectors along the last axis; what has no direction, or is no number, keeps the one `before`."""
+    length = torch.linalg.vector_norm(v, dim=-1)
+    return length, torch.where((length > 0)[..., None], unit(v), before).contiguous()
+
+
+def _full(weight: Tensor) -> Tensor:
+    """The weight, gathered where it is sharded."""
+    sharded = replicated(weight)
+    return weight if sharded is None else sharded[0]
