@@ -106,7 +106,22 @@ def shared_penalty(rank: int) -> None:
     assert set(gnn.LipschitzPenalty(model, shared=True).certify()) == {"0", "1", "2"}
 
 
-CHECKS = {check.__name__: check for check in (ddp, fsdp, sharded, shared_bounds, shared_penalty)}
+def sharded_penalty(rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Linear(4, 4))
+    whole = gnn.LipschitzPenalty(model, threshold=0.1)()
+    expected = torch.autograd.grad(whole, [m.weight for m in model])
+    fully_shard(model)
+    part = gnn.LipschitzPenalty(model, threshold=0.1)()
+    part.backward()
+    assert torch.allclose(part, whole)
+    for layer, e in zip(model, expected, strict=True):
+        assert torch.allclose(layer.weight.grad.full_tensor(), e, atol=1e-6)
+
+
+CHECKS = {check.__name__: check for check in (ddp, fsdp, sharded, shared_bounds, shared_penalty, sharded_penalty)}
 
 
 def main(rank: int, store: str) -> None:
