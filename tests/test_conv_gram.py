@@ -132,6 +132,30 @@ def test_memory_does_not_grow_with_the_steps() -> None:
     assert saved(1) == saved(20) < 10 * 8 * 8 * 9
 
 
+@pytest.mark.parametrize("entry", [3e38, 1e-44])
+def test_entries_at_the_ends_of_the_range(entry: float) -> None:
+    weight = torch.zeros(1, 1, 3)
+    weight[0, 0, 1] = entry
+    value = gl.conv_gram_norm(weight.requires_grad_(), 8)
+    value.backward()
+    assert value.item() == pytest.approx(weight[0, 0, 1].item(), rel=1e-6)
+    assert torch.equal(weight.grad, torch.ones(1, 1, 3))
+
+
+def test_the_default_device_does_not_matter() -> None:
+    weight = torch.randn(2, 2, 3)
+    with torch.device("meta"):
+        value = gl.conv_gram_norm(weight, 8)
+    assert torch.equal(value, gl.conv_gram_norm(weight, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn])
+def test_8_bits(dtype: torch.dtype) -> None:
+    weight = torch.randn(2, 4, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(gl.conv_gram_norm(weight, 8), gl.conv_gram_norm(weight.float(), 8))
+    assert torch.equal(gl.gram_norm(weight.flatten(1)), gl.gram_norm(weight.float().flatten(1)))
+
+
 def test_half_precision_and_complex() -> None:
     weight = kernel(3, 2, 3, 3)
     reference = gl.conv_gram_norm(weight, 6)

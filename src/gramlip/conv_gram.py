@@ -64,7 +64,7 @@ def conv_gram_norm(
         input_size: spatial size of the input; None holds for every size.
         n_iter: Gram steps, at least 1.
         stride: as in `torch.nn`.
-        padding_mode: "circular" or "zeros".
+        padding_mode: "circular", "zeros" (for a transposed convolution), or "reflect" and "replicate", times the norm of the padding.
         padding: as in `gramlip.Conv`; None is half of the dilated kernel, which keeps the size at stride 1.
         dilation: as in `torch.nn`.
         groups: as in `torch.nn`.
@@ -89,7 +89,7 @@ def conv_gram_norm(
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         msg = f"a weight of {kind} was given; expected a tensor of real or complex floating-point numbers: type weight.double()"
         raise InputError(msg)
-    shape = torch.ones(()).expand(weight.shape)  # a geometry needs a shape, not values: vmap and compile go through
+    shape = torch.ones((), device="cpu").expand(weight.shape)  # a geometry needs a shape, not values: vmap and compile go through
     options = (padding_mode, dilation, groups, transposed, output_padding)
     if padding is None:
         spans = Conv(shape, dilation=dilation).spans
@@ -97,12 +97,12 @@ def conv_gram_norm(
     op = Conv(shape, input_size, stride, padding, *options)
     kernel, scale = _scaled(wide(weight))
     object.__setattr__(op, "weight", kernel)
-    return (operator_gram_norm(op, n_iter) * scale).to(real_dtype(weight))
+    return (operator_gram_norm(op, n_iter) * scale[0] * scale[1]).to(real_dtype(weight))
 
 
-def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The tensor over a power of two near its largest entry, in two factors since one may not be representable."""
-    exponent = torch.frexp(x.detach().abs().amax())[1]
+def _scaled(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The tensor over a power of two no larger than its largest entry, in two factors since one may not be representable."""
+    exponent = torch.frexp(x.detach().abs().amax())[1] - 1
     one = torch.ones((), dtype=x.real.dtype if x.is_complex() else x.dtype, device=x.device)
     scale = torch.ldexp(one, exponent // 2), torch.ldexp(one, exponent - exponent // 2)
-    return x / scale[0] / scale[1], scale[0] * scale[1]
+    return x / scale[0] / scale[1], scale

@@ -23,6 +23,7 @@ def wide(x: Tensor) -> Tensor:
     Code that torch compiles cannot ask for that: there they are what the settings say.
     """
     full = torch.compiler.is_compiling() or full_products()
+    x = x.float() if x.dtype.itemsize == 1 else x  # torch promotes no type of 8 bits
     return x.to(torch.promote_types(x.dtype, torch.float32 if full else torch.float64))
 
 
