@@ -22,8 +22,12 @@ class Lattice:
         """For kernels of side `span`; `mirrored` where a frequency and its negative have the same norm."""
         # An axis of the torus becomes a power of two of points, as fine as one 62-bit key for group and frequency allows.
         bits = 61 - groups.bit_length() - sum(n.bit_length() for n, k in zip(points, span, strict=True) if n and k > 1)
-        if bits < 0:
-            msg = f"{points} frequencies a side are too many; expected sizes whose product is below 2**60: pass input_size=None"
+        # the products of frequencies and exponents are integers of 64 bits too
+        if bits < 0 or any(n and k > 1 and n * k >= 1 << 62 for n, k in zip(points, span, strict=True)):
+            msg = (
+                f"{points} frequencies a side are too many for a kernel of side {span}; expected sizes whose product is below 2**60, "
+                f"each times the kernel's side below 2**62: pass input_size=None"
+            )
             raise InputError(msg)
         free = sum(n is None and k > 1 for n, k in zip(points, span, strict=True))
         fine = 1 << min(24, bits // max(free, 1))
