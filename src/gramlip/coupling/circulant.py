@@ -67,7 +67,7 @@ class Circulant:
         return vector.expand(self.shapes[i][1]).repeat(math.prod(self.levels[i]))
 
     def slopes(self, what: Slope) -> tuple[Tensor | float, Tensor | float]:
-        """The slopes with 0 among them: outside the layer's extent the anchor is zero."""
+        """The slopes with 0 among them: outside the layer's extent the value is zero, whatever is read there."""
         low = what.low.clamp(max=0.0) if isinstance(what.low, Tensor) else min(what.low, 0.0)
         high = what.high.clamp(min=0.0) if isinstance(what.high, Tensor) else max(what.high, 0.0)
         return low, high
