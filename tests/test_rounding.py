@@ -328,6 +328,37 @@ def test_flushed_denormals_do_not_become_a_zero_layer(dtype: torch.dtype) -> Non
     assert interval.upper >= case.truth > 0.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64], ids=str)
+def test_flushed_denormals_count_in_a_diagonal(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    diagonal = torch.tensor([3.0, -2.0]).to(dtype) * torch.tensor(info.tiny * info.eps, dtype=dtype)
+    exact = max(Fraction(abs(x)) for x in diagonal.to(torch.complex128).real.tolist())
+    with flushed():
+        interval = gl.bound(gl.Diagonal(diagonal))
+    assert 0 < Fraction(interval.lower) <= exact <= Fraction(interval.upper) or interval.lower == 0.0 < exact <= rd.TINY <= interval.upper
+
+
+class Faint(torch.nn.Module):
+    """Denormal constants where rules and folds read them: the norm is that of the product, `size^2`."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.register_buffer("size", torch.full((2,), size))
+        self.linear = torch.nn.Linear(2, 2)
+        self.linear.weight.data = torch.eye(2) * size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.size * self.linear(x)
+
+
+def test_flushed_denormals_count_in_a_network() -> None:
+    model = Faint(1e-40).eval()
+    exact = Fraction(float(model.size[0])) ** 2
+    with flushed():
+        upper = gl.audit(model, (2,), effort=-1).upper
+    assert Fraction(upper) >= exact * (1 - Fraction(1, 10**12)) > 0
+
+
 # ---- weights as they come --------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from gramlip import rounding as rd
 from gramlip.coupling.forms import Form, block_of
 from gramlip.operators import Conv
 from gramlip.steps import Join, Linear, Network, Scale, Slice, Slope, Step, Sum
+from gramlip.widen import exact
 
 Level = tuple[Fraction, ...]
 
@@ -121,7 +122,7 @@ def superkernel(op: Conv, fine: tuple[int, ...], coarse: tuple[int, ...]) -> tup
 
     Of the convolution whose adjoint it is when transposed. Index `s (R m + i) + d t - p` of x is phase and offset by division by r.
     """
-    weight = op.weight.detach().double()
+    weight = exact(op.weight)
     g = op.groups
     rows, columns = weight.shape[0], weight.shape[1] * g
     single = torch.zeros(rows, columns, *weight.shape[2:], dtype=torch.float64)

@@ -14,6 +14,7 @@ from gramlip import rounding as rd
 from gramlip.errors import UnsupportedError
 from gramlip.rules.registry import Call, Var, register
 from gramlip.steps import Linear, Lipschitz, Product, Scale, Slice, Slope, Step, Unbounded
+from gramlip.widen import exact
 
 INF = math.inf
 JUMP = 1e-6  # the largest jump of a softplus that is taken for the smooth function
@@ -95,7 +96,7 @@ def _rrelu(call: Call) -> Slope:
 
 @register("aten.prelu")
 def _prelu(call: Call) -> Slope:
-    weight: Tensor = call.const("weight").double()
+    weight: Tensor = exact(call.const("weight"))
     ones = [1] * len(call.shape)
     if weight.numel() > 1:
         ones[1] = weight.numel()

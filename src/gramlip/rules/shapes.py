@@ -15,6 +15,7 @@ from gramlip.errors import UnsupportedError
 from gramlip.operators import Conv
 from gramlip.rules.registry import Call, Var, register
 from gramlip.steps import Join, Linear, Lines, Lipschitz, Pad, Slice, View
+from gramlip.widen import exact
 
 
 def _aten(names: str) -> list[str]:
@@ -181,7 +182,7 @@ def _where(call: Call) -> Lipschitz:
 
 def _between(values: Sequence[Any]) -> tuple[float, float] | None:
     """The least interval with the entries of all constants among the values, None without one."""
-    held = [torch.as_tensor(v).detach().double() for v in values if not isinstance(v, Var)]
+    held = [exact(torch.as_tensor(v)) for v in values if not isinstance(v, Var)]
     ends = [float(end) for v in held if v.numel() for end in (v.min(), v.max())]
     return (min(ends), max(ends)) if ends else None
 
