@@ -22,6 +22,7 @@ from gramlip import rounding as rd
 from gramlip.bound import decimals
 from gramlip.gramian import Gramian
 from gramlip.search import Search
+from gramlip.taps import Taps, spectral
 from gramlip.testing import weight
 
 POSITIVE = st.floats(0, 1e300, allow_nan=False)
@@ -498,3 +499,21 @@ def test_blocks_that_are_used_up_are_proved_alike(monkeypatch: pytest.MonkeyPatc
         assert cert.cholesky(kept, top * factor, noise).tolist() == [proved] * 3
         assert torch.equal(kept, g)
         assert cert.cholesky(kept, top * factor, noise, spare=True).tolist() == [proved] * 3
+
+
+@pytest.mark.parametrize("entry", [0.1, 0.3, 0.7])
+def test_norms_of_large_taps_are_bounds_of_sums_of_millions_of_squares(entry: float) -> None:
+    """R4: constant entries, whose sums err by more than a thousand units."""
+    found = torch.full((2, 1, 2048, 2048), entry, dtype=torch.float64)
+    taps = Taps.__new__(Taps)
+    taps.found, taps._odd = found, None
+    assert Fraction(float(taps.sizes[0, 0])) >= 2048 * Fraction(entry)
+    assert Fraction(float(spectral(found[1])[0])) >= 2048 * Fraction(entry)
+
+
+def test_growth_in_single_precision_errs_by_less_than_is_added() -> None:
+    factor = torch.full((1, 3000, 3000), 0.1)
+    exact = (3000 * Fraction(float(factor[0, 0, 0]))) ** 2
+    assert exact <= Fraction(float(cert._growth(factor)[0])) * (1 + Fraction(1, 1000))
+    assert rd.gamma(2.0 * cert.SINGLE_ORDER + 8, 2.0**-24) < 1e-3
+    assert cert.single_shift(cert.SINGLE_ORDER) < math.inf == cert.single_shift(cert.SINGLE_ORDER + 1)
