@@ -223,6 +223,31 @@ def test_hard_convolutions_of_every_size(name: str) -> None:
     assert Fraction(interval.lower) <= exact
 
 
+NARROW: dict[str, Callable[[], gl.Dense | gl.Conv]] = {
+    "matrix": lambda: gl.Dense(weight("random", (3, 3))),
+    "large matrix": lambda: gl.Dense(weight("random", (90, 70))),
+    "complex matrix": lambda: gl.Dense(weight("random", (20, 30), torch.complex64)),
+    "every size": lambda: gl.Conv(weight("random", (4, 4, 3, 3))),
+    "orthogonal": lambda: gl.Conv(weight("orthogonal", (8, 8, 1, 3))),
+    "three axes": lambda: gl.Conv(weight("random", (2, 2, 2, 2, 2))),
+    "grid": lambda: gl.Conv(weight("random", (4, 4, 3, 3)), 9, padding=1, padding_mode="circular"),
+    "finite layer": lambda: gl.Conv(weight("random", (2, 2, 3, 3)), 5, padding=1),
+    "reflected": lambda: gl.Conv(weight("random", (2, 2, 3)), 7, padding=1, padding_mode="reflect"),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_no_interval_is_wider_because_a_smaller_width_was_asked_for(name: str) -> None:
+    """Below what rounding lets be told the targets grew by steps of the width asked for, until the budget ended: 0.02 for 1e-15."""
+    op, before = NARROW[name](), math.inf
+    for rtol in (1e-9, 1e-11, 1e-12, 1e-13, 1e-14, 1e-15, 1e-16):
+        found = gl.bound(op, rtol=rtol)
+        assert found.rtol <= before * 1.001
+        assert found.rtol <= rtol or "wider than asked for" in found.because or "finite layer itself" in found.because
+        before = found.rtol
+    assert before < 1e-10
+
+
 # ---- the result does not depend on settings, nor changes them ---------------------------------------------------------------
 
 

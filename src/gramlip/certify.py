@@ -261,6 +261,7 @@ class _Enclosing:
             certificate.prepare()
             # a map that cancels to nothing is closed to what rounding can tell from zero
             floor = max(floor, 2 * rd.sqrt_up(certificate.noise(mass)))
+            width = max(width, certificate.telling(top, mass))
             vector, fresh = (x if group == best else start_like(layer, x)), 0
             while True:
                 factorizations += 1
@@ -291,6 +292,6 @@ class _Enclosing:
         cells = " at the corners of cells (theorem 7)" if found.frequency else ""
         group = f" of group {found.group - i * self.groups}" if self.groups > 1 else ""
         layers = f", {len(self.ops)} layers together" if len(self.ops) > 1 else ""
-        early = "" if found.finished else "; budget reached before the width asked for"
+        early = "" if found.finished else "; wider than asked for: as close as rounding and the budget allow"
         blocks = f"{tally.blocks} blocks of {self.gram.side}x{self.gram.side}{cells}{where}{group}{layers}"
         return f"{self.syms[i].because}; {ways} on {blocks}{early}"

@@ -50,6 +50,12 @@ class Lattice:
             if grid and n > START * d:
                 self.spread *= math.cos(math.pi * d / n)
 
+    @property
+    def finest(self) -> float:
+        """What a cell of one step on each axis loses: those of a grid nothing."""
+        steps = zip(self.sizes, self.degrees, self.on_grid, strict=True)
+        return sum(2e-15 + 2 * math.sin(math.pi * d / n / 2) ** 2 for n, d, grid in steps if not grid) / self.spread
+
     def _parts(self, refine: float, least: bool = False) -> list[tuple[int, int]]:
         """For each axis how far the cells reach, half of it where that stands for all, and how many there are.
 
