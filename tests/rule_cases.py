@@ -210,3 +210,50 @@ put("split_with_sizes", lambda x: A.split_with_sizes(x, [1, 3], 1)[1])
 put("tensor_split", lambda x: A.tensor_split(x, 2, 1)[0])
 put("unbind", lambda x: A.unbind(x, 1)[0] + A.unbind(x, 1)[1])
 CASES["getitem"] = CASES["aten.unbind"]
+
+# Overloads beside `default` that were read against their packet's rule: the same map, or refused by it.
+OVERLOADS: dict[str, str] = {
+    "Tensor": "add clamp clamp_max clamp_min clip div index masked_fill mul narrow pow repeat_interleave rsub slice sort split sub "
+    "true_divide",
+    "Scalar": "add div masked_fill mul norm pow rsub sub true_divide where",
+    "Tensor_mode": "div",
+    "Scalar_mode": "div",
+    "Tensor_Tensor": "pow",
+    "Tensor_Scalar": "pow",
+    "Tensor_hacked_twin": "index",
+    "ScalarOpt_dim": "norm",
+    "ScalarOpt_dim_dtype": "norm",
+    "ScalarOpt_dtype": "norm",
+    "ScalarOther": "where",
+    "ScalarSelf": "where",
+    "self": "where",
+    "self_Tensor": "repeat_interleave",
+    "self_int": "repeat_interleave",
+    "dtype": "addmm baddbmm bmm mm to view",
+    "device": "to",
+    "dtype_layout": "to",
+    "other": "max min to",
+    "prim_Device": "to",
+    "prim_dtype": "to",
+    "prim_other": "to",
+    "dim": "max mean median min squeeze",
+    "dims": "squeeze",
+    "dim_IntList": "sum",
+    "int": "log_softmax moveaxis movedim select softmax transpose unbind unflatten",
+    "intlist": "moveaxis movedim",
+    "using_ints": "flatten",
+    "a": "mT numpy_T",
+    "indices": "tensor_split",
+    "sections": "tensor_split",
+    "tensor_indices_or_sections": "tensor_split",
+    "sizes": "split",
+    "stable": "sort",
+    "list_Tensor": "index",
+    "decimals": "round",
+    "sublist": "einsum",
+    "padding": "conv1d conv2d conv3d",
+    "input": "conv_transpose2d conv_transpose3d",
+    "vec": "_upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
+    "upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
+    "upsample_trilinear3d",
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import mpmath
 import pytest
 import torch
 from torch import Tensor
@@ -118,3 +119,22 @@ def test_one_axis_by_the_norm_of_its_padding(monkeypatch: pytest.MonkeyPatch) ->
     assert oracle(op) <= float(both.upper) <= float(one.upper) < float(none.upper)
     assert "on axes (0,)" in one.because or "on axes (1,)" in one.because
     assert "boundary's share" not in none.because
+
+
+def test_phases_of_long_kernels_are_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two taps 400 apart, whose product is known: the error of its phase grew with their distance, which nothing allowed for."""
+    weight = torch.zeros(1, 1, 1, 401, dtype=torch.float64)
+    weight[..., 0] = weight[..., -1] = 1.0
+    found: list[Tensor] = []
+    positive = boundary._positive
+    monkeypatch.setattr(boundary, "_positive", lambda e, noise, size: found.append(e) or positive(e, noise, size))
+    geometry = axes(gl.Conv(weight, (5, 500), padding=((1, 1), (0, 0)), padding_mode="reflect"))
+    ends = (_ends(geometry[0], "reflect")[0],)
+    _largest(weight, geometry, (0,), ends, 2.0)
+    e = torch.cat(found[::2])
+    count = 48 * 400
+    with mpmath.workdps(30):
+        for i in range(7, len(e), 97):
+            exact = 2 + 2 * mpmath.cos(2 * mpmath.pi * (400 * i % count) / count)
+            errors = [abs(mpmath.mpf(x) - exact * f) for x, f in zip(e[i].real.flatten().tolist(), ends[0].flatten().tolist(), strict=True)]
+            assert max(errors) <= 4 * 200 * 2.0**-53

@@ -8,20 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import mpmath
 import pytest
 import torch
 from torch import Tensor, nn
 
+import gramlip as gl
 from gramlip.compose import constants
 from gramlip.coupling import plan, segments
-from gramlip.coupling.circulant import circulant
+from gramlip.coupling.circulant import Circulant, circulant
 from gramlip.coupling.forms import Entries, system
 from gramlip.coupling.run import Piece, Search, certificate, improve
 from gramlip.fold import fold
 from gramlip.graph import export
 from gramlip.network import audit
 from gramlip.rules import lower
-from gramlip.steps import Network
+from gramlip.steps import Linear, Network, Step
 
 
 class Residual(nn.Module):
@@ -246,3 +248,16 @@ def test_a_deep_chain_of_tiny_or_huge_layers_is_bounded(scale: float) -> None:
     exact = float(torch.linalg.matrix_norm(torch.linalg.multi_dot(matrices[::-1]), 2))
     logarithm = math.log(exact) + 8 * math.log(scale)
     assert math.log(report.upper) >= logarithm - 1e-9
+
+
+def test_symbols_on_a_torus_of_three_axes_err_by_no_more_than_is_claimed() -> None:
+    """One tap times three roots, each within 21 units: the error was claimed to be at most 24 units in all."""
+    weight = torch.zeros(1, 1, 2, 2, 2)
+    weight[..., 1, 1, 1] = 1.0
+    torus = Circulant([(1, 1, 89, 89, 89)] * 2, [(1, 1, 1)] * 2, (89, 89, 89))
+    step = Step(Linear(gl.Conv(weight, (90, 90, 90))), (0,), (1, 1, 89, 89, 89), "", "")
+    symbol, error, _, _ = torus.linear(1, step, step.what)
+    at = int(torus.find(torch.tensor([[44, 88, 88]]))[0])
+    with mpmath.workdps(30):
+        exact = mpmath.expjpi(mpmath.mpf(2 * int(torus.grid[at].sum())) / 89)
+        assert abs(mpmath.mpc(complex(symbol[at, 0, 0])) - exact) <= error

@@ -12,7 +12,7 @@ from gramlip.network import audit
 from gramlip.padding import PADDING
 from gramlip.rules import RULES
 from gramlip.testing import KERNELS, conformance
-from rule_cases import CASES
+from rule_cases import CASES, OVERLOADS
 from test_rules import Map
 
 ABSTRACT = (object, Tensor, gl.Conv, gl.Dense, gl.Diagonal, gl.Separable)  # operators are cases themselves
@@ -64,6 +64,18 @@ def test_rules_and_their_cases_are_the_same() -> None:
     missing, unknown = sorted(set(RULES) - set(CASES)), sorted(set(CASES) - set(RULES))
     assert not missing, f"{missing} have a rule; expected a row each in tests/rule_cases.py"
     assert not unknown, f"{unknown} have a row in tests/rule_cases.py; expected a rule each"
+
+
+@pytest.mark.parametrize("op", [op for op in RULES if op.startswith("aten.")])
+def test_every_overload_that_falls_to_a_rule_was_read_against_it(op: str) -> None:
+    """`view.dtype` once fell to the rule of `view`, a rearrangement."""
+    name = op.removeprefix("aten.")
+    for packet in (getattr(torch.ops.aten, name, None), getattr(torch.ops.aten, f"{name}_", None)):
+        for overload in packet.overloads() if packet is not None else ():
+            arguments = getattr(packet, overload)._schema.arguments
+            traced = any("Tensor" in str(a.type) for a in arguments) and not any(a.is_out for a in arguments)
+            known = overload == "default" or name in OVERLOADS.get(overload, "").split()
+            assert known or not traced, f"{op} has the overload {overload}; expected it in tests/rule_cases.py: OVERLOADS, once it was read"
 
 
 NOT_TRACED = {"aten.lift_fresh"}  # torch.export takes it out of the graph

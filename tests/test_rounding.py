@@ -22,6 +22,7 @@ from gramlip import rounding as rd
 from gramlip.bound import decimals
 from gramlip.gramian import Gramian
 from gramlip.search import Search
+from gramlip.taps import Taps, spectral
 from gramlip.testing import weight
 
 POSITIVE = st.floats(0, 1e300, allow_nan=False)
@@ -222,6 +223,31 @@ def test_hard_convolutions_of_every_size(name: str) -> None:
     assert Fraction(interval.lower) <= exact
 
 
+NARROW: dict[str, Callable[[], gl.Dense | gl.Conv]] = {
+    "matrix": lambda: gl.Dense(weight("random", (3, 3))),
+    "large matrix": lambda: gl.Dense(weight("random", (90, 70))),
+    "complex matrix": lambda: gl.Dense(weight("random", (20, 30), torch.complex64)),
+    "every size": lambda: gl.Conv(weight("random", (4, 4, 3, 3))),
+    "orthogonal": lambda: gl.Conv(weight("orthogonal", (8, 8, 1, 3))),
+    "three axes": lambda: gl.Conv(weight("random", (2, 2, 2, 2, 2))),
+    "grid": lambda: gl.Conv(weight("random", (4, 4, 3, 3)), 9, padding=1, padding_mode="circular"),
+    "finite layer": lambda: gl.Conv(weight("random", (2, 2, 3, 3)), 5, padding=1),
+    "reflected": lambda: gl.Conv(weight("random", (2, 2, 3)), 7, padding=1, padding_mode="reflect"),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_no_interval_is_wider_because_a_smaller_width_was_asked_for(name: str) -> None:
+    """Below what rounding lets be told the targets grew by steps of the width asked for, until the budget ended: 0.02 for 1e-15."""
+    op, before = NARROW[name](), math.inf
+    for rtol in (1e-9, 1e-11, 1e-12, 1e-13, 1e-14, 1e-15, 1e-16):
+        found = gl.bound(op, rtol=rtol)
+        assert found.rtol <= before * 1.001
+        assert found.rtol <= rtol or "wider than asked for" in found.because or "finite layer itself" in found.because
+        before = found.rtol
+    assert before < 1e-10
+
+
 # ---- the result does not depend on settings, nor changes them ---------------------------------------------------------------
 
 
@@ -326,6 +352,37 @@ def test_flushed_denormals_do_not_become_a_zero_layer(dtype: torch.dtype) -> Non
     with flushed():
         interval = gl.bound(op)
     assert interval.upper >= case.truth > 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64], ids=str)
+def test_flushed_denormals_count_in_a_diagonal(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    diagonal = torch.tensor([3.0, -2.0]).to(dtype) * torch.tensor(info.tiny * info.eps, dtype=dtype)
+    exact = max(Fraction(abs(x)) for x in diagonal.to(torch.complex128).real.tolist())
+    with flushed():
+        interval = gl.bound(gl.Diagonal(diagonal))
+    assert 0 < Fraction(interval.lower) <= exact <= Fraction(interval.upper) or interval.lower == 0.0 < exact <= rd.TINY <= interval.upper
+
+
+class Faint(torch.nn.Module):
+    """Denormal constants where rules and folds read them: the norm is that of the product, `size^2`."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.register_buffer("size", torch.full((2,), size))
+        self.linear = torch.nn.Linear(2, 2)
+        self.linear.weight.data = torch.eye(2) * size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.size * self.linear(x)
+
+
+def test_flushed_denormals_count_in_a_network() -> None:
+    model = Faint(1e-40).eval()
+    exact = Fraction(float(model.size[0])) ** 2
+    with flushed():
+        upper = gl.audit(model, (2,), effort=-1).upper
+    assert Fraction(upper) >= exact * (1 - Fraction(1, 10**12)) > 0
 
 
 # ---- weights as they come --------------------------------------------------------------------------------------------------
@@ -467,3 +524,21 @@ def test_blocks_that_are_used_up_are_proved_alike(monkeypatch: pytest.MonkeyPatc
         assert cert.cholesky(kept, top * factor, noise).tolist() == [proved] * 3
         assert torch.equal(kept, g)
         assert cert.cholesky(kept, top * factor, noise, spare=True).tolist() == [proved] * 3
+
+
+@pytest.mark.parametrize("entry", [0.1, 0.3, 0.7])
+def test_norms_of_large_taps_are_bounds_of_sums_of_millions_of_squares(entry: float) -> None:
+    """R4: constant entries, whose sums err by more than a thousand units."""
+    found = torch.full((2, 1, 2048, 2048), entry, dtype=torch.float64)
+    taps = Taps.__new__(Taps)
+    taps.found, taps._odd = found, None
+    assert Fraction(float(taps.sizes[0, 0])) >= 2048 * Fraction(entry)
+    assert Fraction(float(spectral(found[1])[0])) >= 2048 * Fraction(entry)
+
+
+def test_growth_in_single_precision_errs_by_less_than_is_added() -> None:
+    factor = torch.full((1, 3000, 3000), 0.1)
+    exact = (3000 * Fraction(float(factor[0, 0, 0]))) ** 2
+    assert exact <= Fraction(float(cert._growth(factor)[0])) * (1 + Fraction(1, 1000))
+    assert rd.gamma(2.0 * cert.SINGLE_ORDER + 8, 2.0**-24) < 1e-3
+    assert cert.single_shift(cert.SINGLE_ORDER) < math.inf == cert.single_shift(cert.SINGLE_ORDER + 1)

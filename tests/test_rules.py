@@ -12,9 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramlip.errors import InputError, UnsupportedError
+from gramlip.graph import export
 from gramlip.network import audit
-from gramlip.rules import RULES, register
+from gramlip.rules import RULES, lower, register
 from gramlip.rules.activations import SLOPES
+from gramlip.steps import Unbounded
+
+A = torch.ops.aten
 
 SMOOTH: dict[str, Callable[[mpmath.mpf], mpmath.mpf]] = {
     "silu": lambda x: x / (1 + mpmath.exp(-x)),
@@ -100,6 +104,10 @@ MAPS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] = {
     "max pool overlapping": (lambda x: F.max_pool2d(x, 3, 1, 1), SMALL, 3.0),
     "avg pool": (lambda x: F.avg_pool2d(x, 2), SMALL, 0.506),
     "avg pool ceil": (lambda x: F.avg_pool2d(x, 4, 4, 1, ceil_mode=True, count_include_pad=False), SMALL, 0.6),
+    "avg pool 1d unbatched": (lambda x: F.avg_pool1d(x[0], 3, 1), (4, 9), 1.0 + 1e-9),
+    "avg pool 2d unbatched": (lambda x: F.avg_pool2d(x[0], 9, 1, 4), (1, 12, 12), 1.0 + 1e-9),
+    "avg pool 3d unbatched": (lambda x: F.avg_pool3d(x[0], 3, 1, 1), (1, 4, 4, 4), 1.0 + 1e-9),
+    "adaptive unbatched": (lambda x: F.adaptive_avg_pool2d(x[0], (4, 5)), SMALL, 1.3),
     "adaptive": (lambda x: F.adaptive_avg_pool2d(x, (4, 5)), SMALL, 1.3),
     "adaptive max": (lambda x: F.adaptive_max_pool2d(x, 4), SMALL, 2.01),
     "global": (lambda x: x.mean((2, 3)), SMALL, 1 / 6 + 1e-6),
@@ -180,6 +188,50 @@ def test_integers_and_truth_values_jump(call: Callable[[Tensor], Tensor]) -> Non
     report = audit(Map(call).eval(), (4, 4), strict=False)
     assert report.upper == math.inf
     assert any("integers or truth values" in row.reason for row in report.left_out)
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "bits": (lambda x: x.view(torch.float16), r"a view of the bits as torch\.float16"),
+    "early switch": (lambda x: F.softplus(x, 3.0, 1.0), "jumps by 0.104 where it switches to the identity"),
+    "negative beta": (lambda x: F.softplus(x, -1.0), "expected a positive beta"),
+    "never softplus": (lambda x: F.softplus(x, 1.0, -1e4), r"jumps by 1e\+04"),
+    "out": (lambda x: torch.mul(x, 3.0, out=torch.empty_like(x)), "writes into what is given as out"),
+    "complex slopes": (lambda x: torch.view_as_real(torch.tanh(x.to(torch.complex64))), "tanh.default of complex values"),
+    "complex layers": (lambda x: torch.view_as_real(F.conv1d(2 * x.to(torch.complex64), 1j * torch.ones(1, 4, 1))), "of complex values"),
+    "unbatched padding": (lambda x: A.reflection_pad1d(x[0], [1, 1]), "padding by .* which no rule covers"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_theorem_covers_is_refused_and_unbounded_where_that_is_asked_for(name: str) -> None:
+    call, said = REFUSED[name]
+    with pytest.raises(UnsupportedError, match=said):
+        audit(Map(call).eval(), (4, 4))
+    assert lower(export(Map(call).eval(), (torch.zeros(1, 4, 4),))).network.steps[-1].what.__class__ is Unbounded
+
+
+def test_a_value_overwritten_through_a_view_leaves_no_constant() -> None:
+    """Where calls were not refused but reported, the buffer stood for what it was before: a constant, of norm 0."""
+
+    def call(x: Tensor) -> Tensor:
+        z = torch.zeros(1, 4)
+        z[:, :2] = x[:, :2]
+        return 3 * z
+
+    report = audit(Map(call).eval(), (4,), strict=False)
+    assert report.upper == math.inf
+    assert len(report.unsupported) == 1
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.5, 1.0, 30.0])
+def test_softplus_with_its_own_threshold_has_a_constant(beta: float) -> None:
+    assert audit(Map(lambda x: F.softplus(x, beta)).eval(), (4,)).upper == 1.0
+
+
+def test_a_shift_that_is_three_only_after_rounding_is_no_hardswish() -> None:
+    report = audit(Map(lambda x: x * F.relu6(x + 0.1 + 2.9)).eval(), (4,), strict=False)
+    assert report.upper == math.inf
+    assert audit(Map(lambda x: x * F.relu6(x + 1.0 + 2.0)).eval(), (4,)).upper == 9.0
 
 
 def test_an_assumption_that_two_inputs_refute_is_an_error() -> None:

@@ -99,6 +99,19 @@ def test_keys_of_three_axes_do_not_collide() -> None:
     assert math.prod(lattice.sizes) * 5 < 2**63
 
 
+@pytest.mark.parametrize("mode", ["circular", "zeros"])
+def test_products_of_frequencies_and_exponents_do_not_overflow(mode: str) -> None:
+    """Sizes below 2^60 times 65 taps once overflowed 64 bits: the interval was that of other frequencies, below the truth."""
+    weight = torch.cos(2.2 * torch.arange(65.0)).reshape(1, 1, 65)
+    truth = largest(weight[None], [1 << 16])
+    for size in (7 * 10**17 + 3, 10**18, (1 << 62) // 65 + 1):
+        with pytest.raises(gl.InputError, match="input_size=None"):
+            gl.bound(gl.Conv(weight, size, padding=32, padding_mode=mode))
+    found = gl.bound(gl.Conv(weight, (1 << 62) // 65 - 64, padding=32, padding_mode=mode), rtol=1e-3)
+    assert truth * (1 - 1e-5) <= found.upper  # the grid is so fine that it holds a frequency close to that of the truth
+    assert found.lower <= truth * (1 + 1e-5)
+
+
 def test_three_axes_reach_their_supremum() -> None:
     kernel = torch.randn(1, 8, 8, 3, 3, 3, generator=torch.Generator().manual_seed(0))
     lower, upper, _ = enclose(kernel, (None, None, None))

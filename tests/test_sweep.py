@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from gramlip import certificates, devices, gramian
 from gramlip.ascent import Ascent
 from gramlip.bench.convolutions import he
 from gramlip.certify import certify_all
+from gramlip.lattice import Lattice
 from gramlip.search import Search
 
 
@@ -82,3 +86,17 @@ def test_a_factorisation_that_is_wrong_proves_nothing(side: int, monkeypatch: py
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", sloppy)
     assert not bool(certificates.cholesky(g, t, noise))
+
+
+@pytest.mark.parametrize("complex_", [False, True])
+@pytest.mark.parametrize("rtol", [1.0, 0.2, 1e-2])
+@pytest.mark.parametrize("size", range(4, 14))
+def test_axes_that_the_spread_omits_are_visited_point_by_point(size: int, rtol: float, complex_: bool) -> None:
+    """Wide intervals took cells of several steps on grids whose points were all taken to be corners."""
+    kernel = torch.ones(1, 2, 2, 4, dtype=torch.complex64 if complex_ else torch.float32)
+    gram = gramian.Gramian(kernel, rtol=rtol, frequencies=size)
+    grid = Lattice(gram.span, (size,), 1, not complex_)
+    cells = grid.cells(gram.fine, np.zeros(1, dtype=np.int64), least=True)
+    passed_over = bool((grid.half_widths(cells) > 0).any())
+    assert gram.swept
+    assert grid.spread < math.cos(1.5 * math.pi / size) * (1 + 1e-12) or not passed_over

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gramlip import certificates as cert
+from gramlip import rounding as rd
 from gramlip import sweep
 from gramlip.arrays import Ints, Reals, integers, largest, leading, on, pieces
 from gramlip.gramian import Gramian
@@ -148,6 +149,14 @@ class Ascent:
     def _least(self) -> Reals:
         """What rounding lets be told from zero, for each layer."""
         return largest(len(self.best), self.items, 2 * np.sqrt(self.noise))
+
+    def telling(self) -> Reals:
+        """The least relative width of an interval that rounding lets be proved, for each layer: docs/rounding.md#the-least-width."""
+        c = self.g.side
+        lost = 2 * cert.shift(c) + rd.gamma(16.0 * (c + 4)) * c**0.5
+        noise = largest(len(self.best), self.items, 2 * self.noise)
+        told = np.expm1(np.log1p(lost + noise / self.best.clip(min=1e-300)) / 2) + self.lattice.finest
+        return np.where(self.best > 0, 1.05 * told, 0.0)
 
     def reaching(self, groups: Ints) -> Ints:
         """The groups whose taps' norms add up to more than their layer's lower side: the others cannot hold the norm."""

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from gramlip import certificates as cert
+from gramlip import exponents
 from gramlip import rounding as rd
+from gramlip.arrays import integers, pieces
 from gramlip.blocks import axes, grouped, polyphase
+from gramlip.lattice import waves
 from gramlip.operators import Conv
 from gramlip.padding import PADDING, Axis, index_map
 from gramlip.widen import widen
@@ -100,16 +103,16 @@ def _components(f: Tensor) -> list[Tensor]:
     """F restricted to each of its connected pieces: pieces that share no output act on orthogonal spaces."""
     touched = f.abs().sum((0, 1)) > 0
     left = touched.any(-1).nonzero()[:, 0].tolist()
-    pieces: list[Tensor] = []
+    found: list[Tensor] = []
     while left:
         piece, grown = {left[0]}, True
         while grown:
             reach = set(touched[sorted(piece)].any(0).nonzero()[:, 0].tolist()) | piece
             grown, piece = reach != piece, reach
         at = torch.tensor(sorted(piece))
-        pieces.append(f[:, :, at][:, :, :, at])
+        found.append(f[:, :, at][:, :, :, at])
         left = [i for i in left if i not in piece]
-    return pieces
+    return found
 
 
 def _largest(kernel: Tensor, geometry: list[Axis], chosen: tuple[int, ...], ends: tuple[Tensor, ...], mass: float) -> float:
@@ -126,28 +129,25 @@ def _largest(kernel: Tensor, geometry: list[Axis], chosen: tuple[int, ...], ends
     stacked = ordered[0].flatten(2 + len(rest)).flatten(2, 1 + len(rest)) if rest else ordered[0].flatten(2)[:, :, None]
     m, n, taps, picks = stacked.shape
     counts = [max(1, POINTS * (k - 1)) for k in spans]
-    grid = torch.tensor(list(itertools.product(*map(range, counts))), dtype=torch.float64).reshape(math.prod(counts), len(rest))
+    grid = integers(list(itertools.product(*map(range, counts)))).reshape(math.prod(counts), len(rest))
     if not kernel.is_complex() and rest:
-        half = grid[:, -1] <= counts[-1] // 2
-        grid = grid[half]
-    positions = torch.tensor(list(itertools.product(*map(range, spans))), dtype=torch.float64).reshape(taps, len(rest))
-    angles = grid * (2 * math.pi) / torch.tensor(counts, dtype=torch.float64) @ positions.mT
+        grid = grid[grid[:, -1] <= counts[-1] // 2]
     side = m * math.prod(f.shape[-1] for f in ends)
     width = math.prod(float(f.abs().sum((0, 1)).sum(-1).max()) for f in ends)
     size = max(rd.up(mass * mass * width * (1 + 1e-9)), LEAST)  # bounds the norm at every frequency, by Schur's test on F
-    noise = size * rd.gamma(16.0 * (n * taps * picks**2 + 64))
-    turns = [math.pi * (k - 1) / c for k, c in zip(spans, counts, strict=True)]  # degree times the grid's half-width: theorems 6 and 7
+    noise = size * rd.gamma(16.0 * (n * taps * picks**2 + 64))  # docs/rounding.md#boundary-terms
+    angles = [math.pi * (k - 1) / c for k, c in zip(spans, counts, strict=True)]  # degree times the grid's half-width: theorems 6 and 7
     top = bottom = 0.0
     real = not rest and not kernel.is_complex()
-    for part in angles.split(max(1, (32 << 20) // (16 * side**2))):
-        waves = torch.polar(torch.ones_like(part), -part)
-        d = torch.einsum("mntp,ft->fpmn", stacked, waves.real) if real else torch.einsum("mntp,ft->fpmn", stacked.to(waves.dtype), waves)
+    for part in pieces(len(grid), max(1, (32 << 20) // (16 * max(side**2, taps)))):
+        turns = torch.from_numpy(waves(grid[part], tuple(counts), exponents.taps(tuple(spans))))
+        d = torch.einsum("mntp,ft->fpmn", stacked, turns.real) if real else torch.einsum("mntp,ft->fpmn", stacked.to(turns.dtype), turns)
         pairs = torch.einsum("fpmn,fqkn->fmkpq", d, d.conj())
-        e = _contract(pairs, ends).reshape(len(part), side, side)
+        e = _contract(pairs, ends).reshape(len(turns), side, side)
         e = (e + e.mH) / 2
         top, bottom = max(top, _positive(e, noise, size)), max(bottom, _positive(-e, noise, size) if rest else 0.0)
-    largest = min(size, max(top, bottom) / math.prod(math.cos(t) for t in turns) * (1 + 1e-9))  # of the norm at any frequency
-    return rd.up(top + largest * sum(1 - math.cos(t) for t in turns) * (1 + 1e-9))
+    largest = min(size, max(top, bottom) / math.prod(math.cos(t) for t in angles) * (1 + 1e-9))  # of the norm at any frequency
+    return rd.up(top + largest * sum(1 - math.cos(t) for t in angles) * (1 + 1e-9))
 
 
 def _contract(pairs: Tensor, ends: tuple[Tensor, ...]) -> Tensor:

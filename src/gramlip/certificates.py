@@ -11,6 +11,7 @@ from torch import Tensor
 from gramlip import devices
 from gramlip import rounding as rd
 
+SINGLE_ORDER = 8192  # up to this order sums of nonnegative numbers in single precision err by less than a thousandth
 TRACE_ORDER = 128  # up to this order the trace is a good enough bound of a single-precision factorisation's error
 LARGE_BYTES = 16 << 20  # blocks each so large are factorised without another copy where nobody needs them any more
 WHOLE, MANY = 16, 32  # order up to which all eigenvectors cost less than a Krylov basis, or half of it for more blocks than so many
@@ -32,8 +33,10 @@ def single_shift(side: int) -> float:
     """The shift for a factorisation in single precision, of a matrix formed in double: docs/rounding.md#single-precision.
 
     Up to `TRACE_ORDER` the trace bounds the error beforehand; above, the factor itself does afterwards, and this is what it
-    comes to for flat spectra.
+    comes to for flat spectra. Infinite above `SINGLE_ORDER`.
     """
+    if side > SINGLE_ORDER:
+        return math.inf
     growth = 1.42 * side if side <= TRACE_ORDER else 1.55 * (0.87 + 0.22 * side**0.5) ** 2
     return 1.1 * (_single_gamma(side) * growth + 2.0**-23 * side**0.5)
 
@@ -57,7 +60,7 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
     factor, info = _factor(matrix)
     proved = (info == 0) & (t > 0)
     if devices.parallel(g.device):  # LAPACK's backward error is a theorem; another library's is measured on its result
-        residual = frobenius(matrix.baddbmm_(factor, factor.mH, alpha=-1)) * (1 + 2.0**-40)
+        residual = frobenius(matrix.baddbmm_(factor, factor.mH, alpha=-1)) * (1 + rd.gamma(4.0 * (side + 4)))
         proved &= residual + rd.gamma(8.0 * (side + 2)) * frobenius(factor).square() <= (2 * shift(side) - 2.0**-52) * t
     if single and side > TRACE_ORDER:
         within = _growth(factor).to(torch.float64) * ((1 + 1e-3) * _single_gamma(side)) <= (0.99 * s - 2.0**-23 * side**0.5) * t

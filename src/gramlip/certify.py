@@ -21,7 +21,7 @@ from gramlip.gramian import Gramian
 from gramlip.operators import Conv, Dense, Diagonal, Operator, Separable
 from gramlip.probe import SAMPLE_BYTES, sample, start_like, wave
 from gramlip.search import Enclosure, Search
-from gramlip.widen import widen_each
+from gramlip.widen import widen, widen_each
 
 AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself while its estimated operations stay below this
 FINITE_BYTES = 384 << 20  # and never with more memory than this
@@ -95,12 +95,14 @@ def _on_cpu() -> AbstractContextManager[object]:
 
 
 def _diagonal(op: Diagonal) -> Bound:
-    if op.weight.is_complex():
-        pairs = torch.view_as_real(op.weight.resolve_conj()).to(torch.float64).reshape(-1, 2).tolist()
-        top = max(rd.hypot_up(map(abs, pair)) for pair in pairs)
-        return Bound(rd.down(top * (1 - 2.0**-50)), top, "largest modulus of a diagonal")
-    top = max(abs(x) for x in op.weight.to(torch.float64).flatten().tolist())
-    return Bound(top, top, "largest entry of a diagonal")
+    wide, exponent = widen(op.weight.detach().flatten(), None)
+    if wide.is_complex():
+        top = max(rd.hypot_up(map(abs, pair)) for pair in torch.view_as_real(wide).tolist())
+        lower, because = rd.down(top * (1 - 2.0**-50)), "largest modulus of a diagonal"
+    else:
+        lower = top = float(wide.abs().max())
+        because = "largest entry of a diagonal"
+    return Bound(rd.ldexp_down(lower, exponent), rd.ldexp_up(top, exponent), because)
 
 
 def _separable(op: Separable, rtol: float) -> Bound:
@@ -259,6 +261,7 @@ class _Enclosing:
             certificate.prepare()
             # a map that cancels to nothing is closed to what rounding can tell from zero
             floor = max(floor, 2 * rd.sqrt_up(certificate.noise(mass)))
+            width = max(width, certificate.telling(top, mass))
             vector, fresh = (x if group == best else start_like(layer, x)), 0
             while True:
                 factorizations += 1
@@ -289,6 +292,6 @@ class _Enclosing:
         cells = " at the corners of cells (theorem 7)" if found.frequency else ""
         group = f" of group {found.group - i * self.groups}" if self.groups > 1 else ""
         layers = f", {len(self.ops)} layers together" if len(self.ops) > 1 else ""
-        early = "" if found.finished else "; budget reached before the width asked for"
+        early = "" if found.finished else "; wider than asked for: as close as rounding and the budget allow"
         blocks = f"{tally.blocks} blocks of {self.gram.side}x{self.gram.side}{cells}{where}{group}{layers}"
         return f"{self.syms[i].because}; {ways} on {blocks}{early}"

@@ -232,6 +232,10 @@ class Certificate:
         length = 8.0 * (math.prod(self.layer.shape[1:]) * math.prod(self.layer.sizes[1:]) + 64)
         return rd.mul_up(rd.gamma(length), bound)
 
+    def telling(self, lower: float, mass: float) -> float:
+        """The least relative width above a lower side that rounding lets be proved: docs/rounding.md#the-least-width."""
+        return math.expm1(math.log1p(2 * shift(self.side * self.steps) + 4 * self.noise(mass) / max(lower, 1e-150) ** 2) / 2)
+
     def proves(self, tau: float, mass: float) -> bool:
         """Whether the factorisation for tau completes: then `||T|| <= tau`."""
         noise, total = self.noise(mass), self.side * self.steps

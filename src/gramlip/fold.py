@@ -16,6 +16,7 @@ from gramlip.blocks import axes
 from gramlip.errors import InputError
 from gramlip.operators import Conv, Dense
 from gramlip.steps import Linear, Network, Pad, Scale, Step, Sum, renumbered
+from gramlip.widen import exact
 
 Op = Conv | Dense | Scale
 LARGEST = 2**22  # entries of a kernel that a fold may create by spreading groups
@@ -68,7 +69,7 @@ def crude(op: Op) -> float:
     """A quick upper bound of the norm: Frobenius norms of the taps, times the repeats of the padding."""
     if isinstance(op, Scale):
         return float(op.weight.abs().max())
-    weight = op.weight.detach().double()
+    weight = exact(op.weight)
     if isinstance(op, Dense):
         return rd.mul_up(float(torch.linalg.vector_norm(weight)), 1 + 1e-9)
     taps = torch.linalg.vector_norm(weight.flatten(2), dim=(0, 1)).sum()
@@ -103,7 +104,7 @@ def _chain(step: Step, inner: Step, network: Network) -> Linear | None:
     if isinstance(b, Scale) and not isinstance(a, Scale):
         return None if (scaled := _columns(a, b, len(inner.shape))) is None else _linear(scaled, outer, first, 2)
     if isinstance(a, Dense) and isinstance(b, Dense):
-        return _linear(Dense(a.weight.detach().double() @ b.weight.detach().double()), outer, first, b.weight.shape[0] + 2)
+        return _linear(Dense(exact(a.weight) @ exact(b.weight)), outer, first, b.weight.shape[0] + 2)
     if isinstance(a, Conv) and isinstance(b, Conv):
         return _pointwise(outer, first, a, b)
     return None
@@ -130,7 +131,7 @@ def _vector(scale: Scale, axis: int, ndim: int, size: int) -> Tensor | None:
 
 def _rows(op: Conv | Dense, scale: Scale, ndim: int) -> Conv | Dense | None:
     """The operator followed by the scale."""
-    weight = op.weight.detach().double()
+    weight = exact(op.weight)
     if isinstance(op, Dense):
         v = _vector(scale, ndim - 1, ndim, weight.shape[0])
         return None if v is None else Dense(v[:, None] * weight)
@@ -142,7 +143,7 @@ def _rows(op: Conv | Dense, scale: Scale, ndim: int) -> Conv | Dense | None:
 
 def _columns(op: Conv | Dense, scale: Scale, ndim: int) -> Conv | Dense | None:
     """The operator after the scale."""
-    weight = op.weight.detach().double()
+    weight = exact(op.weight)
     if isinstance(op, Dense):
         v = _vector(scale, ndim - 1, ndim, weight.shape[1])
         return None if v is None else Dense(weight * v)
@@ -180,7 +181,7 @@ def _pointwise(outer: Linear, inner: Linear, a: Conv, b: Conv) -> Linear | None:
         a, b = replace(a, stride=1), replace(b, stride=[s * t for s, t in zip(a.stride, b.stride, strict=True)])  # type: ignore[arg-type]
     if not (_is_pointwise(a) or _is_pointwise(b)):
         return None
-    one, other = a.weight.detach().double(), b.weight.detach().double()
+    one, other = exact(a.weight), exact(b.weight)
     if _is_pointwise(a):
         op = replace(b, weight=torch.einsum("om,mi...->oi...", one.flatten(1), other))
     else:
@@ -220,8 +221,8 @@ def _added(one: Linear, other: Linear, shape: tuple[int, ...]) -> Linear | None:
         a, b = b, a
     assert not isinstance(a, Scale)
     if isinstance(a, Dense):
-        wide = b.weight.detach().double() if isinstance(b, Dense) else _eye(b, len(shape), shape[-1]) if isinstance(b, Scale) else None
-        return None if wide is None or wide.shape != a.weight.shape else Linear(Dense(a.weight.detach().double() + wide), error)
+        wide = exact(b.weight) if isinstance(b, Dense) else _eye(b, len(shape), shape[-1]) if isinstance(b, Scale) else None
+        return None if wide is None or wide.shape != a.weight.shape else Linear(Dense(exact(a.weight) + wide), error)
     if isinstance(b, Scale):
         v = _vector(b, 1, len(shape), shape[1])
         if v is None or a.transposed or _channels(a)[0] != _channels(a)[1]:
@@ -260,8 +261,8 @@ def _parallel(a: Conv, b: Conv) -> Conv | None:
         if rest or start < 0 or start + small > k or (small > 1 and d != e):
             return None
         window.append(slice(start, start + small))
-    weight = a.weight.detach().double().clone()
-    weight[(slice(None), slice(None), *window)] += b.weight.detach().double()
+    weight = exact(a.weight).clone()
+    weight[(slice(None), slice(None), *window)] += exact(b.weight)
     try:
         return replace(a, weight=weight)
     except InputError:  # an overflow in the sum: keep the branches apart
@@ -272,7 +273,7 @@ def _spread_groups(op: Conv) -> Conv:
     """The same convolution with one group, zeros between the groups."""
     if op.groups == 1:
         return op
-    weight = op.weight.detach().double()
+    weight = exact(op.weight)
     rows, columns = weight.shape[0] // op.groups, weight.shape[1]
     wide = torch.zeros(weight.shape[0], columns * op.groups, *weight.shape[2:], dtype=torch.float64)
     for g in range(op.groups):

@@ -85,7 +85,7 @@ class Gramian:
 
     def _sweepable(self, frequencies: int | None, rtol: float) -> bool:
         """Whether cells that close the interval at once, each block squared on its own, are few enough: `gramlip.sweep`."""
-        self.fine = resolution(self.axes, SWEPT_SLACK * rtol)
+        self.fine = max(1.0, resolution(self.axes, SWEPT_SLACK * rtol))  # below, cells would pass over points of grids that `spread` omits
         cells = math.prod(math.ceil(START * self.fine * (k - 1) / 2) or 1 for k in self.span) / (1 if self.is_complex else 2)
         blocks = self.groups * max(1, min(cells, math.inf if frequencies is None else frequencies))
         return (

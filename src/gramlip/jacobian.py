@@ -33,7 +33,7 @@ class Stretch:
 def function(program: Program, shapes: Sequence[tuple[int, ...]]) -> Function:
     """The network in float64 as a function of one flat vector (all inputs joined) to one flat vector (all outputs joined)."""
     sizes = [math.prod(s) for s in shapes]
-    constants = {n: c.double() if isinstance(c, Tensor) and c.is_floating_point() else c for n, c in program.constants.items()}
+    constants = {n: _double(c) for n, c in program.constants.items()}
 
     def run(flat: Tensor) -> Tensor:
         values: dict[fx.Node, Any] = dict(constants)
@@ -45,6 +45,12 @@ def function(program: Program, shapes: Sequence[tuple[int, ...]]) -> Function:
         return torch.cat([values[n].reshape(-1).double() for n in program.outputs])
 
     return run
+
+
+def _double(constant: Any) -> Any:
+    if not isinstance(constant, Tensor) or not (constant.is_floating_point() or constant.is_complex()):
+        return constant
+    return constant.to(torch.complex128 if constant.is_complex() else torch.float64)
 
 
 def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:

@@ -22,8 +22,12 @@ class Lattice:
         """For kernels of side `span`; `mirrored` where a frequency and its negative have the same norm."""
         # An axis of the torus becomes a power of two of points, as fine as one 62-bit key for group and frequency allows.
         bits = 61 - groups.bit_length() - sum(n.bit_length() for n, k in zip(points, span, strict=True) if n and k > 1)
-        if bits < 0:
-            msg = f"{points} frequencies a side are too many; expected sizes whose product is below 2**60: pass input_size=None"
+        # the products of frequencies and exponents are integers of 64 bits too
+        if bits < 0 or any(n and k > 1 and n * k >= 1 << 62 for n, k in zip(points, span, strict=True)):
+            msg = (
+                f"{points} frequencies a side are too many for a kernel of side {span}; expected sizes whose product is below 2**60, "
+                f"each times the kernel's side below 2**62: pass input_size=None"
+            )
             raise InputError(msg)
         free = sum(n is None and k > 1 for n, k in zip(points, span, strict=True))
         fine = 1 << min(24, bits // max(free, 1))
@@ -45,6 +49,12 @@ class Lattice:
         for n, d, grid in zip(self.sizes, self.degrees, self.on_grid, strict=True):
             if grid and n > START * d:
                 self.spread *= math.cos(math.pi * d / n)
+
+    @property
+    def finest(self) -> float:
+        """What a cell of one step on each axis loses: those of a grid nothing."""
+        steps = zip(self.sizes, self.degrees, self.on_grid, strict=True)
+        return sum(2e-15 + 2 * math.sin(math.pi * d / n / 2) ** 2 for n, d, grid in steps if not grid) / self.spread
 
     def _parts(self, refine: float, least: bool = False) -> list[tuple[int, int]]:
         """For each axis how far the cells reach, half of it where that stands for all, and how many there are.

@@ -30,6 +30,7 @@ from gramlip.steps import (
     View,
     What,
 )
+from gramlip.widen import exact
 
 SLACK = 1e-9  # relative to the sum of moduli; covers the rounding of sums of fewer than a million float64 terms
 WIDEST = 2048  # sides of matrices that are multiplied for it
@@ -199,7 +200,7 @@ def _norm(matrix: Tensor) -> float:
 
 def _rows(op: Conv | Dense) -> Tensor:
     """The weights that meet in one entry of the result, a row each."""
-    weight = op.weight.detach().double()
+    weight = exact(op.weight)
     if isinstance(op, Dense):
         return weight
     if not op.transposed:

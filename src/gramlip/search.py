@@ -54,16 +54,17 @@ class Search(Ascent):
     """Encloses the largest norm of a symbol; `start` finds the lower side, `close` proves the upper one."""
 
     def close(self, rtol: float | Reals, only: Sequence[int] | None = None, ceiling: Reals | None = None) -> list[Enclosure]:
-        """Prove for every layer (or `only` these) that nothing exceeds its lower side by more than `rtol`, unless the budget ends first.
+        """Prove for every layer (or `only` these) that nothing exceeds its lower side by more than `rtol`, or than can be proved.
 
         A value in `ceiling` is good enough as well where it is larger.
         """
         if ceiling is not None:
             self.floor = np.maximum(self.floor, ceiling)
         chosen = list(range(len(self.best))) if only is None else list(only)
-        width = np.broadcast_to(rtol, self.best.shape)
+        width = np.maximum(rtol, self.telling())  # closer is asked for in vain
+        narrow = width > rtol
         if self.g.swept and len(chosen) == len(self.best) and self._swept(width):
-            return [self._result(i, float(self._tau(width)[i]), True) for i in chosen]
+            return [self._result(i, float(self._tau(width)[i]), not narrow[i]) for i in chosen]
         self.rtol = float((self._tau(width)[chosen] / np.sqrt(self.best[chosen]).clip(min=1e-300) - 1).min())
         taps = self.g.tap_norms(self.items, self.best)
         groups = self.nonzero()
@@ -112,10 +113,8 @@ class Search(Ascent):
                 steps *= 2
                 if stuck:
                     stretch[late] *= 1 + width[late] / 4
-        upper = self._tau(width) * stretch
-        return [
-            self._crude(i) if math.isinf(float(upper[i])) else self._result(i, float(upper[i]), float(stretch[i]) == 1.0) for i in chosen
-        ]
+        upper, finished = self._tau(width) * stretch, (stretch == 1.0) & ~narrow
+        return [self._crude(i) if math.isinf(float(upper[i])) else self._result(i, float(upper[i]), bool(finished[i])) for i in chosen]
 
     def _swept(self, width: Reals) -> bool:
         """Whether all corners of a sweep are proved to be so far below the targets that nothing between them exceeds them.
@@ -207,7 +206,7 @@ class Search(Ascent):
         """Where the tap bound of the whole torus, `||A_0|| + 2 sum ||A_q||`, proves the target at once."""
         assert self.g.taps is not None
         room = tau * tau * (1 - 1e-15) - 2 * taps[groups].sum(-1) * (1 + 1e-12)
-        done: Flags = room > self.best[self.items[groups]] * (1 + 1e-12)
+        done: Flags = room > self.best[self.items[groups]]
         chosen = done.nonzero()[0]
         if len(chosen):
             zero = self.g.taps.zero[on(self.g.device, groups[chosen])]

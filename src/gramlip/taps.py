@@ -84,9 +84,10 @@ class Taps:
     @cached_property
     def sizes(self) -> Reals:
         """Upper bounds of the Frobenius norms of `A_q`, q > 0, (groups, taps)."""
+        grow = _grow(self.found.shape[-1])
         if self._odd is None:
-            return _frobenius(self.found[1:]) * (1 + 1e-12)
-        return np.hypot(_frobenius(self.found[1:]), _frobenius(self._odd)) / 2 * (1 + 1e-12)  # the two are orthogonal
+            return _frobenius(self.found[1:]) * grow
+        return np.hypot(_frobenius(self.found[1:]), _frobenius(self._odd)) / 2 * grow  # the two are orthogonal
 
     def norms(self) -> Reals:
         """Upper bounds of `||A_q||`, q > 0, (groups, taps), by one Gram step more than the Frobenius norm."""
@@ -176,7 +177,7 @@ class Narrow:
     def sizes(self) -> Reals:
         """Upper bounds of the Frobenius norms of `A_q`, q > 0, (groups, taps)."""
         found = [[float(torch.linalg.vector_norm(tap.to(torch.float64))) for tap in taps] for taps in self.rest]
-        return np.array(found) * (1 + 1e-12)
+        return np.array(found) * _grow(self.rest.shape[-1])
 
     @staticmethod
     def _norm(tap: Tensor) -> float:
@@ -220,7 +221,7 @@ def spectral(taps: Tensor) -> Tensor:
     sizes = torch.linalg.vector_norm(taps, dim=(-2, -1))
     unit = taps / torch.where(sizes > 0, sizes, 1.0)[:, None, None]
     error = torch.full((len(unit),), 2 * rd.gamma(8.0 * (taps.shape[-1] + 2)), dtype=torch.float64, device=taps.device)
-    return cert.gram(unit.mH @ unit, error).sqrt().clamp_max(1.0) * sizes * (1 + 1e-12)
+    return cert.gram(unit.mH @ unit, error).sqrt().clamp_max(1.0) * sizes * _grow(taps.shape[-1])
 
 
 def _parts(turning: Complexes, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -234,6 +235,11 @@ def _weighted(weights: Tensor, taps: Tensor, group: Ints) -> Tensor:
     if taps.shape[0] > 1 and weights.numel() * taps.shape[-1] ** 2 * 16 <= GATHERED_BYTES:
         return torch.einsum("ft,ftcd->fcd", weights, taps[on(taps.device, group)])
     return combined(weights, taps, group)
+
+
+def _grow(side: int) -> float:
+    """One and a bound of the relative error of a computed Frobenius norm of so many rows and columns: docs/rounding.md#r4-moments."""
+    return 1.0 + rd.gamma(side * side + 16.0)
 
 
 def _frobenius(taps: Tensor) -> Reals:

@@ -37,6 +37,11 @@ def widen_each(x: Tensor, exponents: Sequence[int] | None = None) -> tuple[Tenso
     return wide, list(exponents)
 
 
+def exact(x: Tensor) -> Tensor:
+    """Real numbers of any dtype as float64, to be read alone: denormal ones too, whether or not this thread flushes them."""
+    return widen(x.detach(), 0)[0] if x.is_floating_point() else x.detach().to(torch.float64)
+
+
 def exponent_of(x: Tensor) -> int | None:
     """The exponent of the power of two above the largest entry; None where all entries are zero."""
     _, magnitude, width, least = _bits(torch.view_as_real(x.resolve_conj()) if x.is_complex() else x)
@@ -53,7 +58,7 @@ def _bits(x: Tensor) -> tuple[Tensor, Tensor, int, int]:
     """A contiguous float32 or float64 copy of x, the bits of its moduli, the bits of a mantissa and the least exponent."""
     if x.dtype == torch.bfloat16:
         x = (x.contiguous().view(torch.int16).to(torch.int32) << 16).view(torch.float32)
-    elif x.dtype == torch.float16:
+    elif x.dtype not in (torch.float32, torch.float64):
         x = x.to(torch.float32)
     x = x.contiguous()
     dtype, width, least = (torch.int32, 23, -149) if x.dtype == torch.float32 else (torch.int64, 52, -1074)

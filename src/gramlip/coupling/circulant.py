@@ -17,6 +17,7 @@ from gramlip import rounding as rd
 from gramlip.coupling.forms import Form, block_of
 from gramlip.operators import Conv
 from gramlip.steps import Join, Linear, Network, Scale, Slice, Slope, Step, Sum
+from gramlip.widen import exact
 
 Level = tuple[Fraction, ...]
 
@@ -67,7 +68,7 @@ class Circulant:
         return vector.expand(self.shapes[i][1]).repeat(math.prod(self.levels[i]))
 
     def slopes(self, what: Slope) -> tuple[Tensor | float, Tensor | float]:
-        """The slopes with 0 among them: outside the layer's extent the anchor is zero."""
+        """The slopes with 0 among them: outside the layer's extent the value is zero, whatever is read there."""
         low = what.low.clamp(max=0.0) if isinstance(what.low, Tensor) else min(what.low, 0.0)
         high = what.high.clamp(min=0.0) if isinstance(what.high, Tensor) else max(what.high, 0.0)
         return low, high
@@ -82,7 +83,8 @@ class Circulant:
         fine, coarse = (i, source) if op.transposed else (source, i)
         taps, offsets = superkernel(op, self.levels[fine], self.levels[coarse])
         symbol = self._symbol(taps, offsets)
-        error = rd.mul_up(rd.gamma(len(offsets) + 16.0), rd.mul_up(float(torch.linalg.vector_norm(taps, dim=(1, 2)).sum()), 1 + 1e-9))
+        # a product of real taps with waves as of docs/rounding.md#r2-symbol
+        error = rd.mul_up(rd.gamma(len(offsets) + 96.0), rd.mul_up(float(torch.linalg.vector_norm(taps, dim=(1, 2)).sum()), 1 + 1e-9))
         pointwise = all(k == 1 for k in op.weight.shape[2:]) and not any(map(any, op.padding)) and all(s == 1 for s in op.stride)  # type: ignore[arg-type,union-attr]
         needs_clean = op.transposed or any(map(any, op.padding))  # type: ignore[arg-type]
         return symbol.mH if op.transposed else symbol, rd.add_up(error, what.error), needs_clean, pointwise
@@ -121,7 +123,7 @@ def superkernel(op: Conv, fine: tuple[int, ...], coarse: tuple[int, ...]) -> tup
 
     Of the convolution whose adjoint it is when transposed. Index `s (R m + i) + d t - p` of x is phase and offset by division by r.
     """
-    weight = op.weight.detach().double()
+    weight = exact(op.weight)
     g = op.groups
     rows, columns = weight.shape[0], weight.shape[1] * g
     single = torch.zeros(rows, columns, *weight.shape[2:], dtype=torch.float64)

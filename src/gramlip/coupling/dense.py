@@ -11,13 +11,14 @@ from torch.nn import functional
 from gramlip.blocks import axes
 from gramlip.operators import Conv, Dense
 from gramlip.steps import Scale, Shape
+from gramlip.widen import exact
 
 
 def apply(op: Conv | Dense | Scale, x: Tensor) -> Tensor:
     """The operator on a batch, as torch computes it, in float64."""
     if isinstance(op, Scale):
         return x * op.weight
-    weight = op.weight.detach().double()
+    weight = exact(op.weight)
     if isinstance(op, Dense):
         return x @ weight.mT
     if op.transposed:

@@ -14,6 +14,7 @@ from gramlip.coupling.links import Alias, Pooled
 from gramlip.coupling.run import Piece, system_cost
 from gramlip.operators import Conv
 from gramlip.steps import Input, Join, Linear, Network, Slice, Slope, Step, Sum, View
+from gramlip.widen import exact
 
 ENTRIES = 512  # values of at most so many entries are taken entry by entry
 MEMORY = 2**24  # matrix entries that one form may take
@@ -173,5 +174,5 @@ def _pool(network: Network, first: int, last: int) -> tuple[float, float] | None
     alone = op.groups == shape[1] and tuple(op.weight.shape) == (shape[1], 1, *shape[2:]) and not any(map(any, op.padding))  # type: ignore[arg-type]
     if not alone or op.weight.is_complex():
         return None
-    weight = op.weight.detach().double()
+    weight = exact(op.weight)
     return (float(weight.max()), what.error) if bool((weight == weight.max()).all()) else None

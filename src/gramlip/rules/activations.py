@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
+from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.errors import UnsupportedError
 from gramlip.rules.registry import Call, Var, register
-from gramlip.steps import Linear, Lipschitz, Product, Scale, Slice, Slope, Unbounded
+from gramlip.steps import Linear, Lipschitz, Product, Scale, Slice, Slope, Step, Unbounded
+from gramlip.widen import exact
 
 INF = math.inf
+JUMP = 1e-6  # the largest jump of a softplus that is taken for the smooth function
 # name -> (least slope, largest slope, image, value at 0), each float just outside the real number; tests/test_rules.py
 # compares them with mpmath.
 SLOPES: dict[str, tuple[float, float, tuple[float, float], tuple[float, float]]] = {
@@ -47,16 +50,23 @@ def slope(name: str) -> Slope:
     return Slope(low, high, f"{name}: slopes in [{low:.7g}, {high:.7g}]{_NOTES.get(name, '')}", image, at_zero)
 
 
-def _named(name: str, call: Call) -> Slope:
-    if name == "softplus" and float(call.const("beta")) <= 0:
-        msg = f"softplus with beta={call['beta']!r}; expected a positive beta"
-        raise UnsupportedError(msg)
-    return slope(name)
-
-
 for _name in SLOPES:
-    if _name not in ("gelu", "gelu tanh", "softshrink"):
-        register(f"aten.{_name}")(partial(_named, _name))
+    if _name not in ("gelu", "gelu tanh", "softplus", "softshrink"):
+        register(f"aten.{_name}")(lambda call, name=_name: slope(name))
+
+
+@register("aten.softplus")
+def _softplus(call: Call) -> Slope:
+    """The smooth function; refused where torch's switch to the identity, at `beta x = threshold`, jumps by more than `JUMP`."""
+    beta, threshold = float(call.const("beta")), float(call.const("threshold"))
+    jump = float(np.logaddexp(0.0, -threshold)) / beta if beta > 0 else INF
+    if not jump <= JUMP:
+        msg = (
+            f"softplus with beta={beta:g}, threshold={threshold:g}, which jumps by {jump:.3g} where it switches to the identity; "
+            f"expected a positive beta and at most {JUMP:g}: pass a larger threshold"
+        )
+        raise UnsupportedError(msg)
+    return slope("softplus")
 
 
 @register("aten.softshrink")
@@ -86,7 +96,7 @@ def _rrelu(call: Call) -> Slope:
 
 @register("aten.prelu")
 def _prelu(call: Call) -> Slope:
-    weight: Tensor = call.const("weight").double()
+    weight: Tensor = exact(call.const("weight"))
     ones = [1] * len(call.shape)
     if weight.numel() > 1:
         ones[1] = weight.numel()
@@ -153,7 +163,7 @@ def gated(call: Call, x: Var, gate: Var) -> Slope | None:
     step = call.steps[gate.step]
     if not isinstance(step.what, Slope) or x.shape != gate.shape:
         return None
-    at, factor, shift = step.sources[0], 1.0, 0.0
+    at, factor, shift = step.sources[0], Fraction(1), Fraction(0)
     while at != x.step:  # back through constants to the value itself
         what = call.steps[at].what
         if (
@@ -161,18 +171,26 @@ def gated(call: Call, x: Var, gate: Var) -> Slope | None:
             or not isinstance(what.op, Scale)
             or what.op.weight.numel() > 1
             or torch.as_tensor(what.bias).numel() > 1
+            or not math.isfinite(float(what.bias) + float(what.op.weight))
         ):
             return None
-        shift, factor = shift + factor * float(what.bias), factor * float(what.op.weight)
+        shift, factor = shift + factor * Fraction(float(what.bias)), factor * Fraction(float(what.op.weight))
         at = call.steps[at].sources[0]
     if step.op.startswith("aten.sigmoid") and factor > 0 and shift == 0:  # silu(b x) / b
         found = slope("silu")
-        return replace(found, because=f"x sigmoid(b x): {found.because}", image=(found.image[0] / factor * (1 + 1e-12), INF))
-    if (factor, shift) == (1.0, 0.0) and step.op.startswith("aten.hardsigmoid"):
+        least = Fraction(-found.image[0]) / factor
+        return replace(found, because=f"x sigmoid(b x): {found.because}", image=(-rd.up(float(least)) if least < 10**300 else -INF, INF))
+    if (factor, shift) == (1, 0) and step.op.startswith("aten.hardsigmoid"):
         return slope("hardswish")
-    if (factor, shift) == (1.0, 3.0) and step.what.image == (0.0, 6.0):
+    if (factor, shift) == (1, 3) and _is_relu6(step):
         return Slope(-3.0, 9.0, "x relu6(x + 3): six times hardswish, slopes in [-3, 9]", (-2.25, INF))
     return None
+
+
+def _is_relu6(step: Step) -> bool:
+    """Whether it clips to [0, 6]; a clamp between tensors has an image too, which holds those of all its entries."""
+    clips = step.op.split(".")[1].rstrip("_") in ("relu6", "hardtanh", "clamp", "clip")
+    return clips and isinstance(step.what, Slope) and (step.what.image, step.what.at_zero) == ((0.0, 6.0), (0.0, 0.0))
 
 
 @register("aten.softmax", "aten._softmax", "aten.special_softmax")

@@ -17,22 +17,23 @@ from gramlip.rules.attention import product
 from gramlip.rules.registry import Call, Var, register
 from gramlip.rules.steep import quotient
 from gramlip.steps import Linear, Lipschitz, Product, Scale, Sum, Unbounded
+from gramlip.widen import exact
 
 
 def entries_of(value: object) -> Tensor | None:
     """A real number or tensor as float64; None for anything else."""
     if isinstance(value, bool | int | float):
         return torch.tensor(float(value), dtype=torch.float64)
-    return value.detach().double() if isinstance(value, Tensor) and not value.is_complex() else None
+    return exact(value) if isinstance(value, Tensor) and not value.is_complex() else None
 
 
 def _along(bias: Tensor | None, axis: int, ndim: int) -> Tensor | float:
-    return 0.0 if bias is None else bias.detach().double().reshape([-1 if j == axis else 1 for j in range(ndim)])
+    return 0.0 if bias is None else exact(bias).reshape([-1 if j == axis else 1 for j in range(ndim)])
 
 
 def _channels(weight: Tensor, bias: Tensor | None, ndim: int, error: float = 0.0) -> Linear:
     """Multiplication of each channel (axis 1) by its own constant."""
-    scale = weight.double().reshape([-1 if j == 1 else 1 for j in range(ndim)])
+    scale = exact(weight).reshape([-1 if j == 1 else 1 for j in range(ndim)])
     return Linear(Scale(scale), error, _along(bias, 1, ndim))
 
 
@@ -45,15 +46,15 @@ def _linear(call: Call) -> Linear:
 @register("aten.addmm")
 def _addmm(call: Call) -> Linear:
     call.var("mat1")
-    bias = call.const("self").double() * float(call.const("beta"))
+    bias = exact(call.const("self")) * float(call.const("beta"))
     weight = call.const("mat2").mT
     alpha = float(call.const("alpha"))
-    return Linear(Dense(weight if alpha == 1 else weight.double() * alpha), 0.0 if alpha == 1 else _rounding(weight.double() * alpha), bias)
+    return Linear(Dense(weight if alpha == 1 else exact(weight) * alpha), 0.0 if alpha == 1 else _rounding(exact(weight) * alpha), bias)
 
 
 def _rounding(weight: Tensor, roundings: int = 2) -> float:
     """Upper bound of the norm of a relative error of so many roundings in each entry."""
-    norm = float(torch.linalg.vector_norm(weight.double()))
+    norm = float(torch.linalg.vector_norm(exact(weight)))
     return rd.mul_up(rd.gamma(roundings + 1), rd.mul_up(norm, 1 + 1e-9))
 
 
@@ -135,11 +136,11 @@ def _batch_norm(call: Call) -> Linear | Unbounded | Lipschitz | Var:
     if training or mean is None:
         msg = "batch norm in training mode depends on the whole batch; expected evaluation mode: type model.eval()"
         raise UnsupportedError(msg)
-    spread = var.double() + float(call.const("eps"))
+    spread = exact(var) + float(call.const("eps"))
     if not bool((spread > 0).all()):
         return Unbounded("batch norm divides by a running variance plus eps that is not positive")
-    gain = (1.0 if call.const("weight") is None else call.const("weight").double()) / spread.sqrt()
-    shift = (0.0 if call.const("bias") is None else call.const("bias").double()) - mean.double() * gain
+    gain = (1.0 if call.const("weight") is None else exact(call.const("weight"))) / spread.sqrt()
+    shift = (0.0 if call.const("bias") is None else exact(call.const("bias"))) - exact(mean) * gain
     error = rd.mul_up(rd.gamma(5), float(gain.abs().max()))
     return _channels(gain, shift, len(call.shape), error)
 
@@ -148,13 +149,13 @@ def normalised(
     call: Call, x: Var, count: int, weight: Tensor | None, bias: Tensor | None, eps: float, axis: int = 1
 ) -> Lipschitz | Unbounded | Var:
     """Normalisation of groups of `count` entries to variance 1, then a gain: docs/network.md#normalisation."""
-    top = 1.0 if weight is None else float(weight.detach().abs().max())
+    top = 1.0 if weight is None else float(exact(weight).abs().max())
     if eps <= 0:
         return Unbounded("normalisation without eps has no finite constant near constant inputs")
     upper = rd.up(rd.mul_up(top, rd.up(1.0 / rd.sqrt_down(eps)))) if count > 1 else 0.0
     reach = rd.sqrt_up(float(count))
     because = f"normalisation of {count} entries: at most 1/sqrt(eps) = {1 / math.sqrt(eps):.6g}"
-    shift = 0.0 if bias is None else float(bias.detach().abs().max())
+    shift = 0.0 if bias is None else float(exact(bias).abs().max())
     edge = rd.add_up(rd.mul_up(top, reach), shift)
     row = rd.add_up(rd.mul_up(top, reach), rd.mul_up(reach, shift)) if x.shape[-1] == count else math.inf
     return Lipschitz(upper, f"{because}, times the largest gain {top:.6g}", (-edge, edge), row=row)

@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.graph import Program, arguments, is_random, module_path, mutations, op_name, place, shape_of
 from gramlip.rules.registry import Call, Var, find
+from gramlip.rules.shapes import OF_COMPLEX
 from gramlip.steps import Input, Lipschitz, Network, Step, Unbounded, renumbered
 
 _OF_SHAPE = {
@@ -38,13 +39,14 @@ def lower(program: Program, assume: Mapping[str, float] | None = None) -> Lowere
         assume: constants to believe, by module path, node name or operation name.
     """
     assume = dict(assume or {})
-    unused, assumed, unsupported = set(assume), list[str](), list[str]()
+    unused, assumed, unsupported, refused = set(assume), list[str](), list[str](), ""
     values: dict[fx.Node, object] = dict(program.constants)
     steps: list[Step] = []
     try:
         overwritten = mutations(program.nodes)
     except UnsupportedError as error:
-        overwritten, unsupported = {}, [str(error)]
+        overwritten, refused = {}, str(error)
+        unsupported.append(refused)
     needed = _needed(program, overwritten)
     for node in program.nodes:
         if node in program.inputs:
@@ -65,6 +67,9 @@ def lower(program: Program, assume: Mapping[str, float] | None = None) -> Lowere
         raise InputError(msg)
     ends = [values[n] for n in program.outputs]
     kept = [v for v in ends if isinstance(v, Var)]
+    if refused:  # every later reader took what is overwritten for what it was before
+        steps.append(Step(Unbounded(refused), (), (), "model", "overwritten"))
+        kept = [Var(len(steps) - 1, ())]
     return Lowered(renumbered(steps, [v.step for v in kept], {}), unsupported, assumed)
 
 
@@ -108,12 +113,22 @@ def _value(
     if not call.vars:
         return _constant(node, call, resolve)
     schema = getattr(node.target, "_schema", None)
+    if schema is not None and any(a.is_out for a in schema.arguments):
+        msg = f"{op} writes into what is given as out, which no rule covers; expected the call's result"
+        raise UnsupportedError(msg)
     if schema is not None and schema.is_mutable and not isinstance(next(iter(call.args.values())), Var):
         msg = f"{op} writes into a weight or buffer"
         raise UnsupportedError(msg)
     if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
         return call.then(Unbounded(f"{op.removeprefix('aten.')} gives integers or truth values, which jump"), *call.vars)
     rule = find(op)
+    if (
+        op.startswith("aten.")
+        and op.rsplit(".", 1)[0].rstrip("_") not in OF_COMPLEX
+        and any(map(_is_complex, (node, *node.all_input_nodes)))
+    ):
+        msg = f"{op} of complex values, which no rule covers; expected their real and imaginary parts: type torch.view_as_real"
+        raise UnsupportedError(msg)
     if rule is None:
         msg = f"{op} has no rule: type @gramlip.rules.register({op!r}) on a function (call) -> constant, or --assume {call.name}=1.0"
         raise UnsupportedError(msg)
@@ -123,6 +138,10 @@ def _value(
     if isinstance(result, int | float):
         return call.then(Lipschitz(float(result), "the registered rule's constant"), *call.vars)
     return call.then(result, *call.vars)
+
+
+def _is_complex(node: fx.Node) -> bool:
+    return isinstance(value := node.meta.get("val"), Tensor) and value.is_complex()
 
 
 def _constant(node: fx.Node, call: Call, resolve: object) -> object:

@@ -64,7 +64,7 @@ def _avg_pool(call: Call) -> Linear | Lipschitz:
     pad = _axes(call.const("padding"), dims)
     plain = not call.const("ceil_mode") and (call.const("count_include_pad") or not any(pad)) and call.args.get("divisor_override") is None
     if not plain or len(x.shape) != dims + 2 or max(kernel) > 8:
-        return nonnegative(call, "average pooling")
+        return nonnegative(call, "average pooling", _one_channel(x.shape, dims))
     return _averages(x.shape, kernel, stride, pad)
 
 
@@ -85,13 +85,14 @@ def _adaptive_avg_pool(call: Call) -> Linear | Lipschitz:
     pairs = list(zip(x.shape[-dims:], call.shape[-dims:], strict=True))
     sides = [n // m for n, m in pairs]
     if len(x.shape) != dims + 2 or any(n % m for n, m in pairs) or max(sides) > 8:
-        return nonnegative(call, "adaptive average pooling")
+        return nonnegative(call, "adaptive average pooling", _one_channel(x.shape, dims))
     return _averages(x.shape, sides, sides, [0] * dims)
 
 
 @register("aten.upsample_linear1d", "aten.upsample_bilinear2d", "aten.upsample_trilinear3d", "aten._upsample_bilinear2d_aa")
 def _upsample(call: Call) -> Lipschitz:
-    return nonnegative(call, "interpolation")
+    shape = call.vars[0].shape
+    return nonnegative(call, "interpolation", _one_channel(shape, len(shape) - 2))
 
 
 @register(*(f"aten.{name}{d}d" for name in ("upsample_nearest", "_upsample_nearest_exact") for d in (1, 2, 3)))
@@ -132,12 +133,17 @@ def _bicubic(call: Call) -> Lipschitz:
     return Lipschitz(upper, "bicubic interpolation: one matrix for each axis")
 
 
-def nonnegative(call: Call, what: str, shape: Sequence[int] | None = None) -> Lipschitz:
+def _one_channel(shape: Sequence[int], dims: int) -> list[int]:
+    """The shape of one channel of one sample, with a batch axis where there is one."""
+    return [1] * (len(shape) - dims) + list(shape[-dims:])
+
+
+def nonnegative(call: Call, what: str, shape: Sequence[int]) -> Lipschitz:
     """Schur's test for a linear map with entries of one sign: the root of largest row sum times largest column sum, from the call itself.
 
     `shape` is that of the tensor of ones given to the call: one channel unless it mixes channels.
     """
-    ones = torch.ones(*(shape or (1, 1, *call.vars[0].shape[2:])), dtype=torch.float64, requires_grad=True)
+    ones = torch.ones(*shape, dtype=torch.float64, requires_grad=True)
     with torch.enable_grad():
         rows: Tensor = call.run(ones)
         (columns,) = torch.autograd.grad(rows.sum(), ones)

@@ -15,6 +15,7 @@ from gramlip.errors import UnsupportedError
 from gramlip.operators import Conv
 from gramlip.rules.registry import Call, Var, register
 from gramlip.steps import Join, Linear, Lines, Lipschitz, Pad, Slice, View
+from gramlip.widen import exact
 
 
 def _aten(names: str) -> list[str]:
@@ -29,6 +30,7 @@ _VIEWS = _aten(
     "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT squeeze unsqueeze movedim moveaxis swapaxes swapdims "
     "flip fliplr flipud rot90 roll ravel pixel_shuffle pixel_unshuffle channel_shuffle view_as reshape_as"
 )
+OF_COMPLEX = {*_SAME, *_VIEWS}  # what has a rule for complex values: folding and slopes are for real ones
 _PARTS = _aten(
     "split split_with_sizes chunk unbind tensor_split diagonal narrow_copy "
     "sort msort topk kthvalue median amax amin max min maximum minimum"
@@ -49,6 +51,9 @@ def _same(call: Call) -> Var:
 
 @register(*_VIEWS)
 def _view(call: Call) -> Var | View:
+    if "dtype" in call.args:
+        msg = f"a view of the bits as {call['dtype']}, which jumps"
+        raise UnsupportedError(msg)
     flat = call.op.split(".")[1] in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "ravel")
     return call.vars[0] if flat and call.vars[0].shape == call.shape else View(flat, _lines(call))
 
@@ -177,7 +182,7 @@ def _where(call: Call) -> Lipschitz:
 
 def _between(values: Sequence[Any]) -> tuple[float, float] | None:
     """The least interval with the entries of all constants among the values, None without one."""
-    held = [torch.as_tensor(v).detach().double() for v in values if not isinstance(v, Var)]
+    held = [exact(torch.as_tensor(v)) for v in values if not isinstance(v, Var)]
     ends = [float(end) for v in held if v.numel() for end in (v.min(), v.max())]
     return (min(ends), max(ends)) if ends else None
 
@@ -223,8 +228,8 @@ def _pad(call: Call) -> Pad | Linear | Lipschitz | Var:
 def _pad_mode(call: Call) -> Pad:
     given = [int(p) for p in call.const("padding")]
     mode = "reflect" if "reflection" in call.op else "replicate"
-    if min(given) < 0:
-        msg = f"{mode} padding by {given}, which no rule covers"
+    if min(given) < 0 or len(call.shape) != len(given) // 2 + 2:
+        msg = f"{mode} padding by {given} of an input of shape {call.var('self').shape}, which no rule covers"
         raise UnsupportedError(msg)
     return Pad(tuple((given[i], given[i + 1]) for i in range(0, len(given), 2))[::-1], mode)
 
