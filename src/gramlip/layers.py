@@ -40,9 +40,6 @@ def _(module: Conv | Dense | Diagonal | Separable, input_size: Ints | None = Non
 
 @describe.register
 def _(module: Tensor, input_size: Ints | None = None) -> Dense:
-    if module.ndim != 2:
-        msg = f"a tensor of shape {tuple(module.shape)} was given; expected a matrix: type gramlip.Conv(weight, ...) for a kernel"
-        raise InputError(msg)
     return Dense(module)
 
 
