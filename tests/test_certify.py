@@ -130,13 +130,17 @@ def test_finite_true_says_what_it_would_need() -> None:
         gl.bound(module, input_size=56, finite=True, rtol=1e-6)
 
 
-def test_default_device_and_dtype_do_not_matter() -> None:
+@pytest.mark.parametrize("method", gl.METHODS)
+def test_default_device_and_dtype_do_not_matter(method: str) -> None:
     weight = torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(4))
-    expected = gl.bound(gl.Conv(weight, input_size=7, padding=1))
+    op = gl.Conv(weight, 7, padding=1, padding_mode="circular")
+    expected = gl.bound(op, method=method)
+    value = gl.METHODS[method].value(op)
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
     try:
-        found = gl.bound(gl.Conv(weight, input_size=7, padding=1))
+        found = gl.bound(op, method=method)
+        assert gl.METHODS[method].value(op) == value
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)

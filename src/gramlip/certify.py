@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +14,7 @@ from gramlip import rounding as rd
 from gramlip.blocks import Symbol, symbol
 from gramlip.bound import Bound
 from gramlip.boundary import upper_side
+from gramlip.devices import on_cpu
 from gramlip.errors import InputError
 from gramlip.finite import Certificate, Layer
 from gramlip.gramian import Gramian
@@ -47,7 +47,7 @@ def certify(op: Operator, *, rtol: float = 1e-2, finite: bool | str = "auto") ->
 
 def certify_all(ops: Sequence[Operator], *, rtol: float = 1e-2, finite: bool | str = "auto") -> list[Bound]:
     """The intervals of many operators; small layers of like shape are searched together, which costs little more than one."""
-    with torch.no_grad(), _on_cpu():
+    with torch.no_grad(), on_cpu():
         bounds: list[Bound | None] = [None] * len(ops)
         together: dict[object, list[int]] = {}
         syms: dict[int, Symbol] = {}
@@ -87,11 +87,6 @@ def _stack(kernels: Sequence[Tensor]) -> Tensor:
     for place, kernel in zip(out, kernels, strict=True):
         place[:, : kernel.shape[1], : kernel.shape[2]] = kernel
     return out
-
-
-def _on_cpu() -> AbstractContextManager[object]:
-    """The lattice lives on the CPU, whatever the default device; the context costs time, so only where it is needed."""
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _diagonal(op: Diagonal) -> Bound:

@@ -13,6 +13,7 @@ from torch import Tensor
 from gramlip import rounding as rd
 from gramlip.blocks import grid, symbol
 from gramlip.bound import Bound
+from gramlip.devices import on_cpu
 from gramlip.errors import InputError
 from gramlip.operators import Conv, Dense, Operator
 
@@ -61,7 +62,7 @@ class Method:
         Raises:
             InputError: an operator that the method is not valid for.
         """
-        with torch.no_grad():
+        with torch.no_grad(), on_cpu():
             op, exponent = _scaled(self._suited(op))
             return _times_power(float(self.formula(op, **options)), exponent)
 
@@ -72,7 +73,7 @@ class Method:
             InputError: an operator that the method is not valid for.
         """
         op = self._suited(op)
-        with torch.set_grad_enabled(self.keeps_graph and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.keeps_graph and torch.is_grad_enabled()), on_cpu():
             wide = torch.complex128 if op.weight.is_complex() else torch.float64
             op, exponent = _scaled(replace(op, weight=op.weight.to(wide)))
             value = self.formula(op)
