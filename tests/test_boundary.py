@@ -14,7 +14,8 @@ import gramlip as gl
 from cases import ROUNDING, Case
 from gramlip import boundary
 from gramlip.blocks import axes, symbol
-from gramlip.boundary import _ends, _largest
+from gramlip.boundary import _boundary, _components, _ends, _largest
+from gramlip.padding import PADDING, Axis, index_map
 from oracle import oracle
 
 MODES = ("reflect", "replicate")
@@ -138,3 +139,66 @@ def test_phases_of_long_kernels_are_reduced(monkeypatch: pytest.MonkeyPatch) -> 
             exact = 2 + 2 * mpmath.cos(2 * mpmath.pi * (400 * i % count) / count)
             errors = [abs(mpmath.mpf(x) - exact * f) for x, f in zip(e[i].real.flatten().tolist(), ends[0].flatten().tolist(), strict=True)]
             assert max(errors) <= 4 * 200 * 2.0**-53
+
+
+AXES = [  # kernel, stride, dilation, before, after
+    (3, 1, 1, 1, 1),
+    (4, 3, 1, 2, 0),
+    (3, 2, 3, 3, 2),
+    (2, 5, 1, 1, 4),
+    (1, 2, 1, 3, 3),
+    (5, 1, 2, 0, 4),
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("axis", AXES, ids=str)
+def test_the_ends_of_every_size_are_among_those_that_are_formed(axis: tuple[int, ...], mode: str) -> None:
+    """And no size repeats an input more often than the closed form says."""
+    _, stride, _, before, after = axis
+    every = Axis(None, None, *axis)
+    formed = _ends(every, mode) or []
+    square = PADDING[mode](every).square
+    least = max(before, after) + 1 if mode == "reflect" else 1
+    for n in range(max(least, every.span - before - after), 5 * (before + after + every.span + stride)):
+        outputs = (n + before + after - every.span) // stride + 1
+        for piece in _components(_boundary(Axis(n, outputs, *axis), mode)):
+            assert any(torch.equal(piece.to(torch.float64), f) for f in formed), n
+        sized = _ends(Axis(n, outputs, *axis), mode) or []
+        assert all(any(torch.equal(f, g) for g in formed) for f in sized)
+    counts = [
+        int(index_map(Axis(n, n + before + after, 1, 1, 1, before, after), mode).flatten().bincount().max()) for n in range(least, 30)
+    ]
+    assert max(counts) <= square
+
+
+LONG = {
+    "dilation": gl.Conv(torch.ones(1, 1, 3), padding="same", dilation=64, padding_mode="reflect"),
+    "long kernel": gl.Conv(torch.ones(1, 1, 101), padding=50, padding_mode="reflect"),
+    "long padding": gl.Conv(torch.ones(1, 1, 3), padding=10**6, padding_mode="replicate"),
+    "wide kernel": gl.Conv(torch.ones(2, 1, 13, 13), padding=6, padding_mode="replicate", groups=2),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_padding_of_every_size_ends(name: str) -> None:
+    """By the norm of the padding where the boundary would be too much to form."""
+    op = LONG[name]
+    found = gl.bound(op)
+    if name == "long padding":
+        assert found.because.count("norm of the padding on axes (0,)") == 1
+        return
+    sizes = (65, 130) if name == "dilation" else (51, 60) if name == "long kernel" else (1, 3)
+    truths = [oracle(gl.Conv(op.weight, n, 1, op.padding, op.padding_mode, op.dilation, op.groups)) for n in sizes]
+    assert found.lower <= float(found.upper)
+    assert float(found.upper) >= max(truths) * (1 - ROUNDING)
+
+
+def test_dear_boundaries_take_fewer_frequencies_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = torch.tensor([1.0, -2.0, 1.0])
+    op = gl.Conv((line[:, None] * line)[None, None], 9, 1, 1, "reflect")
+    uppers = []
+    for operations in (math.inf, 3e6, 0.0):
+        monkeypatch.setattr(boundary, "OPERATIONS", operations)
+        uppers.append(float(gl.bound(op, finite=False).upper))
+    assert oracle(op) <= uppers[0] < uppers[1] < uppers[2]

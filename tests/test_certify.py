@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import gramlip as gl
+from gramlip import own
 from gramlip.certificates import krylov
 from gramlip.certify import certify_all
 from gramlip.layers import describe
@@ -130,13 +131,17 @@ def test_finite_true_says_what_it_would_need() -> None:
         gl.bound(module, input_size=56, finite=True, rtol=1e-6)
 
 
-def test_default_device_and_dtype_do_not_matter() -> None:
+@pytest.mark.parametrize("method", gl.METHODS)
+def test_default_device_and_dtype_do_not_matter(method: str) -> None:
     weight = torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(4))
-    expected = gl.bound(gl.Conv(weight, input_size=7, padding=1))
+    op = gl.Conv(weight, 7, padding=1, padding_mode="circular")
+    expected = gl.bound(op, method=method)
+    value = gl.METHODS[method].value(op)
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
     try:
-        found = gl.bound(gl.Conv(weight, input_size=7, padding=1))
+        found = gl.bound(op, method=method)
+        assert gl.METHODS[method].value(op) == value
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
@@ -190,11 +195,40 @@ def test_basis_of_a_block_of_rank_one(padding_mode: str) -> None:
         assert float(found.upper) >= oracle(op) * (1 - 1e-12)
 
 
-def test_a_finite_layer_whose_taps_read_padding_alone_ends() -> None:
-    """The layer is zero though its weights are not: closed to what rounding can tell from zero, not sought for ever."""
+TINY = {
+    "reads padding alone": gl.Conv(torch.tensor([[[1.0, 0.0, 0.0]]]), 1, padding=1),
+    "little beside padding": gl.Conv(torch.tensor([[[1.0, 1e-7, 0.0]]]), 1, padding=1),
+    "denormal beside padding": gl.Conv(torch.tensor([[[1.0, 5e-324, 0.0]]], dtype=torch.float64), 1, padding=1),
+    "cancels in a circle": gl.Conv(torch.tensor([[[1.0, 1e-7, -1.0]]]), 1, padding=1, padding_mode="circular"),
+    "cancels at the edge": gl.Conv(torch.tensor([[[1.0, 1e-7, -1.0]]]), 1, padding=1, padding_mode="replicate"),
+    "complex, in groups": gl.Conv(torch.tensor([1.0, 1e-7j, 2e-7, -1.0]).repeat(4, 2, 1), 2, padding=2, groups=2),
+    "transposed": gl.Conv(torch.tensor([[[1.0, 1e-6, 1e-7, 1.0]]]), 2, 3, padding=1, transposed=True),
+}
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+@pytest.mark.parametrize("name", TINY)
+def test_a_layer_far_smaller_than_its_taps_closes_as_a_matrix(name: str, flushed: bool) -> None:
+    torch.set_flush_denormal(flushed)
+    try:
+        found = gl.bound(TINY[name], rtol=1e-3)
+    finally:
+        torch.set_flush_denormal(False)
+    truth = oracle(TINY[name])
+    assert found.lower <= truth * (1 + 1e-12)
+    assert float(found.upper) >= truth * (1 - 1e-12)
+    assert found.rtol <= 1e-3 or float(found.upper) <= 1e-300
+
+
+def test_an_interval_that_stays_wider_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the factorisation of a layer's Gram matrix cannot tell from zero, where the matrix is too large to be formed."""
     weight = torch.zeros(1, 4, 6, 6)
     weight[0, :, 3, 3] = 0.5
     op = gl.Conv(weight, input_size=(2, 8), stride=(4, 5), padding=((9, 2), (2, 2)))
-    interval = gl.bound(op)
-    assert oracle(op) == interval.lower == 0.0
-    assert 0.0 < float(interval.upper) < 1e-4
+    assert gl.bound(op).upper == oracle(op) == 0.0
+    monkeypatch.setattr(own, "ENTRIES", 0)
+    for found in (gl.bound(op), gl.bound(op, finite=True), gl.bound(gl.Conv(torch.ones(1, 1, 3), 4, padding=1), finite=False)):
+        assert found.because.endswith("; wider than asked for")
+        assert found.lower <= oracle(op) or found.lower > 2.0
+    assert 0.0 < float(gl.bound(op).upper) < 1e-4
+    assert "asked for" not in gl.bound(gl.Conv(torch.ones(1, 1, 3), 4, padding=1)).because

@@ -53,6 +53,10 @@ def fsdp(rank: int) -> None:
     model(batch()[2 * rank : 2 * rank + 2]).square().mean().backward()
     for mine, expected in zip(model.parameters(), alone(), strict=True):
         assert torch.allclose(mine.grad.full_tensor(), expected, atol=1e-6)
+    plain = nn.Linear(8, 6)
+    expected = gl.bound(plain.weight)
+    fully_shard(plain)  # its hooks gather the weight, and change nothing
+    assert distributed.bounds([plain]) == [expected]
 
 
 def sharded(rank: int) -> None:

@@ -108,6 +108,19 @@ def test_adaptive_max_pooling() -> None:
     assert steepest * (1 - 1e-13) <= bound.upper <= steepest * (1 + 1e-13)
 
 
+@pytest.mark.parametrize(
+    "module", [*(module for module, size in LINEAR if len(size) == 2), nn.MaxPool2d(3, 2, 1), nn.AdaptiveMaxPool2d(3)], ids=str
+)
+def test_default_device_does_not_matter(module: nn.Module) -> None:
+    expected = gl.bound(module, 6)
+    with torch.device("meta"):
+        assert gl.bound(module, 6) == expected
+
+
+def test_a_subclass_of_another_name_has_the_same_rule() -> None:
+    assert gl.bound(type("Pooling", (nn.MaxPool2d,), {})(3, 2, 1), 8) == gl.bound(nn.MaxPool2d(3, 2, 1), 8)
+
+
 def test_missing_size_says_what_to_pass() -> None:
     with pytest.raises(gl.InputError, match="input_size"):
         gl.bound(nn.AdaptiveAvgPool2d(2))

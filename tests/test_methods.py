@@ -212,6 +212,15 @@ def test_gram_keeps_its_graph() -> None:
         assert isinstance(gl.bound(layer, 8, method="gram").upper, float)
 
 
+@pytest.mark.parametrize("scale", [1.7e308, 1e290, 1e-290, 1e-310])
+def test_gradients_at_the_ends_of_the_range(scale: float) -> None:
+    weight = (torch.tensor([[1.0, 0.0], [0.2, 0.5]], dtype=torch.float64) * scale).requires_grad_()
+    gl.bound(weight, method="gram").upper.backward()
+    near = torch.tensor([[1.0, 0.0], [0.2, 0.5]], dtype=torch.float64, requires_grad=True)
+    torch.linalg.matrix_norm(near, 2).backward()
+    assert torch.allclose(weight.grad, near.grad, atol=1e-3)
+
+
 def test_refuses_other_operators() -> None:
     with pytest.raises(InputError, match=f"a Diagonal was given; expected {METHODS['gram'].valid_for}"):
         METHODS["gram"](gl.Diagonal(torch.ones(2)))

@@ -45,7 +45,7 @@ def test_infinity_is_null_and_json_stays_standard():
 
 
 def test_printed_decimals_are_rounded_outward():
-    lower, upper = 1.23456789, 1.23456712
+    lower, upper = 1.23456712, 1.23456789
     text = str(Report("x", (row(lower=lower, upper=upper),)))
     assert "[1.23456, 1.23457]" in text
 
@@ -89,7 +89,7 @@ def test_above_names_what_is_not_proved():
 
 
 def test_above_compares_with_the_decimal_as_typed():
-    report = Report("x", (row(upper=0.1),))
+    report = Report("x", (row(lower=0.0, upper=0.1),))
     assert report.above(Decimal("0.1"))  # the float 0.1 lies above one tenth
     assert not report.above(0.1)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from html import escape
 from typing import TYPE_CHECKING
 
 from gramlip import rounding as rd
+from gramlip.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +44,15 @@ class Bound:
     upper: float | Tensor
     because: str
 
+    def __post_init__(self) -> None:
+        # a tensor may be traced, and to look at it makes a device wait: its value is checked where it is used
+        if isinstance(self.upper, float | int) and not 0.0 <= self.lower <= self.upper:
+            msg = f"the interval [{self.lower}, {self.upper}] was given; expected 0 <= lower <= upper"
+            raise InputError(msg)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Bound:
+        return self  # it never changes, and torch copies no tensor with a graph
+
     @property
     def rtol(self) -> float:
         """Relative width `upper / lower - 1`: 0 for the zero map, infinite where nothing below is known."""
@@ -55,23 +66,30 @@ class Bound:
         return f"{interval}  {self.because}"
 
     def _repr_html_(self) -> str:
-        return f"<code>{self}</code>"
+        return f"<code>{escape(str(self))}</code>"
 
     def __matmul__(self, other: Bound) -> Bound:
-        upper = rd.mul_up(_number(self.upper), _number(other.upper))
+        if not isinstance(other, Bound):
+            return NotImplemented
+        upper = rd.mul_up(_above(self), _above(other))
         return Bound(0.0, upper, f"{self.because}; {other.because}; product along a chain")
 
     def __add__(self, other: Bound) -> Bound:
-        upper = rd.add_up(_number(self.upper), _number(other.upper))
-        gap = max(self.lower - _number(other.upper), other.lower - _number(self.upper), 0.0)
-        return Bound(rd.down(gap), upper, f"{self.because}; {other.because}; sum of branches")
+        if not isinstance(other, Bound):
+            return NotImplemented
+        one, two = _above(self), _above(other)
+        gap = max(self.lower - two, other.lower - one, 0.0)
+        return Bound(rd.down(gap), rd.add_up(one, two), f"{self.because}; {other.because}; sum of branches")
+
+    def __radd__(self, other: int) -> Bound:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # where `sum` starts
 
     @staticmethod
     def concat(bounds: Iterable[Bound]) -> Bound:
         """Bound of `x -> (A x, B x, ...)`: the root of the sum of squares."""
         parts = list(bounds)
         lower = max((b.lower for b in parts), default=0.0)
-        upper = rd.hypot_up(_number(b.upper) for b in parts)
+        upper = rd.hypot_up(_above(b) for b in parts)
         return Bound(lower, upper, "; ".join([*(b.because for b in parts), "root of squares at a concatenation"]))
 
     @staticmethod
@@ -79,5 +97,14 @@ class Bound:
         """Bound of a block-diagonal map or of a choice between branches: the largest."""
         parts = list(bounds)
         lower = max((b.lower for b in parts), default=0.0)
-        upper = max((_number(b.upper) for b in parts), default=0.0)
+        upper = max((_above(b) for b in parts), default=0.0)
         return Bound(lower, upper, "; ".join([*(b.because for b in parts), "largest of independent blocks"]))
+
+
+def _above(bound: Bound) -> float:
+    """Its upper end without the graph: what is combined must be a number."""
+    upper = _number(bound.upper)
+    if upper != upper:
+        msg = f"a bound with an upper end of NaN was given ({bound.because}); expected a number"
+        raise InputError(msg)
+    return upper

@@ -27,7 +27,9 @@ from gramlip.widen import widen
 
 LARGEST = 1536  # order of the largest boundary matrix that is formed
 LEAST = 2.0**-600  # what a boundary term is taken to be at least: margins relative to it are normal numbers
-POINTS = 48  # frequencies a side on the axes that stay Toeplitz, for each unit of degree
+POINTS = (48, 24, 12, 8)  # frequencies a side on the axes that stay Toeplitz, for each unit of degree: as many as are cheap
+FORMED = 1 << 28  # entries of the boundary matrices of one axis over all its sizes
+OPERATIONS = 2e10  # that the boundary terms of all groups over one set of axes may take
 
 
 def upper_side(op: Conv, exponent: int, masses: Sequence[float], supremum: float) -> tuple[float, tuple[int, ...]]:
@@ -39,15 +41,19 @@ def upper_side(op: Conv, exponent: int, masses: Sequence[float], supremum: float
     geometry = axes(op)
     parts = [_ends(axis, op.padding_mode) for axis in geometry]
     squares = [PADDING[op.padding_mode](axis).square for axis in geometry]
-    padded = [j for j in range(op.dims) if parts[j]]
+    padded = [j for j in range(op.dims) if parts[j] != []]
 
     def term(kernel: Callable[[], Tensor], m: int, mass: float, chosen: tuple[int, ...]) -> float | None:
-        """The largest eigenvalue of a boundary term, or zero; None where its matrices are too large."""
+        """The largest eigenvalue of a boundary term, or zero; None where its matrices are too large or too many."""
         if mass == 0.0:
             return 0.0
-        if m * math.prod(max(f.shape[-1] for f in parts[j]) for j in chosen) > LARGEST:
+        some = [parts[j] or [] for j in chosen]
+        if not all(some) or m * math.prod(max(f.shape[-1] for f in ends) for ends in some) > LARGEST:
             return None
-        return max(_largest(kernel(), geometry, chosen, ends, mass) for ends in itertools.product(*(parts[j] for j in chosen)))
+        points = _points(geometry, chosen, some, m, len(masses))
+        if points is None:
+            return None
+        return max(_largest(kernel(), geometry, chosen, ends, mass, points) for ends in itertools.product(*some))
 
     def least(weight: Tensor, mass: float) -> tuple[float, tuple[int, ...]]:
         """The square of the bound of one group, from the best set of axes."""
@@ -61,7 +67,7 @@ def upper_side(op: Conv, exponent: int, masses: Sequence[float], supremum: float
                 for value in values:
                     total = rd.add_up(total, value or 0.0)
                 alone = tuple(j for j in range(op.dims) if j not in added)
-                found.append((rd.mul_up(total, float(math.prod(squares[j] for j in alone))), tuple(j for j in alone if parts[j])))
+                found.append((rd.mul_up(total, float(math.prod(squares[j] for j in alone))), tuple(j for j in alone if j in padded)))
         return min(found)
 
     square, alone = max(least(weight, mass) for weight, mass in zip(grouped(op).detach(), masses, strict=True))
@@ -72,50 +78,65 @@ def _subsets(of: list[int]) -> list[tuple[int, ...]]:
     return [some for size in range(len(of) + 1) for some in itertools.combinations(of, size)]
 
 
-def _ends(axis: Axis, mode: str) -> list[Tensor]:
-    """The matrices F (k, k, r, r) of the two ends of an axis, for its size or for every size; none without padding."""
+def _points(geometry: list[Axis], chosen: tuple[int, ...], ends: list[list[Tensor]], m: int, groups: int) -> int | None:
+    """How many frequencies for each unit of degree the terms of all groups can afford; None where even the fewest are too many."""
+    rest = [axis.kernel - 1 for j, axis in enumerate(geometry) if j not in chosen]
+    taps, each = [geometry[j].kernel for j in chosen], 0.0
+    for r in itertools.product(*([f.shape[-1] for f in some] for some in ends)):
+        forming = sum((math.prod(taps[i:]) * math.prod(r[: i + 1])) ** 2 for i in range(len(r)))
+        side = m * math.prod(r)
+        each += side**3 + 4e3 * side + m**2 * forming  # eigenvalues and a factorisation, what a call takes, the contractions
+    each *= groups * (1.5 if rest else 0.5)  # half of the frequencies, three times dearer where they are complex
+    return next((points for points in POINTS if each * math.prod(max(1, points * degree) for degree in rest) <= OPERATIONS), None)
+
+
+def _ends(axis: Axis, mode: str) -> list[Tensor] | None:
+    """The distinct matrices F (k, k, r, r) of the two ends of an axis, for its size or for every size; none without padding.
+
+    None where there would be too much to form.
+    """
     if axis.before == axis.after == 0:
         return []
-    apart = 4 * (axis.before + axis.after + axis.span + axis.stride)  # from this size on the two ends no longer meet
+    apart = axis.before + axis.after + axis.span + 1  # from this size on the two ends share no output: docs/theory.md
     least = max(axis.before, axis.after) + 1 if mode == "reflect" else 1
     least = max(least, axis.span - axis.before - axis.after)
     if axis.size is not None:
         sizes = [axis.size if axis.size < apart else apart + (axis.size - apart) % axis.stride]
     else:
-        sizes = list(range(least, apart + axis.stride))
-    found: list[Tensor] = []
-    for n in sizes:
-        outputs = (n + axis.before + axis.after - axis.span) // axis.stride + 1
-        found += _components(_boundary(Axis(n, outputs, axis.kernel, axis.stride, axis.dilation, axis.before, axis.after), mode))
-    unique: dict[bytes, Tensor] = {bytes(str(f.tolist()), "ascii"): f for f in found}
-    return list(unique.values())
+        sizes = list(range(least, max(apart, least) + axis.stride))
+    outputs = [(n + axis.before + axis.after - axis.span) // axis.stride + 1 for n in sizes]
+    if sum((axis.kernel * count) ** 2 for count in outputs) > FORMED:
+        return None
+    unique: dict[tuple[int, bytes], Tensor] = {}
+    for n, count in zip(sizes, outputs, strict=True):
+        for f in _components(_boundary(Axis(n, count, axis.kernel, axis.stride, axis.dilation, axis.before, axis.after), mode)):
+            unique.setdefault((f.shape[-1], f.numpy().tobytes()), f)
+    return [f.to(torch.float64) for f in unique.values()]
 
 
 def _boundary(axis: Axis, mode: str) -> Tensor:
-    """N - Toeplitz, (k, k, outputs, outputs)."""
+    """N - Toeplitz, (k, k, outputs, outputs), entries 0 or 1: what reads the same input but would not without padding."""
     reads = index_map(axis, mode)
     free = torch.arange(axis.kernel)[:, None] * axis.dilation + torch.arange(reads.shape[1])[None, :] * axis.stride
     same = reads[:, None, :, None] == reads[None, :, None, :]
-    return same.to(torch.float64) - (free[:, None, :, None] == free[None, :, None, :]).to(torch.float64)
+    return same & (free[:, None, :, None] != free[None, :, None, :])
 
 
 def _components(f: Tensor) -> list[Tensor]:
     """F restricted to each of its connected pieces: pieces that share no output act on orthogonal spaces."""
-    touched = f.abs().sum((0, 1)) > 0
-    left = touched.any(-1).nonzero()[:, 0].tolist()
-    found: list[Tensor] = []
-    while left:
-        piece, grown = {left[0]}, True
-        while grown:
-            reach = set(touched[sorted(piece)].any(0).nonzero()[:, 0].tolist()) | piece
-            grown, piece = reach != piece, reach
-        at = torch.tensor(sorted(piece))
-        found.append(f[:, :, at][:, :, :, at])
-        left = [i for i in left if i not in piece]
-    return found
+    touched = f.any(0).any(0)
+    label, before = torch.arange(len(touched)), torch.empty(0, dtype=torch.int64)
+    while not torch.equal(label, before):
+        before = label
+        least = torch.where(touched, label, len(touched)).amin(-1).minimum(label)
+        label = least[least]
+    found = [(label == i).nonzero()[:, 0] for i in label[touched.any(-1)].unique().tolist()]
+    return [f[:, :, at][:, :, :, at] for at in found]
 
 
-def _largest(kernel: Tensor, geometry: list[Axis], chosen: tuple[int, ...], ends: tuple[Tensor, ...], mass: float) -> float:
+def _largest(
+    kernel: Tensor, geometry: list[Axis], chosen: tuple[int, ...], ends: tuple[Tensor, ...], mass: float, points: int = POINTS[0]
+) -> float:
     """Upper bound of the positive part of the largest eigenvalue of one boundary term over all frequencies of the other axes.
 
     On the other axes it is a Hermitian trigonometric polynomial, closed by the corner theorem on a grid.
@@ -128,7 +149,7 @@ def _largest(kernel: Tensor, geometry: list[Axis], chosen: tuple[int, ...], ends
     spans = ordered.shape[3 : 3 + len(rest)]
     stacked = ordered[0].flatten(2 + len(rest)).flatten(2, 1 + len(rest)) if rest else ordered[0].flatten(2)[:, :, None]
     m, n, taps, picks = stacked.shape
-    counts = [max(1, POINTS * (k - 1)) for k in spans]
+    counts = [max(1, points * (k - 1)) for k in spans]
     grid = integers(list(itertools.product(*map(range, counts)))).reshape(math.prod(counts), len(rest))
     if not kernel.is_complex() and rest:
         grid = grid[grid[:, -1] <= counts[-1] // 2]
@@ -139,7 +160,7 @@ def _largest(kernel: Tensor, geometry: list[Axis], chosen: tuple[int, ...], ends
     angles = [math.pi * (k - 1) / c for k, c in zip(spans, counts, strict=True)]  # degree times the grid's half-width: theorems 6 and 7
     top = bottom = 0.0
     real = not rest and not kernel.is_complex()
-    for part in pieces(len(grid), max(1, (32 << 20) // (16 * max(side**2, taps)))):
+    for part in pieces(len(grid), max(1, (32 << 20) // (16 * max(max(side, m * picks) ** 2, taps)))):
         turns = torch.from_numpy(waves(grid[part], tuple(counts), exponents.taps(tuple(spans))))
         d = torch.einsum("mntp,ft->fpmn", stacked, turns.real) if real else torch.einsum("mntp,ft->fpmn", stacked.to(turns.dtype), turns)
         pairs = torch.einsum("fpmn,fqkn->fmkpq", d, d.conj())

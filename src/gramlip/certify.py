@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +14,13 @@ from gramlip import rounding as rd
 from gramlip.blocks import Symbol, symbol
 from gramlip.bound import Bound
 from gramlip.boundary import upper_side
+from gramlip.devices import on_cpu
 from gramlip.errors import InputError
 from gramlip.finite import Certificate, Layer
 from gramlip.gramian import Gramian
 from gramlip.operators import Conv, Dense, Diagonal, Operator, Separable
-from gramlip.probe import SAMPLE_BYTES, sample, start_like, wave
+from gramlip.own import banded, rounded, small
+from gramlip.probe import SAMPLE_BYTES, sample, wave
 from gramlip.search import Enclosure, Search
 from gramlip.widen import widen, widen_each
 
@@ -28,7 +29,6 @@ FINITE_BYTES = 384 << 20  # and never with more memory than this
 TOGETHER = 1 << 19  # kernels of at most so many entries are searched together
 LEAST_SIDE = 16  # the order to which smaller blocks are filled up
 TRIES = 12
-FRESH = 3  # other start vectors that are tried before a finite layer's interval stays wider than asked for
 WAYS = {
     "Cholesky": "Cholesky (R3)",
     "Gram": "Gram (theorems 1 and 2, R4)",
@@ -47,7 +47,7 @@ def certify(op: Operator, *, rtol: float = 1e-2, finite: bool | str = "auto") ->
 
 def certify_all(ops: Sequence[Operator], *, rtol: float = 1e-2, finite: bool | str = "auto") -> list[Bound]:
     """The intervals of many operators; small layers of like shape are searched together, which costs little more than one."""
-    with torch.no_grad(), _on_cpu():
+    with torch.no_grad(), on_cpu():
         bounds: list[Bound | None] = [None] * len(ops)
         together: dict[object, list[int]] = {}
         syms: dict[int, Symbol] = {}
@@ -87,11 +87,6 @@ def _stack(kernels: Sequence[Tensor]) -> Tensor:
     for place, kernel in zip(out, kernels, strict=True):
         place[:, : kernel.shape[1], : kernel.shape[2]] = kernel
     return out
-
-
-def _on_cpu() -> AbstractContextManager[object]:
-    """The lattice lives on the CPU, whatever the default device; the context costs time, so only where it is needed."""
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _diagonal(op: Diagonal) -> Bound:
@@ -151,7 +146,29 @@ class _Enclosing:
         found = self.search.close(widths, todo, ceilings) if todo else []
         for i, enclosure in zip(todo, found, strict=True):
             done[i] = self._bound(i, enclosure, lowers.get(i))
-        return [done[i] for i in range(len(self.ops))]
+        return [self._closed(i, op, done[i]) for i, op in enumerate(self.ops)]
+
+    def _closed(self, i: int, op: Conv | Dense, found: Bound) -> Bound:
+        """The interval, or that of a small finite layer's matrix where it is closer; it says so where it is wider than asked for."""
+        if found.rtol > self.rtol and isinstance(op, Conv) and op.input_size is not None and self.finite is not False:
+            layer = Layer(op, self.exponents[i])
+            if small(layer):
+                found = min(found, self._whole(i, layer), key=lambda bound: (bound.rtol, float(bound.upper)))
+        if found.rtol <= self.rtol or "asked for" in found.because:
+            return found
+        return replace(found, because=f"{found.because}; wider than asked for")
+
+    def _whole(self, i: int, layer: Layer) -> Bound:
+        """The interval of a finite layer's matrix, group by group."""
+        masses = [rd.ldexp_up(mass, self.exponents[i]) for mass in self._mass(i)]
+        parts = [rounded(layer, group, mass) for group, mass in enumerate(masses)]
+        closed = certify_all([Dense(matrix) for matrix, _ in parts], rtol=self.rtol)
+        low = max(rd.down(part.lower - error) if error else part.lower for part, (_, error) in zip(closed, parts, strict=True))
+        high = max(rd.add_up(float(part.upper), error) for part, (_, error) in zip(closed, parts, strict=True))
+        return Bound(max(low, 0.0), high, f"{self._itself(i, layer)}, as {closed[0].because} (theorem 11)")
+
+    def _itself(self, i: int, layer: Layer) -> str:
+        return f"{self.syms[i].because.split(':')[0]}: the finite layer itself at size {'x'.join(map(str, layer.sizes))}"
 
     def _bound(self, i: int, found: Enclosure, below: tuple[float, float] | None) -> Bound:
         op, sym = self.ops[i], self.syms[i]
@@ -252,34 +269,9 @@ class _Enclosing:
         return x, best
 
     def _own(self, i: int, layer: Layer, best: int, lower: float, x: Tensor) -> Bound:
-        """The finite layer's own certificate, group by group."""
-        top, floor, factorizations, width = lower, 0.0, 0, self.rtol * 0.98
-        for group, mass in enumerate(self._mass(i)):
-            if rd.mul_up(mass, rd.sqrt_up(float(layer.shared))) <= top:
-                continue
-            certificate = Certificate(layer, group)
-            certificate.prepare()
-            # a map that cancels to nothing is closed to what rounding can tell from zero
-            floor = max(floor, 2 * rd.sqrt_up(certificate.noise(mass)))
-            width = max(width, certificate.telling(top, mass))
-            vector, fresh = (x if group == best else start_like(layer, x)), 0
-            while True:
-                factorizations += 1
-                if certificate.proves(max(top * (1 + width), floor), mass):
-                    break
-                before = top
-                vector, _ = layer.ascend(vector, group, steps=24)
-                top = max(top, layer.lower(vector, group, mass))
-                if top > before * (1 + width / 50):
-                    continue
-                fresh += 1  # the start may have had no part in the leading vector: others, before the interval stays wider than asked for
-                vector = start_like(layer, x, fresh)
-                width *= 1.5 if fresh > FRESH else 1.0
-        upper = max(rd.mul_up(top, rd.up(1 + width)), floor)
-        mode = self.syms[i].because.split(":")[0]
-        size = "x".join(map(str, layer.sizes))
-        why = f"{mode}: the finite layer itself at size {size}, block-banded Cholesky (theorem 11, R3), {factorizations} factorizations"
-        return self._scaled(i, top, upper, why)
+        """The finite layer's own interval, from its block-banded certificate."""
+        top, upper, why = banded(layer, self._mass(i), self.rtol, best, lower, x)
+        return self._scaled(i, top, upper, f"{self._itself(i, layer)}, {why}")
 
     def _scaled(self, i: int, lower: float, upper: float, why: str) -> Bound:
         e = self.exponents[i]

@@ -56,7 +56,7 @@ class Layer:
         self.outputs = tuple(a.outputs or 0 for a in self.geometry)
         self.shared = math.prod(max(int(row[row >= 0].bincount().max()) if bool((row >= 0).any()) else 0 for row in m) for m in self.maps)
         self._look = LOOK if devices.parallel(self.device) else 1
-        self._reads = self._positions()
+        self.reads = self._positions()
 
     def _positions(self) -> Tensor:
         """The input position that each tap of each output reads, (outputs * taps,); the one after the last for a padded zero."""
@@ -90,7 +90,7 @@ class Layer:
 
     def forward(self, x: Tensor, group: int) -> Tensor:
         """The layer on x (positions, n), zeros where a tap reads padding: (output positions, m)."""
-        columns = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, self._reads).reshape(math.prod(self.outputs), -1)
+        columns = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, self.reads).reshape(math.prod(self.outputs), -1)
         out = columns.new_empty(columns.shape[0], self.shape[1])
         for rows, piece in self._pieces(group, x.dtype):
             out[:, rows] = columns @ piece.mT
@@ -102,7 +102,7 @@ class Layer:
         for rows, piece in self._pieces(group, y.dtype):
             columns.addmm_(y[:, rows], piece.conj())
         x = y.new_zeros(math.prod(self.sizes) + 1, self.shape[2])
-        return x.index_add_(0, self._reads, columns.reshape(-1, self.shape[2]))[:-1]
+        return x.index_add_(0, self.reads, columns.reshape(-1, self.shape[2]))[:-1]
 
     def lower(self, x: Tensor, group: int, mass: float) -> float:
         """Lower bound `||T x|| / ||x||` less the rounding of T x, at most `gamma mass ||x||`: docs/rounding.md#r6-rayleigh-quotients."""

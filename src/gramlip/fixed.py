@@ -33,6 +33,11 @@ def _sizes(module: nn.Module, input_size: Ints | None, dims: int) -> tuple[int, 
     return sizes
 
 
+def _axes_of(module: nn.Module) -> int:
+    """The axes that the name of torch's own class says."""
+    return next(int(kind.__name__[-2]) for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
+
+
 def _identity(module: nn.Module, input_size: Ints | None = None) -> Bound:
     """Reorders its input or passes it on: norm exactly 1."""
     return Bound(1.0, 1.0, f"{type(module).__name__} permutes or passes its input")
@@ -53,7 +58,7 @@ def _columns(dims: int, axis: int, size: int, run: Callable[[Tensor], Tensor]) -
 
 
 def _average(module: Any, input_size: Ints | None = None) -> Separable | Bound:
-    dims = int(type(module).__name__[-2])
+    dims = _axes_of(module)
     kernel, padding = _tuple(module.kernel_size, dims), _tuple(module.padding, dims)
     stride = _tuple(module.stride, dims)
     override = getattr(module, "divisor_override", None)
@@ -83,7 +88,7 @@ def _average(module: Any, input_size: Ints | None = None) -> Separable | Bound:
 
 
 def _maximum(module: Any, input_size: Ints | None = None) -> Bound:
-    dims = int(type(module).__name__[-2])
+    dims = _axes_of(module)
     kernel, stride = _tuple(module.kernel_size, dims), _tuple(module.stride, dims)
     padding, dilation = _tuple(module.padding, dims), _tuple(module.dilation, dims)
     count = 1
@@ -100,7 +105,7 @@ def _maximum(module: Any, input_size: Ints | None = None) -> Bound:
 
 
 def _adaptive_average(module: Any, input_size: Ints | None = None) -> Separable:
-    dims = int(type(module).__name__[-2])
+    dims = _axes_of(module)
     sizes = _sizes(module, input_size, dims)
     outs = [n if o is None else o for o, n in zip(_tuple(module.output_size, dims), sizes, strict=True)]
     factors = [
@@ -110,7 +115,7 @@ def _adaptive_average(module: Any, input_size: Ints | None = None) -> Separable:
 
 
 def _adaptive_maximum(module: Any, input_size: Ints | None = None) -> Bound:
-    dims = int(type(module).__name__[-2])
+    dims = _axes_of(module)
     sizes, count = _sizes(module, input_size, dims), 1
     for n, o in zip(sizes, _tuple(module.output_size, dims), strict=True):
         windows = [(i * n // (o or n), -(-(i + 1) * n // (o or n))) for i in range(o or n)]
@@ -142,7 +147,7 @@ def _upsample(module: nn.Upsample, input_size: Ints | None = None) -> Separable:
 
 def _pad(mode: str) -> Callable[..., Bound]:
     def rule(module: Any, input_size: Ints | None = None) -> Bound:
-        dims = int(type(module).__name__[-2])
+        dims = _axes_of(module)
         flat = _tuple(module.padding, 2 * dims)
         count = 1
         for n, (lo, hi) in zip(_sizes(module, input_size, dims), zip(flat[-2::-2], flat[-1::-2], strict=True), strict=True):

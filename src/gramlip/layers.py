@@ -2,32 +2,107 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import singledispatch
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from gramlip.bound import Bound
+from gramlip.devices import on_cpu
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.operators import Conv, Dense, Diagonal, Ints, Operator, Separable
 
+FORWARD = ("forward", "_conv_forward", "_output_padding", "__call__", "_call_impl")  # what a layer's map is made of
+WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)  # hooks of torch that set a tensor before each forward pass, and do no more
 
-@singledispatch
-def describe(module: object, input_size: Ints | None = None) -> Operator | Bound:
-    """The linear operator that a layer is, or its Lipschitz interval where that is a known constant.
 
-    Register your own with `@describe.register` on a function `(module: MyLayer, input_size=None) -> operator`.
-
-    Raises:
-        UnsupportedError: no rule for this type.
-
-    >>> describe(nn.Linear(3, 2)).weight.shape
-    torch.Size([2, 3])
-    """
+def _unknown(module: object, input_size: Ints | None = None) -> Operator | Bound:
     msg = (
         f"{type(module).__name__} has no rule; expected a layer that gramlip knows: "
         f"type @gramlip.describe.register on a function (module: {type(module).__name__}, input_size=None) -> operator"
     )
     raise UnsupportedError(msg)
+
+
+class _Describe:
+    """The linear operator that a layer is, or its Lipschitz interval where that is a known constant.
+
+    Register your own with `@describe.register` on a function `(module: MyLayer, input_size=None) -> operator`. A layer is what its
+    forward pass in eval mode computes: torch's `weight_norm`, `spectral_norm`, pruning and parametrizations count as they stand.
+
+    Raises:
+        UnsupportedError: no rule for this type, a subclass with a forward pass of its own and no rule, or a hook that may change the map.
+
+    >>> describe(nn.Linear(3, 2)).weight.shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self) -> None:
+        self._rules = singledispatch(_unknown)
+        self.register, self.dispatch, self.registry = self._rules.register, self._rules.dispatch, self._rules.registry
+
+    def __call__(self, module: object, input_size: Ints | None = None) -> Operator | Bound:
+        size = () if input_size is None else (input_size,)
+        with on_cpu():
+            if not isinstance(module, nn.Module) or self.dispatch(type(module)) is _unknown:
+                return self._rules(module, *size)
+            kind = next((c for c in type(module).__mro__ if c in self.registry), type(module))
+            with _resting(module):
+                return self._rules(_current(module, kind), *size)
+
+
+describe = _Describe()
+
+
+@contextmanager
+def _resting(module: nn.Module) -> Generator[None]:
+    """Its parametrizations in eval mode, so that none takes a step for being read."""
+    parts = [part for part in module.parametrizations.modules() if part.training] if is_parametrized(module) else []  # type: ignore[union-attr]
+    try:
+        for part in parts:
+            part.training = False
+        yield
+    finally:
+        for part in parts:
+            part.training = True
+
+
+def _current(module: nn.Module, kind: type) -> nn.Module:
+    """The module as its next forward pass in eval mode finds it; refused where that may be another map than the one of `kind`."""
+    name = type(module).__name__
+    own = [f for f in FORWARD if f in vars(module) or getattr(type(module), f, None) is not getattr(kind, f, None)]
+    if own and kind.forward is not nn.Module.forward:  # the rule of a class without a forward pass is one for its subclasses
+        msg = (
+            f"{name} has a {own[0]} of its own; expected that of {kind.__name__}, whose rule this is: "
+            f"type @gramlip.describe.register on a function (module: {name}, input_size=None) -> operator"
+        )
+        raise UnsupportedError(msg)
+    if any(is_lazy(p) for p in module.parameters(recurse=False)):
+        msg = f"{name} has no shape yet; expected an initialised layer: run one forward pass first"
+        raise InputError(msg)
+    hooks = [*vars(module)["_forward_pre_hooks"].values(), *vars(module)["_forward_hooks"].values()]
+    setting = [hook for hook in hooks if isinstance(hook, WEIGHTS)]
+    for hook in hooks:
+        # torch.distributed gathers and shards weights, which are whole tensors to us
+        if hook not in setting and not str(getattr(hook, "__module__", "")).startswith("torch.distributed."):
+            msg = (
+                f"{name} has a forward hook, {getattr(hook, '__qualname__', type(hook).__name__)}, which may change what it computes; "
+                f"expected a layer without: type handle.remove() on what registered it, or gramlip.Conv(weight, ...) for the plain map"
+            )
+            raise UnsupportedError(msg)
+    if not setting:
+        return module
+    twin = object.__new__(type(module))
+    vars(twin).update(vars(module), training=False)
+    for hook in setting:
+        hook(twin, ())
+    return twin
 
 
 @describe.register
@@ -40,9 +115,6 @@ def _(module: Conv | Dense | Diagonal | Separable, input_size: Ints | None = Non
 
 @describe.register
 def _(module: Tensor, input_size: Ints | None = None) -> Dense:
-    if module.ndim != 2:
-        msg = f"a tensor of shape {tuple(module.shape)} was given; expected a matrix: type gramlip.Conv(weight, ...) for a kernel"
-        raise InputError(msg)
     return Dense(module)
 
 

@@ -10,6 +10,8 @@ from gramlip.layers import describe
 from gramlip.methods import METHODS
 from gramlip.operators import Ints, Operator
 
+WIDEST = 1e6  # a relative width beyond this asks for no proof at all
+
 
 def bound(
     x: nn.Module | Tensor | Operator,
@@ -39,10 +41,10 @@ def bound(
     True
     """
     check_rtol(rtol)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         msg = f"method={method!r} is unknown; expected one of {sorted(METHODS)}"
         raise InputError(msg)
-    if finite not in (True, False, "auto"):
+    if not isinstance(finite, bool) and not (isinstance(finite, str) and finite == "auto"):
         msg = f"finite={finite!r} was given; expected True, False or 'auto'"
         raise InputError(msg)
     op = describe(x) if input_size is None else describe(x, input_size)
@@ -50,7 +52,7 @@ def bound(
 
 
 def check_rtol(rtol: float) -> None:
-    """InputError for a relative width that is no positive number."""
-    if not isinstance(rtol, float | int) or isinstance(rtol, bool) or not 0 < rtol < float("inf"):
-        msg = f"rtol={rtol!r} was given; expected a positive number such as 1e-2"
+    """InputError for a relative width that is no positive number of at most `WIDEST`."""
+    if not isinstance(rtol, float | int) or isinstance(rtol, bool) or not 0 < rtol <= WIDEST:
+        msg = f"rtol={rtol!r} was given; expected a positive number such as 1e-2, and at most {WIDEST:g}"
         raise InputError(msg)

@@ -2,46 +2,74 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
+from torch.nn.parameter import is_lazy
 
 from gramlip.errors import InputError
 
 Ints = int | Sequence[int]
 MODES = ("circular", "reflect", "replicate", "zeros")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128)
+EIGHT_BITS = tuple(kind for name, kind in vars(torch).items() if name.startswith("float8_"))  # the same for each version of torch
 
 
-def check_weight(weight: Tensor, name: str = "weight") -> None:
-    """Refuse what has no norm: not a floating tensor, empty, NaN or infinite."""
+def checked(weight: Tensor, name: str = "weight") -> Tensor:
+    """The weight, of a dtype that torch computes in; what has no norm is refused: no floats, no values, empty, NaN or infinite.
+
+    An 8-bit float has few functions in torch; float32 holds each of them exactly.
+    """
     if not isinstance(weight, Tensor):
         msg = f"{name} is a {type(weight).__name__}; expected a torch.Tensor of floats: type torch.as_tensor({name})"
         raise InputError(msg)
-    if not (weight.is_floating_point() or weight.is_complex()):
-        msg = f"{name} has dtype {weight.dtype}; expected a floating or complex dtype: type {name}.float()"
+    if is_lazy(weight):
+        msg = f"{name} has no shape yet; expected an initialised layer: run one forward pass first"
         raise InputError(msg)
-    if weight.layout != torch.strided or weight.is_meta:
-        kind = "on the meta device" if weight.is_meta else f"stored as {weight.layout}"
+    if weight.dtype in EIGHT_BITS:
+        weight = weight.float()
+    if weight.dtype not in DTYPES:
+        how = f"type {name}.dequantize()" if weight.is_quantized else f"type {name}.float(), or unpack it where torch cannot"
+        msg = f"{name} has dtype {weight.dtype}; expected a floating or complex dtype: {how}"
+        raise InputError(msg)
+    if weight.layout != torch.strided or weight.is_nested or weight.is_meta or isinstance(weight, MaskedTensor):
+        kinds = {
+            "on the meta device": weight.is_meta,
+            "nested": weight.is_nested,
+            f"stored as {weight.layout}": weight.layout != torch.strided,
+        }
+        kind = next((kind for kind, so in kinds.items() if so), "masked")
         msg = f"{name} is {kind}; expected a dense tensor with values: type {name}.to_dense() or load the weights"
         raise InputError(msg)
     if weight.numel() == 0:
         msg = f"{name} has shape {tuple(weight.shape)}; expected every axis to be at least 1"
         raise InputError(msg)
-    rows = max(1, (1 << 22) * weight.shape[0] // weight.numel()) if weight.ndim else 1
-    if not all(bool(torch.isfinite(part).all()) for part in (weight.detach().split(rows) if weight.ndim else [weight.detach()])):
+    if not _finite(weight.detach(), name):
         msg = f"{name} holds NaN or infinite values; expected finite weights"
         raise InputError(msg)
+    return weight
 
 
-def _axes(name: str, value: Ints, dims: int, least: int) -> tuple[int, ...]:
-    given = (value,) * dims if isinstance(value, int) else tuple(value)
+def _finite(weight: Tensor, name: str) -> bool:
+    parts = weight.split(max(1, (1 << 22) * weight.shape[0] // weight.numel())) if weight.ndim else (weight,)
+    try:
+        return all(bool(torch.isfinite(part).all()) for part in parts)
+    except (RuntimeError, TypeError) as error:  # fake, or whatever else only looks like a tensor
+        msg = f"{name} is a {type(weight).__name__} whose values cannot be read; expected a plain torch.Tensor"
+        raise InputError(msg) from error
+
+
+def _axes(name: str, value: object, dims: int, least: int) -> tuple[int, ...]:
+    given = (value,) * dims if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
     if len(given) != dims or any(isinstance(v, bool) or not isinstance(v, int) or v < least for v in given):
         msg = f"{name}={value!r} was given; expected an integer of at least {least}, or {dims} of them"
         raise InputError(msg)
-    return given
+    return cast("tuple[int, ...]", given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +83,9 @@ class Dense:
     weight: Tensor
 
     def __post_init__(self) -> None:
-        check_weight(self.weight)
+        object.__setattr__(self, "weight", checked(self.weight))
         if self.weight.ndim != 2:
-            msg = f"weight has shape {tuple(self.weight.shape)}; expected a matrix (m, n): type weight.flatten(1)"
+            msg = f"weight has shape {tuple(self.weight.shape)}; expected a matrix (m, n): type gramlip.Conv(weight, ...) for a kernel"
             raise InputError(msg)
 
 
@@ -72,7 +100,7 @@ class Diagonal:
     weight: Tensor
 
     def __post_init__(self) -> None:
-        check_weight(self.weight)
+        object.__setattr__(self, "weight", checked(self.weight))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +133,7 @@ class Conv:
     output_padding: Ints = 0
 
     def __post_init__(self) -> None:
-        check_weight(self.weight)
+        object.__setattr__(self, "weight", checked(self.weight))
         if not 3 <= self.weight.ndim <= 5:
             msg = f"weight has shape {tuple(self.weight.shape)}; expected (c_out, c_in / groups, *kernel) with 1 to 3 kernel axes"
             raise InputError(msg)
@@ -120,6 +148,9 @@ class Conv:
             raise InputError(msg)
         if self.transposed and self.padding_mode != "zeros":
             msg = f"padding_mode={self.padding_mode!r} was given for a transposed convolution; expected 'zeros'"
+            raise InputError(msg)
+        if any(self.output_padding) and not self.transposed:  # type: ignore[arg-type]
+            msg = f"output_padding={self.output_padding} was given; expected 0, or a transposed convolution: type transposed=True"
             raise InputError(msg)
         if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1 or self.weight.shape[0] % self.groups:
             msg = f"groups={self.groups!r} was given for {self.weight.shape[0]} channels; expected a divisor of them"
@@ -179,7 +210,7 @@ class Conv:
         if isinstance(self.padding, str):
             msg = f"padding={self.padding!r} is unknown; expected an integer, one per axis, 'same' or 'valid'"
             raise InputError(msg)
-        if not isinstance(self.padding, int) and any(isinstance(p, Sequence) for p in self.padding):
+        if isinstance(self.padding, Sequence) and any(isinstance(p, Sequence) for p in self.padding):
             pairs = tuple(_axes("padding", p, 2, 0) for p in self.padding)
             if len(pairs) == self.dims:
                 return tuple((lo, hi) for lo, hi in pairs)
@@ -222,9 +253,14 @@ class Separable:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.factors, Sequence):
+            msg = f"factors is a {type(self.factors).__name__}; expected a tuple of matrices, one for each axis: type (matrix,)"
+            raise InputError(msg)
         for i, factor in enumerate(self.factors):
-            Dense(factor)
-            check_weight(factor, f"factors[{i}]")
+            Dense(checked(factor, f"factors[{i}]"))
+        if not isinstance(self.scale, float | int) or not math.isfinite(self.scale):
+            msg = f"scale={self.scale!r} was given; expected a finite number"
+            raise InputError(msg)
 
 
 Operator = Dense | Diagonal | Conv | Separable

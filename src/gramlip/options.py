@@ -6,6 +6,8 @@ import math
 from argparse import ArgumentTypeError
 from decimal import Decimal, InvalidOperation
 
+from gramlip.norm import WIDEST, check_rtol
+
 
 def tolerance(text: str) -> float:
     """A positive relative width.
@@ -15,11 +17,10 @@ def tolerance(text: str) -> float:
     """
     try:
         value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        msg = f"{text!r} was given; expected a positive number such as 1e-2"
-        raise ArgumentTypeError(msg)
+        check_rtol(value)
+    except ValueError as error:
+        msg = f"{text!r} was given; expected a positive number such as 1e-2, and at most {WIDEST:g}"
+        raise ArgumentTypeError(msg) from error
     return value
 
 

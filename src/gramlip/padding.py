@@ -126,11 +126,11 @@ def replicate(axis: Axis) -> Circle:
 
 
 def _repeating(axis: Axis, mode: str) -> Circle:
-    pad = axis.before + axis.after
-    least = max(axis.before, axis.after) + 1 if mode == "reflect" else 1
-    sizes = [axis.size] if axis.size is not None else range(least, least + pad + 2)
-    maps = [index_map(Axis(n, n + pad, 1, 1, 1, axis.before, axis.after), mode) for n in sizes]
-    square = max(int(m.flatten().bincount().max()) for m in maps)
+    lo, hi = axis.before, axis.after
+    if axis.size is not None:
+        square = int(index_map(Axis(axis.size, axis.size + lo + hi, 1, 1, 1, lo, hi), mode).flatten().bincount().max())
+    else:  # a single input is all of replicate padding; reflected from both ends an input is there three times
+        square = 1 + lo + hi if mode == "replicate" else 1 + (lo > 0) + (hi > 0)
     because = f"{mode} padding: supremum over all frequencies (theorem 12)"
     return Circle(None, axis.stride // math.gcd(axis.stride, axis.dilation), square, False, because)
 

@@ -12,7 +12,7 @@ from gramlip.bound import Bound
 from gramlip.certify import TOGETHER, certify_all
 from gramlip.checkpoint import Entry, Stored
 from gramlip.errors import InputError
-from gramlip.operators import Conv, Dense, check_weight
+from gramlip.operators import Conv, Dense, checked
 from gramlip.report import Layer, LeftOut, Report
 
 NOTES = (
@@ -60,8 +60,7 @@ class Weights:
 
     def operator(self, name: str) -> Dense | Conv:
         """The operator that dominates the layer of this tensor: a matrix, or a stride-1 ungrouped convolution of every size."""
-        weight = self.stored.entries[name].load()
-        check_weight(weight, name)
+        weight = checked(self.stored.entries[name].load(), name)
         return Dense(weight) if weight.ndim == 2 else Conv(weight)
 
     def operators(self) -> Iterator[tuple[str, Dense | Conv]]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_LAYOUTS = {torch.float32: (torch.int32, 23, -149), torch.float64: (torch.int64, 52, -1074)}
+
 
 def widen(x: Tensor, exponent: int | None) -> tuple[Tensor, int]:
     """The values of x divided by `2**exponent`, as float64 or complex128, to be read alone, and the exponent.
@@ -61,7 +63,7 @@ def _bits(x: Tensor) -> tuple[Tensor, Tensor, int, int]:
     elif x.dtype not in (torch.float32, torch.float64):
         x = x.to(torch.float32)
     x = x.contiguous()
-    dtype, width, least = (torch.int32, 23, -149) if x.dtype == torch.float32 else (torch.int64, 52, -1074)
+    dtype, width, least = _LAYOUTS[x.dtype]
     return x, x.view(dtype) & torch.iinfo(dtype).max, width, least
 
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gramlip import rounding as rd
 from gramlip.blocks import grid, symbol
 from gramlip.bound import Bound
+from gramlip.devices import on_cpu
 from gramlip.errors import InputError
 from gramlip.operators import Conv, Dense, Operator
 
 Side = Literal["exact", "upper", "lower", "estimate", "interval"]
 Reads = Literal["blocks", "kernel", "layer"]
 _Number = TypeVar("_Number", float, Tensor)
+FAR = 500  # exponents of powers of two whose products with a gradient may over- or underflow
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Method:
         Raises:
             InputError: an operator that the method is not valid for.
         """
-        with torch.no_grad():
+        with torch.no_grad(), on_cpu():
             op, exponent = _scaled(self._suited(op))
             return _times_power(float(self.formula(op, **options)), exponent)
 
@@ -72,7 +75,7 @@ class Method:
             InputError: an operator that the method is not valid for.
         """
         op = self._suited(op)
-        with torch.set_grad_enabled(self.keeps_graph and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.keeps_graph and torch.is_grad_enabled()), on_cpu():
             wide = torch.complex128 if op.weight.is_complex() else torch.float64
             op, exponent = _scaled(replace(op, weight=op.weight.to(wide)))
             value = self.formula(op)
@@ -114,8 +117,23 @@ def _scaled(op: Dense | Conv) -> tuple[Dense | Conv, int]:
 
 
 def _times_power(x: _Number, exponent: int) -> _Number:
-    """Times a power of two, in two steps since 2.0**1024 does not exist."""
+    """Times a power of two, in two steps since 2.0**1024 does not exist; a gradient that would leave the range skips a large one."""
+    if isinstance(x, Tensor) and x.requires_grad and abs(exponent) > FAR:
+        return cast("Tensor", _Far.apply(x, exponent))
     return x * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
+
+
+class _Far(torch.autograd.Function):
+    """Times a power of two with the gradient of one: as a norm scales with its weight, the factors before and after it cancel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exponent: int) -> Tensor:
+        return _times_power(x.detach(), exponent)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[reportIncompatibleMethodOverride]
+        return grad, None
 
 
 def describe_geometry(op: object) -> str:
