@@ -157,6 +157,24 @@ def test_unusable_output_is_refused_before_the_work(folder, capsys, monkeypatch,
     assert "--json" in refused(capsys, "audit", "missing.pt", f"--json={name}")
 
 
+@pytest.mark.parametrize("given", [("--json", "model.safetensors"), ("--html", "./out/../model.safetensors"), ("--json", "link")])
+@pytest.mark.parametrize("command", ["audit", "compare"])
+def test_no_output_takes_the_place_of_the_target(model, folder, capsys, monkeypatch, command, given):
+    monkeypatch.chdir(model.parent)
+    (model.parent / "link").symlink_to(model)
+    before = model.read_bytes()
+    option = "--plot" if command == "compare" and given[0] == "--html" else given[0]
+    assert "is what the command reads; expected another file" in refused(capsys, command, "model.safetensors", option, given[1])
+    assert model.read_bytes() == before
+
+
+@pytest.mark.parametrize(("command", "options"), [("audit", ("--json", "--html")), ("compare", ("--json", "--plot"))])
+def test_two_outputs_are_two_files(model, folder, capsys, command, options):
+    both = [part for option in options for part in (option, folder / "x.png")]
+    assert f"{' and '.join(options)} name the same file" in refused(capsys, command, model, *both)
+    assert list(folder.iterdir()) == []
+
+
 def test_a_folder_without_permission_is_refused(folder, capsys, monkeypatch):
     monkeypatch.setattr(output.os, "access", lambda path, mode: False)  # the superuser, who may run this, can write everywhere
     assert "cannot be written" in refused(capsys, "audit", "missing.pt", "--json", folder / "r.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,6 +45,28 @@ def note(text: str) -> None:
 def watched(items: Sequence[T]) -> Iterable[T]:
     """The items behind a progress bar on standard error, where that is a terminal."""
     return tqdm(items, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False, unit="layer")
+
+
+def check_outputs(options: Mapping[str, str | None], *held: str | Path) -> dict[str, Path | None]:
+    """The file of each option that was given, None for `-`; `held` is what the command reads, which no output may take the place of.
+
+    Raises:
+        InputError: as for `check_output`, two outputs on one file, or an output on what is read.
+    """
+    files = {option: check_output(option, name) for option, name in options.items() if name is not None}
+    if len(set(files.values())) < len(files):
+        msg = f"{' and '.join(files)} name the same file; expected one file each"
+        raise InputError(msg)
+    for option, path in files.items():
+        if path is not None and any(path == Path(os.path.realpath(file)) or _same(path, file) for file in held):
+            msg = f"{option} {options[option]} is what the command reads; expected another file, which may be written: type {option} FILE"
+            raise InputError(msg)
+    return files
+
+
+def _same(path: Path, other: str | Path) -> bool:
+    """Whether two names are of one file that exists, through links or a file system that takes `A` for `a`."""
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
 def check_output(option: str, name: str | None) -> Path | None:

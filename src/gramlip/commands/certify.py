@@ -17,7 +17,7 @@ from gramlip import robust
 from gramlip.errors import InputError
 from gramlip.network import audit
 from gramlip.options import count, tolerance
-from gramlip.output import check_output, emit, write_whole
+from gramlip.output import check_outputs, emit, write_whole
 from gramlip.training import data
 from gramlip.training.recipes import MEAN, STD, Recipe
 
@@ -56,7 +56,8 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
 
 def run(args: Namespace) -> int:
     """Audit the network, certify every sample, print."""
-    file = check_output("--json", args.json) if args.json is not None else None
+    held = (Path(args.target) / name for name in ("recipe.json", "results.json", "weights.safetensors"))
+    file = check_outputs({"--json": args.json}, *held).get("--json")
     model, mean, std = _model(args.target, args.normalised)
     images, labels = data.load(args.data, "test", args.samples)
     pixels = list(zip((images.float() / 255).split(500), labels.split(500), strict=True))
