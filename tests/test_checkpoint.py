@@ -78,6 +78,30 @@ def test_names_that_would_collide_keep_their_prefix(tmp_path):
     assert weights({"a": w, "_orig_mod.a": w}, tmp_path / "x.pt").sort()[0] == ["a", "_orig_mod.a"]
 
 
+@pytest.mark.parametrize(
+    ("state", "name"),
+    [
+        ({1: 100 * torch.eye(3), "1": torch.eye(2)}, "1"),
+        ({"a": {"b.c": torch.eye(3)}, "a.b": {"c": torch.eye(2)}}, "a.b.c"),
+    ],
+)
+def test_two_tensors_of_one_name_are_refused(tmp_path, state, name):
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(gl.InputError, match=rf"two tensors of the name {name}; expected a name for each"):
+        read(tmp_path / "x.pt")
+
+
+def test_containers_without_an_end_are_refused(tmp_path):
+    deep, itself = {"weight": torch.eye(2)}, {"weight": torch.eye(2)}
+    itself["model"] = itself
+    for _ in range(200):
+        deep = {"model": deep}
+    for state in (deep, itself):
+        torch.save(state, tmp_path / "x.pt")
+        with pytest.raises(gl.InputError, match="more than 100 containers, or one that holds itself"):
+            read(tmp_path / "x.pt")
+
+
 def test_the_state_of_training_is_listed(tmp_path):
     source = weights({"state_dict": STATE, "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "x.pt")
     assert [(out.name, out.reason) for out in source.sort()[1]][-1] == ("optimizer", "state of training")
@@ -169,6 +193,17 @@ def test_sharded_safetensors(tmp_path):
     save_file({"b": torch.ones(3, 2)}, tmp_path / "2.safetensors")
     found = read(index(tmp_path, {"b": "2.safetensors", "a": "1.safetensors"}))
     assert {name: entry.shape for name, entry in found.entries.items()} == {"a": (2, 2), "b": (3, 2)}
+
+
+def test_a_shard_is_read_whole(tmp_path):
+    save_file({"a": torch.ones(2, 2), "extra": torch.ones(3, 2)}, tmp_path / "1.safetensors")
+    save_file({"b": torch.ones(2, 2)}, tmp_path / "2.safetensors")
+    places = index(tmp_path, {"a": "1.safetensors", "b": "2.safetensors"})
+    assert list(read(places).entries) == ["a", "b", "extra"]
+    for twice in ("extra", "a"):
+        save_file({"b": torch.ones(2, 2), twice: torch.ones(4, 2)}, tmp_path / "2.safetensors")
+        with pytest.raises(gl.InputError, match=f"two tensors of the name {twice}"):
+            read(places)
 
 
 @pytest.mark.parametrize(
