@@ -291,6 +291,10 @@ def test_what_no_linear_map_is_made_of():
         "relative_position_bias_table": torch.ones(9, 2),
         "wte.weight": torch.ones(9, 2),
         "model.embed_tokens.weight": torch.ones(9, 2),
+        "bert.embeddings.token_type_embeddings.weight": torch.ones(2, 2),
+        "gpt_neox.embed_in.weight": torch.ones(9, 2),
+        "tok_embeddings.weight": torch.ones(9, 2),
+        "detr.query_embed.weight": torch.ones(9, 2),
         "pos_embed": torch.ones(1, 9, 2),
         "cls_token": torch.ones(1, 1, 2),
     }
@@ -307,6 +311,11 @@ def test_linear_maps_with_names_near_those():
         "embed.bias": torch.ones(4),
         "embed_out.weight": torch.ones(4, 3),
         "time_embed.0.weight": torch.ones(4, 3),
+        "emb_proj.weight": torch.ones(4, 3),
+        "embed_hidden.weight": torch.ones(4, 3),
+        "state_embed.weight": torch.ones(4, 3),
+        "patch_embed.weight": torch.ones(4, 3),
+        "pos_embed_proj": torch.ones(4, 3),
         "attn.in_proj_weight": torch.ones(9, 3),
         "rnn.weight_ih_l0": torch.ones(9, 3),
     }

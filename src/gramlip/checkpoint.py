@@ -228,7 +228,8 @@ def _containers(loaded: Any, skipped: list[str], file: Path) -> Entries:
                 skipped.append(".".join(path))
                 return
             if len(path) == _DEEPEST:
-                msg = f"{file} nests more than {_DEEPEST} containers, or one that holds itself; expected a dict of tensors: save model.state_dict()"
+                given = f"{file} nests more than {_DEEPEST} containers, or one that holds itself"
+                msg = f"{given}; expected a dict of tensors: save model.state_dict()"
                 raise InputError(msg)
             for key, item in whole.items() if isinstance(whole, Mapping) else enumerate(whole):
                 walk(item, (*path, str(key)))
