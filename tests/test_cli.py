@@ -88,7 +88,7 @@ def test_fail_above_fails_where_a_weight_has_no_bound(tmp_path, capsys):
     assert capsys.readouterr().err == "gramlip: above 5: six (upper inf)\n"
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "text", "", "1e-400"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "text", "", "1e-400", "1e308"])
 def test_wrong_rtol(model, capsys, value):
     assert "expected a positive number such as 1e-2" in refused(capsys, "audit", model, f"--rtol={value}")
 
@@ -103,6 +103,16 @@ def test_wrong_limit(model, capsys, value):
     assert "expected a number of at least 0" in refused(capsys, "audit", model, f"--fail-above={value}")
 
 
+@pytest.mark.parametrize("value", ["-1", "inf", "1e400"])
+def test_wrong_effort(model, capsys, value):
+    assert "expected a number of at least 0" in refused(capsys, "audit", model, f"--effort={value}")
+
+
+@pytest.mark.parametrize("value", ["tpu", "cpu:9", "cuda:99", ""])
+def test_wrong_device(capsys, value):
+    assert f"{value!r} was given; expected cpu" in refused(capsys, "bench", f"--device={value}")
+
+
 def test_an_input_shape_says_nothing_about_weights_alone(model, capsys):
     assert "holds weights alone" in refused(capsys, "audit", model, "--input", "3,32,32")
 
@@ -110,6 +120,15 @@ def test_an_input_shape_says_nothing_about_weights_alone(model, capsys):
 @pytest.mark.parametrize("argv", [[], ["nonsense"], ["audit"], ["audit", "a", "b"], ["audit", "a", "--nonsense"]])
 def test_wrong_usage_is_one_line(capsys, argv):
     assert "--help" in refused(capsys, *argv)
+
+
+def test_what_a_command_does_not_know_points_to_its_own_help(model, capsys):
+    for given in ("--nonsense", "--rto=1e-2"):  # options are written in full
+        assert f"unrecognized arguments: {given}: type gramlip audit --help" in refused(capsys, "audit", model, given)
+
+
+def test_a_value_may_begin_with_a_minus(model, capsys):
+    assert "holds weights alone" in refused(capsys, "audit", model, "--domain", "-1,2")
 
 
 def test_help_and_version(capsys):

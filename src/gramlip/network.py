@@ -101,6 +101,7 @@ def audit(
     """
     _check(assume, domain, rtol)
     tensors = inputs(example)
+    _check_real(tensors)
     program = export(model, tensors)
     lowered = lower(program, assume)
     if lowered.unsupported and strict:
@@ -147,6 +148,15 @@ def _whole(network: Network, constants: Sequence[Bound], composed: Composition, 
 def steps_of(model: nn.Module | torch.export.ExportedProgram, example: Example) -> Network:
     """The folded steps of a model; calls without a rule are unbounded steps."""
     return fold(lower(export(model, inputs(example))).network)
+
+
+def _check_real(tensors: Sequence[Tensor]) -> None:
+    """A Lipschitz constant is of inputs that change by small amounts: not of token numbers, nor of masks."""
+    for i, tensor in enumerate(tensors):
+        if not tensor.is_floating_point():
+            given = f"input {i} of shape {tuple(tensor.shape)} has entries of {tensor.dtype}, which no real number can change by a little"
+            msg = f"{given}; expected floating-point inputs: give the part of the model after its embeddings"
+            raise InputError(msg)
 
 
 def _check(assume: Mapping[str, float] | None, domain: tuple[float, float] | None, rtol: float) -> None:

@@ -10,6 +10,9 @@ from gramlip.layers import describe
 from gramlip.methods import METHODS
 from gramlip.operators import Ints, Operator
 
+WIDEST = 1e6
+"""The largest relative width that may be asked for."""
+
 
 def bound(
     x: nn.Module | Tensor | Operator,
@@ -50,7 +53,7 @@ def bound(
 
 
 def check_rtol(rtol: float) -> None:
-    """InputError for a relative width that is no positive number."""
-    if not isinstance(rtol, float | int) or isinstance(rtol, bool) or not 0 < rtol < float("inf"):
-        msg = f"rtol={rtol!r} was given; expected a positive number such as 1e-2"
+    """InputError for a relative width that is no positive number, or so wide that its products overflow."""
+    if not isinstance(rtol, float | int) or isinstance(rtol, bool) or not 0 < rtol <= WIDEST:
+        msg = f"rtol={rtol!r} was given; expected a positive number such as 1e-2, at most {WIDEST:g}"
         raise InputError(msg)
