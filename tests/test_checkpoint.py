@@ -172,6 +172,12 @@ def test_missing_files_folders_and_files_without_tensors(tmp_path):
         read(tmp_path / "missing.pt")
     with pytest.raises(gl.InputError, match="is a folder"):
         read(tmp_path)
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(gl.InputError, match="is no regular file"):
+        read(tmp_path / "pipe.pt")
+    torch.save({"w": torch.eye(2)}, tmp_path / "checkpoint.safetensors")
+    with pytest.raises(gl.InputError, match=r"is a torch checkpoint by its content; .*: type mv .* .*checkpoint\.pt"):
+        read(tmp_path / "checkpoint.safetensors")
     torch.save({"epoch": 3}, tmp_path / "x.pt")
     with pytest.raises(gl.InputError, match="holds no tensor"):
         read(tmp_path / "x.pt")
@@ -354,6 +360,12 @@ def test_weights_whose_layer_is_not_stored_are_marked(tmp_path):
     assert "weight_norm" in reasons["wn.weight_v"]
     assert "pruning" in reasons["cut.weight_orig"]
     assert len(source.audit().above(100.0)) == len(reasons)
+
+
+def test_a_file_of_parametrised_layers_alone_says_what_to_type(tmp_path):
+    conv = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3))
+    with pytest.raises(gl.InputError, match=r"parametrizations\.weight\.original: raw tensor .*: type package\.module:callable"):
+        weights(conv.state_dict(), tmp_path / "x.pt").audit()
 
 
 def test_an_ordered_dict_keeps_its_order(tmp_path):

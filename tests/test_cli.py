@@ -1,9 +1,7 @@
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -165,7 +163,7 @@ def test_unusable_targets(tmp_path, capsys):
     (tmp_path / "x.safetensors").write_bytes(save({"w": torch.ones(9, 9)})[:-9])
     assert "cannot be read as safetensors" in refused(capsys, "audit", tmp_path / "x.safetensors")
     save_file({"fc.weight": torch.full((2, 2), float("nan"))}, tmp_path / "x.safetensors")
-    assert "fc.weight holds NaN" in refused(capsys, "audit", tmp_path / "x.safetensors")
+    assert "x.safetensors: fc.weight holds NaN" in refused(capsys, "audit", tmp_path / "x.safetensors")
     save_file({"fc.weight": torch.ones(2, 0)}, tmp_path / "x.safetensors")
     assert "fc.weight has shape (2, 0)" in refused(capsys, "audit", tmp_path / "x.safetensors")
 
@@ -207,6 +205,12 @@ def test_a_demo_is_read_from_the_package(tmp_path, capsys, monkeypatch, name):
     assert main(["audit", name, "--json", "-"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert (data["target"], [row["name"] for row in data["layers"]]) == (name, ["fc.weight"])
+    save_file({"other.weight": torch.eye(2)}, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert main(["audit", name]) == 0
+    assert f"the file of that name is not read: type ./{name} for it" in capsys.readouterr().err
+    assert main(["audit", f"./{name}", "--json", "-"]) == 0
+    assert "other.weight" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("failure", "code"), [(KeyboardInterrupt, 130), (OSError(28, "No space left on device"), 2)])
@@ -232,12 +236,12 @@ def test_a_file_is_written_through_a_link_with_the_usual_permissions(model, fold
 
 
 def test_ctrl_c_is_one_line_and_130(tmp_path):
-    os.mkfifo(tmp_path / "x.safetensors")
-    process = subprocess.Popen([*RUN, "audit", str(tmp_path / "x.safetensors")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with open(tmp_path / "x.safetensors", "wb"):  # returns once the process has opened its end and waits for bytes
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+    (tmp_path / "slow.py").write_text("def make():\n    print('ready', flush=True)\n    __import__('time').sleep(600)\n")
+    line = [*RUN, "audit", "slow:make", "--input", "4"]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stderr.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "gramlip: interrupted\n")
 
 

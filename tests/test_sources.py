@@ -133,6 +133,10 @@ def test_an_exported_program(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected no --input"):
         resolve(str(file), (3, 6, 6))
     bad = tmp_path / "bad.pt2"
+    torch.save({"w": torch.eye(2)}, bad)
+    with pytest.raises(InputError, match=r"torch\.export\.save") as caught:
+        resolve(str(bad))
+    assert "warnings" not in str(caught.value)
     bad.write_bytes(b"not a program")
     with pytest.raises(InputError, match=r"torch\.export\.save"):
         resolve(str(bad))

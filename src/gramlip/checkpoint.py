@@ -68,6 +68,9 @@ def read(path: Path) -> Stored:
     if path.is_dir():
         msg = f"{path} is a folder; expected a file: type for instance {path / 'model.safetensors'}"
         raise InputError(msg)
+    if path.exists() and not path.is_file():
+        msg = f"{path} is no regular file but a pipe or a device; expected a file: write it to one first"
+        raise InputError(msg)
     try:
         with path.open("rb") as file:
             start = file.read(16)
@@ -81,11 +84,15 @@ def read(path: Path) -> Stored:
         msg = f"{path} is empty; expected weights, as safetensors or as torch.save writes them"
         raise InputError(msg)
     skipped: list[str] = []
+    pickled = start[8:9] != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80")
     if path.suffix == ".json":
         entries = _sharded(path)
+    elif path.suffix == ".safetensors" and pickled:
+        msg = f"{path} is a torch checkpoint by its content; expected safetensors: type mv {path} {path.with_suffix('.pt')}"
+        raise InputError(msg)
     elif path.suffix == ".safetensors" or start[8:9] == b"{":
         entries = _safetensors(path)
-    elif start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+    elif pickled:
         entries = _containers(_torch(path), skipped, path)
     else:
         msg = f"{path} is no weights file; expected safetensors or a torch checkpoint: type torch.save(model.state_dict(), path)"

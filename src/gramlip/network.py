@@ -213,8 +213,11 @@ def _lower_side(
 
 def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float], composed: Composition) -> tuple[Layer, ...]:
     rows: list[Layer] = []
+    parts = composed.parts or []
+    whole = math.log(composed.upper) if parts else 0.0
+    telling = 0 < sum(map(abs, parts)) <= 2 * abs(whole)  # parts that all but cancel are no shares of what is left
     for i, (step, own) in enumerate(zip(network.steps, constants, strict=True)):
-        share = None if composed.parts is None or composed.upper == 1.0 else composed.parts[i] / math.log(composed.upper)
+        share = parts[i] / whole if telling else None
         if isinstance(step.what, Linear | Sum | Product | Attention) or own.upper != 1.0:
             rows.append(_row(i, step, own, seconds[i], share, network, composed))
     return tuple(rows)

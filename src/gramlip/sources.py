@@ -141,7 +141,8 @@ def from_exported(target: str, inputs: Shape | None) -> Model:
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.export raises many types for files that it did not write
-        msg = f"{target} cannot be read as an exported program: {first_line(error)}; expected a file that torch.export.save wrote"
+        why = first_line(error).partition(" Please check the warnings")[0]  # which are silent, and say no more
+        msg = f"{target} cannot be read as an exported program: {why}; expected a file that torch.export.save wrote"
         raise InputError(msg) from error
     names = program.graph_signature.user_inputs
     values: dict[str, Any] = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}

@@ -57,8 +57,10 @@ class Weights:
         kept = [name for name, out in reasons.items() if out is None]
         left_out = [out for out in reasons.values() if out is not None]
         if not kept:
-            first = f"{left_out[0].name}: {left_out[0].reason}" if left_out else "no tensor at all"
-            msg = f"{self.target} holds nothing to bound ({first}); expected matrices or convolution kernels: save model.state_dict()"
+            first = next((out for out in left_out if out.is_weight), left_out[0] if left_out else None)
+            given = f"{first.name}: {first.reason}" if first else "no tensor at all"
+            advice = "type package.module:callable, which makes the model" if first and first.is_weight else "save model.state_dict()"
+            msg = f"{self.target} holds nothing to bound ({given}); expected matrices or convolution kernels: {advice}"
             raise InputError(msg)
         left_out += [LeftOut(name, (), "state of training") for name in self.stored.skipped]
         return kept, tuple(left_out)
@@ -66,7 +68,7 @@ class Weights:
     def operator(self, name: str) -> Dense | Conv:
         """The operator that dominates the layer of this tensor: a matrix, or a stride-1 ungrouped convolution of every size."""
         weight = self.stored.entries[name].load()
-        check_weight(weight, name)
+        check_weight(weight, f"{self.target}: {name}")
         return Dense(weight) if weight.ndim == 2 else Conv(weight)
 
     def operators(self) -> Iterator[tuple[str, Dense | Conv]]:
