@@ -78,6 +78,30 @@ def test_names_that_would_collide_keep_their_prefix(tmp_path):
     assert weights({"a": w, "_orig_mod.a": w}, tmp_path / "x.pt").sort()[0] == ["a", "_orig_mod.a"]
 
 
+@pytest.mark.parametrize(
+    ("state", "name"),
+    [
+        ({1: 100 * torch.eye(3), "1": torch.eye(2)}, "1"),
+        ({"a": {"b.c": torch.eye(3)}, "a.b": {"c": torch.eye(2)}}, "a.b.c"),
+    ],
+)
+def test_two_tensors_of_one_name_are_refused(tmp_path, state, name):
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(gl.InputError, match=rf"two tensors of the name {name}; expected a name for each"):
+        read(tmp_path / "x.pt")
+
+
+def test_containers_without_an_end_are_refused(tmp_path):
+    deep, itself = {"weight": torch.eye(2)}, {"weight": torch.eye(2)}
+    itself["model"] = itself
+    for _ in range(200):
+        deep = {"model": deep}
+    for state in (deep, itself):
+        torch.save(state, tmp_path / "x.pt")
+        with pytest.raises(gl.InputError, match="more than 100 containers, or one that holds itself"):
+            read(tmp_path / "x.pt")
+
+
 def test_the_state_of_training_is_listed(tmp_path):
     source = weights({"state_dict": STATE, "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "x.pt")
     assert [(out.name, out.reason) for out in source.sort()[1]][-1] == ("optimizer", "state of training")
@@ -148,6 +172,12 @@ def test_missing_files_folders_and_files_without_tensors(tmp_path):
         read(tmp_path / "missing.pt")
     with pytest.raises(gl.InputError, match="is a folder"):
         read(tmp_path)
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(gl.InputError, match="is no regular file"):
+        read(tmp_path / "pipe.pt")
+    torch.save({"w": torch.eye(2)}, tmp_path / "checkpoint.safetensors")
+    with pytest.raises(gl.InputError, match=r"is a torch checkpoint by its content; .*: type mv .* .*checkpoint\.pt"):
+        read(tmp_path / "checkpoint.safetensors")
     torch.save({"epoch": 3}, tmp_path / "x.pt")
     with pytest.raises(gl.InputError, match="holds no tensor"):
         read(tmp_path / "x.pt")
@@ -169,6 +199,17 @@ def test_sharded_safetensors(tmp_path):
     save_file({"b": torch.ones(3, 2)}, tmp_path / "2.safetensors")
     found = read(index(tmp_path, {"b": "2.safetensors", "a": "1.safetensors"}))
     assert {name: entry.shape for name, entry in found.entries.items()} == {"a": (2, 2), "b": (3, 2)}
+
+
+def test_a_shard_is_read_whole(tmp_path):
+    save_file({"a": torch.ones(2, 2), "extra": torch.ones(3, 2)}, tmp_path / "1.safetensors")
+    save_file({"b": torch.ones(2, 2)}, tmp_path / "2.safetensors")
+    places = index(tmp_path, {"a": "1.safetensors", "b": "2.safetensors"})
+    assert list(read(places).entries) == ["a", "b", "extra"]
+    for twice in ("extra", "a"):
+        save_file({"b": torch.ones(2, 2), twice: torch.ones(4, 2)}, tmp_path / "2.safetensors")
+        with pytest.raises(gl.InputError, match=f"two tensors of the name {twice}"):
+            read(places)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +297,10 @@ def test_what_no_linear_map_is_made_of():
         "relative_position_bias_table": torch.ones(9, 2),
         "wte.weight": torch.ones(9, 2),
         "model.embed_tokens.weight": torch.ones(9, 2),
+        "bert.embeddings.token_type_embeddings.weight": torch.ones(2, 2),
+        "gpt_neox.embed_in.weight": torch.ones(9, 2),
+        "tok_embeddings.weight": torch.ones(9, 2),
+        "detr.query_embed.weight": torch.ones(9, 2),
         "pos_embed": torch.ones(1, 9, 2),
         "cls_token": torch.ones(1, 1, 2),
     }
@@ -272,6 +317,11 @@ def test_linear_maps_with_names_near_those():
         "embed.bias": torch.ones(4),
         "embed_out.weight": torch.ones(4, 3),
         "time_embed.0.weight": torch.ones(4, 3),
+        "emb_proj.weight": torch.ones(4, 3),
+        "embed_hidden.weight": torch.ones(4, 3),
+        "state_embed.weight": torch.ones(4, 3),
+        "patch_embed.weight": torch.ones(4, 3),
+        "pos_embed_proj": torch.ones(4, 3),
         "attn.in_proj_weight": torch.ones(9, 3),
         "rnn.weight_ih_l0": torch.ones(9, 3),
     }
@@ -310,6 +360,12 @@ def test_weights_whose_layer_is_not_stored_are_marked(tmp_path):
     assert "weight_norm" in reasons["wn.weight_v"]
     assert "pruning" in reasons["cut.weight_orig"]
     assert len(source.audit().above(100.0)) == len(reasons)
+
+
+def test_a_file_of_parametrised_layers_alone_says_what_to_type(tmp_path):
+    conv = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3))
+    with pytest.raises(gl.InputError, match=r"parametrizations\.weight\.original: raw tensor .*: type package\.module:callable"):
+        weights(conv.state_dict(), tmp_path / "x.pt").audit()
 
 
 def test_an_ordered_dict_keeps_its_order(tmp_path):

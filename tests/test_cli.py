@@ -1,9 +1,7 @@
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -88,7 +86,7 @@ def test_fail_above_fails_where_a_weight_has_no_bound(tmp_path, capsys):
     assert capsys.readouterr().err == "gramlip: above 5: six (upper inf)\n"
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "text", "", "1e-400", "1e160"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "text", "", "1e-400", "1e308"])
 def test_wrong_rtol(model, capsys, value):
     assert "expected a positive number such as 1e-2" in refused(capsys, "audit", model, f"--rtol={value}")
 
@@ -103,6 +101,16 @@ def test_wrong_limit(model, capsys, value):
     assert "expected a number of at least 0" in refused(capsys, "audit", model, f"--fail-above={value}")
 
 
+@pytest.mark.parametrize("value", ["-1", "inf", "1e400"])
+def test_wrong_effort(model, capsys, value):
+    assert "expected a number of at least 0" in refused(capsys, "audit", model, f"--effort={value}")
+
+
+@pytest.mark.parametrize("value", ["tpu", "cpu:9", "cuda:99", ""])
+def test_wrong_device(capsys, value):
+    assert f"{value!r} was given; expected cpu" in refused(capsys, "bench", f"--device={value}")
+
+
 def test_an_input_shape_says_nothing_about_weights_alone(model, capsys):
     assert "holds weights alone" in refused(capsys, "audit", model, "--input", "3,32,32")
 
@@ -110,6 +118,15 @@ def test_an_input_shape_says_nothing_about_weights_alone(model, capsys):
 @pytest.mark.parametrize("argv", [[], ["nonsense"], ["audit"], ["audit", "a", "b"], ["audit", "a", "--nonsense"]])
 def test_wrong_usage_is_one_line(capsys, argv):
     assert "--help" in refused(capsys, *argv)
+
+
+def test_what_a_command_does_not_know_points_to_its_own_help(model, capsys):
+    for given in ("--nonsense", "--rto=1e-2"):  # options are written in full
+        assert f"unrecognized arguments: {given}: type gramlip audit --help" in refused(capsys, "audit", model, given)
+
+
+def test_a_value_may_begin_with_a_minus(model, capsys):
+    assert "holds weights alone" in refused(capsys, "audit", model, "--domain", "-1,2")
 
 
 def test_help_and_version(capsys):
@@ -146,7 +163,7 @@ def test_unusable_targets(tmp_path, capsys):
     (tmp_path / "x.safetensors").write_bytes(save({"w": torch.ones(9, 9)})[:-9])
     assert "cannot be read as safetensors" in refused(capsys, "audit", tmp_path / "x.safetensors")
     save_file({"fc.weight": torch.full((2, 2), float("nan"))}, tmp_path / "x.safetensors")
-    assert "fc.weight holds NaN" in refused(capsys, "audit", tmp_path / "x.safetensors")
+    assert "x.safetensors: fc.weight holds NaN" in refused(capsys, "audit", tmp_path / "x.safetensors")
     save_file({"fc.weight": torch.ones(2, 0)}, tmp_path / "x.safetensors")
     assert "fc.weight has shape (2, 0)" in refused(capsys, "audit", tmp_path / "x.safetensors")
 
@@ -155,6 +172,24 @@ def test_unusable_targets(tmp_path, capsys):
 def test_unusable_output_is_refused_before_the_work(folder, capsys, monkeypatch, name):
     monkeypatch.chdir(folder)
     assert "--json" in refused(capsys, "audit", "missing.pt", f"--json={name}")
+
+
+@pytest.mark.parametrize("given", [("--json", "model.safetensors"), ("--html", "./out/../model.safetensors"), ("--json", "link")])
+@pytest.mark.parametrize("command", ["audit", "compare"])
+def test_no_output_takes_the_place_of_the_target(model, folder, capsys, monkeypatch, command, given):
+    monkeypatch.chdir(model.parent)
+    (model.parent / "link").symlink_to(model)
+    before = model.read_bytes()
+    option = "--plot" if command == "compare" and given[0] == "--html" else given[0]
+    assert "is what the command reads; expected another file" in refused(capsys, command, "model.safetensors", option, given[1])
+    assert model.read_bytes() == before
+
+
+@pytest.mark.parametrize(("command", "options"), [("audit", ("--json", "--html")), ("compare", ("--json", "--plot"))])
+def test_two_outputs_are_two_files(model, folder, capsys, command, options):
+    both = [part for option in options for part in (option, folder / "x.png")]
+    assert f"{' and '.join(options)} name the same file" in refused(capsys, command, model, *both)
+    assert list(folder.iterdir()) == []
 
 
 def test_a_folder_without_permission_is_refused(folder, capsys, monkeypatch):
@@ -170,6 +205,12 @@ def test_a_demo_is_read_from_the_package(tmp_path, capsys, monkeypatch, name):
     assert main(["audit", name, "--json", "-"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert (data["target"], [row["name"] for row in data["layers"]]) == (name, ["fc.weight"])
+    save_file({"other.weight": torch.eye(2)}, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert main(["audit", name]) == 0
+    assert f"the file of that name is not read: type ./{name} for it" in capsys.readouterr().err
+    assert main(["audit", f"./{name}", "--json", "-"]) == 0
+    assert "other.weight" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("failure", "code"), [(KeyboardInterrupt, 130), (OSError(28, "No space left on device"), 2)])
@@ -195,12 +236,12 @@ def test_a_file_is_written_through_a_link_with_the_usual_permissions(model, fold
 
 
 def test_ctrl_c_is_one_line_and_130(tmp_path):
-    os.mkfifo(tmp_path / "x.safetensors")
-    process = subprocess.Popen([*RUN, "audit", str(tmp_path / "x.safetensors")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with open(tmp_path / "x.safetensors", "wb"):  # returns once the process has opened its end and waits for bytes
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+    (tmp_path / "slow.py").write_text("def make():\n    print('ready', flush=True)\n    __import__('time').sleep(600)\n")
+    line = [*RUN, "audit", "slow:make", "--input", "4"]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stderr.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "gramlip: interrupted\n")
 
 

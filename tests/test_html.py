@@ -67,6 +67,8 @@ def test_the_page_needs_nothing_else_and_escapes_names(report: Report) -> None:
     assert "&lt;b&gt;model&lt;/b&gt; &amp; co" in text
     hostile = Layer("</script><img src=x>", "Dense", (2, 2), None, Bound(1.0, float("inf"), "<i>"))
     assert "<img" not in page(Report("w", (hostile,)))
+    turned = Layer("fc\u202eweight\x1b", "Dense", (2, 2), None, Bound(1.0, 2.0, "given"))
+    assert "<td>fc\\u202eweight\\x1b</td>" in page(Report("w", (turned,)))
 
 
 def test_samples_are_of_convolutions_and_near_the_bound(report: Report) -> None:

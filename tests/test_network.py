@@ -242,9 +242,17 @@ def test_assumptions_are_visible() -> None:
         audit(Gated().eval(), (4,), assume={"nothing": 1.0}, strict=False)
 
 
+def test_parts_that_all_but_cancel_are_no_shares() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False)).eval()
+    for scale, layer in ((8.0, model[0]), (1 / 7.9, model[2])):
+        layer.weight.data = scale * torch.eye(2)
+    assert all(row.share is None for row in audit(model, (2,)).layers)
+
+
 def test_shares_add_up_to_the_logarithm_of_the_product() -> None:
     torch.manual_seed(0)
     model = models.settled(models.ResNet(4, (1, 1), 5), torch.zeros(1, 3, 16, 16))
+    next(m for m in model.modules() if isinstance(m, nn.Linear)).weight.data *= 100.0  # far from 1, where the parts all but cancel
     report = audit(model, (3, 16, 16), effort=-1)
     assert sum(row.share or 0.0 for row in report.layers) == pytest.approx(1.0, abs=1e-6)
 

@@ -111,7 +111,7 @@ def test_training_goes_on_within_a_network(tmp_path: Path, cifar: Path, monkeypa
             assert float(row["certified 0.1412"]) <= float(row["accuracy"])
 
 
-def test_training_is_the_papers_on_a_gpu_and_small_on_a_cpu(cifar: Path) -> None:
+def test_training_is_the_papers_on_a_gpu_and_small_on_a_cpu(cifar: Path, tmp_path: Path) -> None:
     assert preset(Options()) == "small"
     assert preset(Options(torch.device("cuda"))) == "paper"
     assert preset(Options(preset="paper")) == "paper"
@@ -121,6 +121,9 @@ def test_training_is_the_papers_on_a_gpu_and_small_on_a_cpu(cifar: Path) -> None
     ]
     with pytest.raises(InputError, match="type --data DIR"):
         EXPERIMENTS["training"].tasks(Options())
+    with pytest.raises(InputError, match=r"holds no train-\*\.parquet"):
+        reproduce(EXPERIMENTS["training"], tmp_path / "new", Options(data=str(tmp_path)))
+    assert not (tmp_path / "new").exists()
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="type --device cpu"):
             EXPERIMENTS["training"].tasks(Options(torch.device("cuda"), data=str(cifar)))
@@ -196,9 +199,24 @@ def test_compare(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
 
 
+def test_compare_of_what_overflows(tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
+    """Infinity is null in JSON and has no error in the table; a name with dollars is no formula."""
+    file, plot = tmp_path / "we$ird^{$x_.safetensors", tmp_path / "plot.png"
+    save_file({"w": torch.full((4, 4), 1e308, dtype=torch.float64)}, file)
+    arguments = ["compare", str(file), "--trials", "1", "--methods", "certify,gram"]
+    assert main([*arguments, "--json", "-", "--plot", str(plot)]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["value"], row["error"], row["certified"]["upper"]) for row in rows] == [(None, None, None)] * 2
+    assert plot.read_bytes().startswith(PNG)
+    assert main(arguments) == 0
+    assert "nan" not in capsys.readouterr().out
+    assert not [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
+
+
 def test_compare_says_what_is_not_valid(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", str(weights), "--trials", "1", "--methods", "certify,power,sedghi2019"]) == 0
+    assert main(["compare", str(weights), "--trials", "1", "--methods", "certify,power,sedghi2019,power"]) == 0
     text = capsys.readouterr().out
+    assert text.count("power ") == 4  # once for each of three layers, and once in all
     assert text.count("not valid here") == 2
     assert main(["compare", str(weights), "--methods", "guess"]) == 2
     assert "method='guess' is unknown" in capsys.readouterr().err

@@ -60,6 +60,11 @@ def test_the_radius_of_a_linear_classifier_is_never_above_the_distance_to_the_bo
     assert (single <= exact).all()
 
 
+def test_the_constant_is_printed_no_smaller_than_it_is() -> None:
+    found = robust.certify(nn.Identity(), [(torch.eye(2), torch.tensor([0, 1]))], 1.2345611)
+    assert "times the constant 1.23457 for pixels" in found.because
+
+
 def test_pixels_units() -> None:
     logits, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
     plain = robust.radii(logits, labels, 1.0).item()
@@ -122,7 +127,11 @@ def test_attack_takes_the_normalisation_into_account(trained: tuple[nn.Module, t
     ("call", "message"),
     [
         (lambda: robust.radii(torch.zeros(2), torch.zeros(2), 1.0), "logits of shape"),
-        (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([2]), 1.0), "integers from 0 to 1"),
+        (
+            lambda: robust.radii(torch.zeros(2, 2), torch.tensor([0, 2]), 1.0),
+            "the label 2 was given for 2 classes; expected integers from 0 to 1",
+        ),
+        (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([0.5]), 1.0), "a label of torch.float32 was given for 2 classes"),
         (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([0]), -1.0), "lipschitz=-1.0"),
         (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([0]), 1.0, std=0.0), "std=0.0"),
         (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([0]), 1.0, last=torch.zeros(3, 4)), "one row a class"),

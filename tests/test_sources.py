@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -18,18 +19,24 @@ from gramlip.errors import InputError
 from gramlip.targets import resolve
 
 SOURCE = """
+import os
 from torch import nn
 def make(): return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
 def number(): return 3
 def needs(argument): return argument
 def breaks(): raise RuntimeError("no such thing\\nmore")
-def leaves(): raise SystemExit(1)
+def leaves(): raise SystemExit(3)
+class Leaves(nn.Module):
+    def forward(self, x): raise SystemExit(3)
+class Chooses(nn.Module):
+    def forward(self, x): return x if x.sum() > 0 else 2 * x
 class Loud(nn.Module):
     def forward(self, x):
         print("from the model")
         return 2 * x
 def loud():
     print("from the callable")
+    os.system("echo from a child")
     return Loud()
 """
 
@@ -57,11 +64,27 @@ def test_a_callable_is_audited_with_json_and_page(folder: Path, capsys: pytest.C
     assert main([*arguments[:4], "--fail-above", "1e-9"]) == 1
 
 
-def test_standard_output_is_json_alone_whatever_the_model_prints(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_standard_output_is_json_alone_whatever_the_model_prints(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", "mymodels:loud", "--input", "4", "--effort", "0", "--json", "-"]) == 0
-    shown = capsys.readouterr()
+    shown = capfd.readouterr()
     assert json.loads(shown.out)["network"]["upper"] >= 2.0
-    assert "from the callable" in shown.err
+    assert all(text in shown.err for text in ("from the callable", "from a child", "from the model"))
+    print("after it")
+    assert capfd.readouterr().out == "after it\n"
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "code"),
+    [
+        (">&-", ["mymodels:loud"], 0),
+        ("2>&-", ["mymodels:loud"], 0),
+        ("2>/dev/full", ["mymodels:make", "--fail-above", "0"], 1),
+        ("2>/dev/full", ["mymodels:breaks"], 2),
+    ],
+)
+def test_streams_that_are_closed_or_full_leave_the_exit_code_as_it_is(folder: Path, closed: str, arguments: list[str], code: int) -> None:
+    line = [sys.executable, "-m", "gramlip", "audit", *arguments, "--input", "4", "--effort", "0"]
+    assert subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *line], capture_output=True, check=False).returncode == code
 
 
 @pytest.mark.parametrize(
@@ -72,7 +95,10 @@ def test_standard_output_is_json_alone_whatever_the_model_prints(folder: Path, c
         (["mymodels:number", "--input", "4"], "expected a torch.nn.Module"),
         (["mymodels:needs", "--input", "4"], "without arguments"),
         (["mymodels:breaks", "--input", "4"], "raised RuntimeError (no such thing) at "),
-        (["mymodels:leaves", "--input", "4"], "raised SystemExit (1) at "),
+        (["mymodels:leaves", "--input", "4"], "raised SystemExit (3) at "),
+        (["mymodels:Leaves", "--input", "4"], "expected a model that torch.export takes: 3"),
+        (["mymodels:Chooses", "--input", "4"], "expected a model that torch.export takes: Could not guard"),
+        (["mymodels:make", "--input", "999999999,999999999"], "expected what fits into memory"),
         (["junk.pt2"], "expected a file that torch.export.save wrote"),
         (["nowhere.at.all:make", "--input", "4"], "unknown kind"),
         (["mymodels:make", "--input", "7"], "expected a model that torch.export takes"),
@@ -107,9 +133,41 @@ def test_an_exported_program(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected no --input"):
         resolve(str(file), (3, 6, 6))
     bad = tmp_path / "bad.pt2"
+    torch.save({"w": torch.eye(2)}, bad)
+    with pytest.raises(InputError, match=r"torch\.export\.save") as caught:
+        resolve(str(bad))
+    assert "warnings" not in str(caught.value)
     bad.write_bytes(b"not a program")
     with pytest.raises(InputError, match=r"torch\.export\.save"):
         resolve(str(bad))
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.fc = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.e(x))
+
+
+def exported(model: nn.Module, example: torch.Tensor, folder: Path) -> str:
+    torch.export.save(torch.export.export(model.eval(), (example,)), folder / "m.pt2")
+    return str(folder / "m.pt2")
+
+
+def test_an_exported_program_of_words_has_no_constant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = exported(Words(), torch.zeros(1, 3, dtype=torch.int64), tmp_path)
+    assert main(["audit", file, "--assume", "e=1.0"]) == 2
+    error = capsys.readouterr().err
+    assert "input 0 of shape (1, 3) has entries of torch.int64" in error
+    assert error.count("\n") == 1
+    assert [name for name, _ in resolve(file).operators()] == ["fc"]
+
+
+def test_an_exported_program_is_given_inputs_of_its_own_type(tmp_path: Path) -> None:
+    file = exported(nn.Linear(4, 2).bfloat16(), torch.zeros(1, 4, dtype=torch.bfloat16), tmp_path)
+    assert [tensor.dtype for tensor in resolve(file).example] == [torch.bfloat16]
 
 
 def test_timm_and_torchvision_by_stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,13 @@ from gramlip.training.recipes import RECIPES  # noqa: E402
 from gramlip.training.task import Task  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning")  # its own use of what torch has deprecated
+FOREIGN = """
+from gramlip.training.models import small
+def leaves(): raise SystemExit(3)
+def loud():
+    print("from the callable")
+    return small()
+"""
 TINY = {"epochs": 2, "samples": 48, "test_samples": 16, "batch": 16}
 
 
@@ -152,24 +159,63 @@ def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "batch=0"], "batch=0 was given; expected a whole number"),
         (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "lr=high"], "lr='high' was given; expected a positive number"),
         (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "task=denoise"], "expected model='denoiser'"),
+        (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "samples=32"], "32 training images were given with batch=128"),
+        (["train", "small", "--data", "CIFAR", "--out", "OUT", "--seed", "-1"], "'-1' was given; expected a whole number of at least 0"),
+        (["train", "small", "--data", "CIFAR", "--out", ""], "an empty name was given; expected a folder"),
+        (["train", "small", "--data", "CIFAR", "--out", "BROKEN"], "recipe.json is damaged"),
+        (["certify", "BROKEN", "--data", "CIFAR", "--json", "RECIPE"], "is what the command reads"),
         (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "augment=1"], "augment=1 was given; expected true or false"),
         (["certify", "BROKEN", "--data", "CIFAR"], "expected a folder that gramlip train finished"),
         (["certify", ":small", "--data", "CIFAR"], "expected a folder that gramlip train finished, or package.module:callable"),
-        (["certify", "gramlip.training.models:build", "--data", "CIFAR"], "TypeError: build() missing"),
+        (["certify", "gramlip.training.models:build", "--data", "CIFAR"], "build() missing"),
         (["certify", "gramlip.training.models:small", "--data", "CIFAR", "--samples", "0"], "a whole number of at least 1"),
         (["certify", "nowhere", "--data", "CIFAR"], "expected a folder that gramlip train finished"),
         (["certify", "gramlip:nothing", "--data", "CIFAR"], "expected package.module:callable"),
         (["certify", "gramlip.training.models:small", "--data", "CIFAR", "--eps", "-1"], "expected a radius of at least 0"),
+        (["certify", "gramlip.training.models:small", "--data", "CIFAR", "--eps", "1e400"], "expected a radius of at least 0"),
+        (["certify", "foreign:leaves", "--data", "CIFAR"], "raised SystemExit (3)"),
     ],
 )
-def test_errors_are_one_line(arguments: list[str], message: str, cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = {"CIFAR": str(cifar), "OUT": str(tmp_path / "out"), "BROKEN": str(tmp_path)}
+def test_errors_are_one_line(
+    arguments: list[str], message: str, cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"CIFAR": str(cifar), "OUT": str(tmp_path / "out"), "BROKEN": str(tmp_path), "RECIPE": str(tmp_path / "recipe.json")}
     (tmp_path / "weights.safetensors").write_text("x")
-    (tmp_path / "recipe.json").write_text("{}")
+    (tmp_path / "recipe.json").write_text("[")
+    (tmp_path / "foreign.py").write_text(FOREIGN)
+    monkeypatch.chdir(tmp_path)
     assert cli.main([names.get(a, a) for a in arguments]) == 2
+    assert not (tmp_path / "out").exists()
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_certify_writes_json_alone_whatever_the_callable_prints(
+    cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "foreign.py").write_text(FOREIGN)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["certify", "foreign:loud", "--data", str(cifar), "--samples", "4", "--json", "-"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["count"] == 4
+    assert "from the callable" in shown.err
+
+
+def test_a_run_that_has_ended_stays_as_it_is(cifar: Path, tmp_path: Path) -> None:
+    results = train("small", cifar, tmp_path, epochs=1)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    assert train("small", cifar, tmp_path, epochs=1) == results
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_one_line(cifar: Path, tmp_path: Path) -> None:
+    train("small", cifar, tmp_path, stop_after=1)
+    last = tmp_path / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(gl.InputError, match=r"last\.ckpt is damaged .*: type rm .* to start the run again") as caught:
+        train("small", cifar, tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_holds_one_run(cifar: Path, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_
 _CONTAINERS = re.compile(
     r"checkpoint|module|net(work)?|params|weights|((model|net)_)?state|(model_)?ema|ema_model|model|((model|net|ema|model_ema)_)?state_dict"
 )
+_DEEPEST = 100
+"""So many containers inside one another are no checkpoint: one that holds itself has no end."""
 _TRAINING = re.compile(r"optim|sched|scaler|rng|callbacks|loops|hyper_parameters", re.I)
 
 
@@ -66,6 +68,9 @@ def read(path: Path) -> Stored:
     if path.is_dir():
         msg = f"{path} is a folder; expected a file: type for instance {path / 'model.safetensors'}"
         raise InputError(msg)
+    if path.exists() and not path.is_file():
+        msg = f"{path} is no regular file but a pipe or a device; expected a file: write it to one first"
+        raise InputError(msg)
     try:
         with path.open("rb") as file:
             start = file.read(16)
@@ -79,12 +84,16 @@ def read(path: Path) -> Stored:
         msg = f"{path} is empty; expected weights, as safetensors or as torch.save writes them"
         raise InputError(msg)
     skipped: list[str] = []
+    pickled = start[8:9] != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80")
     if path.suffix == ".json":
         entries = _sharded(path)
+    elif path.suffix == ".safetensors" and pickled:
+        msg = f"{path} is a torch checkpoint by its content; expected safetensors: type mv {path} {path.with_suffix('.pt')}"
+        raise InputError(msg)
     elif path.suffix == ".safetensors" or start[8:9] == b"{":
         entries = _safetensors(path)
-    elif start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        entries = _containers(_torch(path), skipped)
+    elif pickled:
+        entries = _containers(_torch(path), skipped, path)
     else:
         msg = f"{path} is no weights file; expected safetensors or a torch checkpoint: type torch.save(model.state_dict(), path)"
         raise InputError(msg)
@@ -117,7 +126,7 @@ def _safetensors(path: Path) -> Entries:
 
 
 def _sharded(path: Path) -> Entries:
-    """The shards of an index; they must lie beside it, so that an index cannot point anywhere else."""
+    """The shards of an index, whole, since loaders read them so; they lie beside it: an index cannot point anywhere else."""
     try:
         index: Any = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -141,7 +150,13 @@ def _sharded(path: Path) -> Entries:
     if missing:
         msg = f"{path} places {missing[0]} in {places[missing[0]]}, which lacks it; expected the shards of this index: fetch them again"
         raise InputError(msg)
-    return {name: files[shard][name] for name, shard in places.items()}
+    entries = {name: files[shard][name] for name, shard in places.items()}
+    for shard, held in files.items():
+        for name in held:
+            if places.get(name, shard) != shard or (name not in places and name in entries):
+                raise _same_name(path, name)
+            entries[name] = held[name]
+    return entries
 
 
 def _torch(path: Path) -> Any:
@@ -205,18 +220,24 @@ def _imports(stream: IO[bytes]) -> Iterator[str]:
         return
 
 
-def _containers(loaded: Any, skipped: list[str]) -> Entries:
+def _containers(loaded: Any, skipped: list[str], file: Path) -> Entries:
     """The tensors of a checkpoint, however nested, without the containers around them all; the state of training goes to `skipped`."""
     found: dict[tuple[str, ...], Tensor] = {}
 
     def walk(value: Any, path: tuple[str, ...]) -> None:
         if isinstance(value, Tensor):
+            if path in found:
+                raise _same_name(file, ".".join(path))
             found[path or ("weight",)] = value
         elif isinstance(value, Mapping | list | tuple):
             whole = cast("Mapping[Any, Any] | list[Any]", value)
             if (path and _TRAINING.search(path[-1])) or "param_groups" in whole:
                 skipped.append(".".join(path))
                 return
+            if len(path) == _DEEPEST:
+                given = f"{file} nests more than {_DEEPEST} containers, or one that holds itself"
+                msg = f"{given}; expected a dict of tensors: save model.state_dict()"
+                raise InputError(msg)
             for key, item in whole.items() if isinstance(whole, Mapping) else enumerate(whole):
                 walk(item, (*path, str(key)))
 
@@ -231,7 +252,16 @@ def _containers(loaded: Any, skipped: list[str]) -> Entries:
     names = {path: ".".join(path[shared:] if path[:shared] == outer else path) for path in found}
     if len(set(names.values())) < len(names):
         names = {path: ".".join(path) for path in found}
-    return {names[path]: Entry.of(tensor) for path, tensor in found.items()}
+    entries: Entries = {}
+    for path, tensor in found.items():
+        if names[path] in entries:
+            raise _same_name(file, names[path])
+        entries[names[path]] = Entry.of(tensor)
+    return entries
+
+
+def _same_name(file: Path, name: str) -> InputError:
+    return InputError(f"{file} holds two tensors of the name {name}; expected a name for each: save model.state_dict()")
 
 
 def _unwrapped(entries: Entries) -> Entries:

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import argparse
 import pkgutil
+import re
+import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from gramlip import __version__, commands
-from gramlip.errors import InputError, UnsupportedError
-from gramlip.output import note
+from gramlip.errors import InputError, UnsupportedError, first_line, out_of_memory
+from gramlip.output import note, settle
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors of usage are one line, like all others."""
+    """Errors of usage are one line, like all others; options are written in full, and `-1,2` is a value."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+        self._negative_number_matcher = re.compile(r"-[.\d]")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Each command refuses what it does not know itself: its own help then is what to type."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         msg = f"{message}: type {self.prog} --help"
@@ -41,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (InputError, UnsupportedError) as error:
         note(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        note(f"error: {' '.join(map(str, argv or sys.argv[1:]))}: {first_line(error)}; expected what fits into memory: type smaller sizes")
     except OSError as error:
         note(f"error: {error.filename or 'a file'}: {error.strerror or error}; expected it to be readable and writable: check the path")
+    finally:
+        settle()
     return 2

@@ -13,7 +13,7 @@ from gramlip.measure import environment, timed
 from gramlip.methods import METHODS
 from gramlip.norm import bound
 from gramlip.operators import Conv, Dense
-from gramlip.report import aligned
+from gramlip.report import aligned, finite
 
 _SIDES = {"exact": "exact", "upper": "upper", "lower": "lower", "estimate": "either", "interval": "both, proved"}
 
@@ -37,10 +37,9 @@ class Value:
 
     @property
     def error(self) -> float | None:
-        """Relative distance to the interval, None without a value or for a zero layer."""
-        if self.value is None or self.lower <= 0.0:
-            return None
-        return self.value / min(max(self.value, self.lower), self.upper) - 1
+        """Relative distance to the interval, None without a finite value or for a zero layer."""
+        value = finite(self.value)
+        return None if value is None or self.lower <= 0.0 else value / min(max(value, self.lower), self.upper) - 1
 
     @property
     def verdict(self) -> str:
@@ -58,11 +57,11 @@ class Value:
             "input_size": None if self.input_size is None else list(self.input_size),
             "method": self.method,
             "side": side,
-            "value": self.value,
+            "value": finite(self.value),
             "error": self.error,
             "verdict": self.verdict or None,
             "seconds": self.seconds,
-            "certified": {"lower": self.lower, "upper": self.upper},
+            "certified": {"lower": finite(self.lower), "upper": finite(self.upper)},
             "refused": self.refused or None,
         }
 
@@ -106,10 +105,11 @@ class Comparison:
         for name in dict.fromkeys(v.method for v in self.values):
             valid = [v for v in self.values if v.method == name and v.value is not None]
             if valid:
-                ratio = math.prod(1 + v.error for v in valid if v.error is not None)
+                known = [v.error for v in valid if v.lower > 0]  # a zero layer has no relative error
+                ratio = "" if None in known else f"{math.prod(1 + error for error in known if error is not None):.6g}"
                 seconds = sum(v.seconds or 0 for v in valid)
                 layers = len({v.layer for v in self.values})
-                rows.append((name, _SIDES[METHODS[name].side], f"{len(valid)} of {layers}", f"{ratio:.6g}", f"{1e3 * seconds:.3g} ms"))
+                rows.append((name, _SIDES[METHODS[name].side], f"{len(valid)} of {layers}", ratio, f"{1e3 * seconds:.3g} ms"))
         return rows
 
     def _legend(self) -> str:
@@ -134,7 +134,7 @@ def compare(
     Args:
         target: the title.
         operators: (name, operator) pairs.
-        methods: names in `METHODS`; all of them by default.
+        methods: names in `METHODS`, each taken once; all of them by default.
         rtol: width of the certified interval that errors are taken against; certify's own row keeps its default.
         trials: timed runs of each method, after one that is dropped; the median counts.
         watch: may show progress.
@@ -155,7 +155,8 @@ def compare(
     if not pairs:
         msg = f"{target} holds no linear layer; expected matrices or convolution kernels"
         raise InputError(msg)
-    values = [v for name, op in watch(pairs) for v in _of(name, op, methods or list(METHODS), rtol, trials)]
+    chosen = list(dict.fromkeys(methods)) or list(METHODS)
+    values = [v for name, op in watch(pairs) for v in _of(name, op, chosen, rtol, trials)]
     return Comparison(target, tuple(values), environment(pairs[0][1].weight.device) | {"trials": trials, "dtype": _dtypes(pairs)})
 
 

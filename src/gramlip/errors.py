@@ -14,3 +14,12 @@ class UnsupportedError(TypeError):
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its type where it says nothing."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not so much memory; torch's own has no type on a CPU.
+
+    >>> out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory")), out_of_memory(RuntimeError("shapes differ"))
+    (True, False)
+    """
+    return isinstance(error, MemoryError) or "allocate" in str(error)

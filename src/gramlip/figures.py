@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gramlip.compare import Comparison
 from gramlip.errors import InputError
 from gramlip.output import write_bytes_whole
+from gramlip.report import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,7 +107,7 @@ def error_against_time(found: Comparison) -> Figure:
     """Each method on each layer: relative error (absolute value) against time; inside the interval, its width."""
     made, (ax,) = figure(width=7.2, height=4.2)
     for name in dict.fromkeys(v.method for v in found.values):
-        some = [v for v in found.values if v.method == name and v.seconds and v.error is not None]
+        some = [v for v in found.values if v.method == name and v.seconds and v.error is not None and v.upper < math.inf]
         known = [(1e3 * (v.seconds or 0.0), max(abs(v.error or v.upper / v.lower - 1), 1e-16), v.verdict) for v in some]
         label: str | None = name
         for below in (False, True):
@@ -120,6 +122,8 @@ def error_against_time(found: Comparison) -> Figure:
         xlabel="time per layer (ms)",
         ylabel="relative distance to the certified interval",
     )
-    ax.set_title(f"{Path(found.target).name} (hollow: below the truth; inside the interval: at its width)", fontsize=10)
-    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    title = f"{printable(Path(found.target).name)} (hollow: below the truth; inside the interval: at its width)"
+    ax.set_title(title, fontsize=10, parse_math=False)
+    if ax.lines:
+        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return made

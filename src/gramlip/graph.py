@@ -5,12 +5,14 @@ What a call does to its inputs is decided by the rules; here nothing is bounded.
 
 from __future__ import annotations
 
+import io
 import logging
 import operator
 import re
+import sys
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +50,7 @@ def export(model: nn.Module | torch.export.ExportedProgram, example: tuple[Tenso
             warnings.simplefilter("ignore", FutureWarning)  # of torch to itself, where it unrolls them
             exported = model if isinstance(model, torch.export.ExportedProgram) else torch.export.export(model, example)
             unrolled = _unrolled(exported)
-    except Exception as error:  # torch.export raises many types; all of them mean that there is no graph
+    except (Exception, SystemExit) as error:  # torch.export raises many types; all of them mean that there is no graph
         shapes = [tuple(e.shape) for e in example]
         msg = f"{type(model).__name__} was given with inputs {shapes}; expected a model that torch.export takes: {first_line(error)}"
         raise InputError(msg) from error
@@ -63,13 +65,20 @@ def _unrolled(exported: torch.export.ExportedProgram) -> torch.export.ExportedPr
 
 @contextmanager
 def silent() -> Generator[None, None, None]:
-    """Without torch's log, which would repeat in many lines what an error says in one."""
-    before = logging.root.manager.disable
+    """Without torch's log, and without the graph that it prints, which would repeat in many lines what an error says in one."""
+    before, said, graph = logging.root.manager.disable, io.StringIO(), ""
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with redirect_stderr(said):
+            yield
+    except Exception as error:
+        graph = f"{error.partial_fx_graph}\n" if hasattr(error, "partial_fx_graph") else ""  # pyright: ignore
+        raise
     finally:
         logging.disable(before)
+        if sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
+            with suppress(OSError):  # a full disk: what torch says is not worth an error
+                sys.stderr.write(said.getvalue().replace(graph, ""))
 
 
 def _program(exported: torch.export.ExportedProgram) -> Program:

@@ -12,7 +12,7 @@ from gramlip.blocks import symbol as symbol_of
 from gramlip.blocks import transform
 from gramlip.bound import decimals
 from gramlip.operators import Conv
-from gramlip.report import Layer, Report
+from gramlip.report import Layer, Report, printable
 
 STYLE = """
 :root{color-scheme:light dark;--line:#8884;--bar:#2a6fb0;--muted:light-dark(#5c5c5c,#ababab)}
@@ -63,10 +63,10 @@ def page(report: Report) -> str:
     held = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     parts = [
         "<!doctype html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{escape(report.target)}: gramlip</title>',
+        f'<html lang="en"><head><meta charset="utf-8"><title>{_text(report.target)}: gramlip</title>',
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>',
-        f"<h1>{escape(report.target)}</h1>",
-        *(f"<p>{escape(note)}</p>" for note in report.notes),
+        f"<h1>{_text(report.target)}</h1>",
+        *(f"<p>{_text(note)}</p>" for note in report.notes),
         _network(report),
         f'<h2>Layers</h2><div class="wide"><table id="layers">{_table(report)}</table></div>',
         _lists(report),
@@ -74,6 +74,11 @@ def page(report: Report) -> str:
         f'<script type="application/json" id="maps">{held}</script><script>{SCRIPT}</script></body></html>',
     ]
     return "\n".join(part for part in parts if part) + "\n"
+
+
+def _text(name: str) -> str:
+    """The text as it stands, for HTML: what would turn the writing around, or cannot be seen, as an escape."""
+    return escape(printable(name))
 
 
 def _interval(lower: float, upper: float) -> str:
@@ -88,8 +93,8 @@ def _network(report: Report) -> str:
     advice = ""
     if first:
         top = max(first, key=lambda row: row.share or 0.0)
-        advice = f" Regularise first: <b>{escape(top.name)}</b> ({100 * (top.share or 0.0):.1f} % of the logarithm)."
-    reasons = "".join(f"<li>{escape(part)}</li>" for part in report.network.because.split("; "))
+        advice = f" Regularise first: <b>{_text(top.name)}</b> ({100 * (top.share or 0.0):.1f} % of the logarithm)."
+    reasons = "".join(f"<li>{_text(part)}</li>" for part in report.network.because.split("; "))
     text = f"Lipschitz constant in <b>{_interval(report.lower, report.upper)}</b>."
     return f'<p id="network">{text}{advice} Layers bounded in {seconds:.2f} s.</p><ul>{reasons}</ul>'
 
@@ -109,20 +114,20 @@ def _row(row: Layer, top: float | None) -> str:
         kind = "bar minus" if row.share < 0 else "bar"
         share = f'<span class="{kind}" style="width:{width:.2f}rem"></span>{100 * row.share:.1f} %'
     shape = "x".join(map(str, row.weight_shape))
-    cells = {"operator": escape(row.op), "shape": shape, "input": size, "interval": _interval(row.lower, row.upper)}
+    cells = {"operator": _text(row.op), "shape": shape, "input": size, "interval": _interval(row.lower, row.upper)}
     cells |= {} if top is None else {"share": share}
     rest = "".join(f'<td data-head="{head}">{cell}</td>' if cell else "<td></td>" for head, cell in cells.items())
-    return f'<tr><td>{escape(row.name)}</td>{rest}<td class="why">{escape(row.bound.because)}</td></tr>'
+    return f'<tr><td>{_text(row.name)}</td>{rest}<td class="why">{_text(row.bound.because)}</td></tr>'
 
 
 def _lists(report: Report) -> str:
     left = [f"{row.name}: {row.reason}" for row in report.left_out]
     parts = [("Left out", left), ("No rule", list(report.unsupported))]
-    return "".join(f"<h2>{title}</h2><ul>{''.join(f'<li>{escape(x)}</li>' for x in items)}</ul>" for title, items in parts if items)
+    return "".join(f"<h2>{title}</h2><ul>{''.join(f'<li>{_text(x)}</li>' for x in items)}</ul>" for title, items in parts if items)
 
 
 def _figure(number: int, row: Layer, grid: list[list[float]]) -> str:
-    label = f"{escape(row.name)}, {min(map(min, grid)):.4g} to {max(map(max, grid)):.4g}"
+    label = f"{_text(row.name)}, {min(map(min, grid)):.4g} to {max(map(max, grid)):.4g}"
     canvas = f'<canvas data-map="{number}" role="img" aria-label="symbol norm of {label}"></canvas>'
     return f"<figure>{canvas}<figcaption>{label}</figcaption></figure>"
 

@@ -101,6 +101,7 @@ def audit(
     """
     _check(assume, domain, rtol)
     tensors = inputs(example)
+    _check_real(tensors)
     program = export(model, tensors)
     lowered = lower(program, assume)
     if lowered.unsupported and strict:
@@ -147,6 +148,15 @@ def _whole(network: Network, constants: Sequence[Bound], composed: Composition, 
 def steps_of(model: nn.Module | torch.export.ExportedProgram, example: Example) -> Network:
     """The folded steps of a model; calls without a rule are unbounded steps."""
     return fold(lower(export(model, inputs(example))).network)
+
+
+def _check_real(tensors: Sequence[Tensor]) -> None:
+    """A Lipschitz constant is of inputs that change by small amounts: not of token numbers, nor of masks."""
+    for i, tensor in enumerate(tensors):
+        if not tensor.is_floating_point():
+            given = f"input {i} of shape {tuple(tensor.shape)} has entries of {tensor.dtype}, which no real number can change by a little"
+            msg = f"{given}; expected floating-point inputs: give the part of the model after its embeddings"
+            raise InputError(msg)
 
 
 def _check(assume: Mapping[str, float] | None, domain: tuple[float, float] | None, rtol: float) -> None:
@@ -203,8 +213,11 @@ def _lower_side(
 
 def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float], composed: Composition) -> tuple[Layer, ...]:
     rows: list[Layer] = []
+    parts = composed.parts or []
+    whole = math.log(composed.upper) if parts else 0.0
+    telling = 0 < sum(map(abs, parts)) <= 2 * abs(whole)  # parts that all but cancel are no shares of what is left
     for i, (step, own) in enumerate(zip(network.steps, constants, strict=True)):
-        share = None if composed.parts is None or composed.upper == 1.0 else composed.parts[i] / math.log(composed.upper)
+        share = parts[i] / whole if telling else None
         if isinstance(step.what, Linear | Sum | Product | Attention) or own.upper != 1.0:
             rows.append(_row(i, step, own, seconds[i], share, network, composed))
     return tuple(rows)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from argparse import ArgumentTypeError
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+import torch
 
 from gramlip.norm import WIDEST, check_rtol
 
@@ -113,4 +117,34 @@ def effort(text: str) -> float:
     >>> effort("0.5")
     0.5
     """
-    return float(limit(text))
+    value = float(limit(text))
+    if value == math.inf:
+        msg = f"{text!r} was given; expected a number of at least 0 such as 1.0, at most {sys.float_info.max:.2g}"
+        raise ArgumentTypeError(msg)
+    return value
+
+
+def folder(text: str) -> Path:
+    """A folder's name, not empty.
+
+    >>> folder("runs/dense").name
+    'dense'
+    """
+    if not text:
+        msg = "an empty name was given; expected a folder"
+        raise ArgumentTypeError(msg)
+    return Path(text)
+
+
+def device(text: str) -> torch.device:
+    """A device that is there.
+
+    >>> device("cpu")
+    device(type='cpu')
+    """
+    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if text not in ("cpu", *cards) and not (cards and text == "cuda"):
+        have = f"cpu, cuda or {', '.join(cards)}" if cards else "cpu, the only one here"
+        msg = f"{text!r} was given; expected {have}"
+        raise ArgumentTypeError(msg)
+    return torch.device(text)

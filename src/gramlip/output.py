@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -29,22 +30,84 @@ def emit(text: str) -> None:
         sys.stdout.write(text.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"))
         sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter flushes once more at exit: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _nowhere(sys.stdout)
     except OSError as error:
         msg = f"standard output cannot be written ({error.strerror}); expected room for the report: type --json FILE"
         raise InputError(msg) from None
 
 
 def note(text: str) -> None:
-    """Write one line to standard error."""
+    """Write one line to standard error; where that cannot be written, the exit code alone tells."""
     if sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
-        sys.stderr.write(f"gramlip: {printable(text)}\n")
+        with suppress(OSError):
+            sys.stderr.write(f"gramlip: {printable(text)}\n")
+
+
+def settle() -> None:
+    """Let go of what standard error does not take, so that the interpreter, which flushes it at exit, keeps the exit code."""
+    stream = sys.stderr
+    if stream is not None:  # pyright: ignore[reportUnnecessaryComparison]
+        try:
+            stream.flush()
+        except OSError:
+            _nowhere(stream)
+
+
+def _nowhere(stream: TextIO) -> None:
+    """What is left of a stream that cannot be written goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def aside() -> Generator[None, None, None]:
+    """What runs inside is not gramlip's: what it writes to standard output, and its children, goes to standard error.
+
+    File descriptor 1 is led aside too, unless there is no standard output: the number may then be that of any file.
+    """
+    before, kept = sys.__stdout__, None
+    with redirect_stdout(sys.stderr):
+        if before is not None and not before.closed:
+            before.flush()
+            kept = os.dup(1)
+            other = os.open(os.devnull, os.O_WRONLY) if sys.__stderr__ is None else os.dup(2)
+            os.dup2(other, 1)
+            os.close(other)
+        try:
+            yield
+        finally:
+            if before is not None and kept is not None:
+                with suppress(OSError, ValueError):
+                    before.flush()
+                os.dup2(kept, 1)
+                os.close(kept)
 
 
 def watched(items: Sequence[T]) -> Iterable[T]:
     """The items behind a progress bar on standard error, where that is a terminal."""
-    return tqdm(items, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False, unit="layer")
+    shown = sys.stderr is not None and sys.stderr.isatty()  # pyright: ignore[reportUnnecessaryComparison]
+    return tqdm(items, file=sys.stderr, disable=not shown, leave=False, unit="layer")
+
+
+def check_outputs(options: Mapping[str, str | None], *held: str | Path) -> dict[str, Path | None]:
+    """The file of each option that was given, None for `-`; `held` is what the command reads, which no output may take the place of.
+
+    Raises:
+        InputError: as for `check_output`, two outputs on one file, or an output on what is read.
+    """
+    files = {option: check_output(option, name) for option, name in options.items() if name is not None}
+    if len(set(files.values())) < len(files):
+        msg = f"{' and '.join(files)} name the same file; expected one file each"
+        raise InputError(msg)
+    for option, path in files.items():
+        if path is not None and any(path == Path(os.path.realpath(file)) or _same(path, file) for file in held):
+            msg = f"{option} {options[option]} is what the command reads; expected another file, which may be written: type {option} FILE"
+            raise InputError(msg)
+    return files
+
+
+def _same(path: Path, other: str | Path) -> bool:
+    """Whether two names are of one file that exists, through links or a file system that takes `A` for `a`."""
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
 def check_output(option: str, name: str | None) -> Path | None:

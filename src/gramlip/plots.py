@@ -6,7 +6,7 @@ from typing import Any
 
 from gramlip.errors import InputError
 from gramlip.html import sampled
-from gramlip.report import Report
+from gramlip.report import Layer, Report, printable
 
 
 def _figure(rows: int, width: float = 7.0) -> tuple[Any, Any]:
@@ -17,6 +17,12 @@ def _figure(rows: int, width: float = 7.0) -> tuple[Any, Any]:
         raise InputError(msg) from error
     figure = Figure(figsize=(width, 1.0 + 0.28 * rows), layout="constrained")
     return figure, figure.add_subplot()
+
+
+def _name(axes: Any, rows: list[Layer]) -> None:
+    """A row for each layer, the first on top, under its name as it stands: a `$` in it begins no formula."""
+    axes.set_yticks(range(len(rows)), [printable(row.name) for row in rows], parse_math=False)
+    axes.invert_yaxis()
 
 
 def shares(report: Report) -> Any:
@@ -31,8 +37,7 @@ def shares(report: Report) -> Any:
         raise InputError(msg)
     figure, axes = _figure(len(rows))
     axes.barh(range(len(rows)), [100 * (row.share or 0.0) for row in rows])
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
-    axes.invert_yaxis()
+    _name(axes, rows)
     axes.set_xlabel("share of the logarithm of the constant, %")
     return figure
 
@@ -43,8 +48,7 @@ def intervals(report: Report) -> Any:
     figure, axes = _figure(len(rows))
     axes.barh(range(len(rows)), [row.upper for row in rows])
     axes.plot([row.lower for row in rows], range(len(rows)), "|", color="black", markersize=9)
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
-    axes.invert_yaxis()
+    _name(axes, rows)
     axes.set_xlabel("norm: proved upper side, mark at the lower side")
     return figure
 
@@ -60,7 +64,7 @@ def symbols(report: Report, name: str) -> Any:
         if grid is not None:
             figure, axes = _figure(10, 5.0)
             figure.colorbar(axes.imshow(grid, cmap="magma", vmin=0.0), ax=axes, label="norm of the symbol")
-            axes.set_title(name)
+            axes.set_title(printable(name), parse_math=False)
             axes.set_xticks([])
             axes.set_yticks([])
             return figure

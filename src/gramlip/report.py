@@ -191,8 +191,16 @@ def aligned(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
 
 
 def _interval(bound: Bound) -> dict[str, float | None]:
-    ends = {"lower": float(bound.lower), "upper": float(bound.upper)}
-    return {side: value if math.isfinite(value) else None for side, value in ends.items()}
+    return {"lower": finite(bound.lower), "upper": finite(float(bound.upper))}
+
+
+def finite(value: float | None) -> float | None:
+    """The number as JSON has it: null where it is infinite or not a number.
+
+    >>> finite(1.5), finite(math.inf)
+    (1.5, None)
+    """
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _parts(bound: Bound) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gramlip import rounding as rd
-from gramlip.bound import Bound
+from gramlip.bound import Bound, decimals
 from gramlip.errors import InputError
 from gramlip.nn.modes import evaluating
 from gramlip.report import Report
@@ -99,8 +99,10 @@ def radii(
         given = f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}"
         msg = f"{given} were given; expected (batch, classes) with at least 2 classes, and (batch,)"
         raise InputError(msg)
-    if labels.is_floating_point() or bool(((labels < 0) | (labels >= logits.shape[1])).any()):
-        msg = f"labels of dtype {labels.dtype} were given; expected integers from 0 to {logits.shape[1] - 1}"
+    wrong = (labels < 0) | (labels >= logits.shape[1])
+    if labels.is_floating_point() or bool(wrong.any()):
+        given = f"a label of {labels.dtype}" if labels.is_floating_point() else f"the label {int(labels[wrong][0])}"
+        msg = f"{given} was given for {logits.shape[1]} classes; expected integers from 0 to {logits.shape[1] - 1}"
         raise InputError(msg)
     logits, labels = logits.detach().to(torch.float64), labels.long()
     gaps = logits.gather(1, labels[:, None]) - logits
@@ -166,7 +168,8 @@ def certify(
     every = torch.cat(found)
     shares = {e: float((every > e).double().mean()) for e in wanted}
     pairs = "the pairwise norms of the last layer's rows" if last is not None else "sqrt(2)"
-    because = f"margin over {pairs} times the constant {constant(lipschitz, std):.6g} for pixels; logits as the model computes them"
+    most = decimals(constant(lipschitz, std), upward=True)
+    because = f"margin over {pairs} times the constant {most} for pixels; logits as the model computes them"
     return Certified(right / len(every), shares, every, because)
 
 

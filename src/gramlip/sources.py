@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.machinery import PathFinder
@@ -25,6 +24,7 @@ from gramlip.errors import InputError, first_line
 from gramlip.graph import silent
 from gramlip.network import audit, steps_of
 from gramlip.operators import Conv, Dense
+from gramlip.output import aside
 from gramlip.report import Report
 from gramlip.steps import Linear
 from gramlip.weights import Watch, Weights
@@ -54,7 +54,7 @@ class Model:
 
     def operators(self) -> Iterable[tuple[str, Dense | Conv]]:
         """Every linear map of the folded graph by name."""
-        with redirect_stdout(sys.stderr):
+        with aside():
             steps = steps_of(self.program, self.example).steps
         for step in steps:
             if isinstance(step.what, Linear) and isinstance(step.what.op, Dense | Conv):
@@ -63,7 +63,7 @@ class Model:
     def audit(self, *, rtol: float, watch: Watch) -> Report:
         """The report of the whole network."""
         o = self.options
-        with redirect_stdout(sys.stderr):
+        with aside():
             return audit(
                 self.program,
                 self.example,
@@ -93,14 +93,23 @@ def exists(module: str) -> bool:
 def from_callable(target: str, inputs: Shape | None) -> Model:
     """`package.module:callable`: what the callable returns, in evaluation mode; found from the current folder."""
     example = _sample(target, inputs)
+    return Model(target, _module(target, called(target)), example)
+
+
+def called(target: str) -> Any:
+    """What the callable of `package.module:callable` returns.
+
+    Raises:
+        InputError: there is none, or it raises whatever it may.
+    """
     place, _, name = target.partition(":")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
-        with redirect_stdout(sys.stderr):
-            made = getattr(import_module(place), name)()
+        with aside():
+            return getattr(import_module(place), name)()
     except (ImportError, AttributeError, TypeError, SyntaxError) as error:
-        msg = f"{target}: {error}; expected package.module:callable without arguments, found from the current folder"
+        msg = f"{target}: {first_line(error)}; expected package.module:callable without arguments, found from the current folder"
         raise InputError(msg) from error
     except (Exception, SystemExit) as error:  # the user's own code: whatever it raises, in one line with its place
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -110,7 +119,6 @@ def from_callable(target: str, inputs: Shape | None) -> Model:
     finally:
         if here in sys.path:
             sys.path.remove(here)
-    return Model(target, _module(target, made), example)
 
 
 def _module(target: str, made: object) -> Program:
@@ -128,22 +136,27 @@ def from_exported(target: str, inputs: Shape | None) -> Model:
         msg = f"--input was given, but {target} is an exported program that holds its input's shape; expected no --input"
         raise InputError(msg)
     try:
-        with silent():
+        with silent(), aside():
             program = torch.export.load(target)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.export raises many types for files that it did not write
-        msg = f"{target} cannot be read as an exported program: {first_line(error)}; expected a file that torch.export.save wrote"
+        why = first_line(error).partition(" Please check the warnings")[0]  # which are silent, and say no more
+        msg = f"{target} cannot be read as an exported program: {why}; expected a file that torch.export.save wrote"
         raise InputError(msg) from error
     names = program.graph_signature.user_inputs
     values: dict[str, Any] = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    shapes = [tuple(int(n) for n in values[name].shape) for name in names if isinstance(name, str)]
-    return Model(target, program, tuple(torch.zeros(shape) for shape in shapes))
+    held = [values[name] for name in names if isinstance(name, str)]
+    if not all(isinstance(value, torch.Tensor) for value in held):
+        msg = f"{target} takes {', '.join(type(value).__name__ for value in held)}; expected tensors alone: export it with the others fixed"
+        raise InputError(msg)
+    return Model(target, program, tuple(torch.zeros([int(n) for n in value.shape], dtype=value.dtype) for value in held))
 
 
 def _library(target: str, package: str, extra: str) -> Any:
     try:
-        return import_module(package)
+        with aside():
+            return import_module(package)
     except (ImportError, OSError, RuntimeError) as error:
         msg = f"{target} needs {package}, which cannot be imported ({error}); expected it installed: type pip install {extra}"
         raise InputError(msg) from error
@@ -151,7 +164,7 @@ def _library(target: str, package: str, extra: str) -> Any:
 
 def _built(target: str, make: Callable[[], object], advice: str) -> Program:
     try:
-        with redirect_stdout(sys.stderr):
+        with aside():
             made = make()
     except Exception as error:  # a library's own errors for unknown names and for being offline have no common type
         msg = f"{target} cannot be loaded: {first_line(error)}; {advice}"

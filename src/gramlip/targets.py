@@ -11,6 +11,7 @@ from gramlip import sources
 from gramlip.checkpoint import read, read_bytes
 from gramlip.errors import InputError
 from gramlip.operators import Conv, Dense
+from gramlip.output import note
 from gramlip.report import Report
 from gramlip.weights import Watch, Weights
 
@@ -35,6 +36,8 @@ def _weights(target: str, inputs: Shape | None) -> Source:
         msg = f"--input {given} was given, but {target} holds weights alone, bounded for every input size; expected no --input"
         raise InputError(msg)
     if target in DEMOS:
+        if Path(target).exists():
+            note(f"{target} is the package's own network; the file of that name is not read: type ./{target} for it")
         return Weights(target, read_bytes((resources.files("gramlip") / "data" / f"{target}.safetensors").read_bytes()))
     return Weights(target, read(Path(target)))
 

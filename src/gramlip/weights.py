@@ -27,8 +27,13 @@ DOMINATES = (
     "where padding is with zeros or circular by at most kernel - 1 in all (assumed)"
 )
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
-_EMBEDDING = re.compile(r"(^|_)(emb|embed|embeds|embedding|embeddings|wte|wpe)(_(?!out)|$)|^shared$", re.I)
-_TABLE = re.compile(r"(^|_)(pos|position|positional|cls|class|mask|query|register)_?(emb\w*|enc\w*|tokens?|table)$|(^|_)tokens?$", re.I)
+_OF = r"(?:words?|chars?|vocab|tok(?:ens?)?(?:_types?)?|segments?|(?:[a-z]+_)?pos(?:itions?|itional)?|query|label)"
+_EMBED = r"emb(?:ed|eds|edding|eddings)?"
+# The whole name: `embed` and `word_embeddings`, not `emb_proj` or `patch_embed`, which are as likely linear maps without a bias.
+_EMBEDDING = re.compile(rf"({_OF}_?)?{_EMBED}(_({_OF}|table|in))?|wte|wpe|shared", re.I)
+_TABLE = re.compile(
+    rf"(^|_)(pos|position|positional|cls|class|mask|query|register)_?({_EMBED}|enc|encodings?|tokens?|table)$|(^|_)tokens?$", re.I
+)
 _NORM = re.compile(r"(^|_)(norm|bn|ln|gn|layer_?norm|batch_?norm|group_?norm|rms_?norm)\d*$", re.I)
 _BIAS = re.compile(r"(^|_)bias(es)?(_|$)", re.I)
 Watch = Callable[[list[str]], Iterable[str]]
@@ -52,15 +57,17 @@ class Weights:
         kept = [name for name, out in reasons.items() if out is None]
         left_out = [out for out in reasons.values() if out is not None]
         if not kept:
-            first = f"{left_out[0].name}: {left_out[0].reason}" if left_out else "no tensor at all"
-            msg = f"{self.target} holds nothing to bound ({first}); expected matrices or convolution kernels: save model.state_dict()"
+            first = next((out for out in left_out if out.is_weight), left_out[0] if left_out else None)
+            given = f"{first.name}: {first.reason}" if first else "no tensor at all"
+            advice = "type package.module:callable, which makes the model" if first and first.is_weight else "save model.state_dict()"
+            msg = f"{self.target} holds nothing to bound ({given}); expected matrices or convolution kernels: {advice}"
             raise InputError(msg)
         left_out += [LeftOut(name, (), "state of training") for name in self.stored.skipped]
         return kept, tuple(left_out)
 
     def operator(self, name: str) -> Dense | Conv:
         """The operator that dominates the layer of this tensor: a matrix, or a stride-1 ungrouped convolution of every size."""
-        weight = checked(self.stored.entries[name].load(), name)
+        weight = checked(self.stored.entries[name].load(), f"{self.target}: {name}")
         return Dense(weight) if weight.ndim == 2 else Conv(weight)
 
     def operators(self) -> Iterator[tuple[str, Dense | Conv]]:
@@ -160,6 +167,6 @@ def _no_map(name: str, entries: Mapping[str, Entry]) -> tuple[str, bool] | None:
         reason = "one axis: the scale of a normalisation" if leaf in ("weight", "gamma", "scale") else "one axis: no matrix"
     elif (bias is not None and bias.shape == entry.shape) or (leaf == "weight" and _NORM.search(module)):
         reason = "the scale of a normalisation, entry by entry"
-    elif _TABLE.search(leaf) or (axes == 2 and bias is None and _EMBEDDING.search(module if leaf == "weight" else leaf)):
+    elif _TABLE.search(leaf) or (axes == 2 and bias is None and _EMBEDDING.fullmatch(module if leaf == "weight" else leaf)):
         reason = "named as an embedding: rows that are looked up or added, no map of the input"
     return None if reason is None else (reason, False)

@@ -10,12 +10,12 @@ from typing import Any
 from gramlip.errors import InputError
 from gramlip.html import page
 from gramlip.options import assumption, effort, interval, limit, shape, tolerance
-from gramlip.output import check_output, emit, note, watched, write_whole
+from gramlip.output import check_outputs, emit, note, watched, write_whole
 from gramlip.report import Report
 from gramlip.sources import Model, Options
 from gramlip.targets import resolve
 
-FORMATS: dict[str, Callable[[Report], str]] = {"json": Report.to_json, "html": page}
+FORMATS: dict[str, Callable[[Report], str]] = {"--json": Report.to_json, "--html": page}
 """Option -> how the report is written to its FILE."""
 
 
@@ -30,7 +30,7 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
     parser.add_argument("--input", type=shape, metavar="3,224,224", help="shape of the model's input without the batch")
     parser.add_argument("--rtol", type=tolerance, default=1e-2, metavar="R", help="relative width upper/lower - 1 to reach (default 1e-2)")
     for name in FORMATS:
-        parser.add_argument(f"--{name}", metavar="FILE", help=f"write the report as {name.upper()}; - for standard output, alone")
+        parser.add_argument(name, metavar="FILE", help=f"write the report as {name[2:].upper()}; - for standard output, alone")
     parser.add_argument(
         "--assume", type=assumption, action="append", default=[], metavar="NAME=L", help="believe a constant; stands in the report"
     )
@@ -42,11 +42,7 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
 
 def run(args: Namespace) -> int:
     """Audit, write, print; 1 where `--fail-above` is exceeded."""
-    names: dict[str, str] = {name: getattr(args, name) for name in FORMATS if getattr(args, name) is not None}
-    files = {name: check_output(f"--{name}", file) for name, file in names.items()}
-    if len(set(files.values())) < len(files):
-        msg = f"{' and '.join(f'--{name}' for name in files)} name the same file; expected one file each"
-        raise InputError(msg)
+    files = check_outputs({name: getattr(args, name[2:]) for name in FORMATS}, args.target)
     source = resolve(args.target, args.input)
     if isinstance(source, Model):
         source = replace(source, options=Options(dict(args.assume), args.domain, effort=args.effort))

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from gramlip.commands.reproduce import device
-from gramlip.options import count
+from gramlip.options import count, device
 from gramlip.output import check_output, emit, note, write_whole
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

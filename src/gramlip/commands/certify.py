@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from argparse import ArgumentTypeError, Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
-from fractions import Fraction
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,8 @@ from gramlip import robust
 from gramlip.errors import InputError
 from gramlip.network import audit
 from gramlip.options import count, tolerance
-from gramlip.output import check_output, emit, write_whole
+from gramlip.output import aside, check_outputs, emit, write_whole
+from gramlip.sources import called
 from gramlip.training import data
 from gramlip.training.recipes import MEAN, STD, Recipe
 
@@ -29,7 +27,8 @@ def eps(text: str) -> float:
     True
     """
     try:
-        value = float(Fraction(text))
+        above, _, below = text.partition("/")
+        value = float(above) / float(below or 1)
     except (ValueError, ZeroDivisionError):
         value = math.nan
     if not 0 <= value < math.inf:
@@ -56,15 +55,17 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
 
 def run(args: Namespace) -> int:
     """Audit the network, certify every sample, print."""
-    file = check_output("--json", args.json) if args.json is not None else None
+    held = (Path(args.target) / name for name in ("recipe.json", "results.json", "weights.safetensors"))
+    file = check_outputs({"--json": args.json}, *held).get("--json")
     model, mean, std = _model(args.target, args.normalised)
     images, labels = data.load(args.data, "test", args.samples)
     pixels = list(zip((images.float() / 255).split(500), labels.split(500), strict=True))
-    found = _certified(model, [(data.normalised(x, mean, std), y) for x, y in pixels], tuple(images.shape[1:]), args, std)
-    result = {"target": args.target, **found.to_dict()}
-    if args.attack:
-        for entry in result["certified"]:
-            entry["attacked"] = robust.attacked_accuracy(model, pixels, entry["eps"], mean=mean, std=std)
+    with aside():
+        found = _certified(model, [(data.normalised(x, mean, std), y) for x, y in pixels], tuple(images.shape[1:]), args, std)
+        result = {"target": args.target, **found.to_dict()}
+        if args.attack:
+            for entry in result["certified"]:
+                entry["attacked"] = robust.attacked_accuracy(model, pixels, entry["eps"], mean=mean, std=std)
     text = json.dumps(result, indent=1) + "\n"
     if file is not None:
         write_whole(file, text)
@@ -108,14 +109,7 @@ def _model(target: str, normalised: bool) -> tuple[nn.Module, tuple[float, ...],
     if not (place and colon and name):
         msg = f"{target} was given; expected a folder that gramlip train finished, or package.module:callable"
         raise InputError(msg)
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        model = getattr(import_module(place), name)()
-    except Exception as error:  # whatever the user's code raises
-        msg = f"{target}: {type(error).__name__}: {error}; expected package.module:callable, found from the current folder, to give a model"
-        raise InputError(msg) from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
+    model = called(target)
     if not isinstance(model, nn.Module):
         msg = f"{target} returned {type(model).__name__}; expected a torch.nn.Module"
         raise InputError(msg)

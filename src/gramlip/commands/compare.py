@@ -5,13 +5,14 @@ from __future__ import annotations
 from argparse import Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from gramlip.compare import compare
 from gramlip.figures import check_picture, error_against_time, save
 from gramlip.operators import Conv, Dense
 from gramlip.options import count, shape, tolerance
-from gramlip.output import check_output, emit, watched, write_whole
+from gramlip.output import check_outputs, emit, watched, write_whole
 from gramlip.targets import resolve
 
 
@@ -31,9 +32,10 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
 
 def run(args: Namespace) -> int:
     """Compare, write, print."""
-    json, plot = check_output("--json", args.json), check_output("--plot", args.plot)
-    if plot is not None:
-        check_picture(plot)
+    files = check_outputs({"--json": args.json, "--plot": args.plot}, args.target)
+    json, plot = files.get("--json"), files.get("--plot")
+    if args.plot is not None:
+        check_picture(plot or Path(args.plot))
     operators: Iterable[tuple[str, Dense | Conv]] = resolve(args.target, args.input).operators()
     if args.circular is not None:
         operators = _circular(operators, args.circular)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError, Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
+from argparse import Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gramlip.options import count, whole
+from gramlip.options import count, device, folder, whole
 from gramlip.output import emit, watched
 from gramlip.reproduce import EXPERIMENTS, Options, reproduce
 
@@ -38,28 +38,3 @@ def run(args: Namespace) -> int:
     files = reproduce(EXPERIMENTS[args.experiment], out, options, watched)
     emit(f"{files['summary.md'].read_text(encoding='utf-8')}\n{', '.join(str(path) for path in files.values())}\n")
     return 0
-
-
-def folder(text: str) -> Path:
-    """A folder's name, not empty.
-
-    >>> folder("runs/dense").name
-    'dense'
-    """
-    if not text:
-        msg = "an empty name was given; expected a folder"
-        raise ArgumentTypeError(msg)
-    return Path(text)
-
-
-def device(text: str) -> torch.device:
-    """A device that is there.
-
-    >>> device("cpu")
-    device(type='cpu')
-    """
-    if text.partition(":")[0] not in ("cpu", "cuda") or (text.startswith("cuda") and not torch.cuda.is_available()):
-        have = "cpu or cuda" if torch.cuda.is_available() else "cpu, the only one here"
-        msg = f"{text!r} was given; expected {have}"
-        raise ArgumentTypeError(msg)
-    return torch.device(text)

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from gramlip.errors import InputError
+from gramlip.options import folder, whole
 from gramlip.output import emit, note
 
 
@@ -20,8 +21,10 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser("train", help="train a recipe and certify what comes out; needs the extra gramlip[train]")
     parser.add_argument("recipe", metavar="RECIPE", help="such as resnet18-penalised or small-normalised; an unknown name lists them all")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of CIFAR-10's parquet files, or uoft-cs/cifar10 for the hub's")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; one that holds a checkpoint is gone on with")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default 0)")
+    parser.add_argument(
+        "--out", type=folder, required=True, metavar="DIR", help="folder of the run; one that holds a checkpoint is gone on with"
+    )
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of everything random (default 0)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the recipe: --set epochs=2")
     parser.set_defaults(run=run)
 

@@ -21,6 +21,7 @@ import torch
 from gramlip.errors import InputError
 from gramlip.figures import figure
 from gramlip.reproduce.run import Experiment, Options, Row, Task, markdown, pick
+from gramlip.training.data import files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,6 +61,8 @@ def tasks(options: Options) -> list[Task]:
     if options.data is None:
         msg = "training needs images; expected a folder of CIFAR-10's parquet files, or uoft-cs/cifar10: type --data DIR"
         raise InputError(msg)
+    for split in ("train", "test"):  # before anything is written
+        files(options.data, split)
     taken = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device.type != taken:
         msg = f"--device {options.device} was given; expected {taken}, which the trainer takes on this machine: type --device {taken}"

@@ -8,7 +8,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gramlip import robust
-from gramlip.errors import InputError
+from gramlip.errors import InputError, first_line
 from gramlip.network import audit
 from gramlip.nn import normalised as parametrized
 from gramlip.nn import remove
@@ -46,6 +46,8 @@ def train(
 ) -> dict[str, Any]:
     """Train a recipe, or go on with it where `out` holds a checkpoint, and return its results: what `results.json` in `out` holds.
 
+    A run that has ended stays as it is.
+
     `out` gets `last.ckpt` (written whole, after every epoch), `logs/metrics.csv`, `weights.safetensors` (baked: plain and certified)
     and `results.json`.
 
@@ -59,7 +61,7 @@ def train(
         **changes: fields of the recipe to change, such as `epochs=1`.
 
     Raises:
-        InputError: unknown recipe or field, no data, or a folder that holds another run.
+        InputError: unknown recipe or field, less than a batch of images, or a folder that holds another run or a damaged one.
     """
     plan, folder = recipe(name), Path(out)
     unknown = set(changes) - set(plan.to_dict())
@@ -67,9 +69,18 @@ def train(
         msg = f"{sorted(unknown)} were given; expected fields of a recipe: {sorted(plan.to_dict())}"
         raise InputError(msg)
     plan = replace(plan, **changes)
-    _claim(folder, {"recipe": name, "seed": seed, **plan.to_dict()})
+    header = {"recipe": name, "seed": seed, **plan.to_dict()}
+    _check(folder, header)
+    if all((folder / file).exists() for file in ("results.json", "weights.safetensors")):
+        return _read(folder / "results.json")  # it has ended, and stays as it is
+    sets = [data.load(source, split, n) for split, n in (("train", plan.samples), ("test", plan.test_samples))]
+    if (count := len(sets[0][1])) < plan.batch:
+        msg = f"{count} training images were given with batch={plan.batch}; expected a whole batch: type --set batch={count}"
+        raise InputError(msg)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "recipe.json", header)
     with _global_state_kept():
-        return _run(plan, name, source, folder, seed, stop_after, audit_every_epoch)
+        return _run(plan, name, sets, folder, seed, stop_after, audit_every_epoch)
 
 
 @contextmanager
@@ -91,11 +102,11 @@ def _global_state_kept() -> Generator[None, None, None]:
 
 
 def _run(
-    plan: Recipe, name: str, source: str | Path, folder: Path, seed: int, stop_after: int | None, audit_every_epoch: bool
+    plan: Recipe, name: str, sets: Sequence[tuple[Tensor, Tensor]], folder: Path, seed: int, stop_after: int | None, audit_every_epoch: bool
 ) -> dict[str, Any]:
     lightning.seed_everything(seed, workers=True, verbose=False)
     task = Task(plan, seed)
-    train_set, test_set = (data.load(source, split, n) for split, n in (("train", plan.samples), ("test", plan.test_samples)))
+    train_set, test_set = sets
     loaders = _loader(train_set, plan, data.Order(len(train_set[1]), seed)), _loader(test_set, plan, None)
     # The newest under one name. Keeping "the last beside the best 0" would write it when training ends, and not before.
     checkpoint = ModelCheckpoint(folder, "last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False)
@@ -126,7 +137,7 @@ def _logger(folder: Path, last: Path) -> CSVLogger:
     """The CSV logs, with the rows of a run that is gone on with, up to its checkpoint: Lightning would start an empty file."""
     file, rows = folder / "logs" / "metrics.csv", list[dict[str, str]]()
     if file.exists() and last.exists():
-        done = int(torch.load(last, weights_only=True, map_location="cpu")["global_step"])
+        done = _steps(last)
         with file.open(newline="") as text:
             rows = [row for row in csv.DictReader(text) if int(row["step"]) < done]
     logger = CSVLogger(folder, name="logs", version="")
@@ -134,6 +145,15 @@ def _logger(folder: Path, last: Path) -> CSVLogger:
         logger.log_metrics(cast("Any", {k: v for k, v in row.items() if v and k != "step"}), int(row["step"]))
     logger.save()
     return logger
+
+
+def _steps(last: Path) -> int:
+    """How many steps a checkpoint stands after."""
+    try:
+        return int(torch.load(last, weights_only=True, map_location="cpu")["global_step"])
+    except Exception as error:  # a damaged file shows in many ways
+        msg = f"{last} is damaged ({first_line(error)}); expected what gramlip train wrote: type rm {last} to start the run again"
+        raise InputError(msg) from error
 
 
 class _Clock(lightning.Callback):
@@ -163,15 +183,26 @@ class _Stop(lightning.Callback):
             trainer.should_stop = True
 
 
-def _claim(folder: Path, plan: dict[str, Any]) -> None:
+def _check(folder: Path, plan: dict[str, Any]) -> None:
     """The folder belongs to one run: its plan is written first, and compared ever after."""
     file = folder / "recipe.json"
-    if file.exists() and (there := json.loads(file.read_text())) != json.loads(json.dumps(plan)):
+    if file.exists() and (there := _read(file)) != json.loads(json.dumps(plan)):
         changed = sorted(k for k in plan if there.get(k) != plan[k])
         msg = f"{folder} holds a run that differs in {changed}; expected another folder, or the same options to go on with it"
         raise InputError(msg)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(file, plan)
+    if (last := folder / "last.ckpt").exists():
+        _steps(last)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        msg = f"{file} is damaged; expected what gramlip train wrote: type --out NEW"
+        raise InputError(msg)
+    return cast("dict[str, Any]", found)
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
