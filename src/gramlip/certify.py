@@ -96,13 +96,9 @@ def _on_cpu() -> AbstractContextManager[object]:
 
 def _diagonal(op: Diagonal) -> Bound:
     wide, exponent = widen(op.weight.detach().flatten(), None)
-    if wide.is_complex():
-        top = max(rd.hypot_up(map(abs, pair)) for pair in torch.view_as_real(wide).tolist())
-        lower, because = rd.down(top * (1 - 2.0**-50)), "largest modulus of a diagonal"
-    else:
-        lower = top = float(wide.abs().max())
-        because = "largest entry of a diagonal"
-    return Bound(rd.ldexp_down(lower, exponent), rd.ldexp_up(top, exponent), because)
+    top = max(rd.hypot_up(map(abs, z)) for z in torch.view_as_real(wide).tolist()) if wide.is_complex() else float(wide.abs().max())
+    lower = rd.down(top * (1 - 2.0**-50)) if wide.is_complex() else top
+    return Bound(rd.ldexp_down(lower, exponent), rd.ldexp_up(top, exponent), "largest modulus of a diagonal")
 
 
 def _separable(op: Separable, rtol: float) -> Bound:
@@ -160,7 +156,10 @@ class _Enclosing:
             assert isinstance(op, Conv)
             lower, peak = below
             if upper > lower * (1 + self.rtol) and self._peak(i) > peak * (1 + self.rtol / 8):  # a higher one was found since
-                lower = max(lower, self._below(i, op)[-1])
+                own, again = self._of_size(i, op)
+                if own is not None:
+                    return own
+                lower = max(lower, again)
                 ceilings = np.zeros_like(self.search.best)  # of this layer alone
                 ceilings[i], width = self._room(i, lower)
                 if upper > lower * (1 + self.rtol) and width < self.rtol / 2:  # it can still close
@@ -262,18 +261,20 @@ class _Enclosing:
             # a map that cancels to nothing is closed to what rounding can tell from zero
             floor = max(floor, 2 * rd.sqrt_up(certificate.noise(mass)))
             width = max(width, certificate.telling(top, mass))
-            vector, fresh = (x if group == best else start_like(layer, x)), 0
+            vector = leading = x if group == best else start_like(layer, x)
+            fresh = 0
             while True:
                 factorizations += 1
                 if certificate.proves(max(top * (1 + width), floor), mass):
                     break
                 before = top
                 vector, _ = layer.ascend(vector, group, steps=24)
-                top = max(top, layer.lower(vector, group, mass))
+                if (value := layer.lower(vector, group, mass)) > top:
+                    top, leading = value, vector
                 if top > before * (1 + width / 50):
                     continue
                 fresh += 1  # the start may have had no part in the leading vector: others, before the interval stays wider than asked for
-                vector = start_like(layer, x, fresh)
+                vector = start_like(layer, x, fresh) if fresh <= FRESH else leading
                 width *= 1.5 if fresh > FRESH else 1.0
         upper = max(rd.mul_up(top, rd.up(1 + width)), floor)
         mode = self.syms[i].because.split(":")[0]
