@@ -125,6 +125,13 @@ def test_denormal_weights_count_even_where_they_are_flushed() -> None:
     assert flushed in (True, False)
 
 
+@pytest.mark.parametrize("finite", [True, "auto"])
+def test_a_finite_layer_closes_though_its_blocks_peak_was_missed_at_first(finite: bool | str) -> None:
+    """No gap was seen between a layer and blocks that were not at their peak yet, and its own certificate was not tried again."""
+    weight = torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert gl.bound(gl.Conv(weight, 40, padding=1), rtol=1e-6, finite=finite).rtol <= 1e-6
+
+
 def test_finite_true_says_what_it_would_need() -> None:
     module = nn.Conv2d(64, 64, 3, padding=1)
     with pytest.raises(gl.InputError, match="finite=False"):

@@ -157,6 +157,17 @@ def test_spent_budget_is_said_and_stays_true() -> None:
     assert math.ldexp(found.upper, gram.exponent) >= largest(KERNELS["2d"], [61, 61])
 
 
+def test_a_peak_that_rises_above_the_ceiling_is_closed_to_its_own_width() -> None:
+    """The room below a layer's ceiling allowed single precision, which was kept when a higher peak left no such room."""
+    search = Search(Gramian(KERNELS["2d"], rtol=1e-6), (41, 41))
+    search.start(1e-6)
+    search.best *= 0.97
+    found = search.close(1e-6, ceiling=np.sqrt(search.best) * 1.001)[0]
+    assert found.finished
+    assert found.upper <= found.lower * (1 + 1e-6)
+    assert found.tally.matvecs < 1e5
+
+
 @pytest.mark.parametrize("shape", [(90, 40), (40, 90)], ids=str)
 def test_matrices_of_any_size_are_one_block_and_close(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """However small the memory for taps: there is nothing to search."""

@@ -91,13 +91,9 @@ def _stack(kernels: Sequence[Tensor]) -> Tensor:
 
 def _diagonal(op: Diagonal) -> Bound:
     wide, exponent = widen(op.weight.detach().flatten(), None)
-    if wide.is_complex():
-        top = max(rd.hypot_up(map(abs, pair)) for pair in torch.view_as_real(wide).tolist())
-        lower, because = rd.down(top * (1 - 2.0**-50)), "largest modulus of a diagonal"
-    else:
-        lower = top = float(wide.abs().max())
-        because = "largest entry of a diagonal"
-    return Bound(rd.ldexp_down(lower, exponent), rd.ldexp_up(top, exponent), because)
+    top = max(rd.hypot_up(map(abs, z)) for z in torch.view_as_real(wide).tolist()) if wide.is_complex() else float(wide.abs().max())
+    lower = rd.down(top * (1 - 2.0**-50)) if wide.is_complex() else top
+    return Bound(rd.ldexp_down(lower, exponent), rd.ldexp_up(top, exponent), "largest modulus of a diagonal")
 
 
 def _separable(op: Separable, rtol: float) -> Bound:
@@ -177,7 +173,10 @@ class _Enclosing:
             assert isinstance(op, Conv)
             lower, peak = below
             if upper > lower * (1 + self.rtol) and self._peak(i) > peak * (1 + self.rtol / 8):  # a higher one was found since
-                lower = max(lower, self._below(i, op)[-1])
+                own, again = self._of_size(i, op)
+                if own is not None:
+                    return own
+                lower = max(lower, again)
                 ceilings = np.zeros_like(self.search.best)  # of this layer alone
                 ceilings[i], width = self._room(i, lower)
                 if upper > lower * (1 + self.rtol) and width < self.rtol / 2:  # it can still close

@@ -28,18 +28,20 @@ def banded(layer: Layer, masses: Sequence[float], rtol: float, best: int, lower:
         # a map that cancels to nothing is closed to what rounding can tell from zero
         floor = max(floor, 2 * rd.sqrt_up(certificate.noise(mass)))
         width = max(width, certificate.telling(top, mass))
-        vector, fresh = (x if group == best else start_like(layer, x)), 0
+        vector = leading = x if group == best else start_like(layer, x)
+        fresh = 0
         while True:
             factorizations += 1
             if certificate.proves(max(top * (1 + width), floor), mass):
                 break
             before = top
             vector, _ = layer.ascend(vector, group, steps=24)
-            top = max(top, layer.lower(vector, group, mass))
+            if (value := layer.lower(vector, group, mass)) > top:
+                top, leading = value, vector
             if top > before * (1 + width / 50):
                 continue
             fresh += 1  # the start may have had no part in the leading vector: others, before the interval stays wider than asked for
-            vector = start_like(layer, x, fresh)
+            vector = start_like(layer, x, fresh) if fresh <= FRESH else leading
             width *= 1.5 if fresh > FRESH else 1.0
     upper = max(rd.mul_up(top, rd.up(1 + width)), floor)
     return top, upper, f"block-banded Cholesky (theorem 11, R3), {factorizations} factorizations"

@@ -187,7 +187,7 @@ def _linear(what: Linear, r: Range) -> tuple[float, float, float]:
 
 def _norm(matrix: Tensor) -> float:
     """A quick upper bound of the spectral norm: the fourth root of `||G^2||_F` with G the Gram matrix, rounding included."""
-    size = rd.mul_up(float(torch.linalg.vector_norm(matrix)), 1.0 + SLACK)
+    size = rd.mul_up(float(torch.linalg.vector_norm(matrix)), 1.0 + rd.gamma(matrix.numel() + 16.0))
     if size == 0.0 or min(matrix.shape) > WIDEST:
         return size
     x = matrix / size

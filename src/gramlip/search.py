@@ -65,7 +65,7 @@ class Search(Ascent):
         narrow = width > rtol
         if self.g.swept and len(chosen) == len(self.best) and self._swept(width):
             return [self._result(i, float(self._tau(width)[i]), not narrow[i]) for i in chosen]
-        self.rtol = float((self._tau(width)[chosen] / np.sqrt(self.best[chosen]).clip(min=1e-300) - 1).min())
+        self.rtol = self._room(width, chosen)
         taps = self.g.tap_norms(self.items, self.best)
         groups = self.nonzero()
         groups = self.reaching(groups[np.isin(self.items[groups], chosen)])
@@ -106,13 +106,15 @@ class Search(Ascent):
             # where the work grows, a higher peak may be what is missing: every candidate is looked at, not the best blocks alone
             self._learn(names[failed], least[failed], width, steps, len(test) > tested)
             tested = len(test)
+            if (self.best > before).any():
+                self.rtol = self._room(width, chosen)
             rose = (self.best > before * (1 + self.rtol * RISEN))[self.items[cells[0]]]  # may pass as they are
             cells = joined(pick(cells, rose), self.lattice.split(pick(cells, ~rose)))
             if len(cells[0]) == count and (before == self.best).all():  # nothing left to split, and no better vector
-                stuck = steps >= self.g.side
-                steps *= 2
-                if stuck:
-                    stretch[late] *= 1 + width[late] / 4
+                if steps < self.g.side:
+                    steps *= 2
+                else:  # in steps that grow with what they add up to
+                    stretch[late] += np.maximum(width[late], stretch[late] - 1) / 4
         upper, finished = self._tau(width) * stretch, (stretch == 1.0) & ~narrow
         return [self._crude(i) if math.isinf(float(upper[i])) else self._result(i, float(upper[i]), bool(finished[i])) for i in chosen]
 
@@ -189,6 +191,10 @@ class Search(Ascent):
     def _tau(self, width: Reals) -> Reals:
         """What is to be proved: each lower side plus nearly all of the width asked for, or what rounding lets be told from zero."""
         return np.maximum(np.sqrt(self.best) * (1 + width * 0.98), self.floor)
+
+    def _room(self, width: Reals, chosen: Sequence[int]) -> float:
+        """The least relative distance of these layers' targets from their lower sides: what factorisations are to tell."""
+        return float((self._tau(width)[chosen] / np.sqrt(self.best[chosen]).clip(min=1e-300) - 1).min())
 
     def _targets(self, cells: Cells, taps: Reals | None, tau: Reals) -> Reals:
         """What the largest eigenvalue at the corners of each cell must not exceed for the cell to stay below tau squared."""
