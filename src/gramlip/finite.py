@@ -25,11 +25,11 @@ from gramlip.widen import widen
 WIDE_BYTES = 48 << 20  # a copy of a kernel in the precision of the vectors is kept while it is smaller than this
 PIECE_BYTES = 2 << 20  # else pieces of about this size, which caches hold, are cast when they are used
 STEPS, LEAST_STEPS = 32, 3  # Lanczos steps between restarts, and before they may end for adding little
-READS = 1 << 29  # places that an index map may have
 LOOK = 4  # of which a GPU takes so many before they are looked at
 BASIS_BYTES = 48 << 20  # or fewer, whose vectors are smaller than this together
 SINGLE_RTOL = 1e-3  # intervals so wide take their vectors from single precision
 SINGLE_PRODUCTS = 1 << 21  # where the layer multiplies so many numbers
+READS = 1 << 29  # places that an index map may have
 
 
 class Layer:
@@ -57,9 +57,8 @@ class Layer:
         self.sizes = tuple(a.size or 0 for a in self.geometry)
         self.outputs = tuple(a.outputs or 0 for a in self.geometry)
         if math.prod(self.outputs) * math.prod(self.shape[3:]) > READS:
-            msg = (
-                f"an input of size {self.sizes} gives outputs of size {self.outputs}; expected fewer: type less padding, or input_size=None"
-            )
+            sizes = f"an input of size {self.sizes} gives an output of size {self.outputs}"
+            msg = f"{sizes}; expected less: type a smaller padding, or input_size=None"
             raise InputError(msg)
         self.shared = math.prod(max(int(row[row >= 0].bincount().max()) if bool((row >= 0).any()) else 0 for row in m) for m in self.maps)
         self._look = LOOK if devices.parallel(self.device) else 1
