@@ -96,6 +96,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         }.items()
         for value in values
     },
+    "endless padding": (conv(input_size=16, padding=10**6), "type a smaller padding, or input_size=None"),
     "output padding": (conv(output_padding=1), "type transposed=True"),
     "scale": (lambda: gl.Separable((torch.eye(2),), float("nan")), "scale=nan was given"),
     "no scale": (lambda: gl.Separable((torch.eye(2),), None), "scale=None was given"),  # type: ignore[arg-type]

@@ -146,10 +146,8 @@ class _Enclosing:
 
     def _closed(self, i: int, op: Conv | Dense, found: Bound) -> Bound:
         """The interval, or that of a small finite layer's matrix where it is closer; it says so where it is wider than asked for."""
-        if found.rtol > self.rtol and isinstance(op, Conv) and op.input_size is not None and self.finite is not False:
-            layer = Layer(op, self.exponents[i])
-            if small(layer):
-                found = min(found, self._whole(i, layer), key=lambda bound: (bound.rtol, float(bound.upper)))
+        if found.rtol > self.rtol and self.finite is not False and isinstance(op, Conv) and op.input_size is not None and small(op):
+            found = min(found, self._whole(i, Layer(op, self.exponents[i])), key=lambda bound: (bound.rtol, float(bound.upper)))
         if found.rtol <= self.rtol or "asked for" in found.because:
             return found
         return replace(found, because=f"{found.because}; wider than asked for")

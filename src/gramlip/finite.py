@@ -16,6 +16,7 @@ from gramlip import devices
 from gramlip import rounding as rd
 from gramlip.blocks import axes, grouped
 from gramlip.certificates import shift
+from gramlip.errors import InputError
 from gramlip.operators import Conv
 from gramlip.padding import index_map
 from gramlip.precision import full_products
@@ -28,6 +29,7 @@ LOOK = 4  # of which a GPU takes so many before they are looked at
 BASIS_BYTES = 48 << 20  # or fewer, whose vectors are smaller than this together
 SINGLE_RTOL = 1e-3  # intervals so wide take their vectors from single precision
 SINGLE_PRODUCTS = 1 << 21  # where the layer multiplies so many numbers
+READS = 1 << 29  # places that an index map may have
 
 
 class Layer:
@@ -54,6 +56,10 @@ class Layer:
         self.maps = [index_map(a, mode) for a, mode in zip(self.geometry, modes, strict=True)]
         self.sizes = tuple(a.size or 0 for a in self.geometry)
         self.outputs = tuple(a.outputs or 0 for a in self.geometry)
+        if math.prod(self.outputs) * math.prod(self.shape[3:]) > READS:
+            sizes = f"an input of size {self.sizes} gives an output of size {self.outputs}"
+            msg = f"{sizes}; expected less: type a smaller padding, or input_size=None"
+            raise InputError(msg)
         self.shared = math.prod(max(int(row[row >= 0].bincount().max()) if bool((row >= 0).any()) else 0 for row in m) for m in self.maps)
         self._look = LOOK if devices.parallel(self.device) else 1
         self.reads = self._positions()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.finite import Certificate, Layer
+from gramlip.operators import Conv
 from gramlip.probe import start_like
 from gramlip.widen import widen
 
@@ -47,9 +48,10 @@ def banded(layer: Layer, masses: Sequence[float], rtol: float, best: int, lower:
     return top, upper, f"block-banded Cholesky (theorem 11, R3), {factorizations} factorizations"
 
 
-def small(layer: Layer) -> bool:
-    """Whether the matrices of all groups are formed as a whole."""
-    return math.prod(layer.shape[:3]) * math.prod(layer.outputs) * (math.prod(layer.sizes) + 1) <= ENTRIES
+def small(op: Conv) -> bool:
+    """Whether the matrices of all groups of a layer of given size are formed as a whole."""
+    taps, sizes, outputs = op.weight.shape[2:], op.sizes or (), op.output_size or ()
+    return math.prod(op.weight.shape[:2]) * math.prod(outputs) * max(math.prod(sizes), math.prod(taps)) <= ENTRIES
 
 
 def rounded(layer: Layer, group: int, mass: float) -> tuple[Tensor, float]:
