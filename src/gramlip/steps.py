@@ -141,12 +141,13 @@ class Attention:
     """`softmax(scale Q K' + constants) V` of the sources Q, K, V over their last two axes; K as it is, or already transposed.
 
     `rows` are upper bounds of the l2 norms of the rows of Q, K and V where intervals know them: without them there is no
-    finite constant.
+    finite constant. `empty` where the constants may forbid a query every key: its row of the result is zero.
     """
 
     scale: float
     transposed: bool = False
     rows: tuple[float, float, float] | None = None
+    empty: bool = False
 
 
 @dataclass(frozen=True, eq=False)

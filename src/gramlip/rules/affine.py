@@ -11,6 +11,7 @@ from torch import Tensor
 from gramlip import rounding as rd
 from gramlip.bound import Bound
 from gramlip.errors import UnsupportedError
+from gramlip.lengths import length
 from gramlip.operators import Conv, Dense
 from gramlip.rules.activations import gated
 from gramlip.rules.attention import product
@@ -53,8 +54,7 @@ def _addmm(call: Call) -> Linear:
 
 def _rounding(weight: Tensor, roundings: int = 2) -> float:
     """Upper bound of the norm of a relative error of so many roundings in each entry."""
-    norm = float(torch.linalg.vector_norm(weight.double()))
-    return rd.mul_up(rd.gamma(roundings + 1), rd.mul_up(norm, 1 + 1e-9))
+    return rd.mul_up(rd.gamma(roundings + 1), length(weight.double()))
 
 
 @register("aten.matmul", "aten.mm", "aten.bmm", "aten.mv")
@@ -140,7 +140,8 @@ def _batch_norm(call: Call) -> Linear | Unbounded | Lipschitz | Var:
         return Unbounded("batch norm divides by a running variance plus eps that is not positive")
     gain = (1.0 if call.const("weight") is None else call.const("weight").double()) / spread.sqrt()
     shift = (0.0 if call.const("bias") is None else call.const("bias").double()) - mean.double() * gain
-    error = rd.mul_up(rd.gamma(5), float(gain.abs().max()))
+    none = call.const("weight") is not None and not bool(call.const("weight").any())
+    error = 0.0 if none else rd.add_up(rd.mul_up(rd.gamma(5), float(gain.abs().max())), rd.TINY)
     return _channels(gain, shift, len(call.shape), error)
 
 
