@@ -156,4 +156,6 @@ def nonnegative(call: Call, what: str, shape: Sequence[int] | None = None) -> Li
 def _windows_of(call: Call) -> Lipschitz:
     """Entries copied into windows, by constant indices, onto diagonals, or added up from windows."""
     call.var("self")
+    for name in call.args.keys() - {"self"}:
+        call.const(name)
     return nonnegative(call, "entries copied or added up", call.vars[0].shape)
