@@ -22,7 +22,7 @@ def _aten(names: str) -> list[str]:
 
 
 _SAME = _aten(
-    "clone contiguous detach alias lift_fresh_copy lift_fresh view_as_real positive _to_copy to type_as dropout feature_dropout "
+    "clone contiguous detach alias lift_fresh_copy lift_fresh positive _to_copy to type_as dropout feature_dropout "
     "alpha_dropout feature_alpha_dropout"
 )
 _VIEWS = _aten(
