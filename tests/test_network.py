@@ -319,6 +319,27 @@ def test_dropout_between_recurrent_layers_is_random_in_training_mode() -> None:
         audit(model.train(), (2, 3))
 
 
+class Cell(nn.Module):
+    """One or two steps of a recurrent cell."""
+
+    def __init__(self, kind: type[nn.RNNCellBase]) -> None:
+        super().__init__()
+        self.cell = kind(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.cell(x)
+        second = self.cell(x, first)
+        return second[0] if isinstance(second, tuple) else second
+
+
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_recurrent_cells_are_taken_apart(kind: type[nn.RNNCellBase]) -> None:
+    model = Cell(kind).eval()
+    report = audit(model, (3,))
+    assert steepest(model, (3,)) <= report.upper < 100
+    assert report.lower > 0.0
+
+
 def test_scopes_without_gradients_are_part_of_the_function() -> None:
     def call(x: Tensor) -> Tensor:
         with torch.no_grad():

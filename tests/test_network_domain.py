@@ -31,6 +31,8 @@ def largest(call: Callable[[Tensor], Tensor], shape: tuple[int, ...], low: float
 STEEP: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, float], float]] = {
     # name: (call, domain, the exact constant there)
     "exp": (torch.exp, (-1.0, 2.0), math.exp(2.0)),
+    "exp2": (torch.exp2, (-1.0, 2.0), math.log(2.0) * 4.0),
+    "expm1": (torch.expm1, (-1.0, 2.0), math.exp(2.0)),
     "sqrt": (torch.sqrt, (0.25, 4.0), 1.0),
     "rsqrt": (torch.rsqrt, (0.25, 4.0), 4.0),
     "log": (torch.log, (0.5, 3.0), 2.0),
@@ -88,6 +90,13 @@ PRODUCTS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], tuple[flo
     "einsum outer": (lambda x: torch.einsum("bi,bj->bji", x, x), (3,), (-1.0, 1.0)),
     "coupling": (lambda x: x[:, 2:] * torch.exp(torch.tanh(x[:, :2])) + x[:, :2], (4,), (-1.0, 1.0)),
     "layer norm": (lambda x: F.layer_norm(x, (4,), eps=0.04), (4,), (-1.0, 1.0)),
+    "variance": (lambda x: x.var(1), (4,), (-1.0, 2.0)),
+    "variance and mean": (lambda x: torch.stack(torch.var_mean(x, (1, 2), correction=0)), (4, 2), (-1.0, 2.0)),
+    "deviation": (lambda x: x.std(1) * torch.std_mean(x, 1)[1], (4,), (-1.0, 2.0)),
+    "direction": (lambda x: F.normalize(x, dim=1), (4,), (0.5, 2.0)),
+    "cosine": (lambda x: F.cosine_similarity(x, torch.arange(4.0).to(x)), (4,), (0.5, 2.0)),
+    "clamped": (lambda x: 1 / x.clamp_min(0.1), (4,), (0.5, 2.0)),
+    "products added": (lambda x: torch.addcmul(x, x, x.flip(1), value=-0.5), (4,), (-1.0, 2.0)),
     "one bias": (lambda x: (lambda y: y @ y.mT)(F.linear(x, 0.01 * EYE, ONE)), (5, 4), (-1.0, 1.0)),
     "tiny factors": (lambda x: F.linear(x, 1e-200 * EYE) * F.linear(x, 1e-100 * EYE) * 1e300, (4,), (0.5, 1.0)),
     "tiny rows": (lambda x: F.linear(F.layer_norm(x, (4,), eps=1.0), 1e-200 * EYE) * x * 1e200, (4,), (0.5, 1.0)),

@@ -139,6 +139,18 @@ MAPS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] = {
     "layer norm": (lambda x: F.layer_norm(x, (4,), eps=0.25), (4,), 2.0 + 1e-6),
     "rms norm": (lambda x: F.rms_norm(x, (4,), eps=0.25), (4,), 2.0 + 1e-6),
     "group norm": (lambda x: F.group_norm(x, 2, eps=0.25), (4, 3), 2.0 + 1e-6),
+    "std": (lambda x: x.std(1), (4,), 1 / math.sqrt(3) + 1e-6),
+    "logaddexp": (lambda x: torch.logaddexp(x, x.flip(1)), (4,), math.sqrt(2) + 1e-6),
+    "hypot": (lambda x: torch.hypot(x, x.new_ones(3, 1, 4)), (4,), math.sqrt(3) + 1e-6),
+    "lerp": (lambda x: torch.lerp(x, x.flip(1), 0.25), (4,), 1.0 + 1e-6),
+    "lerp to constants": (lambda x: torch.lerp(x.new_ones(4), x, torch.arange(4.0).to(x)), (4,), 3.0 + 1e-6),
+    "addcmul": (lambda x: torch.addcmul(x, x.new_full((4,), 3.0), x, value=0.5), (4,), 2.5 + 1e-6),
+    "addcdiv": (lambda x: torch.addcdiv(x, x, x.new_full((4,), 4.0), value=2), (4,), 1.5 + 1e-6),
+    "einsum of three": (lambda x: torch.einsum("bi,ij,jk->bk", x, x.new_ones(4, 2), x.new_ones(2, 3)), (4,), 6.93),
+    "unbatched": (lambda x: F.conv2d(x[0], x.new_ones(2, 3, 2, 2), x.new_ones(2), padding=1), (3, 4, 4), 9.8),
+    "unbatched pad": (lambda x: F.pad(x[0], (1, 1, 1, 1), mode="reflect"), (3, 4, 4), 2.0 + 1e-9),
+    "unbatched circular": (lambda x: F.pad(x[0], (1, 2), mode="circular"), (3, 4), math.sqrt(2) + 1e-9),
+    "pad of rows": (lambda x: F.pad(x, (1, 1)), (3,), 1.0),
     "prelu": (lambda x: F.prelu(x, SLOPE_WEIGHT), (2, 5), 3.0),
 }
 

@@ -25,7 +25,15 @@ from gramlip.errors import InputError, first_line
 from gramlip.steps import Shape
 from gramlip.writes import Write, writes
 
-RECURRENT = (torch.ops.aten.rnn_tanh.input, torch.ops.aten.rnn_relu.input, torch.ops.aten.gru.input, torch.ops.aten.lstm.input)
+_LAYERS = (torch.ops.aten.rnn_tanh.input, torch.ops.aten.rnn_relu.input, torch.ops.aten.gru.input, torch.ops.aten.lstm.input)
+_CELLS = (
+    torch.ops.aten.rnn_tanh_cell.default,
+    torch.ops.aten.rnn_relu_cell.default,
+    torch.ops.aten.gru_cell.default,
+    torch.ops.aten.lstm_cell.default,
+    torch.ops.aten.cosine_similarity.default,
+)
+RECURRENT = (*_LAYERS, *_CELLS)  # calls that are taken apart as torch itself defines them
 _SCOPES = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}  # calls of a part of the graph, and where it stands
 
 
@@ -85,7 +93,9 @@ def _unrolled(exported: torch.export.ExportedProgram) -> Program:
     layers = [node for node in program.nodes if node.target in RECURRENT]
     if not layers or any(map(is_random, layers)) or any(write.refusal for write in program.writes.values()):
         return program
-    return _program(exported.run_decompositions(get_decompositions([op for op in RECURRENT if op in {node.target for node in layers}])))
+    found, whole = {node.target for node in layers}, torch.export.default_decompositions()
+    table = {**get_decompositions([op for op in _LAYERS if op in found]), **{op: whole[op] for op in _CELLS if op in found}}
+    return _program(exported.run_decompositions(table))
 
 
 @contextmanager
@@ -207,7 +217,7 @@ def op_name(node: fx.Node) -> str:
 
 def is_random(node: fx.Node) -> bool:
     """Whether the call draws random numbers when run as it stands."""
-    if node.target in RECURRENT:
+    if node.target in _LAYERS:
         given = arguments(node, lambda n: n)
         return given["train"] and given["dropout"] > 0 and given["num_layers"] > 1  # torch drops between the layers
     target: Any = node.target

@@ -116,6 +116,8 @@ def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape], domain
     low, high = min(r.low for r in sources), max(r.high for r in sources)
     if isinstance(what, Linear):
         return _linear(what, sources[0])
+    if isinstance(what, Slope) and what.reach is not None:
+        return (*what.reach(low, high), INF)
     if isinstance(what, Slope):
         slopes = _ends(what)
         reach = [_times(s, x) for s in slopes for x in (low, high)]
@@ -124,7 +126,7 @@ def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape], domain
         room = _slack(size) if size < INF else 0.0
         return max(a - room, what.image[0]), min(b + room, what.image[1]), INF
     if isinstance(what, Lipschitz):
-        inside = (-INF, INF)
+        inside = (-INF, INF) if what.reach is None else what.reach(low, high)
         if what.same_range:
             ends = (low, high) if what.others is None else (min(low, what.others[0]), max(high, what.others[1]))
             room = 0.0 if what.times == 1.0 or max(map(abs, ends)) == INF else SLACK * what.times * max(map(abs, ends))

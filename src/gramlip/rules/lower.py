@@ -128,7 +128,7 @@ def _value(
         msg = f"{op} has no rule: type @gramlip.rules.register({op!r}) on a function (call) -> constant, or --assume {call.name}=1.0"
         raise UnsupportedError(msg)
     result = rule(call)
-    if isinstance(result, Var):
+    if isinstance(result, Var | tuple):
         return result
     if isinstance(result, int | float):
         return call.then(Lipschitz(float(result), "the registered rule's constant"), *call.vars)
