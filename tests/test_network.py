@@ -370,11 +370,20 @@ def test_a_fold_that_underflows_is_not_zero() -> None:
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)).double().eval()
     with torch.no_grad():
         for layer in model:
-            layer.weight.copy_(1e-200 * torch.eye(3))
+            layer.weight.copy_(1e-200 * torch.eye(3, dtype=torch.float64))
     assert 0.0 < audit(model, torch.zeros(1, 3, dtype=torch.float64)).upper < 1e-300
     with torch.no_grad():
         model[1].weight.zero_()
     assert audit(model, torch.zeros(1, 3, dtype=torch.float64)).upper == 0.0
+
+
+@pytest.mark.parametrize("options", [(2, 3, 1, 2), (2, 1, 1, 2, True)])
+@pytest.mark.parametrize("strict", [True, False])
+def test_pooling_windows_without_an_entry_are_refused_before_torch_reads_outside_of_the_input(
+    options: tuple[int, ...], strict: bool
+) -> None:
+    with pytest.raises(InputError, match="a window of it holds no entry"):
+        audit(Map(lambda x: F.max_pool1d(x, *options)).eval(), (1, 1), strict=strict)
 
 
 def test_a_random_function_has_no_lower_side() -> None:

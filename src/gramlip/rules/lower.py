@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from gramlip.errors import InputError, UnsupportedError
+from gramlip.errors import InputError, UndefinedError, UnsupportedError
 from gramlip.graph import RECURRENT, Program, arguments, is_random, module_path, op_name, place, shape_of
 from gramlip.operators import check_weight
 from gramlip.rules.registry import Call, Var, find
@@ -57,6 +57,9 @@ def lower(program: Program, assume: Mapping[str, float] | None = None) -> Lowere
                 msg = f"{op_name(node)}: {write.refusal}"
                 raise UnsupportedError(msg)
             values |= dict.fromkeys(changed, _value(node, values, steps, assume, unused, assumed))
+        except UndefinedError as error:
+            msg = f"{place(node)}, in {module_path(node)}: {error}"
+            raise InputError(msg) from error
         except (UnsupportedError, InputError) as error:
             unsupported.append(f"{place(node)}, in {module_path(node)}: {error}")
             for n in changed:
