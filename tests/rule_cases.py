@@ -30,7 +30,7 @@ def entrywise(names: str) -> None:
         CASES[f"aten.{name}"] = (getattr(A, name), (4,))
 
 
-entrywise("abs alias atan ceil clone contiguous cos cosh detach erf exp floor frac hardshrink hardsigmoid hardswish hardtanh")
+entrywise("abs alias atan ceil clone contiguous cos cosh detach erf exp exp2 expm1 floor frac hardshrink hardsigmoid hardswish hardtanh")
 entrywise(
     "log log1p log_sigmoid mish neg positive ravel reciprocal relu relu6 round rsqrt selu sigmoid sign silu sin sinh softplus softshrink"
 )
@@ -70,7 +70,6 @@ put("type_as", lambda x: A.type_as(x, M.double()))
 put("_unsafe_view", lambda x: A._unsafe_view(x, [1, 2, 2]))
 put("view", lambda x: A.view(x, [1, 2, 2]))
 put("view_as", lambda x: A.view_as(x, M[:1]))
-put("view_as_real", lambda x: A.view_as_real(A._to_copy(x, dtype=torch.complex64)))
 put("reshape", lambda x: A.reshape(x, [2, 2]))
 put("reshape_as", lambda x: A.reshape_as(x, M[:1]))
 put("flatten", lambda x: A.flatten(x, 1), P)
@@ -199,6 +198,19 @@ put("unfold", lambda x: A.unfold(x, 2, 3, 1), L)
 put("im2col", lambda x: A.im2col(x, [3, 3], [1, 1], [1, 1], [1, 1]), P)
 put("col2im", lambda x: A.col2im(x, [2, 3], [2, 2], [1, 1], [0, 0], [1, 1]), (4, 2))
 put("diag_embed", lambda x: A.diag_embed(x))
+put("std", lambda x: A.std.correction(x, [1], correction=1))
+put("std_mean", lambda x: A.std_mean.correction(x, [1], correction=0)[0])
+put("var", lambda x: A.var.correction(x, [1], correction=0))
+put("var_mean", lambda x: torch.cat(A.var_mean.correction(x, [1], correction=1)))
+put("logaddexp", lambda x: A.logaddexp(x, -x))
+put("logaddexp2", lambda x: A.logaddexp2(x, 2 * x))
+put("hypot", lambda x: A.hypot(x, 2 * x))
+put("addcmul", lambda x: A.addcmul(V, x, x, value=0.5))
+put("addcdiv", lambda x: A.addcdiv(x, V, 1 + x, value=2))
+put("lerp", lambda x: A.lerp.Scalar(x, 2 * x, 0.3))
+put("unsafe_chunk", lambda x: A.unsafe_chunk(x, 2, 1)[0])
+put("unsafe_split", lambda x: A.unsafe_split(x, 2, 1)[1])
+put("unsafe_split_with_sizes", lambda x: A.unsafe_split_with_sizes(x, [1, 3], 1)[1])
 put("select", lambda x: A.select(x, 1, 2))
 put("slice", lambda x: x[:, 1:3])
 put("narrow", lambda x: A.narrow(x, 1, 1, 2))
@@ -213,9 +225,9 @@ CASES["getitem"] = CASES["aten.unbind"]
 
 # Overloads beside `default` that were read against their packet's rule: the same map, or refused by it.
 OVERLOADS: dict[str, str] = {
-    "Tensor": "add clamp clamp_max clamp_min clip div index masked_fill mul narrow pow repeat_interleave rsub slice sort split sub "
-    "true_divide",
-    "Scalar": "add div masked_fill mul norm pow rsub sub true_divide where",
+    "Tensor": "add clamp clamp_max clamp_min clip div index lerp masked_fill mul narrow pow repeat_interleave rsub slice sort split sub "
+    "true_divide unsafe_split",
+    "Scalar": "add div lerp masked_fill mul norm pow rsub sub true_divide where",
     "Tensor_mode": "div",
     "Scalar_mode": "div",
     "Tensor_Tensor": "pow",
@@ -236,7 +248,8 @@ OVERLOADS: dict[str, str] = {
     "prim_Device": "to",
     "prim_dtype": "to",
     "prim_other": "to",
-    "dim": "max mean median min squeeze",
+    "dim": "max mean median min squeeze std std_mean var var_mean",
+    "correction": "std std_mean var var_mean",
     "dims": "squeeze",
     "dim_IntList": "sum",
     "int": "log_softmax moveaxis movedim select softmax transpose unbind unflatten",

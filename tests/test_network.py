@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gramlip import Bound, bound
 from gramlip.coupling import segments
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network import audit
+from test_rules import Map
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -232,6 +239,258 @@ def test_in_place_calls_mean_what_they_mean_in_torch() -> None:
     assert steepest(model, (4,), 6) <= audit(model, (4,)).upper
     with pytest.raises(UnsupportedError, match="overwrites"):
         audit(InPlace(aliased=True).eval(), (4,))
+
+
+def joined(call: Callable[[Tensor], object], x: Tensor) -> float:
+    """The norm of the Jacobian of all results together, in float64, by torch alone."""
+    flat = lambda value: torch.cat([v.reshape(-1) for v in tree_leaves(call(value))])  # noqa: E731
+    return float(torch.linalg.matrix_norm(torch.autograd.functional.jacobian(flat, x.double()).reshape(-1, x.numel()), 2))
+
+
+def written(view: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A value that is overwritten through something which may be a view of it."""
+
+    def call(x: Tensor) -> Tensor:
+        value = 1 * x
+        other = view(value)
+        other *= 5
+        return value
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: [x * 3] * 2,
+        lambda x: (x, x, x),
+        lambda x: {"one": x, "other": [x, 2 * x]},
+        lambda x: (lambda y: (y, y.mul_(5)))(x * 3),
+    ],
+)
+def test_a_value_that_is_returned_twice_counts_twice(call: Callable[[Tensor], object]) -> None:
+    truth = joined(call, torch.ones(2, 3))
+    report = audit(Map(call).eval(), torch.zeros(2, 3))
+    assert report.lower <= truth <= report.upper <= truth * (1 + 1e-6)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "select": lambda x: x[:, 0],
+    "einsum transposed": lambda x: torch.einsum("ij->ji", x),
+    "einsum": lambda x: torch.einsum("...j->...j", x),
+    "dropout": lambda x: F.dropout(x, 0.5, False),
+    "reshape": lambda x: x.reshape(2, 3),
+    "chunk": lambda x: x.chunk(1)[0],
+    "movedim": lambda x: x.movedim(0, 1),
+    "contiguous": lambda x: x.contiguous(),
+    "same type": lambda x: x.to(torch.float32),
+    "pad by nothing": lambda x: F.pad(x, (0, 0)),
+    "adaptive": lambda x: F.adaptive_avg_pool1d(x, 3),
+    "linear": lambda x: F.linear(x, torch.eye(3)),
+    "list": lambda x: torch._foreach_mul_([x], 3.0) and x,
+    "out": lambda x: torch.mul(x, 3.0, out=x),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_write_through_what_may_be_a_view_counts_or_is_refused(name: str) -> None:
+    call = written(VIEWS[name])
+    x = torch.ones(2, 3)
+    truth = float((call(x + 1) - call(x)).max())  # each entry is multiplied by a constant; in the type that the model has
+    report = audit(Map(call).eval(), torch.zeros(2, 3), strict=False)
+    assert report.lower <= truth <= report.upper
+    if report.unsupported:
+        assert report.upper == float("inf")
+        with pytest.raises(UnsupportedError, match="expected the call out of place"):
+            audit(Map(call).eval(), torch.zeros(2, 3))
+
+
+def test_a_view_that_a_recurrent_layer_stands_beside_is_not_lost_when_it_is_unrolled() -> None:
+    layer = nn.RNN(3, 3, batch_first=True).eval()
+    with pytest.raises(UnsupportedError, match="expected the call out of place"):
+        audit(nn.Sequential(layer, Map(lambda pair: written(VIEWS["einsum"])(pair[0][0]))).eval(), (4, 3))
+
+
+def test_dropout_between_recurrent_layers_is_random_in_training_mode() -> None:
+    model = nn.RNN(3, 3, num_layers=2, dropout=0.9)
+    assert audit(model.eval(), (2, 3), effort=-1).upper < float("inf")
+    assert audit(nn.RNN(3, 3).train(), (2, 3), effort=-1).upper < float("inf")
+    with pytest.raises(UnsupportedError, match=r"type model\.eval\(\)"):
+        audit(model.train(), (2, 3))
+
+
+class Cell(nn.Module):
+    """One or two steps of a recurrent cell."""
+
+    def __init__(self, kind: type[nn.RNNCellBase]) -> None:
+        super().__init__()
+        self.cell = kind(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.cell(x)
+        second = self.cell(x, first)
+        return second[0] if isinstance(second, tuple) else second
+
+
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_recurrent_cells_are_taken_apart(kind: type[nn.RNNCellBase]) -> None:
+    model = Cell(kind).eval()
+    report = audit(model, (3,))
+    assert steepest(model, (3,)) <= report.upper < 100
+    assert report.lower > 0.0
+
+
+def test_scopes_without_gradients_are_part_of_the_function() -> None:
+    def call(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            size = 3 * x.abs().amax(1, keepdim=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            return x + size + F.linear(x, 2 * torch.eye(3))
+
+    x, y = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[2.0, 0.5, 0.5]])
+    stretched = float(torch.linalg.vector_norm(call(y) - call(x)) / torch.linalg.vector_norm(y - x))
+    assert stretched <= audit(Map(call).eval(), (3,)).upper < 10
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: (F.relu(x + 1e9) - 1e9) * 0.5 + (F.relu(x) - F.relu(-x)) * 0.5,
+        lambda x: F.relu(F.relu(x + 1e10) - 1e10),
+        lambda x: (x + 1e10) - 1e10,
+        lambda x: (x + 1e14) - 1e14,
+    ],
+)
+def test_rounding_of_the_forward_pass_never_lifts_the_lower_side(call: Callable[[Tensor], Tensor]) -> None:
+    report = audit(Map(call).eval(), (3,))
+    assert report.lower <= 1.0 <= report.upper
+
+
+def test_a_fold_that_underflows_is_not_zero() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)).double().eval()
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.copy_(1e-200 * torch.eye(3, dtype=torch.float64))
+    assert 0.0 < audit(model, torch.zeros(1, 3, dtype=torch.float64)).upper < 1e-300
+    with torch.no_grad():
+        model[1].weight.zero_()
+    assert audit(model, torch.zeros(1, 3, dtype=torch.float64)).upper == 0.0
+
+
+@pytest.mark.parametrize("options", [(2, 3, 1, 2), (2, 1, 1, 2, True)])
+@pytest.mark.parametrize("strict", [True, False])
+def test_pooling_windows_without_an_entry_are_refused_before_torch_reads_outside_of_the_input(
+    options: tuple[int, ...], strict: bool
+) -> None:
+    with pytest.raises(InputError, match="a window of it holds no entry"):
+        audit(Map(lambda x: F.max_pool1d(x, *options)).eval(), (1, 1), strict=strict)
+
+
+def test_a_random_function_has_no_lower_side() -> None:
+    report = audit(nn.Sequential(nn.Linear(9, 9), nn.Dropout()).train(), (9,), strict=False)
+    assert report.lower == 0.0
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.AdaptiveAvgPool1d(3), nn.Linear(3, 2)).eval()
+
+
+SCOPES: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", SCOPES)
+def test_no_setting_of_the_caller_changes_the_result(name: str, inside: bool) -> None:
+    torch.manual_seed(0)
+    plain = two_layers()
+    meant = audit(plain, (3,))
+    torch.manual_seed(0)
+    with SCOPES[name]():
+        model = two_layers() if inside and name != "device" else plain
+        found = audit(model, (3,))
+    assert (found.lower, found.upper) == (meant.lower, meant.upper)
+
+
+@pytest.mark.parametrize("call", [lambda x: two(x.flatten()), lambda x: two(x[0])])
+def test_a_vector_goes_through_layers_like_a_batch_of_one(call: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    assert audit(Map(call).eval(), (3,)).upper == pytest.approx(audit(two, (3,)).upper, rel=1e-6)
+
+
+two = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda x: torch.take_along_dim(x, x.argsort(-1), -1), "'indices' that depends on the input"),
+        (lambda x: x.take(x.argsort(-1)), "'index' that depends on the input"),
+        (lambda x: x[:, :0], "values without entries"),
+        (lambda x: torch.cat([x, x[:, :0]], 1), "values without entries"),
+        (lambda x: F.linear(x.to(torch.complex128), 1j * torch.eye(3, dtype=torch.complex128)).abs(), "complex values"),
+        (lambda x: torch.view_as_real(torch.sin(x.to(torch.complex64))), "complex values"),
+        (lambda x: F.leaky_relu(x, math.nan), "negative_slope holds NaN"),
+        (lambda x: x * torch.tensor([1.0, math.nan, 1.0]), "other holds NaN"),
+        (lambda x: F.linear(x, torch.eye(3), torch.tensor([0.0, math.inf, 0.0])), "bias holds NaN or infinite"),
+    ],
+)
+def test_what_no_rule_is_meant_for_is_refused(call: Callable[[Tensor], Tensor], says: str) -> None:
+    with pytest.raises(UnsupportedError, match=says):
+        audit(Map(call).eval(), (3,), domain=(0.0, 1.0))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("layer", [nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.PReLU(), nn.Linear(3, 3), nn.BatchNorm1d(3), nn.RMSNorm(3)])
+def test_weights_that_are_no_numbers_are_refused_by_name(layer: nn.Module, bad: float) -> None:
+    model = nn.Sequential(copy.deepcopy(layer)).eval()
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if weight.is_floating_point():
+            kept = weight.detach().clone()
+            with torch.no_grad():
+                weight.view(-1)[0] = bad
+            with pytest.raises(UnsupportedError, match=rf"in 0: {name.removeprefix('0.')} holds NaN"):
+                audit(model, (3,))
+            with torch.no_grad():
+                weight.copy_(kept)
+    assert audit(model, (3,)).upper < float("inf")
+
+
+def test_a_program_is_audited_with_the_inputs_that_it_was_exported_for() -> None:
+    program = torch.export.export(two, (torch.zeros(1, 3),))
+    assert audit(program, (3,)).upper == audit(two, (3,)).upper
+    for example in ((torch.zeros(1, 3), torch.zeros(1, 3)), (4,), torch.zeros(2, 3)):
+        with pytest.raises(InputError, match="expected those that the program was exported for"):
+            audit(program, example)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"example": None},
+        {"example": 3},
+        {"example": torch.zeros(0, 3)},
+        {"example": torch.zeros(1, 3, dtype=torch.complex64)},
+        {"domain": "ab"},
+        {"domain": 3},
+        {"assume": {"1": "1"}},
+        {"assume": ["1"]},
+        {"effort": math.inf},
+        {"effort": math.nan},
+        {"effort": "much"},
+        {"data": torch.zeros(0, 3)},
+        {"data": [1.0, 2.0, 3.0]},
+        {"data": torch.full((2, 3), math.nan)},
+    ],
+)
+def test_arguments_that_cannot_be_used_are_refused_in_one_line(given: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="expected") as error:
+        audit(two, **{"example": (3,), **given})  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
 
 
 def test_assumptions_are_visible() -> None:

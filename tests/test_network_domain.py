@@ -31,6 +31,8 @@ def largest(call: Callable[[Tensor], Tensor], shape: tuple[int, ...], low: float
 STEEP: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, float], float]] = {
     # name: (call, domain, the exact constant there)
     "exp": (torch.exp, (-1.0, 2.0), math.exp(2.0)),
+    "exp2": (torch.exp2, (-1.0, 2.0), math.log(2.0) * 4.0),
+    "expm1": (torch.expm1, (-1.0, 2.0), math.exp(2.0)),
     "sqrt": (torch.sqrt, (0.25, 4.0), 1.0),
     "rsqrt": (torch.rsqrt, (0.25, 4.0), 4.0),
     "log": (torch.log, (0.5, 3.0), 2.0),
@@ -75,6 +77,7 @@ def test_a_domain_that_reaches_a_pole_gives_no_constant(call: Callable[[Tensor],
     assert len(report.left_out) == 1
 
 
+EYE, ONE = torch.eye(4, dtype=torch.float64), torch.full((1,), 3.0, dtype=torch.float64)
 PRODUCTS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], tuple[float, float]]] = {
     "constant chosen": (lambda x: torch.where(torch.tensor([True, False, True, False]), x, 50.0) * x.flip(1), (4,), (0.0, 1.0)),
     "constant filled": (lambda x: x.masked_fill(torch.tensor([True, False, True, False]), -9.0) * x.flip(1), (4,), (0.0, 1.0)),
@@ -89,13 +92,23 @@ PRODUCTS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], tuple[flo
     "einsum outer": (lambda x: torch.einsum("bi,bj->bji", x, x), (3,), (-1.0, 1.0)),
     "coupling": (lambda x: x[:, 2:] * torch.exp(torch.tanh(x[:, :2])) + x[:, :2], (4,), (-1.0, 1.0)),
     "layer norm": (lambda x: F.layer_norm(x, (4,), eps=0.04), (4,), (-1.0, 1.0)),
+    "variance": (lambda x: x.var(1), (4,), (-1.0, 2.0)),
+    "variance and mean": (lambda x: torch.stack(torch.var_mean(x, (1, 2), correction=0)), (4, 2), (-1.0, 2.0)),
+    "deviation": (lambda x: x.std(1) * torch.std_mean(x, 1)[1], (4,), (-1.0, 2.0)),
+    "direction": (lambda x: F.normalize(x, dim=1), (4,), (0.5, 2.0)),
+    "cosine": (lambda x: F.cosine_similarity(x, torch.arange(4.0).to(x)), (4,), (0.5, 2.0)),
+    "clamped": (lambda x: 1 / x.clamp_min(0.1), (4,), (0.5, 2.0)),
+    "products added": (lambda x: torch.addcmul(x, x, x.flip(1), value=-0.5), (4,), (-1.0, 2.0)),
+    "one bias": (lambda x: (lambda y: y @ y.mT)(F.linear(x, 0.01 * EYE, ONE)), (5, 4), (-1.0, 1.0)),
+    "tiny factors": (lambda x: F.linear(x, 1e-200 * EYE) * F.linear(x, 1e-100 * EYE) * 1e300, (4,), (0.5, 1.0)),
+    "tiny rows": (lambda x: F.linear(F.layer_norm(x, (4,), eps=1.0), 1e-200 * EYE) * x * 1e200, (4,), (0.5, 1.0)),
 }
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_are_bounded_above_their_jacobians_in_the_domain(name: str) -> None:
     call, shape, domain = PRODUCTS[name]
-    report = audit(Map(call).eval(), shape, domain=domain)
+    report = audit(Map(call).eval(), torch.zeros(1, *shape, dtype=torch.float64), domain=domain)
     found = largest(call, shape, *domain)
     assert report.lower <= report.upper < math.inf
     assert found <= report.upper <= 30 * found
@@ -147,6 +160,23 @@ def test_attention_on_a_ball_lies_between_its_jacobian_and_the_published_bound(w
         published = math.sqrt(3) * norm(model.v.weight) * math.sqrt(norm(a) ** 2 * r**4 * (4 * n + 1) + n)
         split = norm(model.k.weight) * norm(model.q.weight) / math.sqrt(width)
         assert report.upper <= published * split / norm(a) * 1.05
+
+
+@pytest.mark.parametrize("nothing", [torch.tensor([[True, True], [False, False]]), torch.tensor([[0.0, 0.0], [-math.inf, -math.inf]])])
+def test_a_query_that_attends_to_nothing_gives_zero(nothing: Tensor) -> None:
+    def call(x: Tensor) -> Tensor:
+        return torch.sqrt(
+            x[:, :1, :1] * 0.0
+            + 0.01
+            + F.scaled_dot_product_attention(x, x, x, attn_mask=nothing.to(x.dtype) if nothing.is_floating_point() else nothing)
+        )
+
+    report = audit(Map(call).eval(), (2, 3), domain=(1.0, 2.0))
+    low, high = (float(call(torch.full((1, 2, 3), v)).min()) for v in (1.0, 2.0))
+    assert low == high == pytest.approx(0.1)
+    seen = [s for s in report.layers if "sqrt" in s.op]
+    assert seen
+    assert all(s.bound.upper >= 0.5 / 0.1 for s in seen)  # the slope of the root where its argument is 0.01
 
 
 def test_all_ways_to_write_attention_get_about_one_bound() -> None:

@@ -147,6 +147,18 @@ MAPS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] = {
     "layer norm": (lambda x: F.layer_norm(x, (4,), eps=0.25), (4,), 2.0 + 1e-6),
     "rms norm": (lambda x: F.rms_norm(x, (4,), eps=0.25), (4,), 2.0 + 1e-6),
     "group norm": (lambda x: F.group_norm(x, 2, eps=0.25), (4, 3), 2.0 + 1e-6),
+    "std": (lambda x: x.std(1), (4,), 1 / math.sqrt(3) + 1e-6),
+    "logaddexp": (lambda x: torch.logaddexp(x, x.flip(1)), (4,), math.sqrt(2) + 1e-6),
+    "hypot": (lambda x: torch.hypot(x, x.new_ones(3, 1, 4)), (4,), math.sqrt(3) + 1e-6),
+    "lerp": (lambda x: torch.lerp(x, x.flip(1), 0.25), (4,), 1.0 + 1e-6),
+    "lerp to constants": (lambda x: torch.lerp(x.new_ones(4), x, torch.arange(4.0).to(x)), (4,), 3.0 + 1e-6),
+    "addcmul": (lambda x: torch.addcmul(x, x.new_full((4,), 3.0), x, value=0.5), (4,), 2.5 + 1e-6),
+    "addcdiv": (lambda x: torch.addcdiv(x, x, x.new_full((4,), 4.0), value=2), (4,), 1.5 + 1e-6),
+    "einsum of three": (lambda x: torch.einsum("bi,ij,jk->bk", x, x.new_ones(4, 2), x.new_ones(2, 3)), (4,), 6.93),
+    "unbatched": (lambda x: F.conv2d(x[0], x.new_ones(2, 3, 2, 2), x.new_ones(2), padding=1), (3, 4, 4), 9.8),
+    "unbatched pad": (lambda x: F.pad(x[0], (1, 1, 1, 1), mode="reflect"), (3, 4, 4), 2.0 + 1e-9),
+    "unbatched circular": (lambda x: F.pad(x[0], (1, 2), mode="circular"), (3, 4), math.sqrt(2) + 1e-9),
+    "pad of rows": (lambda x: F.pad(x, (1, 1)), (3,), 1.0),
     "prelu": (lambda x: F.prelu(x, SLOPE_WEIGHT), (2, 5), 3.0),
 }
 
@@ -195,10 +207,9 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "early switch": (lambda x: F.softplus(x, 3.0, 1.0), "jumps by 0.104 where it switches to the identity"),
     "negative beta": (lambda x: F.softplus(x, -1.0), "expected a positive beta"),
     "never softplus": (lambda x: F.softplus(x, 1.0, -1e4), r"jumps by 1e\+04"),
-    "out": (lambda x: torch.mul(x, 3.0, out=torch.empty_like(x)), "writes into what is given as out"),
-    "complex slopes": (lambda x: torch.view_as_real(torch.tanh(x.to(torch.complex64))), "tanh.default of complex values"),
-    "complex layers": (lambda x: torch.view_as_real(F.conv1d(2 * x.to(torch.complex64), 1j * torch.ones(1, 4, 1))), "of complex values"),
-    "unbatched padding": (lambda x: A.reflection_pad1d(x[0], [1, 1]), "padding by .* which no rule covers"),
+    "out": (lambda x: torch.mul(x, 3.0, out=torch.empty_like(x)), r"writes into a list or by out="),
+    "complex slopes": (lambda x: torch.view_as_real(torch.tanh(x.to(torch.complex64))), "gives complex values"),
+    "complex layers": (lambda x: torch.view_as_real(F.conv1d(2 * x.to(torch.complex64), 1j * torch.ones(1, 4, 1))), "gives complex values"),
 }
 
 

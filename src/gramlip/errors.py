@@ -7,6 +7,10 @@ class InputError(ValueError):
     """Input that cannot be used: wrong values, shapes, files or options."""
 
 
+class UndefinedError(InputError):
+    """A call whose result torch does not define: it must not be run, not even to look for a lower side."""
+
+
 class UnsupportedError(TypeError):
     """A layer or operation that no rule covers; it is never guessed."""
 

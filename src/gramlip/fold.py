@@ -14,6 +14,7 @@ from torch import Tensor
 from gramlip import rounding as rd
 from gramlip.blocks import axes
 from gramlip.errors import InputError
+from gramlip.lengths import length, lengths
 from gramlip.operators import Conv, Dense
 from gramlip.steps import Linear, Network, Pad, Scale, Step, Sum, renumbered
 from gramlip.widen import exact
@@ -71,8 +72,8 @@ def crude(op: Op) -> float:
         return float(op.weight.abs().max())
     weight = exact(op.weight)
     if isinstance(op, Dense):
-        return rd.mul_up(float(torch.linalg.vector_norm(weight)), 1 + 1e-9)
-    taps = torch.linalg.vector_norm(weight.flatten(2), dim=(0, 1)).sum()
+        return length(weight)
+    taps = lengths(weight.flatten(2).flatten(0, 1).mT).sum()
     repeats = math.prod(1 + lo + hi for lo, hi in op.padding) if op.padding_mode != "zeros" else 1  # type: ignore[misc]
     return rd.mul_up(rd.mul_up(float(taps), 1 + 1e-9), rd.sqrt_up(float(repeats)))
 
@@ -81,12 +82,18 @@ def _linear(op: Op, outer: Linear, inner: Linear, roundings: float) -> Linear:
     """The folded map: float product `op` of two maps that carry errors themselves."""
     a, b = crude(outer.op), crude(inner.op)
     error = rd.add_up(
+        _underflow(op, roundings) if a and b else 0.0,
         rd.mul_up(a, inner.error),
         rd.mul_up(outer.error, b),
         rd.mul_up(outer.error, inner.error),
         rd.mul_up(rd.gamma(roundings), rd.mul_up(a, b)),
     )
     return Linear(op, error)
+
+
+def _underflow(op: Op, roundings: float) -> float:
+    """What the norm may change where every term of every entry is flushed."""
+    return crude(replace(op, weight=torch.full_like(op.weight, roundings * rd.TINY, dtype=torch.float64)))
 
 
 def _chain(step: Step, inner: Step, network: Network) -> Linear | None:

@@ -1,17 +1,18 @@
-"""A model as a list of calls: the graph of `torch.export`, constants evaluated, in-place calls made plain.
+"""A model as a list of calls: the graph of `torch.export`, recurrent layers unrolled, scopes without gradients opened.
 
 What a call does to its inputs is decided by the rules; here nothing is bounded.
 """
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import operator
 import re
 import sys
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,23 +20,34 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
+from torch.export.graph_signature import OutputKind
 from torch.fx.node import map_arg
 
-from gramlip.errors import InputError, UnsupportedError, first_line
+from gramlip.errors import InputError, first_line
 from gramlip.steps import Shape
+from gramlip.writes import Write, writes
 
-_RECURRENT = (torch.ops.aten.rnn_tanh.input, torch.ops.aten.rnn_relu.input, torch.ops.aten.gru.input, torch.ops.aten.lstm.input)
-_PASS_THROUGH = ("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default")  # may return their input itself
+_LAYERS = (torch.ops.aten.rnn_tanh.input, torch.ops.aten.rnn_relu.input, torch.ops.aten.gru.input, torch.ops.aten.lstm.input)
+_CELLS = (
+    torch.ops.aten.rnn_tanh_cell.default,
+    torch.ops.aten.rnn_relu_cell.default,
+    torch.ops.aten.gru_cell.default,
+    torch.ops.aten.lstm_cell.default,
+    torch.ops.aten.cosine_similarity.default,
+)
+RECURRENT = (*_LAYERS, *_CELLS)  # calls that are taken apart as torch itself defines them
+_SCOPES = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}  # calls of a part of the graph, and where it stands
 
 
 @dataclass(frozen=True)
 class Program:
-    """An exported model: its graph, the tensors and objects it holds, and which placeholders are the user's inputs."""
+    """An exported model: its graph, the tensors and objects it holds, which placeholders are the user's inputs, its in-place calls."""
 
     nodes: list[fx.Node]
     constants: dict[fx.Node, Any]
     inputs: list[fx.Node]
     outputs: list[fx.Node]
+    writes: dict[fx.Node, Write]
 
 
 def export(model: nn.Module | torch.export.ExportedProgram, example: tuple[Tensor, ...]) -> Program:
@@ -48,19 +60,44 @@ def export(model: nn.Module | torch.export.ExportedProgram, example: tuple[Tenso
         with silent(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # recurrent layers keep a list of their weights
             warnings.simplefilter("ignore", FutureWarning)  # of torch to itself, where it unrolls them
-            exported = model if isinstance(model, torch.export.ExportedProgram) else torch.export.export(model, example)
-            unrolled = _unrolled(exported)
+            exported = model if isinstance(model, torch.export.ExportedProgram) else torch.export.export(_ordinary(model), example)
+            program = _unrolled(exported)
     except (Exception, SystemExit) as error:  # torch.export raises many types; all of them mean that there is no graph
         shapes = [tuple(e.shape) for e in example]
         msg = f"{type(model).__name__} was given with inputs {shapes}; expected a model that torch.export takes: {first_line(error)}"
         raise InputError(msg) from error
-    return _program(unrolled)
+    given, meant = [tuple(e.shape) for e in example], [shape_of(n) for n in program.inputs]
+    if given != meant:
+        msg = f"inputs of shapes {given} were given; expected those that the program was exported for: {meant}"
+        raise InputError(msg)
+    return program
 
 
-def _unrolled(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Recurrent layers step by step, as torch itself defines them; everything else stays as it is."""
-    found = [op for op in _RECURRENT if any(node.target is op for node in exported.graph.nodes)]
-    return exported.run_decompositions(get_decompositions(found)) if found else exported
+def _ordinary(model: nn.Module) -> nn.Module:
+    """The model, or a copy where inference mode made its weights, of which torch takes no derivatives."""
+    return copy.deepcopy(model) if any(t.is_inference() for t in (*model.parameters(), *model.buffers())) else model
+
+
+@contextmanager
+def undisturbed() -> Generator[None, None, None]:
+    """With derivatives, tensors on the CPU unless said otherwise, and no autocast, whatever the caller has set."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        yield
+
+
+def _unrolled(exported: torch.export.ExportedProgram) -> Program:
+    """The program with recurrent layers step by step, as torch itself defines them.
+
+    They stay as they are, to be refused, where one is random, or where an in-place call overwrites memory that others
+    share: torch's unrolling makes every call one out of place, and does not see that the result of an `einsum` may be a view.
+    """
+    program = _program(exported)
+    layers = [node for node in program.nodes if node.target in RECURRENT]
+    if not layers or any(map(is_random, layers)) or any(write.refusal for write in program.writes.values()):
+        return program
+    found, whole = {node.target for node in layers}, torch.export.default_decompositions()
+    table = {**get_decompositions([op for op in _LAYERS if op in found]), **{op: whole[op] for op in _CELLS if op in found}}
+    return _program(exported.run_decompositions(table))
 
 
 @contextmanager
@@ -89,20 +126,51 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
         **signature.inputs_to_lifted_tensor_constants,
         **signature.inputs_to_lifted_custom_objs,
     }
-    nodes = list(exported.graph.nodes)
+    graph, ends = _opened(exported.graph_module)
+    nodes = list(graph.nodes)
+    given = {old.name: new for old, new in zip(exported.graph.nodes, nodes, strict=False) if old.op == "placeholder"}  # they come first
     constants: dict[fx.Node, Any] = {}
-    for node in nodes:
-        if node.op == "placeholder" and node.name in names:
-            held = exported.state_dict.get(names[node.name], exported.constants.get(names[node.name]))
+    for name, node in given.items():
+        if name in names:
+            held = exported.state_dict.get(names[name], exported.constants.get(names[name]))
             if held is not None:
-                constants[node] = held.detach() if isinstance(held, Tensor) else held
-    inputs = [n for n in nodes if n.op == "placeholder" and n.name in signature.user_inputs]
-    outputs: list[fx.Node] = []
-    for node in nodes:
+                constants[node] = _own(held) if isinstance(held, Tensor) else held
+    inputs = [given[name] for name in signature.user_inputs if name in given]
+    pairs = zip(signature.output_specs, ends, strict=True)
+    outputs = [n for spec, n in pairs if spec.kind is OutputKind.USER_OUTPUT and isinstance(n, fx.Node)]
+    return Program(nodes, constants, inputs, outputs, writes(nodes, outputs))
+
+
+def _own(held: Tensor) -> Tensor:
+    """The tensor without its graph; a copy where inference mode made it, since no derivative goes through such."""
+    return held.clone() if held.is_inference() else held.detach()
+
+
+def _opened(module: fx.GraphModule) -> tuple[fx.Graph, tuple[Any, ...]]:
+    """A copy of the graph in which every call of a part of it, such as a scope of `torch.no_grad`, is replaced by what it calls.
+
+    Gradients and lower precision are no part of the function that is bounded.
+    """
+    graph = fx.Graph()
+    return graph, _copied(module, graph, {})
+
+
+def _copied(module: fx.GraphModule, graph: fx.Graph, values: dict[fx.Node, Any]) -> tuple[Any, ...]:
+    """The module's nodes written into the graph; what it returns."""
+    for node in module.graph.nodes:
         if node.op == "output":
-            named = [n for n in node.all_input_nodes if n.name in signature.user_outputs]
-            outputs = list(dict.fromkeys(named))
-    return Program(nodes, constants, inputs, outputs)
+            return tuple(map_arg(node.args[0], values.__getitem__))
+        part = _SCOPES.get(str(node.target)) if node.op == "call_function" else None
+        if part is not None:
+            inside = getattr(module, node.args[part].target)
+            given = map_arg(node.args[part + 1 :], values.__getitem__)
+            places = [n for n in inside.graph.nodes if n.op == "placeholder"]
+            values[node] = _copied(inside, graph, dict(zip(places, given, strict=True)))
+        elif node.target is operator.getitem and isinstance(values[node.args[0]], tuple):
+            values[node] = values[node.args[0]][node.args[1]]
+        elif node not in values:
+            values[node] = graph.node_copy(node, values.__getitem__)
+    return ()
 
 
 def place(node: fx.Node) -> str:
@@ -158,37 +226,8 @@ def op_name(node: fx.Node) -> str:
 
 def is_random(node: fx.Node) -> bool:
     """Whether the call draws random numbers when run as it stands."""
+    if node.target in _LAYERS:
+        given = arguments(node, lambda n: n)
+        return given["train"] and given["dropout"] > 0 and given["num_layers"] > 1  # torch drops between the layers
     target: Any = node.target
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
-
-
-def mutations(nodes: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """For each in-place call, the value that it overwrites, where a plain call has the same meaning.
-
-    Raises:
-        UnsupportedError: a view of the overwritten value is read later, so that a plain call would mean something else.
-    """
-    order = {n: i for i, n in enumerate(nodes)}
-    root: dict[fx.Node, fx.Node] = {}
-    classes: dict[fx.Node, list[fx.Node]] = {}
-    overwritten: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        schema: Any = getattr(node.target, "_schema", None)
-        source = next((a for a in node.args if isinstance(a, fx.Node)), None)
-        views = op_name(node) in (*_PASS_THROUGH, "getitem") or (schema is not None and any(r.alias_info for r in schema.returns))
-        root[node] = root[source] if source is not None and views else node
-        classes.setdefault(root[node], []).append(node)
-        if schema is not None and schema.is_mutable and node.op == "call_function" and source is not None:
-            overwritten[node] = source
-    for node, source in overwritten.items():
-        later = [
-            (alias, user)
-            for alias in classes[root[source]]
-            if alias not in (node, source) and order[alias] < order[node]
-            for user in alias.users
-        ]
-        read = [user for _, user in later if order[user] > order[node]]
-        if read:
-            msg = f"{place(node)}: {op_name(node)} overwrites what {read[0].name} reads through a view; expected the call out of place"
-            raise UnsupportedError(msg)
-    return overwritten

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -14,12 +14,22 @@ from torch.fx.node import map_arg
 from gramlip import rounding as rd
 from gramlip.graph import Program, op_name
 
-MARGIN = 2.0**-20  # relative; covers the rounding of two forward passes in float64 and of their difference
+MARGIN = 2.0**-20  # relative; covers the rounding of the difference of two results, of their distance and of the quotient
+MOVES = 2**8  # by so many spacings of its type every value is moved, to see what the rounding of all of them may do;
+DRAWS = 2  # the largest move of the result in so many draws of the signs,
+TIMES = 4.0  # so many times, is taken for the rounding of one forward pass
 _WIDE = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64) | dict.fromkeys(
     (torch.complex64, torch.complex32), torch.complex128
 )
 SCALES = (1.0, 0.1, 3.0)  # of the random points where no domain is given: a normalisation is steepest near constant inputs
-Function = Callable[[Tensor], Tensor]
+
+
+class Function(Protocol):
+    """A network as a function of one flat vector to one flat vector."""
+
+    def __call__(self, flat: Tensor, /, moved: torch.Generator | None = None) -> Tensor:
+        """The result; where signs are given, with every value on the way moved relatively by `MOVES` spacings of its type."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,13 +45,16 @@ def function(program: Program, shapes: Sequence[tuple[int, ...]]) -> Function:
     sizes = [math.prod(s) for s in shapes]
     constants = {n: _double(c) for n, c in program.constants.items()}
 
-    def run(flat: Tensor) -> Tensor:
+    def run(flat: Tensor, /, moved: torch.Generator | None = None) -> Tensor:
         values: dict[fx.Node, Any] = dict(constants)
-        for node, part, shape in zip(program.inputs, flat.split(sizes), shapes, strict=True):
+        for node, part, shape in zip(program.inputs, _moved(flat, moved).split(sizes), shapes, strict=True):
             values[node] = part.reshape(shape)
         for node in program.nodes:
             if node.op == "call_function" and "_assert" not in op_name(node):
-                values[node] = _call(node, values)
+                write = program.writes.get(node)
+                for target in write.targets if write else ():  # it may be a leaf or shared: a copy is overwritten, which later calls read
+                    values[target] = values[target].clone()
+                values[node] = _moved(_call(node, values), moved)
         return torch.cat([values[n].reshape(-1).double() for n in program.outputs])
 
     return run
@@ -51,6 +64,18 @@ def _double(constant: Any) -> Any:
     if not isinstance(constant, Tensor) or not (constant.is_floating_point() or constant.is_complex()):
         return constant
     return constant.to(torch.complex128 if constant.is_complex() else torch.float64)
+
+
+def _moved(value: Any, signs: torch.Generator | None) -> Any:
+    """The value, each of its entries moved up or down in modulus."""
+    if signs is None:
+        return value
+    if isinstance(value, list | tuple):
+        return [_moved(item, signs) for item in value]  # type: ignore[reportUnknownVariableType]
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    up = torch.randint(0, 2, value.shape, generator=signs, dtype=value.dtype) * 2 - 1
+    return value * (1 + MOVES * torch.finfo(value.dtype).eps * up)
 
 
 def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -75,15 +100,6 @@ def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if op_name(node) == "aten.rms_norm.default" and (*args, None, None)[3] is None and kwargs.get("eps") is None:
         wide = torch.float64 if node.meta["val"].dtype == torch.float64 else torch.float32  # torch takes eps from the type
         kwargs, args = kwargs | {"eps": torch.finfo(wide).eps}, args[:3]
-    schema: Any = getattr(node.target, "_schema", None)
-    if schema is not None and schema.is_mutable:
-        # The value may be a leaf or shared: overwrite a copy, and let later reads of the name see it.
-        source = next(a for a in node.args if isinstance(a, fx.Node))
-        args = (values[source].clone(), *args[1:])
-        values[source] = args[0]
-        result = node.target(*args, **kwargs)  # type: ignore[operator]
-        values[source] = result
-        return result
     result = node.target(*args, **kwargs)  # type: ignore[operator]
     return result.to(_WIDE.get(result.dtype, result.dtype)) if isinstance(result, Tensor) else result
 
@@ -117,25 +133,33 @@ def _pushed(run: Function, x: Tensor, v: Tensor) -> Tensor:
             return (run(x + step * v) - run(x - step * v)) / (2 * step)
 
 
-def secant(run: Function, x: Tensor, v: Tensor, lo: float, hi: float) -> tuple[float, Tensor]:
-    """The largest quotient `|f(x + t v) - f(x)| / |t v|` over some t, less `MARGIN`, and the best point reached.
+def noise(run: Function, x: Tensor, value: Tensor, signs: torch.Generator) -> float:
+    """What the rounding of the forward pass may have done to its result, measured: docs/network.md#lower-side."""
+    moves = [float(torch.linalg.vector_norm(run(x, signs) - value)) for _ in range(DRAWS)]
+    return TIMES * max(moves) if all(map(math.isfinite, moves)) else math.inf
+
+
+def secant(run: Function, x: Tensor, v: Tensor, lo: float, hi: float, signs: torch.Generator) -> tuple[float, Tensor]:
+    """The largest quotient `|f(x + t v) - f(x)| / |t v|` over some t of both signs, less rounding, and the best point reached.
 
     A quotient of two concrete points is at most the Lipschitz constant, whatever happens between them: no Jacobian of
     an adjacent piece at a kink can make it too large.
     """
-    best, where = 0.0, x
+    best, where, image = 0.0, x, None
     base = run(x)
+    room = noise(run, x, base, signs)
     scale = max(float(torch.linalg.vector_norm(x)), 1.0)
-    for exponent in (-4, -2, -1, 0):
-        y = (x + scale * 10.0**exponent * v).clamp(lo, hi)
-        gap, image = torch.linalg.vector_norm(y - x), run(y)
-        difference = float(torch.linalg.vector_norm(image - base))
-        noise = 2.0**-42 * (float(torch.linalg.vector_norm(image)) + float(torch.linalg.vector_norm(base)))
-        if float(gap) > 0:
-            value = (difference - noise) / float(gap) * (1 - MARGIN)
+    for step in (sign * 10.0**exponent for sign in (1, -1) for exponent in (-4, -2, -1, 0)):
+        y = (x + scale * step * v).clamp(lo, hi)
+        gap, there = float(torch.linalg.vector_norm(y - x)), run(y)
+        if gap > 0:
+            value = (float(torch.linalg.vector_norm(there - base)) - 2 * room) / gap
             if value > best:
-                best, where = value, y
-    return best, where
+                best, where, image = value, y, there
+    if image is None:
+        return 0.0, x
+    gap, room = float(torch.linalg.vector_norm(where - x)), room + noise(run, where, image, signs)
+    return (float(torch.linalg.vector_norm(image - base)) - room) / gap * (1 - MARGIN), where
 
 
 def stretch(
@@ -161,7 +185,7 @@ def stretch(
         rounds: power iterations a start, each at the best point that the one before reached.
         steps: power steps a round.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, signs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     lo, hi = domain or (-math.inf, math.inf)
     best, found = 0.0, "no point stretched"
     for start in range(starts):
@@ -177,9 +201,9 @@ def stretch(
         for i in range(rounds):
             v = direction(run, x, v, steps)
             with torch.no_grad():
-                tried = [secant(run, x, sign * v, lo, hi) for sign in (1.0, -1.0)]
-            value, x = max(tried, key=lambda t: t[0])
+                value, x = secant(run, x, v, lo, hi, signs)
             if value > best:
                 best, found = value, f"start {start}, round {i}"
     origin = "data" if data is not None else "random points"
-    return Stretch(rd.down(best), f"lower side: a difference of two inputs in float64, from {origin}, seed {seed}, {found}")
+    why = f"lower side: a difference of two inputs in float64, less its rounding as measured, from {origin}, seed {seed}, {found}"
+    return Stretch(rd.down(best), why)

@@ -15,7 +15,7 @@ from gramlip.compose import Composition, compose, constants, kind
 from gramlip.coupling import coupled, total
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.fold import fold
-from gramlip.graph import Program, export
+from gramlip.graph import Program, export, undisturbed
 from gramlip.jacobian import Stretch, function, stretch
 from gramlip.norm import check_rtol
 from gramlip.operators import Conv
@@ -46,17 +46,20 @@ Example = Tensor | Sequence[Tensor] | Sequence[int]
 
 def inputs(example: Example) -> tuple[Tensor, ...]:
     """The example as tensors; a shape stands for one sample, (1, *shape)."""
-    if isinstance(example, Tensor):
-        return (example,)
-    items = tuple(example)
+    items = (example,) if isinstance(example, Tensor) else tuple(example) if isinstance(example, Sequence) else ()
     if items and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in items):
         return (torch.zeros(1, *items),)  # type: ignore[arg-type]
-    if items and all(isinstance(t, Tensor) for t in items):
-        return items  # type: ignore[return-value]
-    msg = f"example={example!r} was given; expected a tensor, a tuple of tensors, or the shape of one sample such as (3, 224, 224)"
-    raise InputError(msg)
+    if not items or not all(isinstance(t, Tensor) for t in items):
+        msg = f"example={example!r} was given; expected a tensor, a tuple of tensors, or the shape of one sample such as (3, 224, 224)"
+        raise InputError(msg)
+    for t in items:
+        if t.is_complex() or t.numel() == 0:  # type: ignore[union-attr]
+            msg = f"an example of shape {tuple(t.shape)} and {t.dtype} was given; expected real entries, at least one"  # type: ignore[union-attr]
+            raise InputError(msg)
+    return tuple(t.clone() if t.is_inference() else t for t in items)  # type: ignore[union-attr]
 
 
+@undisturbed()
 def audit(
     model: nn.Module | torch.export.ExportedProgram,
     example: Example,
@@ -99,7 +102,7 @@ def audit(
     >>> report.lower <= report.upper
     True
     """
-    _check(assume, domain, rtol)
+    _check(assume, domain, rtol, effort)
     tensors = inputs(example)
     _check_real(tensors)
     program = export(model, tensors)
@@ -145,6 +148,7 @@ def _whole(network: Network, constants: Sequence[Bound], composed: Composition, 
     return upper, "; ".join([f"{plain} ({decimals(composed.upper, upward=True)})", *(s.because for s in segments if s.because)])
 
 
+@undisturbed()
 def steps_of(model: nn.Module | torch.export.ExportedProgram, example: Example) -> Network:
     """The folded steps of a model; calls without a rule are unbounded steps."""
     return fold(lower(export(model, inputs(example))).network)
@@ -159,15 +163,27 @@ def _check_real(tensors: Sequence[Tensor]) -> None:
             raise InputError(msg)
 
 
-def _check(assume: Mapping[str, float] | None, domain: tuple[float, float] | None, rtol: float) -> None:
+def _check(assume: object, domain: object, rtol: float, effort: object) -> None:
     check_rtol(rtol)
-    for name, value in (assume or {}).items():
-        if not 0 <= value < math.inf:
+    if not isinstance(assume, Mapping | None):
+        msg = f"assume={assume!r} was given; expected constants by name such as {{'body.norm': 1.0}}"
+        raise InputError(msg)
+    for name, value in (assume or {}).items():  # type: ignore[reportUnknownVariableType]
+        if not _finite(value) or value < 0:
             msg = f"assume={name}={value!r} was given; expected a finite constant of at least 0 such as {name}=1.0"
             raise InputError(msg)
-    if domain is not None and (len(domain) != 2 or not -math.inf < domain[0] < domain[1] < math.inf):
+    if domain is not None and not (
+        isinstance(domain, Sequence) and len(domain) == 2 and all(map(_finite, domain)) and domain[0] < domain[1]
+    ):
         msg = f"domain={domain!r} was given; expected two finite numbers, the lower first, such as (0.0, 1.0)"
         raise InputError(msg)
+    if not _finite(effort):
+        msg = f"effort={effort!r} was given; expected a finite number such as 1.0"
+        raise InputError(msg)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _constants(network: Network, rtol: float, progress: Callable[[list[str]], Iterable[str]] | None) -> tuple[list[Bound], list[float]]:
@@ -203,10 +219,15 @@ def _bounds(items: Sequence[tuple[Step, Sequence[Shape]]], rtol: float) -> list[
 def _lower_side(
     program: Program, tensors: tuple[Tensor, ...], data: Tensor | None, domain: tuple[float, float] | None, seed: int
 ) -> Stretch:
+    if any(write.refusal for write in program.writes.values()):
+        return Stretch(0.0, "no lower side: what an in-place call overwrites is not followed")
     shapes = [tuple(t.shape) for t in tensors]
     size = sum(t.numel() for t in tensors)
-    if data is not None and (data.ndim < 1 or data[0].numel() != size):
-        msg = f"data of shape {tuple(data.shape)} was given; expected samples of shape {shapes[0]}, stacked along the first axis"
+    if data is not None and not (
+        isinstance(data, Tensor) and data.ndim and len(data) and data[0].numel() == size and data.isfinite().all()
+    ):
+        given = f"of shape {tuple(data.shape)}" if isinstance(data, Tensor) else repr(type(data).__name__)
+        msg = f"data {given} was given; expected a tensor of finite samples of shape {shapes[0]}, stacked along the first axis"
         raise InputError(msg)
     return stretch(function(program, shapes), size, data=data, domain=domain, seed=seed)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
+from gramlip.lengths import length, lengths
 from gramlip.operators import Conv, Dense
 from gramlip.steps import (
     Attention,
@@ -116,13 +117,17 @@ def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape], domain
     low, high = min(r.low for r in sources), max(r.high for r in sources)
     if isinstance(what, Linear):
         return _linear(what, sources[0])
+    if isinstance(what, Slope) and what.reach is not None:
+        return (*what.reach(low, high), INF)
     if isinstance(what, Slope):
-        reach = [_times(s, x) for s in _ends(what) for x in (low, high)]
+        slopes = _ends(what)
+        reach = [_times(s, x) for s in slopes for x in (low, high)]
         a, b = what.at_zero[0] + min(*reach, 0.0), what.at_zero[1] + max(*reach, 0.0)
-        room = SLACK * (max(abs(a), abs(b)) if max(abs(a), abs(b)) < INF else 0.0)
+        size = rd.add_up(max(map(abs, what.at_zero)), max(rd.mul_up(abs(s), abs(x)) for s in slopes for x in (low, high)))
+        room = _slack(size) if size < INF else 0.0
         return max(a - room, what.image[0]), min(b + room, what.image[1]), INF
     if isinstance(what, Lipschitz):
-        inside = (-INF, INF)
+        inside = (-INF, INF) if what.reach is None else what.reach(low, high)
         if what.same_range:
             ends = (low, high) if what.others is None else (min(low, what.others[0]), max(high, what.others[1]))
             room = 0.0 if what.times == 1.0 or max(map(abs, ends)) == INF else SLACK * what.times * max(map(abs, ends))
@@ -139,8 +144,9 @@ def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape], domain
         top = rd.mul_up(rd.mul_up(what.scale, float(terms)), rd.mul_up(sources[0].size, sources[1].size))
         square = what.kind == "entries" and step.sources[0] == step.sources[1]
         return 0.0 if square else -top, top, INF
-    if isinstance(what, Attention):  # rows are averages of rows of V
-        return sources[2].low, sources[2].high, sources[2].row
+    if isinstance(what, Attention):  # rows are averages of rows of V, or zero where nothing is attended to
+        low, high, row = sources[2].low, sources[2].high, sources[2].row
+        return (min(low, 0.0), max(high, 0.0), row) if what.empty else (low, high, row)
     return (low, high, INF) if isinstance(what, View | Slice | Join) else (-INF, INF, INF)
 
 
@@ -155,6 +161,11 @@ def _times(slope: float, x: float) -> float:
     return 0.0 if slope == 0.0 or x == 0.0 else slope * x
 
 
+def _slack(size: float) -> float:
+    """Room for the rounding of a sum whose terms have moduli that add up to `size`, or of one term that underflows."""
+    return 0.0 if size == 0.0 else rd.add_up(rd.mul_up(SLACK, size), 8.0 * rd.TINY)
+
+
 def _linear(what: Linear, r: Range) -> tuple[float, float, float]:
     if r.size == INF and r.row == INF:
         return -INF, INF, INF
@@ -162,32 +173,31 @@ def _linear(what: Linear, r: Range) -> tuple[float, float, float]:
     shift, room = (float(bias.min()), float(bias.max())), float(bias.abs().max())
     if isinstance(what.op, Scale):
         ends = [float(w) * x for w in (what.op.weight.min(), what.op.weight.max()) for x in (r.low, r.high)]
-        slack = SLACK * (max(map(abs, ends)) + room)
-        row = INF if r.row == INF else rd.mul_up(rd.add_up(float(what.op.weight.abs().max()), what.error), r.row)
+        top = float(what.op.weight.abs().max())
+        slack = _slack(rd.add_up(rd.mul_up(top, r.size), room))
+        row = INF if r.row == INF else rd.mul_up(rd.add_up(top, what.error), r.row)
         return min(ends) + shift[0] - slack, max(ends) + shift[1] + slack, INF if room else row
     rows = _rows(what.op)
-    row = INF
+    row, most = INF, INF
     if isinstance(what.op, Dense) and r.row < INF:
-        norm = _norm(rows)
-        row = rd.add_up(
-            rd.mul_up(norm, r.row), rd.mul_up(float(torch.linalg.vector_norm(bias)) if bias.numel() > 1 else abs(float(bias)), 1.0 + SLACK)
-        )
-    lengths = float(torch.linalg.vector_norm(rows, dim=1).max()) * r.row if isinstance(what.op, Dense) and r.row < INF else INF
+        constant = bias.expand(*bias.shape[:-1], len(rows))  # one constant may be added to every entry of a row
+        row = rd.add_up(rd.mul_up(_norm(rows), r.row), float(lengths(constant).max()))
+        most = rd.mul_up(float(lengths(rows).max()), r.row)
     low, high = (r.low, r.high) if isinstance(what.op, Dense) else (min(r.low, 0.0), max(r.high, 0.0))  # a padded window holds zeros
     if r.size == INF:
-        a, b, size = -lengths, lengths, lengths
+        a, b, size = -most, most, most
     else:
         plus, minus = rows.clamp_min(0).sum(1), rows.clamp_max(0).sum(1)
         a, b = float((plus * low + minus * high).min()), float((plus * high + minus * low).max())
-        size = float(rows.abs().sum(1).max()) * r.size
-        a, b = max(a, -lengths), min(b, lengths)
-    slack = SLACK * (size + room)
+        size = rd.mul_up(float(rows.abs().sum(1).max()), r.size)
+        a, b = max(a, -most), min(b, most)
+    slack = _slack(rd.add_up(size, room))
     return a + shift[0] - slack, b + shift[1] + slack, row
 
 
 def _norm(matrix: Tensor) -> float:
     """A quick upper bound of the spectral norm: the fourth root of `||G^2||_F` with G the Gram matrix, rounding included."""
-    size = rd.mul_up(float(torch.linalg.vector_norm(matrix)), 1.0 + rd.gamma(matrix.numel() + 16.0))
+    size = length(matrix)
     if size == 0.0 or min(matrix.shape) > WIDEST:
         return size
     x = matrix / size

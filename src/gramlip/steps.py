@@ -58,7 +58,8 @@ class Pad:
 class Slope:
     """An entrywise function whose slopes lie in [low, high]; tensors where channels differ, broadcast to the shape.
 
-    `image` is an interval that all its values lie in, `at_zero` an interval that its value at 0 lies in.
+    `image` is an interval that all its values lie in, `at_zero` an interval that its value at 0 lies in; `reach` gives an
+    interval for its values from one for its arguments.
     """
 
     low: float | Tensor
@@ -66,19 +67,21 @@ class Slope:
     because: str
     image: tuple[float, float] = (float("-inf"), float("inf"))
     at_zero: tuple[float, float] = (0.0, 0.0)
+    reach: Callable[[float, float], tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Lipschitz:
     """Any map with Lipschitz constant at most `upper` in all its sources together (l2 norm of the joined differences).
 
-    `image` as in `Slope`; `same_range` where each entry of the result is `times` an entry of the sources, of `others`, or
-    between; `row` is at least the l2 norm of the result's rows along the last axis; `lines` as in `View`.
+    `image` and `reach` as in `Slope`; `same_range` where each entry of the result is `times` an entry of the sources, of
+    `others`, or between; `row` is at least the l2 norm of the result's rows along the last axis; `lines` as in `View`.
     """
 
     upper: float
     because: str
     image: tuple[float, float] = (float("-inf"), float("inf"))
+    reach: Callable[[float, float], tuple[float, float]] | None = None
     same_range: bool = False
     others: tuple[float, float] | None = None
     times: float = 1.0
@@ -141,12 +144,13 @@ class Attention:
     """`softmax(scale Q K' + constants) V` of the sources Q, K, V over their last two axes; K as it is, or already transposed.
 
     `rows` are upper bounds of the l2 norms of the rows of Q, K and V where intervals know them: without them there is no
-    finite constant.
+    finite constant. `empty` where the constants may forbid a query every key: its row of the result is zero.
     """
 
     scale: float
     transposed: bool = False
     rows: tuple[float, float, float] | None = None
+    empty: bool = False
 
 
 @dataclass(frozen=True, eq=False)

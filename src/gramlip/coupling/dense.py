@@ -33,9 +33,9 @@ def apply(op: Conv | Dense | Scale, x: Tensor) -> Tensor:
 
 
 def matrix_of(op: Conv | Dense | Scale, shape: Shape) -> Tensor:
-    """The matrix (m, n) of the operator on values of `shape`, its first axis a batch."""
+    """The matrix (m, n) of the operator on values of `shape`; a convolution's first axis is a batch."""
     n = math.prod(shape)
     basis = torch.eye(n, dtype=torch.float64)
     with torch.no_grad():
-        images = apply(op, basis.reshape(n * shape[0], *shape[1:])) if not isinstance(op, Scale) else apply(op, basis.reshape(n, *shape))
+        images = apply(op, basis.reshape(n * shape[0], *shape[1:]) if isinstance(op, Conv) else basis.reshape(n, *shape))
     return images.reshape(n, -1).mT.contiguous()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gramlip.rules import activations, affine, attention, einsum, pooling, shapes, steep
+from gramlip.rules import activations, affine, attention, einsum, pooling, shapes, statistics, steep
 from gramlip.rules.lower import lower
 from gramlip.rules.registry import RULES, Call, Rule, Var, register
 
@@ -19,5 +19,6 @@ __all__ = [
     "pooling",
     "register",
     "shapes",
+    "statistics",
     "steep",
 ]

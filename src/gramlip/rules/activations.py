@@ -134,7 +134,8 @@ def _clamp(call: Call) -> Slope:
         raise UnsupportedError(msg)
     low, high = (torch.as_tensor(default if x is None else x, dtype=torch.float64) for x, default in zip(limits, (-INF, INF), strict=True))
     if low.numel() == high.numel() == 1:
-        return _clip(float(low), float(high))
+        ends = float(low), float(high)
+        return replace(_clip(*ends), reach=lambda a, b: (min(max(a, ends[0]), ends[1]), min(max(b, ends[0]), ends[1])))
     return Slope(0.0, 1.0, "clamp: slopes 0 and 1", (float(torch.minimum(low, high).min()), float(high.max())), (-INF, INF))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from gramlip import rounding as rd
 from gramlip.bound import Bound
 from gramlip.errors import UnsupportedError
+from gramlip.lengths import length
 from gramlip.operators import Conv, Dense
 from gramlip.rules.activations import gated
 from gramlip.rules.attention import product
@@ -54,8 +57,7 @@ def _addmm(call: Call) -> Linear:
 
 def _rounding(weight: Tensor, roundings: int = 2) -> float:
     """Upper bound of the norm of a relative error of so many roundings in each entry."""
-    norm = float(torch.linalg.vector_norm(exact(weight)))
-    return rd.mul_up(rd.gamma(roundings + 1), rd.mul_up(norm, 1 + 1e-9))
+    return rd.mul_up(rd.gamma(roundings + 1), length(exact(weight)))
 
 
 @register("aten.matmul", "aten.mm", "aten.bmm", "aten.mv")
@@ -98,10 +100,12 @@ def _product_of(call: Call, left: Any, right: Any) -> Linear | Var | Lipschitz:
 
 @register("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
 @register("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
-def _conv(call: Call) -> Linear:
+def _conv(call: Call) -> Linear | Var:
     x = call.var("input")
     weight: Tensor = call.const("weight").detach()
     dims = weight.ndim - 2
+    if len(x.shape) == dims + 1:
+        return call.batched(_conv)
     if len(x.shape) != dims + 2:
         msg = f"a convolution of an input of shape {x.shape}; expected {dims + 2} axes: pass the example with a batch axis"
         raise UnsupportedError(msg)
@@ -141,7 +145,8 @@ def _batch_norm(call: Call) -> Linear | Unbounded | Lipschitz | Var:
         return Unbounded("batch norm divides by a running variance plus eps that is not positive")
     gain = (1.0 if call.const("weight") is None else exact(call.const("weight"))) / spread.sqrt()
     shift = (0.0 if call.const("bias") is None else exact(call.const("bias"))) - exact(mean) * gain
-    error = rd.mul_up(rd.gamma(5), float(gain.abs().max()))
+    none = call.const("weight") is not None and not bool(call.const("weight").any())
+    error = 0.0 if none else rd.add_up(rd.mul_up(rd.gamma(5), float(gain.abs().max())), rd.TINY)
     return _channels(gain, shift, len(call.shape), error)
 
 
@@ -256,6 +261,33 @@ def _mul(call: Call) -> Var | Unbounded:
         return Unbounded("division by zero")
     inverse = 1.0 / constant
     return _times(call, x, inverse, error=rd.mul_up(rd.gamma(2), float(inverse.abs().max())))
+
+
+def _by(call: Call, rule: Callable[[Call], Any], op: str, left: Any, right: Any) -> Any:
+    """A sum, product or quotient of two arguments as a part of the call: a value, or a constant where both are."""
+    pair = {"self": left, "other": right}
+    if not any(isinstance(v, Var) for v in pair.values()):
+        one, other = (torch.as_tensor(v, dtype=torch.float64) for v in (left, right))
+        return {"aten.add": torch.add, "aten.mul": torch.mul, "aten.div": torch.div}[op](one, other)
+    shape = torch.broadcast_shapes(*(v.shape if isinstance(v, Var | Tensor) else () for v in (left, right)))
+    part = replace(call, op=op, args=pair, shape=tuple(shape))
+    made = rule(part)
+    return made if isinstance(made, Var) else part.then(made, *part.vars)
+
+
+@register("aten.addcmul", "aten.addcdiv")
+def _addc(call: Call) -> Var:
+    factors = _by(call, _mul, "aten.mul" if "mul" in call.op else "aten.div", call["tensor1"], call["tensor2"])
+    return _by(call, _add, "aten.add", call["self"], _by(call, _mul, "aten.mul", factors, call.const("value")))
+
+
+@register("aten.lerp")
+def _lerp(call: Call) -> Var:
+    weight, x = torch.as_tensor(call.const("weight"), dtype=torch.float64), call["self"]
+    keep = 1.0 - weight
+    error = rd.mul_up(rd.gamma(2), float(keep.abs().max()))
+    rest = _times(call, x, keep, error=error) if isinstance(x, Var) else x.detach().double() * keep
+    return _by(call, _add, "aten.add", rest, _by(call, _mul, "aten.mul", call["end"], weight))
 
 
 @register("aten.neg")

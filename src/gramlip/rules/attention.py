@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch import Tensor
+
 from gramlip import rounding as rd
 from gramlip.errors import UnsupportedError
 from gramlip.rules.registry import Call, Var, register
@@ -60,7 +63,8 @@ def _attention(call: Call) -> Var:
     if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
         msg = f"attention of shapes {q.shape}, {k.shape} and {v.shape}; expected equal axes before the last two"
         raise UnsupportedError(msg)
-    call.const("attn_mask")
+    mask = call.const("attn_mask")
+    empty = isinstance(mask, Tensor) and bool(((~mask if mask.dtype == torch.bool else mask == -math.inf).all(-1)).any())
     scale = call.const("scale")
     factor = rd.up(1 / math.sqrt(q.shape[-1])) if scale is None else abs(float(scale))
-    return call.then(Attention(factor), q, k, v)
+    return call.then(Attention(factor, empty=empty), q, k, v)

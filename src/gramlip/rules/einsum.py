@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.errors import UnsupportedError
+from gramlip.lengths import length
 from gramlip.operators import Dense
 from gramlip.rules.attention import product
 from gramlip.rules.registry import Call, Var, register
@@ -56,18 +58,41 @@ def _einsum(call: Call) -> Var | Lipschitz:
     if len(operands) == 1:
         count = _size(operands[0], terms[0], "".join(c for c in terms[0] if c not in result))
         return Lipschitz(rd.sqrt_up(float(count)), f"sums over {count} entries: the root of their number")
+    error = 0.0
     if len(operands) > 2:
-        msg = f"einsum of {len(operands)} operands; expected at most two"
-        raise UnsupportedError(msg)
+        operands, terms, error = _contracted(call, operands, terms, result)
     (one, other), (a, b) = operands, terms
     if isinstance(one, Var) and isinstance(other, Var):
         return _product(call, (one, other), (a, b), result)
     constant, variable = ((one, a), (other, b)) if isinstance(other, Var) else ((other, b), (one, a))
     assert isinstance(constant[0], Tensor)
-    return _matrices(constant[0], constant[1], variable[0], variable[1], result)
+    return _matrices(constant[0], constant[1], variable[0], variable[1], result, error)
 
 
-def _matrices(weight: Tensor, w: str, x: Var | Tensor, v: str, result: str) -> Lipschitz:
+def _contracted(
+    call: Call, operands: Sequence[Var | Tensor], terms: Sequence[str], result: str
+) -> tuple[list[Var | Tensor], list[str], float]:
+    """The one variable and the product of all constants, over the indices that it or the result has; a bound of the product's rounding."""
+    fixed = [(x.detach().double(), term) for x, term in zip(operands, terms, strict=True) if isinstance(x, Tensor)]
+    moving = [(x, term) for x, term in zip(operands, terms, strict=True) if isinstance(x, Var)]
+    if len(moving) != 1:
+        msg = f"einsum of {len(operands)} operands, {len(moving)} of which depend on the input; expected one: multiply them two by two"
+        raise UnsupportedError(msg)
+    letters = "".join(sorted({c for _, term in fixed for c in term}))
+    kept = "".join(c for c in letters if c in moving[0][1] or c in result)
+    equation = ",".join(term for _, term in fixed) + "->" + kept
+    sizes = {c: n for x, term in fixed for c, n in zip(term, x.shape, strict=True)}
+    moduli = torch.einsum(equation, *(x.abs() for x, _ in fixed))
+    roundings = float(math.prod(sizes.values()) + 4 * len(fixed))
+    error = (
+        0.0
+        if not bool(moduli.any())
+        else rd.add_up(rd.mul_up(rd.gamma(roundings), length(moduli)), rd.mul_up(roundings * moduli.numel(), rd.TINY))
+    )
+    return [moving[0][0], torch.einsum(equation, *(x for x, _ in fixed))], [moving[0][1], kept], error
+
+
+def _matrices(weight: Tensor, w: str, x: Var | Tensor, v: str, result: str, error: float) -> Lipschitz:
     """The largest of the constant's matrices, one for each index that all three share; sums over what only the variable has."""
     from gramlip.norm import bound
 
@@ -82,7 +107,7 @@ def _matrices(weight: Tensor, w: str, x: Var | Tensor, v: str, result: str) -> L
     )
     rows, columns = _size(weight, w, new), _size(weight, w, inner)
     matrices = weight.permute([w.index(c) for c in shared + new + inner]).reshape(-1, rows, columns)
-    top = max(float(bound(Dense(m), rtol=1e-6).upper) for m in matrices)
+    top = rd.add_up(max(float(bound(Dense(m), rtol=1e-6).upper) for m in matrices), error)
     count = _size(x, v, "".join(c for c in v if c not in w and c not in result))
     return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(count))), "einsum with a constant: the largest of its matrices")
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from gramlip.errors import InputError, UnsupportedError
-from gramlip.graph import Program, arguments, is_random, module_path, mutations, op_name, place, shape_of
+from gramlip.errors import InputError, UndefinedError, UnsupportedError
+from gramlip.graph import RECURRENT, Program, arguments, is_random, module_path, op_name, place, shape_of
+from gramlip.operators import checked
 from gramlip.rules.registry import Call, Var, find
-from gramlip.rules.shapes import OF_COMPLEX
 from gramlip.steps import Input, Lipschitz, Network, Step, Unbounded, renumbered
+from gramlip.writes import tensors
 
 _OF_SHAPE = {
     **dict.fromkeys(["aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.new_zeros", "aten.new_ones", "aten.new_full"], 0),
@@ -39,45 +40,45 @@ def lower(program: Program, assume: Mapping[str, float] | None = None) -> Lowere
         assume: constants to believe, by module path, node name or operation name.
     """
     assume = dict(assume or {})
-    unused, assumed, unsupported, refused = set(assume), list[str](), list[str](), ""
+    unused, assumed, unsupported = set(assume), list[str](), list[str]()
     values: dict[fx.Node, object] = dict(program.constants)
     steps: list[Step] = []
-    try:
-        overwritten = mutations(program.nodes)
-    except UnsupportedError as error:
-        overwritten, refused = {}, str(error)
-        unsupported.append(refused)
-    needed = _needed(program, overwritten)
+    needed = _needed(program)
     for node in program.nodes:
         if node in program.inputs:
             steps.append(Step(Input(), (), shape_of(node), node.name, "input"))
             values[node] = Var(len(steps) - 1, shape_of(node))
         if node.op != "call_function" or node not in needed:
             continue
+        write = program.writes.get(node)
+        changed = [node] if write is None else [node, *write.targets, *write.shared]
         try:
-            values[node] = _value(node, values, steps, assume, unused, assumed)
-            if node in overwritten:
-                values[overwritten[node]] = values[node]
+            if write is not None and write.refusal:
+                msg = f"{op_name(node)}: {write.refusal}"
+                raise UnsupportedError(msg)
+            values |= dict.fromkeys(changed, _value(node, values, steps, assume, unused, assumed))
+        except UndefinedError as error:
+            msg = f"{place(node)}, in {module_path(node)}: {error}"
+            raise InputError(msg) from error
         except (UnsupportedError, InputError) as error:
             unsupported.append(f"{place(node)}, in {module_path(node)}: {error}")
-            steps.append(Step(Unbounded("no rule"), (), shape_of(node), module_path(node), op_name(node), place(node)))
-            values[node] = Var(len(steps) - 1, shape_of(node))
+            for n in changed:
+                steps.append(Step(Unbounded("no rule"), (), shape_of(n), module_path(node), op_name(node), place(node)))
+                values[n] = Var(len(steps) - 1, shape_of(n))
     if unused:
         msg = f"assume={sorted(unused)} was given; expected names of modules, nodes or operations of the model"
         raise InputError(msg)
     ends = [values[n] for n in program.outputs]
     kept = [v for v in ends if isinstance(v, Var)]
-    if refused:  # every later reader took what is overwritten for what it was before
-        steps.append(Step(Unbounded(refused), (), (), "model", "overwritten"))
-        kept = [Var(len(steps) - 1, ())]
     return Lowered(renumbered(steps, [v.step for v in kept], {}), unsupported, assumed)
 
 
-def _needed(program: Program, overwritten: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
-    """The calls that the outputs depend on, in-place calls on their sources included."""
+def _needed(program: Program) -> set[fx.Node]:
+    """The calls that the outputs depend on, in-place calls on what they read included."""
     writers: dict[fx.Node, list[fx.Node]] = {}
-    for node, source in overwritten.items():
-        writers.setdefault(source, []).append(node)
+    for node, write in program.writes.items():
+        for n in (*write.targets, *write.shared):
+            writers.setdefault(n, []).append(node)
     seen, stack = set[fx.Node](), list(program.outputs)
     while stack:
         node = stack.pop()
@@ -112,36 +113,49 @@ def _value(
             return call.then(Lipschitz(float(assume[name]), "assumed", assumed=True), *call.vars)
     if not call.vars:
         return _constant(node, call, resolve)
+    _check(node, call)
     schema = getattr(node.target, "_schema", None)
-    if schema is not None and any(a.is_out for a in schema.arguments):
-        msg = f"{op} writes into what is given as out, which no rule covers; expected the call's result"
-        raise UnsupportedError(msg)
     if schema is not None and schema.is_mutable and not isinstance(next(iter(call.args.values())), Var):
         msg = f"{op} writes into a weight or buffer"
         raise UnsupportedError(msg)
     if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
         return call.then(Unbounded(f"{op.removeprefix('aten.')} gives integers or truth values, which jump"), *call.vars)
     rule = find(op)
-    if (
-        op.startswith("aten.")
-        and op.rsplit(".", 1)[0].rstrip("_") not in OF_COMPLEX
-        and any(map(_is_complex, (node, *node.all_input_nodes)))
-    ):
-        msg = f"{op} of complex values, which no rule covers; expected their real and imaginary parts: type torch.view_as_real"
+    if rule is None and is_random(node):
+        msg = f"{op} draws random numbers; expected evaluation mode: type model.eval()"
+        raise UnsupportedError(msg)
+    if node.target in RECURRENT:
+        msg = f"{op} is unrolled only where no other recurrent layer is random and no in-place call overwrites what others share"
         raise UnsupportedError(msg)
     if rule is None:
         msg = f"{op} has no rule: type @gramlip.rules.register({op!r}) on a function (call) -> constant, or --assume {call.name}=1.0"
         raise UnsupportedError(msg)
     result = rule(call)
-    if isinstance(result, Var):
+    if isinstance(result, Var | tuple):
         return result
     if isinstance(result, int | float):
         return call.then(Lipschitz(float(result), "the registered rule's constant"), *call.vars)
     return call.then(result, *call.vars)
 
 
-def _is_complex(node: fx.Node) -> bool:
-    return isinstance(value := node.meta.get("val"), Tensor) and value.is_complex()
+_WEIGHTS = ("weight", "bias", "running_mean", "running_var", "negative_slope")  # what may not be infinite; a mask may
+
+
+def _check(node: fx.Node, call: Call) -> None:
+    """Refuse what no rule is meant for: complex values, values without entries, constants that are no numbers."""
+    if any(t.is_complex() for t in tensors(node.meta.get("val"))):
+        msg = f"{call.op} gives complex values, which no rule covers; expected real ones"
+        raise UnsupportedError(msg)
+    if any(0 in shape for shape in (call.shape, *(v.shape for v in call.vars))):
+        msg = f"{call.op} of values without entries, which no rule covers"
+        raise UnsupportedError(msg)
+    for name, value in call.args.items():
+        for t in tensors(torch.tensor(value) if isinstance(value, float) else value):
+            if name in _WEIGHTS:
+                checked(t, name)
+            elif bool(torch.isnan(t).any()):
+                msg = f"{name} holds NaN; expected numbers"
+                raise InputError(msg)
 
 
 def _constant(node: fx.Node, call: Call, resolve: object) -> object:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.bound import Bound
-from gramlip.errors import UnsupportedError
+from gramlip.errors import UndefinedError, UnsupportedError
 from gramlip.operators import Conv
 from gramlip.rules.registry import Call, register
 from gramlip.steps import Linear, Lipschitz
@@ -24,10 +24,13 @@ def _axes(value: Any, dims: int, default: Sequence[int] = ()) -> list[int]:
 
 def _windows(size: int, outputs: int, kernel: int, stride: int, pad: int, dilation: int) -> int:
     """In how many windows the most frequent entry of an axis lies."""
-    starts = torch.arange(outputs)[:, None] * stride - pad
-    index = (starts + torch.arange(kernel) * dilation).reshape(-1)
-    index = index[(index >= 0) & (index < size)]
-    return int(torch.bincount(index).max()) if index.numel() else 0
+    index = torch.arange(outputs)[:, None] * stride - pad + torch.arange(kernel) * dilation
+    inside = (index >= 0) & (index < size)
+    if not bool(inside.any(1).all()):
+        window = f"{kernel}, stride {stride}, padding {pad}, dilation {dilation}"
+        msg = f"max pooling of {size} entries by {window}: a window of it holds no entry; expected a larger input or less padding"
+        raise UndefinedError(msg)
+    return int(torch.bincount(index[inside]).max())
 
 
 @register(
@@ -162,4 +165,6 @@ def nonnegative(call: Call, what: str, shape: Sequence[int]) -> Lipschitz:
 def _windows_of(call: Call) -> Lipschitz:
     """Entries copied into windows, by constant indices, onto diagonals, or added up from windows."""
     call.var("self")
+    for name in call.args.keys() - {"self"}:
+        call.const(name)
     return nonnegative(call, "entries copied or added up", call.vars[0].shape)

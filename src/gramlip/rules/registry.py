@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gramlip.errors import UnsupportedError
-from gramlip.steps import Shape, Step, What
+from gramlip.steps import Shape, Step, View, What
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,14 @@ class Call:
         )
         return Var(len(self.steps) - 1, self.steps[-1].shape)
 
+    def batched(self, rule: Rule) -> Var:
+        """The call's one variable as a batch of one through a rule, and out of the batch again."""
+        x = self.vars[0]
+        wide = self.then(View(True, "rows"), x, shape=(1, *x.shape))
+        part = replace(self, args={k: wide if v is x else v for k, v in self.args.items()}, shape=(1, *self.shape))
+        made = rule(part)
+        return self.then(View(True, "rows"), made if isinstance(made, Var) else part.then(made, wide))  # type: ignore[arg-type]
+
     def run(self, x: Tensor) -> Tensor:
         """The call on another tensor in place of its one variable."""
         args = {k: x if isinstance(v, Var) else v for k, v in self.args.items()}
@@ -82,7 +90,7 @@ class Call:
         return self.target(*first, **args)
 
 
-Rule = Callable[[Call], "What | Var | float"]
+Rule = Callable[[Call], "What | Var | tuple[Var, ...] | float"]
 RULES: dict[str, Rule] = {}
 
 
@@ -93,7 +101,8 @@ def register(*operations: Any) -> Callable[[Rule], Rule]:
         operations: `torch.ops` entries or their names, with or without the overload.
 
     The rule takes a `Call` and returns a number (the Lipschitz constant, l2 norm, in all variable arguments joined: it is
-    believed, so prove it), a step from `gramlip.steps`, or a `Var` for a value that it built with `call.then`.
+    believed, so prove it), a step from `gramlip.steps`, or a `Var` for a value that it built with `call.then`, one for each
+    result where there are several.
 
     >>> from gramlip.rules import RULES, register
     >>> @register("mylib.soft_clip")

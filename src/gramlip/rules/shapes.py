@@ -23,16 +23,15 @@ def _aten(names: str) -> list[str]:
 
 
 _SAME = _aten(
-    "clone contiguous detach alias lift_fresh_copy lift_fresh view_as_real positive _to_copy to type_as dropout feature_dropout "
+    "clone contiguous detach alias lift_fresh_copy lift_fresh positive _to_copy to type_as dropout feature_dropout "
     "alpha_dropout feature_alpha_dropout"
 )
 _VIEWS = _aten(
     "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT squeeze unsqueeze movedim moveaxis swapaxes swapdims "
     "flip fliplr flipud rot90 roll ravel pixel_shuffle pixel_unshuffle channel_shuffle view_as reshape_as"
 )
-OF_COMPLEX = {*_SAME, *_VIEWS}  # what has a rule for complex values: folding and slopes are for real ones
 _PARTS = _aten(
-    "split split_with_sizes chunk unbind tensor_split diagonal narrow_copy "
+    "split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split diagonal narrow_copy "
     "sort msort topk kthvalue median amax amin max min maximum minimum"
 )
 
@@ -78,13 +77,15 @@ def _lines(call: Call) -> Lines:
 def _parts(call: Call) -> Lipschitz:
     """Parts, orders and extremes of entries: 1 in all variables joined, the root of the repeats where one is broadcast."""
     constants = _between([v for v in call.args.values() if isinstance(v, Tensor)])
-    parted = call.op.split(".")[1] in ("split", "split_with_sizes", "chunk", "unbind", "tensor_split")
+    parted = call.op.split(".")[1] in ("split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "chunk", "unbind", "tensor_split")
     upper = rd.sqrt_up(float(max(1, _widest(call))))
     return Lipschitz(upper, "entries kept, sorted or compared", same_range=True, others=constants, lines=_lines(call) if parted else "")
 
 
 @register("getitem")
-def _getitem(call: Call) -> Lipschitz:
+def _getitem(call: Call) -> Lipschitz | Var:
+    if isinstance(call.args["0"], tuple):
+        return call.args["0"][call.args["1"]]
     if "native" in call.steps[call.vars[0].step].op and call.args["1"] != 0:
         msg = "a normalisation's mean or scale as a value, which no rule covers"
         raise UnsupportedError(msg)
@@ -205,8 +206,11 @@ def _pad(call: Call) -> Pad | Linear | Lipschitz | Var:
     if x.shape == call.shape and not any(given):
         return x
     spatial = len(x.shape) - 2
+    if mode != "zeros" and len(pairs) == spatial + 1:
+        return call.batched(_pad)
     if (
         mode == "zeros"
+        and spatial > 0
         and len(pairs) == spatial + 1 <= 4
         and not any(map(any, pairs[1:]))
         and min(given) >= 0
@@ -225,8 +229,10 @@ def _pad(call: Call) -> Pad | Linear | Lipschitz | Var:
 
 
 @register(*(f"aten.{mode}_pad{d}d" for mode in ("reflection", "replication") for d in (1, 2, 3)))
-def _pad_mode(call: Call) -> Pad:
+def _pad_mode(call: Call) -> Pad | Var:
     given = [int(p) for p in call.const("padding")]
+    if len(call.shape) == len(given) // 2 + 1:
+        return call.batched(_pad_mode)
     mode = "reflect" if "reflection" in call.op else "replicate"
     if min(given) < 0 or len(call.shape) != len(given) // 2 + 2:
         msg = f"{mode} padding by {given} of an input of shape {call.var('self').shape}, which no rule covers"
@@ -234,28 +240,7 @@ def _pad_mode(call: Call) -> Pad:
     return Pad(tuple((given[i], given[i + 1]) for i in range(0, len(given), 2))[::-1], mode)
 
 
-@register("aten.sum", "aten.mean")
-def _mean(call: Call) -> Lipschitz:
-    x = call.var("self")
-    count = math.prod(x.shape) // max(1, math.prod(call.shape))
-    root = rd.sqrt_up(float(count))
-    if ".sum" in call.op:
-        return Lipschitz(root, f"sum over {count} entries: the root of their number", same_range=True, times=float(count))
-    upper = rd.up(1.0 / rd.sqrt_down(float(count))) if count > 1 else 1.0
-    return Lipschitz(upper, f"mean over {count} entries: one over the root of their number", same_range=True)
-
-
-@register("aten.cumsum")
-def _cumsum(call: Call) -> Lipschitz:
-    x, axis = call.var("self"), int(call.const("dim"))
-    n = x.shape[axis] if x.shape else 1
-    upper = 0.5 / math.sin(math.pi / (4 * n + 2)) * (1 + 2.0**-48)
-    return Lipschitz(upper, f"running sum over {n} entries: docs/network.md#selections")
-
-
-@register("aten.linalg_vector_norm", "aten.norm")
-def _norm(call: Call) -> Lipschitz:
-    if call.args.get("ord", call.args.get("p")) not in (2, 2.0, None):
-        msg = f"{call.op} of another order than 2, which no rule covers"
-        raise UnsupportedError(msg)
-    return Lipschitz(1.0, "the l2 norm is 1-Lipschitz")
+@register("aten.logaddexp", "aten.logaddexp2", "aten.hypot")
+def _of_gradient_one(call: Call) -> Lipschitz:
+    upper = rd.sqrt_up(float(_widest(call)))
+    return Lipschitz(upper, f"{call.op.split('.')[1]}: its gradient has norm at most 1")

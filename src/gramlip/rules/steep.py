@@ -30,6 +30,14 @@ def _exp(a: float, b: float) -> Slope | None:
     return _on("exp", a, b, (math.exp(a), math.exp(b)), (math.exp(a), math.exp(b))) if b < 700 else None
 
 
+def _exp2(a: float, b: float) -> Slope | None:
+    return _on("exp2", a, b, (2.0**a, 2.0**b), (math.log(2.0) * 2.0**a, math.log(2.0) * 2.0**b)) if b < 1000 else None
+
+
+def _expm1(a: float, b: float) -> Slope | None:
+    return _on("expm1", a, b, (math.expm1(a), math.expm1(b)), (math.exp(a), math.exp(b))) if b < 700 else None
+
+
 def _sqrt(a: float, b: float) -> Slope | None:
     return _on("sqrt", a, b, (math.sqrt(a), math.sqrt(b)), (0.0, 0.5 / math.sqrt(a))) if a > 1e-200 else None
 
@@ -83,6 +91,8 @@ def _power(exponent: float, a: float, b: float) -> Slope | None:
 
 STEEP: dict[str, Within | None] = {
     "exp": _exp,
+    "exp2": _exp2,
+    "expm1": _expm1,
     "sqrt": _sqrt,
     "rsqrt": _rsqrt,
     "log": _log,
