@@ -385,6 +385,31 @@ def test_flushed_denormals_count_in_a_network() -> None:
     assert Fraction(upper) >= exact * (1 - Fraction(1, 10**12)) > 0
 
 
+class Mixed(torch.nn.Module):
+    """A denormal constant among the constants of one call."""
+
+    def __init__(self, call: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.call = call
+        self.register_buffer("size", torch.full((2,), 1e-40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.size, x)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda size, x: torch.einsum("i,i,bi->bi", torch.ones(2), size, x), lambda size, x: torch.lerp(torch.zeros(2), x, size)],
+    ids=["einsum", "lerp"],
+)
+def test_flushed_denormals_count_among_the_constants_of_a_call(call: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model = Mixed(call).eval()
+    exact = Fraction(float(model.size[0]))
+    with flushed():
+        upper = gl.audit(model, (2,), effort=-1).upper
+    assert Fraction(upper) >= exact > 0
+
+
 # ---- weights as they come --------------------------------------------------------------------------------------------------
 
 

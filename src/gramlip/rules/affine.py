@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -267,7 +267,7 @@ def _by(call: Call, rule: Callable[[Call], Any], op: str, left: Any, right: Any)
     """A sum, product or quotient of two arguments as a part of the call: a value, or a constant where both are."""
     pair = {"self": left, "other": right}
     if not any(isinstance(v, Var) for v in pair.values()):
-        one, other = (torch.as_tensor(v, dtype=torch.float64) for v in (left, right))
+        one, other = (cast("Tensor", entries_of(v)) for v in (left, right))
         return {"aten.add": torch.add, "aten.mul": torch.mul, "aten.div": torch.div}[op](one, other)
     shape = torch.broadcast_shapes(*(v.shape if isinstance(v, Var | Tensor) else () for v in (left, right)))
     part = replace(call, op=op, args=pair, shape=tuple(shape))
@@ -283,10 +283,10 @@ def _addc(call: Call) -> Var:
 
 @register("aten.lerp")
 def _lerp(call: Call) -> Var:
-    weight, x = torch.as_tensor(call.const("weight"), dtype=torch.float64), call["self"]
+    weight, x = cast("Tensor", entries_of(call.const("weight"))), call["self"]  # real: complex values are refused before
     keep = 1.0 - weight
     error = rd.mul_up(rd.gamma(2), float(keep.abs().max()))
-    rest = _times(call, x, keep, error=error) if isinstance(x, Var) else x.detach().double() * keep
+    rest = _times(call, x, keep, error=error) if isinstance(x, Var) else exact(x) * keep
     return _by(call, _add, "aten.add", rest, _by(call, _mul, "aten.mul", call["end"], weight))
 
 

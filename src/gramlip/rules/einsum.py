@@ -16,6 +16,7 @@ from gramlip.operators import Dense
 from gramlip.rules.attention import product
 from gramlip.rules.registry import Call, Var, register
 from gramlip.steps import Lipschitz, View
+from gramlip.widen import exact
 
 
 def _letters(call: Call, operands: Sequence[Var | Tensor]) -> tuple[list[str], str]:
@@ -73,7 +74,7 @@ def _contracted(
     call: Call, operands: Sequence[Var | Tensor], terms: Sequence[str], result: str
 ) -> tuple[list[Var | Tensor], list[str], float]:
     """The one variable and the product of all constants, over the indices that it or the result has; a bound of the product's rounding."""
-    fixed = [(x.detach().double(), term) for x, term in zip(operands, terms, strict=True) if isinstance(x, Tensor)]
+    fixed = [(exact(x), term) for x, term in zip(operands, terms, strict=True) if isinstance(x, Tensor)]
     moving = [(x, term) for x, term in zip(operands, terms, strict=True) if isinstance(x, Var)]
     if len(moving) != 1:
         msg = f"einsum of {len(operands)} operands, {len(moving)} of which depend on the input; expected one: multiply them two by two"
