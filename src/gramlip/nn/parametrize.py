@@ -74,7 +74,7 @@ def real(op: Dense | Conv, what: str) -> None:
         raise UnsupportedError(msg)
 
 
-def plain(module: nn.Module, name: str, path: str = "") -> None:
+def refuse_normalised(module: nn.Module, name: str, path: str = "") -> None:
     """Refuse a weight that is normalised already."""
     if parametrize.is_parametrized(module, name) and any(isinstance(p, Normalised) for p in module.parametrizations[name]):  # type: ignore[union-attr,index]
         given = f"{path or type(module).__name__}.{name} is normalised already"
@@ -84,7 +84,7 @@ def plain(module: nn.Module, name: str, path: str = "") -> None:
 
 def attach(module: nn.Module, name: str, parametrization: Normalised) -> None:
     """Register it on `module.name`, once, so that the whole module can still be pickled."""
-    plain(module, name)
+    refuse_normalised(module, name)
     parametrize.register_parametrization(module, name, parametrization)
     _teach(type(module))
 
@@ -203,6 +203,15 @@ def shrink(module: nn.Module, name: str, input_size: Ints | None, target: float,
         weight.copy_((start.to(torch.promote_types(start.dtype, torch.float64)) * scale).to(weight.dtype))
     msg = f"the certified norm stays at {upper:.6g} after {TRIES} tries; expected at most the target {target:.6g}: use a wider dtype"  # pyright: ignore[reportPossiblyUnboundVariable]
     raise InputError(msg)
+
+
+def each(model: nn.Module, example: Any, where: Callable[[str, nn.Module], bool] | None, one: Callable[..., object]) -> None:
+    """`one(module, input_size=...)` on every layer of a model, none of which is changed where one is normalised already."""
+    chosen = layers(model, example, where)
+    for path, module, _ in chosen:
+        refuse_normalised(module, "weight", path)
+    for _, module, size in chosen:
+        one(module, input_size=size)
 
 
 def layers(model: nn.Module, example: Any, where: Callable[[str, nn.Module], bool] | None) -> list[tuple[str, nn.Module, Ints | None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,7 +15,7 @@ from gramlip import rounding as rd
 from gramlip.bound import Bound
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.layers import describe
-from gramlip.nn.parametrize import Normalised, attach, layers, operator, plain, positive, real
+from gramlip.nn.parametrize import Normalised, attach, each, operator, positive, real
 from gramlip.nn.sigma import Plan
 from gramlip.norm import bound
 from gramlip.operators import Conv, Ints
@@ -134,11 +135,7 @@ def spectral_rescaling_(model: M, example: Any = None, *, where: Callable[[str, 
     >>> len(list(normalised(spectral_rescaling_(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))))))
     2
     """
-    chosen = layers(model, example, where)
-    for path, module, _ in chosen:  # before anything is changed
-        plain(module, "weight", path)
-    for _, module, size in chosen:
-        spectral_rescaling(module, input_size=size, **options)
+    each(model, example, where, partial(spectral_rescaling, **options))
     return model
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gramlip.errors import InputError
-from gramlip.nn.parametrize import Normalised, attach, layers, operator, plain, positive
+from gramlip.nn.parametrize import Normalised, attach, each, operator, positive
 from gramlip.nn.sigma import Plan
 from gramlip.operators import Ints
 from gramlip.precision import real_dtype, uncast
@@ -113,9 +114,5 @@ def spectral_norm_(model: M, example: Any = None, *, where: Callable[[str, nn.Mo
     >>> [type(p).__name__ for m in model for p in getattr(m, "parametrizations", {})]
     ['str', 'str']
     """
-    chosen = layers(model, example, where)
-    for path, module, _ in chosen:  # before anything is changed
-        plain(module, "weight", path)
-    for _, module, size in chosen:
-        spectral_norm(module, input_size=size, **options)
+    each(model, example, where, partial(spectral_norm, **options))
     return model

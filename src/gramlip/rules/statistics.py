@@ -19,6 +19,10 @@ def _mean(call: Call) -> Lipschitz:
     root = rd.sqrt_up(float(count))
     if ".sum" in call.op:
         return Lipschitz(root, f"sum over {count} entries: the root of their number", same_range=True, times=float(count))
+    return _average(count)
+
+
+def _average(count: int) -> Lipschitz:
     upper = rd.up(1.0 / rd.sqrt_down(float(count))) if count > 1 else 1.0
     return Lipschitz(upper, f"mean over {count} entries: one over the root of their number", same_range=True)
 
@@ -66,5 +70,4 @@ def _spread(call: Call) -> Var | tuple[Var, Var]:
         value = call.then(Product("entries"), value, value)
     if "mean" not in name:
         return value
-    mean = rd.up(1.0 / rd.sqrt_down(float(count))) if count > 1 else 1.0
-    return value, call.then(Lipschitz(mean, f"mean over {count} entries", same_range=True), x)
+    return value, call.then(_average(count), x)
