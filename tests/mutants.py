@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip import blocks, boundary, certificates, certify, conv_gram, gram, lattice, methods, norm, search
+from gramlip import blocks, boundary, certificates, certify, conv_gram, finite, gram, lattice, methods, norm, search
 from gramlip import rounding as rd
 from gramlip.padding import PADDING, Axis, Circle
-from test_rounding import assert_exactly_between, exceeds
+from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 NAMED = {case.name: case for case in cases()} | TRAPS
@@ -342,6 +342,23 @@ def matrices_hold() -> None:
         assert_exactly_between(matrix, gl.bound(matrix))
 
 
+def errors_of_one_product(patch: pytest.MonkeyPatch) -> None:
+    """The error of a finite layer's Gram matrix for one inner product, however many of them an entry adds up."""
+    right = finite.Certificate.noise
+
+    def noise(self: finite.Certificate, mass: float) -> float:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(self, "pairs", {key: [(0, 0)] for key in self.pairs})
+            return right(self, mass)
+
+    patch.setattr(finite.Certificate, "noise", noise)
+
+
+def sums_of_products_hold() -> None:
+    """A quarter of a million equal products in one entry, against exact arithmetic."""
+    test_thousands_of_outputs_that_read_one_input_exactly(1e-13, True)
+
+
 MUTANTS: dict[str, Mutant] = {
     "grid n for zero padding": Mutant(_rule("zeros", grid_n_for_zeros), _on(theorem, "circular-grid-n7-for-zeros")),
     "unknown size taken as k": Mutant(_rule("zeros", size_taken_as_k), _on(every_size, "circular-grid-n7-for-zeros")),
@@ -372,6 +389,7 @@ MUTANTS: dict[str, Mutant] = {
     "max pooling as 1": Mutant(max_pooling_as_one, max_pooling_holds),
     "unshifted Cholesky": Mutant(unshifted_cholesky, cholesky_never_proves_what_is_false),
     "no rounding in the Gram step": Mutant(moments_without_rounding, moments_never_lie),
+    "rounding of one product of many": Mutant(errors_of_one_product, sums_of_products_hold),
     "no rounding in the scalars": Mutant(scalars_to_nearest, compositions_hold),
     "a root that looks exact": Mutant(root_that_looks_exact, roots_hold),
     "epsilon in a normalisation": Mutant(epsilon_in_a_normalisation, gram_norm_holds),

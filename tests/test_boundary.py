@@ -55,6 +55,18 @@ def test_bound_holds_at_the_size_and_for_every_size(geometry: tuple, mode: str) 
         assert float(gl.bound(op, finite=False).upper) <= product * 1.02
 
 
+@pytest.mark.parametrize("size", [1002, None])
+def test_a_stride_that_steps_over_the_padding_costs_nothing(size: int | None) -> None:
+    """No input is read twice: the layer is a part of the one without padding."""
+    kernel = Case("random", (6, 6, 1), dtype=torch.float64).weight()
+    op = gl.Conv(kernel, input_size=size, padding=2, stride=5, padding_mode="reflect")
+    found = gl.bound(op, finite=False)
+    assert found.rtol <= 1e-2
+    assert float(found.upper) >= float(torch.linalg.matrix_norm(kernel[..., 0], 2)) * (1 - ROUNDING)
+    assert "theorem 12)" in found.because
+    assert "boundary" not in found.because
+
+
 def contracted(kernel: Tensor, ends: tuple[Tensor, ...]) -> Tensor:
     """The boundary term of all axes by its definition, one entry of every F at a time."""
     m, _, *taps = kernel.shape

@@ -5,6 +5,7 @@ There every activation can pass everything (inputs >= 0), and a matrix with entr
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -129,6 +130,19 @@ def test_the_adversary_of_circulant_grids(kernel: str) -> None:
         run = [Piece(system(network, circulant(network)))]
         upper = certificate(run, Search.closed(run))
         assert linear_part(model, (1, n, n)) <= upper
+
+
+@pytest.mark.parametrize("taps", list(itertools.permutations([1.0, -1.0, 2.0**-54])), ids=str)
+def test_entries_in_which_taps_cancel_err_by_their_moduli(taps: tuple[float, ...]) -> None:
+    """All taps read the one input under replicate padding: 1 - 1 + 2^-54, of which float64 may leave nothing."""
+    conv, last = nn.Conv1d(1, 2, 3, padding=1, padding_mode="replicate").double(), nn.Linear(2, 2, bias=False).double()
+    with torch.no_grad():
+        conv.weight.zero_()
+        conv.weight[0, 0], conv.weight[1, 0, 1] = torch.tensor(taps, dtype=torch.float64), 2.0**-60
+        conv.bias.fill_(1.0)
+        last.weight.copy_(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    found = audit(nn.Sequential(conv, nn.ReLU(), nn.Flatten(), last).eval(), torch.zeros(1, 1, 1, dtype=torch.float64))
+    assert found.upper >= 2**0.5 * 2.0**-54  # both units are active at 0
 
 
 @pytest.mark.parametrize("act", [nn.SiLU(), nn.Hardswish(), nn.Tanh(), nn.GELU(), nn.PReLU(3)])

@@ -20,6 +20,7 @@ from cases import Case
 from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip.bound import decimals
+from gramlip.finite import Certificate, Layer
 from gramlip.gramian import Gramian
 from gramlip.search import Search
 from gramlip.taps import Taps, spectral
@@ -456,6 +457,54 @@ def test_scaling_by_a_power_of_two_scales_the_interval() -> None:
         op = gl.Conv(case.weight() * 2.0**exponent, 5, padding=1)
         found = gl.bound(op)
         assert (found.lower, found.upper) == (math.ldexp(base.lower, exponent), math.ldexp(base.upper, exponent))
+
+
+def read_by_all(kernel: Tensor, outputs: int) -> gl.Conv:
+    """A layer of one input, which replicate padding makes every tap of so many outputs read."""
+    pad = outputs + kernel.shape[2] - 2
+    return gl.Conv(kernel, input_size=1, padding=[(pad // 2, pad - pad // 2)], padding_mode="replicate")
+
+
+@pytest.mark.parametrize("finite", ["auto", True])
+@pytest.mark.parametrize("rtol", [1e-13, 1e-12, 3e-12])
+def test_thousands_of_outputs_that_read_one_input_exactly(rtol: float, finite: bool | str) -> None:
+    """Equal products, whose roundings go one way: a quarter of a million in one entry of the layer's Gram matrix."""
+    tap, taps, outputs = float.fromhex("0x1.75fc2dp-1"), 11, 2001
+    square = Fraction(tap) ** 2 * taps**2 * outputs
+    found = gl.bound(read_by_all(torch.full((1, 1, taps), tap, dtype=torch.float64), outputs), rtol=rtol, finite=finite)
+    assert Fraction(found.lower) ** 2 <= square <= Fraction(float(found.upper)) ** 2
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 11), (1, 2, 7), (2, 1, 301)], ids=str)
+def test_the_error_of_a_layers_gram_matrix_counts_every_product(shape: tuple[int, ...]) -> None:
+    outputs = 4 if shape[0] == 2 else 2001
+    layer = Layer(read_by_all(torch.full(shape, 0.7, dtype=torch.float64), outputs), 0)
+    certificate = Certificate(layer, 0)
+    products = max(map(len, certificate.pairs.values())) * shape[0 if certificate.on_inputs else 1]
+    assert certificate.noise(1.0) >= rd.gamma(float(products)) * outputs
+
+
+def test_no_sum_of_finite_weights_is_refused() -> None:
+    """Taps that meet add up beyond the largest number: an upper side of infinity, no word of weights that are not finite."""
+    kernel = torch.full((1, 1, 3), 1.7e308, dtype=torch.float64)
+    for mode in ("reflect", "replicate", "circular"):
+        found = gl.bound(gl.Conv(kernel, input_size=2, padding=1, padding_mode=mode))
+        assert found.lower > 1e308
+        assert found.upper == math.inf
+
+
+@pytest.mark.parametrize(("n", "m"), [(1500, 3001), (301, 97)])
+def test_interpolation_is_within_the_error_that_is_allowed_for_it(n: int, m: int) -> None:
+    """Places far from the origin lose as many digits as they have: their weights are not within a few units."""
+    matrix = torch.nn.functional.interpolate(torch.eye(n, dtype=torch.float64)[:, None], size=m, mode="linear")[:, 0].mT
+    off = torch.zeros(m, n, dtype=torch.float64)
+    for j in range(m):
+        place = max(Fraction(n, m) * Fraction(2 * j + 1, 2) - Fraction(1, 2), Fraction(0))
+        i, part = int(place), place - int(place)
+        for at, share in ((i, 1 - part), (min(i + 1, n - 1), part)):
+            off[j, at] += float(Fraction(float(matrix[j, at])) - share) if at < n - 1 else 0.0
+    worst = math.sqrt(float(off.abs().sum(0).max() * off.abs().sum(1).max()))
+    assert 2.0**-53 * n / 8 < worst < (2.0**-44 + 2.0**-46 * n) * math.sqrt(max(m / n, 0.25))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-12])

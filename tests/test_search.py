@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import gramlip as gl
-from gramlip import ascent, certificates, gramian
+from gramlip import ascent, certificates, exponents, gramian
 from gramlip.gramian import Gramian
-from gramlip.lattice import Lattice
+from gramlip.lattice import Lattice, waves
 from gramlip.search import Enclosure, Search
 from gramlip.taps import Taps
 
@@ -155,6 +157,35 @@ def test_spent_budget_is_said_and_stays_true() -> None:
     found = search.close(1e-6)[0]
     assert not found.finished
     assert math.ldexp(found.upper, gram.exponent) >= largest(KERNELS["2d"], [61, 61])
+
+
+@pytest.mark.parametrize(("axes", "rtol", "got"), [(2, 1e-5, 1e-5), (2, 1e-6, 1e-3), (3, 1e-4, 1e-2)])
+def test_flat_layers_whose_taps_do_not_vanish_take_bounded_work(axes: int, rtol: float, got: float) -> None:
+    """`D D* = [[1, e^iw], [e^-iw, 1]]`: norm sqrt(2) everywhere. Millions of tiny blocks took gigabytes before the budget ended."""
+    kernel = torch.zeros(2, 3, *(3,) * axes)
+    kernel[(0, 0) + (0,) * axes] = kernel[(1, 0) + (2,) * axes] = 1.0
+    found = enclose(kernel[None], (None,) * axes, rtol)[2]
+    assert found.lower * (1 - 1e-12) <= found.upper <= found.lower * (1 + got)
+    assert found.tally.blocks < 5e6
+
+
+@pytest.mark.parametrize("span", [(), (1,), (4,), (3, 3), (1, 3), (3, 1), (5, 2), (3, 1, 3), (2, 3, 4), (2, 1, 1)], ids=str)
+def test_runs_are_all_pairs_of_taps_that_are_so_far_apart(span: tuple[int, ...]) -> None:
+    taps, found = exponents.taps(span).tolist(), exponents.runs(span)
+    for at, some in zip([[0] * len(span), *exponents.offsets(span).tolist()], found, strict=True):
+        pairs = [(i + k, j + k) for i, j, count in some for k in range(count)]
+        apart = [(i, j) for i, p in enumerate(taps) for j, q in enumerate(taps) if [y - x for x, y in zip(p, q, strict=True)] == at]
+        assert sorted(pairs) == apart
+
+
+@pytest.mark.parametrize("of", [exponents.taps, exponents.offsets])
+@pytest.mark.parametrize("span", [(), (1,), (4,), (3, 3), (1, 3), (3, 1), (2, 3, 4), (1, 2, 2)], ids=str)
+def test_waves_are_powers_at_every_exponent(span: tuple[int, ...], of: Callable[[tuple[int, ...]], NDArray[np.int64]]) -> None:
+    sizes = tuple(1 if k == 1 else 2**20 + 7 * k for k in span)
+    index = np.stack([np.arange(5) * (n // 6) for n in sizes], 1) if span else np.zeros((5, 0), dtype=np.int64)
+    found = waves(index, sizes, of(span))
+    assert found.shape == (5, len(of(span)))
+    assert np.abs(found - np.exp(-2j * np.pi * (index / np.array(sizes)) @ of(span).T)).max(initial=0.0) < 1e-12
 
 
 def test_a_peak_that_rises_above_the_ceiling_is_closed_to_its_own_width() -> None:

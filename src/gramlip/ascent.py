@@ -45,6 +45,18 @@ class Tally:
     ways: set[str] = field(default_factory=set[str])
 
 
+@dataclass(frozen=True)
+class Enclosure:
+    """`lower <= max ||D|| / 2**exponent <= upper`, where the lower side is attained, and what it took."""
+
+    lower: float
+    upper: float
+    frequency: tuple[float, ...]
+    group: int
+    tally: Tally
+    finished: bool
+
+
 class Ascent:
     """Lower bounds of the largest norm of a symbol over a grid (`points`) or, on axes where it is None, the whole circle.
 

@@ -32,15 +32,15 @@ FORMED = 1 << 28  # entries of the boundary matrices of one axis over all its si
 OPERATIONS = 2e10  # that the boundary terms of all groups over one set of axes may take
 
 
-def upper_side(op: Conv, exponent: int, masses: Sequence[float], supremum: float) -> tuple[float, tuple[int, ...]]:
-    """Upper bound of the norm, weights divided by `2**exponent`, and the axes whose padding is taken by its norm alone.
+def upper_side(op: Conv, exponent: int, masses: Sequence[float], supremum: float) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
+    """Upper bound of the norm, weights divided by `2**exponent`, the axes taken by their padding's norm, and those with boundary terms.
 
-    `masses` are those of the groups, `supremum` is that of the symbol. The other axes add their boundary terms: theorem 12 and its
-    corollary.
+    `masses` are those of the groups, `supremum` is that of the symbol. Theorem 12 and its corollary; where no input is read beside its
+    own place, as under a stride that steps over the padding, an axis needs neither.
     """
     geometry = axes(op)
     parts = [_ends(axis, op.padding_mode) for axis in geometry]
-    squares = [PADDING[op.padding_mode](axis).square for axis in geometry]
+    squares = [1 if part == [] else PADDING[op.padding_mode](axis).square for axis, part in zip(geometry, parts, strict=True)]
     padded = [j for j in range(op.dims) if parts[j] != []]
 
     def term(kernel: Callable[[], Tensor], m: int, mass: float, chosen: tuple[int, ...]) -> float | None:
@@ -71,7 +71,7 @@ def upper_side(op: Conv, exponent: int, masses: Sequence[float], supremum: float
         return min(found)
 
     square, alone = max(least(weight, mass) for weight, mass in zip(grouped(op).detach(), masses, strict=True))
-    return rd.sqrt_up(square), alone
+    return rd.sqrt_up(square), alone, tuple(j for j in padded if j not in alone)
 
 
 def _subsets(of: list[int]) -> list[tuple[int, ...]]:

@@ -102,8 +102,8 @@ def _separable(op: Separable, rtol: float) -> Bound:
     for factor in op.factors:
         part = certify(Dense(factor), rtol=rtol / len(op.factors) * 0.99)
         lower, upper = rd.mul_down(lower, part.lower), rd.mul_up(upper, float(part.upper))
-    # The entries come from torch's float64: each is within a few units of the real constant (docs/rounding.md#fixed-maps).
-    grow = 2.0**-44 * len(op.factors)
+    # The entries come from torch's float64: docs/rounding.md#fixed-maps.
+    grow = sum(2.0**-44 + 2.0**-46 * factor.shape[1] for factor in op.factors)
     return Bound(rd.down(lower * (1 - grow)), rd.up(upper * (1 + grow)), "product of the norms of the axes of a separable map")
 
 
@@ -156,10 +156,13 @@ class _Enclosing:
         """The interval of a finite layer's matrix, group by group."""
         masses = [rd.ldexp_up(mass, self.exponents[i]) for mass in self._mass(i)]
         parts = [rounded(layer, group, mass) for group, mass in enumerate(masses)]
+        if not all(bool(matrix.isfinite().all()) for matrix, _ in parts):  # taps that meet add up beyond the largest number
+            return Bound(0.0, math.inf, "")
         closed = certify_all([Dense(matrix) for matrix, _ in parts], rtol=self.rtol)
         low = max(rd.down(part.lower - error) if error else part.lower for part, (_, error) in zip(closed, parts, strict=True))
-        high = max(rd.add_up(float(part.upper), error) for part, (_, error) in zip(closed, parts, strict=True))
-        return Bound(max(low, 0.0), high, f"{self._itself(i, layer)}, as {closed[0].because} (theorem 11)")
+        high, most = max((rd.add_up(float(part.upper), error), g) for g, (part, (_, error)) in enumerate(zip(closed, parts, strict=True)))
+        entries = "whose entries are rounded (R8)" if parts[most][1] else "(R8)"
+        return Bound(max(low, 0.0), high, f"{self._itself(i, layer)} {entries}, as {closed[most].because}")
 
     def _itself(self, i: int, layer: Layer) -> str:
         return f"{self.syms[i].because.split(':')[0]}: the finite layer itself at size {'x'.join(map(str, layer.sizes))}"
@@ -245,9 +248,9 @@ class _Enclosing:
         """The layer's upper bound from the symbol's: times the padding's factor, or plus what the boundary adds."""
         op, square = self.ops[i], self.syms[i].square
         if square > 1 and isinstance(op, Conv) and op.padding_mode in ("reflect", "replicate"):
-            upper, alone = upper_side(op, self.exponents[i], self._mass(i), found.upper)
+            upper, alone, ends = upper_side(op, self.exponents[i], self._mass(i), found.upper)
             by_norm = f"times the norm of the padding on axes {alone}" if alone else ""
-            added = "plus the boundary's share (theorem 12)" if len(alone) < sum(lo + hi > 0 for lo, hi in op.pads) else ""
+            added = "plus the boundary's share (theorem 12)" if ends else ""
             return upper, "; ".join(filter(None, (self._why(i, found), added, by_norm)))
         factor = f"; times sqrt({square}), the norm of the padding" if square > 1 else ""
         return rd.mul_up(found.upper, rd.sqrt_up(float(square))), self._why(i, found) + factor

@@ -8,8 +8,9 @@ from functools import lru_cache
 
 from gramlip.arrays import Ints, integers
 
-Pair = tuple[int, int]  # taps of the kernel, of which the product is a part of one tap of the autocorrelation
-Run = tuple[int, int, int]  # the first such pair and how many follow, each one tap further
+Run = tuple[
+    int, int, int
+]  # two taps of the kernel, whose product is a part of one tap of the autocorrelation, and how many more follow side by side
 
 
 @lru_cache(maxsize=64)
@@ -29,13 +30,16 @@ def offsets(span: tuple[int, ...]) -> Ints:
 @lru_cache(maxsize=64)
 def runs(span: tuple[int, ...]) -> list[list[Run]]:
     """For the difference 0 and each of the offsets the pairs of taps that are so far apart, neighbours joined; to be read alone."""
-    strides = integers([math.prod(2 * k - 1 for k in span[j + 1 :]) for j in range(len(span))])
-    code = taps(span) @ strides
-    gap = code[None, :] - code[:, None]
-    apart = ((gap == at).nonzero() for at in (0, *(offsets(span) @ strides).tolist()))
-    return [_joined(list(zip(left.tolist(), right.tolist(), strict=True))) for left, right in apart]
+    return [_apart((0,) * len(span), span), *(_apart(tuple(q), span) for q in offsets(span).tolist())]
 
 
-def _joined(some: list[Pair]) -> list[Run]:
-    starts = [i for i, (p, q) in enumerate(some) if not i or (p - 1, q - 1) != some[i - 1]]
-    return [(*some[i], j - i) for i, j in itertools.pairwise([*starts, len(some)])]
+def _apart(q: tuple[int, ...], span: tuple[int, ...]) -> list[Run]:
+    # behind the last axis on which they differ the pairs lie side by side
+    last = max((j for j, at in enumerate(q) if at), default=0)
+    strides = [math.prod(span[j + 1 :]) for j in range(len(span))]
+    between = sum(at * stride for at, stride in zip(q, strides, strict=True))
+    first = [range(max(0, -at), min(k, k - at)) for at, k in zip(q, span, strict=True)]
+    count = len(first[last]) * strides[last] if span else 1
+    starts = itertools.product(*first[:last], *(some[:1] for some in first[last : last + 1]))
+    flat = (sum(i * stride for i, stride in zip(at, strides, strict=False)) for at in starts)
+    return [(start, start + between, count) for start in flat]

@@ -97,16 +97,16 @@ class Layer:
     def forward(self, x: Tensor, group: int) -> Tensor:
         """The layer on x (positions, n), zeros where a tap reads padding: (output positions, m)."""
         columns = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, self.reads).reshape(math.prod(self.outputs), -1)
-        out = columns.new_empty(columns.shape[0], self.shape[1])
-        for rows, piece in self._pieces(group, x.dtype):
-            out[:, rows] = columns @ piece.mT
-        return out
+        parts = [columns @ piece.mT for _, piece in self._pieces(group, x.dtype)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def adjoint(self, y: Tensor, group: int) -> Tensor:
         """The adjoint on y (output positions, m): (positions, n)."""
-        columns = y.new_zeros(len(y), math.prod(self.shape[2:]))
+        columns = None
         for rows, piece in self._pieces(group, y.dtype):
-            columns.addmm_(y[:, rows], piece.conj())
+            part = y[:, rows]
+            columns = part @ piece.conj() if columns is None else columns.addmm_(part, piece.conj())
+        assert columns is not None
         x = y.new_zeros(math.prod(self.sizes) + 1, self.shape[2])
         return x.index_add_(0, self.reads, columns.reshape(-1, self.shape[2]))[:-1]
 
@@ -130,33 +130,34 @@ class Layer:
         steps = min(steps, max(8, BASIS_BYTES // (x.numel() * dtype.itemsize)))
         basis = torch.empty(steps, x.numel(), dtype=dtype, device=self.device)
         small, tops, done = torch.zeros(steps, steps, dtype=torch.float64), list[float](), False
-        found: list[Tensor] = []  # diagonal and subdiagonal that were not looked at yet: looking waits for the device
         w = (x / torch.linalg.vector_norm(x)).to(dtype)
+        found = [w.new_zeros((), dtype=w.real.dtype)]  # subdiagonal and diagonal that were not looked at yet: looking waits for the device
         for j in range(steps):
             basis[j] = w.flatten()
-            w = self.adjoint(self.forward(w, group), group)
-            found.append(torch.vdot(basis[j], w.flatten()).real)
-            q = basis[: j + 1]
+            y = self.forward(w, group)
+            found.append(torch.linalg.vector_norm(y) ** 2)
+            if len(found) >= 2 * self._look or j + 1 == steps:
+                for size, diagonal in torch.stack(found).reshape(-1, 2).tolist():
+                    i = len(tops)
+                    over = i > 0 and size <= (1e-6 if single else 1e-13) * tops[0] ** 2  # nothing is left beside the vectors before
+                    if not over:
+                        small[i, i] = diagonal
+                        small[i, max(i - 1, 0)] += size
+                        tops.append(float(torch.linalg.eigvalsh(small[: i + 1, : i + 1])[-1].clamp_min(0).sqrt()))
+                        # near: a little more may close the interval, or leave more of it to the proof
+                        near = bool(tops[i]) and above / tops[i] - 1 < 1.3 * rtol
+                        little = i >= LEAST_STEPS and tops[i] - tops[i - 2] < tops[i] * rtol / (32 if near else 8)
+                        done = little or tops[i] >= above * (1 - rtol / 4)
+                    if done or over or i + 1 == steps:
+                        count = len(tops)
+                        weights = torch.linalg.eigh(small[:count, :count])[1][:, -1].to(dtype).to(self.device)
+                        return (weights @ basis[:count]).reshape(x.shape).to(self.dtype), done
+                found = []
+            w, q = self.adjoint(y, group), basis[: j + 1]
             for _ in range(2):
                 w = w - (q.mT @ (q.conj() @ w.flatten())).reshape(w.shape)
             found.append(torch.linalg.vector_norm(w))
             w = w / found[-1].clamp_min(1e-30)
-            if len(found) < 2 * self._look and j + 1 < steps:
-                continue
-            for diagonal, size in torch.stack(found).reshape(-1, 2).tolist():
-                i = len(tops)
-                small[i, i] = diagonal
-                tops.append(float(torch.linalg.eigvalsh(small[: i + 1, : i + 1])[-1].clamp_min(0).sqrt()))
-                # near: a little more may close the interval, or leave more of it to the proof
-                near = bool(tops[i]) and above / tops[i] - 1 < 1.3 * rtol
-                little = i >= LEAST_STEPS and tops[i] - tops[i - 2] < tops[i] * rtol / (32 if near else 8)
-                done = little or tops[i] >= above * (1 - rtol / 4)
-                if done or i + 1 == steps or size <= (1e-6 if single else 1e-13) * tops[0] ** 2:
-                    count = i + 1
-                    weights = torch.linalg.eigh(small[:count, :count])[1][:, -1].to(dtype).to(self.device)
-                    return (weights @ basis[:count]).reshape(x.shape).to(self.dtype), done
-                small[i, i + 1] = small[i + 1, i] = size
-            found = []
         raise AssertionError  # the last step returned
 
 
@@ -174,14 +175,14 @@ class Certificate:
         m, n = layer.shape[1:3]
         rows, columns = m * math.prod(layer.outputs[1:]), n * math.prod(layer.sizes[1:])
         self.on_inputs = columns * layer.sizes[0] <= rows * layer.outputs[0]
-        self.side, other = (columns, rows) if self.on_inputs else (rows, columns)
+        self.side, self.inner = (columns, rows) if self.on_inputs else (rows, columns)
         self.steps = layer.sizes[0] if self.on_inputs else layer.outputs[0]
         self.pairs = self._pairs()
         self.band = max((j - i for i, j in self.pairs), default=0)
         self.products = {pq for terms in self.pairs.values() for pq in terms}
         weight = 4.0 if layer.is_complex else 1.0
         band = self.band
-        self.cost = weight * (2.0 * len(self.products) * self.side**2 * other + self.steps * (1 / 3 + band + band**2) * self.side**3)
+        self.cost = weight * (2.0 * len(self.products) * self.side**2 * self.inner + self.steps * (1 / 3 + band + band**2) * self.side**3)
         scalar = 16 if layer.is_complex else 8
         slices = layer.shape[3] * rows * columns
         self.bytes = layer.bytes + scalar * (slices + (len(self.products) + (band + 1) ** 2 + 3) * self.side**2)
@@ -233,10 +234,13 @@ class Certificate:
         self.gram = {(p, q): slices[p].mH @ slices[q] for p, q in self.products}
 
     def noise(self, mass: float) -> float:
-        """Upper bound of the error of the Gram matrix that is factorised: what cannot be told from zero."""
+        """Upper bound of the error of the Gram matrix that is factorised: what cannot be told from zero.
+
+        An entry adds up taps that meet, a product's terms and a block's products: docs/rounding.md#r9-the-gram-matrix-of-a-layer.
+        """
         bound = rd.mul_up(rd.mul_up(mass, mass), float(self.layer.shared))
-        length = 8.0 * (math.prod(self.layer.shape[1:]) * math.prod(self.layer.sizes[1:]) + 64)
-        return rd.mul_up(rd.gamma(length), bound)
+        meeting, products = math.prod(self.layer.shape[4:]), max(map(len, self.pairs.values()), default=0)
+        return rd.mul_up(rd.gamma(8.0 * (2 * meeting + self.inner + products + 64)), bound)
 
     def telling(self, lower: float, mass: float) -> float:
         """The least relative width above a lower side that rounding lets be proved: docs/rounding.md#the-least-width."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from gramlip import certificates as cert
 from gramlip import devices, exponents, squares
 from gramlip import rounding as rd
-from gramlip.arrays import Complexes, Ints, Reals, integers, on
+from gramlip.arrays import Complexes, Ints, Reals, integers, on, pieces
 from gramlip.lattice import START, resolution, waves
 from gramlip.tall import Tall, symbols
 from gramlip.taps import Mixed, Narrow, Taps
@@ -31,7 +31,9 @@ SQUARED_PART = 0.7  # this costs at most such a part of the width, of a norm's s
 SWEPT_SLACK = 0.45  # a GPU takes cells that lose such a part of the width,
 SWEPT_BLOCKS = 1 << 15  # while there are fewer
 SWEPT_OPERATIONS = 1e12  # that are formed and squared a few times by fewer operations
+BOOKS = 1e6  # real operations in the time that the search takes for a block of any size
 CHUNK_BYTES = 4 << 20  # blocks are streamed in pieces of about this size, which caches hold,
+WAVES_BYTES = 16 << 20  # of waves at once
 GPU_CHUNK_BYTES = 76 << 20  # or this, which keeps a GPU busy
 
 
@@ -71,8 +73,9 @@ class Gramian:
             self.taps = Narrow(self.tall, exponents.runs(self.span), self.device)
             self._add_noise(self.taps.noise)
         self.mixed: Mixed | None = None
-        # real operations to form one block
-        self.operations = (4.0 * count + 2.0 if self.taps is not None else (5.0 if self.squared else 8.0) * self.rows) * self.side**2
+        # real operations to form one block, or what its books are worth
+        forming = (4.0 * count + 2.0 if self.taps is not None else (5.0 if self.squared else 8.0) * self.rows) * self.side**2
+        self.operations = max(forming, BOOKS)
 
     def _add_noise(self, more: list[float]) -> None:
         self.noise = [rd.add_up(n, x) if n else 0.0 for n, x in zip(self.noise, more, strict=True)]
@@ -171,7 +174,9 @@ class Gramian:
         if not len(self.offsets):
             zero = self.taps.zero
             return zero.expand(len(group), -1, -1) if self.groups == 1 else zero[on(self.device, group)]
-        return (self.mixed or self.taps).combine(group, waves(index, sizes, self.offsets))
+        few = pieces(max(1, len(group)), max(1, WAVES_BYTES // (16 * len(self.offsets))))
+        blocks = [(self.mixed or self.taps).combine(group[some], waves(index[some], sizes, self.offsets)) for some in few]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def _direct(self, group: int, index: Ints, sizes: tuple[int, ...]) -> Tensor:
         """Blocks of one group from pieces of rows of the symbol, so that no more than a few blocks are alive."""

@@ -7,10 +7,11 @@ import math
 
 import numpy as np
 
-from gramlip.arrays import Complexes, Flags, Ints, Reals, integers
+from gramlip.arrays import Complexes, Flags, Ints, Reals, integers, pieces
 from gramlip.errors import InputError
 
 START = 8  # cells a side to start from, for each unit of degree
+AT_ONCE = 1 << 16  # cells whose corners are worked out together
 
 Cells = tuple[Ints, Ints, Ints]  # group (B,), lowest corner (B, axes), highest corner (B, axes)
 
@@ -113,7 +114,10 @@ class Lattice:
     def corner_keys(self, cells: Cells) -> Ints:
         """Keys of the corners of the cells, (B, 2^active)."""
         group, lo, hi = cells
-        return self.keys(group[:, None], np.where(self.masks, hi[:, None], lo[:, None]))
+        out = np.empty((len(group), len(self.masks)), dtype=np.int64)
+        for some in pieces(len(group), AT_ONCE):
+            out[some] = self.keys(group[some, None], np.where(self.masks, hi[some, None], lo[some, None]))
+        return out
 
     def half_widths(self, cells: Cells) -> Reals:
         """Half-widths in radians, (B, axes); zero for a grid cell with no point strictly inside."""
@@ -158,16 +162,22 @@ def resolution(axes: int, loss: float) -> float:
 
 
 def waves(index: Ints, sizes: tuple[int, ...], positions: Ints) -> Complexes:
-    """`exp(-i w.q)` at the frequencies `w = 2 pi index / sizes` (F, axes) for exponents q (T, axes): (F, T).
+    """`exp(-i w.q)` at the frequencies `w = 2 pi index / sizes` (F, axes) for exponents q (T, axes), a box or its end, in order: (F, T).
 
     One factor for each axis, of an angle that is reduced exactly before rounding: docs/rounding.md#r2-symbol.
     """
-    total = np.ones((len(index), len(positions)), dtype=np.complex128)
+    total = np.ones((len(index), 1), dtype=np.complex128)
+    if not len(positions):
+        return total[:, :0]
+    first = 0
     for i, n, q in zip(index.T, sizes, positions.T, strict=True):
-        if n > 1 and len(q):
-            least = q.min()
-            angle = (i[:, None] * np.arange(least, q.max() + 1)) % n / n * (2 * math.pi)
-            factor = np.empty(angle.shape, dtype=np.complex128)
-            factor.real, factor.imag = np.cos(angle), -np.sin(angle)
-            total *= factor[:, q - least]
-    return total
+        least, count = int(q.min()), int(q.max() - q.min()) + 1
+        first = first * count + int(q[0]) - least
+        if count == 1 and least == 0:
+            continue
+        angle = (i[:, None] * np.arange(least, least + count)) % n / n * (2 * math.pi)
+        factor = np.empty(angle.shape, dtype=np.complex128)
+        factor.real, factor.imag = np.cos(angle), -np.sin(angle)
+        total = (total[:, :, None] * factor[:, None, :]).reshape(len(index), -1) if total.shape[1] > 1 else factor * total
+    assert total.shape[1] == first + len(positions)
+    return total[:, first:]

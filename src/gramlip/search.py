@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch import Tensor
 from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip.arrays import Flags, Ints, Reals, leading, named, on, pieces, smallest
-from gramlip.ascent import KEPT_BYTES, STEPS, Ascent, Tally, take
+from gramlip.ascent import KEPT_BYTES, STEPS, Ascent, Enclosure, take
 from gramlip.lattice import Cells, joined, pick
 from gramlip.proved import Table, look_up, merge
 
@@ -35,19 +35,8 @@ LEVELS = 6  # halvings that this estimate looks ahead
 SPREAD = 0.6180339887498949  # multiples of the golden ratio fall evenly into the unit interval
 AGAIN = 64  # corners of a sweep that are looked at once more for a higher peak
 RISEN = 0.25  # parts of the width by which a lower side that rises is worth another look at the same cells
-WIDER = (1.02, 1.05, 1.1, 1.25, 2.0)  # targets where the budget does not allow the one that was asked for, as multiples of it
-
-
-@dataclass(frozen=True)
-class Enclosure:
-    """`lower <= max ||D|| / 2**exponent <= upper`, where the lower side is attained, and what it took."""
-
-    lower: float
-    upper: float
-    frequency: tuple[float, ...]
-    group: int
-    tally: Tally
-    finished: bool
+WIDER = (1.00001, 1.0001, 1.001, 1.005, 1.02, 1.05, 1.1, 1.25, 2.0)  # multiples of a target beyond the budget; those wider than it count
+CELLS = 1 << 20  # that may be left at a time, for the memory they take
 
 
 class Search(Ascent):
@@ -77,7 +66,7 @@ class Search(Ascent):
         stretch = np.full(len(self.best), affordable)  # beyond 1 where the width asked for cannot be had
         proved: Table = (np.zeros(0, dtype=np.int64), np.zeros(0))
         steps, tested = STEPS, 0
-        self.limit = 1.5 * self.budget
+        allowed, self.limit = self.budget, 1.5 * self.budget
         while len(cells[0]):
             tau = (self._tau(width) * stretch)[self.items[cells[0]]]
             names, back = named(self.lattice.corner_keys(cells))
@@ -92,12 +81,14 @@ class Search(Ascent):
             if not len(left):
                 break
             late = np.unique(self.items[cells[0]])
-            if self.tally.operations > self.budget:  # wider targets from wider cells for what is left, then what needs no frequency
+            if (
+                self.tally.operations > allowed or len(left) > CELLS
+            ):  # wider targets from wider cells for what is left, then what needs no frequency
                 wider = np.array([*WIDER, math.inf])
-                stretch[late] = wider[np.searchsorted(wider, stretch[late], side="right").clip(max=len(WIDER))]
+                stretch[late] = wider[np.searchsorted(wider, np.maximum(stretch, 1 + width)[late], side="right").clip(max=len(WIDER))]
                 if np.isinf(stretch[late]).any():
                     break
-                self.limit = self.tally.operations + self.budget / 4
+                allowed = self.limit = self.tally.operations + self.budget / 8
                 if not self.lattice.listed:
                     cells = self._first_cells(np.unique(cells[0]), self._tau(width) * stretch)
                 continue
@@ -237,7 +228,8 @@ class Search(Ascent):
         cost, refine = self._cheapest(tau)
         if each * cost <= left:
             return 1.0, self.lattice.cells(refine, groups)
-        stretch = next((s for s in (1.0, *WIDER) if each * self._cheapest(tau * s, PEAK)[0] <= left), WIDER[-1])
+        wider = (s for s in (1.0, *WIDER) if s == 1.0 or s > 1 + width.max())
+        stretch = next((s for s in wider if each * self._cheapest(tau * s, PEAK)[0] <= left), WIDER[-1])
         return stretch, self._first_cells(groups, tau * stretch)
 
     def _cheapest(self, tau: Reals, peak: float = 0.0) -> tuple[float, float]:

@@ -7,13 +7,14 @@ earlier value. A map gives one matrix for each frequency (one matrix in all for 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
+from gramlip.operators import Conv
 from gramlip.steps import Join, Linear, Network, Shape, Slice, Slope, Step, Sum, View
 
 
@@ -194,8 +195,11 @@ class Entries:
         """Matrix, its error, whether it reads outside the value's extent, and whether zeros outside stay zeros."""
         from gramlip.coupling.dense import matrix_of
 
-        matrix = matrix_of(what.op, self.shapes[step.sources[0]])
-        return matrix[None], rd.add_up(what.error, rd.mul_up(rd.gamma(64), size_of(matrix[None]))), False, True
+        op, shape, error = what.op, self.shapes[step.sources[0]], 0.0
+        if isinstance(op, Conv):  # entries in which taps meet may cancel: docs/rounding.md#r8-the-matrix-of-a-layer
+            moduli = matrix_of(replace(op, weight=op.weight.detach().abs()), shape)
+            error = rd.mul_up(rd.gamma(8.0 * (math.prod(op.weight.shape[2:]) + 8)), size_of(moduli[None]))
+        return matrix_of(op, shape)[None], rd.add_up(what.error, error), False, True
 
     def factors(self, i: int, value: Tensor | float) -> Tensor:
         """Constants as one factor for each row of the value's forms."""

@@ -132,7 +132,8 @@ def _bicubic(call: Call) -> Lipschitz:
             shape[axis] = x.shape[axis]
             wide = part.reshape(shape).expand(len(part), 1, *x.shape[2:])
             columns.append(call.run(wide.contiguous()).select(5 - axis, 0).reshape(len(part), -1))
-        upper = rd.mul_up(upper, rd.mul_up(float(bound(torch.cat(columns)).upper), 1 + 1e-12))
+        grow = 1 + 2.0**-44 + 2.0**-46 * x.shape[axis]  # docs/rounding.md#fixed-maps
+        upper = rd.mul_up(upper, rd.mul_up(float(bound(torch.cat(columns)).upper), grow))
     return Lipschitz(upper, "bicubic interpolation: one matrix for each axis")
 
 
@@ -155,7 +156,7 @@ def nonnegative(call: Call, what: str, shape: Sequence[int]) -> Lipschitz:
     if not abs(seen - meant) <= 1e-9 * abs(meant):
         msg = f"{call.op}: its derivative in torch is not that of its values, so its column sums are not known"
         raise UnsupportedError(msg)
-    slack = 1.0 + rd.gamma(float(rows.numel() + ones.numel() + 64))
+    slack = 1.0 + rd.gamma(64.0 * (rows.numel() + ones.numel() + 1))  # the sums, and entries of interpolation: rounding.md#fixed-maps
     most = [rd.mul_up(float(sums.detach().abs().max()), slack) for sums in (rows, columns)]
     mean = abs(float(rows.detach().max()) - 1) < 1e-9 and abs(float(rows.detach().min()) - 1) < 1e-9
     return Lipschitz(rd.up(rd.sqrt_up(rd.mul_up(*most))), f"{what}: Schur's test on its nonnegative entries", same_range=mean)
