@@ -17,7 +17,7 @@ from gramlip import sweep
 from gramlip.arrays import Ints, Reals, integers, largest, leading, on, pieces
 from gramlip.gramian import Gramian
 from gramlip.lattice import Lattice, pick
-from gramlip.proved import Table
+from gramlip.proved import Table, merge
 from gramlip.uphill import uphill
 
 BUDGET = 4e12  # real operations after which the search stops with what it has proved
@@ -117,7 +117,10 @@ class Ascent:
         rest = self.reaching(groups[~np.isin(groups, first)]) if len(first) < len(groups) else groups[:0]
         if len(rest) and not self.too_long:
             more = np.unique(self.lattice.corner_keys(self.lattice.cells(1.0, rest)))
+            known, self.moments = self.moments, None
             self.estimates = np.concatenate([self.estimates, self.survey(more, steps)])
+            if known is not None and self.moments is not None:
+                self.moments = merge(known, self.moments)
             self.coarse = np.concatenate([self.coarse, more])
         if every or self.lattice.listed:  # every frequency was seen: only the vectors can still improve
             close = self.estimates > self.best[self.items[self.lattice.groups(self.coarse)]] * 0.98

@@ -22,6 +22,7 @@ SLAB_BYTES = 8 << 20  # rows of all taps that are combined at once
 NORMS_BYTES = 16 << 20  # taps whose norms are taken at once,
 HALVED_BYTES = 4 << 20  # that are halved at once,
 GATHERED_BYTES = 4 << 20  # or copied for single blocks
+A_CALL = 1 << 14  # numbers that are copied in the time that a product of a run of them takes to be called
 
 
 def correlate(tall: Tall, runs: list[list[Run]], out: Tensor) -> None:
@@ -232,7 +233,8 @@ def _parts(turning: Complexes, device: torch.device) -> tuple[Tensor, Tensor | N
 
 def _weighted(weights: Tensor, taps: Tensor, group: Ints) -> Tensor:
     """`combined`, at once where the taps of so few blocks may be copied."""
-    if taps.shape[0] > 1 and weights.numel() * taps.shape[-1] ** 2 * 16 <= GATHERED_BYTES:
+    copied, runs = weights.numel() * taps.shape[-1] ** 2, 1 + np.count_nonzero(np.diff(group))
+    if taps.shape[0] > 1 and copied * 16 <= GATHERED_BYTES and copied <= runs * A_CALL:
         return torch.einsum("ft,ftcd->fcd", weights, taps[on(taps.device, group)])
     return combined(weights, taps, group)
 
