@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramlip import rounding as rd
 from gramlip.bound import Bound, decimals
 from gramlip.errors import InputError
+from gramlip.margins import constant, radii
 from gramlip.nn.modes import evaluating
 from gramlip.report import Report
 
@@ -48,82 +48,6 @@ class Certified:
         lines = [f"clean accuracy                {100 * self.clean:6.2f} %  ({self.count} samples)"]
         lines += [f"certified at eps = {round(255 * eps, 4):>7g}/255  {100 * share:6.2f} %" for eps, share in self.certified.items()]
         return "\n".join([*lines, self.because])
-
-
-def constant(lipschitz: float | Bound | Report, std: float | Sequence[float] = 1.0) -> float:
-    """Upper bound of the constant with respect to pixels: divided by the least `std` that the input normalisation divides by.
-
-    >>> constant(2.0, std=(0.5, 0.25)) >= 8.0
-    True
-    """
-    upper = float(lipschitz.upper) if isinstance(lipschitz, Bound | Report) else float(lipschitz)
-    if math.isnan(upper) or upper < 0:
-        msg = f"lipschitz={lipschitz!r} was given; expected an upper bound of at least 0: type gramlip.audit(model, example).upper"
-        raise InputError(msg)
-    spread: list[float] = torch.as_tensor(std, dtype=torch.float64).flatten().tolist()
-    if not spread or any(not 0 < s < math.inf for s in spread):
-        msg = f"std={std!r} was given; expected the positive numbers that the input normalisation divides by"
-        raise InputError(msg)
-    return upper if min(spread) == 1.0 else rd.up(upper / min(spread)) if upper else 0.0
-
-
-def radii(
-    logits: Tensor,
-    labels: Tensor,
-    lipschitz: float | Bound | Report,
-    *,
-    std: float | Sequence[float] = 1.0,
-    last: nn.Linear | Tensor | None = None,
-) -> Tensor:
-    """Certified l2 radii (batch,), float64: no input closer than that, in pixels, gets another label.
-
-    0 for wrong labels, ties, and logits that are not finite: an overflow has no margin.
-
-    Args:
-        logits: (batch, classes).
-        labels: (batch,), integers.
-        lipschitz: upper bound for the network from its (normalised) input to the logits; with `last`, to the input of `last`.
-        std: what the input normalisation outside the network divides by; 1 where the network takes pixels.
-        last: the network's final linear layer: each pair of classes then has its own constant, `||w_y - w_j||` times `lipschitz`,
-            instead of `sqrt(2)` times that of the whole network.
-
-    Raises:
-        InputError: shapes or numbers that cannot be used.
-
-    Reference: Tsuzuku et al. 2018 (arXiv 1802.04034), proposition 1; docs/training.md#certify.
-
-    >>> radii(torch.tensor([[3.0, 1.0], [2.0, 2.0]]), torch.tensor([0, 0]), 1.0)
-    tensor([1.4142, 0.0000], dtype=torch.float64)
-    """
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.shape[1] < 2:
-        given = f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}"
-        msg = f"{given} were given; expected (batch, classes) with at least 2 classes, and (batch,)"
-        raise InputError(msg)
-    wrong = (labels < 0) | (labels >= logits.shape[1])
-    if labels.is_floating_point() or bool(wrong.any()):
-        given = f"a label of {labels.dtype}" if labels.is_floating_point() else f"the label {int(labels[wrong][0])}"
-        msg = f"{given} was given for {logits.shape[1]} classes; expected integers from 0 to {logits.shape[1] - 1}"
-        raise InputError(msg)
-    logits, labels = logits.detach().to(torch.float64), labels.long()
-    gaps = logits.gather(1, labels[:, None]) - logits
-    scale = constant(lipschitz, std)
-    slopes = _pairs(last, labels, logits) if last is not None else torch.full_like(gaps, rd.sqrt_up(2.0))
-    # Two roundings up in the constant, three in what follows: each moves a number by less than 2^-52 of itself.
-    least = (gaps / (slopes * scale)) * (1 - 2.0**-49)
-    least = torch.where((gaps > 0) & (slopes * scale == 0), torch.inf, least)
-    least = least.scatter(1, labels[:, None], torch.inf).amin(1)
-    return torch.where((least > 0) & logits.isfinite().all(1), least, 0.0)
-
-
-def _pairs(last: nn.Linear | Tensor, labels: Tensor, logits: Tensor) -> Tensor:
-    """Upper bounds of `||w_y - w_j||`: (batch, classes)."""
-    weight = (last if isinstance(last, Tensor) else last.weight).detach()
-    if weight.ndim != 2 or weight.shape[0] != logits.shape[1]:
-        msg = f"last has a weight of shape {tuple(weight.shape)}; expected ({logits.shape[1]}, features), one row a class"
-        raise InputError(msg)
-    rows = weight.to(logits)
-    norms = torch.stack([torch.linalg.vector_norm(rows - row, dim=1) for row in rows])
-    return (norms * (1 + rd.gamma(rows.shape[1] + 8.0)))[labels]
 
 
 def certify(
