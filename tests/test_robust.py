@@ -7,6 +7,7 @@ import random
 import sys
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -126,6 +127,21 @@ def test_attack_takes_the_normalisation_into_account(trained: tuple[nn.Module, t
     assert shifted.radii.allclose(robust.certify(model, [(x, y)], upper / 0.5).radii, rtol=1e-4, atol=1e-6)
 
 
+def test_logits_that_are_no_numbers_are_not_counted_as_right() -> None:
+    logits = torch.tensor([[math.nan, math.nan], [math.inf, 0.0], [1.0, 0.0]])
+    found = robust.certify(nn.Identity(), [(logits, torch.zeros(3, dtype=torch.long))], 1.0)
+    assert found.clean == 1 / 3
+    assert max(found.certified.values()) <= found.clean
+
+
+def test_arrays_lists_and_tensors_of_numbers_are_taken() -> None:
+    logits, labels, batch = np.array([[3.0, 1.0]]), [0], [(torch.tensor([[3.0, 1.0]]), [0])]
+    assert robust.radii(logits, labels, torch.tensor(1.0), std=np.array([0.5])).item() == pytest.approx(math.sqrt(2) / 2)
+    for eps in (torch.tensor([0.5, 2.0]), np.array([0.5, 2.0]), [0.5, 2.0]):
+        assert robust.certify(nn.Identity(), batch, 1.0, eps=eps).certified == {0.5: 1.0, 2.0: 0.0}
+    assert robust.certified_accuracy(nn.Identity(), batch, torch.tensor(0.5), lipschitz=np.float32(1.0)) == 1.0
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -142,6 +158,20 @@ def test_attack_takes_the_normalisation_into_account(trained: tuple[nn.Module, t
         (lambda: robust.certify(nn.Identity(), [], 1.0, eps=-1.0), "eps=-1.0"),
         (lambda: robust.attacked_accuracy(nn.Identity(), []), "no batch"),
         (lambda: robust.attacked_accuracy(nn.Identity(), [], restarts=0), "restarts=0"),
+        (lambda: robust.attacked_accuracy(nn.Identity(), [], steps=1.5), "steps=1.5"),
+        (lambda: robust.attacked_accuracy(nn.Identity(), [], eps="a"), "eps='a'"),
+        (lambda: robust.attacked_accuracy(nn.Identity(), [(3 * torch.eye(2), torch.tensor([0, 1]))]), "pixels from 0 to 3 were given"),
+        (lambda: robust.attacked_accuracy(nn.Identity(), [(torch.full((1, 2), math.nan), torch.tensor([0]))]), "pixels from nan to nan"),
+        (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([0]), "2"), "lipschitz='2'"),
+        (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([0]), None), "lipschitz=None"),
+        (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([0]), 1.0, std="imagenet"), "std='imagenet'"),
+        (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([0]), 1.0, last=nn.ReLU()), r"last=ReLU\(\)"),
+        (lambda: robust.radii("logits", torch.tensor([0]), 1.0), "logits of type str"),
+        (lambda: robust.radii(torch.zeros(1, 2, dtype=torch.complex64), torch.tensor([0]), 1.0), "logits of torch.complex64"),
+        (lambda: robust.certify(nn.Identity(), [], 1.0, eps="a"), "eps='a'"),
+        (lambda: robust.certify(nn.Identity(), [{"x": torch.zeros(1, 2)}], 1.0), "the loader gave a dict"),
+        (lambda: robust.certify(nn.Identity(), [(torch.zeros(1, 2), torch.tensor([0]), None)], 1.0), "the loader gave a tuple of 3"),
+        (lambda: robust.certified_accuracy(nn.Identity(), [], (0.1, 0.2), lipschitz=1.0), "expected one radius"),
     ],
 )
 def test_errors(call: object, message: str) -> None:

@@ -18,17 +18,42 @@ from gramlip.widen import exact
 LEAST = 2.0**-960  # flushed denormals, of 2^-1022 at most, are less than half a rounding of what is not below this
 
 
+def numbers(given: object) -> list[float]:
+    """A number, or a sequence, array or tensor of them, as floats; nothing for anything else.
+
+    >>> numbers(torch.tensor([0.5, 1.0])), numbers("1.0")
+    ([0.5, 1.0], [])
+    """
+    try:
+        return torch.as_tensor(given, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        return []
+
+
+def tensor(name: str, given: object) -> Tensor:
+    """A tensor, array or list of real numbers as a tensor."""
+    try:
+        found = torch.as_tensor(given).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        msg = f"{name} of type {type(given).__name__} were given; expected a tensor, array or list of numbers"
+        raise InputError(msg) from error
+    if found.is_complex():
+        msg = f"{name} of {found.dtype} were given; expected real numbers"
+        raise InputError(msg)
+    return found
+
+
 def constant(lipschitz: float | Bound | Report, std: float | Sequence[float] = 1.0) -> float:
     """Upper bound of the constant with respect to pixels: divided by the least `std` that the input normalisation divides by.
 
     >>> constant(2.0, std=(0.5, 0.25)) >= 8.0
     True
     """
-    upper = float(lipschitz.upper) if isinstance(lipschitz, Bound | Report) else float(lipschitz)
-    if math.isnan(upper) or upper < 0:
+    found = [float(lipschitz.upper)] if isinstance(lipschitz, Bound | Report) else numbers(lipschitz)
+    if len(found) != 1 or not found[0] >= 0:
         msg = f"lipschitz={lipschitz!r} was given; expected an upper bound of at least 0: type gramlip.audit(model, example).upper"
         raise InputError(msg)
-    spread: list[float] = torch.as_tensor(std, dtype=torch.float64).flatten().tolist()
+    (upper,), spread = found, numbers(std)
     if not spread or any(not 0 < s < math.inf for s in spread):
         msg = f"std={std!r} was given; expected the positive numbers that the input normalisation divides by"
         raise InputError(msg)
@@ -63,6 +88,7 @@ def radii(
     >>> radii(torch.tensor([[3.0, 1.0], [2.0, 2.0]]), torch.tensor([0, 0]), 1.0)
     tensor([1.4142, 0.0000], dtype=torch.float64)
     """
+    logits, labels = tensor("logits", logits), tensor("labels", labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.shape[1] < 2:
         given = f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}"
         msg = f"{given} were given; expected (batch, classes) with at least 2 classes, and (batch,)"
@@ -109,7 +135,10 @@ def _pairs(last: nn.Linear | Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 
     Each difference is divided by a power of two near its peak, so that its squares neither over- nor underflow where they count.
     """
-    weight = (last if isinstance(last, Tensor) else last.weight).detach()
+    weight = last if isinstance(last, Tensor) else getattr(last, "weight", None)
+    if not isinstance(weight, Tensor):
+        msg = f"last={last!r} was given; expected the network's final nn.Linear, or its weight: type last=model.fc"
+        raise InputError(msg)
     if weight.ndim != 2 or weight.shape[0] != logits.shape[1]:
         msg = f"last has a weight of shape {tuple(weight.shape)}; expected ({logits.shape[1]}, features), one row a class"
         raise InputError(msg)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gramlip.bound import Bound, decimals
 from gramlip.errors import InputError
-from gramlip.margins import constant, radii
+from gramlip.margins import constant, numbers, radii, tensor
 from gramlip.nn.modes import evaluating
 from gramlip.report import Report
 
@@ -77,15 +77,15 @@ def certify(
     >>> certify(model, [(torch.tensor([[1.0, 0.0], [0.1, 0.0]]), torch.tensor([0, 0]))], 1.0, eps=0.5).certified
     {0.5: 0.5}
     """
-    wanted = tuple(eps) if isinstance(eps, Sequence) else (eps,)
-    if any(not 0 <= e < math.inf for e in wanted):
+    wanted = numbers(eps)
+    if not wanted or any(not 0 <= e < math.inf for e in wanted):
         msg = f"eps={eps!r} was given; expected radii of at least 0 in pixels of [0, 1], such as 36/255"
         raise InputError(msg)
     found, right = [], 0
-    for inputs, labels in loader:
-        logits, truth = logits_of(model, inputs), labels.to(_device(model))
+    for inputs, labels in _batches(loader):
+        logits, truth = tensor("logits", logits_of(model, inputs)), labels.to(_device(model))
         found.append(radii(logits, truth, lipschitz, std=std, last=last).cpu())
-        right += int((logits.argmax(1) == truth).sum())
+        right += int(((logits.argmax(1) == truth) & logits.isfinite().all(1)).sum())  # the argmax of NaN is no answer
     if not found:
         msg = "the loader gave no batch; expected at least one (inputs, labels)"
         raise InputError(msg)
@@ -106,7 +106,11 @@ def certified_accuracy(
     >>> certified_accuracy(nn.Identity(), [batch], 0.5, lipschitz=1.0)
     1.0
     """
-    return certify(model, loader, lipschitz, eps, **options).certified[eps]
+    if len(numbers(eps)) != 1:
+        msg = f"eps={eps!r} was given; expected one radius such as 36/255: type certify(...).certified for several"
+        raise InputError(msg)
+    (share,) = certify(model, loader, lipschitz, eps, **options).certified.values()
+    return share
 
 
 def attacked_accuracy(
@@ -147,8 +151,11 @@ def attacked_accuracy(
     except ImportError as error:
         msg = 'attacks need foolbox, which is not installed; expected the extra: type pip install "gramlip[attack]"'
         raise InputError(msg) from error
-    if min(steps, restarts) < 1:
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in (steps, restarts)):
         msg = f"steps={steps}, restarts={restarts} were given; expected integers of at least 1"
+        raise InputError(msg)
+    if len(numbers(eps)) != 1 or not 0 <= (radius := numbers(eps)[0]) < math.inf:
+        msg = f"eps={eps!r} was given; expected one radius of at least 0 in pixels of [0, 1], such as 36/255"
         raise InputError(msg)
     channels = len(std or mean or [])
     preprocessing = {"mean": list(mean or [0.0] * channels), "std": list(std or [1.0] * channels), "axis": -3} if channels else None
@@ -156,11 +163,15 @@ def attacked_accuracy(
     target = foolbox.PyTorchModel(model.eval(), bounds=(0, 1), preprocessing=preprocessing, device=_device(model))
     attack = foolbox.attacks.L2ProjectedGradientDescentAttack(steps=steps)
     try:
-        for pixels, labels in loader:
+        for pixels, labels in _batches(loader):
+            if not bool(((pixels >= 0) & (pixels <= 1)).all()):
+                given = f"pixels from {float(pixels.min()):.4g} to {float(pixels.max()):.4g} were given"
+                msg = f"{given}; expected pixels in [0, 1]: pass mean and std here in place of normalising in the loader"
+                raise InputError(msg)
             truth = labels.to(_device(model))
             kept = torch.ones_like(truth, dtype=torch.bool)
             for _ in range(restarts):
-                _, _, broken = attack(target, pixels.to(_device(model)), truth, epsilons=float(eps))
+                _, _, broken = attack(target, pixels.to(_device(model)), truth, epsilons=radius)
                 kept &= ~broken
             right, count = right + int(kept.sum()), count + len(labels)
     finally:
@@ -170,6 +181,16 @@ def attacked_accuracy(
         msg = "the loader gave no batch; expected at least one (pixels, labels)"
         raise InputError(msg)
     return right / count
+
+
+def _batches(loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs that a loader gives, the labels as a tensor; refused where it gives something else."""
+    for batch in loader:
+        if not isinstance(batch, list | tuple) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+            given = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
+            msg = f"the loader gave a {given}; expected (inputs, labels), a tensor first: type ((b[0], b[1]) for b in loader)"
+            raise InputError(msg)
+        yield batch[0], tensor("labels", batch[1])
 
 
 def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
