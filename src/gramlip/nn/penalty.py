@@ -15,7 +15,7 @@ from gramlip.bound import Bound
 from gramlip.errors import InputError
 from gramlip.nn.parametrize import layers, operator, positive, real
 from gramlip.nn.sigma import Plan
-from gramlip.nn.track import Tracker
+from gramlip.nn.track import Tracker, plainly
 from gramlip.operators import Ints
 
 
@@ -145,14 +145,16 @@ class LipschitzPenalty(nn.Module):
     def sigmas(self) -> dict[str, Tensor]:
         """One tracking step: {path: norm estimate, a scalar with its graph}; a search where it is due."""
         trackers = cast("list[Tracker]", list(self.trackers))
-        due, first = self._due(int(self.calls)), 0
+        due, first, values = self._due(int(self.calls)), 0, []
         for tracker in trackers:
-            if mine := [i - first for i in due if first <= i < first + len(tracker)]:
-                tracker.search(mine)
+            values += tracker([i - first for i in due if first <= i < first + len(tracker)])
             first += len(tracker)
-        self.calls += 1
-        values = [sigma for tracker in trackers for sigma in tracker()]
+        plainly(self._count, self.calls)
         return dict(zip(self._paths, values, strict=True))
+
+    def _count(self, calls: Tensor) -> tuple[Tensor]:
+        self.calls += 1
+        return (calls.clone(),)
 
     def _due(self, call: int) -> list[int]:
         """The layers that a call searches: all at first, then each once in `every` calls, as evenly as it goes."""
