@@ -144,10 +144,14 @@ def test_soft_at_any_scale(fill: float, target: float, least: float) -> None:
     assert torch.allclose(gnn.spectral_norm(layer, target=target, soft=True).weight / least, torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("build", [lambda: nn.Conv2d(2, 3, 3), lambda: nn.Linear(5, 3)], ids=["conv", "linear"])
 @pytest.mark.parametrize("method", [gnn.spectral_norm, gnn.spectral_rescaling])
-def test_on_the_meta_device(method: object) -> None:
-    layer = method(nn.Conv2d(2, 3, 3)).to("meta")
-    assert layer(torch.zeros(1, 2, 5, 5, device="meta")).shape == (1, 3, 3, 3)
+def test_on_the_meta_device(method: object, build: object) -> None:
+    layer = method(build()).to("meta")
+    y = layer(torch.zeros(1, 2, 5, 5, device="meta"))
+    assert y.shape[:2] == (1, 3 if y.shape[-1] == 3 and layer.weight.ndim == 4 else 2)
+    y.sum().backward()
+    assert layer.parametrizations.weight.original.grad.is_meta
 
 
 def test_zero_stays_zero_and_its_gradient_finite() -> None:
