@@ -242,6 +242,9 @@ def test_work_is_shared_evenly_and_completely() -> None:
         ({"form": "cube"}, "form='cube'"),
         ({"over": "sum"}, "over='sum'"),
         ({"every": 0}, "every=0"),
+        ({"every": 2.5}, "every=2.5"),
+        ({"every": "a"}, "every='a'"),
+        ({"peaks": 3.0}, "peaks=3.0"),
         ({"threshold": -1.0}, "threshold=-1.0"),
         ({"over": "product", "shared": True}, "shared=True"),
         ({"where": lambda *_: False}, "no layer"),
@@ -250,6 +253,16 @@ def test_work_is_shared_evenly_and_completely() -> None:
 def test_errors(options: dict[str, object], message: str) -> None:
     with pytest.raises(gl.InputError, match=message):
         gnn.LipschitzPenalty(net(), **options)
+
+
+def test_the_meta_device_has_nothing_to_track() -> None:
+    with pytest.raises(gl.InputError, match="0 is on the meta device; expected weights with values"):
+        gnn.LipschitzPenalty(net().to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_shape_is_of_the_numbers_that_the_model_has(dtype: torch.dtype) -> None:
+    gnn.LipschitzPenalty(net(dtype), (3, 8, 8))().backward()
 
 
 def test_complex_weights_are_refused_by_name() -> None:

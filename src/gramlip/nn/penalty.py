@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from gramlip import distributed
 from gramlip.bound import Bound
 from gramlip.errors import InputError
-from gramlip.nn.parametrize import layers, operator, positive, real
+from gramlip.nn.parametrize import operator, positive, real
 from gramlip.nn.sigma import Plan
 from gramlip.nn.track import Tracker, plainly
+from gramlip.nn.walk import layers
 from gramlip.operators import Ints
 
 
@@ -63,7 +64,8 @@ class LipschitzPenalty(nn.Module):
     minimised; `penalty.certify()` gives the intervals that hold.
 
     Args:
-        model: the network; its layers are read at every call.
+        model: the network. Its layers are those that it has now, and their weights are read at every call: where a layer is replaced
+            by another, make a new penalty.
         example: an input that one forward pass runs on to learn input sizes (they decide how strides split), or None.
         threshold: what costs nothing.
         form: a name in `FORMS`: "paper", "hinge", "square" or "log".
@@ -116,8 +118,8 @@ class LipschitzPenalty(nn.Module):
         if shared and over != "layers":
             msg = f"shared=True was given with over={over!r}; expected over='layers': a composed constant needs every layer"
             raise InputError(msg)
-        if min(every, steps, peaks) < 1:
-            msg = f"every={every}, steps={steps}, peaks={peaks} were given; expected integers of at least 1"
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in (every, steps, peaks)):
+            msg = f"every={every!r}, steps={steps!r}, peaks={peaks!r} were given; expected integers of at least 1"
             raise InputError(msg)
         self.threshold, self.every = positive("threshold", threshold), every
         self._cost, self._compose = FORMS[form], COMPOSE[over] if isinstance(over, str) else over
@@ -130,6 +132,9 @@ class LipschitzPenalty(nn.Module):
         alike: dict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)
         for path, module, op in found:
             real(op, "LipschitzPenalty")
+            if _weight(module).is_meta:
+                msg = f"{path} is on the meta device; expected weights with values: type model.to_empty(device='cpu') and load them first"
+                raise InputError(msg)
             weight = op.weight
             alike[Plan.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
         self.trackers = nn.ModuleList(
