@@ -27,7 +27,7 @@ import gramlip
 from gramlip import nn as gnn
 from gramlip.conv_gram import operator_gram_norm
 from gramlip.layers import describe
-from gramlip.nn.parametrize import layers
+from gramlip.nn.walk import layers
 from gramlip.paper import Lip_conv
 from gramlip.training.models import resnet18
 

@@ -11,12 +11,13 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import gramlip as gl
 from gramlip import nn as gnn
+from gramlip.nn import parametrize as parametrizing
 from gramlip.nn.sigma import largest
 
 
@@ -144,10 +145,14 @@ def test_soft_at_any_scale(fill: float, target: float, least: float) -> None:
     assert torch.allclose(gnn.spectral_norm(layer, target=target, soft=True).weight / least, torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("build", [lambda: nn.Conv2d(2, 3, 3), lambda: nn.Linear(5, 3)], ids=["conv", "linear"])
 @pytest.mark.parametrize("method", [gnn.spectral_norm, gnn.spectral_rescaling])
-def test_on_the_meta_device(method: object) -> None:
-    layer = method(nn.Conv2d(2, 3, 3)).to("meta")
-    assert layer(torch.zeros(1, 2, 5, 5, device="meta")).shape == (1, 3, 3, 3)
+def test_on_the_meta_device(method: object, build: object) -> None:
+    layer = method(build()).to("meta")
+    y = layer(torch.zeros(1, 2, 5, 5, device="meta"))
+    assert y.shape[:2] == (1, 3 if y.shape[-1] == 3 and layer.weight.ndim == 4 else 2)
+    y.sum().backward()
+    assert layer.parametrizations.weight.original.grad.is_meta
 
 
 def test_zero_stays_zero_and_its_gradient_finite() -> None:
@@ -316,6 +321,76 @@ def test_nothing_is_removed_where_a_weight_is_no_number() -> None:
     assert len(list(gnn.normalised(model))) == 2
 
 
+def pair() -> nn.Sequential:
+    torch.manual_seed(0)
+    return gnn.spectral_norm_(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+
+
+@pytest.mark.parametrize(("rtol", "message"), [(-1, "rtol=-1"), (1e-30, "stays at")])
+def test_nothing_is_removed_where_remove_cannot_end(rtol: float, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pair()
+    stored = copy.deepcopy(model.state_dict())
+    if rtol > 0:
+        rtol = 1e-3
+        true = parametrizing.bound
+        high = gl.Bound(0.0, 2.0, "of the second layer, whatever is tried")
+        weights = [p.detach() for p in (model[1].weight,)]
+        monkeypatch.setattr(
+            parametrizing, "bound", lambda op, **k: high if torch.allclose(unit(op.weight), unit(weights[0])) else true(op, **k)
+        )
+    with pytest.raises(gl.InputError, match=message):
+        gnn.remove(model, rtol=rtol)
+    assert len(list(gnn.normalised(model))) == 2
+    assert all(torch.equal(a, b) for a, b in zip(stored.values(), model.state_dict().values(), strict=True))
+
+
+def unit(weight: torch.Tensor) -> torch.Tensor:
+    return weight / weight.norm()
+
+
+@pytest.mark.parametrize("target", [1e-7, 1e-8])
+def test_a_target_below_what_the_dtype_holds_is_refused(target: float) -> None:
+    model = nn.Sequential(gnn.spectral_norm(nn.Linear(4, 4)), gnn.spectral_norm(nn.Linear(4, 4).half(), target=target))
+    with pytest.raises(gl.InputError, match=r"1\.weight: target=1e-0. is below what torch.float16 can hold.*nothing was removed"):
+        gnn.remove(model)
+    assert len(list(gnn.normalised(model))) == 2
+    zero = nn.Linear(4, 4)
+    nn.init.zeros_(zero.weight)
+    assert gnn.remove(gnn.spectral_norm(zero)).weight.eq(0).all()
+
+
+@pytest.mark.parametrize("method", [gnn.spectral_norm_, gnn.spectral_rescaling_])
+def test_a_model_built_on_the_meta_device(method: object) -> None:
+    with torch.device("meta"):
+        model = net()
+    method(model, (3, 8, 8))
+    assert [p.input_size for *_, p in gnn.normalised(model)] == [(8, 8), (4, 4), None]
+    model.to_empty(device="cpu")
+    model.load_state_dict(method(net(), (3, 8, 8)).state_dict())
+    for module in (model[0], model[2], model[4]):
+        with torch.no_grad():
+            module.parametrizations.weight.original.mul_(100)
+        size = module.weight.shape[1] * 64 if module.weight.ndim == 4 else 64
+        assert 0.1 < truth(module, (module.weight.shape[1], 8, 8) if module.weight.ndim == 4 else (size,)) <= 1 + 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 8, 8), [3, 8, 8]])
+def test_a_shape_is_of_the_numbers_that_the_model_has(dtype: torch.dtype, shape: object) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 2)).to(dtype)
+    assert [p.input_size for *_, p in gnn.normalised(gnn.spectral_norm_(model, shape))] == [(8, 8), None]
+
+
+def test_what_no_rule_covers_is_named() -> None:
+    def build() -> nn.ModuleDict:
+        return nn.ModuleDict({"a": nn.MultiheadAttention(4, 2), "e": nn.Embedding(4, 4), "b": nn.Bilinear(2, 2, 2), "l": nn.Linear(3, 3)})
+
+    for method in (gnn.spectral_norm_, gnn.spectral_rescaling_, gnn.LipschitzPenalty):
+        with pytest.warns(UserWarning, match=r"^a.in_proj_weight, e.weight, b.weight: no linear or convolution layer"):
+            method(build())
+    gnn.spectral_norm_(build(), where=lambda path, module: True)
+
+
 def test_lazy_layers_and_calls_by_keyword_are_normalised_too() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -332,6 +407,19 @@ def test_lazy_layers_and_calls_by_keyword_are_normalised_too() -> None:
 def test_a_model_that_is_refused_is_not_changed() -> None:
     model = nn.Sequential(nn.Linear(2, 2), gnn.spectral_norm(nn.Linear(2, 2)))
     with pytest.raises(gl.InputError, match="normalised already"):
+        gnn.spectral_norm_(model)
+    assert type(model[0]) is nn.Linear
+    model = nn.Sequential(nn.Linear(2, 2), prune.l1_unstructured(nn.Linear(2, 2), "weight", 0.5))
+    with pytest.raises(gl.InputError, match=r"1.weight is set by a hook.*type torch.nn.utils.prune.remove"):
+        gnn.spectral_norm_(model)
+    assert type(model[0]) is nn.Linear
+
+    class Own(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.Linear(2, 2), Own(2, 2))
+    with pytest.raises(gl.UnsupportedError, match="forward of its own"):
         gnn.spectral_norm_(model)
     assert type(model[0]) is nn.Linear
 
@@ -434,6 +522,11 @@ def test_export_before_and_after_baking(model: nn.Sequential, x: torch.Tensor, s
         (lambda: gnn.spectral_norm(nn.Linear(2, 2), "bias"), "expected a matrix"),
         (lambda: gnn.remove(nn.Linear(2, 2)), "holds no parametrization"),
         (lambda: gnn.spectral_norm_(nn.ReLU()), "has no layer"),
+        (lambda: gnn.spectral_norm(torch.ones(3, 3)), "a Tensor was given; expected a module"),
+        (lambda: gnn.spectral_norm(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)).to("meta")), "meta device"),
+        (lambda: gnn.spectral_norm(prune.l1_unstructured(nn.Linear(2, 2), "weight", 0.5)), "set by a hook"),
+        (lambda: gnn.spectral_norm_(nn.Linear(2, 2), {"x": torch.zeros(1, 2)}), "example=a dict was given"),
+        (lambda: gnn.spectral_norm_(nn.Linear(2, 2), (2.0,)), r"example=\(2.0,\) was given"),
         (lambda: gnn.spectral_norm_(nn.LazyLinear(2)), "pass an example"),
         (lambda: gnn.spectral_norm(nn.Conv2d(1, 1, 3), input_size=2), "smaller than the kernel"),
     ],

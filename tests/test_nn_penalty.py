@@ -110,6 +110,56 @@ def test_zero_weights_give_zero_and_finite_gradients() -> None:
         assert model[0].weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [1e37, 1e25, 1e20, 1e-20, 1e-25, 1e-30])
+@pytest.mark.parametrize("layer", [nn.Linear(3, 3, bias=False), nn.Conv2d(2, 2, 3, padding=1)], ids=["linear", "conv"])
+def test_weights_of_any_scale_have_norms_and_gradients(layer: nn.Module, scale: float) -> None:
+    layer = copy.deepcopy(layer)
+    nn.init.dirac_(layer.weight) if layer.weight.ndim > 2 else nn.init.eye_(layer.weight)
+    layer.weight.data *= scale
+    penalty = gnn.LipschitzPenalty(layer, threshold=scale / 2, form="hinge")
+    for _ in range(3):
+        layer.weight.grad = None
+        value = penalty()
+        value.backward()
+        assert value.item() == pytest.approx(scale / 2, rel=1e-4)
+        assert (layer.weight.grad * layer.weight).sum().item() == pytest.approx(scale, rel=1e-4)  # Euler's, of degree one
+    layer.weight.data /= scale  # and what was followed serves the ordinary ones
+    assert penalty.sigmas().popitem()[1].item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_functional_gradients_are_those_of_backward() -> None:
+    model = net()
+    penalty = gnn.LipschitzPenalty(model, threshold=0.1)
+    weights = dict(model.named_parameters())
+
+    def loss(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        names = {f"model.{name}": w for name, w in weights.items()}
+        return torch.func.functional_call(both, names, (x,))
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x).square().sum() + penalty()
+
+    both, x = Both(), torch.randn(2, 3, 8, 8)
+    state = copy.deepcopy(penalty.state_dict())
+    found = torch.func.grad(loss)(weights, x)
+    assert int(penalty.calls) == 1
+    assert not any(torch.equal(state[name], new) for name, new in penalty.state_dict().items() if "vector" in name)
+    penalty.load_state_dict(state)
+    both(x).backward()
+    torch.testing.assert_close(found, {name: w.grad for name, w in weights.items()})
+    torch.vmap(torch.func.grad(loss), (None, 0))(weights, x[:, None])
+    _, along = torch.func.jvp(lambda w: loss(w, x), (weights,), (weights,))
+    assert along.isfinite()
+    several = {name: torch.stack([w.detach(), w.detach()]) for name, w in weights.items()}
+    with pytest.raises(gl.InputError, match="one LipschitzPenalty for each"):
+        torch.vmap(loss, (0, None))(several, x)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_weight_that_is_no_number_is_seen_and_forgotten(form: str) -> None:
     layer = nn.Linear(2, 2)
@@ -192,6 +242,9 @@ def test_work_is_shared_evenly_and_completely() -> None:
         ({"form": "cube"}, "form='cube'"),
         ({"over": "sum"}, "over='sum'"),
         ({"every": 0}, "every=0"),
+        ({"every": 2.5}, "every=2.5"),
+        ({"every": "a"}, "every='a'"),
+        ({"peaks": 3.0}, "peaks=3.0"),
         ({"threshold": -1.0}, "threshold=-1.0"),
         ({"over": "product", "shared": True}, "shared=True"),
         ({"where": lambda *_: False}, "no layer"),
@@ -200,6 +253,16 @@ def test_work_is_shared_evenly_and_completely() -> None:
 def test_errors(options: dict[str, object], message: str) -> None:
     with pytest.raises(gl.InputError, match=message):
         gnn.LipschitzPenalty(net(), **options)
+
+
+def test_the_meta_device_has_nothing_to_track() -> None:
+    with pytest.raises(gl.InputError, match="0 is on the meta device; expected weights with values"):
+        gnn.LipschitzPenalty(net().to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_shape_is_of_the_numbers_that_the_model_has(dtype: torch.dtype) -> None:
+    gnn.LipschitzPenalty(net(dtype), (3, 8, 8))().backward()
 
 
 def test_complex_weights_are_refused_by_name() -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
+import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -123,6 +127,21 @@ def test_attack_takes_the_normalisation_into_account(trained: tuple[nn.Module, t
     assert shifted.radii.allclose(robust.certify(model, [(x, y)], upper / 0.5).radii, rtol=1e-4, atol=1e-6)
 
 
+def test_logits_that_are_no_numbers_are_not_counted_as_right() -> None:
+    logits = torch.tensor([[math.nan, math.nan], [math.inf, 0.0], [1.0, 0.0]])
+    found = robust.certify(nn.Identity(), [(logits, torch.zeros(3, dtype=torch.long))], 1.0)
+    assert found.clean == 1 / 3
+    assert max(found.certified.values()) <= found.clean
+
+
+def test_arrays_lists_and_tensors_of_numbers_are_taken() -> None:
+    logits, labels, batch = np.array([[3.0, 1.0]]), [0], [(torch.tensor([[3.0, 1.0]]), [0])]
+    assert robust.radii(logits, labels, torch.tensor(1.0), std=np.array([0.5])).item() == pytest.approx(math.sqrt(2) / 2)
+    for eps in (torch.tensor([0.5, 2.0]), np.array([0.5, 2.0]), [0.5, 2.0]):
+        assert robust.certify(nn.Identity(), batch, 1.0, eps=eps).certified == {0.5: 1.0, 2.0: 0.0}
+    assert robust.certified_accuracy(nn.Identity(), batch, torch.tensor(0.5), lipschitz=np.float32(1.0)) == 1.0
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -139,8 +158,86 @@ def test_attack_takes_the_normalisation_into_account(trained: tuple[nn.Module, t
         (lambda: robust.certify(nn.Identity(), [], 1.0, eps=-1.0), "eps=-1.0"),
         (lambda: robust.attacked_accuracy(nn.Identity(), []), "no batch"),
         (lambda: robust.attacked_accuracy(nn.Identity(), [], restarts=0), "restarts=0"),
+        (lambda: robust.attacked_accuracy(nn.Identity(), [], steps=1.5), "steps=1.5"),
+        (lambda: robust.attacked_accuracy(nn.Identity(), [], eps="a"), "eps='a'"),
+        (lambda: robust.attacked_accuracy(nn.Identity(), [(3 * torch.eye(2), torch.tensor([0, 1]))]), "pixels from 0 to 3 were given"),
+        (lambda: robust.attacked_accuracy(nn.Identity(), [(torch.full((1, 2), math.nan), torch.tensor([0]))]), "pixels from nan to nan"),
+        (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([0]), "2"), "lipschitz='2'"),
+        (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([0]), None), "lipschitz=None"),
+        (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([0]), 1.0, std="imagenet"), "std='imagenet'"),
+        (lambda: robust.radii(torch.zeros(1, 2), torch.tensor([0]), 1.0, last=nn.ReLU()), r"last=ReLU\(\)"),
+        (lambda: robust.radii("logits", torch.tensor([0]), 1.0), "logits of type str"),
+        (lambda: robust.radii(torch.zeros(1, 2, dtype=torch.complex64), torch.tensor([0]), 1.0), "logits of torch.complex64"),
+        (lambda: robust.certify(nn.Identity(), [], 1.0, eps="a"), "eps='a'"),
+        (lambda: robust.certify(nn.Identity(), [{"x": torch.zeros(1, 2)}], 1.0), "the loader gave a dict"),
+        (lambda: robust.certify(nn.Identity(), [(torch.zeros(1, 2), torch.tensor([0]), None)], 1.0), "the loader gave a tuple of 3"),
+        (lambda: robust.certified_accuracy(nn.Identity(), [], (0.1, 0.2), lipschitz=1.0), "expected one radius"),
     ],
 )
 def test_errors(call: object, message: str) -> None:
     with pytest.raises(gl.InputError, match=message):
         call()
+
+
+EXTREMES = [0.0, 5e-324, 1e-310, 3e-308, 1e-300, 3e-172, 1e-170, 1e-162, 1e-150, 1e-20, 0.3, 1.0, 1e20, 1e160, 1e200, 1e300, 1.7e308]
+
+
+def exact_radius(logits: list[float], rows: list[list[float]] | None, constant: float) -> Fraction | None:
+    """The square of the true radius for label 0; None where it is infinite."""
+    squares = []
+    for j in range(1, len(logits)):
+        gap = max(Fraction(logits[0]) - Fraction(logits[j]), Fraction(0))
+        slope = Fraction(2) if rows is None else sum((Fraction(a) - Fraction(b)) ** 2 for a, b in zip(rows[0], rows[j], strict=True))
+        if gap == 0:
+            return Fraction(0)
+        if slope and constant:
+            squares.append(gap**2 / (slope * Fraction(constant) ** 2))
+    return min(squares, default=None)
+
+
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_radius_is_above_the_rational_one_at_any_scale(seed: int, flush: bool) -> None:
+    draw = random.Random(seed)
+
+    def number() -> float:
+        return draw.choice((-1, 1)) * draw.choice(EXTREMES) * draw.choice((1.0, 0.77, 0.999))
+
+    for _ in range(400):
+        logits = [abs(number()), number() if draw.random() < 0.5 else 0.0]
+        rows = [[number(), number() if draw.random() < 0.5 else 0.0], [0.0, 0.0] if draw.random() < 0.5 else [number(), number()]]
+        bound = abs(number()) if not flush else max(abs(number()), 1e-300)
+        last = None if draw.random() < 0.2 else rows
+        truth = exact_radius(logits, last, bound)
+        tensors = torch.tensor([logits], dtype=torch.float64), last and torch.tensor(last, dtype=torch.float64)
+        torch.set_flush_denormal(flush)
+        try:
+            found = robust.radii(tensors[0], torch.tensor([0]), bound, last=tensors[1]).item()
+        finally:
+            torch.set_flush_denormal(False)
+        assert truth is None or (found < math.inf and Fraction(found) ** 2 <= truth)
+
+
+def test_radii_are_sharp_at_every_scale() -> None:
+    draw = random.Random(0)
+    for _ in range(300):
+        gap, row, other = (draw.uniform(1, 2) * 2.0 ** draw.randint(-900, 900) for _ in range(3))
+        bound = draw.uniform(1, 2) * 2.0 ** draw.randint(-900, 900)
+        last = torch.tensor([[row, other], [0.0, 0.0]], dtype=torch.float64)
+        found = robust.radii(torch.tensor([[gap, 0.0]], dtype=torch.float64), torch.tensor([0]), bound, last=last).item()
+        truth = exact_radius([gap, 0.0], last.tolist(), bound)
+        assert truth is not None
+        highest, lowest = Fraction(sys.float_info.max), Fraction(sys.float_info.min)
+        least = min(truth, highest**2) * (1 - Fraction(1, 10**13)) ** 2
+        assert Fraction(found) ** 2 >= least or (found == 0.0 and least < lowest**2)
+
+
+def test_products_and_norms_that_underflow_certify_nothing_more() -> None:
+    def one(gap: float, row: float, constant: float) -> float:
+        last = torch.tensor([[row, 0.0], [0.0, 0.0]], dtype=torch.float64)
+        return robust.radii(torch.tensor([[gap, 0.0]], dtype=torch.float64), torch.tensor([0]), constant, last=last).item()
+
+    assert 1e-10 * (1 - 1e-13) < one(1e20, 1e-170, 1e200) <= 1e-10
+    assert Fraction(one(1e-20, 1e-150, 3.33e-172)) <= Fraction(1e-20) / (Fraction(1e-150) * Fraction(3.33e-172))
+    assert one(1.0, 1e200, 1e200) == 0.0  # below the normal range
+    assert one(1e200, 1e-200, 1.0) == pytest.approx(sys.float_info.max)  # above it, and the true radius larger still

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramlip import rounding as rd
 from gramlip.bound import Bound, decimals
 from gramlip.errors import InputError
+from gramlip.margins import constant, numbers, radii, tensor
 from gramlip.nn.modes import evaluating
 from gramlip.report import Report
 
@@ -50,82 +50,6 @@ class Certified:
         return "\n".join([*lines, self.because])
 
 
-def constant(lipschitz: float | Bound | Report, std: float | Sequence[float] = 1.0) -> float:
-    """Upper bound of the constant with respect to pixels: divided by the least `std` that the input normalisation divides by.
-
-    >>> constant(2.0, std=(0.5, 0.25)) >= 8.0
-    True
-    """
-    upper = float(lipschitz.upper) if isinstance(lipschitz, Bound | Report) else float(lipschitz)
-    if math.isnan(upper) or upper < 0:
-        msg = f"lipschitz={lipschitz!r} was given; expected an upper bound of at least 0: type gramlip.audit(model, example).upper"
-        raise InputError(msg)
-    spread: list[float] = torch.as_tensor(std, dtype=torch.float64).flatten().tolist()
-    if not spread or any(not 0 < s < math.inf for s in spread):
-        msg = f"std={std!r} was given; expected the positive numbers that the input normalisation divides by"
-        raise InputError(msg)
-    return upper if min(spread) == 1.0 else rd.up(upper / min(spread)) if upper else 0.0
-
-
-def radii(
-    logits: Tensor,
-    labels: Tensor,
-    lipschitz: float | Bound | Report,
-    *,
-    std: float | Sequence[float] = 1.0,
-    last: nn.Linear | Tensor | None = None,
-) -> Tensor:
-    """Certified l2 radii (batch,), float64: no input closer than that, in pixels, gets another label.
-
-    0 for wrong labels, ties, and logits that are not finite: an overflow has no margin.
-
-    Args:
-        logits: (batch, classes).
-        labels: (batch,), integers.
-        lipschitz: upper bound for the network from its (normalised) input to the logits; with `last`, to the input of `last`.
-        std: what the input normalisation outside the network divides by; 1 where the network takes pixels.
-        last: the network's final linear layer: each pair of classes then has its own constant, `||w_y - w_j||` times `lipschitz`,
-            instead of `sqrt(2)` times that of the whole network.
-
-    Raises:
-        InputError: shapes or numbers that cannot be used.
-
-    Reference: Tsuzuku et al. 2018 (arXiv 1802.04034), proposition 1; docs/training.md#certify.
-
-    >>> radii(torch.tensor([[3.0, 1.0], [2.0, 2.0]]), torch.tensor([0, 0]), 1.0)
-    tensor([1.4142, 0.0000], dtype=torch.float64)
-    """
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.shape[1] < 2:
-        given = f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}"
-        msg = f"{given} were given; expected (batch, classes) with at least 2 classes, and (batch,)"
-        raise InputError(msg)
-    wrong = (labels < 0) | (labels >= logits.shape[1])
-    if labels.is_floating_point() or bool(wrong.any()):
-        given = f"a label of {labels.dtype}" if labels.is_floating_point() else f"the label {int(labels[wrong][0])}"
-        msg = f"{given} was given for {logits.shape[1]} classes; expected integers from 0 to {logits.shape[1] - 1}"
-        raise InputError(msg)
-    logits, labels = logits.detach().to(torch.float64), labels.long()
-    gaps = logits.gather(1, labels[:, None]) - logits
-    scale = constant(lipschitz, std)
-    slopes = _pairs(last, labels, logits) if last is not None else torch.full_like(gaps, rd.sqrt_up(2.0))
-    # Two roundings up in the constant, three in what follows: each moves a number by less than 2^-52 of itself.
-    least = (gaps / (slopes * scale)) * (1 - 2.0**-49)
-    least = torch.where((gaps > 0) & (slopes * scale == 0), torch.inf, least)
-    least = least.scatter(1, labels[:, None], torch.inf).amin(1)
-    return torch.where((least > 0) & logits.isfinite().all(1), least, 0.0)
-
-
-def _pairs(last: nn.Linear | Tensor, labels: Tensor, logits: Tensor) -> Tensor:
-    """Upper bounds of `||w_y - w_j||`: (batch, classes)."""
-    weight = (last if isinstance(last, Tensor) else last.weight).detach()
-    if weight.ndim != 2 or weight.shape[0] != logits.shape[1]:
-        msg = f"last has a weight of shape {tuple(weight.shape)}; expected ({logits.shape[1]}, features), one row a class"
-        raise InputError(msg)
-    rows = weight.to(logits)
-    norms = torch.stack([torch.linalg.vector_norm(rows - row, dim=1) for row in rows])
-    return (norms * (1 + rd.gamma(rows.shape[1] + 8.0)))[labels]
-
-
 def certify(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
@@ -153,15 +77,15 @@ def certify(
     >>> certify(model, [(torch.tensor([[1.0, 0.0], [0.1, 0.0]]), torch.tensor([0, 0]))], 1.0, eps=0.5).certified
     {0.5: 0.5}
     """
-    wanted = tuple(eps) if isinstance(eps, Sequence) else (eps,)
-    if any(not 0 <= e < math.inf for e in wanted):
+    wanted = numbers(eps)
+    if not wanted or any(not 0 <= e < math.inf for e in wanted):
         msg = f"eps={eps!r} was given; expected radii of at least 0 in pixels of [0, 1], such as 36/255"
         raise InputError(msg)
     found, right = [], 0
-    for inputs, labels in loader:
-        logits, truth = logits_of(model, inputs), labels.to(_device(model))
+    for inputs, labels in _batches(loader):
+        logits, truth = tensor("logits", logits_of(model, inputs)), labels.to(_device(model))
         found.append(radii(logits, truth, lipschitz, std=std, last=last).cpu())
-        right += int((logits.argmax(1) == truth).sum())
+        right += int(((logits.argmax(1) == truth) & logits.isfinite().all(1)).sum())  # the argmax of NaN is no answer
     if not found:
         msg = "the loader gave no batch; expected at least one (inputs, labels)"
         raise InputError(msg)
@@ -182,7 +106,11 @@ def certified_accuracy(
     >>> certified_accuracy(nn.Identity(), [batch], 0.5, lipschitz=1.0)
     1.0
     """
-    return certify(model, loader, lipschitz, eps, **options).certified[eps]
+    if len(numbers(eps)) != 1:
+        msg = f"eps={eps!r} was given; expected one radius such as 36/255: type certify(...).certified for several"
+        raise InputError(msg)
+    (share,) = certify(model, loader, lipschitz, eps, **options).certified.values()
+    return share
 
 
 def attacked_accuracy(
@@ -223,8 +151,11 @@ def attacked_accuracy(
     except ImportError as error:
         msg = 'attacks need foolbox, which is not installed; expected the extra: type pip install "gramlip[attack]"'
         raise InputError(msg) from error
-    if min(steps, restarts) < 1:
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in (steps, restarts)):
         msg = f"steps={steps}, restarts={restarts} were given; expected integers of at least 1"
+        raise InputError(msg)
+    if len(numbers(eps)) != 1 or not 0 <= (radius := numbers(eps)[0]) < math.inf:
+        msg = f"eps={eps!r} was given; expected one radius of at least 0 in pixels of [0, 1], such as 36/255"
         raise InputError(msg)
     channels = len(std or mean or [])
     preprocessing = {"mean": list(mean or [0.0] * channels), "std": list(std or [1.0] * channels), "axis": -3} if channels else None
@@ -232,11 +163,15 @@ def attacked_accuracy(
     target = foolbox.PyTorchModel(model.eval(), bounds=(0, 1), preprocessing=preprocessing, device=_device(model))
     attack = foolbox.attacks.L2ProjectedGradientDescentAttack(steps=steps)
     try:
-        for pixels, labels in loader:
+        for pixels, labels in _batches(loader):
+            if not bool(((pixels >= 0) & (pixels <= 1)).all()):
+                given = f"pixels from {float(pixels.min()):.4g} to {float(pixels.max()):.4g} were given"
+                msg = f"{given}; expected pixels in [0, 1]: pass mean and std here in place of normalising in the loader"
+                raise InputError(msg)
             truth = labels.to(_device(model))
             kept = torch.ones_like(truth, dtype=torch.bool)
             for _ in range(restarts):
-                _, _, broken = attack(target, pixels.to(_device(model)), truth, epsilons=float(eps))
+                _, _, broken = attack(target, pixels.to(_device(model)), truth, epsilons=radius)
                 kept &= ~broken
             right, count = right + int(kept.sum()), count + len(labels)
     finally:
@@ -246,6 +181,16 @@ def attacked_accuracy(
         msg = "the loader gave no batch; expected at least one (pixels, labels)"
         raise InputError(msg)
     return right / count
+
+
+def _batches(loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs that a loader gives, the labels as a tensor; refused where it gives something else."""
+    for batch in loader:
+        if not isinstance(batch, list | tuple) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+            given = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
+            msg = f"the loader gave a {given}; expected (inputs, labels), a tensor first: type ((b[0], b[1]) for b in loader)"
+            raise InputError(msg)
+        yield batch[0], tensor("labels", batch[1])
 
 
 def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from gramlip.bench.result import OURS, Claim, Entry, Options, Row, contest
 from gramlip.conv_gram import operator_gram_norm
 from gramlip.layers import describe
 from gramlip.nn import LipschitzPenalty
-from gramlip.nn.parametrize import layers
 from gramlip.nn.track import Tracker
+from gramlip.nn.walk import layers
 from gramlip.operators import Conv
 from gramlip.paper import Lip_conv
 from gramlip.training.models import MODELS

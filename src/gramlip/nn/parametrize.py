@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import numbers
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch.nn.utils import parametrize
 
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.layers import describe
-from gramlip.nn.modes import evaluating
-from gramlip.norm import bound
+from gramlip.nn.walk import Where, layers
+from gramlip.norm import bound, check_rtol
 from gramlip.operators import Conv, Dense, Ints
 
 TRIES = 40  # each try widens the margin twofold: from one rounding unit to far more than a cast can lose
@@ -48,6 +49,11 @@ def positive(name: str, value: float) -> float:
 
 def operator(module: nn.Module, name: str, input_size: Ints | None) -> Dense | Conv:
     """The operator whose weight is `module.name`: by its rule for "weight", otherwise a matrix."""
+    if not isinstance(module, nn.Module):
+        msg = (
+            f"a {type(module).__name__} was given; expected a module such as nn.Linear: type gramlip.gram_norm(matrix) for a tensor's norm"
+        )
+        raise InputError(msg)
     weight = getattr(module, name, None)
     if weight is not None and is_lazy(weight):
         msg = f"{type(module).__name__}.{name} has no shape yet; expected an initialised layer: run one forward pass first"
@@ -57,14 +63,27 @@ def operator(module: nn.Module, name: str, input_size: Ints | None) -> Dense | C
         msg = f"{type(module).__name__} has no tensor {name!r}; expected the name of one of its parameters: {have}"
         raise InputError(msg)
     if name == "weight" and describe.dispatch(type(module)) is not describe.dispatch(object):
-        op = describe(module, input_size)
+        op = describe(_shaped(module) if weight.is_meta else module, input_size)
         if isinstance(op, Dense | Conv):
             return op
     elif weight.ndim == 2:
-        return Dense(weight)
+        return Dense(_zeros(weight) if weight.is_meta else weight)
     given = f"{type(module).__name__}.{name} has shape {tuple(weight.shape)}"
     msg = f"{given}; expected a matrix, or the weight of a linear or convolution layer: type @gramlip.describe.register for your own"
     raise UnsupportedError(msg)
+
+
+def _zeros(weight: Tensor) -> Tensor:
+    """Zeros of a weight's shape and dtype in the memory of one: a geometry needs no values."""
+    return torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+
+
+def _shaped(module: nn.Module) -> nn.Module:
+    """A twin of a module on the meta device that holds zeros."""
+    twin = object.__new__(type(module))
+    held = {name: p if p is None else _zeros(p) for name, p in vars(module)["_parameters"].items()}
+    vars(twin).update(vars(module), _parameters=held)
+    return twin
 
 
 def real(op: Dense | Conv, what: str) -> None:
@@ -74,17 +93,24 @@ def real(op: Dense | Conv, what: str) -> None:
         raise UnsupportedError(msg)
 
 
-def refuse_normalised(module: nn.Module, name: str, path: str = "") -> None:
-    """Refuse a weight that is normalised already."""
-    if parametrize.is_parametrized(module, name) and any(isinstance(p, Normalised) for p in module.parametrizations[name]):  # type: ignore[union-attr,index]
-        given = f"{path or type(module).__name__}.{name} is normalised already"
-        msg = f"{given}; expected a plain weight: type gramlip.nn.remove(module) first, or leave it out of a model with where="
+def refuse_held(module: nn.Module, name: str, path: str = "") -> None:
+    """Refuse a weight that is normalised already, or that a hook sets."""
+    given = f"{path or type(module).__name__}.{name}"
+    if parametrize.is_parametrized(module, name):
+        if any(isinstance(p, Normalised) for p in module.parametrizations[name]):  # type: ignore[union-attr,index]
+            msg = (
+                f"{given} is normalised already; expected a plain weight: type gramlip.nn.remove(module) first, or leave it out with where="
+            )
+            raise InputError(msg)
+    elif name not in dict(module.named_parameters(recurse=False)) and name not in dict(module.named_buffers(recurse=False)):
+        undo = f"torch.nn.utils.prune.remove(module, {name!r}), or torch.nn.utils.remove_spectral_norm(module)"
+        msg = f"{given} is set by a hook before each forward pass; expected a parameter: type {undo}, first"
         raise InputError(msg)
 
 
 def attach(module: nn.Module, name: str, parametrization: Normalised) -> None:
     """Register it on `module.name`, once, so that the whole module can still be pickled."""
-    refuse_normalised(module, name)
+    refuse_held(module, name)
     parametrize.register_parametrization(module, name, parametrization)
     _teach(type(module))
 
@@ -155,102 +181,78 @@ def remove(model: nn.Module, rtol: float = 1e-3) -> nn.Module:
     >>> bound(layer).upper <= 0.5
     True
     """
+    check_rtol(rtol)
     found = list(normalised(model))
     if not found:
         msg = f"{type(model).__name__} holds no parametrization of gramlip; expected one: type gramlip.nn.spectral_norm(module) first"
         raise InputError(msg)
-    for path, module, name, _ in found:
-        if not bool(getattr(module, name).isfinite().all()):
-            msg = f"{path or type(module).__name__}.{name} holds NaN or infinite numbers; expected finite weights: nothing was removed"
-            raise InputError(msg)
-    _untie(model, found)
-    for path, module, name, parametrization in found:
+    for (_, module, name, _), (weight, own) in zip(found, _baked(model, found, rtol), strict=True):
+        if own is not None:
+            module.parametrizations[name].original = own  # type: ignore[union-attr,index]
         parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        try:
-            shrink(module, name, parametrization.input_size, parametrization.target, rtol)
-        except InputError as error:
-            msg = f"{path or type(module).__name__}.{name}: {error}"
-            raise InputError(msg) from error
+        getattr(module, name).data.copy_(weight)
     return model
 
 
-def _untie(model: nn.Module, found: Iterable[tuple[str, nn.Module, str, Normalised]]) -> None:
-    """Give a stored weight that has other users a copy for each value that is made from it: baking writes into what is stored."""
+def _baked(model: nn.Module, found: list[tuple[str, nn.Module, str, Normalised]], rtol: float) -> list[tuple[Tensor, nn.Parameter | None]]:
+    """The certified weights, for which nothing is changed yet, each with a parameter of its own where what is stored is used elsewhere.
+
+    Layers that share a stored weight and make the same value of it get one weight, which serves all of them.
+    """
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    twins: dict[int, list[tuple[Tensor, nn.Parameter]]] = defaultdict(list)
-    for _, module, name, _ in found:
-        chain: Any = module.parametrizations[name]  # type: ignore[union-attr,index]
-        original: Any = getattr(chain, "original", None)
-        if uses[id(original)] > 1:
-            value = getattr(module, name).detach()
-            same = [twin for other, twin in twins[id(original)] if torch.equal(other, value)]
-            chain.original = same[0] if same else nn.Parameter(original.detach().clone(), original.requires_grad)
-            twins[id(original)].append((value, chain.original))
+    groups: list[tuple[Any, Tensor, list[int]]] = []
+    for i, (path, module, name, _) in enumerate(found):
+        original, value = getattr(module.parametrizations[name], "original", None), getattr(module, name).detach()  # type: ignore[union-attr,index]
+        if not bool(value.isfinite().all()):
+            msg = f"{path or type(module).__name__}.{name} holds NaN or infinite numbers; expected finite weights: nothing was removed"
+            raise InputError(msg)
+        same = (members for other, v, members in groups if uses[id(original)] > 1 and other is original and torch.equal(v, value))
+        members = next(same, None)
+        if members is None:
+            groups.append((original, value, members := []))
+        members.append(i)
+    baked: dict[int, tuple[Tensor, nn.Parameter | None]] = {}
+    for original, value, members in groups:
+        path, module, name, _ = found[members[0]]
+        limits = [(operator(found[i][1], found[i][2], found[i][3].input_size), found[i][3].target) for i in members]
+        try:
+            weight = shrunk(value, limits, rtol)
+            if not bool(weight.any()) and all(bool(p.any()) for p in module.parametrizations[name].parameters()):  # type: ignore[union-attr,index]
+                msg = f"target={limits[0][1]:.6g} is below what {weight.dtype} can hold: all weights would be zero; expected a wider dtype"
+                raise InputError(msg)
+        except InputError as error:
+            msg = f"{path or type(module).__name__}.{name}: {error}: nothing was removed"
+            raise InputError(msg) from error
+        own = nn.Parameter(original.detach().clone(), original.requires_grad) if uses[id(original)] > 1 else None
+        baked.update(dict.fromkeys(members, (weight, own)))
+    return [baked[i] for i in range(len(found))]
 
 
-def shrink(module: nn.Module, name: str, input_size: Ints | None, target: float, rtol: float) -> None:
-    """Scale `module.name` down, in its own dtype, until its certified norm is at most `target` by default and at `rtol`."""
-    weight: Tensor = getattr(module, name).data
-    start, margin = weight.detach().clone(), torch.finfo(weight.dtype).eps / 4
-    scale = 1.0
+def shrunk(value: Tensor, limits: list[tuple[Dense | Conv, float]], rtol: float) -> Tensor:
+    """The value scaled down, in its own dtype, until its certified norm is at most each target by default and at `rtol`."""
+    weight, margin, scale = value.clone(), torch.finfo(value.dtype).eps / 4, 1.0
     for _ in range(TRIES):
-        op = operator(module, name, input_size)
-        upper = max(float(bound(op).upper), float(bound(op, rtol=rtol).upper))
-        if upper <= target:
-            return
-        scale *= target / upper * (1 - margin)
+        bounds = [
+            (bound(op, rtol=width), target)
+            for op, target in ((replace(op, weight=weight), t) for op, t in limits)
+            for width in (1e-2, rtol)
+        ]
+        over = [(float(b.upper), target) for b, target in bounds if float(b.upper) > target]
+        if not over:
+            return weight
+        scale *= min(target / upper for upper, target in over) * (1 - margin)
         margin = min(2 * margin, 0.5)
-        weight.copy_((start.to(torch.promote_types(start.dtype, torch.float64)) * scale).to(weight.dtype))
-    msg = f"the certified norm stays at {upper:.6g} after {TRIES} tries; expected at most the target {target:.6g}: use a wider dtype"  # pyright: ignore[reportPossiblyUnboundVariable]
+        weight = (value.to(torch.promote_types(value.dtype, torch.float64)) * scale).to(value.dtype)
+    (upper, target), *_ = over  # pyright: ignore[reportPossiblyUnboundVariable]
+    msg = f"the certified norm stays at {upper:.6g} after {TRIES} tries; expected at most the target {target:.6g}: use a wider dtype"
     raise InputError(msg)
 
 
-def each(model: nn.Module, example: Any, where: Callable[[str, nn.Module], bool] | None, one: Callable[..., object]) -> None:
-    """`one(module, input_size=...)` on every layer of a model, none of which is changed where one is normalised already."""
+def each(model: nn.Module, example: Any, where: Where | None, one: Callable[..., object]) -> None:
+    """`one(module, input_size=...)` on every layer of a model, none of which is changed where one cannot be."""
     chosen = layers(model, example, where)
-    for path, module, _ in chosen:
-        refuse_normalised(module, "weight", path)
+    for path, module, size in chosen:
+        refuse_held(module, "weight", path)
+        operator(module, "weight", size)
     for _, module, size in chosen:
         one(module, input_size=size)
-
-
-def layers(model: nn.Module, example: Any, where: Callable[[str, nn.Module], bool] | None) -> list[tuple[str, nn.Module, Ints | None]]:
-    """The linear layers that a forward pass of `example` uses, with their input sizes; None where sizes differ or none is given.
-
-    An example is an input, a tuple of them, or the shape of one sample.
-    """
-    shape = isinstance(example, tuple) and bool(example) and all(isinstance(n, int) for n in example)
-    args = (torch.zeros(1, *example),) if shape else example if isinstance(example, tuple) else (example,)
-    if lazy := [path for path, module in model.named_modules() if any(map(is_lazy, module.parameters(recurse=False)))]:
-        if example is None:
-            msg = f"{lazy} have no shape yet; expected initialised layers: pass an example, or run one forward pass first"
-            raise InputError(msg)
-        with evaluating(model):
-            model(*args)
-    found = {
-        path: module
-        for path, module in model.named_modules()
-        if describe.dispatch(type(module)) is not describe.dispatch(object)
-        and isinstance(getattr(module, "weight", None), Tensor)
-        and module.weight.ndim >= 2  # type: ignore[union-attr,operator]
-        and (where is None or where(path, module))
-    }
-    if not found:
-        msg = f"{type(model).__name__} has no layer to bound; expected at least one linear or convolution layer"
-        raise InputError(msg)
-    if example is None:
-        return [(path, module, None) for path, module in found.items()]
-    sizes: dict[str, set[tuple[int, ...]]] = {path: set() for path in found}
-
-    def note(path: str, axes: int) -> Callable[..., None]:
-        return lambda _, given, named: sizes[path].add(tuple((given or tuple(named.values()))[0].shape[-axes:]) if axes else ())
-
-    hooks = [(m, note(path, m.weight.ndim - 2)) for path, m in found.items()]  # type: ignore[operator,union-attr]
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
-    try:
-        with evaluating(model):
-            model(*args)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [(path, m, next(iter(sizes[path])) or None if len(sizes[path]) == 1 else None) for path, m in found.items()]

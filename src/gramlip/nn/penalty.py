@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from gramlip import distributed
 from gramlip.bound import Bound
 from gramlip.errors import InputError
-from gramlip.nn.parametrize import layers, operator, positive, real
+from gramlip.nn.parametrize import operator, positive, real
 from gramlip.nn.sigma import Plan
-from gramlip.nn.track import Tracker
+from gramlip.nn.track import Tracker, plainly
+from gramlip.nn.walk import layers
 from gramlip.operators import Ints
 
 
@@ -63,7 +64,8 @@ class LipschitzPenalty(nn.Module):
     minimised; `penalty.certify()` gives the intervals that hold.
 
     Args:
-        model: the network; its layers are read at every call.
+        model: the network. Its layers are those that it has now, and their weights are read at every call: where a layer is replaced
+            by another, make a new penalty.
         example: an input that one forward pass runs on to learn input sizes (they decide how strides split), or None.
         threshold: what costs nothing.
         form: a name in `FORMS`: "paper", "hinge", "square" or "log".
@@ -116,8 +118,8 @@ class LipschitzPenalty(nn.Module):
         if shared and over != "layers":
             msg = f"shared=True was given with over={over!r}; expected over='layers': a composed constant needs every layer"
             raise InputError(msg)
-        if min(every, steps, peaks) < 1:
-            msg = f"every={every}, steps={steps}, peaks={peaks} were given; expected integers of at least 1"
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in (every, steps, peaks)):
+            msg = f"every={every!r}, steps={steps!r}, peaks={peaks!r} were given; expected integers of at least 1"
             raise InputError(msg)
         self.threshold, self.every = positive("threshold", threshold), every
         self._cost, self._compose = FORMS[form], COMPOSE[over] if isinstance(over, str) else over
@@ -130,6 +132,9 @@ class LipschitzPenalty(nn.Module):
         alike: dict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)
         for path, module, op in found:
             real(op, "LipschitzPenalty")
+            if _weight(module).is_meta:
+                msg = f"{path} is on the meta device; expected weights with values: type model.to_empty(device='cpu') and load them first"
+                raise InputError(msg)
             weight = op.weight
             alike[Plan.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
         self.trackers = nn.ModuleList(
@@ -145,14 +150,16 @@ class LipschitzPenalty(nn.Module):
     def sigmas(self) -> dict[str, Tensor]:
         """One tracking step: {path: norm estimate, a scalar with its graph}; a search where it is due."""
         trackers = cast("list[Tracker]", list(self.trackers))
-        due, first = self._due(int(self.calls)), 0
+        due, first, values = self._due(int(self.calls)), 0, []
         for tracker in trackers:
-            if mine := [i - first for i in due if first <= i < first + len(tracker)]:
-                tracker.search(mine)
+            values += tracker([i - first for i in due if first <= i < first + len(tracker)])
             first += len(tracker)
-        self.calls += 1
-        values = [sigma for tracker in trackers for sigma in tracker()]
+        plainly(self._count, self.calls)
         return dict(zip(self._paths, values, strict=True))
+
+    def _count(self, calls: Tensor) -> tuple[Tensor]:
+        self.calls += 1
+        return (calls.clone(),)
 
     def _due(self, call: int) -> list[int]:
         """The layers that a call searches: all at first, then each once in `every` calls, as evenly as it goes."""

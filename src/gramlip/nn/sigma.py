@@ -179,7 +179,7 @@ def _(weight: Tensor, index: Tensor, groups: int, strides: list[int], grid: list
 def block_at(kernel: Tensor, index: Tensor, grid: Sequence[int]) -> Tensor:
     """The block (m, n) at a flat index of the grid that `transform` returns: the last axis is halved for real kernels."""
     if not grid:
-        return kernel[index]
+        return kernel.index_select(0, index.reshape(1))[0]  # nothing waits for the index, and meta tensors pass
     half = [*grid[:-1], grid[-1] if kernel.is_complex() else grid[-1] // 2 + 1]
     rest, turns = index, []
     for side, n in zip(reversed(half), reversed(grid), strict=True):

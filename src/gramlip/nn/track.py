@@ -8,12 +8,14 @@ followed, since a penalty pushes the highest one down until another takes its pl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gramlip.errors import InputError
 from gramlip.nn.sigma import Plan, replicated, unit
 from gramlip.precision import real_dtype, uncast
 
@@ -57,41 +59,57 @@ class Tracker(nn.Module):
         """Follow the model to another device, in the precision that estimates are made in."""
         return super()._apply(lambda x: fn(x).to(x.dtype), recurse)
 
-    def forward(self) -> Tensor:
-        """Track, then lower estimates (L,) of the norms with their graph."""
+    def forward(self, due: Sequence[int] = ()) -> Tensor:
+        """Search for the peaks of the layers that are due, track all, then lower estimates (L,) of the norms with their graph."""
         with uncast(self.frequency):
-            kernels = self.kernels(range(len(self)))
-            with torch.no_grad():
-                heights, fixed = self.frequency.new_zeros(()), kernels.detach()
-                for _ in range(self.steps):
-                    heights = self._step(fixed)
-                best = heights.reshape(len(self), -1).argmax(-1)
-                peaks = self.frequency.shape[1]
-                chosen = best // peaks + self.plan.groups * torch.arange(len(self), device=best.device)
-                probes = self._probes(self.frequency[chosen, best % peaks], torch.view_as_complex(self.vector[chosen, best % peaks]))
+            kernels = self.kernels()
+            chosen, probes, scale = plainly(partial(self.follow, due=due), kernels.detach())
             one = kernels if self.plan.groups == 1 else kernels[chosen]
-            return torch.linalg.vector_norm(_image(one, probes[:, None]), dim=(1, 2, 3)) * self.plan.attained
+            return torch.linalg.vector_norm(_image(one, probes[:, None]), dim=(1, 2, 3)) * scale * self.plan.attained
 
-    def kernels(self, which: Iterable[int]) -> Tensor:
-        """The kernels (B, m, n, taps) of some layers in float32 at least, with their graph."""
-        parts = [self.plan.kernel(_full(self._weights[i]())) for i in which]
+    @torch.no_grad()
+    def search(self) -> None:
+        """Find the peaks of all layers afresh, outside of a call."""
+        with uncast(self.frequency):
+            kernels = self.kernels()
+            self._search(kernels, self._scale(kernels), range(len(self)))
+
+    def kernels(self) -> Tensor:
+        """The kernels (B, m, n, taps) of all layers in float32 at least, with their graph."""
+        parts = [self.plan.kernel(_full(weight())) for weight in self._weights]
         stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
         return stacked.reshape(*stacked.shape[:3], -1).to(self.frequency.dtype)
 
-    @torch.no_grad()
-    def search(self, which: Iterable[int] | None = None) -> None:
-        """Find the peaks of some layers afresh (None: all), by power iteration at every point of the grid.
+    def follow(self, kernels: Tensor, due: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """One call on plain kernels: the group (L,) with each layer's highest peak, its D(w) v as probes over the scale, and the scale."""
+        scale, peaks, groups = self._scale(kernels), self.frequency.shape[1], self.plan.groups
+        self._search(kernels, scale, due)
+        heights, scaled = self.frequency.new_zeros(()), _Scaled(kernels, 1 / scale)
+        for _ in range(self.steps):
+            heights = self._step(scaled)
+        best = heights.reshape(len(self), -1).argmax(-1)
+        chosen = best // peaks + groups * torch.arange(len(self), device=best.device)
+        vector = torch.view_as_complex(self.vector[chosen, best % peaks]) / scale[chosen, None]
+        return chosen, vector[..., None] * self._waves(self.frequency[chosen, best % peaks])[..., None, :], scale[chosen]
+
+    def _scale(self, kernels: Tensor) -> Tensor:
+        """Powers of two (B,) near the largest entries of each layer: in these units no square over- or underflows."""
+        each = kernels.reshape(len(self), -1)
+        exponent = torch.frexp(torch.maximum(each.amax(1), -each.amin(1)).nan_to_num())[1]
+        widest = math.frexp(torch.finfo(kernels.dtype).max)[1] * 3 // 4  # the inverse is a number too
+        return torch.ldexp(torch.ones_like(each[:, 0]), exponent.clamp(-widest, widest)).repeat_interleave(self.plan.groups)
+
+    def _search(self, kernels: Tensor, scale: Tensor, which: Sequence[int]) -> None:
+        """Find the peaks of some layers afresh, by power iteration at every point of the grid.
 
         What was tracked stays where it is higher.
         """
-        kernels = self.kernels(which := list(range(len(self)) if which is None else which))
-        rows = (torch.tensor(which)[:, None] * self.plan.groups + torch.arange(self.plan.groups)).flatten().to(kernels.device)
-        each = max(1, TOGETHER // (len(self.turns) * kernels[0, 0].numel()))
-        with uncast(kernels):
-            for some, part in zip(rows.split(each), kernels.split(each), strict=True):
-                self._search(part, some)
+        groups = self.plan.groups
+        rows = torch.tensor([i * groups + g for i in which for g in range(groups)], dtype=torch.int64, device=kernels.device)
+        for some in rows.split(max(1, TOGETHER // (len(self.turns) * kernels[0, 0].numel()))) if which else ():
+            self._search_rows(_Scaled(kernels[some], 1 / scale[some]), some)
 
-    def _search(self, kernels: Tensor, rows: Tensor) -> None:
+    def _search_rows(self, kernels: _Scaled, rows: Tensor) -> None:
         frequency, vector = self.frequency[rows], torch.view_as_complex(self.vector[rows])
         before = self._values(kernels, frequency, vector)
         line, best = torch.arange(len(rows), device=rows.device), before.argmax(-1)
@@ -102,20 +120,20 @@ class Tracker(nn.Module):
         found[1][worse, -1] = vector[worse, best[worse]]
         self.frequency[rows], self.vector[rows] = found[0], torch.view_as_real(found[1])
 
-    def _peaks(self, kernels: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    def _peaks(self, kernels: _Scaled, start: Tensor) -> tuple[Tensor, Tensor]:
         """Frequencies and vectors of the highest points of the grid, none next to a higher one or to its mirror image.
 
         The power iteration starts from `start` (B, n) at every point.
         """
-        sides = torch.tensor(self.plan.grid, device=kernels.device)
-        points = (self.turns * (2 * math.pi / sides)).to(kernels.dtype)
+        sides = torch.tensor(self.plan.grid, device=start.device)
+        points = (self.turns * (2 * math.pi / sides)).to(self.frequency.dtype)
         waves = self._waves(points)
         vectors = start[:, None].expand(-1, len(points), -1)
-        left = kernels.new_zeros(())
+        left = points.new_zeros(())
         for _ in range(SEARCH_STEPS):
-            back = _back(kernels, _image(kernels, vectors[..., None] * waves[:, None]))
+            back = kernels.back(kernels.image(vectors, waves))
             left, vectors = _split((back * waves.conj()[:, None]).sum(-1), vectors)
-        tops, line = [], torch.arange(len(kernels), device=kernels.device)
+        tops, line = [], torch.arange(len(start), device=start.device)
         for _ in range(self.frequency.shape[1]):
             tops.append(top := left.argmax(-1))
             near = torch.zeros_like(left, dtype=torch.bool)
@@ -131,19 +149,15 @@ class Tracker(nn.Module):
         angle = (frequency[..., None, :] * self.positions).sum(-1)  # no product of matrices, which settings cut short
         return torch.polar(torch.ones_like(angle), -angle)
 
-    def _probes(self, frequency: Tensor, vector: Tensor) -> Tensor:
-        """V exp(-i p.w): (..., n, taps), complex; a kernel times it is D(w) v."""
-        return vector[..., None] * self._waves(frequency)[..., None, :]
-
-    def _values(self, kernels: Tensor, frequency: Tensor, vector: Tensor) -> Tensor:
+    def _values(self, kernels: _Scaled, frequency: Tensor, vector: Tensor) -> Tensor:
         """||D(w) v||: (B, peaks)."""
-        return torch.linalg.vector_norm(_image(kernels, self._probes(frequency, vector)), dim=(1, 3))
+        return torch.linalg.vector_norm(kernels.image(vector, self._waves(frequency)), dim=(1, 3))
 
-    def _step(self, kernels: Tensor) -> Tensor:
+    def _step(self, kernels: _Scaled) -> Tensor:
         """U from v, then w from (u, v), then v from (u, w): none of them lowers |u* D(w) v|, which is returned, (B, peaks)."""
         waves, v = self._waves(self.frequency), torch.view_as_complex(self.vector)
-        image = _image(kernels, v[..., None] * waves[..., None, :])
-        back = _back(kernels, image)
+        image = kernels.image(v, waves)
+        back = kernels.back(image)
         if self.frequency.shape[-1]:
             self.frequency.copy_(self._climb((back.conj() * v[..., None]).sum(2), waves))
             waves = self._waves(self.frequency)
@@ -163,6 +177,52 @@ class Tracker(nn.Module):
         tried = self.frequency[..., None, :] + safe[..., None, :] * safe.new_tensor(STRIDES)[:, None]
         height = (taps[..., None, :] * self._waves(tried)).sum(-1).abs()
         return tried.take_along_dim(height.argmax(-1)[..., None, None], -2)[..., 0, :]
+
+
+class _Scaled(NamedTuple):
+    """Kernels (B, m, n, taps) over a power of two each; what they are multiplied by is divided, which is far smaller."""
+
+    kernels: Tensor
+    inverse: Tensor
+
+    def image(self, vector: Tensor, waves: Tensor) -> Tensor:
+        """D(w) v, (B, m, peaks, 2), of vectors (B, peaks, n) and waves (..., peaks, taps)."""
+        return _image(self.kernels, (vector * self.inverse[:, None, None])[..., None] * waves[..., None, :])
+
+    def back(self, image: Tensor) -> Tensor:
+        """K_p* u for every tap p, (B, peaks, n, taps)."""
+        return _back(self.kernels, image * self.inverse[:, None, None, None])
+
+
+def plainly(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """A function of the plain tensors below any transform of `torch.func`, where what is followed can be written; it has no graph."""
+    return _Plainly.apply(function, *tensors)  # type: ignore[no-any-return]
+
+
+class _Plainly(torch.autograd.Function):
+    """`plainly`: torch hands plain tensors to the forward pass alone."""
+
+    @staticmethod
+    def forward(function: Callable[..., Any], *tensors: Tensor) -> Any:
+        return function(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
+        ctx.count = len(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[None, ...]:
+        return (None,) * ctx.count
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        msg = "a penalty was called under torch.vmap over weights; expected one model: type one LipschitzPenalty for each of them"
+        raise InputError(msg)
 
 
 def _product(axes: list[Tensor], options: dict[str, Any]) -> Tensor:

@@ -16,8 +16,8 @@ from gramlip.bound import Bound
 from gramlip.conv_gram import operator_gram_norm
 from gramlip.layers import describe
 from gramlip.nn import LipschitzPenalty, Residual, spectral_norm_, spectral_rescaling_
-from gramlip.nn.parametrize import layers
 from gramlip.nn.penalty import FORMS
+from gramlip.nn.walk import layers
 from gramlip.training.data import augmented, generator, normalised
 from gramlip.training.models import build
 from gramlip.training.recipes import Recipe
