@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from gramlip import rounding as rd
 from gramlip.bound import Bound, decimals
 from gramlip.compose import Composition, compose, constants, kind
 from gramlip.coupling import coupled, total
 from gramlip.errors import InputError, UnsupportedError
+from gramlip.evaluate import reads_memory
 from gramlip.fold import fold
 from gramlip.graph import Program, export, undisturbed
 from gramlip.jacobian import Stretch, function, stretch
@@ -116,10 +117,11 @@ def audit(
     found, seconds = _constants(network, rtol, progress)
     composed = compose(network, found)
     upper, because = _whole(network, found, composed, effort)
-    below = _lower_side(program, tensors, data, domain, seed)
+    below = _lower_side(program, lowered.computed, tensors, data, domain, seed)
     if below.value > upper:
         _contradicted(lowered.assumed, below, upper)
-    whole = Bound(below.value, upper, f"{because}; {below.because}")
+    weights = "; the weights that the model computes from others are those that float64 gives" if lowered.rounded else ""
+    whole = Bound(below.value, upper, f"{because}{weights}; {below.because}")
     return Report(
         target or type(model).__name__,
         _rows(network, found, seconds, composed),
@@ -218,10 +220,15 @@ def _bounds(items: Sequence[tuple[Step, Sequence[Shape]]], rtol: float) -> list[
 
 
 def _lower_side(
-    program: Program, tensors: tuple[Tensor, ...], data: Tensor | None, domain: tuple[float, float] | None, seed: int
+    program: Program,
+    computed: Mapping[fx.Node, object],
+    tensors: tuple[Tensor, ...],
+    data: Tensor | None,
+    domain: tuple[float, float] | None,
+    seed: int,
 ) -> Stretch:
-    if any(write.refusal for write in program.writes.values()):
-        return Stretch(0.0, "no lower side: what an in-place call overwrites is not followed")
+    if any(write.refusal for write in program.writes.values()) or any(map(reads_memory, program.nodes)):
+        return Stretch(0.0, "no lower side: what an in-place call overwrites, or what is read from memory by place, is not followed")
     shapes = [tuple(t.shape) for t in tensors]
     size = sum(t.numel() for t in tensors)
     if data is not None and not (
@@ -230,7 +237,7 @@ def _lower_side(
         given = f"of shape {tuple(data.shape)}" if isinstance(data, Tensor) else repr(type(data).__name__)
         msg = f"data {given} was given; expected a tensor of finite samples of shape {shapes[0]}, stacked along the first axis"
         raise InputError(msg)
-    return stretch(function(program, shapes), size, data=data, domain=domain, seed=seed)
+    return stretch(function(program, shapes, computed), size, data=data, domain=domain, seed=seed)
 
 
 def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float], composed: Composition) -> tuple[Layer, ...]:
