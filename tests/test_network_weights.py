@@ -8,6 +8,7 @@ from collections.abc import Callable
 import mpmath as mp
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -97,3 +98,23 @@ def test_weights_read_from_memory_are_refused_and_have_no_lower_side(call: Calla
         audit(Map(call).eval(), (4,))
     report = audit(Map(call).eval(), (4,), strict=False)
     assert (report.lower, report.upper) == (0.0, float("inf"))
+
+
+class Heads(nn.Module):
+    """The attention of nanoGPT: heads are views, and joined again by a view of a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.all = nn.LayerNorm(4), nn.Linear(4, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        q, k, v = (part.view(b, t, 2, c // 2).transpose(1, 2) for part in self.all(self.norm(x)).split(c, 2))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous().view(b, t, c)
+
+
+def test_views_are_of_entries_whatever_the_layout() -> None:
+    report = audit(Heads().eval(), (5, 4))
+    assert 0.0 < report.lower <= report.upper < float("inf")
+    turned = audit(Map(lambda x: 2 * x.t().view(-1)).eval(), torch.randn(3, 2).t())
+    assert turned.lower <= 2.0 <= turned.upper <= 2.0 + 1e-9
