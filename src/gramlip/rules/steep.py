@@ -6,17 +6,22 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+from gramlip import rounding as rd
 from gramlip.rules.registry import Call, Var, register
 from gramlip.steps import Product, Slope, Unbounded
 
 INF = math.inf
-ROOM = 1.0 + 2.0**-46  # the C library's functions are off by a few units in the last place
+ROOM = 1.0 + 2.0**-41  # the C library's functions are off by a few units in the last place, a power by up to 710 for that of its exponent
 Within = Callable[[float, float], Slope | None]
 
 
 def _outward(low: float, high: float) -> tuple[float, float]:
-    """The interval widened by `ROOM` at both ends."""
-    return min(low / ROOM, low * ROOM), max(high / ROOM, high * ROOM)
+    """The interval widened by `ROOM` at both ends, and by what underflows."""
+    return -_up(-low), _up(high)
+
+
+def _up(x: float) -> float:
+    return rd.up(x * ROOM) if x >= 0.0 else -rd.down(-x / ROOM)
 
 
 def _on(name: str, a: float, b: float, ends: tuple[float, float], slopes: tuple[float, float]) -> Slope:
