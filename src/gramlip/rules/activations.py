@@ -164,7 +164,7 @@ def gated(call: Call, x: Var, gate: Var) -> Slope | None:
     step = call.steps[gate.step]
     if not isinstance(step.what, Slope) or x.shape != gate.shape:
         return None
-    at, factor, shift = step.sources[0], Fraction(1), Fraction(0)
+    at, factor, shift, sure = step.sources[0], Fraction(1), Fraction(0), True
     while at != x.step:  # back through constants to the value itself
         what = call.steps[at].what
         if (
@@ -172,18 +172,19 @@ def gated(call: Call, x: Var, gate: Var) -> Slope | None:
             or not isinstance(what.op, Scale)
             or what.op.weight.numel() > 1
             or torch.as_tensor(what.bias).numel() > 1
+            or what.slip > 0
             or not math.isfinite(float(what.bias) + float(what.op.weight))
         ):
             return None
         shift, factor = shift + factor * Fraction(float(what.bias)), factor * Fraction(float(what.op.weight))
-        at = call.steps[at].sources[0]
-    if step.op.startswith("aten.sigmoid") and factor > 0 and shift == 0:  # silu(b x) / b
+        at, sure = call.steps[at].sources[0], sure and what.error == 0
+    if step.op.startswith("aten.sigmoid") and factor > 0 and shift == 0:  # silu(b x) / b, of a b that may be rounded
         found = slope("silu")
-        least = Fraction(-found.image[0]) / factor
+        least = Fraction(-found.image[0]) / factor * Fraction(1 + 2.0**-40)
         return replace(found, because=f"x sigmoid(b x): {found.because}", image=(-rd.up(float(least)) if least < 10**300 else -INF, INF))
-    if (factor, shift) == (1, 0) and step.op.startswith("aten.hardsigmoid"):
+    if sure and (factor, shift) == (1, 0) and step.op.startswith("aten.hardsigmoid"):
         return slope("hardswish")
-    if (factor, shift) == (1, 3) and _is_relu6(step):
+    if sure and (factor, shift) == (1, 3) and _is_relu6(step):
         return Slope(-3.0, 9.0, "x relu6(x + 3): six times hardswish, slopes in [-3, 9]", (-2.25, INF))
     return None
 
