@@ -84,16 +84,17 @@ def _product_of(call: Call, left: Any, right: Any) -> Linear | Var | Lipschitz:
             raise UnsupportedError(msg)
         return product(call, left, right)
     constant: Tensor = right if isinstance(left, Var) else left
-    if isinstance(left, Var) and constant.ndim == 2 and len(left.shape) >= 2:
+    if isinstance(left, Var) and constant.ndim == 2:
         return Linear(Dense(constant.mT.detach()))
+    if constant.ndim == 2 and len(right.shape) == 1:
+        return Linear(Dense(constant.detach()))
     from gramlip.norm import bound  # a batch of matrices: the largest of them, applied to each slice
 
     matrices = constant.detach().reshape(-1, *constant.shape[-2:]) if constant.ndim >= 2 else constant.detach()[None, None]
     parts = [bound(Dense(m), rtol=1e-6) for m in matrices]
     variable = left if isinstance(left, Var) else right
-    spread = (
-        max(1, math.prod(call.shape[:-2]) // max(1, math.prod(variable.shape[:-2]))) if len(variable.shape) >= 2 else math.prod(call.shape)
-    )
+    batch, own = (call.shape[:-1], 1) if len(variable.shape) == 1 else (call.shape[:-2], math.prod(variable.shape[:-2]))
+    spread = max(1, math.prod(batch) // max(1, own))  # a vector meets all of the matrices
     top = max(float(b.upper) for b in parts)
     return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(spread))), "matrix product with a constant")
 
