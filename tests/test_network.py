@@ -485,11 +485,20 @@ def test_a_program_is_audited_with_the_inputs_that_it_was_exported_for() -> None
         {"data": torch.zeros(0, 3)},
         {"data": [1.0, 2.0, 3.0]},
         {"data": torch.full((2, 3), math.nan)},
+        {"seed": 1.5},
+        {"seed": "a"},
+        {"seed": -1},
+        {"strict": "no"},
+        {"domain": torch.tensor([0.0, 1.0])},
+        {"example": torch.zeros(1, 3, device="meta")},
+        {"model": "x"},
+        {"model": lambda x: x},
+        {"model": nn.Linear(3, 3, device="meta")},
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused_in_one_line(given: dict[str, object]) -> None:
     with pytest.raises(InputError, match="expected") as error:
-        audit(two, **{"example": (3,), **given})  # type: ignore[arg-type]
+        audit(**{"model": two_layers().eval(), "example": (3,), **given})  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
 
 

@@ -45,6 +45,8 @@ STEEP: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, float], float]] 
     "power 1.5": (lambda x: x**1.5, (0.0, 4.0), 3.0),
     "power 0.5": (lambda x: x**0.5, (0.25, 4.0), 1.0),
     "power -2": (lambda x: x**-2, (0.5, 4.0), 16.0),
+    "power -2 below zero": (lambda x: (x - 3) ** -2, (-1.0, 1.0), 0.25),
+    "power -3 below zero": (lambda x: (x - 3) ** -3, (-1.0, 1.0), 0.1875),
     "square": (torch.square, (-1.0, 2.0), 4.0),
 }
 
@@ -99,6 +101,16 @@ PRODUCTS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], tuple[flo
     "cosine": (lambda x: F.cosine_similarity(x, torch.arange(4.0).to(x)), (4,), (0.5, 2.0)),
     "clamped": (lambda x: 1 / x.clamp_min(0.1), (4,), (0.5, 2.0)),
     "products added": (lambda x: torch.addcmul(x, x, x.flip(1), value=-0.5), (4,), (-1.0, 2.0)),
+    "softplus gate": (lambda x: x * F.softplus(2 * x, beta=3.0), (4,), (-1.0, 1.0)),
+    "logsumexp": (lambda x: torch.logsumexp(x, 1, keepdim=True) * x, (4,), (-1.0, 1.0)),
+    "clamp between tensors": (
+        lambda x: x.clamp(torch.linspace(-1, 0.5, 4).double(), torch.full((4,), 0.75).double()) * x,
+        (4,),
+        (-1.0, 1.0),
+    ),
+    "clamp from a tensor": (lambda x: x.clamp(min=torch.linspace(-1, 0.5, 4).double()) * x, (4,), (-1.0, 1.0)),
+    "bicubic": (lambda x: F.interpolate(x, scale_factor=2, mode="bicubic") ** 2, (1, 3, 3), (-1.0, 1.0)),
+    "padded channels": (lambda x: F.pad(x, (0, 0, 0, 0, 1, 1), value=5.0) ** 2, (1, 3, 2), (-1.0, 1.0)),
     "one bias": (lambda x: (lambda y: y @ y.mT)(F.linear(x, 0.01 * EYE, ONE)), (5, 4), (-1.0, 1.0)),
     "tiny factors": (lambda x: F.linear(x, 1e-200 * EYE) * F.linear(x, 1e-100 * EYE) * 1e300, (4,), (0.5, 1.0)),
     "tiny rows": (lambda x: F.linear(F.layer_norm(x, (4,), eps=1.0), 1e-200 * EYE) * x * 1e200, (4,), (0.5, 1.0)),

@@ -215,7 +215,10 @@ def _branches(step: Step, network: Network, users: list[list[int]], ends: set[in
                 gone.append(s)
         if len(maps) == 2:
             made = _added(maps[0], maps[1], network.steps[base].shape)
-            return None if made is None else (made, base, gone)
+            if made is None:
+                return None
+            lost = _underflow(made.op, 1) if made.error else 0.0
+            return replace(made, error=rd.add_up(made.error, lost)), base, gone
     return None
 
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
 from gramlip import rounding as rd
+from gramlip.evaluate import evaluate, widened
 from gramlip.graph import Program, op_name
 
 MARGIN = 2.0**-20  # relative; covers the rounding of the difference of two results, of their distance and of the quotient
 MOVES = 2**8  # by so many spacings of its type every value is moved, to see what the rounding of all of them may do;
 DRAWS = 2  # the largest move of the result in so many draws of the signs,
 TIMES = 4.0  # so many times, is taken for the rounding of one forward pass
-_WIDE = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64) | dict.fromkeys(
-    (torch.complex64, torch.complex32), torch.complex128
-)
 SCALES = (1.0, 0.1, 3.0)  # of the random points where no domain is given: a normalisation is steepest near constant inputs
 
 
@@ -40,30 +37,27 @@ class Stretch:
     because: str
 
 
-def function(program: Program, shapes: Sequence[tuple[int, ...]]) -> Function:
-    """The network in float64 as a function of one flat vector (all inputs joined) to one flat vector (all outputs joined)."""
+def function(program: Program, shapes: Sequence[tuple[int, ...]], computed: Mapping[fx.Node, Any]) -> Function:
+    """The network in float64 as a function of one flat vector (all inputs joined) to one flat vector (all outputs joined).
+
+    `computed` holds calls that are numbers, whose values do not depend on the inputs.
+    """
     sizes = [math.prod(s) for s in shapes]
-    constants = {n: _double(c) for n, c in program.constants.items()}
+    constants = {n: widened(c) for n, c in program.constants.items()} | dict(computed)
+    calls = [n for n in program.nodes if n.op == "call_function" and "_assert" not in op_name(n) and n not in computed]
 
     def run(flat: Tensor, /, moved: torch.Generator | None = None) -> Tensor:
         values: dict[fx.Node, Any] = dict(constants)
         for node, part, shape in zip(program.inputs, _moved(flat, moved).split(sizes), shapes, strict=True):
             values[node] = part.reshape(shape)
-        for node in program.nodes:
-            if node.op == "call_function" and "_assert" not in op_name(node):
-                write = program.writes.get(node)
-                for target in write.targets if write else ():  # it may be a leaf or shared: a copy is overwritten, which later calls read
-                    values[target] = values[target].clone()
-                values[node] = _moved(_call(node, values), moved)
+        for node in calls:
+            write = program.writes.get(node)
+            for target in write.targets if write else ():  # it may be a leaf or shared: a copy is overwritten, which later calls read
+                values[target] = values[target].clone()
+            values[node] = _moved(evaluate(node, values.__getitem__), moved)
         return torch.cat([values[n].reshape(-1).double() for n in program.outputs])
 
     return run
-
-
-def _double(constant: Any) -> Any:
-    if not isinstance(constant, Tensor) or not (constant.is_floating_point() or constant.is_complex()):
-        return constant
-    return constant.to(torch.complex128 if constant.is_complex() else torch.float64)
 
 
 def _moved(value: Any, signs: torch.Generator | None) -> Any:
@@ -76,32 +70,6 @@ def _moved(value: Any, signs: torch.Generator | None) -> Any:
         return value
     up = torch.randint(0, 2, value.shape, generator=signs, dtype=value.dtype) * 2 - 1
     return value * (1 + MOVES * torch.finfo(value.dtype).eps * up)
-
-
-def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    given: tuple[Any, ...] = map_arg(node.args, values.__getitem__)
-    kwargs: dict[str, Any] = dict(map_arg(node.kwargs, values.__getitem__))
-    args: tuple[Any, ...] = tuple(_WIDE.get(a, a) if isinstance(a, torch.dtype) else a for a in given)
-    kwargs = {k: _WIDE.get(v, v) if isinstance(v, torch.dtype) else v for k, v in kwargs.items()}
-    if op_name(node) == "aten.scaled_dot_product_attention.default":  # the fused kernel has no forward derivative
-        q, k, v, *others = args
-        mask, dropout, causal = (*others, *(None, 0.0, False)[len(others) :])
-        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask, dropout, causal, None, scale=kwargs.get("scale"))[0]
-    if op_name(node) == "aten.batch_norm.default" and not args[5]:  # in evaluation mode; its forward derivative is slow
-        x, weight, bias, mean, var, *_ = args
-        shape = [-1 if j == 1 else 1 for j in range(x.ndim)]
-        gain = (var + args[7]).rsqrt() if weight is None else weight * (var + args[7]).rsqrt()
-        shift = -mean * gain if bias is None else bias - mean * gain
-        return x * gain.reshape(shape) + shift.reshape(shape)
-    if op_name(node) == "aten.softplus.default":  # the function that its rule bounds, without the switch at a threshold
-        x, *others = args
-        beta = float(others[0] if others else kwargs.get("beta", 1.0))
-        return torch.logaddexp(torch.zeros_like(x), beta * x) / beta
-    if op_name(node) == "aten.rms_norm.default" and (*args, None, None)[3] is None and kwargs.get("eps") is None:
-        wide = torch.float64 if node.meta["val"].dtype == torch.float64 else torch.float32  # torch takes eps from the type
-        kwargs, args = kwargs | {"eps": torch.finfo(wide).eps}, args[:3]
-    result = node.target(*args, **kwargs)  # type: ignore[operator]
-    return result.to(_WIDE.get(result.dtype, result.dtype)) if isinstance(result, Tensor) else result
 
 
 def direction(run: Function, x: Tensor, v: Tensor, steps: int) -> Tensor:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from gramlip import rounding as rd
+from gramlip.asked import check_inputs, check_model, check_options
 from gramlip.bound import Bound, decimals
 from gramlip.compose import Composition, compose, constants, kind
 from gramlip.coupling import coupled, total
 from gramlip.errors import InputError, UnsupportedError
+from gramlip.evaluate import reads_memory
 from gramlip.fold import fold
 from gramlip.graph import Program, export, undisturbed
 from gramlip.jacobian import Stretch, function, stretch
-from gramlip.norm import check_rtol
 from gramlip.operators import Conv
 from gramlip.ranges import capped
 from gramlip.report import Layer, LeftOut, Report
@@ -54,6 +54,9 @@ def inputs(example: Example) -> tuple[Tensor, ...]:
         msg = f"example={example!r} was given; expected a tensor, a tuple of tensors, or the shape of one sample such as (3, 224, 224)"
         raise InputError(msg)
     for t in items:
+        if t.is_meta:  # type: ignore[union-attr]
+            msg = f"an example of shape {tuple(t.shape)} on the meta device was given; expected one on the CPU: type its shape"  # type: ignore[union-attr]
+            raise InputError(msg)
         if t.is_complex() or t.numel() == 0:  # type: ignore[union-attr]
             msg = f"an example of shape {tuple(t.shape)} and {t.dtype} was given; expected real entries, at least one"  # type: ignore[union-attr]
             raise InputError(msg)
@@ -103,9 +106,10 @@ def audit(
     >>> report.lower <= report.upper
     True
     """
-    _check(assume, domain, rtol, effort)
+    check_model(model)
+    check_options(assume, domain, rtol, effort, seed, strict)
     tensors = inputs(example)
-    _check_real(tensors)
+    check_inputs(tensors)
     program = export(model, tensors)
     lowered = lower(program, assume)
     if lowered.unsupported and strict:
@@ -116,10 +120,11 @@ def audit(
     found, seconds = _constants(network, rtol, progress)
     composed = compose(network, found)
     upper, because = _whole(network, found, composed, effort)
-    below = _lower_side(program, tensors, data, domain, seed)
+    below = _lower_side(program, lowered.computed, tensors, data, domain, seed)
     if below.value > upper:
         _contradicted(lowered.assumed, below, upper)
-    whole = Bound(below.value, upper, f"{because}; {below.because}")
+    weights = "; the weights that the model computes from others are those that float64 gives" if lowered.rounded else ""
+    whole = Bound(below.value, upper, f"{because}{weights}; {below.because}")
     return Report(
         target or type(model).__name__,
         _rows(network, found, seconds, composed),
@@ -155,38 +160,6 @@ def steps_of(model: nn.Module | torch.export.ExportedProgram, example: Example) 
     return fold(lower(export(model, inputs(example))).network)
 
 
-def _check_real(tensors: Sequence[Tensor]) -> None:
-    """A Lipschitz constant is of inputs that change by small amounts: not of token numbers, nor of masks."""
-    for i, tensor in enumerate(tensors):
-        if not tensor.is_floating_point():
-            given = f"input {i} of shape {tuple(tensor.shape)} has entries of {tensor.dtype}, which no real number can change by a little"
-            msg = f"{given}; expected floating-point inputs: give the part of the model after its embeddings"
-            raise InputError(msg)
-
-
-def _check(assume: object, domain: object, rtol: float, effort: object) -> None:
-    check_rtol(rtol)
-    if not isinstance(assume, Mapping | None):
-        msg = f"assume={assume!r} was given; expected constants by name such as {{'body.norm': 1.0}}"
-        raise InputError(msg)
-    for name, value in (assume or {}).items():  # type: ignore[reportUnknownVariableType]
-        if not _finite(value) or value < 0:
-            msg = f"assume={name}={value!r} was given; expected a finite constant of at least 0 such as {name}=1.0"
-            raise InputError(msg)
-    if domain is not None and not (
-        isinstance(domain, Sequence) and len(domain) == 2 and all(map(_finite, domain)) and domain[0] < domain[1]
-    ):
-        msg = f"domain={domain!r} was given; expected two finite numbers, the lower first, such as (0.0, 1.0)"
-        raise InputError(msg)
-    if not _finite(effort):
-        msg = f"effort={effort!r} was given; expected a finite number such as 1.0"
-        raise InputError(msg)
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _constants(network: Network, rtol: float, progress: Callable[[list[str]], Iterable[str]] | None) -> tuple[list[Bound], list[float]]:
     steps = network.steps
     shapes = [[steps[s].shape for s in step.sources] for step in steps]
@@ -218,10 +191,15 @@ def _bounds(items: Sequence[tuple[Step, Sequence[Shape]]], rtol: float) -> list[
 
 
 def _lower_side(
-    program: Program, tensors: tuple[Tensor, ...], data: Tensor | None, domain: tuple[float, float] | None, seed: int
+    program: Program,
+    computed: Mapping[fx.Node, object],
+    tensors: tuple[Tensor, ...],
+    data: Tensor | None,
+    domain: tuple[float, float] | None,
+    seed: int,
 ) -> Stretch:
-    if any(write.refusal for write in program.writes.values()):
-        return Stretch(0.0, "no lower side: what an in-place call overwrites is not followed")
+    if any(write.refusal for write in program.writes.values()) or any(map(reads_memory, program.nodes)):
+        return Stretch(0.0, "no lower side: what an in-place call overwrites, or what is read from memory by place, is not followed")
     shapes = [tuple(t.shape) for t in tensors]
     size = sum(t.numel() for t in tensors)
     if data is not None and not (
@@ -230,7 +208,7 @@ def _lower_side(
         given = f"of shape {tuple(data.shape)}" if isinstance(data, Tensor) else repr(type(data).__name__)
         msg = f"data {given} was given; expected a tensor of finite samples of shape {shapes[0]}, stacked along the first axis"
         raise InputError(msg)
-    return stretch(function(program, shapes), size, data=data, domain=domain, seed=seed)
+    return stretch(function(program, shapes, computed), size, data=data, domain=domain, seed=seed)
 
 
 def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float], composed: Composition) -> tuple[Layer, ...]:

@@ -66,7 +66,7 @@ def capped(network: Network, domain: tuple[float, float] | None) -> Network:
         low, high, row = _range(steps[-1], sources, shapes, domain)
         ways = _lines(steps[-1].what, sources, row), _of_entries(max(abs(low), abs(high)), step.shape)
         row, column = (min(lines) for lines in zip(*ways, strict=True))
-        known.append(Range(low, high, row, column))
+        known.append(Range(max(low, -row, -column), min(high, row, column), row, column))
     return Network(steps, network.outputs)
 
 
@@ -122,23 +122,18 @@ def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape], domain
     if isinstance(what, Slope):
         slopes = _ends(what)
         reach = [_times(s, x) for s in slopes for x in (low, high)]
-        a, b = what.at_zero[0] + min(*reach, 0.0), what.at_zero[1] + max(*reach, 0.0)
-        size = rd.add_up(max(map(abs, what.at_zero)), max(rd.mul_up(abs(s), abs(x)) for s in slopes for x in (low, high)))
-        room = _slack(size) if size < INF else 0.0
-        return max(a - room, what.image[0]), min(b + room, what.image[1]), INF
+        a, b = _below(what.at_zero[0], min(*reach, 0.0)), _above(what.at_zero[1], max(*reach, 0.0))
+        return max(a, what.image[0]), min(b, what.image[1]), INF
     if isinstance(what, Lipschitz):
         inside = (-INF, INF) if what.reach is None else what.reach(low, high)
         if what.same_range:
             ends = (low, high) if what.others is None else (min(low, what.others[0]), max(high, what.others[1]))
-            room = 0.0 if what.times == 1.0 or max(map(abs, ends)) == INF else SLACK * what.times * max(map(abs, ends))
-            inside = ends[0] * what.times - room, ends[1] * what.times + room
+            inside = ends if what.times == 1.0 else (_below(ends[0] * what.times), _above(ends[1] * what.times))
         return max(inside[0], what.image[0]), min(inside[1], what.image[1]), what.row
     if isinstance(what, Pad):
         return min(low, what.value), max(high, what.value), INF
     if isinstance(what, Sum):
-        a, b = sum(r.low for r in sources), sum(r.high for r in sources)
-        size = math.fsum(r.size for r in sources) if all(r.size < INF for r in sources) else 0.0
-        return a - SLACK * size, b + SLACK * size, rd.add_up(*(r.row for r in sources)) if all(r.row < INF for r in sources) else INF
+        return _below(*(r.low for r in sources)), _above(*(r.high for r in sources)), rd.add_up(*(r.row for r in sources))
     if isinstance(what, Product):
         terms = shapes[0][-1] if what.kind == "matrix" else 1
         top = rd.mul_up(rd.mul_up(what.scale, float(terms)), rd.mul_up(sources[0].size, sources[1].size))
@@ -158,7 +153,9 @@ def _ends(what: Slope) -> list[float]:
 
 
 def _times(slope: float, x: float) -> float:
-    return 0.0 if slope == 0.0 or x == 0.0 else slope * x
+    if slope == 0.0 or x == 0.0:
+        return 0.0
+    return math.copysign(max(abs(slope * x), rd.TINY), slope) * math.copysign(1.0, x)  # away from zero where it underflows
 
 
 def _slack(size: float) -> float:
@@ -166,33 +163,39 @@ def _slack(size: float) -> float:
     return 0.0 if size == 0.0 else rd.add_up(rd.mul_up(SLACK, size), 8.0 * rd.TINY)
 
 
+def _below(*terms: float) -> float:
+    """A number below the sum of the terms, each of which may have been rounded."""
+    size = sum(map(abs, terms))
+    return -INF if size == INF else sum(terms) - _slack(size)
+
+
+def _above(*terms: float) -> float:
+    return -_below(*(-t for t in terms))
+
+
 def _linear(what: Linear, r: Range) -> tuple[float, float, float]:
-    if r.size == INF and r.row == INF:
+    if r.size == INF:
         return -INF, INF, INF
     bias = torch.as_tensor(what.bias, dtype=torch.float64)
     shift, room = (float(bias.min()), float(bias.max())), float(bias.abs().max())
     if isinstance(what.op, Scale):
         ends = [float(w) * x for w in (what.op.weight.min(), what.op.weight.max()) for x in (r.low, r.high)]
         top = float(what.op.weight.abs().max())
-        slack = _slack(rd.add_up(rd.mul_up(top, r.size), room))
-        row = INF if r.row == INF else rd.mul_up(rd.add_up(top, what.error), r.row)
-        return min(ends) + shift[0] - slack, max(ends) + shift[1] + slack, INF if room else row
+        stray = rd.add_up(_slack(rd.add_up(rd.mul_up(top, r.size), room)), rd.mul_up(what.error, r.size), what.slip)
+        row = rd.mul_up(rd.add_up(top, what.error), r.row)
+        return _below(min(ends), shift[0], -stray), _above(max(ends), shift[1], stray), INF if room or what.slip else row
     rows = _rows(what.op)
-    row, most = INF, INF
-    if isinstance(what.op, Dense) and r.row < INF:
-        constant = bias.expand(*bias.shape[:-1], len(rows))  # one constant may be added to every entry of a row
-        row = rd.add_up(rd.mul_up(_norm(rows), r.row), float(lengths(constant).max()))
-        most = rd.mul_up(float(lengths(rows).max()), r.row)
+    plus, minus = rows.clamp_min(0).sum(1), rows.clamp_max(0).sum(1)
     low, high = (r.low, r.high) if isinstance(what.op, Dense) else (min(r.low, 0.0), max(r.high, 0.0))  # a padded window holds zeros
-    if r.size == INF:
-        a, b, size = -most, most, most
-    else:
-        plus, minus = rows.clamp_min(0).sum(1), rows.clamp_max(0).sum(1)
-        a, b = float((plus * low + minus * high).min()), float((plus * high + minus * low).max())
-        size = rd.mul_up(float(rows.abs().sum(1).max()), r.size)
+    a, b = float((plus * low + minus * high).min()), float((plus * high + minus * low).max())
+    row, stray = INF, what.slip  # the error of a convolution, an average, is relative to its entries and within the slack
+    if isinstance(what.op, Dense):
+        constant = bias.expand(*bias.shape[:-1], len(rows)).abs() + what.slip  # one constant may be added to every entry of a row
+        row = rd.add_up(rd.mul_up(rd.add_up(_norm(rows), what.error), r.row), rd.mul_up(float(lengths(constant).max()), 1.0 + SLACK))
+        most, stray = rd.mul_up(float(lengths(rows).max()), r.row), rd.add_up(stray, rd.mul_up(what.error, r.row))
         a, b = max(a, -most), min(b, most)
-    slack = _slack(rd.add_up(size, room))
-    return a + shift[0] - slack, b + shift[1] + slack, row
+    stray = rd.add_up(_slack(rd.add_up(rd.mul_up(float(rows.abs().sum(1).max()), r.size), room)), stray)
+    return _below(a, shift[0], -stray), _above(b, shift[1], stray), row
 
 
 def _norm(matrix: Tensor) -> float:

@@ -36,13 +36,15 @@ class Linear:
     """A linear map: `op`, up to an error of norm at most `error` (of folding in float64).
 
     A `Conv` acts on (batch, channels, *space), a `Dense` on the last axis, a `Scale` entry by entry. `bias` is the
-    constant added, broadcast to the value's shape (only intervals read it). `known` is the norm where a rule knows it.
+    constant added, broadcast to the value's shape (only intervals read it), up to `slip` in each entry. `known` is the norm
+    where a rule knows it.
     """
 
     op: Conv | Dense | Scale
     error: float = 0.0
     bias: Tensor | float = 0.0
     known: Bound | None = None
+    slip: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gramlip.errors import InputError
+
 _LAYOUTS = {torch.float32: (torch.int32, 23, -149), torch.float64: (torch.int64, 52, -1074)}
 
 
@@ -41,7 +43,14 @@ def widen_each(x: Tensor, exponents: Sequence[int] | None = None) -> tuple[Tenso
 
 def exact(x: Tensor) -> Tensor:
     """Real numbers of any dtype as float64, to be read alone: denormal ones too, whether or not this thread flushes them."""
-    return widen(x.detach(), 0)[0] if x.is_floating_point() else x.detach().to(torch.float64)
+    if x.is_floating_point():
+        return widen(x.detach(), 0)[0]
+    wide = x.detach().to(torch.float64)
+    if x.dtype == torch.int64 and bool(((wide >= 2.0**63) | (wide.to(torch.int64) != x)).any()):
+        largest = int(x.flatten()[wide.abs().argmax()])
+        msg = f"an integer such as {largest} was given, which float64 does not hold; expected moduli of at most 2**53: type .double()"
+        raise InputError(msg)
+    return wide
 
 
 def exponent_of(x: Tensor) -> int | None:

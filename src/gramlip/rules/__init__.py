@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gramlip.rules import activations, affine, attention, einsum, pooling, shapes, statistics, steep
+from gramlip.rules import activations, affine, attention, einsum, normalisation, pooling, shapes, statistics, steep
 from gramlip.rules.lower import lower
 from gramlip.rules.registry import RULES, Call, Rule, Var, register
 
@@ -16,6 +16,7 @@ __all__ = [
     "attention",
     "einsum",
     "lower",
+    "normalisation",
     "pooling",
     "register",
     "shapes",

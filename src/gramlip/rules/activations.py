@@ -17,6 +17,7 @@ from gramlip.steps import Linear, Lipschitz, Product, Scale, Slice, Slope, Step,
 from gramlip.widen import exact
 
 INF = math.inf
+ROOM = 1.0 + 2.0**-41  # of the C library's functions
 JUMP = 1e-6  # the largest jump of a softplus that is taken for the smooth function
 # name -> (least slope, largest slope, image, value at 0), each float just outside the real number; tests/test_rules.py
 # compares them with mpmath.
@@ -66,7 +67,11 @@ def _softplus(call: Call) -> Slope:
             f"expected a positive beta and at most {JUMP:g}: pass a larger threshold"
         )
         raise UnsupportedError(msg)
-    return slope("softplus")
+
+    def value(x: float) -> float:
+        return max(x, 0.0) + math.log1p(math.exp(-abs(beta * x))) / beta
+
+    return replace(slope("softplus"), reach=lambda a, b: (rd.down(value(a) / ROOM), rd.up(value(b) * ROOM)))
 
 
 @register("aten.softshrink")
@@ -132,11 +137,17 @@ def _clamp(call: Call) -> Slope:
     if any(isinstance(x, Var) for x in limits) or call.shape != call.var("self").shape:
         msg = "clamp with limits that depend on the input or have more entries than it, which no rule covers"
         raise UnsupportedError(msg)
-    low, high = (torch.as_tensor(default if x is None else x, dtype=torch.float64) for x, default in zip(limits, (-INF, INF), strict=True))
+    given = [default if x is None else x for x, default in zip(limits, (-INF, INF), strict=True)]
+    low, high = (exact(x) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in given)
     if low.numel() == high.numel() == 1:
         ends = float(low), float(high)
         return replace(_clip(*ends), reach=lambda a, b: (min(max(a, ends[0]), ends[1]), min(max(b, ends[0]), ends[1])))
-    return Slope(0.0, 1.0, "clamp: slopes 0 and 1", (float(torch.minimum(low, high).min()), float(high.max())), (-INF, INF))
+    between = [(float(x.min()), float(x.max())) for x in (low, high)]
+
+    def reach(a: float, b: float) -> tuple[float, float]:  # a clamp rises with its argument and with both limits
+        return min(max(a, between[0][0]), between[1][0]), min(max(b, between[0][1]), between[1][1])
+
+    return Slope(0.0, 1.0, "clamp: slopes 0 and 1", (float(torch.minimum(low, high).min()), float(high.max())), (-INF, INF), reach)
 
 
 def _clip(low: float, high: float) -> Slope:
@@ -164,7 +175,7 @@ def gated(call: Call, x: Var, gate: Var) -> Slope | None:
     step = call.steps[gate.step]
     if not isinstance(step.what, Slope) or x.shape != gate.shape:
         return None
-    at, factor, shift = step.sources[0], Fraction(1), Fraction(0)
+    at, factor, shift, sure = step.sources[0], Fraction(1), Fraction(0), True
     while at != x.step:  # back through constants to the value itself
         what = call.steps[at].what
         if (
@@ -172,18 +183,19 @@ def gated(call: Call, x: Var, gate: Var) -> Slope | None:
             or not isinstance(what.op, Scale)
             or what.op.weight.numel() > 1
             or torch.as_tensor(what.bias).numel() > 1
+            or what.slip > 0
             or not math.isfinite(float(what.bias) + float(what.op.weight))
         ):
             return None
         shift, factor = shift + factor * Fraction(float(what.bias)), factor * Fraction(float(what.op.weight))
-        at = call.steps[at].sources[0]
-    if step.op.startswith("aten.sigmoid") and factor > 0 and shift == 0:  # silu(b x) / b
+        at, sure = call.steps[at].sources[0], sure and what.error == 0
+    if step.op.startswith("aten.sigmoid") and factor > 0 and shift == 0:  # silu(b x) / b, of a b that may be rounded
         found = slope("silu")
-        least = Fraction(-found.image[0]) / factor
+        least = Fraction(-found.image[0]) / factor * Fraction(1 + 2.0**-40)
         return replace(found, because=f"x sigmoid(b x): {found.because}", image=(-rd.up(float(least)) if least < 10**300 else -INF, INF))
-    if (factor, shift) == (1, 0) and step.op.startswith("aten.hardsigmoid"):
+    if sure and (factor, shift) == (1, 0) and step.op.startswith("aten.hardsigmoid"):
         return slope("hardswish")
-    if (factor, shift) == (1, 3) and _is_relu6(step):
+    if sure and (factor, shift) == (1, 3) and _is_relu6(step):
         return Slope(-3.0, 9.0, "x relu6(x + 3): six times hardswish, slopes in [-3, 9]", (-2.25, INF))
     return None
 
@@ -211,7 +223,14 @@ def _log_softmax(call: Call) -> Lipschitz:
 
 @register("aten.logsumexp")
 def _logsumexp(call: Call) -> Lipschitz:
-    return Lipschitz(1.0, "logsumexp: its gradient is a probability vector")
+    count = math.prod(call.var("self").shape) // max(1, math.prod(call.shape))
+    more = math.log(count)
+
+    def reach(low: float, high: float) -> tuple[float, float]:  # between log(n exp(low)) and log(n exp(high))
+        rounding = [(abs(x) + more) * 2.0**-41 if abs(x) < INF else 0.0 for x in (low, high)]
+        return low + more - rounding[0], high + more + rounding[1]
+
+    return Lipschitz(1.0, "logsumexp: its gradient is a probability vector", reach=reach)
 
 
 @register("aten.glu")

@@ -1,4 +1,4 @@
-"""Linear maps with weights: convolutions, matrices, batch norm, constants that add or multiply. docs/network.md#affine-maps."""
+"""Linear maps with weights: convolutions, matrices, constants that add or multiply. docs/network.md#affine-maps."""
 
 from __future__ import annotations
 
@@ -20,24 +20,18 @@ from gramlip.rules.attention import product
 from gramlip.rules.registry import Call, Var, register
 from gramlip.rules.steep import quotient
 from gramlip.steps import Linear, Lipschitz, Product, Scale, Sum, Unbounded
-from gramlip.widen import exact
+from gramlip.widen import exact, exponent_of
 
 
 def entries_of(value: object) -> Tensor | None:
     """A real number or tensor as float64; None for anything else."""
     if isinstance(value, bool | int | float):
-        return torch.tensor(float(value), dtype=torch.float64)
+        value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
     return exact(value) if isinstance(value, Tensor) and not value.is_complex() else None
 
 
 def _along(bias: Tensor | None, axis: int, ndim: int) -> Tensor | float:
     return 0.0 if bias is None else exact(bias).reshape([-1 if j == axis else 1 for j in range(ndim)])
-
-
-def _channels(weight: Tensor, bias: Tensor | None, ndim: int, error: float = 0.0) -> Linear:
-    """Multiplication of each channel (axis 1) by its own constant."""
-    scale = exact(weight).reshape([-1 if j == 1 else 1 for j in range(ndim)])
-    return Linear(Scale(scale), error, _along(bias, 1, ndim))
 
 
 @register("aten.linear")
@@ -49,15 +43,21 @@ def _linear(call: Call) -> Linear:
 @register("aten.addmm")
 def _addmm(call: Call) -> Linear:
     call.var("mat1")
-    bias = exact(call.const("self")) * float(call.const("beta"))
-    weight = call.const("mat2").mT
-    alpha = float(call.const("alpha"))
-    return Linear(Dense(weight if alpha == 1 else exact(weight) * alpha), 0.0 if alpha == 1 else _rounding(exact(weight) * alpha), bias)
+    beta, alpha, weight = float(call.const("beta")), float(call.const("alpha")), call.const("mat2").mT
+    bias = exact(call.const("self")) * beta
+    slip = 0.0 if beta == 1 else _slip(bias)
+    if alpha == 1:
+        return Linear(Dense(weight), 0.0, bias, slip=slip)
+    wide = exact(weight) * alpha
+    lost = rd.mul_up(rd.TINY, float(wide.numel())) if exponent_of(weight) is not None else 0.0  # where all of them underflow
+    return Linear(Dense(wide), rd.add_up(rd.mul_up(rd.gamma(3), length(wide)), lost), bias, slip=slip)
 
 
-def _rounding(weight: Tensor, roundings: int = 2) -> float:
-    """Upper bound of the norm of a relative error of so many roundings in each entry."""
-    return rd.mul_up(rd.gamma(roundings + 1), length(exact(weight)))
+def _slip(made: Tensor | Var, roundings: int = 1, largest: float = 1.0) -> float:
+    """How far entries made by so many products may be from the real ones; `largest` bounds the factor after one that underflows."""
+    if isinstance(made, Var):
+        return 0.0
+    return rd.add_up(rd.mul_up(rd.gamma(roundings + 1), float(made.abs().max())), rd.mul_up(2.0 * rd.TINY, max(1.0, largest)))
 
 
 @register("aten.matmul", "aten.mm", "aten.bmm", "aten.mv")
@@ -74,7 +74,7 @@ def _baddbmm(call: Call) -> Var:
         raise UnsupportedError(msg)
     made = _product_of(call, call["batch1"], call["batch2"])
     value = made if isinstance(made, Var) else call.then(made, *call.vars)
-    return _times(call, value, torch.tensor(1.0, dtype=torch.float64), shift * float(call.const("beta")), known=_ONE)
+    return _summed(call, value, shift, (1.0, float(call.const("beta"))))
 
 
 def _product_of(call: Call, left: Any, right: Any) -> Linear | Var | Lipschitz:
@@ -84,16 +84,17 @@ def _product_of(call: Call, left: Any, right: Any) -> Linear | Var | Lipschitz:
             raise UnsupportedError(msg)
         return product(call, left, right)
     constant: Tensor = right if isinstance(left, Var) else left
-    if isinstance(left, Var) and constant.ndim == 2 and len(left.shape) >= 2:
+    if isinstance(left, Var) and constant.ndim == 2:
         return Linear(Dense(constant.mT.detach()))
+    if constant.ndim == 2 and len(right.shape) == 1:
+        return Linear(Dense(constant.detach()))
     from gramlip.norm import bound  # a batch of matrices: the largest of them, applied to each slice
 
     matrices = constant.detach().reshape(-1, *constant.shape[-2:]) if constant.ndim >= 2 else constant.detach()[None, None]
     parts = [bound(Dense(m), rtol=1e-6) for m in matrices]
     variable = left if isinstance(left, Var) else right
-    spread = (
-        max(1, math.prod(call.shape[:-2]) // max(1, math.prod(variable.shape[:-2]))) if len(variable.shape) >= 2 else math.prod(call.shape)
-    )
+    batch, own = (call.shape[:-1], 1) if len(variable.shape) == 1 else (call.shape[:-2], math.prod(variable.shape[:-2]))
+    spread = max(1, math.prod(batch) // max(1, own))  # a vector meets all of the matrices
     top = max(float(b.upper) for b in parts)
     return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(spread))), "matrix product with a constant")
 
@@ -130,63 +131,6 @@ def _conv(call: Call) -> Linear | Var:
     return Linear(op, bias=_along(call.const("bias"), 1, len(call.shape)))
 
 
-@register("aten.batch_norm", "aten._native_batch_norm_legit_no_training", "aten.instance_norm")
-def _batch_norm(call: Call) -> Linear | Unbounded | Lipschitz | Var:
-    training = call.args.get("training", call.args.get("use_input_stats", False))
-    mean, var = call.const("running_mean"), call.const("running_var")
-    if "instance_norm" in call.op and training:
-        x = call.var("input")
-        return normalised(call, x, math.prod(x.shape[2:]), call.const("weight"), call.const("bias"), float(call.const("eps")))
-    if training or mean is None:
-        msg = "batch norm in training mode depends on the whole batch; expected evaluation mode: type model.eval()"
-        raise UnsupportedError(msg)
-    spread = exact(var) + float(call.const("eps"))
-    if not bool((spread > 0).all()):
-        return Unbounded("batch norm divides by a running variance plus eps that is not positive")
-    gain = (1.0 if call.const("weight") is None else exact(call.const("weight"))) / spread.sqrt()
-    shift = (0.0 if call.const("bias") is None else exact(call.const("bias"))) - exact(mean) * gain
-    none = call.const("weight") is not None and not bool(call.const("weight").any())
-    error = 0.0 if none else rd.add_up(rd.mul_up(rd.gamma(5), float(gain.abs().max())), rd.TINY)
-    return _channels(gain, shift, len(call.shape), error)
-
-
-def normalised(
-    call: Call, x: Var, count: int, weight: Tensor | None, bias: Tensor | None, eps: float, axis: int = 1
-) -> Lipschitz | Unbounded | Var:
-    """Normalisation of groups of `count` entries to variance 1, then a gain: docs/network.md#normalisation."""
-    top = 1.0 if weight is None else float(exact(weight).abs().max())
-    if eps <= 0:
-        return Unbounded("normalisation without eps has no finite constant near constant inputs")
-    upper = rd.up(rd.mul_up(top, rd.up(1.0 / rd.sqrt_down(eps)))) if count > 1 else 0.0
-    reach = rd.sqrt_up(float(count))
-    because = f"normalisation of {count} entries: at most 1/sqrt(eps) = {1 / math.sqrt(eps):.6g}"
-    shift = 0.0 if bias is None else float(exact(bias).abs().max())
-    edge = rd.add_up(rd.mul_up(top, reach), shift)
-    row = rd.add_up(rd.mul_up(top, reach), rd.mul_up(reach, shift)) if x.shape[-1] == count else math.inf
-    return Lipschitz(upper, f"{because}, times the largest gain {top:.6g}", (-edge, edge), row=row)
-
-
-@register("aten.layer_norm", "aten.native_layer_norm")
-def _layer_norm(call: Call) -> Lipschitz | Unbounded | Var:
-    count = math.prod(call.const("normalized_shape"))
-    return normalised(call, call.var("input"), count, call.const("weight"), call.const("bias"), float(call.const("eps")))
-
-
-@register("aten.group_norm")
-def _group_norm(call: Call) -> Lipschitz | Unbounded | Var:
-    x = call.var("input")
-    count = math.prod(x.shape[1:]) // int(call.const("num_groups"))
-    return normalised(call, x, count, call.const("weight"), call.const("bias"), float(call.const("eps")))
-
-
-@register("aten.rms_norm")
-def _rms_norm(call: Call) -> Lipschitz | Unbounded | Var:
-    eps = call.const("eps")
-    count = max(2, math.prod(call.const("normalized_shape")))
-    default = torch.finfo(torch.float64 if call.dtype == torch.float64 else torch.float32).eps
-    return normalised(call, call.var("input"), count, call.const("weight"), None, default if eps is None else float(eps))
-
-
 def spread(call: Call, x: Var, shape: tuple[int, ...]) -> Var:
     """The variable broadcast to a shape: each entry repeated, so the root of the repeats."""
     if x.shape == shape:
@@ -196,10 +140,12 @@ def spread(call: Call, x: Var, shape: tuple[int, ...]) -> Var:
     return call.then(what, x, shape=shape)
 
 
-def _times(call: Call, x: Var, weight: Tensor, bias: Tensor | float = 0.0, error: float = 0.0, known: Bound | None = None) -> Var:
+def _times(
+    call: Call, x: Var, weight: Tensor, bias: Tensor | float = 0.0, error: float = 0.0, known: Bound | None = None, slip: float = 0.0
+) -> Var:
     wide = spread(call, x, call.shape)
     lead = len(call.shape) - weight.ndim
-    return call.then(Linear(Scale(weight.reshape([1] * lead + list(weight.shape))), error, bias, known), wide)
+    return call.then(Linear(Scale(weight.reshape([1] * lead + list(weight.shape))), error, bias, known, slip), wide)
 
 
 _ONE = Bound(1.0, 1.0, "a shift by a constant, or a change of sign")
@@ -207,9 +153,13 @@ _ONE = Bound(1.0, 1.0, "a shift by a constant, or a change of sign")
 
 @register("aten.add", "aten.sub", "aten.rsub")
 def _add(call: Call) -> Var:
-    left, right = call["self"], call["other"]
     alpha = float(call.args.get("alpha", 1))
     signs = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[call.op.split(".")[1].rstrip("_")]
+    return _summed(call, call["self"], call["other"], signs)
+
+
+def _summed(call: Call, left: Any, right: Any, signs: tuple[float, float] = (1.0, 1.0), slip: float = 0.0) -> Var:
+    """Two values, or one and a constant known up to `slip`, each times its sign, added."""
     terms = [(v, s) for v, s in zip((left, right), signs, strict=True) if isinstance(v, Var)]
     constant = [entries_of(v) for v in (left, right) if not isinstance(v, Var)]
     if any(c is None for c in constant):
@@ -220,7 +170,9 @@ def _add(call: Call) -> Var:
         at = signs[1] if isinstance(left, Var) else signs[0]
         known = _ONE if abs(sign) == 1 else None
         assert constant[0] is not None
-        return _times(call, x, torch.tensor(sign, dtype=torch.float64), constant[0] * at, known=known)
+        bias = constant[0] * at
+        slip = rd.add_up(rd.mul_up(slip, abs(at)), 0.0 if abs(at) == 1 else _slip(bias))
+        return _times(call, x, torch.tensor(sign, dtype=torch.float64), bias, known=known, slip=slip)
     signed = [
         v if s == 1 else _times(_shaped(call, v.shape), v, torch.tensor(s, dtype=torch.float64), known=_ONE if s == -1 else None)
         for v, s in terms
@@ -260,15 +212,15 @@ def _mul(call: Call) -> Var | Unbounded:
     if not bool((constant != 0).all()):
         return Unbounded("division by zero")
     inverse = 1.0 / constant
-    return _times(call, x, inverse, error=rd.mul_up(rd.gamma(2), float(inverse.abs().max())))
+    return _times(call, x, inverse, error=_slip(inverse))
 
 
 def _by(call: Call, rule: Callable[[Call], Any], op: str, left: Any, right: Any) -> Any:
-    """A sum, product or quotient of two arguments as a part of the call: a value, or a constant where both are."""
+    """A product or quotient of two arguments as a part of the call: a value, or a constant where both are."""
     pair = {"self": left, "other": right}
     if not any(isinstance(v, Var) for v in pair.values()):
         one, other = (cast("Tensor", entries_of(v)) for v in (left, right))
-        return {"aten.add": torch.add, "aten.mul": torch.mul, "aten.div": torch.div}[op](one, other)
+        return {"aten.mul": torch.mul, "aten.div": torch.div}[op](one, other)
     shape = torch.broadcast_shapes(*(v.shape if isinstance(v, Var | Tensor) else () for v in (left, right)))
     part = replace(call, op=op, args=pair, shape=tuple(shape))
     made = rule(part)
@@ -278,16 +230,17 @@ def _by(call: Call, rule: Callable[[Call], Any], op: str, left: Any, right: Any)
 @register("aten.addcmul", "aten.addcdiv")
 def _addc(call: Call) -> Var:
     factors = _by(call, _mul, "aten.mul" if "mul" in call.op else "aten.div", call["tensor1"], call["tensor2"])
-    return _by(call, _add, "aten.add", call["self"], _by(call, _mul, "aten.mul", factors, call.const("value")))
+    added = _by(call, _mul, "aten.mul", factors, call.const("value"))
+    return _summed(call, call["self"], added, slip=_slip(added, 2, abs(float(call.const("value")))))
 
 
 @register("aten.lerp")
 def _lerp(call: Call) -> Var:
     weight, x = cast("Tensor", entries_of(call.const("weight"))), call["self"]  # real: complex values are refused before
     keep = 1.0 - weight
-    error = rd.mul_up(rd.gamma(2), float(keep.abs().max()))
-    rest = _times(call, x, keep, error=error) if isinstance(x, Var) else exact(x) * keep
-    return _by(call, _add, "aten.add", rest, _by(call, _mul, "aten.mul", call["end"], weight))
+    kept = _times(call, x, keep, error=_slip(keep)) if isinstance(x, Var) else exact(x) * keep
+    moved = _by(call, _mul, "aten.mul", call["end"], weight)
+    return _summed(call, kept, moved, slip=rd.add_up(_slip(kept, 2), _slip(moved)))
 
 
 @register("aten.neg")

@@ -66,5 +66,5 @@ def _attention(call: Call) -> Var:
     mask = call.const("attn_mask")
     empty = isinstance(mask, Tensor) and bool(((~mask if mask.dtype == torch.bool else mask == -math.inf).all(-1)).any())
     scale = call.const("scale")
-    factor = rd.up(1 / math.sqrt(q.shape[-1])) if scale is None else abs(float(scale))
+    factor = rd.up(1 / rd.sqrt_down(q.shape[-1])) if scale is None else abs(float(scale))
     return call.then(Attention(factor, empty=empty), q, k, v)

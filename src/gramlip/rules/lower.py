@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
-from torch.fx.node import map_arg
+from torch import fx
 
-from gramlip.errors import InputError, UndefinedError, UnsupportedError
+from gramlip.errors import InputError, UndefinedError, UnsupportedError, first_line
+from gramlip.evaluate import evaluate, reads_memory, widened
 from gramlip.graph import RECURRENT, Program, arguments, is_random, module_path, op_name, place, shape_of
 from gramlip.operators import checked
 from gramlip.rules.registry import Call, Var, find
@@ -25,11 +25,17 @@ _OF_SHAPE = {
 
 @dataclass(frozen=True)
 class Lowered:
-    """The network's steps, the calls that no rule covers, and the assumptions that were used."""
+    """The network's steps, the calls that no rule covers, the assumptions that were used, and the values of calls on weights alone."""
 
     network: Network
     unsupported: list[str]
     assumed: list[str]
+    computed: dict[fx.Node, object]
+
+    @property
+    def rounded(self) -> bool:
+        """Whether a weight is computed from others by more than copies and views."""
+        return any(_rounds(node) for node in self.computed)
 
 
 def lower(program: Program, assume: Mapping[str, float] | None = None) -> Lowered:
@@ -70,7 +76,13 @@ def lower(program: Program, assume: Mapping[str, float] | None = None) -> Lowere
         raise InputError(msg)
     ends = [values[n] for n in program.outputs]
     kept = [v for v in ends if isinstance(v, Var)]
-    return Lowered(renumbered(steps, [v.step for v in kept], {}), unsupported, assumed)
+    computed = {n: v for n, v in values.items() if n not in program.constants and not _depends(v)}
+    return Lowered(renumbered(steps, [v.step for v in kept], {}), unsupported, assumed, computed)
+
+
+def _depends(value: object) -> bool:
+    """Whether a value, or a part of it, depends on the network's input."""
+    return any(map(_depends, value)) if isinstance(value, list | tuple) else isinstance(value, Var)  # type: ignore[reportUnknownArgumentType]
 
 
 def _needed(program: Program) -> set[fx.Node]:
@@ -101,7 +113,7 @@ def _value(
             raise UnsupportedError(msg)
         value = values[n]
         if n is shaped and isinstance(value, Var):  # nothing of it is read but its shape and type
-            return torch.zeros((), dtype=n.meta["val"].dtype).expand(value.shape)
+            return torch.zeros((), dtype=widened(n.meta["val"].dtype)).expand(value.shape)
         return value
 
     given, dtype = arguments(node, resolve), getattr(node.meta.get("val"), "dtype", None)
@@ -158,8 +170,8 @@ def _check(node: fx.Node, call: Call) -> None:
                 raise InputError(msg)
 
 
-def _constant(node: fx.Node, call: Call, resolve: object) -> object:
-    """The value of a call on weights alone, as the model computes it."""
+def _constant(node: fx.Node, call: Call, resolve: Callable[[fx.Node], object]) -> object:
+    """The value of a call on weights alone, as float64 computes it from them: docs/network.md#computed-weights."""
     if is_random(node):
         msg = f"{call.op} draws random numbers: expected a function of the input alone"
         raise UnsupportedError(msg)
@@ -169,8 +181,21 @@ def _constant(node: fx.Node, call: Call, resolve: object) -> object:
     if schema is not None and schema.is_mutable:
         msg = f"{call.op} writes into a weight or buffer"
         raise UnsupportedError(msg)
-    args = map_arg(node.args, resolve)  # type: ignore[arg-type]
-    kwargs = map_arg(node.kwargs, resolve)  # type: ignore[arg-type]
-    with torch.no_grad():
-        result = node.target(*args, **kwargs)  # type: ignore[operator]
-    return result.detach() if isinstance(result, Tensor) else result
+    if reads_memory(node):
+        msg = f"{call.op} reads places or bits of memory instead of numbers; expected indexing, unfold or arithmetic"
+        raise UnsupportedError(msg)
+    try:
+        with torch.no_grad():
+            return evaluate(node, lambda n: widened(resolve(n)))
+    except (RuntimeError, TypeError) as error:
+        msg = f"{call.op} of weights alone, which torch does not compute in float64: {first_line(error)}"
+        raise UnsupportedError(msg) from error
+
+
+def _rounds(node: fx.Node) -> bool:
+    """Whether a call makes other floating numbers of floating ones."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or any(r.alias_info is not None for r in schema.returns) or find(op_name(node)) is find("aten.clone"):
+        return False  # a part of another call's result, a view, a copy
+    read, made = [n.meta.get("val") for n in node.all_input_nodes], node.meta.get("val")
+    return any(t.is_floating_point() for t in tensors(read)) and any(t.is_floating_point() for t in tensors(made))

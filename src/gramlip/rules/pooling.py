@@ -121,7 +121,7 @@ def _nearest(call: Call) -> Linear | Lipschitz:
 def _bicubic(call: Call) -> Lipschitz:
     from gramlip.norm import bound  # one matrix for each axis; the map is their Kronecker product
 
-    upper, x = 1.0, call.vars[0]
+    upper, wide, x = 1.0, 1.0, call.vars[0]
     if max(*x.shape[2:], *call.shape[2:]) > 1024:
         msg = f"bicubic interpolation of an input of shape {x.shape}; expected sides of at most 1024"
         raise UnsupportedError(msg)
@@ -130,11 +130,20 @@ def _bicubic(call: Call) -> Lipschitz:
         for part in torch.eye(x.shape[axis], dtype=torch.float64).split(16):
             shape = [len(part), 1, 1, 1]
             shape[axis] = x.shape[axis]
-            wide = part.reshape(shape).expand(len(part), 1, *x.shape[2:])
-            columns.append(call.run(wide.contiguous()).select(5 - axis, 0).reshape(len(part), -1))
+            along = part.reshape(shape).expand(len(part), 1, *x.shape[2:])
+            columns.append(call.run(along.contiguous()).select(5 - axis, 0).reshape(len(part), -1))
+        matrix = torch.cat(columns)
         grow = 1 + 2.0**-44 + 2.0**-46 * x.shape[axis]  # docs/rounding.md#fixed-maps
-        upper = rd.mul_up(upper, rd.mul_up(float(bound(torch.cat(columns)).upper), grow))
-    return Lipschitz(upper, "bicubic interpolation: one matrix for each axis")
+        upper = rd.mul_up(upper, rd.mul_up(float(bound(matrix).upper), grow))
+        wide = rd.mul_up(wide, float(matrix.abs().sum(0).max()) * (1 + 1e-12))
+
+    def reach(low: float, high: float) -> tuple[float, float]:  # the weights of an entry add up to 1, their moduli to at most `wide`
+        if not high - low < math.inf:
+            return -math.inf, math.inf
+        over, rounding = (wide - 1.0) / 2 * (high - low), 1e-9 * wide * (max(abs(low), abs(high)) + rd.TINY)
+        return low - over - rounding, high + over + rounding
+
+    return Lipschitz(upper, "bicubic interpolation: one matrix for each axis", reach=reach)
 
 
 def _one_channel(shape: Sequence[int], dims: int) -> list[int]:

@@ -205,7 +205,7 @@ def _pad(call: Call) -> Pad | Linear | Lipschitz | Var:
     mode = str(call.args.get("mode", "constant")).replace("constant", "zeros")
     if x.shape == call.shape and not any(given):
         return x
-    spatial = len(x.shape) - 2
+    spatial, value = len(x.shape) - 2, float(call.args.get("value") or 0.0)
     if mode != "zeros" and len(pairs) == spatial + 1:
         return call.batched(_pad)
     if (
@@ -214,7 +214,7 @@ def _pad(call: Call) -> Pad | Linear | Lipschitz | Var:
         and len(pairs) == spatial + 1 <= 4
         and not any(map(any, pairs[1:]))
         and min(given) >= 0
-        and not call.args.get("value")
+        and value == 0.0
     ):
         rows = torch.eye(x.shape[1], dtype=torch.float64)
         if x.shape[1] <= WIDEST:
@@ -223,9 +223,8 @@ def _pad(call: Call) -> Pad | Linear | Lipschitz | Var:
         if mode != "zeros":
             msg = f"{mode} padding by {given} of an input of shape {x.shape}, which no rule covers"
             raise UnsupportedError(msg)
-        return Lipschitz(1.0, "constants around, or entries cut off")
-    value = call.args.get("value")
-    return Pad(((0, 0),) * (spatial - len(pairs)) + tuple(pairs), mode, float(value or 0.0))
+        return Lipschitz(1.0, "constants around, or entries cut off", same_range=True, others=(value, value) if max(given) > 0 else None)
+    return Pad(((0, 0),) * (spatial - len(pairs)) + tuple(pairs), mode, value)
 
 
 @register(*(f"aten.{mode}_pad{d}d" for mode in ("reflection", "replication") for d in (1, 2, 3)))

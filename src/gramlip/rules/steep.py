@@ -6,17 +6,22 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+from gramlip import rounding as rd
 from gramlip.rules.registry import Call, Var, register
 from gramlip.steps import Product, Slope, Unbounded
 
 INF = math.inf
-ROOM = 1.0 + 2.0**-46  # the C library's functions are off by a few units in the last place
+ROOM = 1.0 + 2.0**-41  # the C library's functions are off by a few units in the last place, a power by up to 710 for that of its exponent
 Within = Callable[[float, float], Slope | None]
 
 
 def _outward(low: float, high: float) -> tuple[float, float]:
-    """The interval widened by `ROOM` at both ends."""
-    return min(low / ROOM, low * ROOM), max(high / ROOM, high * ROOM)
+    """The interval widened by `ROOM` at both ends, and by what underflows."""
+    return -_up(-low), _up(high)
+
+
+def _up(x: float) -> float:
+    return rd.up(x * ROOM) if x >= 0.0 else -rd.down(-x / ROOM)
 
 
 def _on(name: str, a: float, b: float, ends: tuple[float, float], slopes: tuple[float, float]) -> Slope:
@@ -80,10 +85,14 @@ def _power(exponent: float, a: float, b: float) -> Slope | None:
             return _on(
                 f"power {exponent:g}", a, b, (-(most**exponent) if a < 0 else 0.0, most**exponent), (-steep if a < 0 else 0.0, steep)
             )
-        if exponent < 1.0 and a > 0.0:
-            steep = abs(exponent) * a ** (exponent - 1.0)
-            ends = sorted((a**exponent, b**exponent if b < INF or exponent < 0 else INF))
-            return _on(f"power {exponent:g}", a, b, (ends[0], ends[1]), (-steep, 0.0) if exponent < 0 else (0.0, steep))
+        if exponent < 1.0 and (a > 0.0 or (whole and b < 0.0)):
+            near, far = sorted((abs(a), abs(b)))
+            steep = abs(exponent) * near ** (exponent - 1.0)
+            ends = sorted((near**exponent, far**exponent if far < INF or exponent < 0 else INF))
+            odd = b < 0.0 and exponent % 2 == 1
+            falls = exponent < 0 and (a > 0.0 or odd)
+            image = (-ends[1], -ends[0]) if odd else (ends[0], ends[1])
+            return _on(f"power {exponent:g}", a, b, image, (-steep, 0.0) if falls else (0.0, steep))
     except OverflowError:
         pass  # too steep for a float
     return None
