@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gramlip.rules import activations, affine, attention, einsum, pooling, shapes, statistics, steep
+from gramlip.rules import activations, affine, attention, einsum, joins, pooling, shapes, statistics, steep
 from gramlip.rules.lower import lower
 from gramlip.rules.registry import RULES, Call, Rule, Var, register
 
@@ -15,6 +15,7 @@ __all__ = [
     "affine",
     "attention",
     "einsum",
+    "joins",
     "lower",
     "pooling",
     "register",
