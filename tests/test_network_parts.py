@@ -67,6 +67,10 @@ TIGHT: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] = {
     "groups of one": (lambda x: ends(x.reshape(1, 4, 1)), (4,), math.sqrt(2)),
     "twice the maximum": (lambda x: torch.cat([torch.maximum(*x.chunk(2, 1))] * 2, 1), (4,), math.sqrt(2)),
     "sorted and one more": (lambda x: torch.cat([ends(x.reshape(1, 2, 2)), 2 * x.reshape(1, 4)], 1), (4,), math.sqrt(5)),
+    "crelu": (lambda x: torch.cat([F.relu(x), F.relu(-x)], 1), (4,), 1.0),
+    "crelu of parts": (lambda x: torch.cat([F.relu(y) for y in (x[:, :2], -x[:, :2], x[:, 2:])], 1), (4,), 1.0),
+    "crelu shifted": (lambda x: torch.cat([F.relu(x + 1), F.relu(-x + 1)], 1), (4,), math.sqrt(2)),
+    "value and relu": (lambda x: torch.stack([x, F.relu(x)]), (4,), math.sqrt(2)),
     "sine and cosine": (lambda x: torch.cat([f(k * x) for k in (1.0, 2.0) for f in (torch.sin, torch.cos)], 1), (4,), math.sqrt(5)),
 }
 

@@ -1,10 +1,12 @@
-"""Values joined, and what is known of them together: sorted pairs, sine and cosine. docs/network.md#shortcuts."""
+"""Values joined, and what is known of them together: curves of one value, sorted pairs. docs/network.md#shortcuts."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
+from gramlip.rules.curves import IDENTITY, Entrywise, NotACurveError, steepness
 from gramlip.rules.registry import Call, Var, register
 from gramlip.rules.shapes import between
 from gramlip.steps import Join, Lipschitz, Shortcut, Step, View
@@ -29,7 +31,21 @@ def _cat(call: Call) -> Var:
 
 def _tied(call: Call, alone: list[int]) -> list[tuple[float, int]]:
     """Steps whose differences, times these factors and joined, are at least as long as those of the given ones joined."""
+    curves: dict[int, list[Entrywise]] = {}
+    for i in alone:
+        curve = call.known.curves.get(i)
+        curves.setdefault(i if curve is None else curve.base.step, []).append(
+            curve or Entrywise(Var(i, call.steps[i].shape), (), lambda _: IDENTITY)
+        )
     found: list[tuple[float, int]] = []
+    for base, values in curves.items():
+        try:
+            factor = steepness(values) if len(values) > 1 else math.inf
+        except NotACurveError:
+            continue
+        if factor < math.inf:
+            found.append((factor, base))
+            alone = [i for i in alone if i != base and (i not in call.known.curves or call.known.curves[i].base.step != base)]
     while alone:
         i = alone.pop()
         mate = next((j for j in alone if _mates(call.steps[i], call.steps[j])), None)

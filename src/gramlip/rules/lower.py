@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 from gramlip.errors import InputError, UndefinedError, UnsupportedError
 from gramlip.graph import RECURRENT, Program, arguments, is_random, module_path, op_name, place, shape_of
 from gramlip.operators import checked
+from gramlip.rules.curves import Entrywise, entrywise, merged
 from gramlip.rules.registry import Call, Known, Var, find
 from gramlip.rules.shapes import PICKS
 from gramlip.steps import Input, Linear, Lipschitz, Network, Slice, Step, Unbounded, View, renumbered
@@ -126,14 +127,18 @@ def _value(
     told = f"{op} {call.args}" if plain else ""
     if told in known.values:  # the same call of the same value again
         return known.values[told]
-    value = _made(node, call)
-    if told and isinstance(value, Var):
-        known.values[told] = value
+    curve = entrywise(call)
+    value = _made(node, call, curve)
+    if isinstance(value, Var) and value not in call.vars:
+        if curve is not None:
+            known.curves[value.step] = curve
+        if told:
+            known.values[told] = value
     return value
 
 
-def _made(node: fx.Node, call: Call) -> Var | tuple[Var, ...]:
-    """The value of a call by its rule."""
+def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var, ...]:
+    """The value of a call: as a curve where several come together, or by its rule."""
     op, dtype = call.op, call.dtype
     schema = getattr(node.target, "_schema", None)
     if schema is not None and schema.is_mutable and not isinstance(next(iter(call.args.values())), Var):
@@ -141,6 +146,8 @@ def _made(node: fx.Node, call: Call) -> Var | tuple[Var, ...]:
         raise UnsupportedError(msg)
     if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
         return call.then(Unbounded(f"{op.removeprefix('aten.')} gives integers or truth values, which jump"), *call.vars)
+    if curve is not None and (step := merged(call, curve)) is not None:
+        return call.then(step, curve.base)
     rule = find(op)
     if rule is None and is_random(node):
         msg = f"{op} draws random numbers; expected evaluation mode: type model.eval()"

@@ -23,8 +23,9 @@ class Var:
 
 @dataclass
 class Known:
-    """What is kept from call to call: values by what was called."""
+    """What is kept from call to call: curves (`gramlip.rules.curves`) by the number of the step, and values by what was called."""
 
+    curves: dict[int, Any] = field(default_factory=dict[int, Any])
     values: dict[str, Var] = field(default_factory=dict[str, Var])
 
 
