@@ -120,3 +120,53 @@ def test_images_of_curves_hold_what_products_read(domain: tuple[float, float]) -
         x = torch.tensor([[corner[0], corner[1], corner[1], corner[0]]], dtype=torch.float64) + 1e-3
         matrix = torch.autograd.functional.jacobian(call, x.clamp(low, high)).reshape(4, 4)
         assert float(torch.linalg.matrix_norm(matrix, 2)) <= upper
+
+
+PATTERNS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] = {
+    # name: (call, shape of a sample, an upper limit of what may be reported)
+    "less its mean": (lambda x: x - x.mean(1, keepdim=True), (4, 3), 1.0),
+    "less the mean of all": (lambda x: x - x.mean(), (4,), 1.0),
+    "less a mean that lies across": (lambda x: x - x.mean(1), (4, 4), 2.0 + 1e-9),
+    "mean less the value": (lambda x: x.mean(1, keepdim=True) - x, (4,), 2.0 + 1e-9),
+    "rms norm": (lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.01), (4,), 10.0 + 1e-9),
+    "rms norm by root": (lambda x: x / torch.sqrt((x * x).mean(-1, keepdim=True) + 0.01), (4,), 10.0 + 1e-9),
+    "length": (lambda x: x / torch.sqrt((x * x).sum(1, keepdim=True) + 0.01), (4, 2), 10.0 + 1e-9),
+    "squares of another": (lambda x: x * torch.rsqrt(x.flip(1).pow(2).mean(-1, keepdim=True) + 0.01), (4,), math.inf),
+    "squares that lie across": (lambda x: x * torch.rsqrt(x.pow(2).mean(-1) + 0.01), (4, 4), math.inf),
+    "eps that is negative": (lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1.0 - 1.5), (4,), math.inf),
+    "channels first": (
+        lambda x: (lambda c: c / torch.sqrt(c.pow(2).mean(1, keepdim=True) + 0.01))(x - x.mean(1, keepdim=True)),
+        (4, 3),
+        10.0 + 1e-9,
+    ),
+    "softsign": (F.softsign, (4,), 1.0 + 1e-9),
+    "softsign of another": (lambda x: x / (1 + x.flip(1).abs()), (4,), math.inf),
+    "steep softsign": (lambda x: x / (0.25 + x.abs()), (4,), 4.0 + 1e-9),
+    "smooth modulus": (lambda x: torch.sqrt(x**2 + 1), (4,), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_are_bounded_above_their_jacobians_and_tightly(name: str) -> None:
+    call, shape, most = PATTERNS[name]
+    upper = audit(Map(call).eval(), torch.zeros(1, *shape, dtype=torch.float64), effort=-1).upper
+    generator = torch.Generator().manual_seed(1)
+    for scale in (1e-3, 0.05, 1.0, 4.0):
+        x = scale * torch.randn(1, *shape, generator=generator, dtype=torch.float64)
+        matrix = torch.autograd.functional.jacobian(call, x).reshape(-1, x.numel())
+        assert not float(torch.linalg.matrix_norm(matrix.nan_to_num(), 2)) > upper * (1 + 1e-9)
+    assert upper <= most
+    assert (upper == math.inf) == (most == math.inf)
+
+
+def test_rows_of_a_norm_across_rows_are_not_taken_for_bounded() -> None:
+    """Entries of groups along the axis before the last: a row may be longer than the root of the group's size."""
+
+    def call(x: Tensor) -> Tensor:
+        z = x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-4)
+        return z @ z.mT
+
+    x = torch.zeros(1, 4, 4, dtype=torch.float64)
+    x[0, 0] = torch.linspace(0.01, 0.02, 4)
+    matrix = torch.autograd.functional.jacobian(call, x).reshape(16, 16)
+    assert float(torch.linalg.matrix_norm(matrix, 2)) <= audit(Map(call).eval(), x, effort=-1).upper

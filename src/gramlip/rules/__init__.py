@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gramlip.rules import activations, affine, attention, curves, einsum, joins, pooling, shapes, statistics, steep
+from gramlip.rules import activations, affine, attention, curves, einsum, joins, patterns, pooling, shapes, statistics, steep
 from gramlip.rules.lower import lower
 from gramlip.rules.registry import RULES, Call, Rule, Var, register
 
@@ -18,6 +18,7 @@ __all__ = [
     "einsum",
     "joins",
     "lower",
+    "patterns",
     "pooling",
     "register",
     "shapes",

@@ -13,7 +13,7 @@ from gramlip.errors import InputError, UndefinedError, UnsupportedError
 from gramlip.graph import RECURRENT, Program, arguments, is_random, module_path, op_name, place, shape_of
 from gramlip.operators import checked
 from gramlip.rules.curves import Entrywise, entrywise, merged
-from gramlip.rules.registry import Call, Known, Var, find
+from gramlip.rules.registry import PATTERNS, Call, Known, Var, find
 from gramlip.rules.shapes import PICKS
 from gramlip.steps import Input, Linear, Lipschitz, Network, Slice, Step, Unbounded, View, renumbered
 from gramlip.writes import tensors
@@ -138,7 +138,7 @@ def _value(
 
 
 def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var, ...]:
-    """The value of a call: as a curve where several come together, or by its rule."""
+    """The value of a call: as a curve where several come together, by a pattern, or by its rule."""
     op, dtype = call.op, call.dtype
     schema = getattr(node.target, "_schema", None)
     if schema is not None and schema.is_mutable and not isinstance(next(iter(call.args.values())), Var):
@@ -148,6 +148,9 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var
         return call.then(Unbounded(f"{op.removeprefix('aten.')} gives integers or truth values, which jump"), *call.vars)
     if curve is not None and (step := merged(call, curve)) is not None:
         return call.then(step, curve.base)
+    for pattern in PATTERNS.get(op.rsplit(".", 1)[0].rstrip("_"), ()):
+        if (value := pattern(call)) is not None:
+            return value
     rule = find(op)
     if rule is None and is_random(node):
         msg = f"{op} draws random numbers; expected evaluation mode: type model.eval()"

@@ -129,6 +129,20 @@ def register(*operations: Any) -> Callable[[Rule], Rule]:
     return keep
 
 
+PATTERNS: dict[str, list[Callable[[Call], Var | None]]] = {}
+
+
+def pattern(*operations: str) -> Callable[[Callable[[Call], Var | None]], Callable[[Call], Var | None]]:
+    """Decorator for a function that is asked before the rule of these operations; it returns None where its pattern is not met."""
+
+    def keep(found: Callable[[Call], Var | None]) -> Callable[[Call], Var | None]:
+        for operation in operations:
+            PATTERNS.setdefault(operation, []).append(found)
+        return found
+
+    return keep
+
+
 def find(op: str) -> Rule | None:
     """The rule of `aten.relu_.default`: its own, else its packet's, else that of the same call out of place."""
     packet = op.rsplit(".", 1)[0] if op.count(".") > 1 else op
