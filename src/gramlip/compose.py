@@ -13,7 +13,8 @@ from gramlip import rounding as rd
 from gramlip.bound import Bound
 from gramlip.certify import TOGETHER, certify_all
 from gramlip.operators import Dense, Diagonal, Operator
-from gramlip.steps import Attention, Input, Linear, Lipschitz, Network, Pad, Product, Scale, Shape, Slope, Step, Sum, Unbounded
+from gramlip.parts import coefficients, shortcuts
+from gramlip.steps import Input, Linear, Lipschitz, Network, Pad, Scale, Shape, Shortcut, Slope, Step, Unbounded
 
 SMALL = 256  # matrices with a side of at most this are closed to 1e-6: it costs next to nothing
 
@@ -89,61 +90,49 @@ class Composition:
 
 
 def compose(network: Network, constants: Sequence[Bound]) -> Composition:
-    """The constant of the whole: products along chains, sums at residuals, roots of squares at joins, rounded upward.
+    """The constant of the whole: products along chains, sums at residuals, roots of squares at joins, shortcuts; rounded upward.
 
     `parts` adds up to the logarithm of the constant of the network: docs/network.md#shares. None where it is zero or infinite.
     """
     lips: list[float] = []
-    for step, own in zip(network.steps, constants, strict=True):
+    taken: dict[int, Shortcut] = {}
+    found = shortcuts(network, constants)
+    for i, (step, own) in enumerate(zip(network.steps, constants, strict=True)):
         lips.append(rd.mul_up(float(own.upper), _joined(step, [lips[s] for s in step.sources])))
+        for way in (step.shortcut, *found.get(i, ())):
+            if way is not None and (upper := rd.hypot_up(_terms(way, [lips[s] for s in way.sources]))) < lips[i]:
+                lips[i], taken[i] = upper, way
     ends = [lips[i] for i in network.outputs]
     upper = ends[0] if len(ends) == 1 else rd.hypot_up(ends)
-    return Composition(upper, tuple(lips), _parts(network, lips, upper))
+    return Composition(upper, tuple(lips), _parts(network, lips, taken, upper))
+
+
+def _terms(way: Shortcut, lips: Sequence[float]) -> list[float]:
+    """The constants of what a shortcut reads, times its factors."""
+    return list(map(rd.mul_up, way.factors, lips))
 
 
 def _joined(step: Step, lips: list[float]) -> float:
     """The constant of what the step reads, all sources together."""
-    what = step.what
-    if isinstance(what, Input | Unbounded):
+    if isinstance(step.what, Input | Unbounded):
         return 1.0  # an unbounded step may have lost its sources with its rule: it is infinite whatever it reads
-    if isinstance(what, Sum):
-        return rd.add_up(*lips)
-    if isinstance(what, Product):
-        if what.caps is None:
-            return 0.0 if max(lips) == 0.0 else math.inf
-        a, b = what.caps
-        return rd.mul_up(what.scale, rd.add_up(rd.mul_up(b, lips[0]), rd.mul_up(a, lips[1])))
-    if isinstance(what, Attention):
-        if what.rows is None:
-            return 0.0 if max(lips) == 0.0 else math.inf
-        return rd.add_up(*(rd.mul_up(c, x) for c, x in zip(_attention(step, what.rows), lips, strict=True)))
-    return rd.hypot_up(lips)
+    factors = coefficients(step)
+    return rd.hypot_up(lips) if factors is None else rd.add_up(*map(rd.mul_up, factors, lips))
 
 
-def _attention(step: Step, rows: tuple[float, float, float]) -> tuple[float, float, float]:
-    """What differences of Q, K and V count for: docs/network.md#attention, theorem N9."""
-    assert isinstance(step.what, Attention)
-    queries, keys, values = rows
-    root = rd.sqrt_up(float(step.shape[-2]))
-    reach = rd.mul_up(step.what.scale, values)
-    return rd.mul_up(reach, keys), rd.mul_up(rd.mul_up(reach, root), queries), root
-
-
-def _weights(step: Step, lips: list[float]) -> list[float]:
-    """What each source has in the step's constant: they add up to 1 (derivatives of its logarithm)."""
-    if isinstance(step.what, Sum):
-        terms = lips
-    elif isinstance(step.what, Product) and step.what.caps is not None:
-        terms = [step.what.caps[1] * lips[0], step.what.caps[0] * lips[1]]
-    elif isinstance(step.what, Attention) and step.what.rows is not None:
-        terms = [c * x for c, x in zip(_attention(step, step.what.rows), lips, strict=True)]
-    else:
-        terms = [x * x for x in lips]
+def _weights(step: Step, way: Shortcut | None, lips: list[float]) -> list[float]:
+    """What each of the values that it is bounded by has in the step's constant: they add up to 1 (derivatives of its logarithm)."""
+    factors = None if way is not None else coefficients(step)
+    terms = (
+        [t * t for t in (lips if way is None else _terms(way, lips))]
+        if factors is None
+        else [c * x for c, x in zip(factors, lips, strict=True)]
+    )
     total = math.fsum(terms)
     return [t / total for t in terms]
 
 
-def _parts(network: Network, lips: list[float], upper: float) -> tuple[float, ...] | None:
+def _parts(network: Network, lips: list[float], taken: dict[int, Shortcut], upper: float) -> tuple[float, ...] | None:
     if not 0.0 < upper < math.inf:
         return None
     flow = [0.0] * len(lips)
@@ -157,11 +146,12 @@ def _parts(network: Network, lips: list[float], upper: float) -> tuple[float, ..
         step = network.steps[i]
         if flow[i] == 0.0 or not step.sources:
             continue
-        sources = [lips[s] for s in step.sources]
-        largest = max(sources)
-        shares = _weights(step, [x / largest for x in sources])
+        way = taken.get(i)
+        sources = step.sources if way is None else way.sources
+        largest = max(lips[s] for s in sources)
+        shares = _weights(step, way, [lips[s] / largest for s in sources])
         below = 0.0
-        for s, share in zip(step.sources, shares, strict=True):
+        for s, share in zip(sources, shares, strict=True):
             flow[s] += flow[i] * share
             below += share * math.log(lips[s]) if share else 0.0
         parts[i] = flow[i] * (math.log(lips[i]) - below)

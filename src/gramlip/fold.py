@@ -125,7 +125,7 @@ def _padded(outer: Linear, pad: Pad, shape: tuple[int, ...]) -> Linear | None:
     if own and not (pad.mode == "zeros" and op.padding_mode == "zeros" and pad.value == 0.0):
         return None
     pairs = [(a + c, b + d) for (a, b), (c, d) in zip(pad.pairs, op.padding, strict=True)]  # type: ignore[misc]
-    return replace(outer, op=replace(op, padding=pairs, padding_mode=pad.mode, input_size=shape[2:]), known=None)
+    return replace(outer, op=replace(op, padding=pairs, padding_mode=pad.mode, input_size=shape[2:]), known=None, pick=None)
 
 
 def _vector(scale: Scale, axis: int, ndim: int, size: int) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from gramlip.operators import Conv, Dense
 
 Shape = tuple[int, ...]
 Lines = Literal["", "rows", "columns"]
+Pick = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class Linear:
 
     A `Conv` acts on (batch, channels, *space), a `Dense` on the last axis, a `Scale` entry by entry. `bias` is the
     constant added, broadcast to the value's shape (only intervals read it), up to `slip` in each entry. `known` is the norm
-    where a rule knows it.
+    where a rule knows it, `pick` as in `View`.
     """
 
     op: Conv | Dense | Scale
@@ -45,6 +46,7 @@ class Linear:
     bias: Tensor | float = 0.0
     known: Bound | None = None
     slip: float = 0.0
+    pick: Pick | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +79,8 @@ class Lipschitz:
     """Any map with Lipschitz constant at most `upper` in all its sources together (l2 norm of the joined differences).
 
     `image` and `reach` as in `Slope`; `same_range` where each entry of the result is `times` an entry of the sources, of
-    `others`, or between; `row` is at least the l2 norm of the result's rows along the last axis; `lines` as in `View`.
+    `others`, or between; `row` is at least the l2 norm of the result's rows along the last axis; `lines` and `pick` as in `View`.
+    `side` is 1 for the largest and -1 for the least entries of groups of two or more, and says along which axes they lie.
     """
 
     upper: float
@@ -90,6 +93,8 @@ class Lipschitz:
     assumed: bool = False
     row: float = float("inf")
     lines: Lines = ""
+    pick: Pick | None = None
+    side: tuple[int, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +102,12 @@ class View:
     """A rearrangement of all entries: an isometry; `flat` where their order stays the same and only the shape changes.
 
     `lines` says which lines of the result, its rows along the last axis or its columns along the one before, are rows of
-    the source or parts of such.
+    the source or parts of such. `pick`, where a step only copies entries, does the same to a tensor of their numbers.
     """
 
     flat: bool = False
     lines: Lines = ""
+    pick: Pick | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,12 +126,13 @@ class Join:
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """Entries start, start + step, ... < stop of `axis`."""
+    """Entries start, start + step, ... < stop of `axis`; `pick` as in `View`."""
 
     axis: int
     start: int
     stop: int
     step: int = 1
+    pick: Pick | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,8 +177,19 @@ What = Input | Linear | Pad | Slope | Lipschitz | View | Sum | Join | Slice | Pr
 
 
 @dataclass(frozen=True, eq=False)
+class Shortcut:
+    """What is known of a value v beside its step: `|d v|^2 <= sum_k (factors[k] |d s_k|)^2` for earlier values s_k."""
+
+    factors: tuple[float, ...]
+    sources: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Step:
-    """One step: what it is, the numbers of the steps it reads, the result's shape, the layer's name and its place in the source."""
+    """One step: what it is, the numbers of the steps it reads, the result's shape, the layer's name and its place in the source.
+
+    A `shortcut` is about the value, so it stays true where the step is rewritten.
+    """
 
     what: What
     sources: tuple[int, ...]
@@ -179,6 +197,19 @@ class Step:
     name: str
     op: str
     place: str = ""
+    shortcut: Shortcut | None = None
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The steps that it or its shortcut reads."""
+        return self.sources if self.shortcut is None else self.sources + self.shortcut.sources
+
+    def moved(self, number: Callable[[int], int]) -> Step:
+        """The step where the others have new numbers."""
+        short = self.shortcut
+        if short is not None:
+            short = replace(short, sources=tuple(map(number, short.sources)))
+        return replace(self, sources=tuple(map(number, self.sources)), shortcut=short)
 
 
 @dataclass
@@ -192,7 +223,7 @@ class Network:
         """For each step the numbers of the steps that read it."""
         read: list[list[int]] = [[] for _ in self.steps]
         for i, step in enumerate(self.steps):
-            for source in step.sources:
+            for source in step.reads:
                 read[source].append(i)
         return read
 
@@ -214,12 +245,12 @@ def renumbered(steps: Sequence[Step | None], outputs: Sequence[int], moved: dict
         alive.add(i)
         step = steps[i]
         assert step is not None
-        stack += [final(s) for s in step.sources]
+        stack += [final(s) for s in step.reads]
     kept = [i for i, step in enumerate(steps) if step is not None and (i in alive or isinstance(step.what, Input))]
     number = {old: new for new, old in enumerate(kept)}
     fresh: list[Step] = []
     for i in kept:
         step = steps[i]
         assert step is not None
-        fresh.append(replace(step, sources=tuple(number[final(s)] for s in step.sources)))
+        fresh.append(step.moved(lambda s: number[final(s)]))
     return Network(fresh, tuple(number[i] for i in ends))

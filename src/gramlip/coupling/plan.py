@@ -36,8 +36,8 @@ class Plan:
 
 def part(network: Network, first: int, last: int) -> Network:
     """The steps after `first` up to `last` as a network of its own."""
-    steps = [replace(network.steps[first], what=Input(), sources=())]
-    steps += [replace(s, sources=tuple(x - first for x in s.sources)) for s in network.steps[first + 1 : last + 1]]
+    steps = [replace(network.steps[first], what=Input(), sources=(), shortcut=None)]
+    steps += [s.moved(lambda x: x - first) for s in network.steps[first + 1 : last + 1]]
     return Network(steps, (last - first,))
 
 

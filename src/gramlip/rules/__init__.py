@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gramlip.rules import activations, affine, attention, einsum, normalisation, pooling, shapes, statistics, steep
+from gramlip.rules import activations, affine, attention, curves, einsum, joins, normalisation, patterns, pooling, shapes, statistics, steep
 from gramlip.rules.lower import lower
 from gramlip.rules.registry import RULES, Call, Rule, Var, register
 
@@ -14,9 +14,12 @@ __all__ = [
     "activations",
     "affine",
     "attention",
+    "curves",
     "einsum",
+    "joins",
     "lower",
     "normalisation",
+    "patterns",
     "pooling",
     "register",
     "shapes",

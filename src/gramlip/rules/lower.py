@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -12,8 +12,10 @@ from gramlip.errors import InputError, UndefinedError, UnsupportedError, first_l
 from gramlip.evaluate import evaluate, reads_memory, widened
 from gramlip.graph import RECURRENT, Program, arguments, is_random, module_path, op_name, place, shape_of
 from gramlip.operators import checked
-from gramlip.rules.registry import Call, Var, find
-from gramlip.steps import Input, Lipschitz, Network, Step, Unbounded, renumbered
+from gramlip.rules.curves import Entrywise, entrywise, merged
+from gramlip.rules.registry import PATTERNS, Call, Known, Var, find
+from gramlip.rules.shapes import PICKS
+from gramlip.steps import Input, Linear, Lipschitz, Network, Slice, Step, Unbounded, View, renumbered
 from gramlip.writes import tensors
 
 _OF_SHAPE = {
@@ -49,6 +51,7 @@ def lower(program: Program, assume: Mapping[str, float] | None = None) -> Lowere
     unused, assumed, unsupported = set(assume), list[str](), list[str]()
     values: dict[fx.Node, object] = dict(program.constants)
     steps: list[Step] = []
+    known = Known()
     needed = _needed(program)
     for node in program.nodes:
         if node in program.inputs:
@@ -62,7 +65,7 @@ def lower(program: Program, assume: Mapping[str, float] | None = None) -> Lowere
             if write is not None and write.refusal:
                 msg = f"{op_name(node)}: {write.refusal}"
                 raise UnsupportedError(msg)
-            values |= dict.fromkeys(changed, _value(node, values, steps, assume, unused, assumed))
+            values |= dict.fromkeys(changed, _value(node, values, steps, known, assume, unused, assumed))
         except UndefinedError as error:
             msg = f"{place(node)}, in {module_path(node)}: {error}"
             raise InputError(msg) from error
@@ -101,7 +104,13 @@ def _needed(program: Program) -> set[fx.Node]:
 
 
 def _value(
-    node: fx.Node, values: Mapping[fx.Node, object], steps: list[Step], assume: Mapping[str, float], unused: set[str], assumed: list[str]
+    node: fx.Node,
+    values: Mapping[fx.Node, object],
+    steps: list[Step],
+    known: Known,
+    assume: Mapping[str, float],
+    unused: set[str],
+    assumed: list[str],
 ) -> object:
     op = op_name(node)
     at = _OF_SHAPE.get(op, _OF_SHAPE.get(op.rsplit(".", 1)[0]))
@@ -117,7 +126,7 @@ def _value(
         return value
 
     given, dtype = arguments(node, resolve), getattr(node.meta.get("val"), "dtype", None)
-    call = Call(op, given, shape_of(node), module_path(node), place(node), node.target, steps, dtype)  # type: ignore[arg-type]
+    call = Call(op, given, shape_of(node), module_path(node), place(node), node.target, steps, dtype, known)  # type: ignore[arg-type]
     for name in (call.name, node.name, op, op.rsplit(".", 1)[0]):
         if name in assume and call.vars:
             unused.discard(name)
@@ -126,12 +135,34 @@ def _value(
     if not call.vars:
         return _constant(node, call, resolve)
     _check(node, call)
+    plain = op.startswith(("aten.", "getitem")) and not is_random(node) and not any(tensors(v) for v in given.values())
+    told = f"{op} {call.args}" if plain else ""
+    if told in known.values:  # the same call of the same value again
+        return known.values[told]
+    curve = entrywise(call)
+    value = _made(node, call, curve)
+    if isinstance(value, Var) and value not in call.vars:
+        if curve is not None:
+            known.curves[value.step] = curve
+        if told:
+            known.values[told] = value
+    return value
+
+
+def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var, ...]:
+    """The value of a call: as a curve where several come together, by a pattern, or by its rule."""
+    op, dtype = call.op, call.dtype
     schema = getattr(node.target, "_schema", None)
     if schema is not None and schema.is_mutable and not isinstance(next(iter(call.args.values())), Var):
         msg = f"{op} writes into a weight or buffer"
         raise UnsupportedError(msg)
     if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
         return call.then(Unbounded(f"{op.removeprefix('aten.')} gives integers or truth values, which jump"), *call.vars)
+    if curve is not None and (step := merged(call, curve)) is not None:
+        return call.then(step, curve.base)
+    for pattern in PATTERNS.get(op.rsplit(".", 1)[0].rstrip("_"), ()):
+        if (value := pattern(call)) is not None:
+            return value
     rule = find(op)
     if rule is None and is_random(node):
         msg = f"{op} draws random numbers; expected evaluation mode: type model.eval()"
@@ -143,6 +174,8 @@ def _value(
         msg = f"{op} has no rule: type @gramlip.rules.register({op!r}) on a function (call) -> constant, or --assume {call.name}=1.0"
         raise UnsupportedError(msg)
     result = rule(call)
+    if isinstance(result, View | Lipschitz | Slice | Linear) and op.rsplit(".", 1)[0] in PICKS and len(call.vars) == 1:
+        return call.then(replace(result, pick=call.run), *call.vars)
     if isinstance(result, Var | tuple):
         return result
     if isinstance(result, int | float):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,13 +21,21 @@ class Var:
     shape: Shape
 
 
+@dataclass
+class Known:
+    """What is kept from call to call: curves (`gramlip.rules.curves`) by the number of the step, and values by what was called."""
+
+    curves: dict[int, Any] = field(default_factory=dict[int, Any])
+    values: dict[str, Var] = field(default_factory=dict[str, Var])
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of the graph as a rule sees it.
 
     `call["name"]` is an argument by its name in torch's own schema, defaults filled in: a `Var` for what depends on the
     network's input, tensors and Python values for the rest. `shape` is the result's (the first one's where there are several),
-    `dtype` its type.
+    `dtype` its type, `known` what calls before it left.
     """
 
     op: str
@@ -38,6 +46,7 @@ class Call:
     target: Callable[..., Any]
     steps: list[Step]
     dtype: torch.dtype | None = None
+    known: Known = field(default_factory=Known)
 
     def __getitem__(self, name: str) -> Any:
         return self.args[name]
@@ -116,6 +125,20 @@ def register(*operations: Any) -> Callable[[Rule], Rule]:
         for operation in operations:
             RULES[str(operation)] = rule
         return rule
+
+    return keep
+
+
+PATTERNS: dict[str, list[Callable[[Call], Var | None]]] = {}
+
+
+def pattern(*operations: str) -> Callable[[Callable[[Call], Var | None]], Callable[[Call], Var | None]]:
+    """Decorator for a function that is asked before the rule of these operations; it returns None where its pattern is not met."""
+
+    def keep(found: Callable[[Call], Var | None]) -> Callable[[Call], Var | None]:
+        for operation in operations:
+            PATTERNS.setdefault(operation, []).append(found)
+        return found
 
     return keep
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from gramlip.bound import Bound
 from gramlip.errors import UnsupportedError
 from gramlip.operators import Conv
 from gramlip.rules.registry import Call, Var, register
-from gramlip.steps import Join, Linear, Lines, Lipschitz, Pad, Slice, View
+from gramlip.steps import Linear, Lines, Lipschitz, Pad, Slice, View
 from gramlip.widen import exact
 
 
@@ -34,6 +35,12 @@ _PARTS = _aten(
     "split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split diagonal narrow_copy "
     "sort msort topk kthvalue median amax amin max min maximum minimum"
 )
+PICKS = {
+    *_VIEWS,
+    *_aten("split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split diagonal narrow_copy"),
+    *_aten("slice narrow select index index_select gather expand expand_as broadcast_to repeat tile repeat_interleave"),
+}
+"""Operations that copy entries, of one value that depends on the input."""
 
 
 @register(*_SAME)
@@ -76,10 +83,25 @@ def _lines(call: Call) -> Lines:
 @register(*_PARTS)
 def _parts(call: Call) -> Lipschitz:
     """Parts, orders and extremes of entries: 1 in all variables joined, the root of the repeats where one is broadcast."""
-    constants = _between([v for v in call.args.values() if isinstance(v, Tensor)])
+    constants = between([v for v in call.args.values() if isinstance(v, Tensor)])
     parted = call.op.split(".")[1] in ("split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "chunk", "unbind", "tensor_split")
     upper = rd.sqrt_up(float(max(1, _widest(call))))
-    return Lipschitz(upper, "entries kept, sorted or compared", same_range=True, others=constants, lines=_lines(call) if parted else "")
+    lines = _lines(call) if parted else ""
+    return Lipschitz(upper, "entries kept, sorted or compared", same_range=True, others=constants, lines=lines, side=_side(call))
+
+
+def _side(call: Call) -> tuple[int, tuple[int, ...]] | None:
+    """Whether the entries are the largest or the least of two or more, and along which axes: of pairs of two values along none."""
+    sign = {"amax": 1, "max": 1, "maximum": 1, "amin": -1, "min": -1, "minimum": -1}.get(call.op.split(".")[1])
+    if sign is None:
+        return None
+    if len(call.vars) == 2:
+        return (sign, ()) if all(v.shape == call.shape for v in call.vars) else None
+    x, dims = call.vars[0], call.args.get("dim", [])
+    if "other" in call.args or math.prod(x.shape) < 2 * math.prod(call.shape):
+        return None
+    axes = [dims] if isinstance(dims, int) else dims or range(len(x.shape))
+    return sign, tuple(sorted(axis % len(x.shape) for axis in axes))
 
 
 @register("getitem")
@@ -90,7 +112,9 @@ def _getitem(call: Call) -> Lipschitz | Var:
         msg = "a normalisation's mean or scale as a value, which no rule covers"
         raise UnsupportedError(msg)
     alike = call.vars[0].shape == call.shape  # what is known of rows is known for the shape of the first result
-    return Lipschitz(1.0, "one of several results", same_range=True, lines="rows" if alike else "")
+    copied = getattr(call.steps[call.vars[0].step].what, "pick", None) is not None
+    pick = operator.itemgetter(call.args["1"]) if copied else None
+    return Lipschitz(1.0, "one of several results", same_range=True, lines="rows" if alike else "", pick=pick)
 
 
 @register("aten.slice", "aten.narrow")
@@ -163,14 +187,6 @@ def _repeat(call: Call) -> Lipschitz | Var:
     )
 
 
-@register("aten.cat", "aten.concat", "aten.concatenate", "aten.stack", "aten.hstack", "aten.vstack", "aten.dstack")
-def _cat(call: Call) -> Join | Lipschitz:
-    parts: list[Any] = next(v for v in call.args.values() if isinstance(v, list | tuple))  # type: ignore[reportUnknownVariableType]
-    if len(call.vars) < len(parts):
-        return Lipschitz(1.0, "concatenation with constants", same_range=True, others=_between(parts))
-    return Join(int(call.const("dim")) % len(call.shape)) if "cat" in call.op else Lipschitz(1.0, "values stacked", same_range=True)
-
-
 @register("aten.where", "aten.masked_fill")
 def _where(call: Call) -> Lipschitz:
     call.const("condition" if "where" in call.op else "mask")
@@ -178,10 +194,10 @@ def _where(call: Call) -> Lipschitz:
     upper = rd.sqrt_up(float(_widest(call)))
     if all(isinstance(value, Var) for value in chosen):
         return Lipschitz(upper, "entries chosen by a constant mask", same_range=True)
-    return Lipschitz(upper, "entries kept, others constant", same_range=True, others=_between(chosen))
+    return Lipschitz(upper, "entries kept, others constant", same_range=True, others=between(chosen))
 
 
-def _between(values: Sequence[Any]) -> tuple[float, float] | None:
+def between(values: Sequence[Any]) -> tuple[float, float] | None:
     """The least interval with the entries of all constants among the values, None without one."""
     held = [exact(torch.as_tensor(v)) for v in values if not isinstance(v, Var)]
     ends = [float(end) for v in held if v.numel() for end in (v.min(), v.max())]

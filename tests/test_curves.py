@@ -1,0 +1,172 @@
+"""Piecewise linear functions put together from several calls, against quotients of two points on a grid, by torch alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gramlip.network import audit
+from test_rules import Map
+
+LEVELS = torch.tensor([0.25, 0.5, 0.75, 1.5], dtype=torch.float64)
+GRID = torch.linspace(-6, 6, 12 * 64 + 1, dtype=torch.float64)[:, None].expand(-1, 4)
+
+
+def stretched(call: Callable[[Tensor], Tensor]) -> float:
+    """The largest quotient of neighbours on a grid with all kinks on it, and across the gaps next to each point of it."""
+    fine = torch.cat([GRID - 1e-9, GRID, GRID + 1e-9]).sort(0)[0]
+    y = call(fine)
+    return float((y.diff(dim=0).abs() / fine.diff(dim=0)).max())
+
+
+CURVES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    # name: (call, its exact constant)
+    "soft threshold": (lambda x: F.relu(x - 0.25) - F.relu(-x - 0.25), 1.0),
+    "soft threshold of channels": (lambda x: F.relu(x - LEVELS) - F.relu(-x - LEVELS), 1.0),
+    "shrinkage": (lambda x: x.sign() * F.relu(x.abs() - 0.5), 1.0),
+    "shrinkage by clamp": (lambda x: x - x.clamp(-0.5, 0.5), 1.0),
+    "leaky by where": (lambda x: torch.where(x > 0, x, 0.25 * x), 1.0),
+    "steep by where": (lambda x: torch.where(x >= 0, x, -3 * x), 3.0),
+    "leaky by maximum": (lambda x: torch.maximum(x, 0.25 * x), 1.0),
+    "gate": (lambda x: x * (x > 0), 1.0),
+    "gate of floats": (lambda x: (x > 0).to(x.dtype) * x * 2, 2.0),
+    "gate filled": (lambda x: x.masked_fill(x < 0, 0.0), 1.0),
+    "gates of both": (lambda x: torch.where(x > 0, torch.where(x < 1, x, 1.0), 0.0), 1.0),
+    "modulus": (lambda x: torch.maximum(x, -x), 1.0),
+    "hat": (lambda x: F.relu(x) - 2 * F.relu(x - 1) + F.relu(x - 2), 1.0),
+    "parts of a value": (lambda x: F.relu(x) - F.relu(-x), 1.0),
+    "in place": (lambda x: (x.clone().clamp_(-1, 1) * 3 - x).abs_(), 2.0),
+}
+JUMPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "late gate": lambda x: x * (x > 1),
+    "early where": lambda x: torch.where(x > -0.5, x, 0.5 * x),
+    "hard shrinkage": lambda x: torch.where(x.abs() > 0.5, x, 0.0),
+    "one point": lambda x: x + torch.where((x >= 0) & (x <= 0), 1.0, 0.0),
+    "sign": lambda x: x.sign() * x.abs() + x.sign(),
+    "one channel": lambda x: torch.where(x > LEVELS, x - 0.25, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_curves_have_their_exact_constant(name: str) -> None:
+    call, exact = CURVES[name]
+    report = audit(Map(call).eval(), torch.zeros(1, 4, dtype=torch.float64))
+    assert stretched(call) == pytest.approx(exact, rel=1e-5)
+    assert report.lower <= report.upper == exact
+
+
+@pytest.mark.parametrize("name", JUMPS)
+def test_curves_that_jump_have_no_constant(name: str) -> None:
+    assert stretched(JUMPS[name]) > 1e6
+    report = audit(Map(JUMPS[name]).eval(), torch.zeros(1, 4, dtype=torch.float64), strict=False)
+    assert report.upper == math.inf
+
+
+def expression(seed: int) -> Callable[[Tensor], Tensor]:
+    """A random function of one value with kinks at multiples of 1/4 and, as chance will have it, jumps."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> int:
+        return int(torch.randint(n, (1,), generator=generator))
+
+    plan = [(draw(12), draw(1000), draw(1000), (draw(17) - 8) / 4) for _ in range(7)]
+
+    def call(x: Tensor) -> Tensor:
+        values = [x]
+        for kind, i, j, c in plan:
+            a, b = values[i % len(values)], values[j % len(values)]
+            made = [
+                lambda a, b, c: F.relu(a - c),
+                lambda a, b, c: (a - c).abs(),
+                lambda a, b, c: c * a,
+                lambda a, b, c: a + b,
+                lambda a, b, c: c - a,
+                lambda a, b, c: torch.maximum(a, b + c),
+                lambda a, b, c: torch.minimum(a, c * b),
+                lambda a, b, c: torch.where(a > c, a, b),
+                lambda a, b, c: torch.where(b <= c, a, c),
+                lambda a, b, c: a.clamp(min(c, 0.5), 1.0),
+                lambda a, b, c: F.leaky_relu(a - c, 0.25),
+                lambda a, b, c: (a >= c) * b,
+            ][kind](a, b, c)
+            values.append(made)
+        return values[-1] - values[-2]
+
+    return call
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_curves_lie_above_every_quotient(seed: int) -> None:
+    call = expression(seed)
+    upper = audit(Map(call).eval(), torch.zeros(1, 4, dtype=torch.float64), effort=-1, strict=False).upper
+    assert stretched(call) <= upper * (1 + 1e-6) + 1e-6
+
+
+@pytest.mark.parametrize("domain", [(-1.0, 0.5), (0.75, 2.0)])
+def test_images_of_curves_hold_what_products_read(domain: tuple[float, float]) -> None:
+    def call(x: Tensor) -> Tensor:
+        curve = torch.where(x > 0, 3 * x, -x) + 0.5
+        return curve * x.flip(1) + curve.clamp(max=1.0) * x
+
+    upper = audit(Map(call).eval(), torch.zeros(1, 4, dtype=torch.float64), domain=domain).upper
+    low, high = domain
+    for corner in itertools.product(torch.linspace(low, high, 4).tolist(), repeat=2):
+        x = torch.tensor([[corner[0], corner[1], corner[1], corner[0]]], dtype=torch.float64) + 1e-3
+        matrix = torch.autograd.functional.jacobian(call, x.clamp(low, high)).reshape(4, 4)
+        assert float(torch.linalg.matrix_norm(matrix, 2)) <= upper
+
+
+PATTERNS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] = {
+    # name: (call, shape of a sample, an upper limit of what may be reported)
+    "less its mean": (lambda x: x - x.mean(1, keepdim=True), (4, 3), 1.0),
+    "less the mean of all": (lambda x: x - x.mean(), (4,), 1.0),
+    "less a mean that lies across": (lambda x: x - x.mean(1), (4, 4), 2.0 + 1e-9),
+    "mean less the value": (lambda x: x.mean(1, keepdim=True) - x, (4,), 2.0 + 1e-9),
+    "rms norm": (lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.01), (4,), 10.0 + 1e-9),
+    "rms norm by root": (lambda x: x / torch.sqrt((x * x).mean(-1, keepdim=True) + 0.01), (4,), 10.0 + 1e-9),
+    "length": (lambda x: x / torch.sqrt((x * x).sum(1, keepdim=True) + 0.01), (4, 2), 10.0 + 1e-9),
+    "squares of another": (lambda x: x * torch.rsqrt(x.flip(1).pow(2).mean(-1, keepdim=True) + 0.01), (4,), math.inf),
+    "squares that lie across": (lambda x: x * torch.rsqrt(x.pow(2).mean(-1) + 0.01), (4, 4), math.inf),
+    "eps that is negative": (lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1.0 - 1.5), (4,), math.inf),
+    "channels first": (
+        lambda x: (lambda c: c / torch.sqrt(c.pow(2).mean(1, keepdim=True) + 0.01))(x - x.mean(1, keepdim=True)),
+        (4, 3),
+        10.0 + 1e-9,
+    ),
+    "softsign": (F.softsign, (4,), 1.0 + 1e-9),
+    "softsign of another": (lambda x: x / (1 + x.flip(1).abs()), (4,), math.inf),
+    "steep softsign": (lambda x: x / (0.25 + x.abs()), (4,), 4.0 + 1e-9),
+    "smooth modulus": (lambda x: torch.sqrt(x**2 + 1), (4,), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_are_bounded_above_their_jacobians_and_tightly(name: str) -> None:
+    call, shape, most = PATTERNS[name]
+    upper = audit(Map(call).eval(), torch.zeros(1, *shape, dtype=torch.float64), effort=-1).upper
+    generator = torch.Generator().manual_seed(1)
+    for scale in (1e-3, 0.05, 1.0, 4.0):
+        x = scale * torch.randn(1, *shape, generator=generator, dtype=torch.float64)
+        matrix = torch.autograd.functional.jacobian(call, x).reshape(-1, x.numel())
+        assert not float(torch.linalg.matrix_norm(matrix.nan_to_num(), 2)) > upper * (1 + 1e-9)
+    assert upper <= most
+    assert (upper == math.inf) == (most == math.inf)
+
+
+def test_rows_of_a_norm_across_rows_are_not_taken_for_bounded() -> None:
+    """Entries of groups along the axis before the last: a row may be longer than the root of the group's size."""
+
+    def call(x: Tensor) -> Tensor:
+        z = x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-4)
+        return z @ z.mT
+
+    x = torch.zeros(1, 4, 4, dtype=torch.float64)
+    x[0, 0] = torch.linspace(0.01, 0.02, 4)
+    matrix = torch.autograd.functional.jacobian(call, x).reshape(16, 16)
+    assert float(torch.linalg.matrix_norm(matrix, 2)) <= audit(Map(call).eval(), x, effort=-1).upper
