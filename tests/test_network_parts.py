@@ -167,3 +167,13 @@ def test_parts_that_are_too_many_are_the_root_of_squares() -> None:
     count = parts.PARTS + 2
     upper = audit(Map(lambda x: torch.stack([x[:, i] for i in range(count)])).eval(), (count,), effort=-1).upper
     assert 1.0 <= upper <= math.sqrt(count) + 1e-9
+
+
+@pytest.mark.parametrize("ends", [("max",), ("max", "min")])
+def test_the_places_of_the_largest_entries_jump_beside_their_values(ends: tuple[str, ...]) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            found = [getattr(x, end)(1, keepdim=True) for end in ends]
+            return torch.cat([*(values for values, _ in found), found[0][1]], 1)
+
+    assert audit(Model(), (4,)).upper == math.inf

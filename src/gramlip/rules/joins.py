@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from gramlip.rules.curves import IDENTITY, Entrywise, NotACurveError, steepness
 from gramlip.rules.registry import Call, Var, register
 from gramlip.rules.shapes import between
-from gramlip.steps import Join, Lipschitz, Shortcut, Step, View
+from gramlip.steps import Join, Lipschitz, Shortcut, Step, Unbounded, View
 
 
 @register("aten.cat", "aten.concat", "aten.concatenate", "aten.stack", "aten.hstack", "aten.vstack", "aten.dstack")
@@ -70,6 +71,12 @@ def _mates(one: Step, other: Step) -> bool:
 def _origin(call: Call, v: Var) -> int:
     """The step of the value before it was only rearranged."""
     at, steps = v.step, call.steps
-    while isinstance(steps[at].what, View) or (steps[at].op == "getitem" and getattr(steps[steps[at].sources[0]].what, "side", None)):
+    while isinstance(steps[at].what, View) or _is_value(steps, at):
         at = steps[at].sources[0]
     return at
+
+
+def _is_value(steps: Sequence[Step], at: int) -> bool:
+    """Whether the step takes the values, not the places, from what the largest or least entries are found with."""
+    found = steps[steps[at].sources[0]].what if steps[at].op == "getitem" else None
+    return getattr(found, "side", None) is not None and not isinstance(steps[at].what, Unbounded)

@@ -74,7 +74,8 @@ def _shifted(call: Call, at: int) -> tuple[int | None, float]:
     if isinstance(what, Linear) and isinstance(what.op, Scale) and what.op.weight.numel() == 1 and float(what.op.weight) == 1.0:
         bias = torch.as_tensor(what.bias, dtype=torch.float64)
         source = call.steps[at].sources[0]
-        if bias.numel() == 1 and math.isfinite(float(bias)) and float(bias) > 1e-200 and call.steps[source].shape == shape:
+        known = bias.numel() == 1 and what.slip == what.error == 0.0 and 1e-200 < float(bias) < math.inf
+        if known and call.steps[source].shape == shape:
             return source, float(bias)
     return None, 0.0
 
