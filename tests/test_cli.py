@@ -174,15 +174,35 @@ def test_unusable_output_is_refused_before_the_work(folder, capsys, monkeypatch,
     assert "--json" in refused(capsys, "audit", "missing.pt", f"--json={name}")
 
 
-@pytest.mark.parametrize("given", [("--json", "model.safetensors"), ("--html", "./out/../model.safetensors"), ("--json", "link")])
-@pytest.mark.parametrize("command", ["audit", "compare"])
-def test_no_output_takes_the_place_of_the_target(model, folder, capsys, monkeypatch, command, given):
+INDEX = {"metadata": {}, "weight_map": {"w": "shard.safetensors"}}
+REPORT = '{\n  "schema": 1,\n  "target": "old"\n}\n'
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "./out/../model.safetensors", "link", "shard.safetensors", "index.json", "usermod.py"]
+)
+@pytest.mark.parametrize(("command", "option"), [("audit", "--json"), ("audit", "--html"), ("compare", "--json"), ("bench", "--json")])
+def test_no_output_takes_the_place_of_what_is_read(model, folder, capsys, monkeypatch, command, option, name):
     monkeypatch.chdir(model.parent)
     (model.parent / "link").symlink_to(model)
-    before = model.read_bytes()
-    option = "--plot" if command == "compare" and given[0] == "--html" else given[0]
-    assert "is what the command reads; expected another file" in refused(capsys, command, "model.safetensors", option, given[1])
-    assert model.read_bytes() == before
+    save_file({"w": torch.eye(2)}, "shard.safetensors")
+    (model.parent / "index.json").write_text(json.dumps(INDEX, indent=2))
+    (model.parent / "usermod.py").write_text("import gramlip\n")
+    before = {file.name: file.read_bytes() for file in model.parent.iterdir() if file.is_file()}
+    target = [] if command == "bench" else ["index.json"]
+    assert f"{option} {name} exists and was not written by {option}; expected a new name" in refused(capsys, command, *target, option, name)
+    assert {file.name: file.read_bytes() for file in model.parent.iterdir() if file.is_file()} == before
+
+
+def test_what_a_command_wrote_it_writes_again(model, folder, capsys):
+    page, report, plot = folder / "p.html", folder / "r.json", folder / "p"
+    report.touch()  # an empty file has nothing to lose
+    for _ in range(2):
+        assert main(["audit", str(model), "--html", str(page), "--json", str(report)]) == 0
+        for kind in ("png", "pdf", "svg"):
+            assert main(["compare", str(model), "--methods", "frobenius", "--trials", "1", "--plot", f"{plot}.{kind}"]) == 0
+    assert main(["compare", str(model), "--methods", "frobenius", "--trials", "1", "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["rows"]
 
 
 @pytest.mark.parametrize(("command", "options"), [("audit", ("--json", "--html")), ("compare", ("--json", "--plot"))])
@@ -215,14 +235,14 @@ def test_a_demo_is_read_from_the_package(tmp_path, capsys, monkeypatch, name):
 
 @pytest.mark.parametrize(("failure", "code"), [(KeyboardInterrupt, 130), (OSError(28, "No space left on device"), 2)])
 def test_an_interrupted_write_leaves_the_old_file_whole(model, folder, capsys, monkeypatch, failure, code):
-    (folder / "r.json").write_text("old")
+    (folder / "r.json").write_text(REPORT)
 
     def fail(descriptor):
         raise failure
 
     monkeypatch.setattr(output.os, "fsync", fail)
     assert main(["audit", str(model), "--json", str(folder / "r.json")]) == code
-    assert [(p.name, p.read_text()) for p in folder.iterdir()] == [("r.json", "old")]
+    assert [(p.name, p.read_text()) for p in folder.iterdir()] == [("r.json", REPORT)]
     assert capsys.readouterr().err.count("\n") == 1
 
 

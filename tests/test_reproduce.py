@@ -91,6 +91,14 @@ def test_interrupted_and_resumed(tmp_path: Path) -> None:
     assert [row | {"seconds": ""} for row in part] == [row | {"seconds": ""} for row in whole]
 
 
+@pytest.mark.parametrize("name", ["results.csv", "figure.png", "summary.md"])
+def test_a_folder_of_something_else_is_left_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=r"stands there without its run\.json"):
+        reproduce(EXPERIMENTS["dense"], tmp_path, QUICK)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]
+
+
 def test_training_goes_on_within_a_network(tmp_path: Path, cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that ends in the middle of a network goes on from its last epoch, and ends as the whole run does."""
     options = quick("training", cifar)

@@ -163,7 +163,7 @@ def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["train", "small", "--data", "CIFAR", "--out", "OUT", "--seed", "-1"], "'-1' was given; expected a whole number of at least 0"),
         (["train", "small", "--data", "CIFAR", "--out", ""], "an empty name was given; expected a folder"),
         (["train", "small", "--data", "CIFAR", "--out", "BROKEN"], "recipe.json is damaged"),
-        (["certify", "BROKEN", "--data", "CIFAR", "--json", "RECIPE"], "is what the command reads"),
+        (["certify", "BROKEN", "--data", "CIFAR", "--json", "RECIPE"], "exists and was not written by --json"),
         (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "augment=1"], "augment=1 was given; expected true or false"),
         (["certify", "BROKEN", "--data", "CIFAR"], "expected a folder that gramlip train finished"),
         (["certify", ":small", "--data", "CIFAR"], "expected a folder that gramlip train finished, or package.module:callable"),
@@ -222,6 +222,26 @@ def test_a_folder_holds_one_run(cifar: Path, tmp_path: Path) -> None:
     train("small", cifar, tmp_path, epochs=1)
     with pytest.raises(gl.InputError, match="differs in \\['epochs'\\]"):
         train("small", cifar, tmp_path)
+
+
+@pytest.mark.parametrize("name", run.WRITTEN)
+def test_a_folder_of_something_else_is_left_alone(name: str, cifar: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(gl.InputError, match=r"stands there without its recipe\.json"):
+        train("small", cifar, tmp_path)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_certify_writes_over_no_image(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(cifar, tmp_path / "images")
+    file = next((tmp_path / "images").glob("test-*"))
+    before = file.read_bytes()
+    line = ["certify", "gramlip.training.models:small", "--data", str(file.parent), "--samples", "4", "--json", str(file)]
+    assert cli.main(line) == 2
+    assert "exists and was not written by --json" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    report = str(tmp_path / "report.json")
+    assert [cli.main([*line[:-1], report]) for _ in range(2)] == [0, 0]
 
 
 def test_images_from_the_hubs_cache(hub_cache: Callable[[str, str], Path], cifar: Path) -> None:

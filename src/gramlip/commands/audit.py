@@ -42,7 +42,7 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
 
 def run(args: Namespace) -> int:
     """Audit, write, print; 1 where `--fail-above` is exceeded."""
-    files = check_outputs({name: getattr(args, name[2:]) for name in FORMATS}, args.target)
+    files = check_outputs({name: getattr(args, name[2:]) for name in FORMATS})
     source = resolve(args.target, args.input)
     if isinstance(source, Model):
         source = replace(source, options=Options(dict(args.assume), args.domain, effort=args.effort))

@@ -14,7 +14,7 @@ from gramlip import robust
 from gramlip.errors import InputError
 from gramlip.network import audit
 from gramlip.options import count, tolerance
-from gramlip.output import aside, check_outputs, emit, write_whole
+from gramlip.output import aside, check_output, emit, write_whole
 from gramlip.sources import called
 from gramlip.training import data
 from gramlip.training.recipes import MEAN, STD, Recipe
@@ -55,14 +55,13 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
 
 def run(args: Namespace) -> int:
     """Audit the network, certify every sample, print."""
-    held = (Path(args.target) / name for name in ("recipe.json", "results.json", "weights.safetensors"))
-    file = check_outputs({"--json": args.json}, *held).get("--json")
+    file = check_output("--json", args.json)
     model, mean, std = _model(args.target, args.normalised)
     images, labels = data.load(args.data, "test", args.samples)
     pixels = list(zip((images.float() / 255).split(500), labels.split(500), strict=True))
     with aside():
         found = _certified(model, [(data.normalised(x, mean, std), y) for x, y in pixels], tuple(images.shape[1:]), args, std)
-        result = {"target": args.target, **found.to_dict()}
+        result = {"schema": 1, "target": args.target, **found.to_dict()}
         if args.attack:
             for entry in result["certified"]:
                 entry["attacked"] = robust.attacked_accuracy(model, pixels, entry["eps"], mean=mean, std=std)

@@ -32,7 +32,7 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
 
 def run(args: Namespace) -> int:
     """Compare, write, print."""
-    files = check_outputs({"--json": args.json, "--plot": args.plot}, args.target)
+    files = check_outputs({"--json": args.json, "--plot": args.plot})
     json, plot = files.get("--json"), files.get("--plot")
     if args.plot is not None:
         check_picture(plot or Path(args.plot))

@@ -33,6 +33,9 @@ from gramlip.training import data
 from gramlip.training.recipes import Recipe, recipe
 from gramlip.training.task import EXAMPLE, Audit, Task, chain, psnr
 
+WRITTEN = ("last.ckpt", "logs", "weights.safetensors", "results.json")
+"""What a run puts into its folder after `recipe.json`."""
+
 
 def train(
     name: str,
@@ -189,6 +192,9 @@ def _check(folder: Path, plan: dict[str, Any]) -> None:
     if file.exists() and (there := _read(file)) != json.loads(json.dumps(plan)):
         changed = sorted(k for k in plan if there.get(k) != plan[k])
         msg = f"{folder} holds a run that differs in {changed}; expected another folder, or the same options to go on with it"
+        raise InputError(msg)
+    if not file.exists() and (there := [folder / name for name in WRITTEN if (folder / name).exists()]):
+        msg = f"{there[0]} stands there without its recipe.json; expected both or neither: type --out with a new folder"
         raise InputError(msg)
     if (last := folder / "last.ckpt").exists():
         _steps(last)
