@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -222,6 +223,33 @@ def test_a_folder_holds_one_run(cifar: Path, tmp_path: Path) -> None:
     train("small", cifar, tmp_path, epochs=1)
     with pytest.raises(gl.InputError, match="differs in \\['epochs'\\]"):
         train("small", cifar, tmp_path)
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+def test_a_signal_has_its_own_exit_code_and_the_run_goes_on(
+    number: int, code: int, said: str, cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Signalled(Task):
+        def on_train_epoch_end(self) -> None:
+            if self.current_epoch == 1:
+                signal.raise_signal(number)
+
+    options = [part for k, v in {**TINY, "epochs": 3}.items() for part in ("--set", f"{k}={v}")]
+    line = ["train", "small", "--data", str(cifar), "--out", str(tmp_path / "run"), *options]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "Task", Signalled)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+        try:
+            assert cli.main(line) == code
+        finally:
+            signal.signal(signal.SIGINT, before)
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.endswith(f"gramlip: {said}\n")  # after what was drawn of the progress bar
+    assert (tmp_path / "run" / "last.ckpt").exists()
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert cli.main(line) == 0
+    assert json.loads(capsys.readouterr().out)["finished_epochs"] == 3
 
 
 @pytest.mark.parametrize("name", run.WRITTEN)

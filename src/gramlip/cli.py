@@ -1,4 +1,4 @@
-"""The command line: a thin layer over the library. Exit code 0, 1 (a limit is exceeded), 2 (unusable input), 130 (interrupted)."""
+"""The command line: a thin layer over the library. Exit code 0, 1 (a limit is exceeded), 2 (unusable input), 130 or 143 (interrupted)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from gramlip import __version__, commands
-from gramlip.errors import InputError, UnsupportedError, first_line, out_of_memory
+from gramlip.errors import InputError, Terminated, UnsupportedError, first_line, out_of_memory
 from gramlip.output import note, settle
 
 
@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         note("interrupted")
         return 130
+    except Terminated as ended:
+        note("terminated")
+        return int(str(ended))
     except (InputError, UnsupportedError) as error:
         note(f"error: {error}")
     except (MemoryError, RuntimeError) as error:

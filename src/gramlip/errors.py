@@ -15,6 +15,13 @@ class UnsupportedError(TypeError):
     """A layer or operation that no rule covers; it is never guessed."""
 
 
+class Terminated(SystemExit):
+    """The process was asked to end while training, which ends its epoch first; the exit code is that of SIGTERM."""
+
+    def __init__(self) -> None:
+        super().__init__(143)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its type where it says nothing."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
