@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -140,6 +141,14 @@ def test_an_exported_program(tmp_path: Path) -> None:
     bad.write_bytes(b"not a program")
     with pytest.raises(InputError, match=r"torch\.export\.save"):
         resolve(str(bad))
+
+
+def test_what_is_no_file_is_no_program(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pt2")
+    (tmp_path / "folder.pt2").mkdir()
+    for name, message in (("pipe", "a pipe or a device"), ("folder", "is a folder")):
+        with pytest.raises(InputError, match=message):
+            resolve(str(tmp_path / f"{name}.pt2"))
 
 
 class Words(nn.Module):

@@ -65,12 +65,7 @@ def read(path: Path) -> Stored:
     Raises:
         InputError: the file is missing, corrupt, wants to run code, or holds no tensor.
     """
-    if path.is_dir():
-        msg = f"{path} is a folder; expected a file: type for instance {path / 'model.safetensors'}"
-        raise InputError(msg)
-    if path.exists() and not path.is_file():
-        msg = f"{path} is no regular file but a pipe or a device; expected a file: write it to one first"
-        raise InputError(msg)
+    check_file(path)
     try:
         with path.open("rb") as file:
             start = file.read(16)
@@ -101,6 +96,16 @@ def read(path: Path) -> Stored:
         msg = f"{path} holds no tensor; expected the weights of a model: save model.state_dict()"
         raise InputError(msg)
     return Stored(_unwrapped(entries), tuple(skipped))
+
+
+def check_file(path: Path) -> None:
+    """InputError for a folder, and for a pipe or a device, which would keep its reader waiting."""
+    if path.is_dir():
+        msg = f"{path} is a folder; expected a file: type for instance {path / 'model.safetensors'}"
+        raise InputError(msg)
+    if path.exists() and not path.is_file():
+        msg = f"{path} is no regular file but a pipe or a device; expected a file: write it to one first"
+        raise InputError(msg)
 
 
 def read_bytes(data: bytes) -> Stored:
