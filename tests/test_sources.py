@@ -27,6 +27,12 @@ def number(): return 3
 def needs(argument): return argument
 def breaks(): raise RuntimeError("no such thing\\nmore")
 def leaves(): raise SystemExit(3)
+class Nothing(nn.Module):
+    def forward(self, x): return None
+class Number(nn.Module):
+    def forward(self, x): return 3
+class Empty(nn.Module):
+    def forward(self, x): return ()
 class Leaves(nn.Module):
     def forward(self, x): raise SystemExit(3)
 class Chooses(nn.Module):
@@ -98,6 +104,9 @@ def test_streams_that_are_closed_or_full_leave_the_exit_code_as_it_is(folder: Pa
         (["mymodels:breaks", "--input", "4"], "raised RuntimeError (no such thing) at "),
         (["mymodels:leaves", "--input", "4"], "raised SystemExit (3) at "),
         (["mymodels:Leaves", "--input", "4"], "expected a model that torch.export takes: 3"),
+        (["mymodels:Nothing", "--input", "4"], "Nothing returns no tensor; expected"),
+        (["mymodels:Number", "--input", "4"], "Number returns no tensor; expected"),
+        (["mymodels:Empty", "--input", "4"], "Empty returns no tensor; expected"),
         (["mymodels:Chooses", "--input", "4"], "expected a model that torch.export takes: Could not guard"),
         (["mymodels:make", "--input", "999999999,999999999"], "expected what fits into memory"),
         (["junk.pt2"], "expected a file that torch.export.save wrote"),

@@ -54,7 +54,7 @@ def export(model: nn.Module | torch.export.ExportedProgram, example: tuple[Tenso
     """The program of a module in its present mode; the module is not changed.
 
     Raises:
-        InputError: `torch.export` refuses the model or the example.
+        InputError: `torch.export` refuses the model or the example, or the model returns no tensor.
     """
     try:
         with silent(), warnings.catch_warnings():
@@ -69,6 +69,9 @@ def export(model: nn.Module | torch.export.ExportedProgram, example: tuple[Tenso
     given, meant = [tuple(e.shape) for e in example], [shape_of(n) for n in program.inputs]
     if given != meant:
         msg = f"inputs of shapes {given} were given; expected those that the program was exported for: {meant}"
+        raise InputError(msg)
+    if not program.outputs:
+        msg = f"{type(model).__name__} returns no tensor; expected a model whose forward returns at least one"
         raise InputError(msg)
     return program
 
