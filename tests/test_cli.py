@@ -155,6 +155,7 @@ def test_every_command_module_adds_a_command(capsys):
 
 def test_unusable_targets(tmp_path, capsys):
     assert "does not exist" in refused(capsys, "audit", tmp_path / "missing.pt")
+    assert "an empty TARGET was given" in refused(capsys, "audit", "")
     assert "does not exist" in refused(capsys, "audit", "missing\nfile\x1b[31m")
     assert "is a folder" in refused(capsys, "audit", tmp_path)
     assert "unknown kind" in refused(capsys, "audit", "gopher:x")

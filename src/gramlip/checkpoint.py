@@ -182,7 +182,7 @@ def _torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         wanted = [found[1]] if found else _globals(path)
-        asks = f"it wants to run {', '.join(wanted)}" if wanted else "its pickle holds more than tensors"
+        asks = f"it wants to run {', '.join(wanted)}" if wanted else "its pickle is none that torch.save writes"
         msg = f"{path} was refused, unexecuted: {asks}; expected tensors alone: save model.state_dict(), or safetensors"
         raise InputError(msg) from None
     except Exception as error:  # a damaged file can raise anything; none of it is a defect of ours
@@ -233,6 +233,9 @@ def _containers(loaded: Any, skipped: list[str], file: Path) -> Entries:
         if isinstance(value, Tensor):
             if path in found:
                 raise _same_name(file, ".".join(path))
+            if value.is_nested:
+                msg = f"{file}: {'.'.join(path)} is nested, many tensors in one; expected plain ones: save what its unbind() gives"
+                raise InputError(msg)
             found[path or ("weight",)] = value
         elif isinstance(value, Mapping | list | tuple):
             whole = cast("Mapping[Any, Any] | list[Any]", value)
