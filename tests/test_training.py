@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -27,8 +28,13 @@ from gramlip.training.task import Task  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning")  # its own use of what torch has deprecated
 FOREIGN = """
+from torch import nn
 from gramlip.training.models import small
 def leaves(): raise SystemExit(3)
+class Alone(nn.Module):
+    def forward(self, x):
+        if len(x) != 1: raise RuntimeError("one at a time\\nmore")
+        return x.flatten(1)
 def loud():
     print("from the callable")
     return small()
@@ -174,6 +180,7 @@ def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["certify", "gramlip:nothing", "--data", "CIFAR"], "expected package.module:callable"),
         (["certify", "gramlip.training.models:small", "--data", "CIFAR", "--eps", "-1"], "expected a radius of at least 0"),
         (["certify", "gramlip.training.models:small", "--data", "CIFAR", "--eps", "1e400"], "expected a radius of at least 0"),
+        (["certify", "foreign:Alone", "--data", "CIFAR"], "Alone raised RuntimeError (one at a time) for images of shape (32, 3, 32, 32)"),
         (["certify", "foreign:leaves", "--data", "CIFAR"], "raised SystemExit (3)"),
     ],
 )
@@ -270,6 +277,49 @@ def test_certify_writes_over_no_image(cifar: Path, tmp_path: Path, capsys: pytes
     assert file.read_bytes() == before
     report = str(tmp_path / "report.json")
     assert [cli.main([*line[:-1], report]) for _ in range(2)] == [0, 0]
+
+
+def picture(size: int, cut: int | None = None) -> dict[str, Any]:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size)).save(buffer, "png")
+    return {"bytes": buffer.getvalue()[:cut], "path": None}
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        ([picture(32, 60)], [1], r"test-0\.parquet: image 0 cannot be read \(.*\); expected a PNG or JPEG"),
+        ([picture(32), {"bytes": b"no picture", "path": None}], [1, 2], r"image 1 cannot be read \(.*\); expected a PNG or JPEG"),
+        ([picture(32), None], [1, 2], "image 1 cannot be read"),
+        ([picture(16)], [1], r"image 0 has 16x16 pixels; expected 32x32"),
+        ([picture(32)], [None], r"test-0\.parquet holds the label None; expected integers from 0 to 9"),
+        ([picture(32)], ["cat"], "holds the label 'cat'; expected integers"),
+        ([picture(32)], [77], "holds the label 77; expected integers"),
+        ([], [], r"holds no image in its test files"),
+    ],
+)
+def test_images_that_cannot_be_used_are_one_line(images: list[Any], labels: list[Any], message: str, tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"img": images, "label": labels}), tmp_path / "test-0.parquet")
+    with pytest.raises(gl.InputError, match=message) as caught:
+        data.load(tmp_path, "test")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 500, -10])
+def test_damaged_files_of_images_are_one_line(kept: int, cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in cifar.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[:kept])
+    line = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    for command in (["train", "small", *line], ["certify", "gramlip.training.models:small", *line[:2]]):
+        assert cli.main(command) == 2
+        error = capsys.readouterr().err
+        assert "parquet cannot be read as parquet (" in error
+        assert error.count("\n") == 1
 
 
 def test_images_from_the_hubs_cache(hub_cache: Callable[[str, str], Path], cifar: Path) -> None:

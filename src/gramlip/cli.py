@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         note(f"error: {' '.join(map(str, argv or sys.argv[1:]))}: {first_line(error)}; expected what fits into memory: type smaller sizes")
     except OSError as error:
-        note(f"error: {error.filename or 'a file'}: {error.strerror or error}; expected it to be readable and writable: check the path")
+        given = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        note(f"error: {given}; expected files that can be read and written: check the path and the disk")
     finally:
         settle()
     return 2
