@@ -152,6 +152,12 @@ def test_an_exported_program(tmp_path: Path) -> None:
         resolve(str(bad))
 
 
+def test_warnings_as_errors_leave_an_audit_as_it_is(folder: Path) -> None:
+    line = [sys.executable, "-W", "error", "-m", "gramlip", "audit", "mymodels:make", "--input", "4", "--effort", "0"]
+    found = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
 def test_what_is_no_file_is_no_program(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pt2")
     (tmp_path / "folder.pt2").mkdir()

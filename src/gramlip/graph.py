@@ -83,8 +83,18 @@ def _ordinary(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def undisturbed() -> Generator[None, None, None]:
-    """With derivatives, tensors on the CPU unless said otherwise, and no autocast, whatever the caller has set."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+    """With derivatives, tensors on the CPU unless said otherwise, and no autocast, whatever the caller has set.
+
+    The first forward derivative of a process loads functions that torch scripts, and torch warns itself that this is deprecated.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
         yield
 
 
