@@ -17,6 +17,7 @@ from torch import nn
 
 from gramlip.cli import main
 from gramlip.errors import InputError
+from gramlip.network import audit
 from gramlip.targets import resolve
 
 SOURCE = """
@@ -69,6 +70,13 @@ def test_a_callable_is_audited_with_json_and_page(folder: Path, capsys: pytest.C
     assert "doctype html" in (folder / "r.html").read_text()
     assert "network" in capsys.readouterr().out
     assert main([*arguments[:4], "--fail-above", "1e-9"]) == 1
+
+
+def test_an_effort_is_what_the_library_takes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "mymodels:make", "--input", "4", "--effort", "-1", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)["network"]["because"]
+    model = resolve("mymodels:make", (4,)).program
+    assert found == audit(model, (4,), effort=-1.0).network.because
 
 
 def test_standard_output_is_json_alone_whatever_the_model_prints(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
