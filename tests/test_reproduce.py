@@ -224,10 +224,14 @@ def test_compare_of_what_overflows(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_compare_says_what_is_not_valid(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(weights), "--trials", "1", "--methods", "certify,power,sedghi2019,power"]) == 0
     text = capsys.readouterr().out
+    assert "certify: its upper side at the width that gramlip.bound asks for by default, 1e-2" in text
     assert text.count("power ") == 4  # once for each of three layers, and once in all
     assert text.count("not valid here") == 2
     assert main(["compare", str(weights), "--methods", "guess"]) == 2
     assert "method='guess' is unknown" in capsys.readouterr().err
+    for nothing in ("", ",", "gram,"):
+        assert main(["compare", str(weights), "--methods", nothing]) == 2
+        assert "expected names joined by commas" in capsys.readouterr().err
     assert main(["compare", str(weights), "--plot", "x.txt", "--methods", "torch"]) == 2
     assert "expected a name that ends in" in capsys.readouterr().err
 
