@@ -77,6 +77,9 @@ def _axes(name: str, value: object, dims: int, least: int) -> tuple[int, ...]:
 class Dense:
     """A matrix of shape (m, n), real or complex.
 
+    Raises:
+        InputError: no matrix, or no finite entries.
+
     >>> Dense(torch.eye(2)).weight.shape
     torch.Size([2, 2])
     """
