@@ -259,10 +259,14 @@ def test_a_file_is_written_through_a_link_with_the_usual_permissions(model, fold
 def test_ctrl_c_is_one_line_and_130(tmp_path):
     (tmp_path / "slow.py").write_text("def make():\n    print('ready', flush=True)\n    __import__('time').sleep(600)\n")
     line = [*RUN, "audit", "slow:make", "--input", "4"]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-    assert process.stderr.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    line[2] = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {line[2]}"  # jobs in the background ignore it
+    with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        try:
+            assert process.stderr.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, out, err) == (130, "", "gramlip: interrupted\n")
 
 
