@@ -63,7 +63,7 @@ def run(args: Namespace) -> int:
     with aside():
         _runs(args.target, model, data.normalised(pixels[0][0], mean, std))
         found = _certified(model, [(data.normalised(x, mean, std), y) for x, y in pixels], tuple(images.shape[1:]), args, std)
-        result = {"schema": 1, "target": args.target, **found.to_dict()}
+        result: dict[str, Any] = {"schema": 1, "target": args.target, **found.to_dict()}
         if args.attack:
             for entry in result["certified"]:
                 entry["attacked"] = robust.attacked_accuracy(model, pixels, entry["eps"], mean=mean, std=std)
