@@ -1,7 +1,10 @@
 import json
 import os
 import pickle
+import re
 import struct
+import warnings
+import zipfile
 from collections import OrderedDict
 
 import pytest
@@ -120,6 +123,35 @@ def test_a_file_that_wants_to_run_code_is_refused_unexecuted(tmp_path, how, prot
         read(path)
     assert not marker.exists()
     assert "\n" not in str(caught.value)
+
+
+def quiet(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own: sparse and nested tensors are prototypes
+        return make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.eye(3).to_sparse_csr(), r"s\.weight is stored as torch\.sparse_csr; .*: type s\.weight\.to_dense\(\)$"),
+        (lambda: torch.eye(3).to_sparse(), r"s\.weight is stored as torch\.sparse_coo; .*: type s\.weight\.to_dense\(\)$"),
+        (lambda: torch.empty(3, 3, device="meta"), r"s\.weight is on the meta device; .*: load the weights$"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]), r"s\.weight is nested, .*: save what its unbind"),
+    ],
+)
+def test_what_is_no_plain_tensor_says_what_to_type(tmp_path, make, message):
+    quiet(lambda: torch.save({"s.weight": make()}, tmp_path / "x.pt"))
+    with pytest.raises(gl.InputError, match=rf"^{re.escape(str(tmp_path / 'x.pt'))}: {message}"):
+        quiet(lambda: Weights(str(tmp_path / "x.pt"), read(tmp_path / "x.pt")).audit())
+
+
+def test_a_pickle_that_torch_did_not_write_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps({}))
+        archive.writestr("x/version", "3")
+    with pytest.raises(gl.InputError, match=r"was refused, unexecuted: its pickle is none that torch\.save writes"):
+        read(tmp_path / "x.pt")
 
 
 def test_a_pickled_module_is_refused(tmp_path):

@@ -101,9 +101,9 @@ def test_wrong_limit(model, capsys, value):
     assert "expected a number of at least 0" in refused(capsys, "audit", model, f"--fail-above={value}")
 
 
-@pytest.mark.parametrize("value", ["-1", "inf", "1e400"])
+@pytest.mark.parametrize("value", ["nan", "-inf", "1e400", "text", ""])
 def test_wrong_effort(model, capsys, value):
-    assert "expected a number of at least 0" in refused(capsys, "audit", model, f"--effort={value}")
+    assert "expected a finite number" in refused(capsys, "audit", model, f"--effort={value}")
 
 
 @pytest.mark.parametrize("value", ["tpu", "cpu:9", "cuda:99", ""])
@@ -155,6 +155,7 @@ def test_every_command_module_adds_a_command(capsys):
 
 def test_unusable_targets(tmp_path, capsys):
     assert "does not exist" in refused(capsys, "audit", tmp_path / "missing.pt")
+    assert "an empty TARGET was given" in refused(capsys, "audit", "")
     assert "does not exist" in refused(capsys, "audit", "missing\nfile\x1b[31m")
     assert "is a folder" in refused(capsys, "audit", tmp_path)
     assert "unknown kind" in refused(capsys, "audit", "gopher:x")
@@ -174,15 +175,35 @@ def test_unusable_output_is_refused_before_the_work(folder, capsys, monkeypatch,
     assert "--json" in refused(capsys, "audit", "missing.pt", f"--json={name}")
 
 
-@pytest.mark.parametrize("given", [("--json", "model.safetensors"), ("--html", "./out/../model.safetensors"), ("--json", "link")])
-@pytest.mark.parametrize("command", ["audit", "compare"])
-def test_no_output_takes_the_place_of_the_target(model, folder, capsys, monkeypatch, command, given):
+INDEX = {"metadata": {}, "weight_map": {"w": "shard.safetensors"}}
+REPORT = '{\n  "schema": 1,\n  "target": "old"\n}\n'
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "./out/../model.safetensors", "link", "shard.safetensors", "index.json", "usermod.py"]
+)
+@pytest.mark.parametrize(("command", "option"), [("audit", "--json"), ("audit", "--html"), ("compare", "--json"), ("bench", "--json")])
+def test_no_output_takes_the_place_of_what_is_read(model, folder, capsys, monkeypatch, command, option, name):
     monkeypatch.chdir(model.parent)
     (model.parent / "link").symlink_to(model)
-    before = model.read_bytes()
-    option = "--plot" if command == "compare" and given[0] == "--html" else given[0]
-    assert "is what the command reads; expected another file" in refused(capsys, command, "model.safetensors", option, given[1])
-    assert model.read_bytes() == before
+    save_file({"w": torch.eye(2)}, "shard.safetensors")
+    (model.parent / "index.json").write_text(json.dumps(INDEX, indent=2))
+    (model.parent / "usermod.py").write_text("import gramlip\n")
+    before = {file.name: file.read_bytes() for file in model.parent.iterdir() if file.is_file()}
+    target = [] if command == "bench" else ["index.json"]
+    assert f"{option} {name} exists and was not written by {option}; expected a new name" in refused(capsys, command, *target, option, name)
+    assert {file.name: file.read_bytes() for file in model.parent.iterdir() if file.is_file()} == before
+
+
+def test_what_a_command_wrote_it_writes_again(model, folder, capsys):
+    page, report, plot = folder / "p.html", folder / "r.json", folder / "p"
+    report.touch()  # an empty file has nothing to lose
+    for _ in range(2):
+        assert main(["audit", str(model), "--html", str(page), "--json", str(report)]) == 0
+        for kind in ("png", "pdf", "svg"):
+            assert main(["compare", str(model), "--methods", "frobenius", "--trials", "1", "--plot", f"{plot}.{kind}"]) == 0
+    assert main(["compare", str(model), "--methods", "frobenius", "--trials", "1", "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["rows"]
 
 
 @pytest.mark.parametrize(("command", "options"), [("audit", ("--json", "--html")), ("compare", ("--json", "--plot"))])
@@ -215,14 +236,14 @@ def test_a_demo_is_read_from_the_package(tmp_path, capsys, monkeypatch, name):
 
 @pytest.mark.parametrize(("failure", "code"), [(KeyboardInterrupt, 130), (OSError(28, "No space left on device"), 2)])
 def test_an_interrupted_write_leaves_the_old_file_whole(model, folder, capsys, monkeypatch, failure, code):
-    (folder / "r.json").write_text("old")
+    (folder / "r.json").write_text(REPORT)
 
     def fail(descriptor):
         raise failure
 
     monkeypatch.setattr(output.os, "fsync", fail)
     assert main(["audit", str(model), "--json", str(folder / "r.json")]) == code
-    assert [(p.name, p.read_text()) for p in folder.iterdir()] == [("r.json", "old")]
+    assert [(p.name, p.read_text()) for p in folder.iterdir()] == [("r.json", REPORT)]
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -238,10 +259,14 @@ def test_a_file_is_written_through_a_link_with_the_usual_permissions(model, fold
 def test_ctrl_c_is_one_line_and_130(tmp_path):
     (tmp_path / "slow.py").write_text("def make():\n    print('ready', flush=True)\n    __import__('time').sleep(600)\n")
     line = [*RUN, "audit", "slow:make", "--input", "4"]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-    assert process.stderr.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    line[2] = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {line[2]}"  # jobs in the background ignore it
+    with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        try:
+            assert process.stderr.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, out, err) == (130, "", "gramlip: interrupted\n")
 
 

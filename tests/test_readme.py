@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import gramlip
+import gramlip.rules
 from gramlip.cli import main, parser
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +68,23 @@ def test_docstrings_cite_documents_that_exist(file):
 @pytest.mark.parametrize("command", [c for document in DOCUMENTS for c in commands(document) if c.startswith("gramlip ")])
 def test_commands_shown_are_understood(command):
     parser().parse_args(command.split()[1:])
+
+
+def test_every_command_and_option_stands_in_its_document():
+    text = (ROOT / "docs" / "command-line.md").read_text()
+    commands = next(action.choices for action in parser()._actions if isinstance(action.choices, dict))
+    for name, command in commands.items():
+        section = next(part for part in text.split("\n## ")[1:] if name in part.split("\n")[0].split())
+        rows = re.findall(rf"^\| ([^|]+) \| (?:`{name}`|both) \|", section, re.M)
+        known = set(re.findall(r"--[\w-]+", " ".join(rows)))
+        options = {option for action in command._actions for option in action.option_strings if option.startswith("--")} - {"--help"}
+        assert known == options, name
+
+
+def test_every_public_name_stands_in_a_document():
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
+    names = [*gramlip.__all__, *gramlip.rules.__all__]
+    assert [name for name in names if not re.search(rf"\b(gl|gramlip|gramlip\.rules)\.{name}\b|`{name}[`(]", text)] == []
 
 
 def test_make_targets_shown_exist():

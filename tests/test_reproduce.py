@@ -91,6 +91,14 @@ def test_interrupted_and_resumed(tmp_path: Path) -> None:
     assert [row | {"seconds": ""} for row in part] == [row | {"seconds": ""} for row in whole]
 
 
+@pytest.mark.parametrize("name", ["results.csv", "figure.png", "summary.md"])
+def test_a_folder_of_something_else_is_left_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=r"stands there without its run\.json"):
+        reproduce(EXPERIMENTS["dense"], tmp_path, QUICK)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]
+
+
 def test_training_goes_on_within_a_network(tmp_path: Path, cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that ends in the middle of a network goes on from its last epoch, and ends as the whole run does."""
     options = quick("training", cifar)
@@ -216,10 +224,14 @@ def test_compare_of_what_overflows(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_compare_says_what_is_not_valid(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(weights), "--trials", "1", "--methods", "certify,power,sedghi2019,power"]) == 0
     text = capsys.readouterr().out
+    assert "certify: its upper side at the width that gramlip.bound asks for by default, 1e-2" in text
     assert text.count("power ") == 4  # once for each of three layers, and once in all
     assert text.count("not valid here") == 2
     assert main(["compare", str(weights), "--methods", "guess"]) == 2
     assert "method='guess' is unknown" in capsys.readouterr().err
+    for nothing in ("", ",", "gram,"):
+        assert main(["compare", str(weights), "--methods", nothing]) == 2
+        assert "expected names joined by commas" in capsys.readouterr().err
     assert main(["compare", str(weights), "--plot", "x.txt", "--methods", "torch"]) == 2
     assert "expected a name that ends in" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -16,6 +17,7 @@ from torch import nn
 
 from gramlip.cli import main
 from gramlip.errors import InputError
+from gramlip.network import audit
 from gramlip.targets import resolve
 
 SOURCE = """
@@ -26,6 +28,12 @@ def number(): return 3
 def needs(argument): return argument
 def breaks(): raise RuntimeError("no such thing\\nmore")
 def leaves(): raise SystemExit(3)
+class Nothing(nn.Module):
+    def forward(self, x): return None
+class Number(nn.Module):
+    def forward(self, x): return 3
+class Empty(nn.Module):
+    def forward(self, x): return ()
 class Leaves(nn.Module):
     def forward(self, x): raise SystemExit(3)
 class Chooses(nn.Module):
@@ -64,6 +72,13 @@ def test_a_callable_is_audited_with_json_and_page(folder: Path, capsys: pytest.C
     assert main([*arguments[:4], "--fail-above", "1e-9"]) == 1
 
 
+def test_an_effort_is_what_the_library_takes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "mymodels:make", "--input", "4", "--effort", "-1", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)["network"]["because"]
+    model = resolve("mymodels:make", (4,)).program
+    assert found == audit(model, (4,), effort=-1.0).network.because
+
+
 def test_standard_output_is_json_alone_whatever_the_model_prints(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", "mymodels:loud", "--input", "4", "--effort", "0", "--json", "-"]) == 0
     shown = capfd.readouterr()
@@ -97,6 +112,9 @@ def test_streams_that_are_closed_or_full_leave_the_exit_code_as_it_is(folder: Pa
         (["mymodels:breaks", "--input", "4"], "raised RuntimeError (no such thing) at "),
         (["mymodels:leaves", "--input", "4"], "raised SystemExit (3) at "),
         (["mymodels:Leaves", "--input", "4"], "expected a model that torch.export takes: 3"),
+        (["mymodels:Nothing", "--input", "4"], "Nothing returns no tensor; expected"),
+        (["mymodels:Number", "--input", "4"], "Number returns no tensor; expected"),
+        (["mymodels:Empty", "--input", "4"], "Empty returns no tensor; expected"),
         (["mymodels:Chooses", "--input", "4"], "expected a model that torch.export takes: Could not guard"),
         (["mymodels:make", "--input", "999999999,999999999"], "expected what fits into memory"),
         (["junk.pt2"], "expected a file that torch.export.save wrote"),
@@ -140,6 +158,20 @@ def test_an_exported_program(tmp_path: Path) -> None:
     bad.write_bytes(b"not a program")
     with pytest.raises(InputError, match=r"torch\.export\.save"):
         resolve(str(bad))
+
+
+def test_warnings_as_errors_leave_an_audit_as_it_is(folder: Path) -> None:
+    line = [sys.executable, "-W", "error", "-m", "gramlip", "audit", "mymodels:make", "--input", "4", "--effort", "0"]
+    found = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_what_is_no_file_is_no_program(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pt2")
+    (tmp_path / "folder.pt2").mkdir()
+    for name, message in (("pipe", "a pipe or a device"), ("folder", "is a folder")):
+        with pytest.raises(InputError, match=message):
+            resolve(str(tmp_path / f"{name}.pt2"))
 
 
 class Words(nn.Module):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +28,13 @@ from gramlip.training.task import Task  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning")  # its own use of what torch has deprecated
 FOREIGN = """
+from torch import nn
 from gramlip.training.models import small
 def leaves(): raise SystemExit(3)
+class Alone(nn.Module):
+    def forward(self, x):
+        if len(x) != 1: raise RuntimeError("one at a time\\nmore")
+        return x.flatten(1)
 def loud():
     print("from the callable")
     return small()
@@ -163,7 +170,7 @@ def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["train", "small", "--data", "CIFAR", "--out", "OUT", "--seed", "-1"], "'-1' was given; expected a whole number of at least 0"),
         (["train", "small", "--data", "CIFAR", "--out", ""], "an empty name was given; expected a folder"),
         (["train", "small", "--data", "CIFAR", "--out", "BROKEN"], "recipe.json is damaged"),
-        (["certify", "BROKEN", "--data", "CIFAR", "--json", "RECIPE"], "is what the command reads"),
+        (["certify", "BROKEN", "--data", "CIFAR", "--json", "RECIPE"], "exists and was not written by --json"),
         (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "augment=1"], "augment=1 was given; expected true or false"),
         (["certify", "BROKEN", "--data", "CIFAR"], "expected a folder that gramlip train finished"),
         (["certify", ":small", "--data", "CIFAR"], "expected a folder that gramlip train finished, or package.module:callable"),
@@ -173,6 +180,7 @@ def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["certify", "gramlip:nothing", "--data", "CIFAR"], "expected package.module:callable"),
         (["certify", "gramlip.training.models:small", "--data", "CIFAR", "--eps", "-1"], "expected a radius of at least 0"),
         (["certify", "gramlip.training.models:small", "--data", "CIFAR", "--eps", "1e400"], "expected a radius of at least 0"),
+        (["certify", "foreign:Alone", "--data", "CIFAR"], "Alone raised RuntimeError (one at a time) for images of shape (32, 3, 32, 32)"),
         (["certify", "foreign:leaves", "--data", "CIFAR"], "raised SystemExit (3)"),
     ],
 )
@@ -222,6 +230,96 @@ def test_a_folder_holds_one_run(cifar: Path, tmp_path: Path) -> None:
     train("small", cifar, tmp_path, epochs=1)
     with pytest.raises(gl.InputError, match="differs in \\['epochs'\\]"):
         train("small", cifar, tmp_path)
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+def test_a_signal_has_its_own_exit_code_and_the_run_goes_on(
+    number: int, code: int, said: str, cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Signalled(Task):
+        def on_train_epoch_end(self) -> None:
+            if self.current_epoch == 1:
+                signal.raise_signal(number)
+
+    options = [part for k, v in {**TINY, "epochs": 3}.items() for part in ("--set", f"{k}={v}")]
+    line = ["train", "small", "--data", str(cifar), "--out", str(tmp_path / "run"), *options]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "Task", Signalled)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+        try:
+            assert cli.main(line) == code
+        finally:
+            signal.signal(signal.SIGINT, before)
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.endswith(f"gramlip: {said}\n")  # after what was drawn of the progress bar
+    assert (tmp_path / "run" / "last.ckpt").exists()
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert cli.main(line) == 0
+    assert json.loads(capsys.readouterr().out)["finished_epochs"] == 3
+
+
+@pytest.mark.parametrize("name", run.WRITTEN)
+def test_a_folder_of_something_else_is_left_alone(name: str, cifar: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(gl.InputError, match=r"stands there without its recipe\.json"):
+        train("small", cifar, tmp_path)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_certify_writes_over_no_image(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(cifar, tmp_path / "images")
+    file = next((tmp_path / "images").glob("test-*"))
+    before = file.read_bytes()
+    line = ["certify", "gramlip.training.models:small", "--data", str(file.parent), "--samples", "4", "--json", str(file)]
+    assert cli.main(line) == 2
+    assert "exists and was not written by --json" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    report = str(tmp_path / "report.json")
+    assert [cli.main([*line[:-1], report]) for _ in range(2)] == [0, 0]
+
+
+def picture(size: int, cut: int | None = None) -> dict[str, Any]:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size)).save(buffer, "png")
+    return {"bytes": buffer.getvalue()[:cut], "path": None}
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        ([picture(32, 60)], [1], r"test-0\.parquet: image 0 cannot be read \(.*\); expected a PNG or JPEG"),
+        ([picture(32), {"bytes": b"no picture", "path": None}], [1, 2], r"image 1 cannot be read \(.*\); expected a PNG or JPEG"),
+        ([picture(32), None], [1, 2], "image 1 cannot be read"),
+        ([picture(16)], [1], r"image 0 has 16x16 pixels; expected 32x32"),
+        ([picture(32)], [None], r"test-0\.parquet holds the label None; expected integers from 0 to 9"),
+        ([picture(32)], ["cat"], "holds the label 'cat'; expected integers"),
+        ([picture(32)], [77], "holds the label 77; expected integers"),
+        ([], [], r"holds no image in its test files"),
+    ],
+)
+def test_images_that_cannot_be_used_are_one_line(images: list[Any], labels: list[Any], message: str, tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"img": images, "label": labels}), tmp_path / "test-0.parquet")
+    with pytest.raises(gl.InputError, match=message) as caught:
+        data.load(tmp_path, "test")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 500, -10])
+def test_damaged_files_of_images_are_one_line(kept: int, cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in cifar.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[:kept])
+    line = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    for command in (["train", "small", *line], ["certify", "gramlip.training.models:small", *line[:2]]):
+        assert cli.main(command) == 2
+        error = capsys.readouterr().err
+        assert "parquet cannot be read as parquet (" in error
+        assert error.count("\n") == 1
 
 
 def test_images_from_the_hubs_cache(hub_cache: Callable[[str, str], Path], cifar: Path) -> None:

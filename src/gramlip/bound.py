@@ -36,6 +36,9 @@ class Bound:
     `a @ b` bounds the composition, `a + b` the sum, `Bound.concat` a concatenation, `Bound.max` a choice of branches;
     all of them round outward.
 
+    Raises:
+        InputError: no interval of norms: not `0 <= lower <= upper`.
+
     >>> print(Bound(1.0, 2.0, "given") @ Bound(3.0, 3.0, "given"))
     [0, 6.00001]  given; given; product along a chain
     """

@@ -65,12 +65,7 @@ def read(path: Path) -> Stored:
     Raises:
         InputError: the file is missing, corrupt, wants to run code, or holds no tensor.
     """
-    if path.is_dir():
-        msg = f"{path} is a folder; expected a file: type for instance {path / 'model.safetensors'}"
-        raise InputError(msg)
-    if path.exists() and not path.is_file():
-        msg = f"{path} is no regular file but a pipe or a device; expected a file: write it to one first"
-        raise InputError(msg)
+    check_file(path)
     try:
         with path.open("rb") as file:
             start = file.read(16)
@@ -101,6 +96,16 @@ def read(path: Path) -> Stored:
         msg = f"{path} holds no tensor; expected the weights of a model: save model.state_dict()"
         raise InputError(msg)
     return Stored(_unwrapped(entries), tuple(skipped))
+
+
+def check_file(path: Path) -> None:
+    """InputError for a folder, and for a pipe or a device, which would keep its reader waiting."""
+    if path.is_dir():
+        msg = f"{path} is a folder; expected a file: type for instance {path / 'model.safetensors'}"
+        raise InputError(msg)
+    if path.exists() and not path.is_file():
+        msg = f"{path} is no regular file but a pipe or a device; expected a file: write it to one first"
+        raise InputError(msg)
 
 
 def read_bytes(data: bytes) -> Stored:
@@ -177,7 +182,7 @@ def _torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         wanted = [found[1]] if found else _globals(path)
-        asks = f"it wants to run {', '.join(wanted)}" if wanted else "its pickle holds more than tensors"
+        asks = f"it wants to run {', '.join(wanted)}" if wanted else "its pickle is none that torch.save writes"
         msg = f"{path} was refused, unexecuted: {asks}; expected tensors alone: save model.state_dict(), or safetensors"
         raise InputError(msg) from None
     except Exception as error:  # a damaged file can raise anything; none of it is a defect of ours
@@ -228,6 +233,9 @@ def _containers(loaded: Any, skipped: list[str], file: Path) -> Entries:
         if isinstance(value, Tensor):
             if path in found:
                 raise _same_name(file, ".".join(path))
+            if value.is_nested:
+                msg = f"{file}: {'.'.join(path)} is nested, many tensors in one; expected plain ones: save what its unbind() gives"
+                raise InputError(msg)
             found[path or ("weight",)] = value
         elif isinstance(value, Mapping | list | tuple):
             whole = cast("Mapping[Any, Any] | list[Any]", value)

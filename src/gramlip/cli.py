@@ -1,4 +1,4 @@
-"""The command line: a thin layer over the library. Exit code 0, 1 (a limit is exceeded), 2 (unusable input), 130 (interrupted)."""
+"""The command line: a thin layer over the library. Exit code 0, 1 (a limit is exceeded), 2 (unusable input), 130 or 143 (interrupted)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from gramlip import __version__, commands
-from gramlip.errors import InputError, UnsupportedError, first_line, out_of_memory
+from gramlip.errors import InputError, Terminated, UnsupportedError, first_line, out_of_memory
 from gramlip.output import note, settle
 
 
@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         note("interrupted")
         return 130
+    except Terminated as ended:
+        note("terminated")
+        return int(str(ended))
     except (InputError, UnsupportedError) as error:
         note(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
@@ -59,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         note(f"error: {' '.join(map(str, argv or sys.argv[1:]))}: {first_line(error)}; expected what fits into memory: type smaller sizes")
     except OSError as error:
-        note(f"error: {error.filename or 'a file'}: {error.strerror or error}; expected it to be readable and writable: check the path")
+        given = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        note(f"error: {given}; expected files that can be read and written: check the path and the disk")
     finally:
         settle()
     return 2

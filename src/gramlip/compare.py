@@ -114,9 +114,11 @@ class Comparison:
 
     def _legend(self) -> str:
         header = ", ".join(f"{key} {value}" for key, value in self.header.items())
+        own = "\ncertify: its upper side at the width that gramlip.bound asks for by default, 1e-2, in the time that this takes."
         return (
             "side: where the formula stands in exact arithmetic; error: distance to the certified interval, 0 inside;\n"
-            f"stands: where the value lies against that interval, which is at most {self.width:.1g} wide.\n{header}"
+            f"stands: where the value lies against that interval, which is at most {self.width:.1g} wide."
+            f"{own if any(v.method == 'certify' for v in self.values) else ''}\n{header}"
         )
 
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Input that cannot be used: wrong values, shapes, files or options."""
+    """Input that cannot be used: wrong values, shapes, files or options.
+
+    >>> from gramlip.bound import Bound
+    >>> try:
+    ...     Bound(2.0, 1.0, "given")
+    ... except InputError as error:
+    ...     print(error)
+    the interval [2.0, 1.0] was given; expected 0 <= lower <= upper
+    """
 
 
 class UndefinedError(InputError):
@@ -12,7 +20,22 @@ class UndefinedError(InputError):
 
 
 class UnsupportedError(TypeError):
-    """A layer or operation that no rule covers; it is never guessed."""
+    """A layer or operation that no rule covers; it is never guessed.
+
+    >>> import gramlip
+    >>> try:
+    ...     gramlip.bound("a name")
+    ... except UnsupportedError as error:
+    ...     print(str(error).split(":")[0])
+    str has no rule; expected a layer that gramlip knows
+    """
+
+
+class Terminated(SystemExit):
+    """The process was asked to end while training, which ends its epoch first; the exit code is that of SIGTERM."""
+
+    def __init__(self) -> None:
+        super().__init__(143)
 
 
 def first_line(error: BaseException) -> str:

@@ -54,7 +54,7 @@ def export(model: nn.Module | torch.export.ExportedProgram, example: tuple[Tenso
     """The program of a module in its present mode; the module is not changed.
 
     Raises:
-        InputError: `torch.export` refuses the model or the example.
+        InputError: `torch.export` refuses the model or the example, or the model returns no tensor.
     """
     try:
         with silent(), warnings.catch_warnings():
@@ -70,6 +70,9 @@ def export(model: nn.Module | torch.export.ExportedProgram, example: tuple[Tenso
     if given != meant:
         msg = f"inputs of shapes {given} were given; expected those that the program was exported for: {meant}"
         raise InputError(msg)
+    if not program.outputs:
+        msg = f"{type(model).__name__} returns no tensor; expected a model whose forward returns at least one"
+        raise InputError(msg)
     return program
 
 
@@ -80,8 +83,18 @@ def _ordinary(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def undisturbed() -> Generator[None, None, None]:
-    """With derivatives, tensors on the CPU unless said otherwise, and no autocast, whatever the caller has set."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+    """With derivatives, tensors on the CPU unless said otherwise, and no autocast, whatever the caller has set.
+
+    The first forward derivative of a process loads functions that torch scripts, and torch warns itself that this is deprecated.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
         yield
 
 

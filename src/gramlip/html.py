@@ -63,8 +63,9 @@ def page(report: Report) -> str:
     held = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     parts = [
         "<!doctype html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{_text(report.target)}: gramlip</title>',
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>',
+        '<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="gramlip">',
+        f'<title>{_text(report.target)}: gramlip</title><meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<style>{STYLE}</style></head><body>",
         f"<h1>{_text(report.target)}</h1>",
         *(f"<p>{_text(note)}</p>" for note in report.notes),
         _network(report),

@@ -44,7 +44,8 @@ def checked(weight: Tensor, name: str = "weight") -> Tensor:
             f"stored as {weight.layout}": weight.layout != torch.strided,
         }
         kind = next((kind for kind, so in kinds.items() if so), "masked")
-        msg = f"{name} is {kind}; expected a dense tensor with values: type {name}.to_dense() or load the weights"
+        how = "load the weights" if weight.is_meta else f"type {name}.{'unbind' if weight.is_nested else 'to_dense'}()"
+        msg = f"{name} is {kind}; expected a dense tensor with values: {how}"
         raise InputError(msg)
     if weight.numel() == 0:
         msg = f"{name} has shape {tuple(weight.shape)}; expected every axis to be at least 1"
@@ -75,6 +76,9 @@ def _axes(name: str, value: object, dims: int, least: int) -> tuple[int, ...]:
 @dataclass(frozen=True, eq=False)
 class Dense:
     """A matrix of shape (m, n), real or complex.
+
+    Raises:
+        InputError: no matrix, or no finite entries.
 
     >>> Dense(torch.eye(2)).weight.shape
     torch.Size([2, 2])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from argparse import ArgumentTypeError
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -112,14 +111,17 @@ def interval(text: str) -> tuple[float, float]:
 
 
 def effort(text: str) -> float:
-    """A number of at least 0.
+    """A finite number, as `gramlip.audit` takes it; a negative one asks for no search and no closed forms.
 
-    >>> effort("0.5")
-    0.5
+    >>> effort("0.5"), effort("-1")
+    (0.5, -1.0)
     """
-    value = float(limit(text))
-    if value == math.inf:
-        msg = f"{text!r} was given; expected a number of at least 0 such as 1.0, at most {sys.float_info.max:.2g}"
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        msg = f"{text!r} was given; expected a finite number such as 1.0"
         raise ArgumentTypeError(msg)
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -88,33 +89,34 @@ def watched(items: Sequence[T]) -> Iterable[T]:
     return tqdm(items, file=sys.stderr, disable=not shown, leave=False, unit="layer")
 
 
-def check_outputs(options: Mapping[str, str | None], *held: str | Path) -> dict[str, Path | None]:
-    """The file of each option that was given, None for `-`; `held` is what the command reads, which no output may take the place of.
+OURS = {
+    "--json": re.compile(rb'\{\s+"schema": 1,\s+"(target|header)": '),
+    "--html": re.compile(rb'<!doctype html>\s+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="gramlip">'),
+    "--plot": re.compile(rb"\x89PNG|%PDF|<\?xml"),
+}
+"""Option -> how a file begins that it wrote before, and may write again."""
+
+
+def check_outputs(options: Mapping[str, str | None]) -> dict[str, Path | None]:
+    """The file of each option that was given, None for `-`.
 
     Raises:
-        InputError: as for `check_output`, two outputs on one file, or an output on what is read.
+        InputError: as for `check_output`, or two outputs on one file.
     """
     files = {option: check_output(option, name) for option, name in options.items() if name is not None}
     if len(set(files.values())) < len(files):
         msg = f"{' and '.join(files)} name the same file; expected one file each"
         raise InputError(msg)
-    for option, path in files.items():
-        if path is not None and any(path == Path(os.path.realpath(file)) or _same(path, file) for file in held):
-            msg = f"{option} {options[option]} is what the command reads; expected another file, which may be written: type {option} FILE"
-            raise InputError(msg)
     return files
-
-
-def _same(path: Path, other: str | Path) -> bool:
-    """Whether two names are of one file that exists, through links or a file system that takes `A` for `a`."""
-    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
 def check_output(option: str, name: str | None) -> Path | None:
     """The file that an option names, None for nothing or `-`; refused now if it could not be written later.
 
+    Only what the option itself writes is replaced, or an empty file: so nothing that a command reads is ever lost.
+
     Raises:
-        InputError: a folder, a device, a folder that is missing or cannot be written.
+        InputError: a folder, a device, another file, a folder that is missing or cannot be written.
     """
     if name is None or name == "-":
         return None
@@ -127,10 +129,19 @@ def check_output(option: str, name: str | None) -> Path | None:
         problem = f"lies in {path.parent}, which does not exist"
     elif not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
         problem = "cannot be written"
+    elif path.exists() and not _replaceable(path, OURS[option]):
+        msg = f"{option} {name} exists and was not written by {option}; expected a new name, or that of such a file: type {option} NEW"
+        raise InputError(msg)
     else:
         return path
     msg = f"{option} {name} {problem}; expected a file in a folder that can be written: type {option} FILE, or - for standard output"
     raise InputError(msg)
+
+
+def _replaceable(path: Path, ours: re.Pattern[bytes]) -> bool:
+    with path.open("rb") as file:
+        start = file.read(1 << 10)
+    return not start or ours.match(start) is not None
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramlip.checkpoint import read
+from gramlip.checkpoint import check_file, read
 from gramlip.errors import InputError, first_line
 from gramlip.graph import silent
 from gramlip.network import audit, steps_of
@@ -135,6 +135,7 @@ def from_exported(target: str, inputs: Shape | None) -> Model:
     if inputs is not None:
         msg = f"--input was given, but {target} is an exported program that holds its input's shape; expected no --input"
         raise InputError(msg)
+    check_file(Path(target))
     try:
         with silent(), aside():
             program = torch.export.load(target)

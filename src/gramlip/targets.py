@@ -60,6 +60,9 @@ def resolve(target: str, inputs: Shape | None = None) -> Source:
     Raises:
         InputError: no such file, an unknown kind, or a file that cannot be used.
     """
+    if not target:
+        msg = "an empty TARGET was given; expected a file of weights, package.module:callable or a name such as demo"
+        raise InputError(msg)
     scheme, colon, _ = target.partition(":")
     for key in (target, f"{scheme}:" if colon else target, Path(target).suffix):
         if key in RESOLVERS:

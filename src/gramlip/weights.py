@@ -67,7 +67,11 @@ class Weights:
 
     def operator(self, name: str) -> Dense | Conv:
         """The operator that dominates the layer of this tensor: a matrix, or a stride-1 ungrouped convolution of every size."""
-        weight = checked(self.stored.entries[name].load(), f"{self.target}: {name}")
+        try:
+            weight = checked(self.stored.entries[name].load(), name)
+        except InputError as error:
+            msg = f"{self.target}: {error}"
+            raise InputError(msg) from error
         return Dense(weight) if weight.ndim == 2 else Conv(weight)
 
     def operators(self) -> Iterator[tuple[str, Dense | Conv]]:

@@ -35,14 +35,16 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
         "--assume", type=assumption, action="append", default=[], metavar="NAME=L", help="believe a constant; stands in the report"
     )
     parser.add_argument("--domain", type=interval, metavar="LOW,HIGH", help="every input entry lies there; makes products of values finite")
-    parser.add_argument("--effort", type=effort, default=1.0, metavar="E", help="search for coupled bounds (default 1; 0: closed forms)")
+    parser.add_argument(
+        "--effort", type=effort, default=1.0, metavar="E", help="search for coupled bounds (default 1; 0: closed forms; -1: none)"
+    )
     parser.add_argument("--fail-above", type=limit, metavar="X", help="exit 1 unless every upper side is at most X")
     parser.set_defaults(run=run)
 
 
 def run(args: Namespace) -> int:
     """Audit, write, print; 1 where `--fail-above` is exceeded."""
-    files = check_outputs({name: getattr(args, name[2:]) for name in FORMATS}, args.target)
+    files = check_outputs({name: getattr(args, name[2:]) for name in FORMATS})
     source = resolve(args.target, args.input)
     if isinstance(source, Model):
         source = replace(source, options=Options(dict(args.assume), args.domain, effort=args.effort))

@@ -8,13 +8,14 @@ from argparse import ArgumentTypeError, Namespace, _SubParsersAction  # pyright:
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gramlip import robust
-from gramlip.errors import InputError
+from gramlip.errors import InputError, first_line, out_of_memory
 from gramlip.network import audit
 from gramlip.options import count, tolerance
-from gramlip.output import aside, check_outputs, emit, write_whole
+from gramlip.output import aside, check_output, emit, write_whole
 from gramlip.sources import called
 from gramlip.training import data
 from gramlip.training.recipes import MEAN, STD, Recipe
@@ -55,14 +56,14 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
 
 def run(args: Namespace) -> int:
     """Audit the network, certify every sample, print."""
-    held = (Path(args.target) / name for name in ("recipe.json", "results.json", "weights.safetensors"))
-    file = check_outputs({"--json": args.json}, *held).get("--json")
+    file = check_output("--json", args.json)
     model, mean, std = _model(args.target, args.normalised)
     images, labels = data.load(args.data, "test", args.samples)
     pixels = list(zip((images.float() / 255).split(500), labels.split(500), strict=True))
     with aside():
+        _runs(args.target, model, data.normalised(pixels[0][0], mean, std))
         found = _certified(model, [(data.normalised(x, mean, std), y) for x, y in pixels], tuple(images.shape[1:]), args, std)
-        result = {"target": args.target, **found.to_dict()}
+        result: dict[str, Any] = {"schema": 1, "target": args.target, **found.to_dict()}
         if args.attack:
             for entry in result["certified"]:
                 entry["attacked"] = robust.attacked_accuracy(model, pixels, entry["eps"], mean=mean, std=std)
@@ -91,6 +92,19 @@ def _finished(folder: Path) -> tuple[nn.Module, tuple[float, ...], tuple[float, 
         msg = f"{folder}: {type(error).__name__}: {error}; expected a folder that gramlip train finished"
         raise InputError(msg.replace("\n", " ")) from error
     return model.eval(), plan.mean, plan.std
+
+
+def _runs(target: str, model: nn.Module, images: Tensor) -> None:
+    """InputError where the model, whose code is the user's, does not take a batch of images."""
+    try:
+        with torch.no_grad():
+            model(images)
+    except Exception as error:  # the user's own code: whatever it raises
+        if isinstance(error, MemoryError | RuntimeError) and out_of_memory(error):
+            raise
+        given = f"{target} raised {type(error).__name__} ({first_line(error)}) for images of shape {tuple(images.shape)}"
+        msg = f"{given}; expected a model that takes any batch of them: type --samples 1 for a batch of one"
+        raise InputError(msg) from error
 
 
 def _certified(model: nn.Module, batches: list[Any], shape: tuple[int, ...], args: Namespace, std: tuple[float, ...]) -> robust.Certified:

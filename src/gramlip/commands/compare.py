@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
+from argparse import ArgumentTypeError, Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,9 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
     parser.add_argument("--input", type=shape, metavar="3,224,224", help="shape of the model's input without the batch")
     parser.add_argument("--circular", type=count, metavar="N", help="take each convolution as circular, stride 1, at input size N")
     parser.add_argument("--methods", type=names, default=(), metavar="A,B", help="some of the methods (default: all)")
-    parser.add_argument("--rtol", type=tolerance, default=1e-4, metavar="R", help="width of the certified interval (default 1e-4)")
+    parser.add_argument(
+        "--rtol", type=tolerance, default=1e-4, metavar="R", help="width of the interval that all are held against (default 1e-4)"
+    )
     parser.add_argument("--trials", type=count, default=3, metavar="T", help="timed runs of each method (default 3)")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON; - for standard output, alone")
     parser.add_argument("--plot", metavar="FILE", help="draw error against time to a .png, .pdf or .svg")
@@ -32,7 +34,7 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
 
 def run(args: Namespace) -> int:
     """Compare, write, print."""
-    files = check_outputs({"--json": args.json, "--plot": args.plot}, args.target)
+    files = check_outputs({"--json": args.json, "--plot": args.plot})
     json, plot = files.get("--json"), files.get("--plot")
     if args.plot is not None:
         check_picture(plot or Path(args.plot))
@@ -54,7 +56,10 @@ def names(text: str) -> tuple[str, ...]:
     >>> names("gram,power")
     ('gram', 'power')
     """
-    return tuple(filter(None, text.split(",")))
+    if not all(found := tuple(text.split(","))):
+        msg = f"{text!r} was given; expected names joined by commas: gram,power"
+        raise ArgumentTypeError(msg)
+    return found
 
 
 def _circular(operators: Iterable[tuple[str, Dense | Conv]], size: int) -> Iterator[tuple[str, Dense | Conv]]:

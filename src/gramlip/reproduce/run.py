@@ -147,8 +147,8 @@ def _header(files: dict[str, Path], settings: dict[str, Any]) -> dict[str, Any]:
         if different:
             msg = f"{files['run.json'].parent} holds a run with another {', '.join(different)}; expected the same: type --out NEW"
             raise InputError(msg)
-    elif files["results.csv"].exists():
-        msg = f"{files['results.csv']} stands there without its run.json; expected both or neither: type --out with a new folder"
+    elif there := [file for file in files.values() if file.exists()]:
+        msg = f"{there[0]} stands there without its run.json; expected both or neither: type --out with a new folder"
         raise InputError(msg)
     write_whole(files["run.json"], json.dumps(settings, indent=2) + "\n")
     return settings

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Sampler
 
-from gramlip.errors import InputError
+from gramlip.errors import InputError, first_line
 from gramlip.sources import snapshot
 
 HUB = "uoft-cs/cifar10"
@@ -35,27 +35,54 @@ def load(source: str | Path, split: str, limit: int | None = None) -> tuple[Tens
     """Images as uint8 (N, 3, 32, 32) and labels (N,), in the files' order, the first `limit` of them.
 
     Raises:
-        InputError: no such files, or columns other than `img` and `label`.
+        InputError: no such files, none that can be read, columns other than `img` and `label`, or no rows at all.
     """
-    from PIL import Image
-
-    parquet: Any = import_module("pyarrow.parquet")
-
     images: list[Tensor] = []
     labels: list[int] = []
     for file in files(source, split):
-        table = parquet.read_table(file)
-        if not {"img", "label"} <= set(table.column_names):
-            msg = f"{file} has columns {table.column_names}; expected img and label, as in {HUB}"
-            raise InputError(msg)
-        left = None if limit is None else limit - len(images)
-        rows = table.slice(0, left) if left is not None else table
-        for row in rows["img"].to_pylist():
-            with Image.open(io.BytesIO(row["bytes"])) as image:
-                rgb = image.convert("RGB")
-                images.append(torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).reshape(rgb.height, rgb.width, 3))
-        labels += rows["label"].to_pylist()
+        pictures, found = _rows(file, None if limit is None else limit - len(images))
+        images += [_pixels(f"{file}: image {i}", picture) for i, picture in enumerate(pictures)]
+        labels += found
+    if not images:
+        msg = f"{source} holds no image in its {split} files; expected CIFAR-10's, as in {HUB}: fetch it again"
+        raise InputError(msg)
     return torch.stack(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+
+def _rows(file: Path, limit: int | None) -> tuple[list[Any], list[int]]:
+    """The first pictures and labels of a file."""
+    parquet: Any = import_module("pyarrow.parquet")
+    try:
+        table = parquet.read_table(file)
+    except (OSError, ValueError, NotImplementedError) as error:
+        msg = f"{file} cannot be read as parquet ({first_line(error)}); expected a whole file, as in {HUB}: fetch it again"
+        raise InputError(msg) from error
+    if not {"img", "label"} <= set(table.column_names):
+        msg = f"{file} has columns {table.column_names}; expected img and label, as in {HUB}"
+        raise InputError(msg)
+    rows = table if limit is None else table.slice(0, limit)
+    labels: list[Any] = rows["label"].to_pylist()
+    wrong = [label for label in labels if not isinstance(label, int) or not 0 <= label < 10]
+    if wrong:
+        msg = f"{file} holds the label {wrong[0]!r}; expected integers from 0 to 9, as in {HUB}"
+        raise InputError(msg)
+    return rows["img"].to_pylist(), labels
+
+
+def _pixels(name: str, picture: Any) -> Tensor:
+    """A picture's pixels, uint8 (32, 32, 3)."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(picture["bytes"])) as image:
+            rgb = image.convert("RGB")
+    except Exception as error:  # a damaged picture shows in many ways
+        msg = f"{name} cannot be read ({first_line(error)}); expected a PNG or JPEG, as in {HUB}: fetch the file again"
+        raise InputError(msg) from error
+    if rgb.size != (32, 32):
+        msg = f"{name} has {rgb.width}x{rgb.height} pixels; expected 32x32, as in {HUB}"
+        raise InputError(msg)
+    return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).reshape(32, 32, 3)
 
 
 class Order(Sampler[int]):

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gramlip import robust
-from gramlip.errors import InputError, first_line
+from gramlip.errors import InputError, Terminated, first_line
 from gramlip.network import audit
 from gramlip.nn import normalised as parametrized
 from gramlip.nn import remove
@@ -32,6 +33,9 @@ from gramlip.output import write_bytes_whole, write_whole
 from gramlip.training import data
 from gramlip.training.recipes import Recipe, recipe
 from gramlip.training.task import EXAMPLE, Audit, Task, chain, psnr
+
+WRITTEN = ("last.ckpt", "logs", "weights.safetensors", "results.json")
+"""What a run puts into its folder after `recipe.json`."""
 
 
 def train(
@@ -62,6 +66,7 @@ def train(
 
     Raises:
         InputError: unknown recipe or field, less than a batch of images, or a folder that holds another run or a damaged one.
+        Terminated: SIGTERM came; the epoch was ended first, and the same call goes on after it.
     """
     plan, folder = recipe(name), Path(out)
     unknown = set(changes) - set(plan.to_dict())
@@ -101,6 +106,22 @@ def _global_state_kept() -> Generator[None, None, None]:
             del os.environ[key]
 
 
+@contextmanager
+def _signals() -> Generator[None, None, None]:
+    """Lightning makes exits with code 0 and 1, those of success and failure, of SIGTERM and of Ctrl-C; here they are what they were.
+
+    Raises:
+        Terminated: SIGTERM came; the epoch has ended and is kept.
+        KeyboardInterrupt: Ctrl-C came.
+    """
+    try:
+        yield
+    except SIGTERMException as error:
+        raise Terminated from error
+    except SystemExit as error:
+        raise error.__context__ or error from None
+
+
 def _run(
     plan: Recipe, name: str, sets: Sequence[tuple[Tensor, Tensor]], folder: Path, seed: int, stop_after: int | None, audit_every_epoch: bool
 ) -> dict[str, Any]:
@@ -121,7 +142,8 @@ def _run(
         log_every_n_steps=1,
     )
     begin = time.perf_counter()
-    trainer.fit(task, *loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    with _signals():
+        trainer.fit(task, *loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     seconds = time.perf_counter() - begin
     done = {"recipe": name, "seed": seed, **plan.to_dict(), "finished_epochs": trainer.current_epoch, "seconds": seconds}
     done["step_cpu_seconds"] = statistics.median(clock.steps) if clock.steps else None
@@ -189,6 +211,9 @@ def _check(folder: Path, plan: dict[str, Any]) -> None:
     if file.exists() and (there := _read(file)) != json.loads(json.dumps(plan)):
         changed = sorted(k for k in plan if there.get(k) != plan[k])
         msg = f"{folder} holds a run that differs in {changed}; expected another folder, or the same options to go on with it"
+        raise InputError(msg)
+    if not file.exists() and (there := [folder / name for name in WRITTEN if (folder / name).exists()]):
+        msg = f"{there[0]} stands there without its recipe.json; expected both or neither: type --out with a new folder"
         raise InputError(msg)
     if (last := folder / "last.ckpt").exists():
         _steps(last)
