@@ -56,11 +56,15 @@ def mirror(blocks: Tensor, parts: list[tuple[int, int]]) -> None:
 
 
 def combined(weights: Tensor, taps: Tensor, group: Ints) -> Tensor:
-    """`sum_t weights[f, t] taps[group[f], t]` for taps (groups, T, c, c), one product for each run of equal groups: (F, c, c)."""
+    """`sum_t weights[f, t] taps[group[f], t]` for taps (groups, T, c, c), one product a run of equal groups, or one for all: (F, c, c)."""
     out = weights.new_empty(len(group), *taps.shape[-2:])
     flat, rows = taps.flatten(2), out.flatten(1)
-    starts = [*np.diff(group, prepend=-1).nonzero()[0].tolist(), len(group)]
-    for i, j in itertools.pairwise(starts):
+    starts = np.diff(group, prepend=-1).nonzero()[0]
+    each, first = len(group) // max(1, len(starts)), int(group[0]) if len(group) else 0
+    if len(starts) > 1 and np.array_equal(group, np.arange(first, first + len(starts)).repeat(each)):  # as many of one group as of the next
+        torch.bmm(weights.unflatten(0, (-1, each)), flat[first : first + len(starts)], out=rows.unflatten(0, (-1, each)))
+        return out
+    for i, j in itertools.pairwise([*starts.tolist(), len(group)]):
         torch.mm(weights[i:j], flat[int(group[i])], out=rows[i:j])
     return out
 
