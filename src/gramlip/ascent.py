@@ -69,7 +69,7 @@ class Ascent:
         self.limit = math.inf  # operations after which no more blocks are tested
         self.kept: tuple[Ints, Tensor] | None = None
         self.found: tuple[Ints, list[Tensor]] = integers([]), []  # keys that were looked at last, and the vectors there
-        self.moments: Table | None = None  # of the blocks that were surveyed first, their errors not yet added
+        self.moments: Table = integers([]), np.zeros(0)  # of the blocks that were surveyed first, their errors not yet added
         self.points, self.lattice = points, Lattice(gram.span, points, gram.groups, not gram.is_complex)
         self.items = items if items is not None else np.zeros(gram.groups, dtype=np.int64)
         count = int(self.items.max()) + 1
@@ -113,14 +113,11 @@ class Ascent:
         if len(self.coarse) * self.g.block_bytes <= KEPT_BYTES:
             self.kept = (self.coarse, self.blocks(self.coarse))
         whole = every or len(self.coarse) == len(self.best)
-        self.estimates = (self.raise_lower if whole else self.survey)(self.coarse, steps)
+        self.estimates = self.raise_lower(self.coarse, steps) if whole else self.survey(self.coarse, steps, keep=True)
         rest = self.reaching(groups[~np.isin(groups, first)]) if len(first) < len(groups) else groups[:0]
         if len(rest) and not self.too_long:
             more = np.unique(self.lattice.corner_keys(self.lattice.cells(1.0, rest)))
-            known, self.moments = self.moments, None
-            self.estimates = np.concatenate([self.estimates, self.survey(more, steps)])
-            if known is not None and self.moments is not None:
-                self.moments = merge(known, self.moments)
+            self.estimates = np.concatenate([self.estimates, self.survey(more, steps, keep=True)])
             self.coarse = np.concatenate([self.coarse, more])
         if every or self.lattice.listed:  # every frequency was seen: only the vectors can still improve
             close = self.estimates > self.best[self.items[self.lattice.groups(self.coarse)]] * 0.98
@@ -196,8 +193,8 @@ class Ascent:
         """The groups with a weight other than zero."""
         return self.mass.nonzero()[0]
 
-    def survey(self, keys: Ints, steps: int) -> Reals:
-        """Estimates of the largest eigenvalues: two moments everywhere, Krylov steps where these are largest in each layer."""
+    def survey(self, keys: Ints, steps: int, keep: bool = False) -> Reals:
+        """Estimates of the largest eigenvalues: two moments, then Krylov steps where they are largest. The proof can `keep` the moments."""
         held = self.blocks(keys) if len(keys) <= (1 if self.g.parallel else 4) * self.g.chunk() else None
         rough: list[Reals] = []
         for part in pieces(len(keys), self.g.chunk()):
@@ -205,8 +202,8 @@ class Ascent:
             rough.append(cert.moments(g, torch.zeros(len(g), dtype=torch.float64, device=g.device)).cpu().numpy())
             del g  # the next ones may be as large
         above, item = np.concatenate(rough), self.items[self.lattice.groups(keys)]
-        if self.moments is None:
-            self.moments = keys, above.copy()
+        if keep:
+            self.moments = merge(self.moments, (keys, above))
         order, before = leading(item, above)
         count, first = next(some for side, some in SURVEYED.items() if self.g.side <= side)
         chosen = order[before < count]

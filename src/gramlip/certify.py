@@ -102,8 +102,7 @@ def _separable(op: Separable, rtol: float) -> Bound:
     for factor in op.factors:
         part = certify(Dense(factor), rtol=rtol / len(op.factors) * 0.99)
         lower, upper = rd.mul_down(lower, part.lower), rd.mul_up(upper, float(part.upper))
-    # The entries come from torch's float64: docs/rounding.md#fixed-maps.
-    grow = sum(2.0**-44 + 2.0**-46 * factor.shape[1] for factor in op.factors)
+    grow = sum(rd.interpolated(factor.shape[1]) for factor in op.factors)  # the entries come from torch's float64
     return Bound(rd.down(lower * (1 - grow)), rd.up(upper * (1 + grow)), "product of the norms of the axes of a separable map")
 
 
@@ -157,7 +156,7 @@ class _Enclosing:
         masses = [rd.ldexp_up(mass, self.exponents[i]) for mass in self._mass(i)]
         parts = [rounded(layer, group, mass) for group, mass in enumerate(masses)]
         if not all(bool(matrix.isfinite().all()) for matrix, _ in parts):  # taps that meet add up beyond the largest number
-            return Bound(0.0, math.inf, "")
+            return Bound(0.0, math.inf, "entries beyond the largest number")
         closed = certify_all([Dense(matrix) for matrix, _ in parts], rtol=self.rtol)
         low = max(rd.down(part.lower - error) if error else part.lower for part, (_, error) in zip(closed, parts, strict=True))
         high, most = max((rd.add_up(float(part.upper), error), g) for g, (part, (_, error)) in enumerate(zip(closed, parts, strict=True)))

@@ -89,9 +89,8 @@ def conv_gram_norm(
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         msg = f"a weight of {kind} was given; expected a tensor of real or complex floating-point numbers: type weight.double()"
         raise InputError(msg)
-    shape = torch.ones((), device="cpu").expand(
-        weight.shape
-    )  # a geometry needs a shape, not values: vmap goes through, compiled code with a graph break
+    # a geometry needs a shape, not values: vmap goes through, compiled code with a graph break
+    shape = torch.ones((), device="cpu").expand(weight.shape)
     options = (padding_mode, dilation, groups, transposed, output_padding)
     if padding is None:
         spans = Conv(shape, dilation=dilation).spans

@@ -16,7 +16,7 @@ from gramlip.graph import op_name
 from gramlip.widen import widen
 
 _VIEWS = ("aten.view.default", "aten._unsafe_view.default", "aten.view_as.default")
-_MEMORY = ("aten.as_strided", "aten.as_strided_", "aten.view.dtype", "aten.set_")
+_MEMORY = ("aten.as_strided", "aten.view.dtype", "aten.set_")  # and what begins so
 
 
 def widened(value: Any) -> Any:

@@ -8,9 +8,8 @@ from functools import lru_cache
 
 from gramlip.arrays import Ints, integers
 
-Run = tuple[
-    int, int, int
-]  # two taps of the kernel, whose product is a part of one tap of the autocorrelation, and how many more follow side by side
+Run = tuple[int, int, int]
+"""Two taps of the kernel, whose product is a part of one tap of the autocorrelation, and how many such pairs lie side by side."""
 
 
 @lru_cache(maxsize=64)

@@ -178,6 +178,6 @@ def waves(index: Ints, sizes: tuple[int, ...], positions: Ints) -> Complexes:
         angle = (i[:, None] * np.arange(least, least + count)) % n / n * (2 * math.pi)
         factor = np.empty(angle.shape, dtype=np.complex128)
         factor.real, factor.imag = np.cos(angle), -np.sin(angle)
-        total = (total[:, :, None] * factor[:, None, :]).reshape(len(index), -1) if total.shape[1] > 1 else factor * total
+        total = (total[:, :, None] * factor[:, None, :]).reshape(len(index), -1)
     assert total.shape[1] == first + len(positions)
     return total[:, first:]

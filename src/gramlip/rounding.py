@@ -83,6 +83,11 @@ def gamma(n: float, unit: float = UNIT) -> float:
     return up(up(n * unit) / down(1.0 - up(n * unit)))
 
 
+def interpolated(n: int) -> float:
+    """Upper bound of the relative error of the norm of torch's matrix of an interpolation from n points: docs/rounding.md#fixed-maps."""
+    return 2.0**-44 + 2.0**-46 * n
+
+
 def ldexp_up(x: float, exponent: int) -> float:
     """Upper bound of a nonnegative number times a power of two."""
     try:

@@ -173,7 +173,7 @@ class Search(Ascent):
 
     def _by_moments(self, keys: Ints, thresholds: Reals, noise: Reals) -> tuple[Flags, Tensor | None]:
         """Where two moments prove it, and the blocks where they had to be formed for that."""
-        known = np.full(1, np.inf) if self.moments is None else look_up(self.moments, keys) + noise
+        known = look_up(self.moments, keys) + noise
         if np.isfinite(known).all():
             return known <= thresholds, None
         g = self.blocks(keys)

@@ -13,11 +13,11 @@ from torch import Tensor
 from gramlip import rounding as rd
 from gramlip.errors import UnsupportedError
 from gramlip.rules.registry import Call, Var, register
+from gramlip.rules.steep import ROOM
 from gramlip.steps import Linear, Lipschitz, Product, Scale, Slice, Slope, Step, Unbounded
 from gramlip.widen import exact
 
 INF = math.inf
-ROOM = 1.0 + 2.0**-41  # of the C library's functions
 JUMP = 1e-6  # the largest jump of a softplus that is taken for the smooth function
 # name -> (least slope, largest slope, image, value at 0), each float just outside the real number; tests/test_rules.py
 # compares them with mpmath.
@@ -227,7 +227,7 @@ def _logsumexp(call: Call) -> Lipschitz:
     more = math.log(count)
 
     def reach(low: float, high: float) -> tuple[float, float]:  # between log(n exp(low)) and log(n exp(high))
-        rounding = [(abs(x) + more) * 2.0**-41 if abs(x) < INF else 0.0 for x in (low, high)]
+        rounding = [(abs(x) + more) * (ROOM - 1) if abs(x) < INF else 0.0 for x in (low, high)]
         return low + more - rounding[0], high + more + rounding[1]
 
     return Lipschitz(1.0, "logsumexp: its gradient is a probability vector", reach=reach)

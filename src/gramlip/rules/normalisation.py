@@ -39,9 +39,7 @@ def _batch_norm(call: Call) -> Linear | Unbounded | Lipschitz | Var:
     return Linear(Scale(gain.reshape(shape)), error, (bias - moved).reshape(shape), slip=slip)
 
 
-def normalised(
-    call: Call, x: Var, count: int, weight: Tensor | None, bias: Tensor | None, eps: float, axis: int = 1
-) -> Lipschitz | Unbounded | Var:
+def normalised(call: Call, x: Var, count: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Lipschitz | Unbounded | Var:
     """Normalisation of groups of `count` entries to variance 1, then a gain: docs/network.md#normalisation."""
     top = 1.0 if weight is None else float(exact(weight).abs().max())
     if eps <= 0:

@@ -9,9 +9,8 @@ import torch
 
 from gramlip import rounding as rd
 from gramlip.rules.registry import Call, Var, pattern
+from gramlip.rules.statistics import SLACK
 from gramlip.steps import Linear, Lipschitz, Product, Scale, Slope, Step
-
-SLACK = 1.0 + 2.0**-40  # relative, of a few roundings
 
 
 @pattern("aten.sub")
@@ -26,7 +25,7 @@ def _centred(call: Call) -> Var | None:
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:
-    return (low - high) * SLACK - rd.TINY, (high - low) * SLACK + rd.TINY
+    return (low - high) * (1 + SLACK) - rd.TINY, (high - low) * (1 + SLACK) + rd.TINY
 
 
 def _reduces(call: Call, y: Var, name: str, x: Var) -> bool:
@@ -91,7 +90,7 @@ def _softsign(call: Call) -> Var | None:
     height = curves[0](Fraction(0))
     if len(curves) > 1 or height < Fraction(1, 10**100) or (curves[0].lines, curves[0].knots) != (((-1, height), (1, height)), (0,)):
         return None
-    return call.then(Slope(0.0, float(1 / height) * SLACK, "x / (c + |x|): slopes in [0, 1/c]", (-1.0, 1.0)), x)
+    return call.then(Slope(0.0, float(1 / height) * (1 + SLACK), "x / (c + |x|): slopes in [0, 1/c]", (-1.0, 1.0)), x)
 
 
 @pattern("aten.sqrt")

@@ -133,8 +133,7 @@ def _bicubic(call: Call) -> Lipschitz:
             along = part.reshape(shape).expand(len(part), 1, *x.shape[2:])
             columns.append(call.run(along.contiguous()).select(5 - axis, 0).reshape(len(part), -1))
         matrix = torch.cat(columns)
-        grow = 1 + 2.0**-44 + 2.0**-46 * x.shape[axis]  # docs/rounding.md#fixed-maps
-        upper = rd.mul_up(upper, rd.mul_up(float(bound(matrix).upper), grow))
+        upper = rd.mul_up(upper, rd.mul_up(float(bound(matrix).upper), 1 + rd.interpolated(x.shape[axis])))
         wide = rd.mul_up(wide, float(matrix.abs().sum(0).max()) * (1 + 1e-12))
 
     def reach(low: float, high: float) -> tuple[float, float]:  # the weights of an entry add up to 1, their moduli to at most `wide`
