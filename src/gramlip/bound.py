@@ -33,8 +33,8 @@ class Bound:
     """A proved interval `lower <= ||A||_2 <= upper` and the chain of reasons `because`.
 
     Both ends are floats on the certified path; `upper` is a tensor with its graph on the differentiable path.
-    `a @ b` bounds the composition, `a + b` the sum, `Bound.concat` a concatenation, `Bound.max` a choice of branches;
-    all of them round outward.
+    `a @ b` bounds the composition, `a + b` the sum, `Bound.concat` a concatenation, `Bound.block_diagonal` maps side by side,
+    `Bound.max` one of several maps; all of them round outward. docs/theory.md#intervals-combined.
 
     Raises:
         InputError: no interval of norms: not `0 <= lower <= upper`.
@@ -96,12 +96,23 @@ class Bound:
         return Bound(lower, upper, "; ".join([*(b.because for b in parts), "root of squares at a concatenation"]))
 
     @staticmethod
-    def max(bounds: Iterable[Bound]) -> Bound:
-        """Bound of a block-diagonal map or of a choice between branches: the largest."""
+    def block_diagonal(bounds: Iterable[Bound]) -> Bound:
+        """Bound of `(x, y, ...) -> (A x, B y, ...)`, each map on entries of its own: both ends are the largest (theorem 15)."""
         parts = list(bounds)
         lower = max((b.lower for b in parts), default=0.0)
         upper = max((_above(b) for b in parts), default=0.0)
         return Bound(lower, upper, "; ".join([*(b.because for b in parts), "largest of independent blocks"]))
+
+    @staticmethod
+    def max(bounds: Iterable[Bound]) -> Bound:
+        """Bound of a continuous function that equals one of several maps at each input: the largest upper end (theorem 15).
+
+        Its lower end is 0. A mask that takes each entry from a map of its own may stretch more than each of the maps:
+        `Bound.concat` bounds it from above.
+        """
+        parts = list(bounds)
+        upper = max((_above(b) for b in parts), default=0.0)
+        return Bound(0.0, upper, "; ".join([*(b.because for b in parts), "one of these branches"]))
 
 
 def _above(bound: Bound) -> float:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
@@ -61,23 +60,16 @@ def _widened(what: Linear, own: Bound) -> Bound:
 
 def _fixed(what: object, shapes: Sequence[Shape]) -> Bound:
     if isinstance(what, Slope):
-        ends = [float(x.abs().max()) if isinstance(x, Tensor) else abs(x) for x in (what.low, what.high)]
-        return Bound(max(ends) * (1 - 2.0**-40), max(ends), what.because)
+        upper = max(float(x.abs().max()) if isinstance(x, Tensor) else abs(x) for x in (what.low, what.high))
+        return Bound(upper * (1 - 2.0**-39) if what.sharp and upper < math.inf else 0.0, upper, what.because)
     if isinstance(what, Lipschitz):
         return Bound(0.0, what.upper, what.because)
     if isinstance(what, Pad):
-        most = math.prod(_repeats(n, pair, what.mode) for n, pair in zip(shapes[0][2:], what.pairs, strict=True))
+        most = what.repeats(shapes[0])
         return Bound(rd.sqrt_down(float(most)), rd.sqrt_up(float(most)), f"{what.mode} padding: an entry occurs at most {most} times")
     if isinstance(what, Unbounded):
         return Bound(0.0, math.inf, what.reason)
     return Bound(0.0, 1.0, "")
-
-
-def _repeats(size: int, pair: tuple[int, int], mode: str) -> int:
-    if mode == "zeros":
-        return 1
-    index = torch.nn.functional.pad(torch.arange(size, dtype=torch.float64).reshape(1, 1, -1), pair, mode=mode)
-    return int(torch.bincount(index.reshape(-1).long()).max())
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gramlip import rounding as rd
 from gramlip.blocks import axes
 from gramlip.errors import InputError
-from gramlip.lengths import length, lengths
 from gramlip.operators import Conv, Dense
-from gramlip.steps import Linear, Network, Pad, Scale, Step, Sum, renumbered
+from gramlip.steps import Linear, Network, Op, Pad, Scale, Shape, Step, Sum, renumbered
 from gramlip.widen import exact
 
-Op = Conv | Dense | Scale
 LARGEST = 2**22  # entries of a kernel that a fold may create by spreading groups
 
 
@@ -66,37 +63,19 @@ def _names(inner: Step, outer: Step, made: Linear) -> str:
     return f"{inner.name} + {outer.name}"
 
 
-def crude(op: Op) -> float:
-    """A quick upper bound of the norm: Frobenius norms of the taps, times the repeats of the padding."""
-    if isinstance(op, Scale):
-        return float(op.weight.abs().max())
-    weight = exact(op.weight)
-    if isinstance(op, Dense):
-        return length(weight)
-    taps = lengths(weight.flatten(2).flatten(0, 1).mT).sum()
-    repeats = math.prod(1 + lo + hi for lo, hi in op.padding) if op.padding_mode != "zeros" else 1  # type: ignore[misc]
-    return rd.mul_up(rd.mul_up(float(taps), 1 + 1e-9), rd.sqrt_up(float(repeats)))
-
-
-def _linear(op: Op, outer: Linear, inner: Linear, roundings: float) -> Linear:
-    """The folded map: float product `op` of two maps that carry errors themselves."""
-    a, b = crude(outer.op), crude(inner.op)
-    error = rd.add_up(
-        _underflow(op, roundings) if a and b else 0.0,
-        rd.mul_up(a, inner.error),
-        rd.mul_up(outer.error, b),
-        rd.mul_up(outer.error, inner.error),
-        rd.mul_up(rd.gamma(roundings), rd.mul_up(a, b)),
-    )
-    return Linear(op, error)
-
-
-def _underflow(op: Op, roundings: float) -> float:
-    """What the norm may change where every term of every entry is flushed."""
-    return crude(replace(op, weight=torch.full_like(op.weight, roundings * rd.TINY, dtype=torch.float64)))
-
-
 def _chain(step: Step, inner: Step, network: Network) -> Linear | None:
+    """Two steps as one; None where they are no one operator, or where its entries overflow."""
+    try:
+        return _finite(_one(step, inner, network))
+    except InputError:
+        return None
+
+
+def _finite(made: Linear | None) -> Linear | None:
+    return made if made is not None and made.error < math.inf and bool(made.op.weight.isfinite().all()) else None
+
+
+def _one(step: Step, inner: Step, network: Network) -> Linear | None:
     outer, first = step.what, inner.what
     assert isinstance(outer, Linear)
     if isinstance(first, Pad):
@@ -105,19 +84,19 @@ def _chain(step: Step, inner: Step, network: Network) -> Linear | None:
         return None
     a, b = outer.op, first.op
     if isinstance(a, Scale) and isinstance(b, Scale):
-        return _linear(Scale(a.weight * b.weight), outer, first, 2)
+        return outer.after(first, Scale(a.weight * b.weight), 2)
     if isinstance(a, Scale) and not isinstance(b, Scale):
-        return None if (scaled := _rows(b, a, len(step.shape))) is None else _linear(scaled, outer, first, 2)
+        return None if (scaled := _rows(b, a, len(step.shape))) is None else outer.after(first, scaled, 2)
     if isinstance(b, Scale) and not isinstance(a, Scale):
-        return None if (scaled := _columns(a, b, len(inner.shape))) is None else _linear(scaled, outer, first, 2)
+        return None if (scaled := _columns(a, b, len(inner.shape))) is None else outer.after(first, scaled, 2)
     if isinstance(a, Dense) and isinstance(b, Dense):
-        return _linear(Dense(exact(a.weight) @ exact(b.weight)), outer, first, b.weight.shape[0] + 2)
+        return outer.after(first, Dense(exact(a.weight) @ exact(b.weight)), b.weight.shape[0] + 2)
     if isinstance(a, Conv) and isinstance(b, Conv):
         return _pointwise(outer, first, a, b)
     return None
 
 
-def _padded(outer: Linear, pad: Pad, shape: tuple[int, ...]) -> Linear | None:
+def _padded(outer: Linear, pad: Pad, shape: Shape) -> Linear | None:
     op = outer.op
     if not isinstance(op, Conv) or op.transposed or len(pad.pairs) != op.dims:
         return None
@@ -125,7 +104,7 @@ def _padded(outer: Linear, pad: Pad, shape: tuple[int, ...]) -> Linear | None:
     if own and not (pad.mode == "zeros" and op.padding_mode == "zeros" and pad.value == 0.0):
         return None
     pairs = [(a + c, b + d) for (a, b), (c, d) in zip(pad.pairs, op.padding, strict=True)]  # type: ignore[misc]
-    return replace(outer, op=replace(op, padding=pairs, padding_mode=pad.mode, input_size=shape[2:]), known=None, pick=None)
+    return outer.after_padding(pad, shape, replace(op, padding=pairs, padding_mode=pad.mode, input_size=shape[2:]))
 
 
 def _vector(scale: Scale, axis: int, ndim: int, size: int) -> Tensor | None:
@@ -193,12 +172,12 @@ def _pointwise(outer: Linear, inner: Linear, a: Conv, b: Conv) -> Linear | None:
         op = replace(b, weight=torch.einsum("om,mi...->oi...", one.flatten(1), other))
     else:
         op = replace(a, weight=torch.einsum("om...,mi->oi...", one, other.flatten(1)))
-    return _linear(op, outer, inner, b.weight.shape[0] + 2)
+    return outer.after(inner, op, b.weight.shape[0] + 2)
 
 
 def _branches(step: Step, network: Network, users: list[list[int]], ends: set[int]) -> tuple[Linear, int, list[int]] | None:
     """Two summed branches that read one value, each linear or the value itself."""
-    if len(step.sources) != 2:
+    if not isinstance(step.what, Sum) or step.what.repeats != (1, 1):
         return None
     one, other = step.sources
     if one == other:
@@ -214,25 +193,25 @@ def _branches(step: Step, network: Network, users: list[list[int]], ends: set[in
                 maps.append(inner.what)
                 gone.append(s)
         if len(maps) == 2:
-            made = _added(maps[0], maps[1], network.steps[base].shape)
-            if made is None:
+            try:
+                op = _added(maps[0].op, maps[1].op, network.steps[base].shape)
+            except InputError:  # an overflow in the sum
                 return None
-            lost = _underflow(made.op, 1) if made.error else 0.0
-            return replace(made, error=rd.add_up(made.error, lost)), base, gone
+            made = None if op is None else _finite(maps[0].plus(maps[1], op))
+            return None if made is None else (made, base, gone)
     return None
 
 
-def _added(one: Linear, other: Linear, shape: tuple[int, ...]) -> Linear | None:
-    a, b = one.op, other.op
-    error = rd.add_up(one.error, other.error, rd.mul_up(rd.gamma(2), rd.add_up(crude(a), crude(b))))
+def _added(a: Op, b: Op, shape: Shape) -> Op | None:
+    """The sum of two operators on values of `shape` as one."""
     if isinstance(a, Scale) and isinstance(b, Scale):
-        return Linear(Scale(a.weight + b.weight), error)
+        return Scale(a.weight + b.weight)
     if isinstance(a, Scale):
         a, b = b, a
     assert not isinstance(a, Scale)
     if isinstance(a, Dense):
         wide = exact(b.weight) if isinstance(b, Dense) else _eye(b, len(shape), shape[-1]) if isinstance(b, Scale) else None
-        return None if wide is None or wide.shape != a.weight.shape else Linear(Dense(exact(a.weight) + wide), error)
+        return None if wide is None or wide.shape != a.weight.shape else Dense(exact(a.weight) + wide)
     if isinstance(b, Scale):
         v = _vector(b, 1, len(shape), shape[1])
         if v is None or a.transposed or _channels(a)[0] != _channels(a)[1]:
@@ -241,10 +220,7 @@ def _added(one: Linear, other: Linear, shape: tuple[int, ...]) -> Linear | None:
         channels = torch.arange(shape[1])
         inside.flatten(1)[channels, channels % (shape[1] // a.groups)] = v
         b = Conv(inside, input_size=a.input_size, groups=a.groups)
-    if not isinstance(b, Conv):
-        return None
-    op = _parallel(a, b)
-    return None if op is None else Linear(op, error)
+    return _parallel(a, b) if isinstance(b, Conv) else None
 
 
 def _eye(scale: Scale, ndim: int, size: int) -> Tensor | None:
@@ -273,10 +249,7 @@ def _parallel(a: Conv, b: Conv) -> Conv | None:
         window.append(slice(start, start + small))
     weight = exact(a.weight).clone()
     weight[(slice(None), slice(None), *window)] += exact(b.weight)
-    try:
-        return replace(a, weight=weight)
-    except InputError:  # an overflow in the sum: keep the branches apart
-        return None
+    return replace(a, weight=weight)
 
 
 def _spread_groups(op: Conv) -> Conv:

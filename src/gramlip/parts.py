@@ -29,7 +29,7 @@ def coefficients(step: Step) -> Sequence[float] | None:
     """What the difference of each source counts for in a sum of their norms; None where the root of their squares counts."""
     what = step.what
     if isinstance(what, Sum):
-        return [1.0] * len(step.sources)
+        return [rd.sqrt_up(float(r)) for r in what.repeats]
     if isinstance(what, Product):
         a, b = what.caps or (math.inf, math.inf)
         return rd.mul_up(what.scale, b), rd.mul_up(what.scale, a)

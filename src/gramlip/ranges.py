@@ -33,7 +33,7 @@ from gramlip.steps import (
 )
 from gramlip.widen import exact
 
-SLACK = 1e-9  # relative to the sum of moduli; covers the rounding of sums of fewer than a million float64 terms
+SLACK = 1e-9  # relative to the sum of moduli: the room left for the rounding of a sum, more where it has millions of terms
 WIDEST = 2048  # sides of matrices that are multiplied for it
 INF = math.inf
 
@@ -116,7 +116,7 @@ def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape], domain
         return -INF, INF, INF
     low, high = min(r.low for r in sources), max(r.high for r in sources)
     if isinstance(what, Linear):
-        return _linear(what, sources[0])
+        return _linear(what, sources[0], math.prod(shapes[0]))
     if isinstance(what, Slope) and what.reach is not None:
         return (*what.reach(low, high), INF)
     if isinstance(what, Slope):
@@ -133,7 +133,8 @@ def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape], domain
     if isinstance(what, Pad):
         return min(low, what.value), max(high, what.value), INF
     if isinstance(what, Sum):
-        return _below(*(r.low for r in sources)), _above(*(r.high for r in sources)), rd.add_up(*(r.row for r in sources))
+        rows = [rd.mul_up(rd.sqrt_up(float(n)), r.row) for n, r in zip(what.repeats, sources, strict=True)]
+        return _below(*(r.low for r in sources)), _above(*(r.high for r in sources)), rd.add_up(*rows)
     if isinstance(what, Product):
         terms = shapes[0][-1] if what.kind == "matrix" else 1
         top = rd.mul_up(rd.mul_up(what.scale, float(terms)), rd.mul_up(sources[0].size, sources[1].size))
@@ -158,43 +159,45 @@ def _times(slope: float, x: float) -> float:
     return math.copysign(max(abs(slope * x), rd.TINY), slope) * math.copysign(1.0, x)  # away from zero where it underflows
 
 
-def _slack(size: float) -> float:
-    """Room for the rounding of a sum whose terms have moduli that add up to `size`, or of one term that underflows."""
-    return 0.0 if size == 0.0 else rd.add_up(rd.mul_up(SLACK, size), 8.0 * rd.TINY)
+def _slack(size: float, terms: int = 1) -> float:
+    """Room for the rounding of a sum of so many terms, whose moduli add up to `size`, where each may underflow."""
+    return 0.0 if size == 0.0 else rd.add_up(rd.mul_up(max(SLACK, rd.gamma(4.0 * terms)), size), (terms + 7.0) * rd.TINY)
 
 
 def _below(*terms: float) -> float:
     """A number below the sum of the terms, each of which may have been rounded."""
     size = sum(map(abs, terms))
-    return -INF if size == INF else sum(terms) - _slack(size)
+    return -INF if size == INF else sum(terms) - _slack(size, len(terms))
 
 
 def _above(*terms: float) -> float:
     return -_below(*(-t for t in terms))
 
 
-def _linear(what: Linear, r: Range) -> tuple[float, float, float]:
+def _linear(what: Linear, r: Range, entries: int) -> tuple[float, float, float]:
+    """Interval and row norm of a linear map of so many entries; its error, a norm, may turn all of them into one entry."""
     if r.size == INF:
         return -INF, INF, INF
+    lost = rd.mul_up(what.error, rd.mul_up(rd.sqrt_up(float(entries)), r.size))
     bias = torch.as_tensor(what.bias, dtype=torch.float64)
     shift, room = (float(bias.min()), float(bias.max())), float(bias.abs().max())
     if isinstance(what.op, Scale):
         ends = [float(w) * x for w in (what.op.weight.min(), what.op.weight.max()) for x in (r.low, r.high)]
         top = float(what.op.weight.abs().max())
-        stray = rd.add_up(_slack(rd.add_up(rd.mul_up(top, r.size), room)), rd.mul_up(what.error, r.size), what.slip)
-        row = rd.mul_up(rd.add_up(top, what.error), r.row)
+        stray = rd.add_up(_slack(rd.add_up(rd.mul_up(top, r.size), room)), lost, what.slip)
+        row = rd.add_up(rd.mul_up(top, r.row), lost)
         return _below(min(ends), shift[0], -stray), _above(max(ends), shift[1], stray), INF if room or what.slip else row
     rows = _rows(what.op)
     plus, minus = rows.clamp_min(0).sum(1), rows.clamp_max(0).sum(1)
     low, high = (r.low, r.high) if isinstance(what.op, Dense) else (min(r.low, 0.0), max(r.high, 0.0))  # a padded window holds zeros
     a, b = float((plus * low + minus * high).min()), float((plus * high + minus * low).max())
-    row, stray = INF, what.slip  # the error of a convolution, an average, is relative to its entries and within the slack
+    row, stray = INF, rd.add_up(what.slip, lost)
     if isinstance(what.op, Dense):
         constant = bias.expand(*bias.shape[:-1], len(rows)).abs() + what.slip  # one constant may be added to every entry of a row
-        row = rd.add_up(rd.mul_up(rd.add_up(_norm(rows), what.error), r.row), rd.mul_up(float(lengths(constant).max()), 1.0 + SLACK))
-        most, stray = rd.mul_up(float(lengths(rows).max()), r.row), rd.add_up(stray, rd.mul_up(what.error, r.row))
+        row = rd.add_up(rd.mul_up(_norm(rows), r.row), lost, rd.mul_up(float(lengths(constant).max()), 1.0 + SLACK))
+        most = rd.mul_up(float(lengths(rows).max()), r.row)
         a, b = max(a, -most), min(b, most)
-    stray = rd.add_up(_slack(rd.add_up(rd.mul_up(float(rows.abs().sum(1).max()), r.size), room)), stray)
+    stray = rd.add_up(_slack(rd.add_up(rd.mul_up(float(rows.abs().sum(1).max()), r.size), room), rows.shape[1]), stray)
     return _below(a, shift[0], -stray), _above(b, shift[1], stray), row
 
 
@@ -207,7 +210,8 @@ def _norm(matrix: Tensor) -> float:
     gram = x @ x.mT if x.shape[0] < x.shape[1] else x.mT @ x
     square = float(torch.linalg.vector_norm(gram @ gram))
     error = rd.gamma(2.0 * max(matrix.shape) + 8.0)  # of each product; x and its Gram matrix have Frobenius norms of at most 1
-    top = rd.add_up(rd.sqrt_up(rd.add_up(rd.mul_up(square, 1.0 + SLACK), rd.mul_up(4.0, error))), error)
+    room = 1.0 + rd.gamma(gram.numel() + 8.0)  # of a norm of so many entries
+    top = rd.add_up(rd.sqrt_up(rd.add_up(rd.mul_up(square, room), rd.mul_up(4.0, error))), error)
     return min(size, rd.mul_up(rd.mul_up(rd.sqrt_up(top), 1.0 + SLACK), size))
 
 

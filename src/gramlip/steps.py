@@ -6,14 +6,20 @@ them, composition and coupling read them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from gramlip import rounding as rd
 from gramlip.bound import Bound
+from gramlip.errors import InputError
+from gramlip.lengths import length, lengths
 from gramlip.operators import Conv, Dense
+from gramlip.widen import exact
 
 Shape = tuple[int, ...]
 Lines = Literal["", "rows", "columns"]
@@ -32,21 +38,19 @@ class Scale:
     weight: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Linear:
-    """A linear map: `op`, up to an error of norm at most `error` (of folding in float64).
+Op = Conv | Dense | Scale
 
-    A `Conv` acts on (batch, channels, *space), a `Dense` on the last axis, a `Scale` entry by entry. `bias` is the
-    constant added, broadcast to the value's shape (only intervals read it), up to `slip` in each entry. `known` is the norm
-    where a rule knows it, `pick` as in `View`.
-    """
 
-    op: Conv | Dense | Scale
-    error: float = 0.0
-    bias: Tensor | float = 0.0
-    known: Bound | None = None
-    slip: float = 0.0
-    pick: Pick | None = None
+def norm_up(op: Op) -> float:
+    """A quick upper bound of the norm: Frobenius norms of the taps, times the root of the padding's repeats."""
+    if isinstance(op, Scale):
+        return float(op.weight.abs().max())
+    weight = exact(op.weight)
+    if isinstance(op, Dense):
+        return length(weight)
+    taps = lengths(weight.flatten(2).flatten(0, 1).mT)
+    repeats = math.prod(1 + lo + hi for lo, hi in op.pads) if op.padding_mode != "zeros" else 1
+    return rd.mul_up(rd.mul_up(float(taps.sum()), 1.0 + rd.gamma(len(taps) + 2.0)), rd.sqrt_up(float(repeats)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,13 +61,85 @@ class Pad:
     mode: str
     value: float = 0.0
 
+    def repeats(self, shape: Shape) -> int:
+        """How often an entry of a value of `shape` occurs in the padded one, at most; the norm of the padding is the root."""
+        return math.prod(_repeats(n, pair, self.mode) for n, pair in zip(shape[2:], self.pairs, strict=True))
+
+
+def _repeats(size: int, pair: tuple[int, int], mode: str) -> int:
+    if mode == "zeros":
+        return int(size + min(pair[0], 0) + min(pair[1], 0) > 0)  # 0 where a crop leaves no entry
+    index = torch.nn.functional.pad(torch.arange(size, dtype=torch.float64).reshape(1, 1, -1), pair, mode=mode)
+    return int(torch.bincount(index.reshape(-1).long()).max())
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A linear map and a constant: `op`, up to an error of norm at most `error`, plus `bias`, up to `slip` in each entry.
+
+    A `Conv` acts on (batch, channels, *space), a `Dense` on the last axis, a `Scale` entry by entry. `bias` is broadcast to
+    the value's shape; only ranges read it. `known` is the norm where a rule knows it, `pick` as in `View`.
+
+    Whatever changes a map goes through `after`, `after_padding` or `plus`, which carry `error` along (docs/network.md#folding).
+    They work out no bias: where there is one its error becomes infinite, and with it the range.
+
+    Raises:
+        InputError: an error that is negative or NaN.
+    """
+
+    op: Op
+    error: float = 0.0
+    bias: Tensor | float = 0.0
+    known: Bound | None = None
+    slip: float = 0.0
+    pick: Pick | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("error", self.error), ("slip", self.slip)):
+            if not value >= 0.0:
+                msg = f"{name}={value!r} was given for a linear step; expected an upper bound of an error, at least 0"
+                raise InputError(msg)
+
+    @property
+    def constant(self) -> bool:
+        """Whether anything is added to the linear map."""
+        return self.slip > 0.0 or bool(torch.as_tensor(self.bias).count_nonzero())
+
+    def after(self, inner: Linear, op: Op, roundings: float) -> Linear:
+        """This map after another: `op` is their product, each entry of it computed with at most so many roundings."""
+        a, b = norm_up(self.op), norm_up(inner.op)
+        error = rd.add_up(
+            _underflow(op, roundings) if a and b else 0.0,
+            rd.mul_up(a, inner.error),
+            rd.mul_up(self.error, rd.add_up(b, inner.error)),
+            rd.mul_up(rd.gamma(roundings), rd.mul_up(a, b)),
+        )
+        return Linear(op, error, slip=math.inf if self.constant or inner.constant else 0.0)
+
+    def after_padding(self, pad: Pad, shape: Shape, op: Op) -> Linear:
+        """This map after a padding of values of `shape`, together exactly `op` plus a constant."""
+        error = rd.mul_up(self.error, rd.sqrt_up(float(pad.repeats(shape))))
+        return Linear(op, error, slip=math.inf if self.constant or pad.value else 0.0)
+
+    def plus(self, other: Linear, op: Op) -> Linear:
+        """The sum of two maps of one value: `op`, each entry of it computed with one rounding."""
+        rounding = rd.mul_up(rd.gamma(2), rd.add_up(norm_up(self.op), norm_up(other.op)))
+        error = rd.add_up(self.error, other.error, rounding, _underflow(op, 1.0) if rounding else 0.0)
+        return Linear(op, error, slip=math.inf if self.constant or other.constant else 0.0)
+
+
+def _underflow(op: Op, roundings: float) -> float:
+    """The norm of what is lost where every term of every entry is flushed to zero."""
+    return norm_up(replace(op, weight=torch.full_like(op.weight, roundings * rd.TINY, dtype=torch.float64)))
+
 
 @dataclass(frozen=True, eq=False)
 class Slope:
     """An entrywise function whose slopes lie in [low, high]; tensors where channels differ, broadcast to the shape.
 
     `image` is an interval that all its values lie in, `at_zero` an interval that its value at 0 lies in; `reach` gives an
-    interval for its values from one for its arguments.
+    interval for its values from one for its arguments. `sharp` says that no smaller interval holds all slopes (up to 2**-40
+    of it): only then is its constant known from below too.
     """
 
     low: float | Tensor
@@ -72,6 +148,7 @@ class Slope:
     image: tuple[float, float] = (float("-inf"), float("inf"))
     at_zero: tuple[float, float] = (0.0, 0.0)
     reach: Callable[[float, float], tuple[float, float]] | None = None
+    sharp: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -84,7 +84,8 @@ class Circulant:
         taps, offsets = superkernel(op, self.levels[fine], self.levels[coarse])
         symbol = self._symbol(taps, offsets)
         # a product of real taps with waves as of docs/rounding.md#r2-symbol
-        error = rd.mul_up(rd.gamma(len(offsets) + 96.0), rd.mul_up(float(torch.linalg.vector_norm(taps, dim=(1, 2)).sum()), 1 + 1e-9))
+        size = rd.mul_up(float(torch.linalg.vector_norm(taps, dim=(1, 2)).sum()), 1.0 + rd.gamma(taps.numel() + 16.0))
+        error = rd.mul_up(rd.gamma(len(offsets) + 96.0), size)
         pointwise = all(k == 1 for k in op.weight.shape[2:]) and not any(map(any, op.padding)) and all(s == 1 for s in op.stride)  # type: ignore[arg-type,union-attr]
         needs_clean = op.transposed or any(map(any, op.padding))  # type: ignore[arg-type]
         return symbol.mH if op.transposed else symbol, rd.add_up(error, what.error), needs_clean, pointwise

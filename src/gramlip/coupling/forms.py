@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
+from gramlip.apply import matrix_of
 from gramlip.operators import Conv
 from gramlip.steps import Join, Linear, Network, Shape, Slice, Slope, Step, Sum, View
 
@@ -22,7 +23,8 @@ def sizes_of(matrix: Tensor) -> Tensor:
     """Upper bounds of the norms of the matrices with their entries' moduli: Frobenius, or Schur's root of rows times columns."""
     moduli = matrix.abs()
     schur = (moduli.sum(-1).amax(-1) * moduli.sum(-2).amax(-1)).sqrt()
-    return torch.minimum(torch.linalg.vector_norm(moduli, dim=(-2, -1)), schur) * (1.0 + 1e-9)
+    terms = float(matrix.shape[-1] * matrix.shape[-2])
+    return torch.minimum(torch.linalg.vector_norm(moduli, dim=(-2, -1)), schur) * (1.0 + rd.gamma(terms + 16.0))
 
 
 def size_of(matrix: Tensor) -> float:
@@ -193,8 +195,6 @@ class Entries:
 
     def linear(self, i: int, step: Step, what: Linear) -> tuple[Tensor, float, bool, bool]:
         """Matrix, its error, whether it reads outside the value's extent, and whether zeros outside stay zeros."""
-        from gramlip.coupling.dense import matrix_of
-
         op, shape, error = what.op, self.shapes[step.sources[0]], 0.0
         if isinstance(op, Conv):  # entries in which taps meet may cancel: docs/rounding.md#r8-the-matrix-of-a-layer
             moduli = matrix_of(replace(op, weight=op.weight.detach().abs()), shape)

@@ -87,7 +87,8 @@ class Alias:
         sizes = parts.diagonal(dim1=-2, dim2=-1).real.sum(-1)
         sizes = sizes.clamp_min(1e-9 * float(sizes.detach().max()) + 1e-300)
         logs = power * sizes.log()
-        shares = (logs - torch.logsumexp(logs, 1, keepdim=True)).exp() * (1 - 1e-12)
+        shares = torch.softmax(logs, 1)
+        shares = shares / (shares.sum(1, keepdim=True) * (1.0 + rd.gamma(count + 8.0)))  # their sum is at most 1
         noise = rd.gamma(32.0 * count) * count * sizes_of(form.detach()) / shares.detach().amin(1)
         return parts / shares[..., None, None], noise
 

@@ -52,7 +52,9 @@ def plan(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: 
 def _fit(network: Network, constants: Sequence[Bound], first: int, last: int) -> bool:
     """Whether the steps are of kinds that forms know, with constants for which the rounding analysis holds."""
     return all(
-        isinstance(network.steps[i].what, Linear | Slope | Sum | Join | Slice | View) and 1e-30 < float(constants[i].upper) < 1e30
+        isinstance(what := network.steps[i].what, Linear | Slope | Sum | Join | Slice | View)
+        and (not isinstance(what, Sum) or max(what.repeats) == 1)
+        and 1e-30 < float(constants[i].upper) < 1e30
         for i in range(first + 1, last + 1)
     )
 

@@ -48,7 +48,7 @@ _NOTES = {"softplus": " (of the smooth function, without the switch at its thres
 def slope(name: str) -> Slope:
     """The step of a named entrywise function."""
     low, high, image, at_zero = SLOPES[name]
-    return Slope(low, high, f"{name}: slopes in [{low:.7g}, {high:.7g}]{_NOTES.get(name, '')}", image, at_zero)
+    return Slope(low, high, f"{name}: slopes in [{low:.7g}, {high:.7g}]{_NOTES.get(name, '')}", image, at_zero, sharp=True)
 
 
 for _name in SLOPES:
@@ -87,7 +87,7 @@ def _gelu(call: Call) -> Slope:
 @register("aten.leaky_relu")
 def _leaky(call: Call) -> Slope:
     s = float(call.const("negative_slope"))
-    return Slope(min(s, 1.0), max(s, 1.0), f"leaky relu: slopes {s:.6g} and 1")
+    return Slope(min(s, 1.0), max(s, 1.0), f"leaky relu: slopes {s:.6g} and 1", sharp=True)
 
 
 @register("aten.rrelu")
@@ -96,7 +96,7 @@ def _rrelu(call: Call) -> Slope:
         msg = "rrelu in training mode is random; expected evaluation: type model.eval()"
         raise UnsupportedError(msg)
     s = (float(call.const("lower")) + float(call.const("upper"))) / 2
-    return Slope(min(s - 1e-15 * abs(s), 1.0), max(s + 1e-15 * abs(s), 1.0), f"rrelu in evaluation: slopes {s:.6g} and 1")
+    return Slope(min(s - 1e-15 * abs(s), 1.0), max(s + 1e-15 * abs(s), 1.0), f"rrelu in evaluation: slopes {s:.6g} and 1", sharp=True)
 
 
 @register("aten.prelu")
@@ -106,7 +106,8 @@ def _prelu(call: Call) -> Slope:
     if weight.numel() > 1:
         ones[1] = weight.numel()
     w = weight.reshape(ones)
-    return Slope(w.clamp(max=1.0), w.clamp(min=1.0), f"prelu: slopes 1 and its weight, in [{float(w.min()):.6g}, {float(w.max()):.6g}]")
+    because = f"prelu: slopes 1 and its weight, in [{float(w.min()):.6g}, {float(w.max()):.6g}]"
+    return Slope(w.clamp(max=1.0), w.clamp(min=1.0), because, sharp=True)
 
 
 @register("aten.elu")
@@ -115,7 +116,7 @@ def _elu(call: Call) -> Slope | Unbounded:
     if min(alpha, scale, inner) < 0:
         return Unbounded("elu with a negative constant grows exponentially")
     top = max(scale, rd.mul_up(rd.mul_up(scale, alpha), inner))
-    return Slope(0.0, top, f"elu: slopes in [0, {top:.7g}]", (-rd.mul_up(scale, alpha), INF))
+    return Slope(0.0, top, f"elu: slopes in [0, {top:.7g}]", (-rd.mul_up(scale, alpha), INF), sharp=True)
 
 
 @register("aten.celu")
@@ -123,7 +124,7 @@ def _celu(call: Call) -> Slope | Unbounded:
     alpha = float(call.const("alpha"))
     if alpha <= 0:
         return Unbounded("celu with a negative alpha grows exponentially")
-    return Slope(0.0, 1.0, "celu: slopes in [0, 1]", (-alpha, INF))
+    return Slope(0.0, 1.0, "celu: slopes in [0, 1]", (-alpha, INF), sharp=True)
 
 
 @register("aten.hardtanh")
@@ -147,14 +148,16 @@ def _clamp(call: Call) -> Slope:
     def reach(a: float, b: float) -> tuple[float, float]:  # a clamp rises with its argument and with both limits
         return min(max(a, between[0][0]), between[1][0]), min(max(b, between[0][1]), between[1][1])
 
-    return Slope(0.0, 1.0, "clamp: slopes 0 and 1", (float(torch.minimum(low, high).min()), float(high.max())), (-INF, INF), reach)
+    top = float(bool((low < high).any()))  # entries whose limits meet are constant
+    image = (float(torch.minimum(low, high).min()), float(high.max()))
+    return Slope(0.0, top, f"clamp: slopes 0 and {top:.0f}", image, (-INF, INF), reach, sharp=True)
 
 
 def _clip(low: float, high: float) -> Slope:
-    if low > high:
-        return Slope(0.0, 0.0, "clamp to one value", (high, high), (high, high))
+    if low >= high:
+        return Slope(0.0, 0.0, "clamp to one value", (high, high), (high, high), sharp=True)
     zero = min(max(0.0, low), high)
-    return Slope(0.0, 1.0, f"clamp to [{low:.6g}, {high:.6g}]: slopes 0 and 1", (low, high), (zero, zero))
+    return Slope(0.0, 1.0, f"clamp to [{low:.6g}, {high:.6g}]: slopes 0 and 1", (low, high), (zero, zero), sharp=True)
 
 
 @register("aten.threshold")
@@ -196,7 +199,7 @@ def gated(call: Call, x: Var, gate: Var) -> Slope | None:
     if sure and (factor, shift) == (1, 0) and step.op.startswith("aten.hardsigmoid"):
         return slope("hardswish")
     if sure and (factor, shift) == (1, 3) and _is_relu6(step):
-        return Slope(-3.0, 9.0, "x relu6(x + 3): six times hardswish, slopes in [-3, 9]", (-2.25, INF))
+        return Slope(-3.0, 9.0, "x relu6(x + 3): six times hardswish, slopes in [-3, 9]", (-2.25, INF), sharp=True)
     return None
 
 

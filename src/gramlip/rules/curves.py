@@ -209,7 +209,7 @@ class Entrywise:
         rises = any(c.lines[0][0] < 0 or c.lines[-1][0] > 0 for c in curves)
         image = -math.inf if falls else least, math.inf if rises else most
         because = f"piecewise linear: slopes in [{low:.6g}, {high:.6g}]"
-        return Slope(low, high, because, image, _outward([c(Fraction(0)) for c in curves]))
+        return Slope(low, high, because, image, _outward([c(Fraction(0)) for c in curves]), sharp=True)
 
 
 def aligned(values: Sequence[Entrywise]) -> list[list[Curve]]:

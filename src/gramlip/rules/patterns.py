@@ -103,4 +103,4 @@ def _smooth_modulus(call: Call) -> Var | None:
     if not _is_square(call.steps[inner], x) or call.steps[x.step].shape != call.shape:
         return None
     least = rd.sqrt_down(shift)
-    return call.then(Slope(-1.0, 1.0, "sqrt(x^2 + c): slopes in (-1, 1)", (least, math.inf), (least, rd.sqrt_up(shift))), x)
+    return call.then(Slope(-1.0, 1.0, "sqrt(x^2 + c): slopes in (-1, 1)", (least, math.inf), (least, rd.sqrt_up(shift)), sharp=True), x)

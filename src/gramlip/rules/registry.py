@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramlip.errors import UnsupportedError
-from gramlip.steps import Shape, Step, View, What
+from gramlip.errors import InputError, UnsupportedError
+from gramlip.steps import Shape, Step, Sum, View, What
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,18 @@ class Call:
         return value
 
     def then(self, what: What, *sources: Var, shape: Shape | None = None) -> Var:
-        """Write a step and return its value; `shape` is the call's unless given."""
-        self.steps.append(
-            Step(what, tuple(s.step for s in sources), self.shape if shape is None else shape, self.name, self.op, self.place)
-        )
+        """Write a step and return its value; `shape` is the call's unless given.
+
+        Raises:
+            InputError: a sum that repeats an entry of a source more often than it says.
+        """
+        shape = self.shape if shape is None else shape
+        if isinstance(what, Sum):
+            repeats = tuple(-(-math.prod(shape) // max(1, math.prod(s.shape))) for s in sources)
+            if len(what.repeats) != len(repeats) or any(said < least for said, least in zip(what.repeats, repeats, strict=True)):
+                msg = f"{what} was given for sources of {[s.shape for s in sources]} and a result of {shape}; expected Sum({repeats})"
+                raise InputError(msg)
+        self.steps.append(Step(what, tuple(s.step for s in sources), shape, self.name, self.op, self.place))
         return Var(len(self.steps) - 1, self.steps[-1].shape)
 
     def batched(self, rule: Rule) -> Var:
