@@ -18,9 +18,17 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip import blocks, boundary, certificates, certify, conv_gram, finite, gram, lattice, methods, norm, search
+from gramlip import apply, blocks, boundary, certificates, certify, compose, conv_gram, finite, gram, lattice, methods, norm, parts, search
 from gramlip import rounding as rd
 from gramlip.padding import PADDING, Axis, Circle
+from gramlip.rules import joins, patterns
+from gramlip.steps import Pad, Slope
+from test_network_steps import (
+    Applied,
+    test_a_choice_between_branches_has_no_lower_side,
+    test_a_coupled_transposed_convolution_keeps_the_side_that_is_not_padded,
+    test_replicate_padding_by_50_repeats_the_error_51_times,
+)
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -359,7 +367,89 @@ def sums_of_products_hold() -> None:
     test_thousands_of_outputs_that_read_one_input_exactly(1e-13, True)
 
 
+# ---- networks ------------------------------------------------------------------------------------------------------------
+
+
+def error_behind_a_padding(patch: pytest.MonkeyPatch) -> None:
+    """The error of a step taken over as it is where a padding that repeats entries is folded in."""
+    patch.setattr(Pad, "repeats", lambda self, shape: 1)
+
+
+def one_padding_for_both_sides(patch: pytest.MonkeyPatch) -> None:
+    """A transposed convolution cropped by the first padding on both sides."""
+    right = apply._transposed
+    patch.setattr(apply, "_transposed", lambda op, w, x: right(replace(op, padding=[(lo, lo) for lo, _ in op.padding]), w, x))
+
+
+def branches_as_blocks(patch: pytest.MonkeyPatch) -> None:
+    """The lower side of maps side by side for a choice between maps."""
+    patch.setattr(gl.Bound, "max", gl.Bound.block_diagonal)
+
+
+def slopes_of_a_range_as_attained(patch: pytest.MonkeyPatch) -> None:
+    """A lower side from slopes on an interval that is larger than what the argument takes."""
+    right = compose._fixed
+    patch.setattr(compose, "_fixed", lambda what, shapes: right(replace(what, sharp=True) if isinstance(what, Slope) else what, shapes))
+
+
+def copies_of_a_part_counted_once(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N10 without the number of copies of an entry."""
+    right = parts._sizes
+    patch.setattr(parts, "_sizes", lambda *given: {j: np.minimum(m, 1.0) for j, m in right(*given).items()})
+
+
+def parts_that_never_meet(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N10 (d) with the largest entry of the diagonal: what is added as if it were joined."""
+    patch.setattr(parts, "largest", lambda form: float(np.diag(form).max()))
+
+
+def any_two_functions_as_a_pair(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N11 for any two functions of the same values."""
+    patch.setattr(joins, "_mates", lambda one, other: sorted(one.sources) == sorted(other.sources))
+
+
+def steepest_of_the_curves(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N12 with the largest slope of all curves, for the root of the sum of squares."""
+    patch.setattr(joins, "steepness", lambda values: max(abs(v.step().high) for v in values))
+
+
+def sums_as_means(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N13 (a) for a value less its sum."""
+    right = patterns._reduces
+    patch.setattr(patterns, "_reduces", lambda call, y, name, x: any(right(call, y, kind, x) for kind in ("mean", "sum")))
+
+
+def _stretches(call: Callable[[Tensor], Tensor], least: float, size: int = 4) -> Callable[[], None]:
+    """The audit of a function is not below a stretch that it has."""
+
+    def run() -> None:
+        assert gl.audit(Applied(call), (size,)).upper >= least * (1 - 1e-12)
+
+    return run
+
+
+def a_range_claims_nothing_below() -> None:
+    """`exp(sin x cos x)` has slopes of at most 1.649, its range as intervals know it promises 2.718."""
+    report = gl.audit(Applied(lambda x: torch.exp(torch.sin(x) * torch.cos(x))), (2,), domain=(-4.0, 4.0))
+    assert report.layers[-1].bound.lower <= 1.649
+
+
 MUTANTS: dict[str, Mutant] = {
+    "error behind a padding": Mutant(error_behind_a_padding, test_replicate_padding_by_50_repeats_the_error_51_times),
+    "one padding for both sides of a transposed layer": Mutant(
+        one_padding_for_both_sides, test_a_coupled_transposed_convolution_keeps_the_side_that_is_not_padded
+    ),
+    "branches as blocks": Mutant(branches_as_blocks, test_a_choice_between_branches_has_no_lower_side),
+    "slopes of a range as attained": Mutant(slopes_of_a_range_as_attained, a_range_claims_nothing_below),
+    "N10: copies counted once": Mutant(
+        copies_of_a_part_counted_once, _stretches(lambda x: torch.cat([x[:, [0, 0, 1]], x[:, [2, 3]]], 1), math.sqrt(2))
+    ),
+    "N10: parts that never meet": Mutant(parts_that_never_meet, _stretches(lambda x: x[:, :2] + x[:, 2:], math.sqrt(2))),
+    "N11: any two functions": Mutant(
+        any_two_functions_as_a_pair, _stretches(lambda x: torch.cat([torch.sin(x), torch.tanh(x)], 1), math.sqrt(2) * (1 - 1e-9))
+    ),
+    "N12: the steepest curve": Mutant(steepest_of_the_curves, _stretches(lambda x: torch.cat([x, torch.relu(x)], 1), math.sqrt(2))),
+    "N13: a sum for a mean": Mutant(sums_as_means, _stretches(lambda x: x - x.sum(1, keepdim=True), 3.0)),
     "grid n for zero padding": Mutant(_rule("zeros", grid_n_for_zeros), _on(theorem, "circular-grid-n7-for-zeros")),
     "unknown size taken as k": Mutant(_rule("zeros", size_taken_as_k), _on(every_size, "circular-grid-n7-for-zeros")),
     "crop where the grid is smaller than the kernel": Mutant(cropped_kernel, _on(on_blocks, "input-smaller-than-kernel-circular")),

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gramlip.operators import Conv, Dense
-from gramlip.steps import Scale, Shape
+from gramlip.operators import Conv, Dense, Scale, Shape
 from gramlip.widen import exact
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

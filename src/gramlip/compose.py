@@ -11,9 +11,9 @@ from torch import Tensor
 from gramlip import rounding as rd
 from gramlip.bound import Bound
 from gramlip.certify import TOGETHER, certify_all
-from gramlip.operators import Dense, Diagonal, Operator
+from gramlip.operators import Dense, Diagonal, Operator, Scale, Shape
 from gramlip.parts import coefficients, shortcuts
-from gramlip.steps import Input, Linear, Lipschitz, Network, Pad, Scale, Shape, Shortcut, Slope, Step, Unbounded
+from gramlip.steps import Input, Linear, Lipschitz, Network, Pad, Shortcut, Slope, Step, Unbounded
 
 SMALL = 256  # matrices with a side of at most this are closed to 1e-6: it costs next to nothing
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gramlip.blocks import axes
 from gramlip.errors import InputError
-from gramlip.operators import Conv, Dense
-from gramlip.steps import Linear, Network, Op, Pad, Scale, Shape, Step, Sum, renumbered
+from gramlip.operators import Conv, Dense, Scale, Shape
+from gramlip.steps import Linear, Network, Op, Pad, Step, Sum, renumbered
 from gramlip.widen import exact
 
 LARGEST = 2**22  # entries of a kernel that a fold may create by spreading groups

@@ -24,7 +24,7 @@ from torch.export.graph_signature import OutputKind
 from torch.fx.node import map_arg
 
 from gramlip.errors import InputError, first_line
-from gramlip.steps import Shape
+from gramlip.operators import Shape
 from gramlip.writes import Write, writes
 
 _LAYERS = (torch.ops.aten.rnn_tanh.input, torch.ops.aten.rnn_relu.input, torch.ops.aten.gru.input, torch.ops.aten.lstm.input)

@@ -19,11 +19,11 @@ from gramlip.evaluate import reads_memory
 from gramlip.fold import fold
 from gramlip.graph import Program, export, undisturbed
 from gramlip.jacobian import Stretch, function, stretch
-from gramlip.operators import Conv
+from gramlip.operators import Conv, Scale, Shape
 from gramlip.ranges import capped
 from gramlip.report import Layer, LeftOut, Report
 from gramlip.rules import lower
-from gramlip.steps import Attention, Linear, Network, Pad, Product, Scale, Shape, Slope, Step, Sum, Unbounded
+from gramlip.steps import Attention, Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded
 
 _KINDS: dict[type, str] = {
     Slope: "activation",

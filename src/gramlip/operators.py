@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from gramlip.errors import InputError
 
 Ints = int | Sequence[int]
+Shape = tuple[int, ...]
 MODES = ("circular", "reflect", "replicate", "zeros")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128)
 EIGHT_BITS = tuple(kind for name, kind in vars(torch).items() if name.startswith("float8_"))  # the same for each version of torch
@@ -105,6 +106,13 @@ class Diagonal:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", checked(self.weight))
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """Multiplication of the entries by constants, a float64 tensor that broadcasts to the value's shape."""
+
+    weight: Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,8 @@ from torch import Tensor
 from gramlip import rounding as rd
 from gramlip.arrays import Reals
 from gramlip.bound import Bound
-from gramlip.steps import Attention, Network, Product, Shape, Shortcut, Step, Sum
+from gramlip.operators import Shape
+from gramlip.steps import Attention, Network, Product, Shortcut, Step, Sum
 
 ENTRIES = 2**20  # of values whose parts are followed
 PARTS = 64  # that are told apart

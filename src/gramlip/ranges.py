@@ -11,26 +11,8 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.lengths import length, lengths
-from gramlip.operators import Conv, Dense
-from gramlip.steps import (
-    Attention,
-    Input,
-    Join,
-    Linear,
-    Lipschitz,
-    Network,
-    Pad,
-    Product,
-    Scale,
-    Shape,
-    Slice,
-    Slope,
-    Step,
-    Sum,
-    Unbounded,
-    View,
-    What,
-)
+from gramlip.operators import Conv, Dense, Scale, Shape
+from gramlip.steps import Attention, Input, Join, Linear, Lipschitz, Network, Pad, Product, Slice, Slope, Step, Sum, Unbounded, View, What
 from gramlip.widen import exact
 
 SLACK = 1e-9  # relative to the sum of moduli: the room left for the rounding of a sum, more where it has millions of terms

@@ -18,10 +18,9 @@ from gramlip import rounding as rd
 from gramlip.bound import Bound
 from gramlip.errors import InputError
 from gramlip.lengths import length, lengths
-from gramlip.operators import Conv, Dense
+from gramlip.operators import Conv, Dense, Scale, Shape
 from gramlip.widen import exact
 
-Shape = tuple[int, ...]
 Lines = Literal["", "rows", "columns"]
 Pick = Callable[[Any], Any]
 
@@ -29,13 +28,6 @@ Pick = Callable[[Any], Any]
 @dataclass(frozen=True, eq=False)
 class Input:
     """One of the network's inputs."""
-
-
-@dataclass(frozen=True, eq=False)
-class Scale:
-    """Multiplication of the entries by constants, a float64 tensor that broadcasts to the value's shape."""
-
-    weight: Tensor
 
 
 Op = Conv | Dense | Scale

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.coupling.forms import Form, block_of
-from gramlip.operators import Conv
-from gramlip.steps import Join, Linear, Network, Scale, Slice, Slope, Step, Sum
+from gramlip.operators import Conv, Scale
+from gramlip.steps import Join, Linear, Network, Slice, Slope, Step, Sum
 from gramlip.widen import exact
 
 Level = tuple[Fraction, ...]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.apply import matrix_of
-from gramlip.operators import Conv
-from gramlip.steps import Join, Linear, Network, Shape, Slice, Slope, Step, Sum, View
+from gramlip.operators import Conv, Shape
+from gramlip.steps import Join, Linear, Network, Slice, Slope, Step, Sum, View
 
 
 def sizes_of(matrix: Tensor) -> Tensor:

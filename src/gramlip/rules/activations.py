@@ -12,9 +12,10 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.errors import UnsupportedError
+from gramlip.operators import Scale
 from gramlip.rules.registry import Call, Var, register
 from gramlip.rules.steep import ROOM
-from gramlip.steps import Linear, Lipschitz, Product, Scale, Slice, Slope, Step, Unbounded
+from gramlip.steps import Linear, Lipschitz, Product, Slice, Slope, Step, Unbounded
 from gramlip.widen import exact
 
 INF = math.inf

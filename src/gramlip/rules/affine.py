@@ -14,12 +14,12 @@ from gramlip import rounding as rd
 from gramlip.bound import Bound
 from gramlip.errors import UnsupportedError
 from gramlip.lengths import length
-from gramlip.operators import Conv, Dense
+from gramlip.operators import Conv, Dense, Scale
 from gramlip.rules.activations import gated
 from gramlip.rules.attention import product
 from gramlip.rules.registry import Call, Var, register
 from gramlip.rules.steep import quotient
-from gramlip.steps import Linear, Lipschitz, Product, Scale, Sum, Unbounded
+from gramlip.steps import Linear, Lipschitz, Product, Sum, Unbounded
 from gramlip.widen import exact, exponent_of
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.errors import UnsupportedError
+from gramlip.operators import Scale
 from gramlip.rules.registry import Call, Var, register
-from gramlip.steps import Attention, Linear, Lipschitz, Product, Scale, Step, View
+from gramlip.steps import Attention, Linear, Lipschitz, Product, Step, View
 
 
 def product(call: Call, left: Var, right: Var) -> Var:

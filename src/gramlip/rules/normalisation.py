@@ -9,8 +9,9 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.errors import UnsupportedError
+from gramlip.operators import Scale
 from gramlip.rules.registry import Call, Var, register
-from gramlip.steps import Linear, Lipschitz, Scale, Unbounded
+from gramlip.steps import Linear, Lipschitz, Unbounded
 from gramlip.widen import exact
 
 

@@ -8,9 +8,10 @@ from fractions import Fraction
 import torch
 
 from gramlip import rounding as rd
+from gramlip.operators import Scale
 from gramlip.rules.registry import Call, Var, pattern
 from gramlip.rules.statistics import SLACK
-from gramlip.steps import Linear, Lipschitz, Product, Scale, Slope, Step
+from gramlip.steps import Linear, Lipschitz, Product, Slope, Step
 
 
 @pattern("aten.sub")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.steps import Shape, Step, Sum, View, What
+from gramlip.operators import Shape
+from gramlip.steps import Step, Sum, View, What
 
 
 @dataclass(frozen=True)
