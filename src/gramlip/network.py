@@ -1,4 +1,4 @@
-"""`audit`: a proved interval for the Lipschitz constant of a whole network, layer by layer and composed."""
+"""`audit`: an interval for the Lipschitz constant of a whole network, layer by layer and composed; its upper side is proved."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ def audit(
     target: str | None = None,
     progress: Callable[[list[str]], Iterable[str]] | None = None,
 ) -> Report:
-    """Report with a proved interval for the l2 Lipschitz constant of the network: `report.lower <= L <= report.upper`.
+    """Report with an interval for the l2 Lipschitz constant L of the network: `report.lower <= L <= report.upper`.
+
+    The upper side is proved, rounding included, and so are both sides of the layers. The lower side is the stretch of two concrete
+    inputs in float64, less the rounding of the two forward passes, which is measured and not proved.
 
     The model is taken as a real function of its input in the mode it is in (batch norm needs `model.eval()`); it is not changed.
 

@@ -98,12 +98,12 @@ class Report:
 
     @property
     def lower(self) -> float:
-        """At most the network's Lipschitz constant."""
+        """At most the network's Lipschitz constant; the rounding of its two forward passes is measured, not proved."""
         return float(self._whole().lower)
 
     @property
     def upper(self) -> float:
-        """At least the network's Lipschitz constant."""
+        """At least the network's Lipschitz constant: proved, rounding included."""
         return float(self._whole().upper)
 
     def _whole(self) -> Bound:
