@@ -18,7 +18,23 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip import apply, blocks, boundary, certificates, certify, compose, conv_gram, finite, gram, lattice, methods, norm, parts, search
+from gramlip import (
+    apply,
+    blocks,
+    boundary,
+    certificates,
+    certify,
+    compose,
+    conv_gram,
+    finite,
+    gram,
+    lattice,
+    methods,
+    norm,
+    parts,
+    search,
+    sums,
+)
 from gramlip import rounding as rd
 from gramlip.padding import PADDING, Axis, Circle
 from gramlip.rules import joins, patterns
@@ -30,6 +46,7 @@ from test_network_steps import (
     test_replicate_padding_by_50_repeats_the_error_51_times,
 )
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
+from test_sums import test_norms_of_many_equal_entries, test_products_of_many_rows
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 NAMED = {case.name: case for case in cases()} | TRAPS
@@ -434,7 +451,19 @@ def a_range_claims_nothing_below() -> None:
     assert report.layers[-1].bound.lower <= 1.649
 
 
+def squares_one_after_the_other(patch: pytest.MonkeyPatch) -> None:
+    """Sums of squares of any number of entries in float32."""
+    patch.setattr(sums, "PIECE", 2**62)
+
+
+def products_one_after_the_other(patch: pytest.MonkeyPatch) -> None:
+    """Inner products of any length in float32."""
+    patch.setattr(sums, "ROWS", 2**62)
+
+
 MUTANTS: dict[str, Mutant] = {
+    "squares one after the other": Mutant(squares_one_after_the_other, test_norms_of_many_equal_entries),
+    "products one after the other": Mutant(products_one_after_the_other, test_products_of_many_rows),
     "error behind a padding": Mutant(error_behind_a_padding, test_replicate_padding_by_50_repeats_the_error_51_times),
     "one padding for both sides of a transposed layer": Mutant(
         one_padding_for_both_sides, test_a_coupled_transposed_convolution_keeps_the_side_that_is_not_padded

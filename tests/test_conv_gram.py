@@ -174,11 +174,23 @@ def test_vmap() -> None:
     torch.testing.assert_close(torch.vmap(torch.func.grad(norm))(batch), torch.stack([torch.func.grad(norm)(w) for w in batch]))
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch.compile's own, at the graph break of the geometry's checks
-def test_compile() -> None:
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")  # dynamo's own
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"input_size": 6},
+        {"input_size": (6, 5), "stride": 2, "padding_mode": "zeros"},
+        {"input_size": None, "groups": 2, "padding_mode": "reflect"},
+        {"input_size": 5, "transposed": True, "stride": 2, "padding": 1, "padding_mode": "zeros", "output_padding": 1},
+        {"input_size": 6, "dilation": 2, "padding": [(1, 2), (2, 0)]},
+    ],
+)
+def test_compile_in_one_graph(options: dict[str, Any], backend: str) -> None:
+    torch._dynamo.reset()
     weight = kernel(4, 2, 3, 3)
-    norm = functools.partial(gl.conv_gram_norm, input_size=6)
-    compiled = torch.compile(norm, backend="aot_eager")
+    norm = functools.partial(gl.conv_gram_norm, **options)
+    compiled = torch.compile(norm, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(weight), norm(weight))
     ours, theirs = torch.autograd.grad(compiled(weight), weight)[0], torch.autograd.grad(norm(weight), weight)[0]
     torch.testing.assert_close(ours, theirs)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gramlip.blocks import grid, symbol, transform
+from gramlip.blocks import Symbol, grid, symbol, transform
 from gramlip.errors import InputError
 from gramlip.gram import gram_norm
 from gramlip.operators import Conv, Dense, Ints
@@ -25,9 +25,10 @@ def operator_gram_norm(op: Dense | Conv, n_iter: int = 6) -> Tensor:
     >>> operator_gram_norm(Dense(torch.diag(torch.tensor([3.0, 4.0]))), n_iter=8).item()
     4.0
     """
-    if isinstance(op, Dense):
-        return gram_norm(op.weight, n_iter)
-    sym = symbol(op)
+    return gram_norm(op.weight, n_iter) if isinstance(op, Dense) else _symbol_gram_norm(symbol(op), n_iter)
+
+
+def _symbol_gram_norm(sym: Symbol, n_iter: int) -> Tensor:
     sides, factor, _ = grid(sym)
     with torch.no_grad():
         norms = gram_norm(transform(sym.kernel.detach(), sides), n_iter)
@@ -89,16 +90,23 @@ def conv_gram_norm(
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         msg = f"a weight of {kind} was given; expected a tensor of real or complex floating-point numbers: type weight.double()"
         raise InputError(msg)
-    # a geometry needs a shape, not values: vmap goes through, compiled code with a graph break
-    shape = torch.ones((), device="cpu").expand(weight.shape)
     options = (padding_mode, dilation, groups, transposed, output_padding)
-    if padding is None:
-        spans = Conv(shape, dilation=dilation).spans
-        padding = [((span - 1) // 2, span - 1 - (span - 1) // 2) for span in spans]
-    op = Conv(shape, input_size, stride, padding, *options)
+    parts, *geometry = _geometry(tuple(weight.shape), input_size, stride, padding, options)
     kernel, scale = _scaled(wide(weight))
-    object.__setattr__(op, "weight", kernel)
-    return (operator_gram_norm(op, n_iter) * scale[0] * scale[1]).to(real_dtype(weight))
+    sym = Symbol(kernel.reshape(parts, weight.shape[0] // parts, *weight.shape[1:]), *geometry)
+    return (_symbol_gram_norm(sym, n_iter) * scale[0] * scale[1]).to(real_dtype(weight))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[reportUntypedFunctionDecorator]
+def _geometry(shape: tuple[int, ...], input_size: Any, stride: Any, padding: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Groups, and strides, points, square, exact and because of the `Symbol`: numbers, which compiled code takes as they are."""
+    placeholder = torch.ones((), device="cpu").expand(shape)  # a geometry needs no values
+    if padding is None:
+        spans = Conv(placeholder, dilation=options[1]).spans
+        padding = [((span - 1) // 2, span - 1 - (span - 1) // 2) for span in spans]
+    op = Conv(placeholder, input_size, stride, padding, *options)
+    sym = symbol(op)
+    return op.groups, sym.strides, sym.points, sym.square, sym.exact, sym.because
 
 
 def _scaled(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:

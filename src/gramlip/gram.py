@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gramlip.errors import InputError
 from gramlip.precision import real_dtype, uncast, wide
+from gramlip.sums import gram, norm
 
 
 def reals(x: Tensor) -> Tensor:
@@ -22,15 +23,10 @@ def _divided(x: Tensor, by: Tensor) -> Tensor:
     return torch.view_as_complex(torch.view_as_real(x.resolve_conj()) / by[..., None]) if x.is_complex() else x / by
 
 
-def _size(x: Tensor) -> Tensor:
-    """Frobenius norms (..., 1, 1)."""
-    return torch.linalg.vector_norm(reals(x), dim=-1)[..., None, None]
-
-
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     """Frobenius-normalised matrices and the log of what was divided out; zero stays zero."""
-    norm = _size(x)
-    return _divided(x, norm), torch.where(norm > 0, norm, 1.0).log()
+    size = norm(x, 2, keepdim=True)
+    return _divided(x, size), torch.where(size > 0, size, 1.0).log()
 
 
 def _scaled(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,14 +53,14 @@ def _slope(blocks: Tensor, value: Tensor, n_iter: int) -> Tensor:
     d tr (G*G)^M = 2M Re tr((G*G)^(M-1) G* dG): the power M - 1 is the product of all iterates but the last.
     """
     tall, peak = _scaled(blocks)
-    x, _ = _unit(tall.mH @ tall)
+    x, _ = _unit(gram(tall))
     power = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     for step in range(n_iter - 1):
         power = _unit(power @ x)[0] if step else x
         x, _ = _unit(x @ x)
     _, deviation, weight = _spread(x)
     slope = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) / x.shape[-1]
-    slope = slope + weight * _divided(deviation, _size(deviation))
+    slope = slope + weight * _divided(deviation, norm(deviation, 2, keepdim=True))
     grad = tall @ (power @ slope)
     # The value is homogeneous of degree one: Re <grad, blocks> = value (Euler) gives back the lengths divided out.
     length = (reals(grad) * reals(tall)).sum(-1)[..., None, None]
@@ -81,13 +77,13 @@ class _GramNorm(torch.autograd.Function):
     def forward(blocks: Tensor, n_iter: int) -> Tensor:
         with uncast(blocks):
             tall, peak = _scaled(blocks)
-            x, log = _unit(tall.mH @ tall)
+            x, log = _unit(gram(tall))
             log = log / 2  # of the norm, not of its power, which leaves the range
             for step in range(1, n_iter):
                 x, more = _unit(x @ x)
                 log = log + more * 2.0 ** -(step + 1)
             mean, deviation, weight = _spread(x)
-            top = mean + weight * _size(deviation)
+            top = mean + weight * norm(deviation, 2, keepdim=True)
             return (peak * log.exp() * top ** (2.0**-n_iter))[..., 0, 0]
 
     @staticmethod

@@ -173,5 +173,5 @@ def stretch(
             if value > best:
                 best, found = value, f"start {start}, round {i}"
     origin = "data" if data is not None else "random points"
-    why = f"lower side: a difference of two inputs in float64, less its rounding (measured, not proved), from {origin}, seed {seed}, {found}"
-    return Stretch(rd.down(best), why)
+    how = "lower side: a difference of two inputs in float64, less its rounding (measured, not proved)"
+    return Stretch(rd.down(best), f"{how}, from {origin}, seed {seed}, {found}")

@@ -16,6 +16,7 @@ from torch import Tensor
 from gramlip.blocks import transform
 from gramlip.errors import InputError
 from gramlip.gram import reals
+from gramlip.sums import gram, norm
 
 
 def Power_iteration(G: Tensor, Niter: int = 100, *, generator: torch.Generator | None = None) -> Tensor:
@@ -41,7 +42,7 @@ def Power_iteration(G: Tensor, Niter: int = 100, *, generator: torch.Generator |
     image = G @ u
     peak = image.abs().amax(dim=(-2, -1), keepdim=True)
     image = image / torch.where(peak > 0, peak, 1.0)
-    return peak[..., 0, 0] * torch.linalg.vector_norm(image, dim=(-2, -1))
+    return peak[..., 0, 0] * norm(image, 2)
 
 
 def Lip_dense(G: Tensor, Niter: int = 6) -> Tensor:
@@ -66,9 +67,9 @@ def Lip_dense(G: Tensor, Niter: int = 6) -> Tensor:
         size = _size(x)
         x = x / size
         log = 2 * (log + size.log())
-        x = x @ x if step else x.mH @ x  # the iterates are Hermitian from the first product on
+        x = x @ x if step else gram(x)  # the iterates are Hermitian from the first product on
     root = 2.0**-Niter
-    return (peak * _root(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True), root) * (log * root).exp())[..., 0, 0]
+    return (peak * _root(norm(x, 2, keepdim=True), root) * (log * root).exp())[..., 0, 0]
 
 
 def Lip_conv(K: Tensor, Niter: int = 6, *, n: int | Sequence[int], n0: int | None = None) -> Tensor:
@@ -118,8 +119,8 @@ def Gram_iteration_naive(G: Tensor, Niter: int = 6) -> Tensor:
     _check(G, Niter)
     x = G if G.shape[-2] >= G.shape[-1] else G.mH
     for _ in range(Niter):
-        x = x.mH @ x
-    return _root(torch.linalg.vector_norm(x, dim=(-2, -1)), 2.0**-Niter)
+        x = gram(x)
+    return _root(norm(x, 2), 2.0**-Niter)
 
 
 def oversampling(kernel: Sequence[int], samples: int) -> float:
@@ -132,13 +133,13 @@ def oversampling(kernel: Sequence[int], samples: int) -> float:
 
 def _size(x: Tensor) -> Tensor:
     """Frobenius norms to divide by; zero counts as one."""
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return torch.where(norm > 0, norm, 1.0)
+    size = norm(x, 2, keepdim=True)
+    return torch.where(size > 0, size, 1.0)
 
 
-def _root(norm: Tensor, power: float) -> Tensor:
+def _root(size: Tensor, power: float) -> Tensor:
     """The power of a norm; at zero, where that has no derivative, zero with the gradient zero."""
-    return torch.where(norm == 0, 0.0, torch.where(norm == 0, 1.0, norm) ** power)
+    return torch.where(size == 0, 0.0, torch.where(size == 0, 1.0, size) ** power)
 
 
 def _direction(x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from gramlip.gram import gram_norm
 from gramlip.operators import Conv, Dense
 from gramlip.padding import PADDING
 from gramlip.precision import real_dtype, uncast, wide
+from gramlip.sums import norm
 
 POWER_STEPS = 4  # cheap lower estimates that say which blocks cannot be the largest
 
@@ -121,35 +122,31 @@ def largest(blocks: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
     floor = power(blocks, POWER_STEPS)[0].amax() * (1 - 1e-5)
     for steps in (0, *(t for t in (1, 3) if t < n_iter), n_iter):
         some = blocks[keep] if len(keep) < len(blocks) else blocks
-        value = gram_norm(some, steps) if steps else _frobenius(some)
-        alive = ~(value < floor)  # a NaN stays, and is seen
+        value = gram_norm(some, steps) if steps else norm(some, 2)
+        # a NaN stays, and is seen; so does the largest, which rounding may have put below an estimate
+        alive = ~(value < torch.minimum(floor, value.amax()))
         keep, value = keep[alive], value[alive]
     top, where = value.max(0)  # pyright: ignore[reportPossiblyUnboundVariable]
     return top, keep[where].clone()  # not a view into the middle of `keep`: compiled code asks for aligned storage
 
 
-def _frobenius(blocks: Tensor) -> Tensor:
-    """Frobenius norms (F,); over real numbers, whose norm is many times faster than that of complex ones on a CPU."""
-    return torch.linalg.vector_norm(torch.view_as_real(blocks).flatten(1) if blocks.is_complex() else blocks.flatten(1), dim=1)
-
-
 def power(blocks: Tensor, steps: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Lower estimates (F,) of the norms of blocks (F, m, n) and their unit right vectors (F, n), by power iteration."""
     if start is None:  # the longest row: a zero block alone maps it to zero
-        rows = torch.linalg.vector_norm(blocks, dim=-1).argmax(-1)
+        rows = norm(blocks).argmax(-1)
         start = blocks.take_along_dim(rows[:, None, None], 1)[:, 0].conj()
     v = unit(start)
     for _ in range(steps):
         v = unit((blocks.mH @ (blocks @ v[..., None]))[..., 0])
-    return torch.linalg.vector_norm((blocks @ v[..., None])[..., 0], dim=-1), v
+    return norm((blocks @ v[..., None])[..., 0]), v
 
 
 def unit(v: Tensor) -> Tensor:
     """Vectors of length one along the last axis; zero stays zero. Divided by the peak first: squares neither over- nor underflow."""
     peak = v.abs().amax(-1, keepdim=True)
     v = v / torch.where(peak > 0, peak, 1.0)
-    norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
-    return v / torch.where(norm > 0, norm, 1.0)
+    length = norm(v, keepdim=True)
+    return v / torch.where(length > 0, length, 1.0)
 
 
 @_largest.register_fake

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gramlip.errors import InputError
 from gramlip.nn.sigma import Plan, replicated, unit
 from gramlip.precision import real_dtype, uncast
+from gramlip.sums import norm
 
 SEARCH_STEPS = 12  # power steps per grid point in a search
 TOGETHER = 1 << 24  # entries of the waves that a search holds at a time
@@ -244,7 +245,7 @@ def _back(kernels: Tensor, image: Tensor) -> Tensor:
 
 def _split(v: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """Lengths and unit vectors along the last axis; what has no direction, or is no number, keeps the one `before`."""
-    length = torch.linalg.vector_norm(v, dim=-1)
+    length = norm(v)
     return length, torch.where((length > 0)[..., None], unit(v), before).contiguous()
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from gramlip.blocks import symbol, transform
 from gramlip.operators import Conv, Dense
 from gramlip.paper import Power_iteration
+from gramlip.sums import gram, norm
 
 
 def frobenius(op: Dense | Conv) -> Tensor:
     """`sqrt(taps) ||K||_F`, by Cauchy and Schwarz over the taps; the Frobenius norm of a matrix."""
     sym = symbol(op)
-    norms = torch.linalg.vector_norm(sym.kernel.flatten(1), dim=1)
+    norms = norm(sym.kernel.flatten(1))
     return math.sqrt(sym.square * math.prod(sym.kernel.shape[3:])) * norms.amax()
 
 
@@ -43,8 +44,8 @@ def singla2021(op: Dense | Conv, n_iter: int | None = None) -> Tensor:
         columns = [2, *(3 + j for j in range(dims) if not sides[j])]
         height = math.prod(sym.kernel.shape[i] for i in rows)
         unfolding = sym.kernel.permute(0, *rows, *columns).reshape(sym.kernel.shape[0], height, -1)
-        norm = (top_singular_value(unfolding) if n_iter is None else Power_iteration(unfolding, n_iter)).amax()
-        least = norm if least is None else torch.minimum(least, norm)
+        value = (top_singular_value(unfolding) if n_iter is None else Power_iteration(unfolding, n_iter)).amax()
+        least = value if least is None else torch.minimum(least, value)
     assert least is not None
     return factor * least
 
@@ -83,7 +84,7 @@ def tensor_norm(op: Dense | Conv, n_iter: int = 30, starts: int = 4) -> Tensor:
             for _ in range(n_iter):
                 for axis in range(len(shape)):
                     image = _contract(tensor, factors, axis)
-                    value = torch.linalg.vector_norm(image)
+                    value = norm(image, image.ndim)
                     factors[axis] = _unit(image.conj())
             best = torch.maximum(best, value.cpu().to(best.dtype))
     return math.sqrt(sym.square * math.prod(shape[2:])) * best
@@ -94,7 +95,7 @@ def top_singular_value(matrices: Tensor) -> Tensor:
     peak = matrices.abs().amax(dim=(-2, -1), keepdim=True)
     tall = matrices / torch.where(peak > 0, peak, 1.0)
     tall = tall if tall.shape[-2] >= tall.shape[-1] else tall.mH
-    return peak[..., 0, 0] * torch.linalg.eigvalsh(tall.mH @ tall)[..., -1].clamp(min=0).sqrt()
+    return peak[..., 0, 0] * torch.linalg.eigvalsh(gram(tall))[..., -1].clamp(min=0).sqrt()
 
 
 def toeplitz_roundings(op: Dense | Conv, n_iter: int = 3) -> float:
@@ -111,11 +112,11 @@ def _row_sum(kernel: Tensor, n_iter: int) -> Tensor:
     x = transform(kernel / torch.where(peak > 0, peak, 1.0), sides)
     log = torch.zeros_like(peak)
     for step in range(n_iter):
-        size = torch.linalg.vector_norm(x)
+        size = norm(x, x.ndim)
         size = torch.where(size > 0, size, 1.0)
         x = x / size
         log = 2 * (log + size.log())
-        x = x @ x if step else x.mH @ x
+        x = x @ x if step else gram(x)
     if sides:
         dims = list(range(1, 1 + len(sides)))
         taps = torch.fft.ifftn(x, s=sides, dim=dims) if kernel.is_complex() else torch.fft.irfftn(x, s=sides, dim=dims)
@@ -136,5 +137,5 @@ def _contract(tensor: Tensor, factors: list[Tensor], keep: int) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x)
-    return x / torch.where(norm > 0, norm, 1.0)
+    size = norm(x, x.ndim)
+    return x / torch.where(size > 0, size, 1.0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gramlip.apply import apply
 from gramlip.operators import Conv, Dense
+from gramlip.sums import norm
 
 
 def power(op: Dense | Conv, n_iter: int = 100, seed: int = 0) -> Tensor:
@@ -26,11 +27,12 @@ def power(op: Dense | Conv, n_iter: int = 100, seed: int = 0) -> Tensor:
     for _ in range(n_iter):
         (x,) = adjoint(_unit(layer(x)))
         x = _unit(x)
-    return torch.linalg.vector_norm(layer(x))
+    image = layer(x)
+    return norm(image, image.ndim)
 
 
 def _unit(x: Tensor) -> Tensor:
     peak = x.abs().amax()
     x = x / torch.where(peak > 0, peak, 1.0)
-    norm = torch.linalg.vector_norm(x)
-    return x / torch.where(norm > 0, norm, 1.0)
+    size = norm(x, x.ndim)
+    return x / torch.where(size > 0, size, 1.0)

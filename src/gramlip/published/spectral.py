@@ -8,10 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gramlip import sums
 from gramlip.blocks import blocks, symbol, transform
 from gramlip.conv_gram import operator_gram_norm
 from gramlip.operators import Conv, Dense
 from gramlip.paper import Lip_dense, oversampling
+from gramlip.sums import norm
 
 
 def gram(op: Dense | Conv, n_iter: int = 6) -> Tensor:
@@ -48,14 +50,14 @@ def araujo2021(op: Dense | Conv, samples: int = 50) -> Tensor:
     """
     sym = symbol(op)
     if not sym.points:
-        return torch.linalg.vector_norm(sym.kernel)
+        return norm(sym.kernel, sym.kernel.ndim)
     kernel = sym.kernel.flatten(3).movedim(3, 1).flatten(2)  # (groups, taps, m n)
     sides = list(sym.kernel.shape[3:])
-    gram = kernel @ kernel.mH  # inner products of taps: ||D(w)||_F^2 is a quadratic form in the waves
+    products = sums.gram(kernel.mH)  # inner products of taps: ||D(w)||_F^2 is a quadratic form in the waves
     unit = torch.eye(kernel.shape[1], dtype=kernel.dtype, device=kernel.device).reshape(1, -1, 1, *sides)
     waves = transform(unit, [samples] * len(sides)).flatten(0, -3)[..., 0]  # (points, taps)
-    gram = gram.to(waves.dtype)
-    squares = ((waves @ gram) * waves.conj()).real.sum(-1)
+    products = products.to(waves.dtype)
+    squares = ((waves @ products) * waves.conj()).real.sum(-1)
     return math.sqrt(sym.square) * oversampling(sides, samples) * squares.amax().clamp(min=0).sqrt()
 
 
