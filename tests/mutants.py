@@ -22,6 +22,7 @@ from gramlip import blocks, boundary, certificates, certify, conv_gram, finite, 
 from gramlip import rounding as rd
 from gramlip.padding import PADDING, Axis, Circle
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
+from test_search import test_a_layer_that_is_given_up_leaves_the_others_in_the_search
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 NAMED = {case.name: case for case in cases()} | TRAPS
@@ -187,6 +188,17 @@ def boundary_forgotten(patch: pytest.MonkeyPatch) -> None:
 def corners_without_slack(patch: pytest.MonkeyPatch) -> None:
     """A cell judged by its corners, as if nothing happened between them."""
     patch.setattr(lattice.Lattice, "slack", lambda self, half: np.zeros(len(half)))
+
+
+def one_layer_ends_all(patch: pytest.MonkeyPatch) -> None:
+    """A layer that is given up ends the search of those beside it, which keep targets that nothing proved."""
+    right = search.Search._without_given_up
+
+    def wrong(self: search.Search, cells: lattice.Cells, stretch: Any) -> lattice.Cells:
+        left = right(self, cells, stretch)
+        return left if len(left[0]) == len(cells[0]) else lattice.pick(left, slice(0))
+
+    patch.setattr(search.Search, "_without_given_up", wrong)
 
 
 def mirrored_complex(patch: pytest.MonkeyPatch) -> None:
@@ -359,6 +371,12 @@ def sums_of_products_hold() -> None:
     test_thousands_of_outputs_that_read_one_input_exactly(1e-13, True)
 
 
+def layers_together_hold() -> None:
+    """Three layers in one search, of which the first has no target left."""
+    with pytest.MonkeyPatch.context() as patch:
+        test_a_layer_that_is_given_up_leaves_the_others_in_the_search((0,), patch)
+
+
 MUTANTS: dict[str, Mutant] = {
     "grid n for zero padding": Mutant(_rule("zeros", grid_n_for_zeros), _on(theorem, "circular-grid-n7-for-zeros")),
     "unknown size taken as k": Mutant(_rule("zeros", size_taken_as_k), _on(every_size, "circular-grid-n7-for-zeros")),
@@ -383,6 +401,7 @@ MUTANTS: dict[str, Mutant] = {
     "first group only": Mutant(first_group_only, _on(theorem, "orthogonal 4x1x3x3 n=4x4 p=1.1,1.1 g=4 fp32")),
     "grid taken for the torus": Mutant(cosine_factor_dropped, _on(every_size_on_blocks, "between-grid-points")),
     "cells judged by their corners alone": Mutant(corners_without_slack, _on(every_size, "random 2x2x3x3 n=5x5 p=1.1,1.1 circular c64")),
+    "a layer that is given up ends the search of all": Mutant(one_layer_ends_all, layers_together_hold),
     "complex kernels mirrored": Mutant(mirrored_complex, _on(check, "near_orthogonal 2x2x3x3 n=5x5 p=1.1,1.1 circular c64")),
     "power iteration as an upper bound": Mutant(power_iteration_as_a_bound, matrices_hold),
     "upper bound in the lower side": Mutant(frobenius_as_a_lower_bound, _on(check, "fp32-rounding")),

@@ -86,8 +86,7 @@ class Search(Ascent):
             ):  # wider targets from wider cells for what is left, then what needs no frequency
                 wider = np.array([*WIDER, math.inf])
                 stretch[late] = wider[np.searchsorted(wider, np.maximum(stretch, 1 + width)[late], side="right").clip(max=len(WIDER))]
-                if np.isinf(stretch[late]).any():
-                    break
+                cells = self._without_given_up(cells, stretch)
                 allowed = self.limit = self.tally.operations + self.budget / 8
                 if not self.lattice.listed:
                     cells = self._first_cells(np.unique(cells[0]), self._tau(width) * stretch)
@@ -108,6 +107,10 @@ class Search(Ascent):
                     stretch[late] += np.maximum(width[late], stretch[late] - 1) / 4
         upper, finished = self._tau(width) * stretch, (stretch == 1.0) & ~narrow
         return [self._crude(i) if math.isinf(float(upper[i])) else self._result(i, float(upper[i]), bool(finished[i])) for i in chosen]
+
+    def _without_given_up(self, cells: Cells, stretch: Reals) -> Cells:
+        """The cells of the layers that are still searched: a layer without a target left is bounded by its taps alone."""
+        return pick(cells, np.isfinite(stretch[self.items[cells[0]]]))
 
     def _swept(self, width: Reals) -> bool:
         """Whether all corners of a sweep are proved to be so far below the targets that nothing between them exceeds them.
