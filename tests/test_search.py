@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import gramlip as gl
-from gramlip import ascent, certificates, exponents, gramian, search
+from gramlip import ascent, certificates, gramian, search
 from gramlip.gramian import Gramian
 from gramlip.lattice import Lattice, waves
 from gramlip.search import Enclosure, Search
-from gramlip.taps import Taps
+from gramlip.taps import Taps, tap_offsets, tap_positions, tap_runs
 
 
 def enclose(kernel: Tensor, points: tuple[int | None, ...], rtol: float = 1e-2) -> tuple[float, float, Enclosure]:
@@ -187,14 +187,14 @@ def test_flat_layers_whose_taps_do_not_vanish_take_bounded_work(axes: int, rtol:
 
 @pytest.mark.parametrize("span", [(), (1,), (4,), (3, 3), (1, 3), (3, 1), (5, 2), (3, 1, 3), (2, 3, 4), (2, 1, 1)], ids=str)
 def test_runs_are_all_pairs_of_taps_that_are_so_far_apart(span: tuple[int, ...]) -> None:
-    taps, found = exponents.taps(span).tolist(), exponents.runs(span)
-    for at, some in zip([[0] * len(span), *exponents.offsets(span).tolist()], found, strict=True):
+    taps, found = tap_positions(span).tolist(), tap_runs(span)
+    for at, some in zip([[0] * len(span), *tap_offsets(span).tolist()], found, strict=True):
         pairs = [(i + k, j + k) for i, j, count in some for k in range(count)]
         apart = [(i, j) for i, p in enumerate(taps) for j, q in enumerate(taps) if [y - x for x, y in zip(p, q, strict=True)] == at]
         assert sorted(pairs) == apart
 
 
-@pytest.mark.parametrize("of", [exponents.taps, exponents.offsets])
+@pytest.mark.parametrize("of", [tap_positions, tap_offsets])
 @pytest.mark.parametrize("span", [(), (1,), (4,), (3, 3), (1, 3), (3, 1), (2, 3, 4), (1, 2, 2)], ids=str)
 def test_waves_are_powers_at_every_exponent(span: tuple[int, ...], of: Callable[[tuple[int, ...]], NDArray[np.int64]]) -> None:
     sizes = tuple(1 if k == 1 else 2**20 + 7 * k for k in span)

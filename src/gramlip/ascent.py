@@ -14,11 +14,9 @@ from torch import Tensor
 from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip import sweep
-from gramlip.arrays import Ints, Reals, integers, largest, leading, on, pieces
+from gramlip.arrays import Complexes, Ints, Reals, integers, largest, leading, on, pieces
 from gramlip.gramian import Gramian
-from gramlip.lattice import Lattice, pick
-from gramlip.proved import Table, merge
-from gramlip.uphill import uphill
+from gramlip.lattice import Lattice, Thresholds, merge, pick
 
 BUDGET = 4e12  # real operations after which the search stops with what it has proved
 KEPT_BYTES = 128 << 20  # blocks of the coarse grid are kept while they are smaller than this
@@ -31,6 +29,8 @@ SMALL_SIDE = 64  # up to this order a lower side that is met less closely at fir
 SURVEYED = {16: (16, 6), SMALL_SIDE: (8, 6), sys.maxsize: (16, STEPS)}  # by order, blocks of a layer at first, and the Krylov steps on each
 SQUARED_SIDE = 512  # a GPU squares blocks up to this order instead
 SMALL_GRID = 100  # frequencies of a grid that may be surveyed whole
+NEWTON_STEPS = 5
+NEWTON_CLOSE = 1e-5  # the next of Newton's steps is about as long as the square of this one
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Ascent:
         self.limit = math.inf  # operations after which no more blocks are tested
         self.kept: tuple[Ints, Tensor] | None = None
         self.found: tuple[Ints, list[Tensor]] = integers([]), []  # keys that were looked at last, and the vectors there
-        self.moments: Table = integers([]), np.zeros(0)  # of the blocks that were surveyed first, their errors not yet added
+        self.moments: Thresholds = integers([]), np.zeros(0)  # of the blocks that were surveyed first, their errors not yet added
         self.points, self.lattice = points, Lattice(gram.span, points, gram.groups, not gram.is_complex)
         self.items = items if items is not None else np.zeros(gram.groups, dtype=np.int64)
         count = int(self.items.max()) + 1
@@ -292,3 +292,37 @@ def take(blocks: Tensor, rows: Ints) -> Tensor:
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows) and (np.diff(rows) == 1).all():
         return blocks[int(rows[0]) : int(rows[-1]) + 1]
     return blocks[on(blocks.device, rows)]
+
+
+def uphill(coefficients: Complexes, positions: Ints, w: Reals) -> Reals:
+    """From each w (I, axes) a few safeguarded steps up `|sum_p coefficients_p exp(-i p.w)|^2`; taps p are `positions` (taps, axes)."""
+    d = positions.shape[1]
+    outer = (positions[:, :, None] * positions[:, None, :]).reshape(len(positions), -1)
+    moments = np.concatenate([np.ones((len(positions), 1)), positions, outer], 1).astype(np.complex128)
+
+    def terms(w: Reals) -> tuple[Complexes, Complexes, Complexes]:
+        sums = (coefficients * np.exp(-1j * (w @ positions.T))) @ moments
+        return sums[:, 0], -1j * sums[:, 1 : 1 + d], -sums[:, 1 + d :].reshape(-1, d, d)
+
+    now = terms(w)
+    for _ in range(NEWTON_STEPS):
+        p, first, second = now
+        slope = 2 * (p.conj()[:, None] * first).real
+        bend = 2 * (p.conj()[:, None, None] * second + first.conj()[:, :, None] * first[:, None, :]).real
+        values, vectors = np.linalg.eigh(bend)
+        # Newton where the surface is concave, a gradient step of the same scale elsewhere
+        size = np.abs(values)
+        size = np.maximum(size, 1e-3 * size.max(-1, keepdims=True) + 1e-300)
+        step = (vectors @ ((vectors.swapaxes(1, 2) @ slope[..., None]) / size[..., None]))[..., 0].clip(-1.0, 1.0)
+        after, better, close = now, *np.zeros((2, len(w)), dtype=np.bool_)
+        for shorter in (1.0, 0.25, 0.25):
+            step = np.where(better[:, None], step, shorter * step)
+            after = terms(w + step)
+            better, close = np.abs(after[0]) > np.abs(p), np.abs(step).max(-1) < NEWTON_CLOSE
+            if (better | close).all():
+                break
+        w = np.where(better[:, None], w + step, w)
+        if (close | ~better).all():
+            break
+        now = after if better.all() else terms(w)
+    return w

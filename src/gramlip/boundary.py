@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from gramlip import certificates as cert
-from gramlip import exponents
 from gramlip import rounding as rd
 from gramlip.arrays import integers, pieces
 from gramlip.blocks import axes, grouped, polyphase
 from gramlip.lattice import waves
 from gramlip.operators import Conv
 from gramlip.padding import PADDING, Axis, index_map
+from gramlip.taps import tap_positions
 from gramlip.widen import widen
 
 LARGEST = 1536  # order of the largest boundary matrix that is formed
@@ -161,7 +161,7 @@ def _largest(
     top = bottom = 0.0
     real = not rest and not kernel.is_complex()
     for part in pieces(len(grid), max(1, (32 << 20) // (16 * max(max(side, m * picks) ** 2, taps)))):
-        turns = torch.from_numpy(waves(grid[part], tuple(counts), exponents.taps(tuple(spans))))
+        turns = torch.from_numpy(waves(grid[part], tuple(counts), tap_positions(tuple(spans))))
         d = torch.einsum("mntp,ft->fpmn", stacked, turns.real) if real else torch.einsum("mntp,ft->fpmn", stacked.to(turns.dtype), turns)
         pairs = torch.einsum("fpmn,fqkn->fmkpq", d, d.conj())
         e = _contract(pairs, ends).reshape(len(turns), side, side)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from gramlip import certificates as cert
-from gramlip import devices, exponents, squares
+from gramlip import devices
 from gramlip import rounding as rd
 from gramlip.arrays import Complexes, Ints, Reals, integers, on, pieces
 from gramlip.lattice import START, resolution, waves
 from gramlip.tall import Tall, symbols
-from gramlip.taps import Mixed, Narrow, Taps
+from gramlip.taps import Mixed, Narrow, Taps, square_errors, squared_symbols, tap_offsets, tap_positions, tap_runs
 
 TAP_BYTES = 208 << 20  # the autocorrelation is kept in double while it is smaller than this
 NARROW_BYTES = 230 << 20  # above, in single precision while that is smaller than this,
@@ -57,7 +57,7 @@ class Gramian:
         self.mass = self._mass()
         count = (math.prod(2 * k - 1 for k in self.span) - 1) // 2
         each = self.groups * self.side**2 * (16 if self.is_complex else 8)
-        self.offsets = exponents.offsets(self.span) if count <= MOST_TAPS else integers([]).reshape(0, self.axes)
+        self.offsets = tap_offsets(self.span) if count <= MOST_TAPS else integers([]).reshape(0, self.axes)
         length = self.rows * self.tall.count + count + 96
         per = rd.gamma(4.0 * length if self.is_complex else 2.0 * length)
         self.noise = [rd.add_up(rd.mul_up(per, rd.mul_up(m, m)), rd.TINY) if m else 0.0 for m in self.mass]
@@ -68,9 +68,9 @@ class Gramian:
         exact = self.is_complex or rtol < NARROW_RTOL or shared or self.squared or self.swept or count > MOST_TAPS
         self.taps: Taps | Narrow | None = None
         if shared:
-            self.taps = Taps(self.tall, exponents.runs(self.span), torch.complex128 if self.is_complex else torch.float64, self.device)
+            self.taps = Taps(self.tall, tap_runs(self.span), torch.complex128 if self.is_complex else torch.float64, self.device)
         elif not exact and each * (count / 2 + 1) <= NARROW_BYTES:
-            self.taps = Narrow(self.tall, exponents.runs(self.span), self.device)
+            self.taps = Narrow(self.tall, tap_runs(self.span), self.device)
             self._add_noise(self.taps.noise)
         self.mixed: Mixed | None = None
         # real operations to form one block, or what its books are worth
@@ -100,7 +100,7 @@ class Gramian:
     def _squarable(self, part: float) -> bool:
         """Take squares in single precision where their error is at most this part of every group's largest eigenvalue."""
         assert self.tall.wide is not None
-        errors = squares.errors(self.tall, exponents.runs(self.span))
+        errors = square_errors(self.tall, tap_runs(self.span))
         # the mean over all frequencies of the largest eigenvalue is at least the mean eigenvalue
         mean = torch.linalg.vector_norm(self.tall.wide.flatten(1), dim=-1).square() / self.side
         if any(m and error > part * x for m, error, x in zip(self.mass, errors, mean.tolist(), strict=True)):
@@ -145,7 +145,7 @@ class Gramian:
 
     def polynomial(self, group: Ints, index: Ints, sizes: tuple[int, ...], v: Tensor) -> tuple[Complexes, Ints]:
         """The coefficients (I, taps) of `p(w) = u* D(w) v`, u the image of v at the given frequency, and the exponents (taps, axes)."""
-        images, taps = self.tall.images(group, v), exponents.taps(self.span)
+        images, taps = self.tall.images(group, v), tap_positions(self.span)
         image = on(self.device, waves(index, sizes, taps))[:, None] @ images
         coefficients: Complexes = (images @ image.mH)[..., 0].cpu().numpy()
         return coefficients, taps
@@ -156,7 +156,7 @@ class Gramian:
             each = len(group) // self.groups
             same = np.arange(self.groups).repeat(each), np.tile(index[:each], (self.groups, 1))
             if self.squared and all(map(np.array_equal, same, (group, index))):  # the same frequencies of all groups
-                return squares.square(self.tall, slice(None), on(self.device, waves(index[:each], sizes, exponents.taps(self.span))))
+                return squared_symbols(self.tall, slice(None), on(self.device, waves(index[:each], sizes, tap_positions(self.span))))
             if self.groups == 1:
                 return self._direct(0, index, sizes)
             out: Tensor | None = None
@@ -180,9 +180,9 @@ class Gramian:
 
     def _direct(self, group: int, index: Ints, sizes: tuple[int, ...]) -> Tensor:
         """Blocks of one group from pieces of rows of the symbol, so that no more than a few blocks are alive."""
-        turning = waves(index, sizes, exponents.taps(self.span))
+        turning = waves(index, sizes, tap_positions(self.span))
         if self.squared:
-            return squares.square(self.tall, slice(group, group + 1), on(self.device, turning))
+            return squared_symbols(self.tall, slice(group, group + 1), on(self.device, turning))
         real = not self.is_complex and bool((np.abs(turning.imag) < 1e-15).all())
         factors = on(self.device, turning.real if real else turning)
         # pieces whose blocks, at all these frequencies, hold at most a few chunks

@@ -26,8 +26,7 @@ from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip.arrays import Flags, Ints, Reals, leading, named, on, pieces, smallest
 from gramlip.ascent import KEPT_BYTES, STEPS, Ascent, Enclosure, take
-from gramlip.lattice import Cells, joined, pick
-from gramlip.proved import Table, look_up, merge
+from gramlip.lattice import Cells, Thresholds, joined, look_up, merge, pick
 
 REFINE = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)  # resolutions of the first cells, of which the cheapest is taken
 PEAK = 0.2  # parts of the torus so small may be left to the refinement
@@ -64,7 +63,7 @@ class Search(Ascent):
             groups = groups[~self._flat(groups, taps, self._tau(width)[self.items[groups]])]
         affordable, cells = self._open(groups, width)
         stretch = np.full(len(self.best), affordable)  # beyond 1 where the width asked for cannot be had
-        proved: Table = (np.zeros(0, dtype=np.int64), np.zeros(0))
+        proved: Thresholds = (np.zeros(0, dtype=np.int64), np.zeros(0))
         steps, tested = STEPS, 0
         allowed, self.limit = self.budget, 1.5 * self.budget
         while len(cells[0]):

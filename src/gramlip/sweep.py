@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from gramlip import certificates as cert
-from gramlip import exponents
 from gramlip.arrays import largest, named, on, pieces
 from gramlip.gramian import Gramian
 from gramlip.lattice import Lattice, waves
 from gramlip.tall import symbols
+from gramlip.taps import tap_positions
 
 SQUARINGS = 10  # of the best blocks,
 BEST = 8
@@ -35,7 +35,7 @@ class Corners:
         self.keys, back = named(lattice.corner_keys(cells))
         loss = lattice.slack(lattice.half_widths(cells)) / lattice.spread
         self.loss = largest(len(self.keys), back.ravel(), loss.repeat(back.shape[1]))
-        self.waves = on(device, waves(lattice.decode(self.keys)[1], lattice.sizes, exponents.taps(span)))
+        self.waves = on(device, waves(lattice.decode(self.keys)[1], lattice.sizes, tap_positions(span)))
 
 
 @lru_cache(maxsize=32)
