@@ -161,8 +161,8 @@ def first_group_only(patch: pytest.MonkeyPatch) -> None:
 
 def power_iteration_as_a_bound(patch: pytest.MonkeyPatch) -> None:
     """The lower side sold as an upper bound."""
-    patch.setattr(search.Search, "certify", lambda self, keys, thresholds: np.ones(len(keys), dtype=np.bool_))
-    patch.setattr(search.Search, "_tau", lambda self, width: np.sqrt(self.best))
+    patch.setattr(search.BranchAndBound, "prove_blocks", lambda self, keys, thresholds: np.ones(len(keys), dtype=np.bool_))
+    patch.setattr(search.Targets, "asked", lambda self: np.sqrt(self._lower.best))
 
 
 def frobenius_as_a_lower_bound(patch: pytest.MonkeyPatch) -> None:
@@ -192,13 +192,13 @@ def corners_without_slack(patch: pytest.MonkeyPatch) -> None:
 
 def one_layer_ends_all(patch: pytest.MonkeyPatch) -> None:
     """A layer that is given up ends the search of those beside it, which keep targets that nothing proved."""
-    right = search.Search._without_given_up
+    right = search.BranchAndBound._without_given_up
 
-    def wrong(self: search.Search, cells: lattice.Cells, stretch: Any) -> lattice.Cells:
-        left = right(self, cells, stretch)
+    def wrong(self: search.BranchAndBound, cells: lattice.Cells, targets: search.Targets) -> lattice.Cells:
+        left = right(self, cells, targets)
         return left if len(left[0]) == len(cells[0]) else lattice.pick(left, slice(0))
 
-    patch.setattr(search.Search, "_without_given_up", wrong)
+    patch.setattr(search.BranchAndBound, "_without_given_up", wrong)
 
 
 def mirrored_complex(patch: pytest.MonkeyPatch) -> None:
@@ -209,7 +209,7 @@ def mirrored_complex(patch: pytest.MonkeyPatch) -> None:
 
 def phases_in_quadrature(patch: pytest.MonkeyPatch) -> None:
     """Squares added over the phases of a stride, where padding lets phases read one input: a group is left out that holds the norm."""
-    patch.setattr(certify._Enclosing, "_mass", lambda self, i: self.gram.mass[i * self.groups : (i + 1) * self.groups])
+    patch.setattr(certify._Enclosing, "_tap_norm_sums", lambda self, i: self.gram.tap_norm_sums[i * self.groups : (i + 1) * self.groups])
 
 
 # ---- rounding ------------------------------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from gramlip.boundary import upper_side
 from gramlip.devices import on_cpu
 from gramlip.errors import InputError
 from gramlip.finite import Certificate, Layer
-from gramlip.gramian import Gramian
+from gramlip.gramian import GramSymbol
 from gramlip.operators import Conv, Dense, Diagonal, Operator, Separable
 from gramlip.own import banded, rounded, small
 from gramlip.probe import SAMPLE_BYTES, sample, wave
-from gramlip.search import Enclosure, Search
+from gramlip.search import BranchAndBound, Enclosure
 from gramlip.widen import widen, widen_each
 
 AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself while its estimated operations stay below this
@@ -112,14 +112,14 @@ class _Enclosing:
     def __init__(self, ops: Sequence[Conv | Dense], syms: list[Symbol], rtol: float, finite: bool | str) -> None:
         self.ops, self.syms, self.rtol, self.finite = ops, syms, rtol, finite
         if len(ops) == 1:
-            self.gram = Gramian(self.syms[0].plain, self.syms[0].strides, rtol, self.syms[0].frequencies)
+            self.gram = GramSymbol(self.syms[0].plain, self.syms[0].strides, rtol, self.syms[0].frequencies)
             self.exponents = [self.gram.exponent]
         else:  # each layer on its own scale
             wide, exponents = widen_each(_stack([sym.kernel.detach() for sym in self.syms]))
-            self.gram = Gramian(wide.flatten(0, 1), rtol=rtol, frequencies=self.syms[0].frequencies)
+            self.gram = GramSymbol(wide.flatten(0, 1), rtol=rtol, frequencies=self.syms[0].frequencies)
             self.exponents = [exponent + self.gram.exponent for exponent in exponents]
         self.groups = self.gram.groups // len(ops)
-        self.search = Search(self.gram, self.syms[0].points, np.arange(len(ops)).repeat(self.groups))
+        self.search = BranchAndBound(self.gram, self.syms[0].points, np.arange(len(ops)).repeat(self.groups))
 
     def bounds(self) -> list[Bound]:
         """The intervals, in the order of the operators."""
@@ -128,7 +128,7 @@ class _Enclosing:
         done: dict[int, Bound] = {}
         lowers: dict[int, tuple[float, float]] = {}
         for i, op in enumerate(self.ops):
-            if max(self._mass(i)) == 0.0:
+            if max(self._tap_norm_sums(i)) == 0.0:
                 done[i] = Bound(0.0, 0.0, f"{self.syms[i].because}; all weights are zero")
             elif isinstance(op, Conv) and op.input_size is not None and not self.syms[i].exact:
                 peak = self._peak(i)
@@ -153,7 +153,7 @@ class _Enclosing:
 
     def _whole(self, i: int, layer: Layer) -> Bound:
         """The interval of a finite layer's matrix, group by group."""
-        masses = [rd.ldexp_up(mass, self.exponents[i]) for mass in self._mass(i)]
+        masses = [rd.ldexp_up(mass, self.exponents[i]) for mass in self._tap_norm_sums(i)]
         parts = [rounded(layer, group, mass) for group, mass in enumerate(masses)]
         if not all(bool(matrix.isfinite().all()) for matrix, _ in parts):  # taps that meet add up beyond the largest number
             return Bound(0.0, math.inf, "entries beyond the largest number")
@@ -177,7 +177,7 @@ class _Enclosing:
                 if own is not None:
                     return own
                 lower = max(lower, again)
-                ceilings = np.zeros_like(self.search.best)  # of this layer alone
+                ceilings = np.zeros_like(self.search.lower.best)  # of this layer alone
                 ceilings[i], width = self._room(i, lower)
                 if upper > lower * (1 + self.rtol) and width < self.rtol / 2:  # it can still close
                     upper, why = self._above(i, self.search.close(width, [i], ceilings)[0])
@@ -199,28 +199,33 @@ class _Enclosing:
     def _room(self, i: int, lower: float) -> tuple[float, float]:
         """What the blocks' norm may reach for the layer's interval to close, and how close to their peak it is worth while to prove it."""
         # the width asked for is that of the layer, not of its blocks
-        ceiling, peak = lower * (1 + self.rtol * 0.98) / math.sqrt(self.syms[i].square), math.sqrt(float(self.search.best[i]))
+        ceiling, peak = lower * (1 + self.rtol * 0.98) / math.sqrt(self.syms[i].square), math.sqrt(float(self.search.lower.best[i]))
         room = ceiling / peak - 1 if peak else 0.0
         return ceiling, self.rtol / 2 if room <= 0 else min(max(room, self.rtol / 16), self.rtol / 4)
 
-    def _mass(self, i: int) -> list[float]:
+    def _tap_norm_sums(self, i: int) -> list[float]:
         """Upper bound of `sum_p ||K_p||_F` over the taps of the layer itself, for each group.
 
         A symbol adds up the squares over the phases of a stride; padding that repeats inputs lets phases read the same ones.
         """
         sym = self.syms[i]
         phases = math.prod(min(s, k) for s, k in zip(sym.strides, sym.plain.shape[3:], strict=True))
-        return [rd.mul_up(mass, rd.sqrt_up(float(phases))) for mass in self.gram.mass[i * self.groups : (i + 1) * self.groups]]
+        return [rd.mul_up(mass, rd.sqrt_up(float(phases))) for mass in self.gram.tap_norm_sums[i * self.groups : (i + 1) * self.groups]]
 
     def _peak(self, i: int) -> float:
-        return math.sqrt(float(self.search.best[i]) * self.syms[i].square)
+        return math.sqrt(float(self.search.lower.best[i]) * self.syms[i].square)
 
     def _below(self, i: int, op: Conv) -> tuple[Conv, Layer, int, Tensor, float]:
         """The layer that is applied, the group of the best block, and a vector from there with its Rayleigh quotient."""
         part, modes = sample(op)
         layer = Layer(part, self.exponents[i], modes)
-        group = int(self.search.lattice.groups(self.search.where)[i]) - i * self.groups
-        return part, layer, group, *self._ascend(layer, group, wave(self.search, i, layer, group), self._peak(i), self._mass(i)[group])
+        group = self.search.lower.peak(i).group - i * self.groups
+        return (
+            part,
+            layer,
+            group,
+            *self._ascend(layer, group, wave(self.search.lower.peak(i), layer, group), self._peak(i), self._tap_norm_sums(i)[group]),
+        )
 
     def _of_size(self, i: int, op: Conv) -> tuple[Bound | None, float]:
         """A layer of given size whose blocks bound it from above only: its own interval if it has one, and its lower side."""
@@ -247,7 +252,7 @@ class _Enclosing:
         """The layer's upper bound from the symbol's: times the padding's factor, or plus what the boundary adds."""
         op, square = self.ops[i], self.syms[i].square
         if square > 1 and isinstance(op, Conv) and op.padding_mode in ("reflect", "replicate"):
-            upper, alone, ends = upper_side(op, self.exponents[i], self._mass(i), found.upper)
+            upper, alone, ends = upper_side(op, self.exponents[i], self._tap_norm_sums(i), found.upper)
             by_norm = f"times the norm of the padding on axes {alone}" if alone else ""
             added = "plus the boundary's share (theorem 12)" if ends else ""
             return upper, "; ".join(filter(None, (self._why(i, found), added, by_norm)))
@@ -269,7 +274,7 @@ class _Enclosing:
 
     def _own(self, i: int, layer: Layer, best: int, lower: float, x: Tensor) -> Bound:
         """The finite layer's own interval, from its block-banded certificate."""
-        top, upper, why = banded(layer, self._mass(i), self.rtol, best, lower, x)
+        top, upper, why = banded(layer, self._tap_norm_sums(i), self.rtol, best, lower, x)
         return self._scaled(i, top, upper, f"{self._itself(i, layer)}, {why}")
 
     def _scaled(self, i: int, lower: float, upper: float, why: str) -> Bound:

@@ -18,7 +18,7 @@ from gramlip import devices
 from gramlip import rounding as rd
 from gramlip.arrays import Complexes, Ints, Reals, integers, on, pieces
 from gramlip.lattice import START, resolution, waves
-from gramlip.tall import Tall, symbols
+from gramlip.tall import TallKernel, symbols
 from gramlip.taps import Mixed, Narrow, Taps, square_errors, squared_symbols, tap_offsets, tap_positions, tap_runs
 
 TAP_BYTES = 208 << 20  # the autocorrelation is kept in double while it is smaller than this
@@ -37,7 +37,7 @@ WAVES_BYTES = 16 << 20  # of waves at once
 GPU_CHUNK_BYTES = 76 << 20  # or this, which keeps a GPU busy
 
 
-class Gramian:
+class GramSymbol:
     """`G(w)` for the symbol of `kernel` (groups, m, n, *k), scaled by a power of two: true norms are `2**exponent` times ours.
 
     `noise` bounds `||fl(G) - G||_2` for every group and frequency; `side` is the order c of the blocks.
@@ -49,18 +49,18 @@ class Gramian:
         `rtol` is the width that the blocks are to serve: where it is small nothing is kept in single precision.
         `frequencies` is how many there are, None for all of the torus.
         """
-        self.tall = Tall(kernel, strides)
+        self.tall = TallKernel(kernel, strides)
         self.flipped, self.groups, self.rows, self.side = self.tall.flipped, self.tall.groups, self.tall.rows, self.tall.side
         self.span, self.exponent, self.is_complex = self.tall.span, self.tall.exponent, self.tall.is_complex
         self.axes = len(self.span)
         self.device, self.parallel = kernel.device, devices.parallel(kernel.device)
-        self.mass = self._mass()
+        self.tap_norm_sums = self._sum_tap_norms()
         count = (math.prod(2 * k - 1 for k in self.span) - 1) // 2
         each = self.groups * self.side**2 * (16 if self.is_complex else 8)
         self.offsets = tap_offsets(self.span) if count <= MOST_TAPS else integers([]).reshape(0, self.axes)
         length = self.rows * self.tall.count + count + 96
         per = rd.gamma(4.0 * length if self.is_complex else 2.0 * length)
-        self.noise = [rd.add_up(rd.mul_up(per, rd.mul_up(m, m)), rd.TINY) if m else 0.0 for m in self.mass]
+        self.noise = [rd.add_up(rd.mul_up(per, rd.mul_up(m, m)), rd.TINY) if m else 0.0 for m in self.tap_norm_sums]
         self.squared = self._few(frequencies) and self._squarable(SQUARED_PART * rtol)
         self.swept = self.parallel and self._sweepable(frequencies, rtol)
         # a matrix is one block, whatever its size
@@ -103,12 +103,12 @@ class Gramian:
         errors = square_errors(self.tall, tap_runs(self.span))
         # the mean over all frequencies of the largest eigenvalue is at least the mean eigenvalue
         mean = torch.linalg.vector_norm(self.tall.wide.flatten(1), dim=-1).square() / self.side
-        if any(m and error > part * x for m, error, x in zip(self.mass, errors, mean.tolist(), strict=True)):
+        if any(m and error > part * x for m, error, x in zip(self.tap_norm_sums, errors, mean.tolist(), strict=True)):
             return False
         self._add_noise(errors)
         return True
 
-    def _mass(self) -> list[float]:
+    def _sum_tap_norms(self) -> list[float]:
         """Upper bound of `sum_p ||K_p||_F` for each group."""
         grow = 1.0 + rd.gamma(8.0 * (self.rows * self.side + self.tall.count))
         norms = torch.zeros(self.groups, self.tall.count, dtype=torch.float64, device=self.device)
@@ -137,7 +137,7 @@ class Gramian:
         mixed = Mixed(self.taps)
         # the mean over all frequencies of the largest eigenvalue is at least the mean eigenvalue of A_0
         least = self.taps.zero.diagonal(dim1=-2, dim2=-1).real.mean(-1).tolist()
-        if any(m and noise > part * x for m, noise, x in zip(self.mass, mixed.noise, least, strict=True)):
+        if any(m and noise > part * x for m, noise, x in zip(self.tap_norm_sums, mixed.noise, least, strict=True)):
             return False
         self.mixed = mixed
         self._add_noise(mixed.noise)
@@ -212,7 +212,7 @@ class Gramian:
     def crude(self, group: int) -> float:
         """Upper bound of the norm without any frequency: `sum_p ||K_p||_F`, or the root of P times `||sum_p K_p* K_p||` (lemma 14)."""
         if self.axes == 0:
-            return self.mass[group]
+            return self.tap_norm_sums[group]
         zero = torch.zeros(1, self.side, self.side, dtype=torch.complex128 if self.is_complex else torch.float64, device=self.device)
         for piece in self.tall.pieces(group):
             flat = piece[0].flatten(0, 1)
@@ -224,4 +224,4 @@ class Gramian:
         while bool(guess < top) and not bool(cert.cholesky(zero, guess, noise)):
             guess = 1.2 * guess
         top = float(torch.minimum(guess, top))
-        return min(self.mass[group], rd.sqrt_up(rd.mul_up(top, float(self.tall.count))))
+        return min(self.tap_norm_sums[group], rd.sqrt_up(rd.mul_up(top, float(self.tall.count))))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gramlip import certificates as cert
 from gramlip.arrays import largest, named, on, pieces
-from gramlip.gramian import Gramian
+from gramlip.gramian import GramSymbol
 from gramlip.lattice import Lattice, waves
 from gramlip.tall import symbols
 from gramlip.taps import tap_positions
@@ -49,7 +49,7 @@ def corners(
 class Sweep:
     """An estimate of the largest eigenvalue of every block of a symbol at the corners, (groups, F), and the blocks where they are small."""
 
-    def __init__(self, g: Gramian, waves: Tensor) -> None:
+    def __init__(self, g: GramSymbol, waves: Tensor) -> None:
         """Form the blocks, a few frequencies at a time, and square them."""
         self._g, self._waves = g, waves
         count, c = len(waves), g.side
@@ -78,7 +78,7 @@ class Sweep:
         return many[groups, place], blocks[groups, place], vectors.reshape(*many.shape, -1)[groups, place]
 
 
-def _blocks(g: Gramian, waves: Tensor, group: int | None = None) -> Tensor:
+def _blocks(g: GramSymbol, waves: Tensor, group: int | None = None) -> Tensor:
     """`D* D` of one group or of all, one after the other, at these waves (F, taps)."""
     assert g.tall.wide is not None
     flat = (g.tall.wide if group is None else g.tall.wide[group]).flatten(-2)

@@ -18,7 +18,7 @@ PIECE_BYTES = 8 << 20  # pieces of larger kernels have about this size,
 GPU_PIECE_BYTES = 64 << 20  # or this on a GPU
 
 
-class Tall:
+class TallKernel:
     """The kernel (groups, taps, rows, side), `rows >= side`, of the symbol of `kernel` (groups, m, n, *k) at `strides`.
 
     Entries are divided by `2**exponent`, chosen so that the largest lies in [1/2, 1).

@@ -17,7 +17,7 @@ from torch import Tensor
 from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip.arrays import Complexes, Ints, Reals, integers, on, pieces
-from gramlip.tall import Tall
+from gramlip.tall import TallKernel
 
 HALF = 2.0**-24  # unit roundoff of single precision
 TOGETHER = 3  # taps that are accumulated in double at once before they are stored in single precision
@@ -66,7 +66,7 @@ def _apart(q: tuple[int, ...], span: tuple[int, ...]) -> list[Run]:
     return [(start, start + between, count) for start in flat]
 
 
-def correlate(tall: Tall, runs: list[list[Run]], out: Tensor) -> None:
+def correlate(tall: TallKernel, runs: list[list[Run]], out: Tensor) -> None:
     """Add the tap `A_q` of each list of runs to `out[i]` (groups, c, c), which are zero, with the rows of the kernel streamed."""
     # a Hermitian one, of pairs of equal taps, is formed below the diagonal
     parts = strips(tall.side, max(STRIP, tall.side // STRIPS))
@@ -116,7 +116,7 @@ class Taps:
     The first blocks turn them into the coefficients of the cosines and sines, `A_q + A_q*` and `A_q - A_q*`.
     """
 
-    def __init__(self, tall: Tall, runs: list[list[Run]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, tall: TallKernel, runs: list[list[Run]], dtype: torch.dtype, device: torch.device) -> None:
         """Form the taps, that of `runs[0]` being `A_0`: each the same for all groups, so that one product takes them all."""
         self.found = torch.zeros(len(runs), tall.groups, tall.side, tall.side, dtype=dtype, device=device)
         self._odd: Tensor | None = None
@@ -173,7 +173,7 @@ class Narrow:
     `noise[g]` bounds what storing them adds to the error of any block of group g: docs/rounding.md#r2-symbol.
     """
 
-    def __init__(self, tall: Tall, runs: list[list[Run]], device: torch.device) -> None:
+    def __init__(self, tall: TallKernel, runs: list[list[Run]], device: torch.device) -> None:
         """Form the taps, that of `runs[0]` being `A_0`, a few at a time."""
         shape = (tall.groups, tall.side, tall.side)
         self.zero = torch.zeros(1, *shape, dtype=torch.float64, device=device)
@@ -295,7 +295,7 @@ def _frobenius(taps: Tensor) -> Reals:
     return norms
 
 
-def square_errors(tall: Tall, runs: list[list[Run]]) -> list[float]:
+def square_errors(tall: TallKernel, runs: list[list[Run]]) -> list[float]:
     """Upper bounds of `||fl(G) - G||` for any block of each group, beyond the error in double.
 
     `runs` are those of the pairs of taps at each distance, whose inner products are the coefficients of the trace of G:
@@ -316,7 +316,7 @@ def square_errors(tall: Tall, runs: list[list[Run]]) -> list[float]:
     return [rd.up(per * m * grow + more * n + 2.0**-100 * tall.rows * tall.side) for m, n in zip(most, mass, strict=True)]
 
 
-def squared_symbols(tall: Tall, groups: slice, waves: Tensor) -> Tensor:
+def squared_symbols(tall: TallKernel, groups: slice, waves: Tensor) -> Tensor:
     """`D(w)* D(w)` of a real kernel at the waves `exp(-i p.w)` (F, taps) of its taps: (groups F, c, c) in single precision.
 
     Complex products alone: no global setting cuts them short on a CPU.
