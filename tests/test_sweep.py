@@ -62,8 +62,8 @@ def test_a_peak_that_was_missed_is_found_by_the_corners_that_fail(monkeypatch: p
     truth = gl.bound(op, rtol=1e-6)
     sweep = LowerBounds._sweep
 
-    def worse(self: LowerBounds) -> None:
-        sweep(self)
+    def worse(self: LowerBounds, fine: float) -> None:
+        sweep(self, fine)
         self.best *= 0.5
 
     monkeypatch.setattr(LowerBounds, "_sweep", worse)
@@ -96,7 +96,7 @@ def test_axes_that_the_spread_omits_are_visited_point_by_point(size: int, rtol: 
     kernel = torch.ones(1, 2, 2, 4, dtype=torch.complex64 if complex_ else torch.float32)
     gram = gramian.GramSymbol(kernel, rtol=rtol, frequencies=size)
     grid = Lattice(gram.span, (size,), 1, not complex_)
-    cells = grid.cells(gram.fine, np.zeros(1, dtype=np.int64), least=True)
+    cells = grid.cells(gram.fine or 0.0, np.zeros(1, dtype=np.int64), least=True)
     passed_over = bool((grid.half_widths(cells) > 0).any())
-    assert gram.swept
+    assert gram.fine is not None
     assert grid.spread < math.cos(1.5 * math.pi / size) * (1 + 1e-12) or not passed_over

@@ -137,8 +137,8 @@ class LowerBounds:
         """
         if self.symbol.mix(MIXED_PART * rtol):
             self.noise = np.array(self.symbol.noise)
-        if self.symbol.swept:
-            self._sweep()
+        if self.symbol.fine is not None:
+            self._sweep(self.symbol.fine)
         elif len(self.nonzero()):
             every = thorough and self.lattice.count <= SMALL_GRID
             found = self._survey_coarse(every, budget)
@@ -194,10 +194,10 @@ class LowerBounds:
         turns = zip(index[0].tolist(), self.lattice.sizes, strict=True)
         return Peak(int(group[0]), tuple(2 * math.pi * i / n for i, n in turns), self.vectors[item], self.symbol.flipped)
 
-    def _sweep(self) -> None:
+    def _sweep(self, fine: float) -> None:
         """The lower side from all corners at once, on a GPU: what lies between them is left to the width."""
         symbol, device = self.symbol, self.symbol.device
-        self.corners = sweep.corners(symbol.span, self.points, symbol.groups, self.lattice.mirrored, symbol.fine, device)
+        self.corners = sweep.corners(symbol.span, self.points, symbol.groups, self.lattice.mirrored, fine, device)
         found = sweep.Sweep(symbol, self.corners.waves)
         keys = self.corners.keys + np.arange(symbol.groups)[:, None] * self.lattice.count
         self.coarse = keys.ravel()

@@ -148,7 +148,7 @@ class BranchAndBound:
             self.floor = np.maximum(self.floor, ceiling)
         every = range(len(self.lower.best))
         targets = Targets(self.lower, rtol, self.floor, every if only is None else only)
-        swept = self.symbol.swept and len(targets.chosen) == len(every) and self._swept(targets)
+        swept = self.symbol.fine is not None and len(targets.chosen) == len(every) and self._swept(targets)
         if not swept and self.lower.too_long:
             targets.multiple[:] = math.inf
         elif not swept:
@@ -320,15 +320,17 @@ class BranchAndBound:
 
     def _first_cells(self, groups: Ints, target_norm: Reals) -> Cells:
         """The initial cells at the resolution that the estimates on the coarse grid predict to be cheapest."""
-        swept = self.symbol.swept
-        if not self.lattice.active or not len(groups) or swept or self.lattice.listed:
-            return self.lattice.cells(self.symbol.fine if swept else 1.0, groups, least=swept)
+        fine = self.symbol.fine
+        if fine is not None:
+            return self.lattice.cells(fine, groups, least=True)
+        if not self.lattice.active or not len(groups) or self.lattice.listed:
+            return self.lattice.cells(1.0, groups)
         return self.lattice.cells(self._cheapest(target_norm)[1], groups)
 
     def _open(self, groups: Ints, targets: Targets) -> Cells:
         """The first cells. Targets take the least multiple for which the blocks to test are predicted to stay within the budget."""
         target_norm = targets.asked()
-        if self.symbol.swept or self.lattice.listed or not len(groups):
+        if self.symbol.fine is not None or self.lattice.listed or not len(groups):
             return self._first_cells(groups, target_norm)
         each = len(groups) * (self.symbol.operations + (4 / 3) * self.symbol.side**3)
         left = 1.5 * self.budget - self.tally.operations

@@ -27,6 +27,7 @@ class TallKernel:
     def __init__(self, kernel: Tensor, strides: tuple[int, ...] | None = None) -> None:
         """Orient the kernel; nothing but its exponent is computed, and a copy made where it is small."""
         self.source = kernel.detach()
+        self.device, self.parallel = kernel.device, devices.parallel(kernel.device)
         taps = kernel.shape[3:]
         self.strides = strides or (1,) * len(taps)
         self.span = tuple(-(-k // s) for k, s in zip(taps, self.strides, strict=True))
@@ -56,7 +57,7 @@ class TallKernel:
             yield self.wide
             return
         total = self.rows // self._unit
-        size = size or (GPU_PIECE_BYTES if devices.parallel(self.source.device) else PIECE_BYTES)
+        size = size or (GPU_PIECE_BYTES if self.parallel else PIECE_BYTES)
         step = max(1, size // (self._row_bytes * (self.groups if group is None else 1)))
         for start in range(0, total, step):
             stop = min(start + step, total)

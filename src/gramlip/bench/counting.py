@@ -15,7 +15,7 @@ from torch import Tensor
 import gramlip.certificates as certificates
 import gramlip.certify as engine
 from gramlip.arrays import Flags, Ints, Reals
-from gramlip.gramian import GramSymbol
+from gramlip.gramian import GramSymbol, SharedProductsInSingle, SquaresInSingle
 from gramlip.measure import interleaved
 from gramlip.search import BranchAndBound
 
@@ -128,10 +128,12 @@ class _Booked(BranchAndBound):
         if g.taps is not None:
             shared = float(g.groups * taps**2 * g.rows * g.side**2 * field)
             each = float(self.tested * 2 * len(g.offsets) * g.side**2 * (2 if g.is_complex else 1))
-            return (shared, each) if g.mixed is not None else (shared + each, 0.0)
+            return (shared, each) if isinstance(g.strategy, SharedProductsInSingle) else (shared + each, 0.0)
         square = 4 * g.rows * g.side**2 if g.axes else g.rows * g.side**2 * field
         symbol = 4 * taps * g.rows * g.side if g.axes else 0
-        return (float(self.tested * symbol), float(self.tested * square)) if g.squared else (float(self.tested * (symbol + square)), 0.0)
+        if isinstance(g.strategy, SquaresInSingle):
+            return float(self.tested * symbol), float(self.tested * square)
+        return float(self.tested * (symbol + square)), 0.0
 
 
 def rates(device: torch.device, trials: int, quick: bool = False, dtypes: Sequence[torch.dtype] = DTYPES) -> dict[str, float]:
