@@ -209,7 +209,7 @@ def mirrored_complex(patch: pytest.MonkeyPatch) -> None:
 
 def phases_in_quadrature(patch: pytest.MonkeyPatch) -> None:
     """Squares added over the phases of a stride, where padding lets phases read one input: a group is left out that holds the norm."""
-    patch.setattr(certify._Enclosing, "_tap_norm_sums", lambda self, i: self.gram.tap_norm_sums[i * self.groups : (i + 1) * self.groups])
+    patch.setattr(certify, "layer_norm_sums", lambda sym, tap_norm_sums: list(tap_norm_sums))
 
 
 # ---- rounding ------------------------------------------------------------------------------------------------------------
@@ -358,10 +358,10 @@ def errors_of_one_product(patch: pytest.MonkeyPatch) -> None:
     """The error of a finite layer's Gram matrix for one inner product, however many of them an entry adds up."""
     right = finite.Certificate.noise
 
-    def noise(self: finite.Certificate, mass: float) -> float:
+    def noise(self: finite.Certificate, tap_norm_sum: float) -> float:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(self, "pairs", {key: [(0, 0)] for key in self.pairs})
-            return right(self, mass)
+            return right(self, tap_norm_sum)
 
     patch.setattr(finite.Certificate, "noise", noise)
 

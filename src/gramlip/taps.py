@@ -310,10 +310,10 @@ def square_errors(tall: TallKernel, runs: list[list[Run]]) -> list[float]:
     grow = 1 + rd.gamma(8.0 * tall.rows * tall.side * tall.count)
     rows = min(SQUARE_ROWS, tall.rows)
     per = rd.gamma(1.42 * (2.0 * rows + -(-tall.rows // rows) + 4) + 3, HALF)
-    mass = np.trace(inner, axis1=1, axis2=2) * tall.count  # what rounding of the inner products is relative to
-    # small symbols are formed in single precision, which errs by so much of the sum of the taps' norms, whose square `mass` is no less than
+    total = np.trace(inner, axis1=1, axis2=2) * tall.count  # what rounding of the inner products is relative to
+    # small symbols are formed in single precision, which errs by so much of the sum of the taps' norms, whose square is at most `total`
     more = per * (grow - 1) + (2.01 * rd.gamma(tall.count + 3.0, HALF) * grow if tall.side <= STRIP else 0.0)
-    return [rd.up(per * m * grow + more * n + 2.0**-100 * tall.rows * tall.side) for m, n in zip(most, mass, strict=True)]
+    return [rd.up(per * m * grow + more * n + 2.0**-100 * tall.rows * tall.side) for m, n in zip(most, total, strict=True)]
 
 
 def squared_symbols(tall: TallKernel, groups: slice, waves: Tensor) -> Tensor:
