@@ -241,10 +241,14 @@ class LowerBounds:
         count, first = next(some for side, some in SURVEYED.items() if self.symbol.side <= side)
         chosen = order[before < count]
         found = self.raise_lower(keys[chosen], first if steps == STEPS else steps, held=None if held is None else (held, chosen))
-        share = np.bincount(item[chosen], found.values / np.maximum(above[chosen], 1e-300), len(self.best))
-        above *= (share / np.maximum(np.bincount(item[chosen], minlength=len(self.best)), 1))[item]
+        above *= self._mean_of_items(item[chosen], found.values / np.maximum(above[chosen], 1e-300))[item]
         above[chosen] = found.values
         return Ritz(above, found.seen, found.vectors)
+
+    def _mean_of_items(self, item: Ints, values: Reals) -> Reals:
+        """The mean of the values of each layer, zero where it has none."""
+        count = len(self.best)
+        return np.bincount(item, values, count) / np.maximum(np.bincount(item, minlength=count), 1)
 
     def _moments(self, keys: Ints, held: Tensor | None) -> Reals:
         """The two-moment bounds of the computed blocks at these keys, which are `held` or formed a few at a time."""
@@ -293,9 +297,8 @@ class LowerBounds:
         top = top[estimates[top] > self.best[item[top]]]
         if not len(top):
             return
-        double = torch.complex128 if vectors.is_complex() else torch.float64
-        v = vectors[on(vectors.device, top)].to(double)
-        lower = cert.rayleigh(take(blocks, top).to(double), v, on(v.device, self.noise[group[top]])).cpu().numpy()
+        v = vectors[on(vectors.device, top)].to(torch.complex128 if vectors.is_complex() else torch.float64)
+        lower = cert.rayleigh(take(blocks, top).to(v.dtype), v, on(v.device, self.noise[group[top]])).cpu().numpy()
         better = (lower > self.best[item[top]]).nonzero()[0]
         at = item[top[better]]
         self.best[at], self.where[at] = lower[better], keys[top[better]]
@@ -320,15 +323,12 @@ class LowerBounds:
         turn = 2 * math.pi / np.array(self.lattice.sizes)
         coefficients, positions = self.symbol.polynomial(group, index, self.lattice.sizes, self.vectors[on(self.symbol.device, items)])
         step = uphill(coefficients, positions, index * turn) / turn - index
-        keys: list[Ints] = []
-        for stride in strides:
-            point = index + stride * step
-            ends = [
-                (np.floor(point[:, j]), np.ceil(point[:, j])) if grid else (point[:, j].round(),)
-                for j, grid in enumerate(self.lattice.on_grid)
-            ]
-            keys += [self.lattice.keys(group, integers(np.stack(c, -1))) for c in itertools.product(*ends)]
-        return np.unique(np.concatenate(keys))
+        return np.unique(np.concatenate([self._keys_near(group, index + stride * step) for stride in strides]))
+
+    def _keys_near(self, group: Ints, point: Reals) -> Ints:
+        """The keys next to points (I, axes) of the lattice: on both sides along the axes of a grid."""
+        ends = [(np.floor(x), np.ceil(x)) if grid else (x.round(),) for x, grid in zip(point.T, self.lattice.on_grid, strict=True)]
+        return np.concatenate([self.lattice.keys(group, integers(np.stack(c, -1))) for c in itertools.product(*ends)])
 
 
 def take(blocks: Tensor, rows: Ints) -> Tensor:

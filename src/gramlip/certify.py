@@ -316,9 +316,11 @@ class LayerTask:
         if not all(bool(matrix.isfinite().all()) for matrix, _ in parts):  # taps that meet add up beyond the largest number
             return Bound(0.0, math.inf, "entries beyond the largest number")
         closed = certify_all([Dense(matrix) for matrix, _ in parts], rtol=self.rtol)
-        low = max(rd.down(part.lower - error) if error else part.lower for part, (_, error) in zip(closed, parts, strict=True))
-        high, most = max((rd.add_up(float(part.upper), error), g) for g, (part, (_, error)) in enumerate(zip(closed, parts, strict=True)))
-        entries = "whose entries are rounded (R8)" if parts[most][1] else "(R8)"
+        errors = [error for _, error in parts]
+        low = max(rd.down(part.lower - error) if error else part.lower for part, error in zip(closed, errors, strict=True))
+        highs = [rd.add_up(float(part.upper), error) for part, error in zip(closed, errors, strict=True)]
+        high, most = max((high, group) for group, high in enumerate(highs))
+        entries = "whose entries are rounded (R8)" if errors[most] else "(R8)"
         return Bound(max(low, 0.0), high, f"{self._itself(layer)} {entries}, as {closed[most].because}")
 
     def _own(self, start: FiniteStart) -> Bound:

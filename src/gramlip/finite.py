@@ -246,10 +246,10 @@ class Certificate:
         """The least relative width above a lower side that rounding lets be proved: docs/rounding.md#the-least-width."""
         return math.expm1(math.log1p(2 * shift(self.side * self.steps) + 4 * self.noise(tap_norm_sum) / max(lower, 1e-150) ** 2) / 2)
 
-    def proves(self, tau: float, tap_norm_sum: float) -> bool:
-        """Whether the factorisation for tau completes: then `||T|| <= tau`."""
+    def proves(self, target_norm: float, tap_norm_sum: float) -> bool:
+        """Whether the factorisation for a target completes: then `||T|| <= target_norm`."""
         noise, total = self.noise(tap_norm_sum), self.side * self.steps
-        t = (tau * tau - noise) * (1 - 2 * shift(total)) - 2 * shift(total) * noise
+        t = (target_norm * target_norm - noise) * (1 - 2 * shift(total)) - 2 * shift(total) * noise
         if t <= 0:
             return False
         window: dict[tuple[int, int], Tensor] = {}

@@ -72,17 +72,22 @@ def correlate(tall: TallKernel, runs: list[list[Run]], out: Tensor) -> None:
     parts = strips(tall.side, max(STRIP, tall.side // STRIPS))
     for piece in tall.pieces():
         flat, rows = piece.flatten(1, 2), piece.shape[2]
-        for one, some in zip(out, runs, strict=True):
-            for left, right, count in some:  # one product, the pairs one below the other
+        for tap, pairs in zip(out, runs, strict=True):
+            for left, right, count in pairs:  # one product, the pairs one below the other
                 a, b = (flat.narrow(1, start * rows, count * rows) for start in (left, right))
-                if left != right or len(parts) == 1:
-                    one.baddbmm_(a.mH, b)
-                    continue
-                for i, j in parts:
-                    one[:, i:j, :j].baddbmm_(a[:, :, i:j].mH, b[:, :, :j])
-    for one, some in zip(out, runs, strict=True):
-        if some and some[0][0] == some[0][1]:
-            mirror(one, parts)
+                _add_product(tap, a, b, parts if left == right else parts[:0])
+    for tap, pairs in zip(out, runs, strict=True):
+        if pairs and pairs[0][0] == pairs[0][1]:
+            mirror(tap, parts)
+
+
+def _add_product(tap: Tensor, a: Tensor, b: Tensor, parts: list[tuple[int, int]]) -> None:
+    """Add `a* b` to a tap (groups, c, c), of a Hermitian one only the strips up to their diagonal blocks."""
+    if len(parts) <= 1:
+        tap.baddbmm_(a.mH, b)
+        return
+    for i, j in parts:
+        tap[:, i:j, :j].baddbmm_(a[:, :, i:j].mH, b[:, :, :j])
 
 
 def strips(side: int, size: int) -> list[tuple[int, int]]:
@@ -349,14 +354,18 @@ def _large_squares(kernel: Tensor, waves: Tensor, out: Tensor) -> None:
     count, rows, side = len(waves), *kernel.shape[2:]
     symbols = torch.empty(count, rows, side, dtype=torch.complex64, device=waves.device)
     both = torch.cat([waves.real, waves.imag])
-    for part, some in zip(kernel[0].split(SQUARE_ROWS, 1), torch.view_as_real(symbols).split(SQUARE_ROWS, 1), strict=True):
+    for part, places in zip(kernel[0].split(SQUARE_ROWS, 1), torch.view_as_real(symbols).split(SQUARE_ROWS, 1), strict=True):
         found = (both @ part.flatten(1)).reshape(2, count, -1, side)
-        some[..., 0], some[..., 1] = found[0], found[1]
+        places[..., 0], places[..., 1] = found[0], found[1]
     parts = strips(side, STRIP)
     for block, symbol in zip(out, symbols, strict=True):
-        left = symbol.mH
         for i, j in parts:
-            strip = block[i:j, :j]
-            for k in range(0, rows, SQUARE_ROWS):
-                torch.addmm(strip, left[i:j, k : k + SQUARE_ROWS], symbol[k : k + SQUARE_ROWS, :j], beta=float(k > 0), out=strip)
+            _strip_of_square(symbol, i, j, block[i:j, :j])
     mirror(out, parts)
+
+
+def _strip_of_square(symbol: Tensor, first: int, last: int, out: Tensor) -> None:
+    """These rows of `D* D` up to their diagonal block, a few rows of the symbol at a time."""
+    left = symbol.mH[first:last]
+    for k in range(0, len(symbol), SQUARE_ROWS):
+        torch.addmm(out, left[:, k : k + SQUARE_ROWS], symbol[k : k + SQUARE_ROWS, :last], beta=float(k > 0), out=out)
