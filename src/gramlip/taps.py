@@ -301,24 +301,32 @@ def _frobenius(taps: Tensor) -> Reals:
 
 
 def square_errors(tall: TallKernel, runs: list[list[Run]]) -> list[float]:
-    """Upper bounds of `||fl(G) - G||` for any block of each group, beyond the error in double.
+    """Upper bounds of `||fl(G) - G||` for any block of each group, beyond the error in double: docs/rounding.md#r2-symbol.
 
-    `runs` are those of the pairs of taps at each distance, whose inner products are the coefficients of the trace of G:
-    docs/rounding.md#r2-symbol.
+    `runs` are those of the pairs of taps at each distance.
+    """
+    traces, squares = _largest_traces(tall, runs)
+    grow = 1 + rd.gamma(8.0 * tall.rows * tall.side * tall.count)
+    rows = min(SQUARE_ROWS, tall.rows)
+    per = rd.gamma(1.42 * (2.0 * rows + -(-tall.rows // rows) + 4) + 3, HALF)
+    # small symbols are formed in single precision, which errs by so much of the sum of the taps' norms, whose square is at most `squares`
+    more = per * (grow - 1) + (2.01 * rd.gamma(tall.count + 3.0, HALF) * grow if tall.side <= STRIP else 0.0)
+    least = 2.0**-100 * tall.rows * tall.side
+    return [rd.up(per * trace * grow + more * square + least) for trace, square in zip(traces, squares, strict=True)]
+
+
+def _largest_traces(tall: TallKernel, runs: list[list[Run]]) -> tuple[Reals, Reals]:
+    """For each group a bound of the trace of G at every frequency, as computed, and what the rounding of it is relative to.
+
+    The coefficients of the trace are sums of inner products of taps. The number of taps times the sum of their squares is no less than
+    the square of the sum of their norms.
     """
     assert tall.wide is not None
     flat = tall.wide.flatten(2)
     inner: Reals = (flat @ flat.mT).cpu().numpy()
-    blocks = ((inner[:, p : p + n, q : q + n].trace(axis1=1, axis2=2) for p, q, n in some) for some in runs)
-    trace, *others = (np.abs(sum(some, np.zeros(len(inner)))) for some in blocks)
-    most = trace + 2 * sum(others, np.zeros(len(inner)))
-    grow = 1 + rd.gamma(8.0 * tall.rows * tall.side * tall.count)
-    rows = min(SQUARE_ROWS, tall.rows)
-    per = rd.gamma(1.42 * (2.0 * rows + -(-tall.rows // rows) + 4) + 3, HALF)
-    total = np.trace(inner, axis1=1, axis2=2) * tall.count  # what rounding of the inner products is relative to
-    # small symbols are formed in single precision, which errs by so much of the sum of the taps' norms, whose square is at most `total`
-    more = per * (grow - 1) + (2.01 * rd.gamma(tall.count + 3.0, HALF) * grow if tall.side <= STRIP else 0.0)
-    return [rd.up(per * m * grow + more * n + 2.0**-100 * tall.rows * tall.side) for m, n in zip(most, total, strict=True)]
+    blocks = ((inner[:, p : p + n, q : q + n].trace(axis1=1, axis2=2) for p, q, n in pairs) for pairs in runs)
+    mean, *others = (np.abs(sum(pairs, np.zeros(len(inner)))) for pairs in blocks)
+    return mean + 2 * sum(others, np.zeros(len(inner))), np.trace(inner, axis1=1, axis2=2) * tall.count
 
 
 def squared_symbols(tall: TallKernel, groups: slice, waves: Tensor) -> Tensor:
