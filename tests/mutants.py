@@ -46,6 +46,7 @@ from test_network_steps import (
     test_replicate_padding_by_50_repeats_the_error_51_times,
 )
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
+from test_search import test_a_layer_that_is_given_up_leaves_the_others_in_the_search
 from test_sums import test_norms_of_many_equal_entries, test_products_of_many_rows
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -185,8 +186,8 @@ def first_group_only(patch: pytest.MonkeyPatch) -> None:
 
 def power_iteration_as_a_bound(patch: pytest.MonkeyPatch) -> None:
     """The lower side sold as an upper bound."""
-    patch.setattr(search.Search, "certify", lambda self, keys, thresholds: np.ones(len(keys), dtype=np.bool_))
-    patch.setattr(search.Search, "_tau", lambda self, width: np.sqrt(self.best))
+    patch.setattr(search.BranchAndBound, "prove_blocks", lambda self, keys, thresholds: np.ones(len(keys), dtype=np.bool_))
+    patch.setattr(search.Targets, "asked", lambda self: np.sqrt(self._lower.best))
 
 
 def frobenius_as_a_lower_bound(patch: pytest.MonkeyPatch) -> None:
@@ -214,6 +215,17 @@ def corners_without_slack(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lattice.Lattice, "slack", lambda self, half: np.zeros(len(half)))
 
 
+def one_layer_ends_all(patch: pytest.MonkeyPatch) -> None:
+    """A layer that is given up ends the search of those beside it, which keep targets that nothing proved."""
+    right = search.BranchAndBound._without_given_up
+
+    def wrong(self: search.BranchAndBound, cells: lattice.Cells, targets: search.Targets) -> lattice.Cells:
+        left = right(self, cells, targets)
+        return left if len(left[0]) == len(cells[0]) else lattice.pick(left, slice(0))
+
+    patch.setattr(search.BranchAndBound, "_without_given_up", wrong)
+
+
 def mirrored_complex(patch: pytest.MonkeyPatch) -> None:
     """Half of the frequencies for a complex kernel, whose two halves differ."""
     right = lattice.Lattice.__init__
@@ -222,7 +234,7 @@ def mirrored_complex(patch: pytest.MonkeyPatch) -> None:
 
 def phases_in_quadrature(patch: pytest.MonkeyPatch) -> None:
     """Squares added over the phases of a stride, where padding lets phases read one input: a group is left out that holds the norm."""
-    patch.setattr(certify._Enclosing, "_mass", lambda self, i: self.gram.mass[i * self.groups : (i + 1) * self.groups])
+    patch.setattr(certify, "layer_norm_sums", lambda sym, tap_norm_sums: list(tap_norm_sums))
 
 
 # ---- rounding ------------------------------------------------------------------------------------------------------------
@@ -371,10 +383,10 @@ def errors_of_one_product(patch: pytest.MonkeyPatch) -> None:
     """The error of a finite layer's Gram matrix for one inner product, however many of them an entry adds up."""
     right = finite.Certificate.noise
 
-    def noise(self: finite.Certificate, mass: float) -> float:
+    def noise(self: finite.Certificate, tap_norm_sum: float) -> float:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(self, "pairs", {key: [(0, 0)] for key in self.pairs})
-            return right(self, mass)
+            return right(self, tap_norm_sum)
 
     patch.setattr(finite.Certificate, "noise", noise)
 
@@ -461,6 +473,12 @@ def products_one_after_the_other(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sums, "ROWS", 2**62)
 
 
+def layers_together_hold() -> None:
+    """Three layers in one search, of which the first has no target left."""
+    with pytest.MonkeyPatch.context() as patch:
+        test_a_layer_that_is_given_up_leaves_the_others_in_the_search((0,), patch)
+
+
 MUTANTS: dict[str, Mutant] = {
     "squares one after the other": Mutant(squares_one_after_the_other, test_norms_of_many_equal_entries),
     "products one after the other": Mutant(products_one_after_the_other, test_products_of_many_rows),
@@ -502,6 +520,7 @@ MUTANTS: dict[str, Mutant] = {
     "first group only": Mutant(first_group_only, _on(theorem, "orthogonal 4x1x3x3 n=4x4 p=1.1,1.1 g=4 fp32")),
     "grid taken for the torus": Mutant(cosine_factor_dropped, _on(every_size_on_blocks, "between-grid-points")),
     "cells judged by their corners alone": Mutant(corners_without_slack, _on(every_size, "random 2x2x3x3 n=5x5 p=1.1,1.1 circular c64")),
+    "a layer that is given up ends the search of all": Mutant(one_layer_ends_all, layers_together_hold),
     "complex kernels mirrored": Mutant(mirrored_complex, _on(check, "near_orthogonal 2x2x3x3 n=5x5 p=1.1,1.1 circular c64")),
     "power iteration as an upper bound": Mutant(power_iteration_as_a_bound, matrices_hold),
     "upper bound in the lower side": Mutant(frobenius_as_a_lower_bound, _on(check, "fp32-rounding")),

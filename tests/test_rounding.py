@@ -21,8 +21,8 @@ from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip.bound import decimals
 from gramlip.finite import Certificate, Layer
-from gramlip.gramian import Gramian
-from gramlip.search import Search
+from gramlip.gramian import GramSymbol, SquaresInSingle
+from gramlip.search import BranchAndBound
 from gramlip.taps import Taps, spectral
 from gramlip.testing import weight
 
@@ -513,7 +513,7 @@ def test_blocks_in_single_precision_err_by_no_more_than_their_noise(complex_: bo
     """R2: channels of very different scale, several groups, frequencies on no grid; against the same blocks in double."""
     dtype = torch.complex128 if complex_ else torch.float64
     kernel = torch.randn(2, 9, 6, 3, 2, dtype=dtype) * torch.tensor([1.0, scale]).repeat(3)[:, None, None]
-    double, single = Gramian(kernel), Gramian(kernel)
+    double, single = GramSymbol(kernel), GramSymbol(kernel)
     assert single.mix(1e-2)
     index, group = np.random.default_rng(0).integers(997, size=(200, 2)), np.arange(200) % 2
     wide, narrow = (gram.at(group, index, (997, 997)) for gram in (double, single))
@@ -525,11 +525,11 @@ def test_blocks_in_single_precision_err_by_no_more_than_their_noise(complex_: bo
 
 def test_blocks_are_formed_in_single_precision_only_where_the_width_allows_it() -> None:
     kernel = torch.randn(1, 8, 8, 3, 3)
-    assert not Gramian(kernel).mix(1e-9)
+    assert not GramSymbol(kernel).mix(1e-9)
     for rtol, dtype in ((1e-2, torch.complex64), (1e-6, torch.complex128)):
-        search = Search(Gramian(kernel), (None, None))
+        search = BranchAndBound(GramSymbol(kernel), (None, None))
         search.start(rtol)
-        assert search.blocks(np.array([3, 5])).dtype == dtype
+        assert search.cache.blocks(np.array([3, 5])).dtype == dtype
 
 
 @pytest.mark.parametrize("kernel", ["random", "smooth", "signs"])
@@ -540,9 +540,9 @@ def test_squares_in_single_precision_are_within_their_error(kernel: str, shape: 
     draw = draw if draw.ndim == 5 or shape[0] == 2 else draw[None]
     k = {"random": draw, "smooth": 1 + 0.01 * draw, "signs": draw.sign()}[kernel]
     axes = k.ndim - 3
-    single, double = Gramian(k, rtol=1.0, frequencies=1), Gramian(k, rtol=1e-6, frequencies=1)
-    assert single.squared
-    assert not double.squared
+    single, double = GramSymbol(k, rtol=1.0, frequencies=1), GramSymbol(k, rtol=1e-6, frequencies=1)
+    assert isinstance(single.strategy, SquaresInSingle)
+    assert not isinstance(double.strategy, SquaresInSingle)
     index = np.random.default_rng(3).integers(7, size=(5, axes))
     for group in range(k.shape[0]):
         groups = np.full(5, group)

@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import gramlip as gl
-from gramlip import ascent, certificates, exponents, gramian
-from gramlip.gramian import Gramian
+from gramlip import ascent, certificates, gramian, search
+from gramlip.gramian import GramSymbol
 from gramlip.lattice import Lattice, waves
-from gramlip.search import Enclosure, Search
-from gramlip.taps import Taps
+from gramlip.search import BranchAndBound, Enclosure
+from gramlip.taps import Taps, tap_offsets, tap_positions, tap_runs
 
 
 def enclose(kernel: Tensor, points: tuple[int | None, ...], rtol: float = 1e-2) -> tuple[float, float, Enclosure]:
-    gram = Gramian(kernel)
-    search = Search(gram, points)
-    search.start(rtol)
-    found = search.close(rtol)[0]
+    gram = GramSymbol(kernel)
+    alone = BranchAndBound(gram, points)
+    alone.start(rtol)
+    found = alone.close(rtol)[0]
     return math.ldexp(found.lower, gram.exponent), math.ldexp(found.upper, gram.exponent), found
 
 
@@ -140,21 +140,37 @@ def test_cells_cover_the_torus_and_split_without_gaps(refine: float) -> None:
 
 def test_layers_searched_together_keep_their_own_targets() -> None:
     kernels = torch.cat([KERNELS["2d"], 1e-3 * KERNELS["2d"].flip(-1), KERNELS["2d"] ** 2])
-    gram = Gramian(kernels)
-    search = Search(gram, (None, None), np.arange(3))
-    search.start(1e-3)
-    for found, kernel in zip(search.close(1e-3), kernels, strict=True):
+    gram = GramSymbol(kernels)
+    together = BranchAndBound(gram, (None, None), np.arange(3))
+    together.start(1e-3)
+    for found, kernel in zip(together.close(1e-3), kernels, strict=True):
         lower, upper, _ = enclose(kernel[None], (None, None), 1e-3)
         assert math.ldexp(found.upper, gram.exponent) >= lower
         assert math.ldexp(found.lower, gram.exponent) <= upper
         assert found.upper <= found.lower * (1 + 1e-3)
 
 
+@pytest.mark.parametrize("hopeless", [(0,), (2,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
+def test_a_layer_that_is_given_up_leaves_the_others_in_the_search(hopeless: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer without a target left once ended the search of all: the others were reported with targets that nothing had proved."""
+    monkeypatch.setattr(search, "CELLS", 0)  # every round asks for wider targets
+    kernels = torch.cat([KERNELS["2d"], KERNELS["2d"].flip(-1), KERNELS["2d"] ** 2])
+    gram = GramSymbol(kernels)
+    together = BranchAndBound(gram, (None, None), np.arange(3))
+    together.start(1e-6)
+    together.lower.best *= 0.9  # lower sides that missed the peaks
+    together.lower.best[list(hopeless)] = 1e-30  # what rounding can tell from these is wider than every target
+    for i, (found, kernel) in enumerate(zip(together.close(1e-6), kernels, strict=True)):
+        assert math.ldexp(found.upper, gram.exponent) >= largest(kernel[None], [61, 61])
+        assert not found.finished
+        assert i in hopeless or found.upper <= 2 * math.sqrt(together.lower.best[i])
+
+
 def test_spent_budget_is_said_and_stays_true() -> None:
-    gram = Gramian(KERNELS["2d"])
-    search = Search(gram, (None, None), budget=1.0)
-    search.start(1e-6)
-    found = search.close(1e-6)[0]
+    gram = GramSymbol(KERNELS["2d"])
+    poor = BranchAndBound(gram, (None, None), budget=1.0)
+    poor.start(1e-6)
+    found = poor.close(1e-6)[0]
     assert not found.finished
     assert math.ldexp(found.upper, gram.exponent) >= largest(KERNELS["2d"], [61, 61])
 
@@ -171,14 +187,14 @@ def test_flat_layers_whose_taps_do_not_vanish_take_bounded_work(axes: int, rtol:
 
 @pytest.mark.parametrize("span", [(), (1,), (4,), (3, 3), (1, 3), (3, 1), (5, 2), (3, 1, 3), (2, 3, 4), (2, 1, 1)], ids=str)
 def test_runs_are_all_pairs_of_taps_that_are_so_far_apart(span: tuple[int, ...]) -> None:
-    taps, found = exponents.taps(span).tolist(), exponents.runs(span)
-    for at, some in zip([[0] * len(span), *exponents.offsets(span).tolist()], found, strict=True):
+    taps, found = tap_positions(span).tolist(), tap_runs(span)
+    for at, some in zip([[0] * len(span), *tap_offsets(span).tolist()], found, strict=True):
         pairs = [(i + k, j + k) for i, j, count in some for k in range(count)]
         apart = [(i, j) for i, p in enumerate(taps) for j, q in enumerate(taps) if [y - x for x, y in zip(p, q, strict=True)] == at]
         assert sorted(pairs) == apart
 
 
-@pytest.mark.parametrize("of", [exponents.taps, exponents.offsets])
+@pytest.mark.parametrize("of", [tap_positions, tap_offsets])
 @pytest.mark.parametrize("span", [(), (1,), (4,), (3, 3), (1, 3), (3, 1), (2, 3, 4), (1, 2, 2)], ids=str)
 def test_waves_are_powers_at_every_exponent(span: tuple[int, ...], of: Callable[[tuple[int, ...]], NDArray[np.int64]]) -> None:
     sizes = tuple(1 if k == 1 else 2**20 + 7 * k for k in span)
@@ -190,10 +206,10 @@ def test_waves_are_powers_at_every_exponent(span: tuple[int, ...], of: Callable[
 
 def test_a_peak_that_rises_above_the_ceiling_is_closed_to_its_own_width() -> None:
     """The room below a layer's ceiling allowed single precision, which was kept when a higher peak left no such room."""
-    search = Search(Gramian(KERNELS["2d"], rtol=1e-6), (41, 41))
-    search.start(1e-6)
-    search.best *= 0.97
-    found = search.close(1e-6, ceiling=np.sqrt(search.best) * 1.001)[0]
+    low = BranchAndBound(GramSymbol(KERNELS["2d"], rtol=1e-6), (41, 41))
+    low.start(1e-6)
+    low.lower.best *= 0.97
+    found = low.close(1e-6, ceiling=np.sqrt(low.lower.best) * 1.001)[0]
     assert found.finished
     assert found.upper <= found.lower * (1 + 1e-6)
     assert found.tally.matvecs < 1e5
@@ -236,11 +252,11 @@ def test_taps_outlive_blocks_that_are_used_up(shape: tuple[int, ...], monkeypatc
     monkeypatch.setattr(certificates, "LARGE_BYTES", 0)
     monkeypatch.setattr(ascent, "KEPT_BYTES", 0)
     kernel = torch.randn(1, *shape, *(1,) * (2 - len(shape)), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    gram = Gramian(kernel)
+    gram = GramSymbol(kernel)
     assert isinstance(gram.taps, Taps)
     gram.at(np.zeros(1, dtype=np.int64), np.zeros((1, len(gram.span)), dtype=np.int64), (1,) * len(gram.span))
     before = gram.taps.found.clone()
-    search = Search(gram, (None,) * len(gram.span))
-    search.start(1e-4)
-    assert search.close(1e-4)[0].finished
+    alone = BranchAndBound(gram, (None,) * len(gram.span))
+    alone.start(1e-4)
+    assert alone.close(1e-4)[0].finished
     assert torch.equal(before, gram.taps.found)

@@ -11,11 +11,11 @@ import torch
 import gramlip as gl
 from cases import Case, cases, check, closes
 from gramlip import certificates, devices, gramian
-from gramlip.ascent import Ascent
+from gramlip.ascent import LowerBounds
 from gramlip.bench.convolutions import he
 from gramlip.certify import certify_all
 from gramlip.lattice import Lattice
-from gramlip.search import Search
+from gramlip.search import BranchAndBound
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_circular_layer_closes(case: Case, rtol: float) -> None:
 
 
 def test_one_pass_is_enough_and_layers_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Search, "certify", None)  # the search itself is not needed
+    monkeypatch.setattr(BranchAndBound, "prove_blocks", None)  # the search itself is not needed
     ops = [gl.Conv(he((8, 8, 3, 3), seed)) for seed in range(3)] + [gl.Conv(he((8, 8, 3, 3), 3), 16, padding=1, padding_mode="circular")]
     for op, together in zip(ops, certify_all(ops), strict=True):
         alone = gl.bound(op)
@@ -60,13 +60,13 @@ def test_one_pass_is_enough_and_layers_go_together(monkeypatch: pytest.MonkeyPat
 def test_a_peak_that_was_missed_is_found_by_the_corners_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     op = gl.Conv(he((6, 6, 3, 3), 0))
     truth = gl.bound(op, rtol=1e-6)
-    sweep = Ascent._sweep
+    sweep = LowerBounds._sweep
 
-    def worse(self: Ascent) -> None:
-        sweep(self)
+    def worse(self: LowerBounds, fine: float) -> None:
+        sweep(self, fine)
         self.best *= 0.5
 
-    monkeypatch.setattr(Ascent, "_sweep", worse)
+    monkeypatch.setattr(LowerBounds, "_sweep", worse)
     found = gl.bound(op)
     assert found.rtol <= 1e-2
     assert found.lower <= truth.upper
@@ -94,9 +94,9 @@ def test_a_factorisation_that_is_wrong_proves_nothing(side: int, monkeypatch: py
 def test_axes_that_the_spread_omits_are_visited_point_by_point(size: int, rtol: float, complex_: bool) -> None:
     """Wide intervals took cells of several steps on grids whose points were all taken to be corners."""
     kernel = torch.ones(1, 2, 2, 4, dtype=torch.complex64 if complex_ else torch.float32)
-    gram = gramian.Gramian(kernel, rtol=rtol, frequencies=size)
+    gram = gramian.GramSymbol(kernel, rtol=rtol, frequencies=size)
     grid = Lattice(gram.span, (size,), 1, not complex_)
-    cells = grid.cells(gram.fine, np.zeros(1, dtype=np.int64), least=True)
+    cells = grid.cells(gram.fine or 0.0, np.zeros(1, dtype=np.int64), least=True)
     passed_over = bool((grid.half_widths(cells) > 0).any())
-    assert gram.swept
+    assert gram.fine is not None
     assert grid.spread < math.cos(1.5 * math.pi / size) * (1 + 1e-12) or not passed_over

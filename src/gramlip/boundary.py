@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from gramlip import certificates as cert
-from gramlip import exponents
 from gramlip import rounding as rd
 from gramlip.arrays import integers, pieces
 from gramlip.blocks import axes, grouped, polyphase
 from gramlip.lattice import waves
 from gramlip.operators import Conv
 from gramlip.padding import PADDING, Axis, index_map
+from gramlip.taps import tap_positions
 from gramlip.widen import widen
 
 LARGEST = 1536  # order of the largest boundary matrix that is formed
@@ -32,33 +32,33 @@ FORMED = 1 << 28  # entries of the boundary matrices of one axis over all its si
 OPERATIONS = 2e10  # that the boundary terms of all groups over one set of axes may take
 
 
-def upper_side(op: Conv, exponent: int, masses: Sequence[float], supremum: float) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
+def upper_side(op: Conv, exponent: int, tap_norm_sums: Sequence[float], supremum: float) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
     """Upper bound of the norm, weights divided by `2**exponent`, the axes taken by their padding's norm, and those with boundary terms.
 
-    `masses` are those of the groups, `supremum` is that of the symbol. Theorem 12 and its corollary; where no input is read beside its
-    own place, as under a stride that steps over the padding, an axis needs neither.
+    `tap_norm_sums` are those of the groups, `supremum` is that of the symbol. Theorem 12 and its corollary; where no input is read
+    beside its own place, as under a stride that steps over the padding, an axis needs neither.
     """
     geometry = axes(op)
     parts = [_ends(axis, op.padding_mode) for axis in geometry]
     squares = [1 if part == [] else PADDING[op.padding_mode](axis).square for axis, part in zip(geometry, parts, strict=True)]
     padded = [j for j in range(op.dims) if parts[j] != []]
 
-    def term(kernel: Callable[[], Tensor], m: int, mass: float, chosen: tuple[int, ...]) -> float | None:
+    def term(kernel: Callable[[], Tensor], m: int, tap_norm_sum: float, chosen: tuple[int, ...]) -> float | None:
         """The largest eigenvalue of a boundary term, or zero; None where its matrices are too large or too many."""
-        if mass == 0.0:
+        if tap_norm_sum == 0.0:
             return 0.0
         some = [parts[j] or [] for j in chosen]
         if not all(some) or m * math.prod(max(f.shape[-1] for f in ends) for ends in some) > LARGEST:
             return None
-        points = _points(geometry, chosen, some, m, len(masses))
+        points = _points(geometry, chosen, some, m, len(tap_norm_sums))
         if points is None:
             return None
-        return max(_largest(kernel(), geometry, chosen, ends, mass, points) for ends in itertools.product(*some))
+        return max(_largest(kernel(), geometry, chosen, ends, tap_norm_sum, points) for ends in itertools.product(*some))
 
-    def least(weight: Tensor, mass: float) -> tuple[float, tuple[int, ...]]:
+    def least(weight: Tensor, tap_norm_sum: float) -> tuple[float, tuple[int, ...]]:
         """The square of the bound of one group, from the best set of axes."""
         kernel = cache(lambda: widen(weight, exponent)[0].cpu())  # where a term is small enough to be formed
-        terms = {chosen: term(kernel, weight.shape[0], mass, chosen) for chosen in _subsets(padded) if chosen}
+        terms = {chosen: term(kernel, weight.shape[0], tap_norm_sum, chosen) for chosen in _subsets(padded) if chosen}
         found: list[tuple[float, tuple[int, ...]]] = []
         for added in _subsets(padded):
             values = [value for chosen, value in terms.items() if set(chosen) <= set(added)]
@@ -70,7 +70,7 @@ def upper_side(op: Conv, exponent: int, masses: Sequence[float], supremum: float
                 found.append((rd.mul_up(total, float(math.prod(squares[j] for j in alone))), tuple(j for j in alone if j in padded)))
         return min(found)
 
-    square, alone = max(least(weight, mass) for weight, mass in zip(grouped(op).detach(), masses, strict=True))
+    square, alone = max(least(weight, tap_norm_sum) for weight, tap_norm_sum in zip(grouped(op).detach(), tap_norm_sums, strict=True))
     return rd.sqrt_up(square), alone, tuple(j for j in padded if j not in alone)
 
 
@@ -135,7 +135,7 @@ def _components(f: Tensor) -> list[Tensor]:
 
 
 def _largest(
-    kernel: Tensor, geometry: list[Axis], chosen: tuple[int, ...], ends: tuple[Tensor, ...], mass: float, points: int = POINTS[0]
+    kernel: Tensor, geometry: list[Axis], chosen: tuple[int, ...], ends: tuple[Tensor, ...], tap_norm_sum: float, points: int = POINTS[0]
 ) -> float:
     """Upper bound of the positive part of the largest eigenvalue of one boundary term over all frequencies of the other axes.
 
@@ -155,13 +155,13 @@ def _largest(
         grid = grid[grid[:, -1] <= counts[-1] // 2]
     side = m * math.prod(f.shape[-1] for f in ends)
     width = math.prod(float(f.abs().sum((0, 1)).sum(-1).max()) for f in ends)
-    size = max(rd.up(mass * mass * width * (1 + 1e-9)), LEAST)  # bounds the norm at every frequency, by Schur's test on F
+    size = max(rd.up(tap_norm_sum * tap_norm_sum * width * (1 + 1e-9)), LEAST)  # bounds the norm at every frequency, by Schur's test on F
     noise = size * rd.gamma(16.0 * (n * taps * picks**2 + 64))  # docs/rounding.md#boundary-terms
     angles = [math.pi * (k - 1) / c for k, c in zip(spans, counts, strict=True)]  # degree times the grid's half-width: theorems 6 and 7
     top = bottom = 0.0
     real = not rest and not kernel.is_complex()
     for part in pieces(len(grid), max(1, (32 << 20) // (16 * max(max(side, m * picks) ** 2, taps)))):
-        turns = torch.from_numpy(waves(grid[part], tuple(counts), exponents.taps(tuple(spans))))
+        turns = torch.from_numpy(waves(grid[part], tuple(counts), tap_positions(tuple(spans))))
         d = torch.einsum("mntp,ft->fpmn", stacked, turns.real) if real else torch.einsum("mntp,ft->fpmn", stacked.to(turns.dtype), turns)
         pairs = torch.einsum("fpmn,fqkn->fmkpq", d, d.conj())
         e = _contract(pairs, ends).reshape(len(turns), side, side)

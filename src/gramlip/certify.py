@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,11 +17,11 @@ from gramlip.boundary import upper_side
 from gramlip.devices import on_cpu
 from gramlip.errors import InputError
 from gramlip.finite import Certificate, Layer
-from gramlip.gramian import Gramian
+from gramlip.gramian import GramSymbol
 from gramlip.operators import Conv, Dense, Diagonal, Operator, Separable
 from gramlip.own import banded, rounded, small
 from gramlip.probe import SAMPLE_BYTES, sample, wave
-from gramlip.search import Enclosure, Search
+from gramlip.search import BranchAndBound, Enclosure
 from gramlip.widen import widen, widen_each
 
 AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself while its estimated operations stay below this
@@ -62,7 +62,7 @@ def certify_all(ops: Sequence[Operator], *, rtol: float = 1e-2, finite: bool | s
         for alike in together.values():
             for some in (alike[k : k + 64] for k in range(0, len(alike), 64)):
                 chosen = [ops[i] for i in some]
-                for i, bound in zip(some, _Enclosing(chosen, [syms[i] for i in some], rtol, finite).bounds(), strict=True):  # type: ignore[arg-type]
+                for i, bound in zip(some, _searched_together(chosen, [syms[i] for i in some], rtol, finite), strict=True):  # type: ignore[arg-type]
                     bounds[i] = bound
         return [bound for bound in bounds if bound is not None]
 
@@ -106,183 +106,242 @@ def _separable(op: Separable, rtol: float) -> Bound:
     return Bound(rd.down(lower * (1 - grow)), rd.up(upper * (1 + grow)), "product of the norms of the axes of a separable map")
 
 
-class _Enclosing:
-    """Enclosures of layers with symbols of equal shape: the symbols' search, the layers' own lower sides and certificates."""
+def _searched_together(ops: Sequence[Conv | Dense], syms: Sequence[Symbol], rtol: float, finite: bool | str) -> list[Bound]:
+    """Enclosures of layers with symbols of equal shape, in their order, from one search."""
+    if len(ops) == 1:
+        gram = GramSymbol(syms[0].plain, syms[0].strides, rtol, syms[0].frequencies)
+        exponents = [0]
+    else:  # each layer on its own scale
+        wide, exponents = widen_each(_stack([sym.kernel.detach() for sym in syms]))
+        gram = GramSymbol(wide.flatten(0, 1), rtol=rtol, frequencies=syms[0].frequencies)
+    groups = gram.groups // len(ops)
+    search = BranchAndBound(gram, syms[0].points, np.arange(len(ops)).repeat(groups))
+    tasks: list[LayerTask] = []
+    for i, (op, sym, exponent) in enumerate(zip(ops, syms, exponents, strict=True)):
+        norm_sums = layer_norm_sums(sym, gram.tap_norm_sums[i * groups : (i + 1) * groups])
+        tasks.append(LayerTask(i, op, sym, search, exponent + gram.exponent, norm_sums, rtol, finite))
+    return _bounds(tasks, search, rtol)
 
-    def __init__(self, ops: Sequence[Conv | Dense], syms: list[Symbol], rtol: float, finite: bool | str) -> None:
-        self.ops, self.syms, self.rtol, self.finite = ops, syms, rtol, finite
-        if len(ops) == 1:
-            self.gram = Gramian(self.syms[0].plain, self.syms[0].strides, rtol, self.syms[0].frequencies)
-            self.exponents = [self.gram.exponent]
-        else:  # each layer on its own scale
-            wide, exponents = widen_each(_stack([sym.kernel.detach() for sym in self.syms]))
-            self.gram = Gramian(wide.flatten(0, 1), rtol=rtol, frequencies=self.syms[0].frequencies)
-            self.exponents = [exponent + self.gram.exponent for exponent in exponents]
-        self.groups = self.gram.groups // len(ops)
-        self.search = Search(self.gram, self.syms[0].points, np.arange(len(ops)).repeat(self.groups))
 
-    def bounds(self) -> list[Bound]:
-        """The intervals, in the order of the operators."""
-        self.search.start(self.rtol, not all(sym.exact for sym in self.syms))
-        widths, ceilings = np.full(len(self.ops), self.rtol), np.zeros(len(self.ops))
-        done: dict[int, Bound] = {}
-        lowers: dict[int, tuple[float, float]] = {}
-        for i, op in enumerate(self.ops):
-            if max(self._mass(i)) == 0.0:
-                done[i] = Bound(0.0, 0.0, f"{self.syms[i].because}; all weights are zero")
-            elif isinstance(op, Conv) and op.input_size is not None and not self.syms[i].exact:
-                peak = self._peak(i)
-                own, lower = self._of_size(i, op)
-                if own is not None:
-                    done[i] = own
-                lowers[i] = lower, peak
-                ceilings[i], widths[i] = self._room(i, lower)
-        todo = [i for i in range(len(self.ops)) if i not in done]
-        found = self.search.close(widths, todo, ceilings) if todo else []
-        for i, enclosure in zip(todo, found, strict=True):
-            done[i] = self._bound(i, enclosure, lowers.get(i))
-        return [self._closed(i, op, done[i]) for i, op in enumerate(self.ops)]
+def _bounds(tasks: Sequence[LayerTask], search: BranchAndBound, rtol: float) -> list[Bound]:
+    """The intervals of layers in one search: the lower sides, the search, then each layer from its own enclosure."""
+    search.start(rtol, not all(task.symbol.exact for task in tasks))
+    widths, ceilings = np.full(len(tasks), rtol), np.zeros(len(tasks))
+    done: dict[int, Bound] = {}
+    sides: dict[int, OwnSide] = {}
+    for i, task in enumerate(tasks):
+        if max(task.tap_norm_sums) == 0.0:
+            done[i] = Bound(0.0, 0.0, f"{task.symbol.because}; all weights are zero")
+        elif task.needs_own_side:
+            sides[i] = side = task.own_side()
+            if side.bound is not None:
+                done[i] = side.bound
+            ceilings[i], widths[i] = task.room(side.lower)
+    todo = [i for i in range(len(tasks)) if i not in done]
+    for i, enclosure in zip(todo, search.close(widths, todo, ceilings) if todo else [], strict=True):
+        done[i] = tasks[i].bound(enclosure, sides.get(i))
+    return [task.closed(done[i]) for i, task in enumerate(tasks)]
 
-    def _closed(self, i: int, op: Conv | Dense, found: Bound) -> Bound:
-        """The interval, or that of a small finite layer's matrix where it is closer; it says so where it is wider than asked for."""
-        if found.rtol > self.rtol and self.finite is not False and isinstance(op, Conv) and op.input_size is not None and small(op):
-            found = min(found, self._whole(i, Layer(op, self.exponents[i])), key=lambda bound: (bound.rtol, float(bound.upper)))
-        if found.rtol <= self.rtol or "asked for" in found.because:
-            return found
-        return replace(found, because=f"{found.because}; wider than asked for")
 
-    def _whole(self, i: int, layer: Layer) -> Bound:
-        """The interval of a finite layer's matrix, group by group."""
-        masses = [rd.ldexp_up(mass, self.exponents[i]) for mass in self._mass(i)]
-        parts = [rounded(layer, group, mass) for group, mass in enumerate(masses)]
-        if not all(bool(matrix.isfinite().all()) for matrix, _ in parts):  # taps that meet add up beyond the largest number
-            return Bound(0.0, math.inf, "entries beyond the largest number")
-        closed = certify_all([Dense(matrix) for matrix, _ in parts], rtol=self.rtol)
-        low = max(rd.down(part.lower - error) if error else part.lower for part, (_, error) in zip(closed, parts, strict=True))
-        high, most = max((rd.add_up(float(part.upper), error), g) for g, (part, (_, error)) in enumerate(zip(closed, parts, strict=True)))
-        entries = "whose entries are rounded (R8)" if parts[most][1] else "(R8)"
-        return Bound(max(low, 0.0), high, f"{self._itself(i, layer)} {entries}, as {closed[most].because}")
+def layer_norm_sums(sym: Symbol, tap_norm_sums: Sequence[float]) -> list[float]:
+    """Upper bounds of `sum_p ||K_p||_F` over the taps of the layer itself, from those over the taps of its symbol, for each group.
 
-    def _itself(self, i: int, layer: Layer) -> str:
-        return f"{self.syms[i].because.split(':')[0]}: the finite layer itself at size {'x'.join(map(str, layer.sizes))}"
+    A symbol adds up the squares over the phases of a stride; padding that repeats inputs lets phases read the same ones.
+    """
+    phases = math.prod(min(s, k) for s, k in zip(sym.strides, sym.plain.shape[3:], strict=True))
+    return [rd.mul_up(norms, rd.sqrt_up(float(phases))) for norms in tap_norm_sums]
 
-    def _bound(self, i: int, found: Enclosure, below: tuple[float, float] | None) -> Bound:
-        op, sym = self.ops[i], self.syms[i]
-        upper, why = self._above(i, found)
-        if below is not None:
-            assert isinstance(op, Conv)
-            lower, peak = below
-            if upper > lower * (1 + self.rtol) and self._peak(i) > peak * (1 + self.rtol / 8):  # a higher one was found since
-                own, again = self._of_size(i, op)
-                if own is not None:
-                    return own
-                lower = max(lower, again)
-                ceilings = np.zeros_like(self.search.best)  # of this layer alone
-                ceilings[i], width = self._room(i, lower)
-                if upper > lower * (1 + self.rtol) and width < self.rtol / 2:  # it can still close
-                    upper, why = self._above(i, self.search.close(width, [i], ceilings)[0])
-            if lower > upper:  # a vector that the layer stretches more than the theorem allows: never to be hidden
-                msg = (
-                    f"{why}: the layer stretches a vector by {lower}, beyond the bound {upper}; expected no such vector: please report this"
-                )
-                raise ArithmeticError(msg)
-            return self._scaled(i, lower, upper, f"{why}; lower side from the layer itself")
-        if sym.exact:
-            factor = math.sqrt(sym.square)
-            return self._scaled(i, rd.mul_down(found.lower, factor if factor == 1.0 else rd.down(factor)), upper, why)
-        assert isinstance(op, Conv)
-        if all(s == 1 for s in op.strides):
-            return self._scaled(i, found.lower, upper, f"{why}; lower side: large inputs come as close to the supremum as one likes")
-        large = certify(replace(op, padding_mode="zeros"), rtol=self.rtol)
-        return Bound(large.lower, self._scaled(i, 0.0, upper, "").upper, f"{why}; lower side: large inputs of a multiple of the stride")
 
-    def _room(self, i: int, lower: float) -> tuple[float, float]:
+@dataclass(frozen=True)
+class OwnSide:
+    """A finite layer's own lower side, the norm of its blocks when that was found, and its own interval where it has one."""
+
+    lower: float
+    peak: float
+    bound: Bound | None
+
+
+@dataclass(frozen=True)
+class FiniteStart:
+    """A finite layer that is applied, the group of its symbol's best block, and a vector there with its Rayleigh quotient."""
+
+    op: Conv
+    layer: Layer
+    group: int
+    vector: Tensor
+    lower: float
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """One of the layers that are searched together: its interval from that of its symbol, and from the finite layer itself.
+
+    Weights are divided by `2**exponent`. `tap_norm_sums` are those of the layer's groups.
+    """
+
+    number: int
+    op: Conv | Dense
+    symbol: Symbol
+    search: BranchAndBound
+    exponent: int
+    tap_norm_sums: list[float]
+    rtol: float
+    finite: bool | str
+
+    @property
+    def needs_own_side(self) -> bool:
+        """Whether its blocks bound it from above only: its lower side is that of the finite layer."""
+        return isinstance(self.op, Conv) and self.op.input_size is not None and not self.symbol.exact
+
+    @property
+    def peak_norm(self) -> float:
+        """What the best block says of the layer's norm so far."""
+        return math.sqrt(float(self.search.lower.best[self.number]) * self.symbol.square)
+
+    def room(self, lower: float) -> tuple[float, float]:
         """What the blocks' norm may reach for the layer's interval to close, and how close to their peak it is worth while to prove it."""
         # the width asked for is that of the layer, not of its blocks
-        ceiling, peak = lower * (1 + self.rtol * 0.98) / math.sqrt(self.syms[i].square), math.sqrt(float(self.search.best[i]))
+        ceiling = lower * (1 + self.rtol * 0.98) / math.sqrt(self.symbol.square)
+        peak = math.sqrt(float(self.search.lower.best[self.number]))
         room = ceiling / peak - 1 if peak else 0.0
         return ceiling, self.rtol / 2 if room <= 0 else min(max(room, self.rtol / 16), self.rtol / 4)
 
-    def _mass(self, i: int) -> list[float]:
-        """Upper bound of `sum_p ||K_p||_F` over the taps of the layer itself, for each group.
-
-        A symbol adds up the squares over the phases of a stride; padding that repeats inputs lets phases read the same ones.
-        """
-        sym = self.syms[i]
-        phases = math.prod(min(s, k) for s, k in zip(sym.strides, sym.plain.shape[3:], strict=True))
-        return [rd.mul_up(mass, rd.sqrt_up(float(phases))) for mass in self.gram.mass[i * self.groups : (i + 1) * self.groups]]
-
-    def _peak(self, i: int) -> float:
-        return math.sqrt(float(self.search.best[i]) * self.syms[i].square)
-
-    def _below(self, i: int, op: Conv) -> tuple[Conv, Layer, int, Tensor, float]:
-        """The layer that is applied, the group of the best block, and a vector from there with its Rayleigh quotient."""
-        part, modes = sample(op)
-        layer = Layer(part, self.exponents[i], modes)
-        group = int(self.search.lattice.groups(self.search.where)[i]) - i * self.groups
-        return part, layer, group, *self._ascend(layer, group, wave(self.search, i, layer, group), self._peak(i), self._mass(i)[group])
-
-    def _of_size(self, i: int, op: Conv) -> tuple[Bound | None, float]:
-        """A layer of given size whose blocks bound it from above only: its own interval if it has one, and its lower side."""
-        part, layer, group, x, lower = self._below(i, op)
-        gap = max(self._peak(i) / lower - 1, 0.0) if lower else math.inf
-        if self.finite is True and part is not op:
+    def own_side(self) -> OwnSide:
+        """The lower side of a layer of given size, and its own interval where that is needed and within reach."""
+        peak, start = self.peak_norm, self._finite_start()
+        gap = max(peak / start.lower - 1, 0.0) if start.lower else math.inf
+        whole = start.op is self.op
+        if self.finite is True and not whole:
+            assert isinstance(self.op, Conv)
             limit = f"{SAMPLE_BYTES >> 20} MiB"
-            msg = f"finite=True was given for an input of {op.sizes}; expected one whose columns fit in {limit}: type finite=False"
+            msg = f"finite=True was given for an input of {self.op.sizes}; expected one whose columns fit in {limit}: type finite=False"
             raise InputError(msg)
-        if self.finite is not False and gap > self.rtol * 0.7 and part is op:
-            certificate = Certificate(layer, group)
-            fits = certificate.bytes <= FINITE_BYTES
-            if self.finite is True and not fits:
-                msg = (
-                    f"finite=True was given for a layer whose own certificate would need {certificate.bytes / 2**30:.1f} GiB; "
-                    f"expected at most {FINITE_BYTES / 2**30:.1f} GiB: type finite=False"
-                )
-                raise InputError(msg)
-            if fits and (self.finite is True or certificate.cost * self.groups <= AUTO_OPERATIONS):
-                return self._own(i, layer, group, lower, x), lower
-        return None, lower
+        near = self.finite is not False and gap > self.rtol * 0.7 and whole
+        return OwnSide(start.lower, peak, self._own(start) if near and self._affordable(start) else None)
 
-    def _above(self, i: int, found: Enclosure) -> tuple[float, str]:
-        """The layer's upper bound from the symbol's: times the padding's factor, or plus what the boundary adds."""
-        op, square = self.ops[i], self.syms[i].square
-        if square > 1 and isinstance(op, Conv) and op.padding_mode in ("reflect", "replicate"):
-            upper, alone, ends = upper_side(op, self.exponents[i], self._mass(i), found.upper)
-            by_norm = f"times the norm of the padding on axes {alone}" if alone else ""
-            added = "plus the boundary's share (theorem 12)" if ends else ""
-            return upper, "; ".join(filter(None, (self._why(i, found), added, by_norm)))
-        factor = f"; times sqrt({square}), the norm of the padding" if square > 1 else ""
-        return rd.mul_up(found.upper, rd.sqrt_up(float(square))), self._why(i, found) + factor
+    def _affordable(self, start: FiniteStart) -> bool:
+        """Whether the finite layer's own certificate fits in memory, and in time where it was not asked for."""
+        certificate = Certificate(start.layer, start.group)
+        fits = certificate.bytes <= FINITE_BYTES
+        if self.finite is True and not fits:
+            msg = (
+                f"finite=True was given for a layer whose own certificate would need {certificate.bytes / 2**30:.1f} GiB; "
+                f"expected at most {FINITE_BYTES / 2**30:.1f} GiB: type finite=False"
+            )
+            raise InputError(msg)
+        return fits and (self.finite is True or certificate.cost * len(self.tap_norm_sums) <= AUTO_OPERATIONS)
 
-    def _ascend(self, layer: Layer, group: int, x: Tensor, above: float, mass: float) -> tuple[Tensor, float]:
-        """Lanczos steps on the layer until its Rayleigh quotient is as close to the blocks' norm as it can come."""
-        best = 0.0
+    def _finite_start(self) -> FiniteStart:
+        """The layer or a smaller one, with Lanczos steps until its quotient is as close to the blocks' norm as it can come."""
+        assert isinstance(self.op, Conv)
+        part, modes = sample(self.op)
+        layer, peak = Layer(part, self.exponent, modes), self.search.lower.peak(self.number)
+        group = self._group(peak.group)
+        x, best = wave(peak, layer, group), 0.0
         for _ in range(TRIES):
-            y, done = layer.ascend(x, group, above, self.rtol)
-            value = layer.lower(y, group, mass)
+            y, done = layer.ascend(x, group, self.peak_norm, self.rtol)
+            value = layer.lower(y, group, self.tap_norm_sums[group])
             better = value > best * (1 + self.rtol / 64)
             if value > best:
                 x, best = y, value
             if done or not better:
                 break
-        return x, best
+        return FiniteStart(part, layer, group, x, best)
 
-    def _own(self, i: int, layer: Layer, best: int, lower: float, x: Tensor) -> Bound:
+    def _group(self, group: int) -> int:
+        """The layer's own number of a group of the search."""
+        return group - self.number * len(self.tap_norm_sums)
+
+    def bound(self, found: Enclosure, side: OwnSide | None) -> Bound:
+        """The layer's interval from its symbol's and, where its blocks bound it from above only, its own lower side."""
+        upper, reason = self._above(found)
+        if side is not None:
+            return self._from_own_side(upper, reason, side)
+        if self.symbol.exact:
+            factor = math.sqrt(self.symbol.square)
+            return self._scaled(rd.mul_down(found.lower, factor if factor == 1.0 else rd.down(factor)), upper, reason)
+        assert isinstance(self.op, Conv)
+        if all(s == 1 for s in self.op.strides):
+            return self._scaled(found.lower, upper, f"{reason}; lower side: large inputs come as close to the supremum as one likes")
+        large = certify(replace(self.op, padding_mode="zeros"), rtol=self.rtol)
+        return Bound(large.lower, self._scaled(0.0, upper, "").upper, f"{reason}; lower side: large inputs of a multiple of the stride")
+
+    def _from_own_side(self, upper: float, reason: str, side: OwnSide) -> Bound:
+        """The interval with the layer's own lower side, which is looked for again where the blocks have a higher peak since."""
+        lower = side.lower
+        if upper > lower * (1 + self.rtol) and self.peak_norm > side.peak * (1 + self.rtol / 8):
+            again = self.own_side()
+            if again.bound is not None:
+                return again.bound
+            lower = max(lower, again.lower)
+            upper, reason = self._closed_again(lower, upper, reason)
+        if lower > upper:  # a vector that the layer stretches more than the theorem allows: never to be hidden
+            msg = (
+                f"{reason}: the layer stretches a vector by {lower}, beyond the bound {upper}; expected no such vector: please report this"
+            )
+            raise ArithmeticError(msg)
+        return self._scaled(lower, upper, f"{reason}; lower side from the layer itself")
+
+    def _closed_again(self, lower: float, upper: float, reason: str) -> tuple[float, str]:
+        """The upper side from another search of this layer alone, where its interval can still close."""
+        ceilings = np.zeros_like(self.search.lower.best)
+        ceilings[self.number], width = self.room(lower)
+        if upper <= lower * (1 + self.rtol) or width >= self.rtol / 2:
+            return upper, reason
+        return self._above(self.search.close(width, [self.number], ceilings)[0])
+
+    def _above(self, found: Enclosure) -> tuple[float, str]:
+        """The layer's upper bound from the symbol's: times the padding's factor, or plus what the boundary adds; and the reason."""
+        op, square, reason = self.op, self.symbol.square, self._reason(found)
+        if square > 1 and isinstance(op, Conv) and op.padding_mode in ("reflect", "replicate"):
+            upper, alone, ends = upper_side(op, self.exponent, self.tap_norm_sums, found.upper)
+            by_norm = f"times the norm of the padding on axes {alone}" if alone else ""
+            added = "plus the boundary's share (theorem 12)" if ends else ""
+            return upper, "; ".join(filter(None, (reason, added, by_norm)))
+        factor = f"; times sqrt({square}), the norm of the padding" if square > 1 else ""
+        return rd.mul_up(found.upper, rd.sqrt_up(float(square))), reason + factor
+
+    def closed(self, found: Bound) -> Bound:
+        """The tighter of two intervals, the second from the matrix of a small finite layer; it says so where it is wider than asked for."""
+        op = self.op
+        if found.rtol > self.rtol and self.finite is not False and isinstance(op, Conv) and op.input_size is not None and small(op):
+            found = min(found, self._whole(Layer(op, self.exponent)), key=lambda bound: (bound.rtol, float(bound.upper)))
+        if found.rtol <= self.rtol or "asked for" in found.because:
+            return found
+        return replace(found, because=f"{found.because}; wider than asked for")
+
+    def _whole(self, layer: Layer) -> Bound:
+        """The interval of a finite layer's matrix, group by group."""
+        parts = [rounded(layer, group, rd.ldexp_up(norms, self.exponent)) for group, norms in enumerate(self.tap_norm_sums)]
+        if not all(bool(matrix.isfinite().all()) for matrix, _ in parts):  # taps that meet add up beyond the largest number
+            return Bound(0.0, math.inf, "entries beyond the largest number")
+        closed = certify_all([Dense(matrix) for matrix, _ in parts], rtol=self.rtol)
+        errors = [error for _, error in parts]
+        low = max(rd.down(part.lower - error) if error else part.lower for part, error in zip(closed, errors, strict=True))
+        highs = [rd.add_up(float(part.upper), error) for part, error in zip(closed, errors, strict=True)]
+        high, most = max((high, group) for group, high in enumerate(highs))
+        entries = "whose entries are rounded (R8)" if errors[most] else "(R8)"
+        return Bound(max(low, 0.0), high, f"{self._itself(layer)} {entries}, as {closed[most].because}")
+
+    def _own(self, start: FiniteStart) -> Bound:
         """The finite layer's own interval, from its block-banded certificate."""
-        top, upper, why = banded(layer, self._mass(i), self.rtol, best, lower, x)
-        return self._scaled(i, top, upper, f"{self._itself(i, layer)}, {why}")
+        lower, upper, reason = banded(start.layer, self.tap_norm_sums, self.rtol, start.group, start.lower, start.vector)
+        return self._scaled(lower, upper, f"{self._itself(start.layer)}, {reason}")
 
-    def _scaled(self, i: int, lower: float, upper: float, why: str) -> Bound:
-        e = self.exponents[i]
-        return Bound(rd.ldexp_down(lower, e), rd.ldexp_up(upper, e), why)
+    def _itself(self, layer: Layer) -> str:
+        return f"{self.symbol.because.split(':')[0]}: the finite layer itself at size {'x'.join(map(str, layer.sizes))}"
 
-    def _why(self, i: int, found: Enclosure) -> str:
-        tally = found.tally
+    def _scaled(self, lower: float, upper: float, reason: str) -> Bound:
+        return Bound(rd.ldexp_down(lower, self.exponent), rd.ldexp_up(upper, self.exponent), reason)
+
+    def _reason(self, found: Enclosure) -> str:
+        """How the symbol's interval was found."""
+        tally, side = found.tally, self.search.symbol.side
         ways = " and ".join(WAYS[way] for way in sorted(tally.ways))
         where = f"; attained at frequency ({', '.join(f'{w + 0.0:.4g}' for w in found.frequency)})" if found.frequency else ""
         cells = " at the corners of cells (theorem 7)" if found.frequency else ""
-        group = f" of group {found.group - i * self.groups}" if self.groups > 1 else ""
-        layers = f", {len(self.ops)} layers together" if len(self.ops) > 1 else ""
+        group = f" of group {self._group(found.group)}" if len(self.tap_norm_sums) > 1 else ""
+        together = len(self.search.lower.best)
+        layers = f", {together} layers together" if together > 1 else ""
         early = "" if found.finished else "; wider than asked for: as close as rounding and the budget allow"
-        blocks = f"{tally.blocks} blocks of {self.gram.side}x{self.gram.side}{cells}{where}{group}{layers}"
-        return f"{self.syms[i].because}; {ways} on {blocks}{early}"
+        return f"{self.symbol.because}; {ways} on {tally.blocks} blocks of {side}x{side}{cells}{where}{group}{layers}{early}"

@@ -110,10 +110,10 @@ class Layer:
         x = y.new_zeros(math.prod(self.sizes) + 1, self.shape[2])
         return x.index_add_(0, self.reads, columns.reshape(-1, self.shape[2]))[:-1]
 
-    def lower(self, x: Tensor, group: int, mass: float) -> float:
-        """Lower bound `||T x|| / ||x||` less the rounding of T x, at most `gamma mass ||x||`: docs/rounding.md#r6-rayleigh-quotients."""
+    def lower(self, x: Tensor, group: int, tap_norm_sum: float) -> float:
+        """Lower bound `||T x|| / ||x||` less its rounding, at most `gamma tap_norm_sum ||x||`: docs/rounding.md#r6-rayleigh-quotients."""
         length = math.prod(self.shape[2:]) + 8
-        error = rd.mul_up(rd.mul_up(rd.gamma(8.0 * length), mass), rd.sqrt_up(float(self.shared)))
+        error = rd.mul_up(rd.mul_up(rd.gamma(8.0 * length), tap_norm_sum), rd.sqrt_up(float(self.shared)))
         size = rd.gamma(4.0 * (x.numel() + math.prod(self.outputs) * self.shape[1]) + 64)
         quotient = float(torch.linalg.vector_norm(self.forward(x, group)) / torch.linalg.vector_norm(x))
         return max(0.0, rd.down(quotient * rd.down(1 - 4 * size) - error))
@@ -233,23 +233,23 @@ class Certificate:
             slices = [s.mH for s in slices]
         self.gram = {(p, q): slices[p].mH @ slices[q] for p, q in self.products}
 
-    def noise(self, mass: float) -> float:
+    def noise(self, tap_norm_sum: float) -> float:
         """Upper bound of the error of the Gram matrix that is factorised: what cannot be told from zero.
 
         An entry adds up taps that meet, a product's terms and a block's products: docs/rounding.md#r9-the-gram-matrix-of-a-layer.
         """
-        bound = rd.mul_up(rd.mul_up(mass, mass), float(self.layer.shared))
+        bound = rd.mul_up(rd.mul_up(tap_norm_sum, tap_norm_sum), float(self.layer.shared))
         meeting, products = math.prod(self.layer.shape[4:]), max(map(len, self.pairs.values()), default=0)
         return rd.mul_up(rd.gamma(8.0 * (2 * meeting + self.inner + products + 64)), bound)
 
-    def telling(self, lower: float, mass: float) -> float:
+    def attainable_rtol(self, lower: float, tap_norm_sum: float) -> float:
         """The least relative width above a lower side that rounding lets be proved: docs/rounding.md#the-least-width."""
-        return math.expm1(math.log1p(2 * shift(self.side * self.steps) + 4 * self.noise(mass) / max(lower, 1e-150) ** 2) / 2)
+        return math.expm1(math.log1p(2 * shift(self.side * self.steps) + 4 * self.noise(tap_norm_sum) / max(lower, 1e-150) ** 2) / 2)
 
-    def proves(self, tau: float, mass: float) -> bool:
-        """Whether the factorisation for tau completes: then `||T|| <= tau`."""
-        noise, total = self.noise(mass), self.side * self.steps
-        t = (tau * tau - noise) * (1 - 2 * shift(total)) - 2 * shift(total) * noise
+    def proves(self, target_norm: float, tap_norm_sum: float) -> bool:
+        """Whether the factorisation for a target completes: then `||T|| <= target_norm`."""
+        noise, total = self.noise(tap_norm_sum), self.side * self.steps
+        t = (target_norm * target_norm - noise) * (1 - 2 * shift(total)) - 2 * shift(total) * noise
         if t <= 0:
             return False
         window: dict[tuple[int, int], Tensor] = {}

@@ -1,4 +1,4 @@
-"""The integer lattice of frequencies on which the search works: cells, their corners, and what a cell can lose between them."""
+"""The integer lattice of frequencies on which the search works: cells, their corners, what a cell can lose, and what was proved where."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import math
 
 import numpy as np
 
-from gramlip.arrays import Complexes, Flags, Ints, Reals, integers, pieces
+from gramlip.arrays import Complexes, Flags, Ints, Reals, integers, named, pieces, smallest
 from gramlip.errors import InputError
 
 START = 8  # cells a side to start from, for each unit of degree
 AT_ONCE = 1 << 16  # cells whose corners are worked out together
 
 Cells = tuple[Ints, Ints, Ints]  # group (B,), lowest corner (B, axes), highest corner (B, axes)
+Thresholds = tuple[Ints, Reals]  # sorted keys and, for each, the least threshold that was proved there
 
 
 class Lattice:
@@ -181,3 +182,17 @@ def waves(index: Ints, sizes: tuple[int, ...], positions: Ints) -> Complexes:
         total = (total[:, :, None] * factor[:, None, :]).reshape(len(index), -1)
     assert total.shape[1] == first + len(positions)
     return total[:, first:]
+
+
+def look_up(table: Thresholds, keys: Ints) -> Reals:
+    """The proved threshold of each key, infinite where there is none."""
+    if not len(table[0]):
+        return np.full(len(keys), np.inf)
+    at = np.searchsorted(table[0], keys).clip(max=len(table[0]) - 1)
+    return np.where(table[0][at] == keys, table[1][at], np.inf)
+
+
+def merge(table: Thresholds, new: Thresholds) -> Thresholds:
+    """The table with new entries, the least of each key."""
+    names, back = named(np.concatenate([table[0], new[0]]))
+    return names, smallest(len(names), back, np.concatenate([table[1], new[1]]))

@@ -18,26 +18,26 @@ FRESH = 3  # other start vectors that are tried before the interval stays wider 
 ENTRIES = 1 << 20  # of the largest matrices that are formed as a whole
 
 
-def banded(layer: Layer, masses: Sequence[float], rtol: float, best: int, lower: float, x: Tensor) -> tuple[float, float, str]:
+def banded(layer: Layer, tap_norm_sums: Sequence[float], rtol: float, best: int, lower: float, x: Tensor) -> tuple[float, float, str]:
     """Both ends, group by group, from a vector x of the group `best` with its quotient `lower`; wider than `rtol` where rounding is."""
     top, floor, factorizations, width = lower, 0.0, 0, rtol * 0.98
-    for group, mass in enumerate(masses):
-        if rd.mul_up(mass, rd.sqrt_up(float(layer.shared))) <= top:
+    for group, tap_norm_sum in enumerate(tap_norm_sums):
+        if rd.mul_up(tap_norm_sum, rd.sqrt_up(float(layer.shared))) <= top:
             continue
         certificate = Certificate(layer, group)
         certificate.prepare()
         # a map that cancels to nothing is closed to what rounding can tell from zero
-        floor = max(floor, 2 * rd.sqrt_up(certificate.noise(mass)))
-        width = max(width, certificate.telling(top, mass))
+        floor = max(floor, 2 * rd.sqrt_up(certificate.noise(tap_norm_sum)))
+        width = max(width, certificate.attainable_rtol(top, tap_norm_sum))
         vector = leading = x if group == best else start_like(layer, x)
         fresh = 0
         while True:
             factorizations += 1
-            if certificate.proves(max(top * (1 + width), floor), mass):
+            if certificate.proves(max(top * (1 + width), floor), tap_norm_sum):
                 break
             before = top
             vector, _ = layer.ascend(vector, group, steps=24)
-            if (value := layer.lower(vector, group, mass)) > top:
+            if (value := layer.lower(vector, group, tap_norm_sum)) > top:
                 top, leading = value, vector
             if top > before * (1 + width / 50):
                 continue
@@ -54,10 +54,10 @@ def small(op: Conv) -> bool:
     return math.prod(op.weight.shape[:2]) * math.prod(outputs) * max(math.prod(sizes), math.prod(taps)) <= ENTRIES
 
 
-def rounded(layer: Layer, group: int, mass: float) -> tuple[Tensor, float]:
+def rounded(layer: Layer, group: int, tap_norm_sum: float) -> tuple[Tensor, float]:
     """The matrix of one group, unscaled, and a bound of the norm of its error: zero where no two taps of an output read one input.
 
-    `mass` bounds `sum_p ||K_p||_F`, unscaled too. docs/rounding.md#r8-the-matrix-of-a-layer.
+    `tap_norm_sum` bounds `sum_p ||K_p||_F`, unscaled too. docs/rounding.md#r8-the-matrix-of-a-layer.
     """
     kernel = widen(layer.source[group], 0)[0].flatten(2).permute(2, 0, 1)  # exact, denormals too
     taps, m, n = kernel.shape
@@ -70,6 +70,6 @@ def rounded(layer: Layer, group: int, mass: float) -> tuple[Tensor, float]:
     matrix.index_put_(at, kernel.expand(outputs, -1, -1, -1), accumulate=most > 1)
     error = 0.0
     if most > 1:
-        error = rd.mul_up(rd.mul_up(rd.gamma(2.0 * most), mass), rd.sqrt_up(float(layer.shared)))
+        error = rd.mul_up(rd.mul_up(rd.gamma(2.0 * most), tap_norm_sum), rd.sqrt_up(float(layer.shared)))
         error = rd.add_up(error, rd.mul_up(2.0 * most * matrix.numel(), rd.TINY))
     return matrix[:, :-1].permute(0, 2, 1, 3).reshape(outputs * m, inputs * n), error

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gramlip.ascent import Peak
 from gramlip.blocks import axes
 from gramlip.finite import Layer
 from gramlip.operators import Conv
-from gramlip.search import Search
 
 SAMPLE_BYTES = 48 << 20  # what one application of a finite layer may hold
 
@@ -41,22 +41,19 @@ def sample(op: Conv) -> tuple[Conv, tuple[str, ...]]:
         small = replace(op, input_size=sizes, padding_mode="zeros")
 
 
-def wave(search: Search, i: int, layer: Layer, group: int) -> Tensor:
+def wave(peak: Peak, layer: Layer, group: int) -> Tensor:
     """A start for the layer's own power steps: the best block's singular vector on a plane wave under a sine window.
 
     The vector lives on the inputs, split into the phases of a stride, or on the outputs where the blocks were flipped.
     """
     if any(axis.stride > 1 and axis.dilation > 1 for axis in layer.geometry):
         return start_like(layer, _blank(layer))
-    index = search.lattice.decode(search.where[i : i + 1])[1][0].tolist()
-    turns = [2 * math.pi * at / n for at, n in zip(index, search.lattice.sizes, strict=True)]
-    flipped = search.g.flipped
+    flipped, vector = peak.flipped, peak.vector
     phases = [1 if flipped else min(axis.stride, axis.kernel) for axis in layer.geometry]
-    vector = search.vectors[i]
     if vector.numel() != layer.shape[1 if flipped else 2] * math.prod(phases):  # the stride was taken as a divisor of itself
         return start_like(layer, _blank(layer))
     x = vector.reshape(-1, *phases)
-    for j, (axis, turn, count) in enumerate(zip(layer.geometry, turns, phases, strict=True)):
+    for j, (axis, turn, count) in enumerate(zip(layer.geometry, peak.frequency, phases, strict=True)):
         size = (axis.outputs if flipped else axis.size) or 0
         place = torch.arange(size, device=vector.device)
         window = (math.pi / (size + 1) * (place + 1).to(torch.float64)).sin()

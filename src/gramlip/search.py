@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -24,11 +24,12 @@ from torch import Tensor
 
 from gramlip import certificates as cert
 from gramlip import rounding as rd
-from gramlip.arrays import Flags, Ints, Reals, leading, named, on, pieces, smallest
-from gramlip.ascent import KEPT_BYTES, STEPS, Ascent, Enclosure, take
-from gramlip.lattice import Cells, joined, pick
-from gramlip.proved import Table, look_up, merge
+from gramlip.arrays import Flags, Ints, Reals, integers, leading, named, on, pieces, smallest
+from gramlip.ascent import STEPS, BlockCache, LowerBounds, Tally, take
+from gramlip.gramian import GramSymbol
+from gramlip.lattice import Cells, Lattice, Thresholds, joined, look_up, merge, pick
 
+BUDGET = 4e12  # real operations after which the search stops with what it has proved
 REFINE = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)  # resolutions of the first cells, of which the cheapest is taken
 PEAK = 0.2  # parts of the torus so small may be left to the refinement
 LEVELS = 6  # halvings that this estimate looks ahead
@@ -39,8 +40,104 @@ WIDER = (1.00001, 1.0001, 1.001, 1.005, 1.02, 1.05, 1.1, 1.25, 2.0)  # multiples
 CELLS = 1 << 20  # that may be left at a time, for the memory they take
 
 
-class Search(Ascent):
-    """Encloses the largest norm of a symbol; `start` finds the lower side, `close` proves the upper one."""
+@dataclass(frozen=True)
+class Enclosure:
+    """`lower <= max ||D|| / 2**exponent <= upper`, where the lower side is attained, and what it took."""
+
+    lower: float
+    upper: float
+    frequency: tuple[float, ...]
+    group: int
+    tally: Tally
+    finished: bool
+
+
+class Targets:
+    """The norm that is to be proved of each layer: its lower side plus nearly all of the width asked for, or a multiple of that.
+
+    A multiple beyond 1 means that the width asked for cannot be had, an infinite one that the layer is given up. Targets never fall.
+    """
+
+    def __init__(self, lower: LowerBounds, rtol: float | Reals, floor: Reals, chosen: Sequence[int]) -> None:
+        """For the `chosen` layers; a norm of `floor` is good enough for each."""
+        self._lower, self._floor, self.chosen = lower, floor, list(chosen)
+        self.width = np.maximum(rtol, lower.attainable_rtol())  # closer is asked for in vain
+        self._narrow = self.width > rtol
+        self.multiple = np.ones(len(lower.best))
+
+    def asked(self) -> Reals:
+        """The targets without their multiples."""
+        return np.maximum(np.sqrt(self._lower.best) * (1 + self.width * 0.98), self._floor)
+
+    def norms(self) -> Reals:
+        """The targets."""
+        return self.asked() * self.multiple
+
+    def min_relative_gap(self) -> float:
+        """The least relative distance of these layers' targets from their lower sides: what factorisations are to tell."""
+        return float((self.asked()[self.chosen] / np.sqrt(self._lower.best[self.chosen]).clip(min=1e-300) - 1).min())
+
+    def widen(self, items: Ints) -> None:
+        """The next of the multiples for these layers; infinite behind the last one."""
+        wider, least = np.array([*WIDER, math.inf]), np.maximum(self.multiple, 1 + self.width)[items]
+        self.multiple[items] = wider[np.searchsorted(wider, least, side="right").clip(max=len(WIDER))]
+
+    def widen_a_little(self, items: Ints) -> None:
+        """Add a part of the width to the multiples of these layers, in steps that grow with what they add up to."""
+        self.multiple[items] += np.maximum(self.width[items], self.multiple[items] - 1) / 4
+
+    def kept(self, item: int) -> bool:
+        """Whether the width asked for is the one that the target stands for."""
+        return bool(self.multiple[item] == 1.0 and not self._narrow[item])
+
+
+@dataclass
+class ProofState:
+    """How far a proof has come: a layer is proved when none of its cells is left."""
+
+    cells: Cells
+    allowed: float  # operations after which targets become wider
+    proved: Thresholds = field(default_factory=lambda: (integers([]), np.zeros(0)))
+    steps: int = STEPS  # Krylov steps on corners that fail
+    tested: int = 0  # corners that were tested in the last round
+
+    @property
+    def count(self) -> int:
+        """How many cells are left."""
+        return len(self.cells[0])
+
+
+@dataclass(frozen=True)
+class FailedCorners:
+    """Corners where the proof failed, their thresholds, and how many corners were `tested` with them."""
+
+    keys: Ints
+    thresholds: Reals
+    tested: int
+
+
+class BranchAndBound:
+    """Encloses the largest norm of a symbol over a grid (`points`) or, on axes where it is None, the whole circle.
+
+    `start` finds the lower side, `close` proves the upper one. `items` says to which layer each group belongs; every layer has its
+    own lower side and its own target.
+    """
+
+    def __init__(self, symbol: GramSymbol, points: tuple[int | None, ...], items: Ints | None = None, budget: float = BUDGET) -> None:
+        """Lay the lattice; nothing is computed yet."""
+        self.symbol, self.budget, self.tally = symbol, budget, Tally()
+        self.limit = math.inf  # operations after which no more blocks are tested
+        self.min_relative_gap = 0.0  # of the targets from the lower sides: what factorisations are to tell
+        self.lattice = Lattice(symbol.span, points, symbol.groups, not symbol.is_complex)
+        self.items = items if items is not None else np.zeros(symbol.groups, dtype=np.int64)
+        self.cache = BlockCache(symbol, self.lattice, self.tally)
+        self.lower = LowerBounds(self.cache, self.items, points)
+        self.floor = self.lower.least_norms()  # upper sides so small are good enough
+
+    def start(self, rtol: float, thorough: bool = False) -> None:
+        """The lower side; `thorough` takes steps at every frequency of a small grid."""
+        self.lower.start(rtol, thorough, self.budget)
+        self.floor = self.lower.least_norms()
 
     def close(self, rtol: float | Reals, only: Sequence[int] | None = None, ceiling: Reals | None = None) -> list[Enclosure]:
         """Prove for every layer (or `only` these) that nothing exceeds its lower side by more than `rtol`, or than can be proved.
@@ -49,196 +146,209 @@ class Search(Ascent):
         """
         if ceiling is not None:
             self.floor = np.maximum(self.floor, ceiling)
-        chosen = list(range(len(self.best))) if only is None else list(only)
-        width = np.maximum(rtol, self.telling())  # closer is asked for in vain
-        narrow = width > rtol
-        if self.g.swept and len(chosen) == len(self.best) and self._swept(width):
-            return [self._result(i, float(self._tau(width)[i]), not narrow[i]) for i in chosen]
-        self.rtol = self._room(width, chosen)
-        taps = self.g.tap_norms(self.items, self.best)
-        groups = self.nonzero()
-        groups = self.reaching(groups[np.isin(self.items[groups], chosen)])
-        if self.too_long:
-            return [self._crude(i) for i in chosen]
-        if taps is not None:
-            groups = groups[~self._flat(groups, taps, self._tau(width)[self.items[groups]])]
-        affordable, cells = self._open(groups, width)
-        stretch = np.full(len(self.best), affordable)  # beyond 1 where the width asked for cannot be had
-        proved: Table = (np.zeros(0, dtype=np.int64), np.zeros(0))
-        steps, tested = STEPS, 0
-        allowed, self.limit = self.budget, 1.5 * self.budget
-        while len(cells[0]):
-            tau = (self._tau(width) * stretch)[self.items[cells[0]]]
-            names, back = named(self.lattice.corner_keys(cells))
-            target = self._targets(cells, taps, tau)
-            least = smallest(len(names), back.ravel(), target.repeat(back.shape[1]))
-            passed: Flags = look_up(proved, names) <= least
-            test = (~passed & (least > 0)).nonzero()[0]
-            passed[test] = self.certify(names[test], least[test])
-            proved = merge(proved, (names[passed], least[passed]))
-            left = np.flatnonzero((~passed[back]).any(-1))
-            cells = pick(cells, left)
-            if not len(left):
-                break
-            late = np.unique(self.items[cells[0]])
-            if (
-                self.tally.operations > allowed or len(left) > CELLS
-            ):  # wider targets from wider cells for what is left, then what needs no frequency
-                wider = np.array([*WIDER, math.inf])
-                stretch[late] = wider[np.searchsorted(wider, np.maximum(stretch, 1 + width)[late], side="right").clip(max=len(WIDER))]
-                if np.isinf(stretch[late]).any():
-                    break
-                allowed = self.limit = self.tally.operations + self.budget / 8
-                if not self.lattice.listed:
-                    cells = self._first_cells(np.unique(cells[0]), self._tau(width) * stretch)
-                continue
-            before, count = self.best.copy(), len(left)
-            failed = test[~passed[test]]
-            # where the work grows, a higher peak may be what is missing: every candidate is looked at, not the best blocks alone
-            self._learn(names[failed], least[failed], width, steps, len(test) > tested)
-            tested = len(test)
-            if (self.best > before).any():
-                self.rtol = self._room(width, chosen)
-            rose = (self.best > before * (1 + self.rtol * RISEN))[self.items[cells[0]]]  # may pass as they are
-            cells = joined(pick(cells, rose), self.lattice.split(pick(cells, ~rose)))
-            if len(cells[0]) == count and (before == self.best).all():  # nothing left to split, and no better vector
-                if steps < self.g.side:
-                    steps *= 2
-                else:  # in steps that grow with what they add up to
-                    stretch[late] += np.maximum(width[late], stretch[late] - 1) / 4
-        upper, finished = self._tau(width) * stretch, (stretch == 1.0) & ~narrow
-        return [self._crude(i) if math.isinf(float(upper[i])) else self._result(i, float(upper[i]), bool(finished[i])) for i in chosen]
+        every = range(len(self.lower.best))
+        targets = Targets(self.lower, rtol, self.floor, every if only is None else only)
+        swept = self.symbol.fine is not None and len(targets.chosen) == len(every) and self._swept(targets)
+        if not swept and self.lower.too_long:
+            targets.multiple[:] = math.inf
+        elif not swept:
+            self._prove(targets)
+        return [self._enclosure(i, targets) for i in targets.chosen]
 
-    def _swept(self, width: Reals) -> bool:
+    def _prove(self, targets: Targets) -> None:
+        """Raise targets, and split cells, until no cell is left."""
+        self.min_relative_gap = targets.min_relative_gap()
+        taps = self.symbol.tap_norms(self.items, self.lower.best)
+        state = ProofState(self._open(self._groups(targets, taps), targets), self.budget)
+        self.limit = 1.5 * self.budget
+        while state.count:
+            failed = self._test_corners(state, targets, taps)
+            if state.count and (self.tally.operations > state.allowed or state.count > CELLS):
+                self._widen_targets(state, targets)
+            elif state.count:
+                self._raise_and_split(state, targets, failed)
+
+    def _groups(self, targets: Targets, taps: Reals | None) -> Ints:
+        """The groups of the chosen layers in which a target may be exceeded."""
+        groups = self.lower.nonzero()
+        groups = self.lower.reaching(groups[np.isin(self.items[groups], targets.chosen)])
+        return groups if taps is None else groups[~self._flat(groups, taps, targets.asked()[self.items[groups]])]
+
+    def _test_corners(self, state: ProofState, targets: Targets, taps: Reals | None) -> FailedCorners:
+        """Test the corners of the cells that are left, and leave those cells that have a corner where the proof fails."""
+        names, back = named(self.lattice.corner_keys(state.cells))
+        below = self._corner_thresholds(state.cells, taps, targets.norms()[self.items[state.cells[0]]])
+        least = smallest(len(names), back.ravel(), below.repeat(back.shape[1]))
+        passed: Flags = look_up(state.proved, names) <= least
+        test = (~passed & (least > 0)).nonzero()[0]
+        passed[test] = self.prove_blocks(names[test], least[test])
+        state.proved = merge(state.proved, (names[passed], least[passed]))
+        state.cells = pick(state.cells, np.flatnonzero((~passed[back]).any(-1)))
+        failed = test[~passed[test]]
+        return FailedCorners(names[failed], least[failed], len(test))
+
+    def _widen_targets(self, state: ProofState, targets: Targets) -> None:
+        """Beyond the budget: wider targets from wider cells for the layers that are left, then what needs no frequency."""
+        targets.widen(np.unique(self.items[state.cells[0]]))
+        state.cells = self._without_given_up(state.cells, targets)
+        state.allowed = self.limit = self.tally.operations + self.budget / 8
+        if not self.lattice.listed:
+            state.cells = self._first_cells(np.unique(state.cells[0]), targets.norms())
+
+    def _without_given_up(self, cells: Cells, targets: Targets) -> Cells:
+        """The cells of the layers that are still searched: a layer without a target left is bounded by its taps alone."""
+        return pick(cells, np.isfinite(targets.multiple[self.items[cells[0]]]))
+
+    def _raise_and_split(self, state: ProofState, targets: Targets, failed: FailedCorners) -> None:
+        """Look for higher peaks at the corners that failed, and split the cells of the layers whose lower side did not rise."""
+        best, before, count = self.lower.best, self.lower.best.copy(), state.count
+        # where the work grows, a higher peak may be what is missing: every candidate is looked at, not the best blocks alone
+        self._learn(failed, targets, state.steps, failed.tested > state.tested)
+        state.tested = failed.tested
+        if (best > before).any():
+            self.min_relative_gap = targets.min_relative_gap()
+        rose = (best > before * (1 + self.min_relative_gap * RISEN))[self.items[state.cells[0]]]  # may pass as they are
+        state.cells = joined(pick(state.cells, rose), self.lattice.split(pick(state.cells, ~rose)))
+        if state.count == count and (before == best).all():  # nothing left to split, and no better vector
+            if state.steps < self.symbol.side:
+                state.steps *= 2
+            else:
+                targets.widen_a_little(np.unique(self.items[state.cells[0]]))
+
+    def _swept(self, targets: Targets) -> bool:
         """Whether all corners of a sweep are proved to be so far below the targets that nothing between them exceeds them.
 
         Those that are not may hold a higher peak, with which they are tried again.
         """
-        keys, loss = self.coarse, np.tile(self.corners.loss, self.g.groups)
-        left = np.arange(len(keys))
-        group = left // len(self.corners.keys)
+        keys, corners = self.lower.coarse, self.lower.corners
+        left, loss, rising = np.arange(len(keys)), np.tile(corners.loss, self.symbol.groups), True
         self.tally.ways.add("Cholesky")
-        while len(left):
-            before = self.best.copy()
-            tau = self._tau(width)[self.items[group[left]]]
-            target = np.maximum(tau * (1 - loss[left] * (1 + 1e-14)), 0.0) ** 2 * (1 - 1e-15)
-            noise = self.noise[group[left]]
-            parts = pieces(len(left), self.g.chunk())
-            good = [self._factorised(self.blocks(keys[left[part]]), target[part], noise[part]) for part in parts]
+        while len(left) and rising:
+            before, group = self.lower.best.copy(), left // len(corners.keys)
+            target = np.maximum(targets.asked()[self.items[group]] * (1 - loss[left] * (1 + 1e-14)), 0.0) ** 2 * (1 - 1e-15)
+            noise = self.lower.noise[group]
+            parts = pieces(len(left), self.symbol.chunk())
+            good = [self._factorised(self.cache.blocks(keys[left[part]]), target[part], noise[part]) for part in parts]
             left = left[~torch.cat(good).cpu().numpy()]
             if len(left):
-                self.raise_lower(keys[left[:: 1 + len(left) // AGAIN]], STEPS)
-                if not (self.best > before).any():
-                    return False
-        return True
+                self.lower.raise_lower(keys[left[:: 1 + len(left) // AGAIN]], STEPS)
+                rising = bool((self.lower.best > before).any())
+        return not len(left)
 
-    def certify(self, keys: Ints, thresholds: Reals) -> Flags:
+    def prove_blocks(self, keys: Ints, thresholds: Reals) -> Flags:
         """True where `lambda_1(G) <= threshold` is proved: two moments first, then a Cholesky factorisation, until the limit is reached."""
         done = np.zeros(len(keys), dtype=np.bool_)
-        c = self.g.side
         tried = settled = 0
-        # a shift takes from the cells' width, and where there are none from nothing else
-        shift = math.inf if self.g.parallel else cert.single_shift(c)
-        single = shift <= (0.8 if self.lattice.listed else 0.5) * self.rtol
-        first = not single and c > cert.TRACE_ORDER and shift <= 2 * self.rtol  # what is farther below is proved in single precision
-        for part in pieces(len(keys), self.g.chunk()):
-            names, t, noise = keys[part], thresholds[part], self.noise[self.lattice.groups(keys[part])]
+        for part in pieces(len(keys), self.symbol.chunk()):
             # the moments are tried for as long as they settle one block in eight, and where a factorisation costs more
-            tries = 8 * settled >= tried and not self.g.parallel
-            good, g = self._by_moments(names, t, noise) if tries else (np.zeros(len(names), dtype=np.bool_), None)
-            rest = (~good).nonzero()[0]
-            if tries:
-                tried, settled = tried + len(good), settled + len(good) - len(rest)
-                self.tally.gram_steps += len(good)
-            if len(rest) < len(good):
-                self.tally.ways.add("Gram")
-            if len(rest):
-                self.tally.ways.add("Cholesky")
-                g = self.blocks(names[rest]) if g is None else take(g, rest)
-                if first:
-                    good[rest] = self._factorised(g, t[rest], noise[rest], single=True).cpu().numpy()
-                    g, rest = take(g, (~good[rest]).nonzero()[0]), rest[~good[rest]]
-                good[rest] = self._factorised(g, t[rest], noise[rest], single=single, spare=self.own(g)).cpu().numpy()
-            del g
-            done[part] = good
+            tries = 8 * settled >= tried and not self.symbol.parallel
+            done[part], by_moments = self._prove_piece(keys[part], thresholds[part], tries)
+            tried, settled = tried + tries * len(done[part]), settled + by_moments
             if self.tally.operations > self.limit:
                 break
         return done
 
+    def _prove_piece(self, keys: Ints, thresholds: Reals, tries: bool) -> tuple[Flags, int]:
+        """Where a threshold is proved for a few blocks, and how many of them two moments settled, if they are tried at all."""
+        noise = self.lower.noise[self.lattice.groups(keys)]
+        passed, blocks = self._by_moments(keys, thresholds, noise) if tries else (np.zeros(len(keys), dtype=np.bool_), None)
+        left = (~passed).nonzero()[0]
+        settled = len(keys) - len(left)
+        if settled:
+            self.tally.ways.add("Gram")
+        if len(left):
+            self.tally.ways.add("Cholesky")
+            single, first = self._single_precision()
+            blocks = self.cache.blocks(keys[left]) if blocks is None else take(blocks, left)
+            if first:
+                good = self._factorised(blocks, thresholds[left], noise[left], single=True).cpu().numpy()
+                passed[left] = good
+                blocks, left = take(blocks, (~good).nonzero()[0]), left[~good]
+            spare = self.cache.owned(blocks)
+            passed[left] = self._factorised(blocks, thresholds[left], noise[left], single=single, spare=spare).cpu().numpy()
+        return passed, settled
+
+    def _single_precision(self) -> tuple[bool, bool]:
+        """Whether factorisations in single precision tell enough, and whether they are worth a first try before those in double.
+
+        A shift takes from the cells' width, and where there are none from nothing else.
+        """
+        c, gap = self.symbol.side, self.min_relative_gap
+        shift = math.inf if self.symbol.parallel else cert.single_shift(c)
+        single = shift <= (0.8 if self.lattice.listed else 0.5) * gap
+        return single, not single and c > cert.TRACE_ORDER and shift <= 2 * gap
+
     def _factorised(self, blocks: Tensor, thresholds: Reals, noise: Reals, **how: bool) -> Tensor:
         """Where a Cholesky factorisation proves it, booked."""
         self.tally.factorizations += len(blocks)
-        self.tally.operations += len(blocks) * (4 / 3) * self.g.side**3
+        self.tally.operations += len(blocks) * (4 / 3) * self.symbol.side**3
         return cert.cholesky(blocks, on(blocks.device, thresholds), on(blocks.device, noise), **how)
 
     def _by_moments(self, keys: Ints, thresholds: Reals, noise: Reals) -> tuple[Flags, Tensor | None]:
-        """Where two moments prove it, and the blocks where they had to be formed for that."""
-        known = look_up(self.moments, keys) + noise
+        """Where two moments prove it, booked, and the blocks where they had to be formed for that."""
+        self.tally.gram_steps += len(keys)
+        known = look_up(self.lower.moments, keys) + noise
         if np.isfinite(known).all():
             return known <= thresholds, None
-        g = self.blocks(keys)
-        return cert.moments(g, on(g.device, noise)).cpu().numpy() <= thresholds, g
+        blocks = self.cache.blocks(keys)
+        return cert.moments(blocks, on(blocks.device, noise)).cpu().numpy() <= thresholds, blocks
 
-    def _tau(self, width: Reals) -> Reals:
-        """What is to be proved: each lower side plus nearly all of the width asked for, or what rounding lets be told from zero."""
-        return np.maximum(np.sqrt(self.best) * (1 + width * 0.98), self.floor)
-
-    def _room(self, width: Reals, chosen: Sequence[int]) -> float:
-        """The least relative distance of these layers' targets from their lower sides: what factorisations are to tell."""
-        return float((self._tau(width)[chosen] / np.sqrt(self.best[chosen]).clip(min=1e-300) - 1).min())
-
-    def _targets(self, cells: Cells, taps: Reals | None, tau: Reals) -> Reals:
-        """What the largest eigenvalue at the corners of each cell must not exceed for the cell to stay below tau squared."""
+    def _corner_thresholds(self, cells: Cells, taps: Reals | None, target_norm: Reals) -> Reals:
+        """What the largest eigenvalue at the corners of each cell must not exceed for the cell to stay below the target's square."""
         half = self.lattice.half_widths(cells)
         ratio = self.lattice.slack(half) / self.lattice.spread
-        target = np.maximum(tau * (1 - ratio * (1 + 1e-14)), 0.0) ** 2
+        threshold = np.maximum(target_norm * (1 - ratio * (1 + 1e-14)), 0.0) ** 2
         if taps is not None:
             # b_q of docs/theory.md#tap-bound; the norms are of the computed taps, whose errors add up to less than `noise`
-            bend = np.minimum((self.g.offsets * half[:, None]) ** 2 / 2, 2.0).sum(-1)
-            beta = (2 * bend * taps[cells[0]]).sum(-1) * (1 + 1e-12) + 4 * self.lattice.axes * self.noise[cells[0]]
-            target = np.maximum(target, tau * tau - beta)
-        return target * (1 - 1e-15)
+            bend = np.minimum((self.symbol.offsets * half[:, None]) ** 2 / 2, 2.0).sum(-1)
+            beta = (2 * bend * taps[cells[0]]).sum(-1) * (1 + 1e-12) + 4 * self.lattice.axes * self.lower.noise[cells[0]]
+            threshold = np.maximum(threshold, target_norm * target_norm - beta)
+        return threshold * (1 - 1e-15)
 
-    def _flat(self, groups: Ints, taps: Reals, tau: Reals) -> Flags:
+    def _flat(self, groups: Ints, taps: Reals, target_norm: Reals) -> Flags:
         """Where the tap bound of the whole torus, `||A_0|| + 2 sum ||A_q||`, proves the target at once."""
-        assert self.g.taps is not None
-        room = tau * tau * (1 - 1e-15) - 2 * taps[groups].sum(-1) * (1 + 1e-12)
-        done: Flags = room > self.best[self.items[groups]]
+        assert self.symbol.taps is not None
+        room = target_norm * target_norm * (1 - 1e-15) - 2 * taps[groups].sum(-1) * (1 + 1e-12)
+        done: Flags = room > self.lower.best[self.items[groups]]
         chosen = done.nonzero()[0]
         if len(chosen):
-            zero = self.g.taps.zero[on(self.g.device, groups[chosen])]
-            done[chosen] = good = self._factorised(zero, room[chosen], self.noise[groups[chosen]]).cpu().numpy()
+            zero = self.symbol.taps.zero[on(self.symbol.device, groups[chosen])]
+            done[chosen] = good = self._factorised(zero, room[chosen], self.lower.noise[groups[chosen]]).cpu().numpy()
             if good.any():
                 self.tally.ways.add("tap bound")
         return done
 
-    def _first_cells(self, groups: Ints, tau: Reals) -> Cells:
+    def _first_cells(self, groups: Ints, target_norm: Reals) -> Cells:
         """The initial cells at the resolution that the estimates on the coarse grid predict to be cheapest."""
-        if not self.lattice.active or not len(groups) or self.g.swept or self.lattice.listed:
-            return self.lattice.cells(self.g.fine if self.g.swept else 1.0, groups, least=self.g.swept)
-        return self.lattice.cells(self._cheapest(tau)[1], groups)
+        fine = self.symbol.fine
+        if fine is not None:
+            return self.lattice.cells(fine, groups, least=True)
+        if not self.lattice.active or not len(groups) or self.lattice.listed:
+            return self.lattice.cells(1.0, groups)
+        return self.lattice.cells(self._cheapest(target_norm)[1], groups)
 
-    def _open(self, groups: Ints, width: Reals) -> tuple[float, Cells]:
-        """The least multiple of the targets for which the blocks to test are predicted to stay within the budget, and its first cells."""
-        tau = self._tau(width)
-        if self.g.swept or self.lattice.listed or not len(groups):
-            return 1.0, self._first_cells(groups, tau)
-        each = len(groups) * (self.g.operations + (4 / 3) * self.g.side**3)
+    def _open(self, groups: Ints, targets: Targets) -> Cells:
+        """The first cells. Targets take the least multiple for which the blocks to test are predicted to stay within the budget."""
+        target_norm = targets.asked()
+        if self.symbol.fine is not None or self.lattice.listed or not len(groups):
+            return self._first_cells(groups, target_norm)
+        each = len(groups) * (self.symbol.operations + (4 / 3) * self.symbol.side**3)
         left = 1.5 * self.budget - self.tally.operations
-        cost, refine = self._cheapest(tau)
+        cost, refine = self._cheapest(target_norm)
         if each * cost <= left:
-            return 1.0, self.lattice.cells(refine, groups)
-        wider = (s for s in (1.0, *WIDER) if s == 1.0 or s > 1 + width.max())
-        stretch = next((s for s in wider if each * self._cheapest(tau * s, PEAK)[0] <= left), WIDER[-1])
-        return stretch, self._first_cells(groups, tau * stretch)
+            return self.lattice.cells(refine, groups)
+        wider = (s for s in (1.0, *WIDER) if s == 1.0 or s > 1 + targets.width.max())
+        multiple = next((s for s in wider if each * self._cheapest(target_norm * s, PEAK)[0] <= left), WIDER[-1])
+        targets.multiple[:] = multiple
+        return self._first_cells(groups, target_norm * multiple)
 
-    def _cheapest(self, tau: Reals, peak: float = 0.0) -> tuple[float, float]:
+    def _cheapest(self, target_norm: Reals, peak: float = 0.0) -> tuple[float, float]:
         """How many blocks of a group are to be tested at the best resolution of the first cells, and that resolution.
 
         A part of the torus that is less than `peak` is left out: how far it is refined is not known beforehand.
         """
-        item = self.items[self.lattice.groups(self.coarse)]
-        ratio = np.sort(np.sqrt(self.estimates.clip(min=0)) / tau[item].clip(min=1e-300)).tolist()
+        item = self.items[self.lattice.groups(self.lower.coarse)]
+        ratio = np.sort(np.sqrt(self.lower.estimates.clip(min=0)) / target_norm[item].clip(min=1e-300)).tolist()
         outlook = cache(self.lattice.outlook)
 
         def cost(refine: float) -> float:
@@ -254,38 +364,39 @@ class Search(Ascent):
 
         return min((cost(refine), refine) for refine in REFINE)
 
-    def _learn(self, failed: Ints, thresholds: Reals, width: Reals, steps: int, every: bool) -> None:
-        """Corners that are above what is known, or nearly: raise the lower side there."""
-        group = self.lattice.groups(failed)
-        item = self.items[group]
-        close = thresholds > 0.97 * self.best[item]
-        candidates = failed[close]
-        if not len(candidates):
+    def _learn(self, failed: FailedCorners, targets: Targets, steps: int, every: bool) -> None:
+        """Raise the lower side at corners that are above it, or nearly: at `every` one of them, or at the best by their moments."""
+        lower, keys = self.lower, self._near_peaks(failed)
+        if not len(keys):
             return
-        spread, _ = np.modf(np.arange(len(candidates)) * SPREAD)
-        order, before = leading(group[close], -spread)  # not the lowest frequencies alone
-        some = np.sort(order[before.argsort(kind="stable")[: 4 * self.g.chunk()]])  # some of each group
         if every:  # more steps, and the vector of the best block for what is left of the way to its peak
-            few = len(some) * self.g.block_bytes <= KEPT_BYTES
-            held = (self.blocks(candidates[some]), np.arange(len(some))) if few else None
-            far = self.raise_lower(candidates[some], 2 * steps, held=held)
-            values = np.maximum(far, self.raise_lower(candidates[some], steps, self._best_vectors(candidates[some]), held))
+            held = (self.cache.blocks(keys), np.arange(len(keys))) if self.cache.fits(len(keys)) else None
+            far = lower.raise_lower(keys, 2 * steps, held=held).values
+            values = np.maximum(far, lower.raise_lower(keys, steps, lower.best_vectors(keys), held).values)
         else:
-            values = self.survey(candidates[some], steps)
-        item = item[close][some]
-        rising = np.unique(item[values > self.best[item] * (1 - width[item] / 2)])
+            values = lower.survey(keys, steps).values
+        item = self.items[self.lattice.groups(keys)]
+        rising = np.unique(item[values > lower.best[item] * (1 - targets.width[item] / 2)])
         if len(rising):
-            self.climb(rising, 1 if self.rtol > 1e-3 else 3)
+            lower.climb(rising, 1 if self.min_relative_gap > 1e-3 else 3, self.min_relative_gap)
 
-    def _crude(self, item: int) -> Enclosure:
-        """A kernel with too many taps for the search: what bounds it without any frequency."""
-        upper = max((self.g.crude(g) for g, owner in enumerate(self.items.tolist()) if owner == item), default=0.0)
-        self.tally.ways.add("sum of taps")
-        return replace(self._result(item, upper, False), upper=upper)
+    def _near_peaks(self, failed: FailedCorners) -> Ints:
+        """Some corners of each group whose thresholds are close to the lower side or above it, not the lowest frequencies alone."""
+        group = self.lattice.groups(failed.keys)
+        close = failed.thresholds > 0.97 * self.lower.best[self.items[group]]
+        keys = failed.keys[close]
+        spread, _ = np.modf(np.arange(len(keys)) * SPREAD)
+        order, before = leading(group[close], -spread)
+        return keys[np.sort(order[before.argsort(kind="stable")[: 4 * self.symbol.chunk()]])]
 
-    def _result(self, item: int, upper: float, finished: bool) -> Enclosure:
-        group, index = self.lattice.decode(self.where[item : item + 1])
-        sign = -1 if self.g.flipped else 1
-        turns = zip(index[0].tolist(), self.lattice.sizes, strict=True)
-        frequency = tuple(math.remainder(sign * 2 * math.pi * i / n, 2 * math.pi) for i, n in turns)
-        return Enclosure(rd.sqrt_down(float(self.best[item])), upper, frequency, int(group[0]), self.tally, finished)
+    def _enclosure(self, item: int, targets: Targets) -> Enclosure:
+        """The layer's interval; a layer that was given up is bounded by its taps, without any frequency."""
+        peak = self.lower.peak(item)
+        sign = -1 if peak.flipped else 1
+        frequency = tuple(math.remainder(sign * turn, 2 * math.pi) for turn in peak.frequency)
+        if math.isinf(targets.multiple[item]):
+            self.tally.ways.add("sum of taps")
+            upper = max((self.symbol.crude(g) for g, owner in enumerate(self.items.tolist()) if owner == item), default=0.0)
+        else:
+            upper = float(targets.norms()[item])
+        return Enclosure(rd.sqrt_down(float(self.lower.best[item])), upper, frequency, peak.group, self.tally, targets.kept(item))

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from gramlip import certificates as cert
-from gramlip import exponents
 from gramlip.arrays import largest, named, on, pieces
-from gramlip.gramian import Gramian
+from gramlip.gramian import GramSymbol
 from gramlip.lattice import Lattice, waves
 from gramlip.tall import symbols
+from gramlip.taps import tap_positions
 
 SQUARINGS = 10  # of the best blocks,
 BEST = 8
@@ -35,7 +35,7 @@ class Corners:
         self.keys, back = named(lattice.corner_keys(cells))
         loss = lattice.slack(lattice.half_widths(cells)) / lattice.spread
         self.loss = largest(len(self.keys), back.ravel(), loss.repeat(back.shape[1]))
-        self.waves = on(device, waves(lattice.decode(self.keys)[1], lattice.sizes, exponents.taps(span)))
+        self.waves = on(device, waves(lattice.decode(self.keys)[1], lattice.sizes, tap_positions(span)))
 
 
 @lru_cache(maxsize=32)
@@ -49,7 +49,7 @@ def corners(
 class Sweep:
     """An estimate of the largest eigenvalue of every block of a symbol at the corners, (groups, F), and the blocks where they are small."""
 
-    def __init__(self, g: Gramian, waves: Tensor) -> None:
+    def __init__(self, g: GramSymbol, waves: Tensor) -> None:
         """Form the blocks, a few frequencies at a time, and square them."""
         self._g, self._waves = g, waves
         count, c = len(waves), g.side
@@ -78,7 +78,7 @@ class Sweep:
         return many[groups, place], blocks[groups, place], vectors.reshape(*many.shape, -1)[groups, place]
 
 
-def _blocks(g: Gramian, waves: Tensor, group: int | None = None) -> Tensor:
+def _blocks(g: GramSymbol, waves: Tensor, group: int | None = None) -> Tensor:
     """`D* D` of one group or of all, one after the other, at these waves (F, taps)."""
     assert g.tall.wide is not None
     flat = (g.tall.wide if group is None else g.tall.wide[group]).flatten(-2)

@@ -18,7 +18,7 @@ PIECE_BYTES = 8 << 20  # pieces of larger kernels have about this size,
 GPU_PIECE_BYTES = 64 << 20  # or this on a GPU
 
 
-class Tall:
+class TallKernel:
     """The kernel (groups, taps, rows, side), `rows >= side`, of the symbol of `kernel` (groups, m, n, *k) at `strides`.
 
     Entries are divided by `2**exponent`, chosen so that the largest lies in [1/2, 1).
@@ -27,6 +27,7 @@ class Tall:
     def __init__(self, kernel: Tensor, strides: tuple[int, ...] | None = None) -> None:
         """Orient the kernel; nothing but its exponent is computed, and a copy made where it is small."""
         self.source = kernel.detach()
+        self.device, self.parallel = kernel.device, devices.parallel(kernel.device)
         taps = kernel.shape[3:]
         self.strides = strides or (1,) * len(taps)
         self.span = tuple(-(-k // s) for k, s in zip(taps, self.strides, strict=True))
@@ -56,7 +57,7 @@ class Tall:
             yield self.wide
             return
         total = self.rows // self._unit
-        size = size or (GPU_PIECE_BYTES if devices.parallel(self.source.device) else PIECE_BYTES)
+        size = size or (GPU_PIECE_BYTES if self.parallel else PIECE_BYTES)
         step = max(1, size // (self._row_bytes * (self.groups if group is None else 1)))
         for start in range(0, total, step):
             stop = min(start + step, total)

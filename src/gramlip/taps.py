@@ -1,9 +1,14 @@
-"""The autocorrelation's taps `A_q = sum_p K_p* K_{p+q}`, of which all Gram blocks are combinations: docs/theory.md#autocorrelation."""
+"""The taps of a kernel, and Gram blocks from them.
+
+From the autocorrelation's taps `A_q = sum_p K_p* K_{p+q}`, of which all Gram blocks are combinations
+(docs/theory.md#autocorrelation), or, where few blocks are needed, as squares of their symbols.
+"""
 
 from __future__ import annotations
 
 import itertools
-from functools import cached_property
+import math
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -11,9 +16,8 @@ from torch import Tensor
 
 from gramlip import certificates as cert
 from gramlip import rounding as rd
-from gramlip.arrays import Complexes, Ints, Reals, on, pieces
-from gramlip.exponents import Run
-from gramlip.tall import Tall
+from gramlip.arrays import Complexes, Ints, Reals, integers, on, pieces
+from gramlip.tall import TallKernel
 
 HALF = 2.0**-24  # unit roundoff of single precision
 TOGETHER = 3  # taps that are accumulated in double at once before they are stored in single precision
@@ -23,25 +27,67 @@ NORMS_BYTES = 16 << 20  # taps whose norms are taken at once,
 HALVED_BYTES = 4 << 20  # that are halved at once,
 GATHERED_BYTES = 4 << 20  # or copied for single blocks
 A_CALL = 1 << 14  # numbers that are copied in the time that a product of a run of them takes to be called
+SQUARE_ROWS = 64  # rows of a symbol that one product of its square adds up
+SQUARE_BYTES, SMALL_SQUARE_BYTES = 24 << 20, 1 << 20  # of symbols at once, large ones and small ones
+
+Run = tuple[int, int, int]
+"""Two taps of the kernel, whose product is a part of one tap of the autocorrelation, and how many such pairs lie side by side."""
 
 
-def correlate(tall: Tall, runs: list[list[Run]], out: Tensor) -> None:
+@lru_cache(maxsize=64)
+def tap_positions(span: tuple[int, ...]) -> Ints:
+    """The exponents p of the kernel's taps, (P, axes), to be read alone."""
+    return integers(list(itertools.product(*map(range, span)))).reshape(math.prod(span), len(span))
+
+
+@lru_cache(maxsize=64)
+def tap_offsets(span: tuple[int, ...]) -> Ints:
+    """The differences q > 0 of two of them, one of each pair q and -q, (T, axes), to be read alone."""
+    ranges = [range(1 - k, k) for k in span]
+    found = [q for q in itertools.product(*ranges) if q > (0,) * len(span)]
+    return integers(found).reshape(len(found), len(span))
+
+
+@lru_cache(maxsize=64)
+def tap_runs(span: tuple[int, ...]) -> list[list[Run]]:
+    """For the difference 0 and each of the offsets the pairs of taps that are so far apart, neighbours joined; to be read alone."""
+    return [_apart((0,) * len(span), span), *(_apart(tuple(q), span) for q in tap_offsets(span).tolist())]
+
+
+def _apart(q: tuple[int, ...], span: tuple[int, ...]) -> list[Run]:
+    # behind the last axis on which they differ the pairs lie side by side
+    last = max((j for j, at in enumerate(q) if at), default=0)
+    strides = [math.prod(span[j + 1 :]) for j in range(len(span))]
+    between = sum(at * stride for at, stride in zip(q, strides, strict=True))
+    first = [range(max(0, -at), min(k, k - at)) for at, k in zip(q, span, strict=True)]
+    count = len(first[last]) * strides[last] if span else 1
+    starts = itertools.product(*first[:last], *(some[:1] for some in first[last : last + 1]))
+    flat = (sum(i * stride for i, stride in zip(at, strides, strict=False)) for at in starts)
+    return [(start, start + between, count) for start in flat]
+
+
+def correlate(tall: TallKernel, runs: list[list[Run]], out: Tensor) -> None:
     """Add the tap `A_q` of each list of runs to `out[i]` (groups, c, c), which are zero, with the rows of the kernel streamed."""
     # a Hermitian one, of pairs of equal taps, is formed below the diagonal
     parts = strips(tall.side, max(STRIP, tall.side // STRIPS))
     for piece in tall.pieces():
         flat, rows = piece.flatten(1, 2), piece.shape[2]
-        for one, some in zip(out, runs, strict=True):
-            for left, right, count in some:  # one product, the pairs one below the other
+        for tap, pairs in zip(out, runs, strict=True):
+            for left, right, count in pairs:  # one product, the pairs one below the other
                 a, b = (flat.narrow(1, start * rows, count * rows) for start in (left, right))
-                if left != right or len(parts) == 1:
-                    one.baddbmm_(a.mH, b)
-                    continue
-                for i, j in parts:
-                    one[:, i:j, :j].baddbmm_(a[:, :, i:j].mH, b[:, :, :j])
-    for one, some in zip(out, runs, strict=True):
-        if some and some[0][0] == some[0][1]:
-            mirror(one, parts)
+                _add_product(tap, a, b, parts if left == right else parts[:0])
+    for tap, pairs in zip(out, runs, strict=True):
+        if pairs and pairs[0][0] == pairs[0][1]:
+            mirror(tap, parts)
+
+
+def _add_product(tap: Tensor, a: Tensor, b: Tensor, parts: list[tuple[int, int]]) -> None:
+    """Add `a* b` to a tap (groups, c, c), of a Hermitian one only the strips up to their diagonal blocks."""
+    if len(parts) <= 1:
+        tap.baddbmm_(a.mH, b)
+        return
+    for i, j in parts:
+        tap[:, i:j, :j].baddbmm_(a[:, :, i:j].mH, b[:, :, :j])
 
 
 def strips(side: int, size: int) -> list[tuple[int, int]]:
@@ -75,7 +121,7 @@ class Taps:
     The first blocks turn them into the coefficients of the cosines and sines, `A_q + A_q*` and `A_q - A_q*`.
     """
 
-    def __init__(self, tall: Tall, runs: list[list[Run]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, tall: TallKernel, runs: list[list[Run]], dtype: torch.dtype, device: torch.device) -> None:
         """Form the taps, that of `runs[0]` being `A_0`: each the same for all groups, so that one product takes them all."""
         self.found = torch.zeros(len(runs), tall.groups, tall.side, tall.side, dtype=dtype, device=device)
         self._odd: Tensor | None = None
@@ -132,7 +178,7 @@ class Narrow:
     `noise[g]` bounds what storing them adds to the error of any block of group g: docs/rounding.md#r2-symbol.
     """
 
-    def __init__(self, tall: Tall, runs: list[list[Run]], device: torch.device) -> None:
+    def __init__(self, tall: TallKernel, runs: list[list[Run]], device: torch.device) -> None:
         """Form the taps, that of `runs[0]` being `A_0`, a few at a time."""
         shape = (tall.groups, tall.side, tall.side)
         self.zero = torch.zeros(1, *shape, dtype=torch.float64, device=device)
@@ -252,3 +298,82 @@ def _frobenius(taps: Tensor) -> Reals:
     """Frobenius norms of taps (T, groups, c, c): (groups, T)."""
     norms: Reals = torch.linalg.vector_norm(taps, dim=(-2, -1)).T.cpu().numpy()
     return norms
+
+
+def square_errors(tall: TallKernel, runs: list[list[Run]]) -> list[float]:
+    """Upper bounds of `||fl(G) - G||` for any block of each group, beyond the error in double: docs/rounding.md#r2-symbol.
+
+    `runs` are those of the pairs of taps at each distance.
+    """
+    traces, squares = _largest_traces(tall, runs)
+    grow = 1 + rd.gamma(8.0 * tall.rows * tall.side * tall.count)
+    rows = min(SQUARE_ROWS, tall.rows)
+    per = rd.gamma(1.42 * (2.0 * rows + -(-tall.rows // rows) + 4) + 3, HALF)
+    # small symbols are formed in single precision, which errs by so much of the sum of the taps' norms, whose square is at most `squares`
+    more = per * (grow - 1) + (2.01 * rd.gamma(tall.count + 3.0, HALF) * grow if tall.side <= STRIP else 0.0)
+    least = 2.0**-100 * tall.rows * tall.side
+    return [rd.up(per * trace * grow + more * square + least) for trace, square in zip(traces, squares, strict=True)]
+
+
+def _largest_traces(tall: TallKernel, runs: list[list[Run]]) -> tuple[Reals, Reals]:
+    """For each group a bound of the trace of G at every frequency, as computed, and what the rounding of it is relative to.
+
+    The coefficients of the trace are sums of inner products of taps. The number of taps times the sum of their squares is no less than
+    the square of the sum of their norms.
+    """
+    assert tall.wide is not None
+    flat = tall.wide.flatten(2)
+    inner: Reals = (flat @ flat.mT).cpu().numpy()
+    blocks = ((inner[:, p : p + n, q : q + n].trace(axis1=1, axis2=2) for p, q, n in pairs) for pairs in runs)
+    mean, *others = (np.abs(sum(pairs, np.zeros(len(inner)))) for pairs in blocks)
+    return mean + 2 * sum(others, np.zeros(len(inner))), np.trace(inner, axis1=1, axis2=2) * tall.count
+
+
+def squared_symbols(tall: TallKernel, groups: slice, waves: Tensor) -> Tensor:
+    """`D(w)* D(w)` of a real kernel at the waves `exp(-i p.w)` (F, taps) of its taps: (groups F, c, c) in single precision.
+
+    Complex products alone: no global setting cuts them short on a CPU.
+    """
+    assert tall.wide is not None
+    kernel, count, c = tall.wide[groups], len(waves), tall.side
+    out = torch.empty(len(kernel), count, c, c, dtype=torch.complex64, device=waves.device)
+    form, limit = (_small_squares, SMALL_SQUARE_BYTES) if c <= STRIP else (_large_squares, SQUARE_BYTES)
+    size = 8 * count * tall.rows * c  # of the symbols of a group, of which some are formed at once or else a few of one
+    some, few = max(1, limit // size) if c <= STRIP else 1, -(-count // -(-size // limit))
+    for part, blocks in zip(kernel.split(some), out.split(some), strict=True):
+        for wave, places in zip(waves.split(few), blocks.split(few, 1), strict=True):
+            form(part, wave, places.flatten(0, 1))
+    return out.flatten(0, 1)
+
+
+def _small_squares(kernel: Tensor, waves: Tensor, out: Tensor) -> None:
+    """All at once, from symbols in single precision."""
+    rows, side = kernel.shape[2:]
+    symbols = (waves.to(torch.complex64) @ kernel.flatten(2).to(torch.complex64)).reshape(-1, rows, side)
+    left, *lefts = symbols.mH.split(SQUARE_ROWS, 2)
+    right, *rights = symbols.split(SQUARE_ROWS, 1)
+    torch.bmm(left, right, out=out)
+    for one, other in zip(lefts, rights, strict=True):
+        out.baddbmm_(one, other)
+
+
+def _large_squares(kernel: Tensor, waves: Tensor, out: Tensor) -> None:
+    """Those of one group one after the other, which caches hold, each below its diagonal; symbols formed in double and rounded."""
+    count, rows, side = len(waves), *kernel.shape[2:]
+    symbols = torch.empty(count, rows, side, dtype=torch.complex64, device=waves.device)
+    both = torch.cat([waves.real, waves.imag])
+    for part, places in zip(kernel[0].split(SQUARE_ROWS, 1), torch.view_as_real(symbols).split(SQUARE_ROWS, 1), strict=True):
+        found = (both @ part.flatten(1)).reshape(2, count, -1, side)
+        places[..., 0], places[..., 1] = found[0], found[1]
+    parts = strips(side, STRIP)
+    for block, symbol in zip(out, symbols, strict=True):
+        for i, j in parts:
+            _strip_of_square(symbol, i, j, block[i:j, :j])
+    mirror(out, parts)
+
+
+def _strip_of_square(symbol: Tensor, first: int, last: int, out: Tensor) -> None:
+    """These rows of `D* D` up to their diagonal block, a few rows of the symbol at a time."""
+    left = symbol.mH[first:last]
+    for k in range(0, len(symbol), SQUARE_ROWS):
+        torch.addmm(out, left[:, k : k + SQUARE_ROWS], symbol[k : k + SQUARE_ROWS, :last], beta=float(k > 0), out=out)

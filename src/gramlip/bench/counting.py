@@ -15,9 +15,9 @@ from torch import Tensor
 import gramlip.certificates as certificates
 import gramlip.certify as engine
 from gramlip.arrays import Flags, Ints, Reals
-from gramlip.gramian import Gramian
+from gramlip.gramian import GramSymbol, SharedProductsInSingle, SquaresInSingle
 from gramlip.measure import interleaved
-from gramlip.search import Search
+from gramlip.search import BranchAndBound
 
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices whose product gives the rate
 DTYPES = (torch.float64, torch.float32, torch.complex128, torch.complex64)
@@ -66,7 +66,7 @@ def count(work: Callable[[], object]) -> Counts:
         flops[single] += len(g) * g.shape[-1] ** 3 / 3 * (4 if g.is_complex() else 1)
         return plain(g, threshold, noise, single=single, **options)
 
-    with patch.object(engine, "Search", search), patch.object(certificates, "cholesky", cholesky):
+    with patch.object(engine, "BranchAndBound", search), patch.object(certificates, "cholesky", cholesky):
         work()
     tallies, formed = [s.tally for s in searches], [s.forming() for s in searches]
     return Counts(
@@ -87,9 +87,9 @@ def proofs(work: Callable[[], object]) -> Callable[[], float]:
     Run once to record them. No lower side, no search: what is left of the work is the way to these blocks.
     """
     calls: list[Callable[[], Tensor]] = []
-    form, factorise = Gramian.at, certificates.cholesky
+    form, factorise = GramSymbol.at, certificates.cholesky
 
-    def at(self: Gramian, group: Ints, index: Ints, sizes: tuple[int, ...]) -> Tensor:
+    def at(self: GramSymbol, group: Ints, index: Ints, sizes: tuple[int, ...]) -> Tensor:
         calls.append(partial(form, self, group, index, sizes))
         return form(self, group, index, sizes)
 
@@ -97,7 +97,7 @@ def proofs(work: Callable[[], object]) -> Callable[[], float]:
         calls.append(partial(factorise, g.clone(), threshold, noise, single=single))
         return factorise(g, threshold, noise, single=single, **options)
 
-    with patch.object(Gramian, "at", at), patch.object(certificates, "cholesky", cholesky):
+    with patch.object(GramSymbol, "at", at), patch.object(certificates, "cholesky", cholesky):
         work()
 
     def again() -> float:
@@ -108,29 +108,32 @@ def proofs(work: Callable[[], object]) -> Callable[[], float]:
     return again
 
 
-class _Booked(Search):
+class _Booked(BranchAndBound):
     """A search that remembers how many blocks it tested."""
 
     tested = 0
 
-    def certify(self, keys: Ints, thresholds: Reals) -> Flags:
+    def prove_blocks(self, keys: Ints, thresholds: Reals) -> Flags:
         """Book the blocks."""
         self.tested += len(keys)
-        return super().certify(keys, thresholds)
+        return super().prove_blocks(keys, thresholds)
 
     def forming(self) -> tuple[float, float]:
         """The fewest real operations that form the tested blocks, in double and in single precision.
 
         Half of each Hermitian product, complex ones as four real ones.
         """
-        g, taps, field = self.g, math.prod(self.g.span), 4 if self.g.is_complex else 1
+        g = self.symbol
+        taps, field = math.prod(g.span), 4 if g.is_complex else 1
         if g.taps is not None:
             shared = float(g.groups * taps**2 * g.rows * g.side**2 * field)
             each = float(self.tested * 2 * len(g.offsets) * g.side**2 * (2 if g.is_complex else 1))
-            return (shared, each) if g.mixed is not None else (shared + each, 0.0)
+            return (shared, each) if isinstance(g.strategy, SharedProductsInSingle) else (shared + each, 0.0)
         square = 4 * g.rows * g.side**2 if g.axes else g.rows * g.side**2 * field
         symbol = 4 * taps * g.rows * g.side if g.axes else 0
-        return (float(self.tested * symbol), float(self.tested * square)) if g.squared else (float(self.tested * (symbol + square)), 0.0)
+        if isinstance(g.strategy, SquaresInSingle):
+            return float(self.tested * symbol), float(self.tested * square)
+        return float(self.tested * (symbol + square)), 0.0
 
 
 def rates(device: torch.device, trials: int, quick: bool = False, dtypes: Sequence[torch.dtype] = DTYPES) -> dict[str, float]:
