@@ -27,6 +27,7 @@ from gramlip import (
     compose,
     conv_gram,
     finite,
+    fixed,
     gram,
     lattice,
     methods,
@@ -205,6 +206,17 @@ def max_pooling_as_one(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(norm, "describe", wrong)
 
 
+def one_axis_for_an_integer(patch: pytest.MonkeyPatch) -> None:
+    """An integer size taken as that of a single axis where the mode says none."""
+    patch.setattr(fixed, "_resampled_axes", lambda module, input_size: 1)
+
+
+def places_in_double(patch: pytest.MonkeyPatch) -> None:
+    """Nearest neighbours as float64 alone rounds their places."""
+    right = fixed._nearest
+    patch.setattr(fixed, "_nearest", lambda sizes, run: right(sizes, lambda x, j: run(x.double().reshape(1, 1, -1), j)))
+
+
 def boundary_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Reflect and replicate padding without what the boundary adds."""
     patch.setattr(boundary, "_largest", lambda *args: 0.0)
@@ -372,6 +384,18 @@ def max_pooling_holds() -> None:
     assert float(gl.bound(pool, input_size=(9, 9)).upper) >= float(pool(x).norm() / x.norm())
 
 
+def upsampling_holds() -> None:
+    """Four copies of every entry."""
+    up, x = nn.UpsamplingNearest2d(scale_factor=2), torch.ones(1, 1, 4, 4)
+    assert float(gl.bound(up, 4).upper) >= float(up(x).norm() / x.norm())
+
+
+def nearest_neighbours_hold() -> None:
+    """Two points to 82, in float32: 42 copies of the first."""
+    up, x = nn.Upsample(size=82), torch.tensor([[[1.0, 0.0]]])
+    assert float(gl.bound(up, (2,)).upper) >= float(up(x).double().norm())
+
+
 def matrices_hold() -> None:
     """Small matrices against exact arithmetic."""
     for seed in range(20):
@@ -524,6 +548,8 @@ MUTANTS: dict[str, Mutant] = {
     "complex kernels mirrored": Mutant(mirrored_complex, _on(check, "near_orthogonal 2x2x3x3 n=5x5 p=1.1,1.1 circular c64")),
     "power iteration as an upper bound": Mutant(power_iteration_as_a_bound, matrices_hold),
     "upper bound in the lower side": Mutant(frobenius_as_a_lower_bound, _on(check, "fp32-rounding")),
+    "one axis for an integer size": Mutant(one_axis_for_an_integer, upsampling_holds),
+    "places of nearest neighbours in float64 alone": Mutant(places_in_double, nearest_neighbours_hold),
     "max pooling as 1": Mutant(max_pooling_as_one, max_pooling_holds),
     "unshifted Cholesky": Mutant(unshifted_cholesky, cholesky_never_proves_what_is_false),
     "no rounding in the Gram step": Mutant(moments_without_rounding, moments_never_lie),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -112,9 +113,87 @@ def test_adaptive_max_pooling() -> None:
     "module", [*(module for module, size in LINEAR if len(size) == 2), nn.MaxPool2d(3, 2, 1), nn.AdaptiveMaxPool2d(3)], ids=str
 )
 def test_default_device_does_not_matter(module: nn.Module) -> None:
-    expected = gl.bound(module, 6)
+    expected = gl.bound(module, (6, 6))
     with torch.device("meta"):
-        assert gl.bound(module, 6) == expected
+        assert gl.bound(module, (6, 6)) == expected
+
+
+# A single integer as the input's size, and the axes that the layer's type, mode or tuples say.
+ONE_INTEGER = [
+    (nn.UpsamplingNearest2d(scale_factor=2), 2),
+    (nn.UpsamplingNearest2d(size=(7, 3)), 2),
+    (nn.UpsamplingBilinear2d(scale_factor=2), 2),
+    (nn.UpsamplingBilinear2d(size=7), 2),
+    (nn.Upsample(size=(8, 8)), 2),
+    (nn.Upsample(size=(8,)), 1),
+    (nn.Upsample(size=[8, 5, 3], mode="nearest-exact"), 3),
+    (nn.Upsample(scale_factor=(2, 2)), 2),
+    (nn.Upsample(scale_factor=(2, 1.5, 1), mode="area"), 3),
+    (nn.Upsample(scale_factor=2, mode="linear"), 1),
+    (nn.Upsample(scale_factor=2, mode="bilinear"), 2),
+    (nn.Upsample(scale_factor=2, mode="bicubic"), 2),
+    (nn.Upsample(scale_factor=2, mode="trilinear"), 3),
+    *((getattr(nn, f"AvgPool{d}d")(2), d) for d in (1, 2, 3)),
+    *((getattr(nn, f"AdaptiveAvgPool{d}d")(3), d) for d in (1, 2, 3)),
+    *((getattr(nn, f"{mode}Pad{d}d")(2), d) for mode in ("Zero", "Reflection", "Replication", "Circular") for d in (1, 2, 3)),
+    (nn.AvgPool2d((2,), (1,), (1,)), 2),  # torch repeats a single number in a tuple
+]
+
+
+@pytest.mark.parametrize(("module", "axes"), ONE_INTEGER, ids=[str(m) for m, _ in ONE_INTEGER])
+def test_an_integer_size_is_taken_for_every_axis(module: nn.Module, axes: int) -> None:
+    bound, exact = gl.bound(module, 4), truth(module, (4,) * axes)
+    assert bound.lower * (1 - 1e-13) <= exact <= bound.upper * (1 + 1e-13)
+    assert bound == gl.bound(module, (4,) * axes)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "area"])
+@pytest.mark.parametrize("how", [{"scale_factor": 2}, {"size": 8}], ids=str)
+def test_an_integer_size_is_refused_where_nothing_says_the_axes(mode: str, how: dict) -> None:
+    module = nn.Upsample(mode=mode, **how)
+    with pytest.raises(gl.InputError, match=r"type input_size=\(4, 4\)"):
+        gl.bound(module, 4)
+    for axes in (1, 2, 3):
+        bound, exact = gl.bound(module, (4,) * axes), truth(module, (4,) * axes)
+        assert bound.lower * (1 - 1e-13) <= exact <= bound.upper * (1 + 1e-13)
+
+
+REFUSED = [
+    (nn.Upsample(scale_factor=(2, 3)), (4,)),
+    (nn.Upsample(size=(8, 8)), (4, 4, 4)),
+    (nn.Upsample(scale_factor=(2, 2), mode="linear"), 4),
+    (nn.UpsamplingNearest2d(scale_factor=2), (4,)),
+    (nn.Upsample(scale_factor=0.1), (4, 4)),
+    (nn.Upsample(size=8, scale_factor=2), (4, 4)),
+    (nn.Upsample(scale_factor=2, align_corners=True), (4, 4)),
+    (nn.AvgPool2d(5), 4),
+    (nn.AvgPool2d(2, divisor_override=0), 4),
+    (nn.MaxPool1d(5), 4),
+    (nn.AdaptiveAvgPool2d((3,)), 4),
+    (nn.ReflectionPad2d(4), 4),
+    (nn.MaxPool2d(2), True),
+]
+
+
+@pytest.mark.parametrize(("module", "size"), REFUSED, ids=[f"{m}{s}" for m, s in REFUSED])
+def test_what_torch_refuses_is_refused_in_one_line(module: nn.Module, size: int | tuple[int, ...]) -> None:
+    with pytest.raises(gl.InputError, match=r"input_size=.* was given for .*; expected .*") as caught:
+        gl.bound(module, size)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize(("size", "out"), [(2, 82), (2, 110), (3, 9), (7, 25), (24, 10)])
+def test_nearest_neighbours_as_the_dtype_rounds_their_places(size: int, out: int, axes: int, dtype: torch.dtype) -> None:
+    """From 2 points to 82 torch takes the first 42 times in float32, 41 times in float64."""
+    module, sides = nn.Upsample(size=(out, *(1,) * (axes - 1))), (size, *(1,) * (axes - 1))
+    basis = torch.eye(size, dtype=dtype).reshape(size, 1, *sides)
+    layouts = {1: (), 2: (torch.channels_last,), 3: (torch.channels_last_3d,)}[axes]
+    bound = gl.bound(module, sides)
+    for x in (basis, *(basis.repeat(1, 4, *(1,) * axes).contiguous(memory_format=layout) for layout in layouts)):
+        exact = math.sqrt(float(module(x)[:, 0].flatten(1).sum(1).max()))
+        assert bound.lower * (1 - 1e-15) <= exact <= bound.upper * (1 + 1e-15)
 
 
 def test_a_subclass_of_another_name_has_the_same_rule() -> None:

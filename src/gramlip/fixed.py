@@ -17,25 +17,44 @@ from gramlip.layers import describe
 from gramlip.operators import Ints, Separable
 from gramlip.padding import Axis, index_map
 
+AXES = {"linear": 1, "bilinear": 2, "bicubic": 2, "trilinear": 3}  # modes of interpolation that take inputs of so many spatial axes alone
+
 
 def _tuple(value: Any, dims: int) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, Sequence) else (value,) * dims
+    """One value for each axis; torch repeats a single one, in a tuple or not."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    return values * dims if len(values) == 1 else values
 
 
 def _sizes(module: nn.Module, input_size: Ints | None, dims: int) -> tuple[int, ...]:
+    """The input's size on each axis, which torch itself accepts for this layer."""
     if input_size is None:
         msg = f"{type(module).__name__} was given without input_size; expected the input's spatial size: pass input_size=..."
         raise InputError(msg)
-    sizes = _tuple(input_size, dims)
-    if len(sizes) != dims or any(not isinstance(n, int) or n < 1 for n in sizes):
+    sizes = tuple(input_size) if isinstance(input_size, Sequence) else (input_size,) * dims
+    if len(sizes) != dims or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
         msg = f"input_size={input_size!r} was given for {type(module).__name__}; expected {dims} positive integers"
         raise InputError(msg)
+    try:
+        module(torch.empty(1, 1, *sizes, dtype=torch.float64, device="meta"))  # shapes alone
+    except (RuntimeError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        msg = f"input_size={input_size!r} was given for {module}, which torch refuses ({why}); expected a size that the layer takes"
+        raise InputError(msg) from error
     return sizes
 
 
-def _axes_of(module: nn.Module) -> int:
-    """The axes that the name of torch's own class says."""
-    return next(int(kind.__name__[-2]) for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
+def _axes_of(module: nn.Module) -> int | None:
+    """The spatial axes that the name of torch's own class says, 2 for MaxPool2d; None where it says nothing."""
+    names = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.")]
+    return next((int(name[-2]) for name in names if name[-2:] in ("1d", "2d", "3d")), None)
+
+
+def _dims(module: nn.Module) -> int:
+    """The spatial axes of a layer whose class says them."""
+    dims = _axes_of(module)
+    assert dims is not None
+    return dims
 
 
 def _identity(module: nn.Module, input_size: Ints | None = None) -> Bound:
@@ -49,25 +68,30 @@ for _kind in (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.Con
     describe.register(_kind, _identity)
 
 
-def _columns(dims: int, axis: int, size: int, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """The matrix (outputs, inputs) of a separable map along one axis: a basis through torch itself."""
-    shape = [size, 1, *(1,) * dims]
-    shape[2 + axis] = size
-    basis = torch.eye(size, dtype=torch.float64).reshape(shape)
+def _root(least: int, most: int, because: str) -> Bound:
+    """The root of a number of times that is known to lie between two integers."""
+    side = math.isqrt(least)
+    lower = float(side) if side * side == least else rd.sqrt_down(float(least))
+    return Bound(lower, rd.sqrt_up(float(most)), because)
+
+
+def _columns(size: int, run: Callable[[Tensor], Tensor], dims: int = 1) -> Tensor:
+    """The matrix (outputs, inputs) of a separable map along its first axis: a basis through torch itself."""
+    basis = torch.eye(size, dtype=torch.float64).reshape(size, 1, size, *(1,) * (dims - 1))
     return run(basis).reshape(size, -1).mT.contiguous()
 
 
 def _average(module: Any, input_size: Ints | None = None) -> Separable | Bound:
-    dims = _axes_of(module)
+    dims = _dims(module)
     kernel, padding = _tuple(module.kernel_size, dims), _tuple(module.padding, dims)
     stride = _tuple(module.stride, dims)
     override = getattr(module, "divisor_override", None)
 
     def matrix(j: int, n: int) -> Tensor:
         def run(basis: Tensor) -> Tensor:
-            return F.avg_pool1d(basis.reshape(n, 1, n), kernel[j], stride[j], padding[j], module.ceil_mode, module.count_include_pad)
+            return F.avg_pool1d(basis, kernel[j], stride[j], padding[j], module.ceil_mode, module.count_include_pad)
 
-        return _columns(1, 0, n, run)
+        return _columns(n, run)
 
     scale = math.prod(kernel) / override if override else 1.0
     if override and (module.ceil_mode or not module.count_include_pad):
@@ -88,7 +112,7 @@ def _average(module: Any, input_size: Ints | None = None) -> Separable | Bound:
 
 
 def _maximum(module: Any, input_size: Ints | None = None) -> Bound:
-    dims = _axes_of(module)
+    dims = _dims(module)
     kernel, stride = _tuple(module.kernel_size, dims), _tuple(module.stride, dims)
     padding, dilation = _tuple(module.padding, dims), _tuple(module.dilation, dims)
     count = 1
@@ -99,55 +123,73 @@ def _maximum(module: Any, input_size: Ints | None = None) -> Bound:
             outputs = F.max_pool1d(torch.zeros(1, 1, n), k, s, p, d, module.ceil_mode).shape[-1]
             reads = index_map(Axis(n, outputs, k, s, d, p, 0), "zeros")
             count *= int(reads[reads >= 0].bincount().max())
-    root = math.sqrt(count)
-    why = f"max pooling: at most {count} windows share an entry, and a peak reaches them all"
-    return Bound(root if root * root == count else rd.down(root), rd.sqrt_up(float(count)), why)
+    return _root(count, count, f"max pooling: at most {count} windows share an entry, and a peak reaches them all")
 
 
 def _adaptive_average(module: Any, input_size: Ints | None = None) -> Separable:
-    dims = _axes_of(module)
+    dims = _dims(module)
     sizes = _sizes(module, input_size, dims)
     outs = [n if o is None else o for o, n in zip(_tuple(module.output_size, dims), sizes, strict=True)]
-    factors = [
-        _columns(1, 0, n, lambda x, o=o, n=n: F.adaptive_avg_pool1d(x.reshape(n, 1, n), o)) for n, o in zip(sizes, outs, strict=True)
-    ]
-    return Separable(tuple(factors), 1.0)
+    return Separable(tuple(_columns(n, lambda x, o=o: F.adaptive_avg_pool1d(x, o)) for n, o in zip(sizes, outs, strict=True)), 1.0)
 
 
 def _adaptive_maximum(module: Any, input_size: Ints | None = None) -> Bound:
-    dims = _axes_of(module)
+    dims = _dims(module)
     sizes, count = _sizes(module, input_size, dims), 1
     for n, o in zip(sizes, _tuple(module.output_size, dims), strict=True):
         windows = [(i * n // (o or n), -(-(i + 1) * n // (o or n))) for i in range(o or n)]
         count *= max(sum(a <= i < b for a, b in windows) for i in range(n))
-    root = math.sqrt(count)
-    why = f"adaptive max pooling: at most {count} windows share an entry, and a peak reaches them all"
-    return Bound(root if root * root == count else rd.down(root), rd.sqrt_up(float(count)), why)
+    return _root(count, count, f"adaptive max pooling: at most {count} windows share an entry, and a peak reaches them all")
 
 
-def _upsample(module: nn.Upsample, input_size: Ints | None = None) -> Separable:
-    dims = {"linear": 1, "bilinear": 2, "bicubic": 2, "trilinear": 3}.get(module.mode)
+def _resampled_axes(module: nn.Upsample, input_size: Ints | None) -> int:
+    """The spatial axes of the input, from the first that says them: the type, the mode, tuples of sizes or factors."""
+    tuples = [len(given) for given in (module.size, module.scale_factor, input_size) if isinstance(given, Sequence)]
+    said = [_axes_of(module), AXES.get(module.mode), *tuples]
+    dims = next(filter(None, said), None)
     if dims is None:
-        dims = len(_tuple(input_size, 1)) if input_size is not None else 1
-    sizes, factors = _sizes(module, input_size, dims), []
+        msg = (
+            f"input_size={input_size!r} was given for {type(module).__name__} of mode {module.mode!r}, which takes one to three axes; "
+            f"expected the size of each axis: type input_size=({input_size or 32}, {input_size or 32}) for two"
+        )
+        raise InputError(msg)
+    return dims
+
+
+def _upsample(module: nn.Upsample, input_size: Ints | None = None) -> Separable | Bound:
+    dims = _resampled_axes(module, input_size)
+    sizes = _sizes(module, input_size, dims)
+
+    def run(x: Tensor, j: int) -> Tensor:
+        """What the layer does along axis j, done along the first axis of x (batch, 1, n, 1, ...)."""
+        options: dict[str, Any] = {"mode": module.mode, "align_corners": module.align_corners}
+        others = (1,) * (x.ndim - 3)
+        if module.size is not None:
+            options["size"] = [_tuple(module.size, dims)[j], *others]
+        else:
+            options["scale_factor"] = [float(_tuple(module.scale_factor, dims)[j]), *map(float, others)]
+            options["recompute_scale_factor"] = module.recompute_scale_factor
+        return F.interpolate(x, **options)
+
+    if module.mode.startswith("nearest"):
+        return _nearest(sizes, run)
+    return Separable(tuple(_columns(n, lambda x, j=j: run(x, j), dims) for j, n in enumerate(sizes)), 1.0)
+
+
+def _nearest(sizes: Sequence[int], run: Callable[[Tensor, int], Tensor]) -> Bound:
+    """The entries taken most often. Which ones are taken depends on the rounding of places: docs/theory.md#fixed-maps."""
+    least = most = 1
     for j, n in enumerate(sizes):
-
-        def run(basis: Tensor, j: int = j) -> Tensor:
-            options: dict[str, Any] = {"mode": module.mode, "align_corners": module.align_corners}
-            if module.size is not None:
-                options["size"] = [_tuple(module.size, dims)[j] if i == j else 1 for i in range(dims)]
-            else:
-                options["scale_factor"] = [float(_tuple(module.scale_factor, dims)[j]) if i == j else 1.0 for i in range(dims)]
-                options["recompute_scale_factor"] = module.recompute_scale_factor
-            return F.interpolate(basis, **options)
-
-        factors.append(_columns(dims, j, n, run))
-    return Separable(tuple(factors), 1.0)
+        places = torch.arange(n, dtype=torch.float64).reshape(1, 1, n)
+        taken = [run(x, j).flatten().long() for x in (places, places.float(), places[..., None])]
+        times = [int(index.bincount().max()) for index in taken]
+        least, most = least * min(times), most * max(times)
+    return _root(least, most, f"nearest neighbours: an entry is taken {most} times")
 
 
 def _pad(mode: str) -> Callable[..., Bound]:
     def rule(module: Any, input_size: Ints | None = None) -> Bound:
-        dims = _axes_of(module)
+        dims = _dims(module)
         flat = _tuple(module.padding, 2 * dims)
         count = 1
         for n, (lo, hi) in zip(_sizes(module, input_size, dims), zip(flat[-2::-2], flat[-1::-2], strict=True), strict=True):
@@ -155,20 +197,17 @@ def _pad(mode: str) -> Callable[..., Bound]:
                 msg = f"padding={flat} was given; expected no negative entries"
                 raise InputError(msg)
             count *= int(index_map(Axis(n, n + lo + hi, 1, 1, 1, lo, hi), mode).flatten().bincount().max())
-        root = math.sqrt(count)
-        return Bound(
-            root if root * root == count else rd.down(root), rd.sqrt_up(float(count)), f"{mode} padding: an entry is kept {count} times"
-        )
+        return _root(count, count, f"{mode} padding: an entry is kept {count} times")
 
     return rule
 
 
-for _dims in (1, 2, 3):
-    describe.register(getattr(nn, f"AvgPool{_dims}d"), _average)
-    describe.register(getattr(nn, f"MaxPool{_dims}d"), _maximum)
-    describe.register(getattr(nn, f"AdaptiveAvgPool{_dims}d"), _adaptive_average)
-    describe.register(getattr(nn, f"AdaptiveMaxPool{_dims}d"), _adaptive_maximum)
-    describe.register(getattr(nn, f"ReflectionPad{_dims}d"), _pad("reflect"))
-    describe.register(getattr(nn, f"ReplicationPad{_dims}d"), _pad("replicate"))
-    describe.register(getattr(nn, f"CircularPad{_dims}d"), _pad("circular"))
+for _d in (1, 2, 3):
+    describe.register(getattr(nn, f"AvgPool{_d}d"), _average)
+    describe.register(getattr(nn, f"MaxPool{_d}d"), _maximum)
+    describe.register(getattr(nn, f"AdaptiveAvgPool{_d}d"), _adaptive_average)
+    describe.register(getattr(nn, f"AdaptiveMaxPool{_d}d"), _adaptive_maximum)
+    describe.register(getattr(nn, f"ReflectionPad{_d}d"), _pad("reflect"))
+    describe.register(getattr(nn, f"ReplicationPad{_d}d"), _pad("replicate"))
+    describe.register(getattr(nn, f"CircularPad{_d}d"), _pad("circular"))
 describe.register(nn.Upsample, _upsample)
