@@ -371,6 +371,10 @@ def test_weights_whose_layer_is_not_stored_are_marked(tmp_path):
         "six": torch.ones(1, 1, 1, 1, 1, 1),
         "q.weight": torch.ones(2, 2, dtype=torch.int8),
         "f8": torch.ones(2, 2).to(torch.float8_e4m3fn),
+        "h.weight": torch.ones(2, 2).to(torch.float8_e4m3fn),
+        "h.weight_scale_inv": torch.ones(1, 1),
+        "c.weight": torch.ones(2, 2).to(torch.float8_e5m2),
+        "c.scale_weight": torch.ones(()),
     }
     source = weights(state | {"last.weight": torch.ones(2, 2)}, tmp_path / "x.pt")
     kept, out = source.sort()
@@ -385,7 +389,13 @@ def test_weights_whose_layer_is_not_stored_are_marked(tmp_path):
         "six",
         "q.weight",
         "f8",
+        "h.weight",
+        "c.weight",
     }
+    assert "their scale, h.weight_scale_inv, is not applied; type gramlip.bound" in reasons["h.weight"]
+    assert "their scale, c.scale_weight, is not applied" in reasons["c.weight"]
+    assert "no scale stands beside them" in reasons["f8"]
+    assert {"h.weight_scale_inv": "the scale of 8-bit floats"}.items() <= {row.name: row.reason for row in out if not row.is_weight}.items()
     assert "spectral_norm" in reasons["conv.parametrizations.weight.original"]
     assert "spectral_norm" in reasons["old.weight_orig"]
     assert "weight_norm" in reasons["fc.parametrizations.weight.original1"]

@@ -277,3 +277,14 @@ def test_identity_residual_is_at_most_one_plus_f() -> None:
     report = audit(model, torch.zeros(1, 4))
     jacobian = norm(matrix(model, (4,)))
     assert jacobian * (1 - ROUNDING) <= report.upper <= (1 + oracle(model.f, (4,))) * 1.01
+
+
+@pytest.mark.parametrize("scale", [1.7e308, 5e-324, 1e-320, 2e-309])
+@pytest.mark.parametrize("kernel", [False, True])
+def test_a_norm_beyond_the_range_of_floats_says_so(scale: float, kernel: bool) -> None:
+    weight = torch.full((3, 3, 3, 3) if kernel else (3, 3), scale, dtype=torch.float64)
+    found = gl.bound(gl.Conv(weight, input_size=5, padding=1) if kernel else weight)
+    beyond = found.upper == math.inf or found.lower == 0.0
+    assert beyond == ("beyond float64's normal range" in found.because)
+    assert beyond or found.lower > 0.0
+    assert "beyond" not in gl.bound(torch.zeros(3, 3)).because + gl.bound(torch.eye(3)).because

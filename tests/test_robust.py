@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import random
 import sys
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import gramlip as gl
 from gramlip import nn as gnn
@@ -241,3 +243,31 @@ def test_products_and_norms_that_underflow_certify_nothing_more() -> None:
     assert Fraction(one(1e-20, 1e-150, 3.33e-172)) <= Fraction(1e-20) / (Fraction(1e-150) * Fraction(3.33e-172))
     assert one(1.0, 1e200, 1e200) == 0.0  # below the normal range
     assert one(1e200, 1e-200, 1.0) == pytest.approx(sys.float_info.max)  # above it, and the true radius larger still
+
+
+@pytest.mark.parametrize("broken", ["preprocessing", "loader", "forward"])
+def test_an_attack_that_fails_leaves_the_modes_as_they_were(broken: str) -> None:
+    class Fails(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if broken == "forward":
+                raise RuntimeError
+            return super().forward(x)
+
+    def loader() -> Iterator[tuple[Tensor, Tensor]]:
+        if broken == "loader":
+            raise RuntimeError
+        yield torch.zeros(1, 2), torch.tensor([0])
+
+    model = nn.Sequential(Fails(2, 2), nn.Dropout()).train()
+    model[1].eval()
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        robust.attacked_accuracy(model, loader(), std=["a"] if broken == "preprocessing" else None)  # type: ignore[list-item]
+    assert [m.training for m in model.modules()] == [True, True, False]
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
+def test_mean_and_deviation_of_an_attack_are_any_array(kind: Callable[[list[float]], Any]) -> None:
+    x = torch.tensor([[[[0.9]], [[0.1]]]])
+    model = nn.Sequential(nn.Flatten(), nn.Identity())
+    for options in ({"std": kind([0.5, 0.5])}, {"mean": kind([0.1, 0.1])}, {"mean": kind([0.1, 0.1]), "std": kind([0.5, 0.5])}):
+        assert robust.attacked_accuracy(model, [(x, torch.tensor([0]))], 1e-3, **options) == 1.0

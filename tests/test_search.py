@@ -260,3 +260,10 @@ def test_taps_outlive_blocks_that_are_used_up(shape: tuple[int, ...], monkeypatc
     alone.start(1e-4)
     assert alone.close(1e-4)[0].finished
     assert torch.equal(before, gram.taps.found)
+
+
+def test_what_is_kept_of_a_geometry_cannot_be_changed() -> None:
+    for kept in (tap_positions((3, 3)), tap_offsets((3, 3))):
+        with pytest.raises(ValueError, match="read-only"):
+            kept[0] = 7
+    assert isinstance(tap_runs((3, 3))[0], tuple)

@@ -328,3 +328,14 @@ def test_images_from_the_hubs_cache(hub_cache: Callable[[str, str], Path], cifar
     shutil.copytree(cifar, hub_cache("dataset", "uoft-cs/cifar10") / "plain_text")
     for found, local in zip(data.load("uoft-cs/cifar10", "train"), data.load(cifar, "train"), strict=True):
         assert torch.equal(found, local)
+
+
+def test_the_environment_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    monkeypatch.delenv("PL_SEED_WORKERS", raising=False)
+    monkeypatch.delenv("MINE", raising=False)
+    with run._global_state_kept():
+        run.os.environ |= {"PL_GLOBAL_SEED": "1", "PL_SEED_WORKERS": "1", "MINE": "set by another thread"}
+    assert run.os.environ["PL_GLOBAL_SEED"] == "7"
+    assert "PL_SEED_WORKERS" not in run.os.environ
+    assert run.os.environ.pop("MINE") == "set by another thread"

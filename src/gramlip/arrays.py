@@ -18,9 +18,15 @@ def integers(values: ArrayLike) -> Ints:
     return np.asarray(values, dtype=np.int64)
 
 
+def frozen(values: Ints) -> Ints:
+    """The array, which nobody can write to any more: what a cache may hand out."""
+    values.flags.writeable = False
+    return values
+
+
 def on(device: torch.device, values: Ints | Reals | Complexes | NDArray[np.complex64]) -> Tensor:
-    """A tensor on the device, to be read alone."""
-    return torch.from_numpy(values).to(device)
+    """A tensor on the device, to be read alone; torch takes no array that cannot be written, so that one is copied."""
+    return torch.from_numpy(values if values.flags.writeable else values.copy()).to(device)
 
 
 def named(keys: Ints) -> tuple[Ints, Ints]:

@@ -332,7 +332,10 @@ class LayerTask:
         return f"{self.symbol.because.split(':')[0]}: the finite layer itself at size {'x'.join(map(str, layer.sizes))}"
 
     def _scaled(self, lower: float, upper: float, reason: str) -> Bound:
-        return Bound(rd.ldexp_down(lower, self.exponent), rd.ldexp_up(upper, self.exponent), reason)
+        below, above = rd.ldexp_down(lower, self.exponent), rd.ldexp_up(upper, self.exponent)
+        if above == math.inf > upper or (below == 0.0 and lower > 0.0):
+            reason += "; the norm reaches beyond float64's normal range, 2.3e-308 to 1.7e308"
+        return Bound(below, above, reason)
 
     def _reason(self, found: Enclosure) -> str:
         """How the symbol's interval was found."""

@@ -157,12 +157,13 @@ def attacked_accuracy(
     if len(numbers(eps)) != 1 or not 0 <= (radius := numbers(eps)[0]) < math.inf:
         msg = f"eps={eps!r} was given; expected one radius of at least 0 in pixels of [0, 1], such as 36/255"
         raise InputError(msg)
-    channels = len(std or mean or [])
-    preprocessing = {"mean": list(mean or [0.0] * channels), "std": list(std or [1.0] * channels), "axis": -3} if channels else None
-    modes, right, count = [(module, module.training) for module in model.modules()], 0, 0
-    target = foolbox.PyTorchModel(model.eval(), bounds=(0, 1), preprocessing=preprocessing, device=_device(model))
+    channels = max(len(given) for given in ((), mean, std) if given is not None)
+    shift, width = [0.0] * channels if mean is None else [*mean], [1.0] * channels if std is None else [*std]
+    preprocessing = {"mean": list(map(float, shift)), "std": list(map(float, width)), "axis": -3} if channels else None
+    right = count = 0
     attack = foolbox.attacks.L2ProjectedGradientDescentAttack(steps=steps)
-    try:
+    with evaluating(model), torch.enable_grad():
+        target = foolbox.PyTorchModel(model, bounds=(0, 1), preprocessing=preprocessing, device=_device(model))
         for pixels, labels in _batches(loader):
             if not bool(((pixels >= 0) & (pixels <= 1)).all()):
                 given = f"pixels from {float(pixels.min()):.4g} to {float(pixels.max()):.4g} were given"
@@ -174,9 +175,6 @@ def attacked_accuracy(
                 _, _, broken = attack(target, pixels.to(_device(model)), truth, epsilons=radius)
                 kept &= ~broken
             right, count = right + int(kept.sum()), count + len(labels)
-    finally:
-        for module, training in modes:
-            module.training = training
     if not count:
         msg = "the loader gave no batch; expected at least one (pixels, labels)"
         raise InputError(msg)

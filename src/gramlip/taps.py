@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gramlip import certificates as cert
 from gramlip import rounding as rd
-from gramlip.arrays import Complexes, Ints, Reals, integers, on, pieces
+from gramlip.arrays import Complexes, Ints, Reals, frozen, integers, on, pieces
 from gramlip.tall import TallKernel
 
 HALF = 2.0**-24  # unit roundoff of single precision
@@ -36,25 +36,25 @@ Run = tuple[int, int, int]
 
 @lru_cache(maxsize=64)
 def tap_positions(span: tuple[int, ...]) -> Ints:
-    """The exponents p of the kernel's taps, (P, axes), to be read alone."""
-    return integers(list(itertools.product(*map(range, span)))).reshape(math.prod(span), len(span))
+    """The exponents p of the kernel's taps, (P, axes)."""
+    return frozen(integers(list(itertools.product(*map(range, span)))).reshape(math.prod(span), len(span)))
 
 
 @lru_cache(maxsize=64)
 def tap_offsets(span: tuple[int, ...]) -> Ints:
-    """The differences q > 0 of two of them, one of each pair q and -q, (T, axes), to be read alone."""
+    """The differences q > 0 of two of them, one of each pair q and -q, (T, axes)."""
     ranges = [range(1 - k, k) for k in span]
     found = [q for q in itertools.product(*ranges) if q > (0,) * len(span)]
-    return integers(found).reshape(len(found), len(span))
+    return frozen(integers(found).reshape(len(found), len(span)))
 
 
 @lru_cache(maxsize=64)
-def tap_runs(span: tuple[int, ...]) -> list[list[Run]]:
-    """For the difference 0 and each of the offsets the pairs of taps that are so far apart, neighbours joined; to be read alone."""
-    return [_apart((0,) * len(span), span), *(_apart(tuple(q), span) for q in tap_offsets(span).tolist())]
+def tap_runs(span: tuple[int, ...]) -> tuple[tuple[Run, ...], ...]:
+    """For the difference 0 and each of the offsets the pairs of taps that are so far apart, neighbours joined."""
+    return (_apart((0,) * len(span), span), *(_apart(tuple(q), span) for q in tap_offsets(span).tolist()))
 
 
-def _apart(q: tuple[int, ...], span: tuple[int, ...]) -> list[Run]:
+def _apart(q: tuple[int, ...], span: tuple[int, ...]) -> tuple[Run, ...]:
     # behind the last axis on which they differ the pairs lie side by side
     last = max((j for j, at in enumerate(q) if at), default=0)
     strides = [math.prod(span[j + 1 :]) for j in range(len(span))]
@@ -63,10 +63,10 @@ def _apart(q: tuple[int, ...], span: tuple[int, ...]) -> list[Run]:
     count = len(first[last]) * strides[last] if span else 1
     starts = itertools.product(*first[:last], *(some[:1] for some in first[last : last + 1]))
     flat = (sum(i * stride for i, stride in zip(at, strides, strict=False)) for at in starts)
-    return [(start, start + between, count) for start in flat]
+    return tuple((start, start + between, count) for start in flat)
 
 
-def correlate(tall: TallKernel, runs: list[list[Run]], out: Tensor) -> None:
+def correlate(tall: TallKernel, runs: Sequence[Sequence[Run]], out: Tensor) -> None:
     """Add the tap `A_q` of each list of runs to `out[i]` (groups, c, c), which are zero, with the rows of the kernel streamed."""
     # a Hermitian one, of pairs of equal taps, is formed below the diagonal
     parts = strips(tall.side, max(STRIP, tall.side // STRIPS))
@@ -121,7 +121,7 @@ class Taps:
     The first blocks turn them into the coefficients of the cosines and sines, `A_q + A_q*` and `A_q - A_q*`.
     """
 
-    def __init__(self, tall: TallKernel, runs: list[list[Run]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, tall: TallKernel, runs: Sequence[Sequence[Run]], dtype: torch.dtype, device: torch.device) -> None:
         """Form the taps, that of `runs[0]` being `A_0`: each the same for all groups, so that one product takes them all."""
         self.found = torch.zeros(len(runs), tall.groups, tall.side, tall.side, dtype=dtype, device=device)
         self._odd: Tensor | None = None
@@ -178,7 +178,7 @@ class Narrow:
     `noise[g]` bounds what storing them adds to the error of any block of group g: docs/rounding.md#r2-symbol.
     """
 
-    def __init__(self, tall: TallKernel, runs: list[list[Run]], device: torch.device) -> None:
+    def __init__(self, tall: TallKernel, runs: Sequence[Sequence[Run]], device: torch.device) -> None:
         """Form the taps, that of `runs[0]` being `A_0`, a few at a time."""
         shape = (tall.groups, tall.side, tall.side)
         self.zero = torch.zeros(1, *shape, dtype=torch.float64, device=device)
@@ -300,7 +300,7 @@ def _frobenius(taps: Tensor) -> Reals:
     return norms
 
 
-def square_errors(tall: TallKernel, runs: list[list[Run]]) -> list[float]:
+def square_errors(tall: TallKernel, runs: Sequence[Sequence[Run]]) -> list[float]:
     """Upper bounds of `||fl(G) - G||` for any block of each group, beyond the error in double: docs/rounding.md#r2-symbol.
 
     `runs` are those of the pairs of taps at each distance.
@@ -315,7 +315,7 @@ def square_errors(tall: TallKernel, runs: list[list[Run]]) -> list[float]:
     return [rd.up(per * trace * grow + more * square + least) for trace, square in zip(traces, squares, strict=True)]
 
 
-def _largest_traces(tall: TallKernel, runs: list[list[Run]]) -> tuple[Reals, Reals]:
+def _largest_traces(tall: TallKernel, runs: Sequence[Sequence[Run]]) -> tuple[Reals, Reals]:
     """For each group a bound of the trace of G at every frequency, as computed, and what the rounding of it is relative to.
 
     The coefficients of the trace are sums of inner products of taps. The number of taps times the sum of their squares is no less than

@@ -26,6 +26,8 @@ DOMINATES = (
     "stride-1 ungrouped operator: dominates every stride, dilation, grouping and the transpose (docs/weights-alone.md), "
     "where padding is with zeros or circular by at most kernel - 1 in all (assumed)"
 )
+_EIGHT_BITS = re.compile(r"F8_|float8_", re.I)
+_SCALES = ("_scale_inv", "_scale", ".scale_inv", ".scale", ".scale_weight")  # after the name of an 8-bit weight
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
 _OF = r"(?:words?|chars?|vocab|tok(?:ens?)?(?:_types?)?|segments?|(?:[a-z]+_)?pos(?:itions?|itional)?|query|label)"
 _EMBED = r"emb(?:ed|eds|edding|eddings)?"
@@ -124,11 +126,26 @@ def left_out_of(name: str, entries: Mapping[str, Entry]) -> LeftOut | None:
     for reason in (_parametrized(name, entries), _no_map(name, entries)):
         if reason is not None:
             return LeftOut(name, shape, reason[0], reason[1])
+    if _EIGHT_BITS.match(dtype):
+        return LeftOut(name, shape, _eight_bits(name, entries), True)
     if dtype not in _FLOATS:
         return LeftOut(name, shape, f"{dtype} entries: quantised with a scale kept elsewhere, or a format that is not read", True)
     if len(shape) > 5:
         return LeftOut(name, shape, f"{len(shape)} axes: no convolution of 1 to 3 dimensions", True)
     return None
+
+
+def _eight_bits(name: str, entries: Mapping[str, Entry]) -> str:
+    """Why an 8-bit float is not bounded: its scale is another tensor, or none that is known; and what to type."""
+    scale = next((other for other in _scales_of(name) if other in entries), None)
+    where = f"their scale, {scale}, is not applied" if scale else "no scale stands beside them under a usual name"
+    return f"{entries[name].dtype} entries, 8-bit floats: {where}; type gramlip.bound(gramlip.Dense(weight.float() * scale))"
+
+
+def _scales_of(name: str) -> list[str]:
+    """The names that the scale of an 8-bit weight usually has."""
+    stem = name.rpartition(".")[0]
+    return [name + end for end in _SCALES] + [f"{stem}.{leaf}" for leaf in ("scale_weight", "scale_w")]
 
 
 def _parametrized(name: str, entries: Mapping[str, Entry]) -> tuple[str, bool] | None:
@@ -163,6 +180,8 @@ def _no_map(name: str, entries: Mapping[str, Entry]) -> tuple[str, bool] | None:
         reason = "running statistics of a normalisation"
     elif entry.dtype == "bool" or (entry.dtype not in _FLOATS and "int" in entry.dtype and "weight" not in leaf):
         reason = f"{entry.dtype} entries: a counter, an index or a mask"
+    elif any(name in _scales_of(other) for other, held in entries.items() if _EIGHT_BITS.match(held.dtype)):
+        reason = "the scale of 8-bit floats"
     elif axes == 0:
         reason = "a single number"
     elif _BIAS.search(leaf):
