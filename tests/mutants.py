@@ -206,6 +206,11 @@ def max_pooling_as_one(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(norm, "describe", wrong)
 
 
+def crops_as_one(patch: pytest.MonkeyPatch) -> None:
+    """Constant padding as an isometry, whatever it cuts off."""
+    patch.setattr(fixed, "_most", lambda index: 1)
+
+
 def one_axis_for_an_integer(patch: pytest.MonkeyPatch) -> None:
     """An integer size taken as that of a single axis where the mode says none."""
     patch.setattr(fixed, "_resampled_axes", lambda module, input_size: 1)
@@ -384,6 +389,11 @@ def max_pooling_holds() -> None:
     assert float(gl.bound(pool, input_size=(9, 9)).upper) >= float(pool(x).norm() / x.norm())
 
 
+def crops_hold() -> None:
+    """Nothing is left of four entries."""
+    assert gl.bound(nn.ConstantPad1d((-4, 0), 0.0), 4).lower == 0.0
+
+
 def upsampling_holds() -> None:
     """Four copies of every entry."""
     up, x = nn.UpsamplingNearest2d(scale_factor=2), torch.ones(1, 1, 4, 4)
@@ -548,6 +558,7 @@ MUTANTS: dict[str, Mutant] = {
     "complex kernels mirrored": Mutant(mirrored_complex, _on(check, "near_orthogonal 2x2x3x3 n=5x5 p=1.1,1.1 circular c64")),
     "power iteration as an upper bound": Mutant(power_iteration_as_a_bound, matrices_hold),
     "upper bound in the lower side": Mutant(frobenius_as_a_lower_bound, _on(check, "fp32-rounding")),
+    "crops taken as isometries": Mutant(crops_as_one, crops_hold),
     "one axis for an integer size": Mutant(one_axis_for_an_integer, upsampling_holds),
     "places of nearest neighbours in float64 alone": Mutant(places_in_double, nearest_neighbours_hold),
     "max pooling as 1": Mutant(max_pooling_as_one, max_pooling_holds),

@@ -16,7 +16,8 @@ def truth(module: nn.Module, size: tuple[int, ...], channels: int = 1) -> float:
     """The norm of a linear module: a basis pushed through it in float64."""
     count = channels * int(torch.tensor(size).prod())
     basis = torch.eye(count, dtype=torch.float64).reshape(count, channels, *size)
-    return float(torch.linalg.matrix_norm(module(basis).flatten(1), 2))
+    outputs = module(basis).flatten(1)
+    return float(torch.linalg.matrix_norm(outputs, 2)) if outputs.numel() else 0.0
 
 
 LINEAR = [
@@ -169,6 +170,7 @@ REFUSED = [
     (nn.AvgPool2d(5), 4),
     (nn.AvgPool2d(2, divisor_override=0), 4),
     (nn.MaxPool1d(5), 4),
+    (nn.MaxPool1d(2, 1, 1, 5), 4),  # a window that holds no entry
     (nn.AdaptiveAvgPool2d((3,)), 4),
     (nn.ReflectionPad2d(4), 4),
     (nn.MaxPool2d(2), True),
@@ -180,6 +182,64 @@ def test_what_torch_refuses_is_refused_in_one_line(module: nn.Module, size: int 
     with pytest.raises(gl.InputError, match=r"input_size=.* was given for .*; expected .*") as caught:
         gl.bound(module, size)
     assert "\n" not in str(caught.value)
+
+
+MODES = ("Zero", "Constant", "Reflection", "Replication", "Circular")
+
+
+def _padding(mode: str, padding: tuple[int, ...]) -> nn.Module:
+    kind = getattr(nn, f"{mode}Pad{len(padding) // 2}d")
+    return kind(padding, 0.0) if mode == "Constant" else kind(padding)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_padding_that_crops(mode: str, axes: int) -> None:
+    """Negative entries, to the last one and beyond; what torch refuses, or fills from memory that nobody wrote, is refused."""
+    generator, taken = torch.Generator().manual_seed(0), 0
+    for _ in range(120):
+        padding = tuple(torch.randint(-3, 4, (2 * axes,), generator=generator).tolist())
+        size = tuple(torch.randint(1, 5, (axes,), generator=generator).tolist())
+        module = _padding(mode, padding)
+        kept = [n + min(lo, 0) + min(hi, 0) for n, lo, hi in zip(size, padding[-2::-2], padding[::-2], strict=True)]
+        unwritten = mode == "Circular" and any(max(lo, hi) > k for lo, hi, k in zip(padding[-2::-2], padding[::-2], kept, strict=True))
+        try:
+            exact = math.inf if unwritten else truth(module, size)
+        except (RuntimeError, ValueError):
+            exact = math.inf
+        if exact == math.inf:
+            with pytest.raises(gl.InputError, match=r"was given for .*; expected"):
+                gl.bound(module, size)
+            continue
+        bound, taken = gl.bound(module, size), taken + (min(padding) < 0)
+        assert bound.lower * (1 - 1e-13) <= exact <= bound.upper * (1 + 1e-13), (module, size)
+        assert bound.rtol <= 1e-15
+    assert taken > 4
+
+
+CROPPED = [
+    (nn.ConstantPad1d((-4, 0), 0.0), (4,), 0.0),
+    (nn.ConstantPad1d((-4, 3), 0.0), (4,), 0.0),
+    (nn.ZeroPad2d((0, 0, -2, -2)), (4, 3), 0.0),
+    (nn.ZeroPad3d(-1), (3, 3, 3), 1.0),
+    (nn.ConstantPad2d((-1, 0), 0.0), (3, 2), 1.0),  # torch pads the last axis alone
+    (nn.ReflectionPad1d((-3, 0)), (4,), 1.0),
+    (nn.ReplicationPad1d((4, -4)), (4,), 2.0),  # the first entry alone, four times
+    (nn.AdaptiveMaxPool2d(0), (3, 3), 0.0),
+]
+
+
+@pytest.mark.parametrize(("module", "size", "known"), CROPPED, ids=[f"{m}{s}" for m, s, _ in CROPPED])
+def test_what_a_crop_leaves(module: nn.Module, size: tuple[int, ...], known: float) -> None:
+    bound = gl.bound(module, size)
+    assert bound.lower == bound.upper == known
+
+
+def test_constant_padding_of_every_size_keeps_an_entry_once() -> None:
+    for module in (nn.ZeroPad2d(2), nn.ConstantPad1d((-4, 0), 1.0)):
+        assert gl.bound(module).lower == gl.bound(module).upper == 1.0
+    with pytest.raises(gl.InputError, match="expected a pair for each of 2 axes"):
+        gl.bound(nn.ConstantPad2d((0, 0, 0, 0, -1, 0), 0.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

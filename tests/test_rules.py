@@ -189,6 +189,15 @@ def test_nearest_neighbours_are_counted_where_torchs_derivative_takes_others() -
     )
 
 
+@pytest.mark.parametrize("sides", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nearest_neighbours_are_counted_as_the_dtype_rounds_their_places(sides: tuple[int, ...], dtype: torch.dtype) -> None:
+    """From 2 points to 82 torch takes the first 41 times in float64, 42 times in float32 and in two dimensions."""
+    module, x = torch.nn.Upsample(size=(82, *sides)), torch.zeros(1, 1, 2, *sides, dtype=dtype)
+    x[0, 0, 0] = 1.0
+    assert float(module(x).double().norm()) <= audit(module.eval(), x).upper
+
+
 @pytest.mark.parametrize(
     "call",
     [

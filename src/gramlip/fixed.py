@@ -26,22 +26,24 @@ def _tuple(value: Any, dims: int) -> tuple[Any, ...]:
     return values * dims if len(values) == 1 else values
 
 
-def _sizes(module: nn.Module, input_size: Ints | None, dims: int) -> tuple[int, ...]:
-    """The input's size on each axis, which torch itself accepts for this layer."""
+def _sides(module: nn.Module, input_size: Ints | None, dims: int) -> list[tuple[int, int]]:
+    """The size of the input and that of the output on each axis, as torch itself has them."""
+    name = type(module).__name__
     if input_size is None:
-        msg = f"{type(module).__name__} was given without input_size; expected the input's spatial size: pass input_size=..."
+        msg = f"{name} was given without input_size; expected the input's spatial size: pass input_size=..."
         raise InputError(msg)
     sizes = tuple(input_size) if isinstance(input_size, Sequence) else (input_size,) * dims
     if len(sizes) != dims or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
-        msg = f"input_size={input_size!r} was given for {type(module).__name__}; expected {dims} positive integers"
+        msg = f"input_size={input_size!r} was given for {name}; expected {dims} positive integers"
         raise InputError(msg)
     try:
-        module(torch.empty(1, 1, *sizes, dtype=torch.float64, device="meta"))  # shapes alone
+        output = module(torch.empty(1, 1, *sizes, dtype=torch.float64, device="meta"))  # shapes alone
     except (RuntimeError, ValueError) as error:
         why = str(error).partition("\n")[0]
         msg = f"input_size={input_size!r} was given for {module}, which torch refuses ({why}); expected a size that the layer takes"
         raise InputError(msg) from error
-    return sizes
+    output = output[0] if isinstance(output, tuple) else output  # max pooling may return its indices too
+    return list(zip(sizes, output.shape[2:], strict=True))
 
 
 def _axes_of(module: nn.Module) -> int | None:
@@ -64,8 +66,6 @@ def _identity(module: nn.Module, input_size: Ints | None = None) -> Bound:
 
 for _kind in (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle):
     describe.register(_kind, _identity)
-for _kind in (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d):
-    describe.register(_kind, _identity)
 
 
 def _root(least: int, most: int, because: str) -> Bound:
@@ -73,6 +73,11 @@ def _root(least: int, most: int, because: str) -> Bound:
     side = math.isqrt(least)
     lower = float(side) if side * side == least else rd.sqrt_down(float(least))
     return Bound(lower, rd.sqrt_up(float(most)), because)
+
+
+def _most(index: Tensor) -> int:
+    """How often the most frequent of some indices occurs, 0 where there is none."""
+    return int(index.flatten().bincount(minlength=1).max())
 
 
 def _columns(size: int, run: Callable[[Tensor], Tensor], dims: int = 1) -> Tensor:
@@ -98,7 +103,7 @@ def _average(module: Any, input_size: Ints | None = None) -> Separable | Bound:
         msg = f"divisor_override={override} with ceil_mode or count_include_pad=False has no rule; expected the defaults of both"
         raise InputError(msg)
     if input_size is not None:
-        return Separable(tuple(matrix(j, n) for j, n in enumerate(_sizes(module, input_size, dims))), abs(scale))
+        return Separable(tuple(matrix(j, n) for j, (n, _) in enumerate(_sides(module, input_size, dims))), abs(scale))
     # Every size: Schur's test on each axis, whose patterns repeat with the stride once the two ends are apart.
     upper, lower = abs(scale), abs(scale)
     for j in range(dims):
@@ -119,26 +124,25 @@ def _maximum(module: Any, input_size: Ints | None = None) -> Bound:
     if input_size is None:
         count = math.prod(-(-k // (s // math.gcd(s, d))) for k, s, d in zip(kernel, stride, dilation, strict=True))
     else:
-        for n, k, s, p, d in zip(_sizes(module, input_size, dims), kernel, stride, padding, dilation, strict=True):
-            outputs = F.max_pool1d(torch.zeros(1, 1, n), k, s, p, d, module.ceil_mode).shape[-1]
+        for (n, outputs), k, s, p, d in zip(_sides(module, input_size, dims), kernel, stride, padding, dilation, strict=True):
             reads = index_map(Axis(n, outputs, k, s, d, p, 0), "zeros")
-            count *= int(reads[reads >= 0].bincount().max())
+            if bool((reads < 0).all(0).any()):  # torch reads outside of the input for it
+                msg = f"input_size={input_size!r} was given for {module}: a window holds no entry; expected a larger input or less padding"
+                raise InputError(msg)
+            count *= _most(reads[reads >= 0])
     return _root(count, count, f"max pooling: at most {count} windows share an entry, and a peak reaches them all")
 
 
 def _adaptive_average(module: Any, input_size: Ints | None = None) -> Separable:
-    dims = _dims(module)
-    sizes = _sizes(module, input_size, dims)
-    outs = [n if o is None else o for o, n in zip(_tuple(module.output_size, dims), sizes, strict=True)]
-    return Separable(tuple(_columns(n, lambda x, o=o: F.adaptive_avg_pool1d(x, o)) for n, o in zip(sizes, outs, strict=True)), 1.0)
+    sides = _sides(module, input_size, _dims(module))
+    return Separable(tuple(_columns(n, lambda x, o=o: F.adaptive_avg_pool1d(x, o)) for n, o in sides), 1.0)
 
 
 def _adaptive_maximum(module: Any, input_size: Ints | None = None) -> Bound:
-    dims = _dims(module)
-    sizes, count = _sizes(module, input_size, dims), 1
-    for n, o in zip(sizes, _tuple(module.output_size, dims), strict=True):
-        windows = [(i * n // (o or n), -(-(i + 1) * n // (o or n))) for i in range(o or n)]
-        count *= max(sum(a <= i < b for a, b in windows) for i in range(n))
+    count = 1
+    for n, outputs in _sides(module, input_size, _dims(module)):
+        windows = [torch.arange(i * n // outputs, -(-(i + 1) * n // outputs)) for i in range(outputs)]
+        count *= _most(torch.cat(windows)) if windows else 0
     return _root(count, count, f"adaptive max pooling: at most {count} windows share an entry, and a peak reaches them all")
 
 
@@ -158,7 +162,7 @@ def _resampled_axes(module: nn.Upsample, input_size: Ints | None) -> int:
 
 def _upsample(module: nn.Upsample, input_size: Ints | None = None) -> Separable | Bound:
     dims = _resampled_axes(module, input_size)
-    sizes = _sizes(module, input_size, dims)
+    sizes = [n for n, _ in _sides(module, input_size, dims)]
 
     def run(x: Tensor, j: int) -> Tensor:
         """What the layer does along axis j, done along the first axis of x (batch, 1, n, 1, ...)."""
@@ -182,27 +186,36 @@ def _nearest(sizes: Sequence[int], run: Callable[[Tensor, int], Tensor]) -> Boun
     for j, n in enumerate(sizes):
         places = torch.arange(n, dtype=torch.float64).reshape(1, 1, n)
         taken = [run(x, j).flatten().long() for x in (places, places.float(), places[..., None])]
-        times = [int(index.bincount().max()) for index in taken]
+        times = [_most(index) for index in taken]
         least, most = least * min(times), most * max(times)
     return _root(least, most, f"nearest neighbours: an entry is taken {most} times")
 
 
 def _pad(mode: str) -> Callable[..., Bound]:
     def rule(module: Any, input_size: Ints | None = None) -> Bound:
-        dims = _dims(module)
-        flat = _tuple(module.padding, 2 * dims)
+        dims, flat = _dims(module), tuple(module.padding)
+        if len(flat) > 2 * dims:
+            msg = f"padding={flat} was given for {type(module).__name__}; expected a pair for each of {dims} axes"
+            raise InputError(msg)
+        if mode == "constant" and input_size is None:
+            return Bound(1.0, 1.0, "constant padding and crops of every size: an entry is kept at most once, and once in large inputs")
+        flat += (0,) * (2 * dims - len(flat))
         count = 1
-        for n, (lo, hi) in zip(_sizes(module, input_size, dims), zip(flat[-2::-2], flat[-1::-2], strict=True), strict=True):
-            if min(lo, hi) < 0:
-                msg = f"padding={flat} was given; expected no negative entries"
-                raise InputError(msg)
-            count *= int(index_map(Axis(n, n + lo + hi, 1, 1, 1, lo, hi), mode).flatten().bincount().max())
+        for (n, outputs), lo, hi in zip(_sides(module, input_size, dims), flat[-2::-2], flat[::-2], strict=True):
+            if mode == "circular" and max(lo, hi) > n + min(lo, 0) + min(hi, 0):
+                msg = f"padding={flat} was given for an axis of size {n}: it repeats more than its crop leaves; expected a smaller crop"
+                raise InputError(msg)  # torch copies what it never wrote
+            numbers = torch.arange(1, n + 1, dtype=torch.float64)  # zeros are the constants around
+            read = F.pad(numbers[None, None], (lo, hi), mode).long() if outputs else torch.zeros(0, dtype=torch.int64)
+            count *= _most(read[read > 0])
         return _root(count, count, f"{mode} padding: an entry is kept {count} times")
 
     return rule
 
 
 for _d in (1, 2, 3):
+    describe.register(getattr(nn, f"ZeroPad{_d}d"), _pad("constant"))
+    describe.register(getattr(nn, f"ConstantPad{_d}d"), _pad("constant"))
     describe.register(getattr(nn, f"AvgPool{_d}d"), _average)
     describe.register(getattr(nn, f"MaxPool{_d}d"), _maximum)
     describe.register(getattr(nn, f"AdaptiveAvgPool{_d}d"), _adaptive_average)

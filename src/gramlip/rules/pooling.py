@@ -102,19 +102,25 @@ def _upsample(call: Call) -> Lipschitz:
 def _nearest(call: Call) -> Linear | Lipschitz:
     x = call.vars[0]
     n, m = x.shape[2:], call.shape[2:]
-    numbers = torch.arange(math.prod(n), dtype=torch.float64).reshape(1, 1, *n)
-    taken: Tensor = call.run(numbers)  # forward: torch's own derivative takes other places where a scale factor is not an integer
-    even = numbers
-    for axis, (one, other) in enumerate(zip(n, m, strict=True)):
-        even = even.repeat_interleave(max(1, other // one), 2 + axis)
-    if not torch.equal(taken, even):
-        most = int(torch.bincount(taken.reshape(-1).long()).max())
+    named = [call.args.get(f"scales{side}") for side in ("_d", "_h", "_w", "") if f"scales{side}" in call.args]
+    factors = call.args.get("scale_factors") or named or [None] * len(n)
+    taken = [_places(call.op, *axis) for axis in zip(n, m, factors, strict=True)]
+    if not all(torch.equal(at, torch.arange(o) * i // o) and o % i == 0 for i, o, some in zip(n, m, taken, strict=True) for at in some):
+        most = math.prod(max(int(at.bincount().max()) for at in some) for some in taken)
         return Lipschitz(rd.sqrt_up(float(most)), f"nearest neighbours: an entry occurs at most {most} times", same_range=True)
     sides = [other // one for one, other in zip(n, m, strict=True)]
     weight = torch.ones(x.shape[1], 1, *sides, dtype=torch.float64)
     root = float(math.prod(sides))
     known = Bound(rd.sqrt_down(root), rd.sqrt_up(root), f"each entry repeated {math.prod(sides)} times")
     return Linear(Conv(weight, input_size=n, stride=sides, groups=x.shape[1], transposed=True), known=known)
+
+
+def _places(op: str, n: int, m: int, factor: float | None) -> list[Tensor]:
+    """The place that each of m outputs takes along one axis, in float64, in float32 and for images: docs/theory.md#fixed-maps."""
+    name = "_upsample_nearest_exact" if "exact" in op else "upsample_nearest"
+    x = torch.arange(n, dtype=torch.float64)[None, None]
+    line, plane = getattr(torch.ops.aten, f"{name}1d"), getattr(torch.ops.aten, f"{name}2d")
+    return [at.flatten().long() for at in (line(x, [m], factor), line(x.float(), [m], factor), plane(x[..., None], [m, 1], factor, None))]
 
 
 @register("aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa")
