@@ -88,10 +88,10 @@ class Cancelling(nn.Module):
 
 def check_cancelling() -> None:
     for shift in (0.0, 1e8, 1e10, 1e17):
-        for weight in (0.3 * torch.eye(2), torch.full((300, 300), 0.1), torch.full((1, 1), 0.7)):
+        for weight in (0.3 * torch.eye(2), torch.full((10000, 1), 52429.51 * 2.0**-19, dtype=torch.float64), torch.full((1, 1), 0.7)):
             report, truth = audit(Cancelling(shift, weight), (len(weight),)), float(torch.linalg.matrix_norm(weight.double(), 2))
             assert report.lower <= truth * (1 + 1e-13)
-            assert truth * (1 - 1e-13) <= report.upper <= 1.02 * (truth + len(weight) * 4e-16 * shift)
+            assert truth * (1 - 1e-13) <= report.upper <= 1.02 * (truth + len(weight) ** 0.5 * 4e-16 * shift)
 
 
 def test_intervals_hold_the_real_constant_where_computing_a_weight_cancels() -> None:

@@ -53,6 +53,8 @@ def drawn(seed: int, spread: float) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     w, v = (torch.randn(4, 5, generator=g).double() * 10 ** (spread * (2 * torch.rand(4, 5, generator=g).double() - 1)) for _ in range(2))
     w[0, 0], v[0, 1], v[1, 1], v[2] = 0.0, 1.0, -0.25, w[2] * (1 + 2.0**-40)
+    if spread > 0.5:
+        w[3, 4], v[3, 3], w[1, 0] = 1e-310, -5e-324, 1.0
     return w, v
 
 
@@ -89,6 +91,7 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Real]]] = {
     "weight norm of columns": (lambda w, v: torch._weight_norm(w, v[:1] - w[1:2], 1), lambda w, v: w * (v[:1] - w[1:2]) / length(w, 0)),
     "matrices": (lambda w, v: w @ v.T @ (w - v), lambda w, v: w @ v.T @ (w - v)),
     "matrix and vector": (lambda w, v: w.mv(v[0]) / w[0].dot(v[0] - 1), lambda w, v: w @ v[0] / (w[0] @ (v[0] - 1))),
+    "powers of two": (lambda w, v: 0.25 * w * v.sign() / 4, lambda w, v: w * np.sign(v) / 16),
     "outer": (lambda w, v: torch.outer(w[0], v[1]), lambda w, v: np.outer(w[0], v[1])),
     "chosen": (
         lambda w, v: torch.where(torch.eye(4, 5) > 0, w * v, w).clamp(-1.5, 1.5).abs(),

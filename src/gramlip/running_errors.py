@@ -60,33 +60,26 @@ def _power(x: Tensor) -> Tensor:
 
 def _safe(error: Tensor, *read: Tensor, terms: int = 1, sure: Tensor | None = None) -> Tensor:
     """The error with room for the rounding of its own sums of so many terms, and for what underflows beside the numbers read."""
-    floor = FLOOR * (1.0 + sum(float(x.abs().nan_to_num(0.0, 0.0).max()) for x in read))
+    floor = FLOOR * (1.0 + sum(float(x.abs().nan_to_num(0.0, 0.0).max()) for x in read if x.numel()))
     wide = (error * (1.0 + 4.0 * rd.gamma(terms + 4096.0)) + floor).nan_to_num(nan=math.inf, posinf=math.inf)
     return wide if sure is None else torch.where(sure, 0.0, wide)
 
 
-def _added(x: Tensor, ex: Tensor, y: Tensor, ey: Tensor, alpha: float) -> Tensor:
-    """`x + alpha y`; exact where Knuth's sum of the error is zero and nothing may have underflowed."""
-    z = alpha * y
-    total = x + z
-    part = total - x
-    left = (x - (total - part)) + (z - part)
-    large = [_zero(v) | (v.abs() > FLOOR) for v in (x, z)]
-    sure = (left == 0) & large[0] & large[1] & (ex == 0) & (ey == 0) & (abs(alpha) == 1)
-    rounding = rd.UNIT * (total.abs() + (0.0 if abs(alpha) == 1 else 2.0 * z.abs()))
-    return _safe(ex + abs(alpha) * ey + rounding, x, y, z, sure=sure)
+def _sum(first: str, second: str, sign: float) -> Rule:
+    """`x + a y`, a being `alpha` times a sign; exact where Knuth's sum of the error is zero and nothing may have underflowed."""
 
+    def rule(m: Made) -> Tensor:
+        (x, ex), (y, ey), a = m.pair(first), m.pair(second), sign * float(m.args["alpha"])
+        z = a * y
+        total, plain = x + z, abs(a) == 1
+        part = total - x
+        lost = (x - (total - part)) + (z - part)
+        large = (_zero(x) | (x.abs() > FLOOR)) & (_zero(y) | (y.abs() > FLOOR))
+        sure = plain & (lost == 0) & large & (ex == 0) & (ey == 0)
+        rounding = rd.UNIT * (total.abs() + (0.0 if plain else 2.0 * z.abs()))
+        return _safe(ex + abs(a) * ey + rounding, x, z, ey, sure=sure)
 
-def _add(m: Made) -> Tensor:
-    return _added(*m.pair("self"), *m.pair("other"), float(m.args["alpha"]))
-
-
-def _sub(m: Made) -> Tensor:
-    return _added(*m.pair("self"), *m.pair("other"), -float(m.args["alpha"]))
-
-
-def _rsub(m: Made) -> Tensor:
-    return _added(*m.pair("other"), *m.pair("self"), -float(m.args["alpha"]))
+    return rule
 
 
 def _multiplied(x: Tensor, ex: Tensor, y: Tensor, ey: Tensor) -> Tensor:
@@ -252,13 +245,14 @@ def _names(names: str) -> list[str]:
     return names.split()
 
 
-_MAKES = _names("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty")
+_MAKES = _names("zeros ones full eye scalar_tensor zeros_like ones_like full_like new_zeros new_ones new_full")
+_PICKS = _names("sign sgn floor ceil trunc sort topk kthvalue median max min")  # exact where the arguments are
 _COPIES = _names(
     "clone contiguous detach detach_ alias lift_fresh_copy lift_fresh _to_copy to type_as view reshape _unsafe_view flatten unflatten "
     "permute transpose t numpy_T mT squeeze unsqueeze movedim moveaxis swapaxes swapdims flip fliplr flipud rot90 roll ravel view_as "
     "reshape_as split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split diagonal diag "
     "diag_embed narrow_copy slice narrow select index index_select gather expand expand_as broadcast_to repeat tile repeat_interleave "
-    "unfold cat concat concatenate stack hstack vstack dstack triu tril pixel_shuffle pixel_unshuffle channel_shuffle getitem"
+    "unfold embedding cat concat concatenate stack hstack vstack dstack triu tril pixel_shuffle pixel_unshuffle channel_shuffle getitem"
 )
 """Operations whose errors are what they make of the arguments' errors."""
 _BOUNDS: dict[str, Rule] = {
@@ -274,9 +268,9 @@ _BOUNDS: dict[str, Rule] = {
     "linalg_matrix_norm": _norm("fro"),
     "inner": _product(torch.inner),
     "outer": _product(torch.outer, 1),
-    "add": _add,
-    "sub": _sub,
-    "rsub": _rsub,
+    "add": _sum("self", "other", 1.0),
+    "sub": _sum("self", "other", -1.0),
+    "rsub": _sum("other", "self", -1.0),
     "reciprocal": _inverse,
     "square": _square,
     "sqrt": _root,
@@ -311,30 +305,22 @@ def running_error(
         errors: those of calls before it that have any.
     """
     name = op_name(node).removeprefix("aten.").split(".")[0]
-    inexact, parts = any(n in errors for n in node.all_input_nodes), tensors(result)
-    if name in _MAKES:
+    inexact, made = any(n in errors for n in node.all_input_nodes), tensors(result)
+    real = all(t.is_floating_point() for t in made) and not any(t.is_complex() for n in node.all_input_nodes for t in tensors(resolve(n)))
+    if name in _MAKES or (name in (*_COPIES, *_PICKS) and not inexact):
         return None, True
-    floats = bool(parts) and all(t.is_floating_point() for t in parts)
-    if name in _COPIES and (floats or not inexact):
-        return (evaluate(node, lambda n: errors[n] if n in errors else _nothing(resolve(n))) if inexact else None), True
+    if name in _COPIES and real:
+        return evaluate(node, lambda n: errors[n] if n in errors else _nothing(resolve(n))), True
     rule, found = _BOUNDS.get(name), None
-    if rule is not None and floats and isinstance(result, Tensor):
+    if rule is not None and real and isinstance(result, Tensor):
         found = rule(Made(name, arguments(node, resolve), arguments(node, errors.get), result))
     if found is None:
-        return None, not (inexact or _rounds(node))
-    found = found.broadcast_to(result.shape) if found.numel() != result.numel() else found.reshape(result.shape)
-    return (found if bool((found != 0).any()) else None), True
+        schema = getattr(node.target, "_schema", None)
+        view = schema is not None and any(r.alias_info is not None for r in schema.returns)
+        return None, not inexact and (view or not any(t.is_floating_point() or t.is_complex() for t in made))
+    return found.reshape(result.shape) if found.numel() == result.numel() else found.broadcast_to(result.shape), True
 
 
 def _nothing(value: Any) -> Any:
     """The errors of what has none; integers and truth values stay, as they say which entries are meant."""
     return torch.zeros_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _rounds(node: fx.Node) -> bool:
-    """Whether a call makes other floating numbers of floating ones."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or any(r.alias_info is not None for r in schema.returns):
-        return False  # a part of another call's result, a view
-    read, made = [n.meta.get("val") for n in node.all_input_nodes], node.meta.get("val")
-    return any(t.is_floating_point() for t in tensors(read)) and any(t.is_floating_point() for t in tensors(made))

@@ -233,7 +233,7 @@ def _constant(node: fx.Node, call: Call, resolve: Callable[[fx.Node], object]) -
     except (RuntimeError, TypeError) as error:
         msg = f"{call.op} of weights alone, which torch does not compute in float64: {first_line(error)}"
         raise UnsupportedError(msg) from error
-    if error is not None:
+    if any(bool(t.any()) for t in tensors(error)):
         call.known.errors[node] = error
     if not proved:
         call.known.taken.add(f"come from {call.op}")
