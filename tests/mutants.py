@@ -29,16 +29,18 @@ from gramlip import (
     finite,
     fixed,
     gram,
+    jacobian,
     lattice,
     methods,
     norm,
     parts,
+    running_errors,
     search,
     sums,
 )
 from gramlip import rounding as rd
 from gramlip.padding import PADDING, Axis, Circle
-from gramlip.rules import joins, patterns
+from gramlip.rules import Call, joins, patterns
 from gramlip.steps import Pad, Slope
 from test_network_steps import (
     Applied,
@@ -46,6 +48,7 @@ from test_network_steps import (
     test_a_coupled_transposed_convolution_keeps_the_side_that_is_not_padded,
     test_replicate_padding_by_50_repeats_the_error_51_times,
 )
+from test_network_weights import check_cancelling, check_shifts
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
 from test_search import test_a_layer_that_is_given_up_leaves_the_others_in_the_search
 from test_sums import test_norms_of_many_equal_entries, test_products_of_many_rows
@@ -455,6 +458,28 @@ def slopes_of_a_range_as_attained(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(compose, "_fixed", lambda what, shapes: right(replace(what, sharp=True) if isinstance(what, Slope) else what, shapes))
 
 
+def errors_of_weights_dropped(patch: pytest.MonkeyPatch) -> None:
+    """Computed weights taken as exact by the rules."""
+    patch.setattr(Call, "error_of", lambda self, name: None)
+
+
+def errors_of_differences_relative_to_them(patch: pytest.MonkeyPatch) -> None:
+    """A difference that cancels taken to be as good as its last rounding."""
+    right = running_errors._safe
+    patch.setattr(running_errors, "_safe", lambda error, *read, **given: right(torch.minimum(error, 1e-15 * read[0].abs()), *read, **given))
+
+
+def first_order_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """The lower side less what draws of the weights' errors do, all signs at random."""
+    patch.setattr(jacobian, "sway", lambda *given: 0.0)
+
+
+def first_order_alone(patch: pytest.MonkeyPatch) -> None:
+    """The lower side less the derivatives by weights, which see no kink that the weights' errors move."""
+    right = jacobian.noise
+    patch.setattr(jacobian, "noise", lambda run, x, value, signs, weights: right(run, x, value, signs, {}))
+
+
 def copies_of_a_part_counted_once(patch: pytest.MonkeyPatch) -> None:
     """Theorem N10 without the number of copies of an entry."""
     right = parts._sizes
@@ -522,6 +547,10 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "branches as blocks": Mutant(branches_as_blocks, test_a_choice_between_branches_has_no_lower_side),
     "slopes of a range as attained": Mutant(slopes_of_a_range_as_attained, a_range_claims_nothing_below),
+    "errors of computed weights dropped": Mutant(errors_of_weights_dropped, check_cancelling),
+    "errors of differences": Mutant(errors_of_differences_relative_to_them, check_cancelling),
+    "lower side: first order forgotten": Mutant(first_order_forgotten, check_cancelling),
+    "lower side: first order alone": Mutant(first_order_alone, check_shifts),
     "N10: copies counted once": Mutant(
         copies_of_a_part_counted_once, _stretches(lambda x: torch.cat([x[:, [0, 0, 1]], x[:, [2, 3]]], 1), math.sqrt(2))
     ),

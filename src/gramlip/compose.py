@@ -55,7 +55,7 @@ def _widened(what: Linear, own: Bound) -> Bound:
     if what.error == 0.0:
         return own
     lower = max(0.0, rd.down(own.lower - what.error))
-    return Bound(lower, rd.add_up(float(own.upper), what.error), f"{own.because}; rounding of the fold added")
+    return Bound(lower, rd.add_up(float(own.upper), what.error), f"{own.because}; rounding of the fold or of computed weights added")
 
 
 def _fixed(what: object, shapes: Sequence[Shape]) -> Bound:

@@ -16,6 +16,7 @@ from gramlip.graph import op_name
 from gramlip.widen import widen
 
 _VIEWS = ("aten.view.default", "aten._unsafe_view.default", "aten.view_as.default")
+_SAME = ("aten.detach.default", "aten.detach_.default")
 _MEMORY = ("aten.as_strided", "aten.view.dtype", "aten.set_")  # and what begins so
 
 
@@ -57,6 +58,8 @@ def evaluate(node: fx.Node, resolve: Callable[[fx.Node], Any]) -> Any:
         kwargs, args = kwargs | {"eps": torch.finfo(wide).eps}, args[:3]
     if not node.all_input_nodes and isinstance(held, torch.dtype) and held.is_floating_point:  # `linspace`, `full`: of no type in float64
         kwargs |= {"dtype": torch.float64} if any(a.name == "dtype" for a in node.target._schema.arguments) else {}  # type: ignore[union-attr]
+    if name in _SAME:  # derivatives go through: the function is that of its values
+        return args[0]
     if name in _VIEWS:  # the layout in memory may be another here
         return args[0].reshape(args[1].shape if isinstance(args[1], Tensor) else args[1])
     result = node.target(*args, **kwargs)  # type: ignore[operator]

@@ -16,16 +16,21 @@ from gramlip.graph import Program, op_name
 
 MARGIN = 2.0**-20  # relative; covers the rounding of the difference of two results, of their distance and of the quotient
 MOVES = 2**8  # by so many spacings of its type every value is moved, to see what the rounding of all of them may do;
-DRAWS = 2  # the largest move of the result in so many draws of the signs,
-TIMES = 4.0  # so many times, is taken for the rounding of one forward pass
+TIMES = 4.0  # the larger move of the result in two draws of the signs, so many times, is taken for the rounding of one forward pass
 SCALES = (1.0, 0.1, 3.0)  # of the random points where no domain is given: a normalisation is steepest near constant inputs
+
+
+Weights = Mapping[fx.Node, tuple[Tensor, Tensor]]  # what the model computes from weights, and up to which errors
 
 
 class Function(Protocol):
     """A network as a function of one flat vector to one flat vector."""
 
-    def __call__(self, flat: Tensor, /, moved: torch.Generator | None = None) -> Tensor:
-        """The result; where signs are given, with every value on the way moved relatively by `MOVES` spacings of its type."""
+    def __call__(self, flat: Tensor, /, moved: torch.Generator | None = None, given: Mapping[fx.Node, Tensor] | None = None) -> Tensor:
+        """The result; where signs are given, with every value on the way moved relatively by `MOVES` spacings of its type.
+
+        `given` stands in place of weights that the model computes.
+        """
         ...
 
 
@@ -46,8 +51,8 @@ def function(program: Program, shapes: Sequence[tuple[int, ...]], computed: Mapp
     constants = {n: widened(c) for n, c in program.constants.items()} | dict(computed)
     calls = [n for n in program.nodes if n.op == "call_function" and "_assert" not in op_name(n) and n not in computed]
 
-    def run(flat: Tensor, /, moved: torch.Generator | None = None) -> Tensor:
-        values: dict[fx.Node, Any] = dict(constants)
+    def run(flat: Tensor, /, moved: torch.Generator | None = None, given: Mapping[fx.Node, Tensor] | None = None) -> Tensor:
+        values: dict[fx.Node, Any] = {**constants, **(given or {})}
         for node, part, shape in zip(program.inputs, _moved(flat, moved).split(sizes), shapes, strict=True):
             values[node] = part.reshape(shape)
         for node in calls:
@@ -101,13 +106,31 @@ def _pushed(run: Function, x: Tensor, v: Tensor) -> Tensor:
             return (run(x + step * v) - run(x - step * v)) / (2 * step)
 
 
-def noise(run: Function, x: Tensor, value: Tensor, signs: torch.Generator) -> float:
-    """What the rounding of the forward pass may have done to its result, measured: docs/network.md#lower-side."""
-    moves = [float(torch.linalg.vector_norm(run(x, signs) - value)) for _ in range(DRAWS)]
+def noise(run: Function, x: Tensor, value: Tensor, signs: torch.Generator, weights: Weights) -> float:
+    """What the rounding of the forward pass and of its weights may have done to the result, measured: docs/network.md#lower-side."""
+    errors = {n: torch.where(torch.rand(e.shape, generator=signs) < 0.5, -e, e) for n, (_, e) in weights.items()}
+    moves: list[float] = []
+    for way in (-1, 1):
+        given = {n: w + way * errors[n] for n, (w, _) in weights.items()}
+        moves.append(float(torch.linalg.vector_norm(run(x, signs, given) - value)))
     return TIMES * max(moves) if all(map(math.isfinite, moves)) else math.inf
 
 
-def secant(run: Function, x: Tensor, v: Tensor, lo: float, hi: float, signs: torch.Generator) -> tuple[float, Tensor]:
+def sway(run: Function, x: Tensor, along: Tensor, weights: Weights) -> float:
+    """What the errors of computed weights move the result by along a direction, to first order, all of them at their worst."""
+    if not weights:
+        return 0.0
+    given = {n: value.clone().requires_grad_() for n, (value, _) in weights.items()}
+    try:
+        with torch.enable_grad():
+            slopes = torch.autograd.grad(run(x, given=given) @ along, list(given.values()), materialize_grads=True)
+    except (NotImplementedError, RuntimeError):  # an operation without derivatives
+        return math.inf
+    moves = [float((slope.abs() * error).sum()) for slope, (_, error) in zip(slopes, weights.values(), strict=True)]
+    return TIMES * sum(moves) if all(map(math.isfinite, moves)) else math.inf
+
+
+def secant(run: Function, x: Tensor, v: Tensor, lo: float, hi: float, signs: torch.Generator, weights: Weights) -> tuple[float, Tensor]:
     """The largest quotient `|f(x + t v) - f(x)| / |t v|` over some t of both signs, less rounding, and the best point reached.
 
     A quotient of two concrete points is at most the Lipschitz constant, whatever happens between them: no Jacobian of
@@ -115,7 +138,7 @@ def secant(run: Function, x: Tensor, v: Tensor, lo: float, hi: float, signs: tor
     """
     best, where, image = 0.0, x, None
     base = run(x)
-    room = noise(run, x, base, signs)
+    room = noise(run, x, base, signs, weights)
     scale = max(float(torch.linalg.vector_norm(x)), 1.0)
     for step in (sign * 10.0**exponent for sign in (1, -1) for exponent in (-4, -2, -1, 0)):
         y = (x + scale * step * v).clamp(lo, hi)
@@ -126,8 +149,9 @@ def secant(run: Function, x: Tensor, v: Tensor, lo: float, hi: float, signs: tor
                 best, where, image = value, y, there
     if image is None:
         return 0.0, x
-    gap, room = float(torch.linalg.vector_norm(where - x)), room + noise(run, where, image, signs)
-    return (float(torch.linalg.vector_norm(image - base)) - room) / gap * (1 - MARGIN), where
+    gap, far = float(torch.linalg.vector_norm(where - x)), float(torch.linalg.vector_norm(image - base))
+    room += noise(run, where, image, signs, weights) + sum(sway(run, point, (image - base) / far, weights) for point in (x, where))
+    return (far - room) / gap * (1 - MARGIN), where
 
 
 def stretch(
@@ -140,6 +164,7 @@ def stretch(
     starts: int = 3,
     rounds: int = 3,
     steps: int = 4,
+    weights: Weights | None = None,
 ) -> Stretch:
     """A lower bound of the Lipschitz constant, from power iteration on Jacobians and ascent over the points.
 
@@ -152,6 +177,7 @@ def stretch(
         starts: number of starting points.
         rounds: power iterations a start, each at the best point that the one before reached.
         steps: power steps a round.
+        weights: computed weights that are known up to errors, and these.
     """
     generator, signs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     lo, hi = domain or (-math.inf, math.inf)
@@ -169,7 +195,7 @@ def stretch(
         for i in range(rounds):
             v = direction(run, x, v, steps)
             with torch.no_grad():
-                value, x = secant(run, x, v, lo, hi, signs)
+                value, x = secant(run, x, v, lo, hi, signs, weights or {})
             if value > best:
                 best, found = value, f"start {start}, round {i}"
     origin = "data" if data is not None else "random points"

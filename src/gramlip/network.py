@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gramlip import rounding as rd
 from gramlip.asked import check_inputs, check_model, check_options
@@ -22,7 +22,7 @@ from gramlip.jacobian import Stretch, function, stretch
 from gramlip.operators import Conv, Scale, Shape
 from gramlip.ranges import capped
 from gramlip.report import Layer, LeftOut, Report
-from gramlip.rules import lower
+from gramlip.rules import Lowered, lower
 from gramlip.steps import Attention, Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded
 
 _KINDS: dict[type, str] = {
@@ -123,10 +123,10 @@ def audit(
     found, seconds = _constants(network, rtol, progress)
     composed = compose(network, found)
     upper, because = _whole(network, found, composed, effort)
-    below = _lower_side(program, lowered.computed, tensors, data, domain, seed)
+    below = _lower_side(program, lowered, tensors, data, domain, seed)
     if below.value > upper:
         _contradicted(lowered.assumed, below, upper)
-    weights = "; the weights that the model computes from others are those that float64 gives" if lowered.rounded else ""
+    weights = f"; computed weights are those that float64 gives where they {', '.join(lowered.taken)}" if lowered.taken else ""
     whole = Bound(below.value, upper, f"{because}{weights}; {below.because}")
     return Report(
         target or type(model).__name__,
@@ -195,7 +195,7 @@ def _bounds(items: Sequence[tuple[Step, Sequence[Shape]]], rtol: float) -> list[
 
 def _lower_side(
     program: Program,
-    computed: Mapping[fx.Node, object],
+    lowered: Lowered,
     tensors: tuple[Tensor, ...],
     data: Tensor | None,
     domain: tuple[float, float] | None,
@@ -211,7 +211,8 @@ def _lower_side(
         given = f"of shape {tuple(data.shape)}" if isinstance(data, Tensor) else repr(type(data).__name__)
         msg = f"data {given} was given; expected a tensor of finite samples of shape {shapes[0]}, stacked along the first axis"
         raise InputError(msg)
-    return stretch(function(program, shapes, computed), size, data=data, domain=domain, seed=seed)
+    weights = {n: (value, error) for n, error in lowered.errors.items() if isinstance(value := lowered.computed[n], Tensor)}
+    return stretch(function(program, shapes, lowered.computed), size, data=data, domain=domain, seed=seed, weights=weights)
 
 
 def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float], composed: Composition) -> tuple[Layer, ...]:

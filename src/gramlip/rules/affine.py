@@ -19,7 +19,8 @@ from gramlip.rules.activations import gated
 from gramlip.rules.attention import product
 from gramlip.rules.registry import Call, Var, register
 from gramlip.rules.steep import quotient
-from gramlip.steps import Linear, Lipschitz, Product, Sum, Unbounded
+from gramlip.running_errors import inverse_error
+from gramlip.steps import Linear, Lipschitz, Product, Sum, Unbounded, norm_up
 from gramlip.widen import exact, exponent_of
 
 
@@ -34,23 +35,37 @@ def _along(bias: Tensor | None, axis: int, ndim: int) -> Tensor | float:
     return 0.0 if bias is None else exact(bias).reshape([-1 if j == axis else 1 for j in range(ndim)])
 
 
+def most(errors: Tensor | None) -> float:
+    """The largest of the errors of a constant."""
+    return 0.0 if errors is None else float(errors.max())
+
+
+def up_to(op: Dense | Conv, errors: Tensor | None, bias: Tensor | float = 0.0, slip: float = 0.0) -> Linear:
+    """The linear map whose weight is known up to `errors`: they are a map of the same kind, whose norm bounds what they change."""
+    if errors is None:
+        return Linear(op, bias=bias, slip=slip)
+    return Linear(op, norm_up(replace(op, weight=errors)) if bool(errors.isfinite().all()) else math.inf, bias, slip=slip)
+
+
 @register("aten.linear")
 def _linear(call: Call) -> Linear:
     call.var("input")
-    return Linear(Dense(call.const("weight").detach()), bias=_along(call.const("bias"), len(call.shape) - 1, len(call.shape)))
+    bias = _along(call.const("bias"), len(call.shape) - 1, len(call.shape))
+    return up_to(Dense(call.const("weight").detach()), call.error_of("weight"), bias, most(call.error_of("bias")))
 
 
 @register("aten.addmm")
 def _addmm(call: Call) -> Linear:
     call.var("mat1")
     beta, alpha, weight = float(call.const("beta")), float(call.const("alpha")), call.const("mat2").mT
-    bias = exact(call.const("self")) * beta
-    slip = 0.0 if beta == 1 else _slip(bias)
+    bias, errors = exact(call.const("self")) * beta, call.error_of("mat2")
+    slip = rd.add_up(rd.mul_up(most(call.error_of("self")), abs(beta)), 0.0 if beta == 1 else _slip(bias))
+    given = up_to(Dense(weight), None if errors is None else errors.mT, bias, slip)
     if alpha == 1:
-        return Linear(Dense(weight), 0.0, bias, slip=slip)
+        return given
     wide = exact(weight) * alpha
     lost = rd.mul_up(rd.TINY, float(wide.numel())) if exponent_of(weight) is not None else 0.0  # where all of them underflow
-    return Linear(Dense(wide), rd.add_up(rd.mul_up(rd.gamma(3), length(wide)), lost), bias, slip=slip)
+    return Linear(Dense(wide), rd.add_up(rd.mul_up(given.error, abs(alpha)), rd.mul_up(rd.gamma(3), length(wide)), lost), bias, slip=slip)
 
 
 def _slip(made: Tensor | Var, roundings: int = 1, largest: float = 1.0) -> float:
@@ -74,7 +89,7 @@ def _baddbmm(call: Call) -> Var:
         raise UnsupportedError(msg)
     made = _product_of(call, call["batch1"], call["batch2"])
     value = made if isinstance(made, Var) else call.then(made, *call.vars)
-    return _summed(call, value, shift, (1.0, float(call.const("beta"))))
+    return _summed(call, value, shift, (1.0, float(call.const("beta"))), most(call.error_of("self")))
 
 
 def _product_of(call: Call, left: Any, right: Any) -> Linear | Var | Lipschitz:
@@ -84,10 +99,11 @@ def _product_of(call: Call, left: Any, right: Any) -> Linear | Var | Lipschitz:
             raise UnsupportedError(msg)
         return product(call, left, right)
     constant: Tensor = right if isinstance(left, Var) else left
+    errors = call.error_of(next(name for name, value in call.args.items() if value is constant))
     if isinstance(left, Var) and constant.ndim == 2:
-        return Linear(Dense(constant.mT.detach()))
+        return up_to(Dense(constant.mT.detach()), None if errors is None else errors.mT)
     if constant.ndim == 2 and len(right.shape) == 1:
-        return Linear(Dense(constant.detach()))
+        return up_to(Dense(constant.detach()), errors)
     from gramlip.norm import bound  # a batch of matrices: the largest of them, applied to each slice
 
     matrices = constant.detach().reshape(-1, *constant.shape[-2:]) if constant.ndim >= 2 else constant.detach()[None, None]
@@ -95,7 +111,8 @@ def _product_of(call: Call, left: Any, right: Any) -> Linear | Var | Lipschitz:
     variable = left if isinstance(left, Var) else right
     batch, own = (call.shape[:-1], 1) if len(variable.shape) == 1 else (call.shape[:-2], math.prod(variable.shape[:-2]))
     spread = max(1, math.prod(batch) // max(1, own))  # a vector meets all of the matrices
-    top = max(float(b.upper) for b in parts)
+    lost = 0.0 if errors is None else up_to(Dense(errors.reshape(1, -1)), errors.reshape(1, -1)).error
+    top = rd.add_up(max(float(b.upper) for b in parts), lost)
     return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(spread))), "matrix product with a constant")
 
 
@@ -128,7 +145,7 @@ def _conv(call: Call) -> Linear | Var:
         transposed=transposed,
         output_padding=axes("output_padding", 0) if transposed else 0,
     )
-    return Linear(op, bias=_along(call.const("bias"), 1, len(call.shape)))
+    return up_to(op, call.error_of("weight"), _along(call.const("bias"), 1, len(call.shape)), most(call.error_of("bias")))
 
 
 def spread(call: Call, x: Var, shape: tuple[int, ...]) -> Var:
@@ -155,7 +172,7 @@ _ONE = Bound(1.0, 1.0, "a shift by a constant, or a change of sign")
 def _add(call: Call) -> Var:
     alpha = float(call.args.get("alpha", 1))
     signs = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[call.op.split(".")[1].rstrip("_")]
-    return _summed(call, call["self"], call["other"], signs)
+    return _summed(call, call["self"], call["other"], signs, max(most(call.error_of("self")), most(call.error_of("other"))))
 
 
 def _summed(call: Call, left: Any, right: Any, signs: tuple[float, float] = (1.0, 1.0), slip: float = 0.0) -> Var:
@@ -201,18 +218,19 @@ def _mul(call: Call) -> Var | Unbounded:
         if numerator is None:
             msg = f"{call.op} with a constant of another type, which no rule covers"
             raise UnsupportedError(msg)
-        return _times(call, quotient(call, None, right), numerator)
+        return _times(call, quotient(call, None, right), numerator, error=most(call.error_of("self")))
     x, other = (left, right) if isinstance(left, Var) else (right, left)
     constant = entries_of(other)
     if constant is None:
         msg = f"{call.op} with a constant of another type, which no rule covers"
         raise UnsupportedError(msg)
+    errors = call.error_of("other" if x is left else "self")
     if not divides:
-        return _times(call, x, constant)
+        return _times(call, x, constant, error=most(errors))
     if not bool((constant != 0).all()):
         return Unbounded("division by zero")
     inverse = 1.0 / constant
-    return _times(call, x, inverse, error=_slip(inverse))
+    return _times(call, x, inverse, error=_slip(inverse) if errors is None else most(inverse_error(constant, errors)))
 
 
 def _by(call: Call, rule: Callable[[Call], Any], op: str, left: Any, right: Any) -> Any:
@@ -222,7 +240,7 @@ def _by(call: Call, rule: Callable[[Call], Any], op: str, left: Any, right: Any)
         one, other = (cast("Tensor", entries_of(v)) for v in (left, right))
         return {"aten.mul": torch.mul, "aten.div": torch.div}[op](one, other)
     shape = torch.broadcast_shapes(*(v.shape if isinstance(v, Var | Tensor) else () for v in (left, right)))
-    part = replace(call, op=op, args=pair, shape=tuple(shape))
+    part = replace(call, op=op, args=pair, shape=tuple(shape), errors={}, asked=set())
     made = rule(part)
     return made if isinstance(made, Var) else part.then(made, *part.vars)
 

@@ -185,12 +185,21 @@ TRUTHS = ("gt", "lt", "le", "ge")  # operations whose result is a truth value, 0
 
 @dataclass(frozen=True)
 class Entrywise:
-    """A value that is, entry by entry, a curve of an earlier one; `at` makes the curve from the entry's `constants`."""
+    """A value that is, entry by entry, a curve of an earlier one; `at` makes the curve from the entry's `constants`.
+
+    `errors` where some of these were computed and are known up to an error.
+    """
 
     base: Var
     constants: tuple[Tensor, ...]
     at: Callable[[Sequence[Fraction]], Curve]
     calls: int = 0
+    errors: bool = False
+
+    def rely(self, call: Call) -> None:
+        """Say that the curve is taken for the value, and with it its constants for exact, which some are not."""
+        if self.errors:
+            call.known.taken.add(f"go into {call.op}")
 
     def curves(self) -> list[Curve]:
         """The curves of all entries, each once."""
@@ -271,7 +280,8 @@ def entrywise(call: Call) -> Entrywise | None:
         return make(*parts)
 
     held = tuple(c for v in numbers for c in (v.constants if isinstance(v, Entrywise) else () if v is None else (v,)))
-    made = Entrywise(bases.pop(), held, at, calls)
+    errors = bool(call.inexact) or any(v.errors for v in known if isinstance(v, Entrywise))
+    made = Entrywise(bases.pop(), held, at, calls, errors)
     try:
         made.curves()
     except NotACurveError:

@@ -17,6 +17,7 @@ from gramlip.rules.attention import product
 from gramlip.rules.registry import Call, Var, register
 from gramlip.steps import Lipschitz, View
 from gramlip.widen import exact
+from gramlip.writes import tensors
 
 
 def _letters(call: Call, operands: Sequence[Var | Tensor]) -> tuple[list[str], str]:
@@ -67,6 +68,8 @@ def _einsum(call: Call) -> Var | Lipschitz:
         return _product(call, (one, other), (a, b), result)
     constant, variable = ((one, a), (other, b)) if isinstance(other, Var) else ((other, b), (one, a))
     assert isinstance(constant[0], Tensor)
+    if len(call["tensors"]) == 2:
+        error = sum(length(e) if bool(e.isfinite().all()) else math.inf for e in tensors(call.error_of("tensors")))
     return _matrices(constant[0], constant[1], variable[0], variable[1], result, error)
 
 

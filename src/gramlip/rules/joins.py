@@ -45,6 +45,8 @@ def _tied(call: Call, alone: list[int]) -> list[tuple[float, int]]:
         except NotACurveError:
             continue
         if factor < math.inf:
+            for value in values:
+                value.rely(call)
             found.append((factor, base))
             alone = [i for i in alone if i != base and (i not in call.known.curves or call.known.curves[i].base.step != base)]
     while alone:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from gramlip.errors import InputError, UndefinedError, UnsupportedError, first_line
 from gramlip.evaluate import evaluate, reads_memory, widened
@@ -15,6 +15,7 @@ from gramlip.operators import checked
 from gramlip.rules.curves import Entrywise, entrywise, merged
 from gramlip.rules.registry import PATTERNS, Call, Known, Var, find
 from gramlip.rules.shapes import PICKS
+from gramlip.running_errors import running_error
 from gramlip.steps import Input, Linear, Lipschitz, Network, Slice, Step, Unbounded, View, renumbered
 from gramlip.writes import tensors
 
@@ -27,17 +28,18 @@ _OF_SHAPE = {
 
 @dataclass(frozen=True)
 class Lowered:
-    """The network's steps, the calls that no rule covers, the assumptions that were used, and the values of calls on weights alone."""
+    """The network's steps, the calls that no rule covers, the assumptions that were used, and the values of calls on weights alone.
+
+    `errors` are those of the computed values that have any and are read with the input; `taken` says where values are taken as float64
+    gives them, without the error of its rounding.
+    """
 
     network: Network
     unsupported: list[str]
     assumed: list[str]
     computed: dict[fx.Node, object]
-
-    @property
-    def rounded(self) -> bool:
-        """Whether a weight is computed from others by more than copies and views."""
-        return any(_rounds(node) for node in self.computed)
+    errors: dict[fx.Node, Tensor]
+    taken: list[str]
 
 
 def lower(program: Program, assume: Mapping[str, float] | None = None) -> Lowered:
@@ -80,7 +82,9 @@ def lower(program: Program, assume: Mapping[str, float] | None = None) -> Lowere
     ends = [values[n] for n in program.outputs]
     kept = [v for v in ends if isinstance(v, Var)]
     computed = {n: v for n, v in values.items() if n not in program.constants and not _depends(v)}
-    return Lowered(renumbered(steps, [v.step for v in kept], {}), unsupported, assumed, computed)
+    read = {n for node in program.nodes if node not in computed for n in node.all_input_nodes}
+    errors = {n: e for n, e in known.errors.items() if n in read and isinstance(e, Tensor)}
+    return Lowered(renumbered(steps, [v.step for v in kept], {}), unsupported, assumed, computed, errors, sorted(known.taken))
 
 
 def _depends(value: object) -> bool:
@@ -126,7 +130,8 @@ def _value(
         return value
 
     given, dtype = arguments(node, resolve), getattr(node.meta.get("val"), "dtype", None)
-    call = Call(op, given, shape_of(node), module_path(node), place(node), node.target, steps, dtype, known)  # type: ignore[arg-type]
+    errors = arguments(node, known.errors.get)
+    call = Call(op, given, shape_of(node), module_path(node), place(node), node.target, steps, dtype, known, errors)  # type: ignore[arg-type]
     for name in (call.name, node.name, op, op.rsplit(".", 1)[0]):
         if name in assume and call.vars:
             unused.discard(name)
@@ -141,6 +146,8 @@ def _value(
         return known.values[told]
     curve = entrywise(call)
     value = _made(node, call, curve)
+    if call.unasked:
+        known.taken.add(f"go into {op}")
     if isinstance(value, Var) and value not in call.vars:
         if curve is not None:
             known.curves[value.step] = curve
@@ -159,6 +166,7 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var
     if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
         return call.then(Unbounded(f"{op.removeprefix('aten.')} gives integers or truth values, which jump"), *call.vars)
     if curve is not None and (step := merged(call, curve)) is not None:
+        curve.rely(call)
         return call.then(step, curve.base)
     for pattern in PATTERNS.get(op.rsplit(".", 1)[0].rstrip("_"), ()):
         if (value := pattern(call)) is not None:
@@ -217,18 +225,16 @@ def _constant(node: fx.Node, call: Call, resolve: Callable[[fx.Node], object]) -
     if reads_memory(node):
         msg = f"{call.op} reads places or bits of memory instead of numbers; expected indexing, unfold or arithmetic"
         raise UnsupportedError(msg)
+    read = lambda n: widened(resolve(n))  # noqa: E731
     try:
         with torch.no_grad():
-            return evaluate(node, lambda n: widened(resolve(n)))
+            result = evaluate(node, read)
+            error, proved = running_error(node, result, read, call.known.errors)
     except (RuntimeError, TypeError) as error:
         msg = f"{call.op} of weights alone, which torch does not compute in float64: {first_line(error)}"
         raise UnsupportedError(msg) from error
-
-
-def _rounds(node: fx.Node) -> bool:
-    """Whether a call makes other floating numbers of floating ones."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or any(r.alias_info is not None for r in schema.returns) or find(op_name(node)) is find("aten.clone"):
-        return False  # a part of another call's result, a view, a copy
-    read, made = [n.meta.get("val") for n in node.all_input_nodes], node.meta.get("val")
-    return any(t.is_floating_point() for t in tensors(read)) and any(t.is_floating_point() for t in tensors(made))
+    if any(bool(t.any()) for t in tensors(error)):
+        call.known.errors[node] = error
+    if not proved:
+        call.known.taken.add(f"come from {call.op}")
+    return result

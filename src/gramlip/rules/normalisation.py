@@ -10,6 +10,7 @@ from torch import Tensor
 from gramlip import rounding as rd
 from gramlip.errors import UnsupportedError
 from gramlip.operators import Scale
+from gramlip.rules.affine import most
 from gramlip.rules.registry import Call, Var, register
 from gramlip.steps import Linear, Lipschitz, Unbounded
 from gramlip.widen import exact
@@ -42,13 +43,13 @@ def _batch_norm(call: Call) -> Linear | Unbounded | Lipschitz | Var:
 
 def normalised(call: Call, x: Var, count: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Lipschitz | Unbounded | Var:
     """Normalisation of groups of `count` entries to variance 1, then a gain: docs/network.md#normalisation."""
-    top = 1.0 if weight is None else float(exact(weight).abs().max())
+    top = 1.0 if weight is None else rd.add_up(float(exact(weight).abs().max()), most(call.error_of("weight")))
     if eps <= 0:
         return Unbounded("normalisation without eps has no finite constant near constant inputs")
     upper = rd.up(rd.mul_up(top, rd.up(1.0 / rd.sqrt_down(eps)))) if count > 1 else 0.0
     reach = rd.sqrt_up(float(count))
     because = f"normalisation of {count} entries: at most 1/sqrt(eps) = {1 / math.sqrt(eps):.6g}"
-    shift = 0.0 if bias is None else float(exact(bias).abs().max())
+    shift = 0.0 if bias is None else rd.add_up(float(exact(bias).abs().max()), most(call.error_of("bias")))
     edge = rd.add_up(rd.mul_up(top, reach), shift)
     row = rd.add_up(rd.mul_up(top, reach), rd.mul_up(reach, shift)) if x.shape[-1] == count else math.inf
     return Lipschitz(upper, f"{because}, times the largest gain {top:.6g}", (-edge, edge), row=row)

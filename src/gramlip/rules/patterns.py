@@ -91,6 +91,7 @@ def _softsign(call: Call) -> Var | None:
     height = curves[0](Fraction(0))
     if len(curves) > 1 or height < Fraction(1, 10**100) or (curves[0].lines, curves[0].knots) != (((-1, height), (1, height)), (0,)):
         return None
+    curve.rely(call)
     return call.then(Slope(0.0, float(1 / height) * (1 + SLACK), "x / (c + |x|): slopes in [0, 1/c]", (-1.0, 1.0)), x)
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.operators import Shape
 from gramlip.steps import Step, Sum, View, What
+from gramlip.writes import tensors
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,15 @@ class Var:
 
 @dataclass
 class Known:
-    """What is kept from call to call: curves (`gramlip.rules.curves`) by the number of the step, and values by what was called."""
+    """What is kept from call to call: curves (`gramlip.rules.curves`) by the number of the step, and values by what was called.
+
+    `errors` are those of computed weights (`gramlip.running_errors`); `taken` says which of them come or go where errors are not followed.
+    """
 
     curves: dict[int, Any] = field(default_factory=dict[int, Any])
     values: dict[str, Var] = field(default_factory=dict[str, Var])
+    errors: dict[fx.Node, Any] = field(default_factory=dict[fx.Node, Any])
+    taken: set[str] = field(default_factory=set[str])
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class Call:
 
     `call["name"]` is an argument by its name in torch's own schema, defaults filled in: a `Var` for what depends on the
     network's input, tensors and Python values for the rest. `shape` is the result's (the first one's where there are several),
-    `dtype` its type, `known` what calls before it left.
+    `dtype` its type, `known` what calls before it left. A constant may have been computed from weights: a rule that does not
+    ask for its error (`error_of`) takes it as float64 gives it, and the report says so.
     """
 
     op: str
@@ -49,6 +56,23 @@ class Call:
     steps: list[Step]
     dtype: torch.dtype | None = None
     known: Known = field(default_factory=Known)
+    errors: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    asked: set[str] = field(default_factory=set[str])
+
+    def error_of(self, name: str) -> Tensor | None:
+        """What a constant argument may be off by, entry by entry; None for nothing. Whoever asks must carry it."""
+        self.asked.add(name)
+        return self.inexact.get(name)
+
+    @property
+    def inexact(self) -> dict[str, Any]:
+        """The errors of the constant arguments that have any, by name; lists of such where the argument is a list."""
+        return {name: error for name, error in self.errors.items() if tensors(error)}
+
+    @property
+    def unasked(self) -> bool:
+        """Whether a constant argument has an error that no rule asked for."""
+        return any(name not in self.asked for name in self.inexact)
 
     def __getitem__(self, name: str) -> Any:
         return self.args[name]
