@@ -81,6 +81,15 @@ def _conv(kind: type[nn.Module], *args: object, **more: object) -> nn.Module:
     return kind(*args, **more)
 
 
+def _batch_norm(kind: type[nn.Module]) -> nn.Module:
+    module = kind(3).eval()
+    with torch.no_grad():
+        for name, values in (("weight", [1.0, -3.0, 0.5]), ("bias", [2.0, 0.0, 1.0]), ("running_mean", [1.0, 2.0, 3.0])):
+            getattr(module, name).copy_(torch.tensor(values))
+        module.running_var.copy_(torch.tensor([0.5, 4.0, 0.01]))  # type: ignore[operator,union-attr]
+    return module
+
+
 LINEAR: dict[type, tuple[nn.Module, tuple[int, ...]]] = {
     nn.Linear: (_conv(nn.Linear, 5, 4), (5,)),
     nn.Conv1d: (_conv(nn.Conv1d, 2, 3, 3, padding=1), (2, 7)),
@@ -95,6 +104,10 @@ LINEAR: dict[type, tuple[nn.Module, tuple[int, ...]]] = {
     nn.PixelShuffle: (nn.PixelShuffle(2), (4, 2, 3)),
     nn.PixelUnshuffle: (nn.PixelUnshuffle(2), (1, 4, 2)),
     nn.ChannelShuffle: (nn.ChannelShuffle(2), (4, 2, 2)),
+    nn.BatchNorm1d: (_batch_norm(nn.BatchNorm1d), (3, 4)),
+    nn.BatchNorm2d: (_batch_norm(nn.BatchNorm2d), (3, 2, 2)),
+    nn.BatchNorm3d: (_batch_norm(nn.BatchNorm3d), (3, 2, 1, 2)),
+    nn.SyncBatchNorm: (_batch_norm(nn.SyncBatchNorm), (3, 2, 2)),
     nn.Upsample: (nn.Upsample(scale_factor=2, mode="bilinear"), (1, 4, 3)),
     **{getattr(nn, f"AvgPool{d}d"): (getattr(nn, f"AvgPool{d}d")(3, 2, 1), (1, *(5, 4, 5)[:d])) for d in (1, 2, 3)},
     **{getattr(nn, f"AdaptiveAvgPool{d}d"): (getattr(nn, f"AdaptiveAvgPool{d}d")(3), (1, *(5, 4, 5)[:d])) for d in (1, 2, 3)},

@@ -31,6 +31,7 @@ from gramlip import (
     gram,
     jacobian,
     lattice,
+    layers,
     methods,
     norm,
     parts,
@@ -207,6 +208,12 @@ def max_pooling_as_one(patch: pytest.MonkeyPatch) -> None:
         return gl.Bound(1.0, 1.0, "max pooling") if isinstance(x, nn.MaxPool2d) else right(x, *args, **options)
 
     patch.setattr(norm, "describe", wrong)
+
+
+def batch_norm_without_eps(patch: pytest.MonkeyPatch) -> None:
+    """The running variance alone, as if nothing were added to it."""
+    right = layers.exact
+    patch.setattr(layers, "exact", lambda x: right(x) - 1e-5)
 
 
 def crops_as_one(patch: pytest.MonkeyPatch) -> None:
@@ -390,6 +397,13 @@ def max_pooling_holds() -> None:
     pool, x = nn.MaxPool2d(3, 2, 1), torch.zeros(1, 1, 9, 9)
     x[0, 0, 3, 3] = 1.0
     assert float(gl.bound(pool, input_size=(9, 9)).upper) >= float(pool(x).norm() / x.norm())
+
+
+def batch_norm_holds() -> None:
+    """A channel whose variance is small beside eps."""
+    norm = nn.BatchNorm1d(1).eval()
+    norm.running_var.fill_(2.0**-20)  # type: ignore[operator,union-attr]
+    assert gl.bound(norm).lower <= 1 / math.sqrt(2.0**-20 + 1e-5)
 
 
 def crops_hold() -> None:
@@ -587,6 +601,7 @@ MUTANTS: dict[str, Mutant] = {
     "complex kernels mirrored": Mutant(mirrored_complex, _on(check, "near_orthogonal 2x2x3x3 n=5x5 p=1.1,1.1 circular c64")),
     "power iteration as an upper bound": Mutant(power_iteration_as_a_bound, matrices_hold),
     "upper bound in the lower side": Mutant(frobenius_as_a_lower_bound, _on(check, "fp32-rounding")),
+    "batch norm without eps": Mutant(batch_norm_without_eps, batch_norm_holds),
     "crops taken as isometries": Mutant(crops_as_one, crops_hold),
     "one axis for an integer size": Mutant(one_axis_for_an_integer, upsampling_holds),
     "places of nearest neighbours in float64 alone": Mutant(places_in_double, nearest_neighbours_hold),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
@@ -135,3 +136,52 @@ def test_an_audit_sees_hooks_and_forward_passes() -> None:
     model[1].register_forward_hook(lambda m, i, o: 7 * o)
     truth = 70 * oracle(gl.Dense((model[1].weight @ model[0].weight).detach()))
     assert gl.audit(model, torch.zeros(1, 3)).upper >= truth * (1 - 1e-6)
+
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", BATCH_NORMS, ids=lambda kind: kind.__name__)
+def test_batch_norm_in_evaluation_mode(kind: type[nn.Module], dtype: torch.dtype, affine: bool) -> None:
+    """Squares of both ends against exact arithmetic: the width is a few units of the last place."""
+    generator = torch.Generator().manual_seed(0)
+    for eps in (1e-5, 0.0, 1.0):
+        module = kind(5, eps=eps, affine=affine, dtype=dtype).eval()
+        module.running_var.copy_(torch.rand(5, generator=generator) + 0.01)  # type: ignore[operator,union-attr]
+        weights = [1.0] * 5
+        if affine:
+            module.weight.data.copy_(torch.randn(5, generator=generator))  # type: ignore[operator,union-attr]
+            weights = module.weight.tolist()  # type: ignore[operator,union-attr]
+        variances = module.running_var.tolist()  # type: ignore[operator,union-attr]
+        square = max(Fraction(w) ** 2 / (Fraction(v) + Fraction(eps)) for w, v in zip(weights, variances, strict=True))
+        bound = gl.bound(module, 4)
+        assert Fraction(bound.lower) ** 2 <= square <= Fraction(float(bound.upper)) ** 2
+        assert bound.rtol <= 4e-15
+        assert bound == gl.bound(module) == gl.bound(module, (4, 4, 4))
+
+
+def test_batch_norm_at_the_ends_of_the_range() -> None:
+    module = nn.BatchNorm1d(1, eps=0.0, dtype=torch.float64).eval()
+    module.weight.data.zero_()
+    assert gl.bound(module).lower == gl.bound(module).upper == 0.0
+    module.weight.data.fill_(5e-324)
+    assert gl.bound(module).lower == 0.0 < gl.bound(module).upper <= 1e-307
+    module.weight.data.fill_(1e300)
+    module.running_var.fill_(1e-100)  # type: ignore[operator,union-attr]
+    assert gl.bound(module).lower >= 1e308
+    assert gl.bound(module).upper == float("inf")
+
+
+@pytest.mark.parametrize("kind", BATCH_NORMS, ids=lambda kind: kind.__name__)
+def test_batch_norm_that_depends_on_the_batch_is_refused(kind: type[nn.Module]) -> None:
+    with pytest.raises(gl.UnsupportedError, match=r"type module\.eval\(\)"):
+        gl.bound(kind(3), 4)
+    with pytest.raises(gl.UnsupportedError, match="type track_running_stats=True"):
+        gl.bound(kind(3, track_running_stats=False).eval(), 4)
+    for variance in (-1.0, 0.0, float("nan"), float("inf")):
+        module = kind(3, eps=0.0).eval()
+        module.running_var.fill_(variance)  # type: ignore[operator,union-attr]
+        with pytest.raises(gl.InputError, match="running_var"):
+            gl.bound(module, 4)

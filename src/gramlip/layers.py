@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import singledispatch
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
@@ -13,10 +16,12 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from gramlip import rounding as rd
 from gramlip.bound import Bound
 from gramlip.devices import on_cpu
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.operators import Conv, Dense, Diagonal, Ints, Operator, Separable
+from gramlip.operators import Conv, Dense, Diagonal, Ints, Operator, Separable, checked
+from gramlip.widen import exact, exponent_of
 
 FORWARD = ("forward", "_conv_forward", "_output_padding", "__call__", "_call_impl")  # what a layer's map is made of
 WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)  # hooks of torch that set a tensor before each forward pass, and do no more
@@ -152,3 +157,31 @@ def _(module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d, inpu
         transposed=True,
         output_padding=module.output_padding,
     )
+
+
+@describe.register(nn.BatchNorm1d)
+@describe.register(nn.BatchNorm2d)
+@describe.register(nn.BatchNorm3d)
+@describe.register(nn.SyncBatchNorm)
+def _(module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm, input_size: Ints | None = None) -> Bound:
+    """Batch norm in eval mode multiplies each channel by `weight / sqrt(running_var + eps)`: docs/rounding.md#batch-norm."""
+    name = type(module).__name__
+    weight, variance = cast("Tensor | None", module.weight), module.running_var
+    if module.training:
+        msg = f"{name} in training mode depends on the whole batch; expected evaluation mode: type module.eval()"
+        raise UnsupportedError(msg)
+    if variance is None:
+        msg = f"{name} without running statistics depends on the whole batch; expected them: type track_running_stats=True and train it"
+        raise UnsupportedError(msg)
+    spread = exact(checked(variance, "running_var")) + module.eps
+    if not bool((spread >= rd.TINY).all()):
+        msg = f"running_var + eps of {name} is {float(spread.min())}; expected positive variances: type load_state_dict with trained ones"
+        raise InputError(msg)
+    if weight is None:
+        weight = torch.ones_like(spread)
+    elif exponent_of(checked(weight.detach())) is None:
+        return Bound(0.0, 0.0, "batch norm in evaluation mode; all weights are zero")
+    largest, slack = float((exact(weight).abs() / spread.sqrt()).max()), rd.gamma(5)
+    lower = rd.mul_down(min(largest, sys.float_info.max), rd.down(1.0 - slack))
+    upper = rd.add_up(rd.mul_up(largest, rd.up(1.0 + slack)), rd.TINY)
+    return Bound(lower, upper, "batch norm in evaluation mode: largest modulus of weight / sqrt(running_var + eps)")

@@ -62,7 +62,7 @@ def operator(module: nn.Module, name: str, input_size: Ints | None) -> Dense | C
         have = [n for n, _ in module.named_parameters(recurse=False)]
         msg = f"{type(module).__name__} has no tensor {name!r}; expected the name of one of its parameters: {have}"
         raise InputError(msg)
-    if name == "weight" and describe.dispatch(type(module)) is not describe.dispatch(object):
+    if name == "weight" and weight.ndim >= 2 and describe.dispatch(type(module)) is not describe.dispatch(object):
         op = describe(_shaped(module) if weight.is_meta else module, input_size)
         if isinstance(op, Dense | Conv):
             return op
