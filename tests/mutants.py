@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip import blocks, boundary, certificates, certify, conv_gram, finite, gram, lattice, methods, norm, search
+from gramlip import blocks, boundary, certificates, certify, conv_gram, example, finite, gram, lattice, methods, norm, search
 from gramlip import rounding as rd
 from gramlip.padding import PADDING, Axis, Circle
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
@@ -359,6 +359,20 @@ def sums_of_products_hold() -> None:
     test_thousands_of_outputs_that_read_one_input_exactly(1e-13, True)
 
 
+def shapes_in_the_default_dtype(patch: pytest.MonkeyPatch) -> None:
+    """A shape taken as an example of float32, whatever the model computes in."""
+    patch.setattr(example, "_like", lambda model: torch.empty(0))
+
+
+def shapes_take_the_dtype_of_the_model() -> None:
+    """An example made of a shape, for models and exported programs of three dtypes."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        model = nn.Linear(3, 2).to(dtype)
+        program = torch.export.export(model, (torch.zeros(1, 3, dtype=dtype),))
+        for given in (model, program):
+            assert example.example_inputs(given, (3,))[0].dtype == dtype
+
+
 MUTANTS: dict[str, Mutant] = {
     "grid n for zero padding": Mutant(_rule("zeros", grid_n_for_zeros), _on(theorem, "circular-grid-n7-for-zeros")),
     "unknown size taken as k": Mutant(_rule("zeros", size_taken_as_k), _on(every_size, "circular-grid-n7-for-zeros")),
@@ -393,5 +407,6 @@ MUTANTS: dict[str, Mutant] = {
     "no rounding in the scalars": Mutant(scalars_to_nearest, compositions_hold),
     "a root that looks exact": Mutant(root_that_looks_exact, roots_hold),
     "epsilon in a normalisation": Mutant(epsilon_in_a_normalisation, gram_norm_holds),
+    "a shape in the default dtype": Mutant(shapes_in_the_default_dtype, shapes_take_the_dtype_of_the_model),
     "division by the norm of a zero block": Mutant(division_by_a_zero_block, gram_norm_holds),
 }
