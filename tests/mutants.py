@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip import blocks, boundary, certificates, certify, conv_gram, example, finite, gram, lattice, methods, norm, search
+from gramlip import blocks, boundary, certificates, certify, conv_gram, example, finite, gram, lattice, methods, norm, search, wrappers
 from gramlip import rounding as rd
 from gramlip.padding import PADDING, Axis, Circle
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
@@ -359,6 +359,20 @@ def sums_of_products_hold() -> None:
     test_thousands_of_outputs_that_read_one_input_exactly(1e-13, True)
 
 
+def hooks_of_wrappers_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """A wrapper taken off with the hook that doubles what it returns."""
+    patch.setattr(wrappers, "hooks", lambda module: [])
+
+
+def hooks_of_wrappers_count() -> None:
+    """The identity in a wrapper whose hook doubles its output."""
+    layer = nn.Linear(2, 2, bias=False)
+    torch.nn.init.eye_(layer.weight)
+    module = nn.DataParallel(layer)
+    module.register_forward_hook(lambda module, args, out: 2 * out)
+    assert gl.audit(module.eval(), (2,)).upper >= 2.0
+
+
 def shapes_in_the_default_dtype(patch: pytest.MonkeyPatch) -> None:
     """A shape taken as an example of float32, whatever the model computes in."""
     patch.setattr(example, "_like", lambda model: torch.empty(0))
@@ -407,6 +421,7 @@ MUTANTS: dict[str, Mutant] = {
     "no rounding in the scalars": Mutant(scalars_to_nearest, compositions_hold),
     "a root that looks exact": Mutant(root_that_looks_exact, roots_hold),
     "epsilon in a normalisation": Mutant(epsilon_in_a_normalisation, gram_norm_holds),
+    "a hook lost with its wrapper": Mutant(hooks_of_wrappers_forgotten, hooks_of_wrappers_count),
     "a shape in the default dtype": Mutant(shapes_in_the_default_dtype, shapes_take_the_dtype_of_the_model),
     "division by the norm of a zero block": Mutant(division_by_a_zero_block, gram_norm_holds),
 }

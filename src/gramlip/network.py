@@ -25,6 +25,7 @@ from gramlip.ranges import capped
 from gramlip.report import Layer, LeftOut, Report
 from gramlip.rules import lower
 from gramlip.steps import Attention, Linear, Network, Pad, Product, Scale, Shape, Slope, Step, Sum, Unbounded
+from gramlip.wrappers import unwrapped
 
 _KINDS: dict[type, str] = {
     Slope: "activation",
@@ -105,6 +106,7 @@ def audit(
     >>> report.lower <= report.upper
     True
     """
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     check_model(model)
     check_options(assume, domain, rtol, effort, seed, strict)
     tensors = inputs(model, example)
@@ -156,6 +158,7 @@ def _whole(network: Network, constants: Sequence[Bound], composed: Composition, 
 @undisturbed()
 def steps_of(model: nn.Module | torch.export.ExportedProgram, example: Example) -> Network:
     """The folded steps of a model; calls without a rule are unbounded steps."""
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     return fold(lower(export(model, inputs(model, example))).network)
 
 

@@ -9,6 +9,7 @@ from gramlip.errors import InputError
 from gramlip.layers import describe
 from gramlip.methods import METHODS
 from gramlip.operators import Ints, Operator
+from gramlip.wrappers import GATHER, is_sharded
 
 WIDEST = 1e6  # a relative width beyond this asks for no proof at all
 
@@ -48,6 +49,9 @@ def bound(
         msg = f"finite={finite!r} was given; expected True, False or 'auto'"
         raise InputError(msg)
     op = describe(x) if input_size is None else describe(x, input_size)
+    if is_sharded(getattr(op, "weight", None)):
+        msg = f"a weight in shards was given, a DTensor; expected a whole one: {GATHER}"
+        raise InputError(msg)
     return op if isinstance(op, Bound) else METHODS[method](op, rtol=rtol, finite=finite)
 
 

@@ -14,6 +14,7 @@ from gramlip.example import example_inputs
 from gramlip.layers import describe
 from gramlip.nn.modes import evaluating
 from gramlip.operators import Ints
+from gramlip.wrappers import unwrapped
 
 Where = Callable[[str, nn.Module], bool]
 
@@ -23,6 +24,7 @@ def layers(model: nn.Module, example: Any, where: Where | None) -> list[tuple[st
 
     Other tensors of two axes or more are named in a warning, unless `where` chooses: nothing is left out silently.
     """
+    model = unwrapped(model)
     args = () if example is None else example_inputs(model, example)
     if lazy := [path for path, module in model.named_modules() if any(map(is_lazy, module.parameters(recurse=False)))]:
         if example is None:
