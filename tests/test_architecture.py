@@ -17,7 +17,7 @@ SRC = Path(gramlip.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 MODULES = {".".join(("gramlip", *file.relative_to(SRC).with_suffix("").parts)).removesuffix(".__init__"): file for file in FILES}
 PACKAGES = sorted(name for name, file in MODULES.items() if file.name == "__init__.py")
-LONGEST = 300
+LONGEST = 600
 
 # From the ground up: nothing reaches, directly or through others, what stands after it. New modules may stand anywhere
 # between these; what holds for all of them is that no circle of imports exists.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from gramlip.devices import on_cpu
 from gramlip.errors import InputError
 from gramlip.finite import Certificate, Layer
 from gramlip.gramian import Gramian
-from gramlip.operators import Conv, Dense, Diagonal, Operator, Separable
+from gramlip.operators import Conv, Dense, Diagonal, Operator, Separable, Sparse
 from gramlip.own import banded, rounded, small
 from gramlip.probe import SAMPLE_BYTES, sample, wave
 from gramlip.search import Enclosure, Search
+from gramlip.sparse import enclosure
 from gramlip.widen import widen, widen_each
 
 AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself while its estimated operations stay below this
@@ -56,6 +58,8 @@ def certify_all(ops: Sequence[Operator], *, rtol: float = 1e-2, finite: bool | s
                 bounds[i] = _diagonal(op)
             elif isinstance(op, Separable):
                 bounds[i] = _separable(op, rtol)
+            elif isinstance(op, Sparse):
+                bounds[i] = enclosure(op, rtol, partial(certify, rtol=rtol))
             else:
                 syms[i] = sym = symbol(op)
                 together.setdefault(_alike(op, sym) if sym.plain.numel() <= TOGETHER else i, []).append(i)
@@ -139,8 +143,8 @@ class _Enclosing:
                 ceilings[i], widths[i] = self._room(i, lower)
         todo = [i for i in range(len(self.ops)) if i not in done]
         found = self.search.close(widths, todo, ceilings) if todo else []
-        for i, enclosure in zip(todo, found, strict=True):
-            done[i] = self._bound(i, enclosure, lowers.get(i))
+        for i, closed in zip(todo, found, strict=True):
+            done[i] = self._bound(i, closed, lowers.get(i))
         return [self._closed(i, op, done[i]) for i, op in enumerate(self.ops)]
 
     def _closed(self, i: int, op: Conv | Dense, found: Bound) -> Bound:

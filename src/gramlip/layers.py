@@ -14,9 +14,10 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gramlip.bound import Bound
+from gramlip.convert import formed, held, is_array_like, is_linear_operator, is_sparse, sparse_tensor
 from gramlip.devices import on_cpu
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.operators import Conv, Dense, Diagonal, Ints, Operator, Separable
+from gramlip.operators import SPARSE, Conv, Dense, Diagonal, Ints, Operator, Separable, Sparse, checked
 from gramlip.wrappers import hooked, hooks, is_wrapper, unwrapped
 
 FORWARD = ("forward", "_conv_forward", "_output_padding", "__call__", "_call_impl")  # what a layer's map is made of
@@ -26,6 +27,14 @@ WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)  # hooks of torch that s
 def _unknown(module: object, input_size: Ints | None = None) -> Operator | Bound:
     if isinstance(module, nn.Module) and is_wrapper(module) and (found := hooks(module)):
         raise hooked(module, found[0])
+    if is_linear_operator(module):
+        if (matrix := held(module)) is not None:
+            return describe(matrix)
+        return Dense(checked(formed(module)), "the matrix of a LinearOperator, of what it returns for unit vectors (assumed linear)")
+    if is_sparse(module):
+        return Sparse(sparse_tensor(module))
+    if is_array_like(module):
+        return Dense(checked(module))
     msg = (
         f"{type(module).__name__} has no rule; expected a layer that gramlip knows: "
         f"type @gramlip.describe.register on a function (module: {type(module).__name__}, input_size=None) -> operator"
@@ -106,7 +115,7 @@ def _current(module: nn.Module, kind: type) -> nn.Module:
 
 
 @describe.register
-def _(module: Conv | Dense | Diagonal | Separable, input_size: Ints | None = None) -> Operator | Bound:
+def _(module: Conv | Dense | Diagonal | Separable | Sparse, input_size: Ints | None = None) -> Operator | Bound:
     if input_size is not None:
         msg = f"input_size={input_size!r} was given beside an operator; expected it inside: Conv(weight, input_size=...)"
         raise InputError(msg)
@@ -114,8 +123,8 @@ def _(module: Conv | Dense | Diagonal | Separable, input_size: Ints | None = Non
 
 
 @describe.register
-def _(module: Tensor, input_size: Ints | None = None) -> Dense:
-    return Dense(module)
+def _(module: Tensor, input_size: Ints | None = None) -> Dense | Sparse:
+    return Sparse(module) if module.layout in SPARSE else Dense(module)
 
 
 @describe.register
