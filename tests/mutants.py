@@ -26,6 +26,8 @@ from gramlip import (
     certify,
     compose,
     conv_gram,
+    convert,
+    example,
     finite,
     fixed,
     gram,
@@ -37,7 +39,9 @@ from gramlip import (
     parts,
     running_errors,
     search,
+    sparse,
     sums,
+    wrappers,
 )
 from gramlip import rounding as rd
 from gramlip.padding import PADDING, Axis, Circle
@@ -552,6 +556,72 @@ def layers_together_hold() -> None:
         test_a_layer_that_is_given_up_leaves_the_others_in_the_search((0,), patch)
 
 
+def signs_in_schurs_test(patch: pytest.MonkeyPatch) -> None:
+    """Schur's test on the entries, in place of their moduli."""
+    patch.setattr(sparse, "ENTRIES", 0)
+    patch.setattr(sparse, "SIDE", 0)
+    patch.setattr(sparse.Entries, "moduli", lambda self: self)
+
+
+def schurs_test_without_rounding(patch: pytest.MonkeyPatch) -> None:
+    """The quotients of Schur's test as floating point gives them."""
+    patch.setattr(sparse, "ENTRIES", 0)
+    patch.setattr(sparse, "SIDE", 0)
+    patch.setattr(sparse.rd, "gamma", lambda n, unit=rd.UNIT: 0.0)
+    patch.setattr(sparse.rd, "up", lambda x: x)
+    patch.setattr(sparse.rd, "mul_up", lambda a, b: a * b)
+    patch.setattr(sparse.rd, "sqrt_up", math.sqrt)
+
+
+def sparse_matrices_hold() -> None:
+    """Small sparse matrices, with signs that cancel and without any, against exact arithmetic."""
+    for seed in range(40):
+        for matrix in (torch.tensor([[1.0, -1.0]]), Case("random", (3, 3), seed=seed).weight().abs()):
+            assert_exactly_between(matrix, gl.bound(matrix.to_sparse(), rtol=1e-13))
+
+
+def lists_rounded(patch: pytest.MonkeyPatch) -> None:
+    """Integers in a list rounded to float64."""
+    patch.setattr(convert, "_numbers", lambda cells, name: cells.astype(np.float64))
+
+
+def lists_are_exact() -> None:
+    """An integer between two floats has no bound, or one that holds it."""
+    try:
+        found = gl.bound(gl.Diagonal([2**53 + 1]))  # type: ignore[arg-type]
+    except gl.InputError:
+        return
+    assert int(found.upper) >= 2**53 + 1
+
+
+def hooks_of_wrappers_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """A wrapper taken off with the hook that doubles what it returns."""
+    patch.setattr(wrappers, "hooks", lambda module: [])
+
+
+def hooks_of_wrappers_count() -> None:
+    """The identity in a wrapper whose hook doubles its output."""
+    layer = nn.Linear(2, 2, bias=False)
+    torch.nn.init.eye_(layer.weight)
+    module = nn.DataParallel(layer)
+    module.register_forward_hook(lambda module, args, out: 2 * out)
+    assert gl.audit(module.eval(), (2,)).upper >= 2.0
+
+
+def shapes_in_the_default_dtype(patch: pytest.MonkeyPatch) -> None:
+    """A shape taken as an example of float32, whatever the model computes in."""
+    patch.setattr(example, "_like", lambda model: torch.empty(0))
+
+
+def shapes_take_the_dtype_of_the_model() -> None:
+    """An example made of a shape, for models and exported programs of three dtypes."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        model = nn.Linear(3, 2).to(dtype)
+        program = torch.export.export(model, (torch.zeros(1, 3, dtype=dtype),))
+        for given in (model, program):
+            assert example.example_inputs(given, (3,))[0].dtype == dtype
+
+
 MUTANTS: dict[str, Mutant] = {
     "squares one after the other": Mutant(squares_one_after_the_other, test_norms_of_many_equal_entries),
     "products one after the other": Mutant(products_one_after_the_other, test_products_of_many_rows),
@@ -612,5 +682,10 @@ MUTANTS: dict[str, Mutant] = {
     "no rounding in the scalars": Mutant(scalars_to_nearest, compositions_hold),
     "a root that looks exact": Mutant(root_that_looks_exact, roots_hold),
     "epsilon in a normalisation": Mutant(epsilon_in_a_normalisation, gram_norm_holds),
+    "signs in Schur's test": Mutant(signs_in_schurs_test, sparse_matrices_hold),
+    "no rounding in Schur's test": Mutant(schurs_test_without_rounding, sparse_matrices_hold),
+    "numbers of a list rounded": Mutant(lists_rounded, lists_are_exact),
+    "a hook lost with its wrapper": Mutant(hooks_of_wrappers_forgotten, hooks_of_wrappers_count),
+    "a shape in the default dtype": Mutant(shapes_in_the_default_dtype, shapes_take_the_dtype_of_the_model),
     "division by the norm of a zero block": Mutant(division_by_a_zero_block, gram_norm_holds),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -57,6 +58,25 @@ def fsdp(rank: int) -> None:
     expected = gl.bound(plain.weight)
     fully_shard(plain)  # its hooks gather the weight, and change nothing
     assert distributed.bounds([plain]) == [expected]
+
+
+def wrapped(rank: int) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    torch.manual_seed(4)
+    linear = nn.Linear(8, 6)
+    expected = gl.bound(linear)
+    assert gl.bound(DistributedDataParallel(linear)) == expected
+    for original in (True, False):
+        whole = FullyShardedDataParallel(copy.deepcopy(linear), use_orig_params=original, device_id=torch.device("cpu"))
+        assert distributed.bounds([whole, torch.eye(2)])[0] == expected
+        for call in (gl.bound, lambda m: gl.audit(m, (8,)), gnn.spectral_norm, lambda m: gnn.LipschitzPenalty(nn.Sequential(m))):
+            with pytest.raises(gl.InputError, match="keeps its weights in shards"):
+                call(whole)
+    fully_shard(linear)
+    for call in (gl.bound, lambda m: gl.audit(m, (8,))):
+        with pytest.raises(gl.InputError, match=r"in shards.*gramlip\.distributed\.bounds"):
+            call(linear)
 
 
 def sharded(rank: int) -> None:
@@ -125,7 +145,7 @@ def sharded_penalty(rank: int) -> None:
         assert torch.allclose(layer.weight.grad.full_tensor(), e, atol=1e-6)
 
 
-CHECKS = {check.__name__: check for check in (ddp, fsdp, sharded, shared_bounds, shared_penalty, sharded_penalty)}
+CHECKS = {check.__name__: check for check in (ddp, fsdp, wrapped, sharded, shared_bounds, shared_penalty, sharded_penalty)}
 
 
 def main(rank: int, store: str) -> None:

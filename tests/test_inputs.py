@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -138,3 +140,114 @@ def test_bounds_combine_with_bounds_alone() -> None:
 def test_a_bound_with_a_graph_is_copied() -> None:
     found = gl.bound(nn.Linear(3, 3), method="gram")
     assert copy.deepcopy([found])[0].upper is found.upper
+
+
+VALUES = [[1.5, -2.0, 0.25], [0.0, 3.0, 1.0]]
+TENSOR = torch.tensor(VALUES, dtype=torch.float64)
+
+
+class Elsewhere:
+    """An array of another library, by NumPy's protocol."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        if isinstance(self.values, Exception):
+            raise self.values
+        return np.asarray(self.values, dtype=dtype)
+
+
+def frozen() -> np.ndarray:
+    array = np.array(VALUES)
+    array.flags.writeable = False
+    return array
+
+
+ARRAYS: dict[str, Callable[[], object]] = {
+    **{
+        str(np.dtype(kind)): (lambda kind=kind: np.array(VALUES, dtype=kind))
+        for kind in ("f2", "f4", "f8", "c8", "c16", ">f4", ">c16", "g", "G")
+    },
+    "lists": lambda: VALUES,
+    "tuples": lambda: tuple(map(tuple, VALUES)),
+    "rows": lambda: [np.array(row) for row in VALUES],
+    "tensors": lambda: list(TENSOR),
+    "scalars": lambda: [[np.float32(x) for x in row] for row in VALUES],
+    "fractions": lambda: [[Fraction(x) for x in row] for row in VALUES],
+    "decimals": lambda: [[Decimal(x) for x in row] for row in VALUES],
+    "complex": lambda: [[complex(x) for x in row] for row in VALUES],
+    "integers and floats": lambda: [[1.5, -2, 0.25], [0, 3, 1]],
+    "objects": lambda: np.array(VALUES, dtype=object),
+    "matrix": lambda: quiet(lambda: np.matrix(VALUES)),
+    "mirrored": lambda: np.array(VALUES)[:, ::-1],
+    "transposed": lambda: np.array(VALUES, order="F"),
+    "read-only": frozen,
+    "elsewhere": lambda: Elsewhere(VALUES),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_and_lists_are_matrices(name: str) -> None:
+    expected = gl.bound(TENSOR)
+    for found in (gl.bound(ARRAYS[name]()), gl.bound(gl.Dense(ARRAYS[name]()))):  # type: ignore[arg-type]
+        assert found.lower == pytest.approx(expected.lower, rel=1e-12)
+        assert float(found.upper) == pytest.approx(float(expected.upper), rel=1e-12)
+
+
+def test_operators_take_arrays() -> None:
+    kernel = np.arange(1.0, 37.0).reshape(2, 2, 3, 3)
+    assert gl.bound(gl.Conv(kernel, 5)) == gl.bound(gl.Conv(torch.from_numpy(kernel), 5))
+    assert gl.bound(gl.Conv(kernel.tolist(), 5)) == gl.bound(gl.Conv(torch.from_numpy(kernel), 5))
+    assert gl.bound(gl.Diagonal(np.array([1.0, -3.0]))).upper == 3.0
+    assert gl.bound(gl.Separable((np.eye(2), [[2.0]]))) == gl.bound(
+        gl.Separable((torch.eye(2, dtype=torch.float64), torch.tensor([[2.0]])))
+    )
+    assert gl.distributed.bounds([np.array(VALUES)]) == [gl.bound(TENSOR)]
+
+
+NO_MATRIX: dict[str, tuple[Callable[[], object], str]] = {
+    **{
+        f"array of {kind}": (lambda kind=kind: np.ones((2, 2)).astype(kind), r"is an array of .*; expected floating.*astype\(float\)")
+        for kind in ("i1", "u1", "i8", "?", "U3", "m8", "V8")
+    },
+    "empty": (lambda: [], "expected every axis to be at least 1"),
+    "no columns": (lambda: np.ones((3, 0)), "expected every axis to be at least 1"),
+    "one axis": (lambda: [1.0, 2.0], "expected a matrix"),
+    "three axes": (lambda: np.ones((2, 2, 2)), r"type gramlip\.Conv"),
+    "a number": (lambda: np.float64(3.0), "expected a matrix"),
+    "NaN": (lambda: [[float("nan"), 1.0]], "NaN or infinite"),
+    "NaN among fractions": (lambda: [[Decimal("nan"), Fraction(1)]], "NaN or infinite"),
+    "infinity": (lambda: np.array([[np.inf]]), "NaN or infinite"),
+    "ragged": (lambda: [[1.0, 2.0], [3.0]], "holds a list; expected nested lists of numbers, all rows of the same length"),
+    "words": (lambda: [["1.0"]], "holds a str"),
+    "truth values": (lambda: [[True, False]], "holds a bool"),
+    "nothing": (lambda: [[None, 1.0]], "holds a NoneType"),
+    "tensors with a graph": (lambda: [torch.ones(2, requires_grad=True)], "no array"),
+    "an integer between floats": (lambda: [[2**53 + 1, 0.5]], "which float64 rounds"),
+    "a fraction": (lambda: [[Fraction(1, 3)]], "which float64 rounds"),
+    "a decimal": (lambda: [[Decimal("0.1")]], "which float64 rounds"),
+    "too large": (lambda: [[10**400]], "that float64 does not"),
+    **(
+        {"long doubles": (lambda: np.array([[1 + EPS]], dtype=np.longdouble), "which float64 rounds")}
+        if (EPS := np.finfo(np.longdouble).eps) < np.finfo(np.float64).eps  # they are doubles on some machines
+        else {}
+    ),
+    "masked": (lambda: np.ma.masked_array(np.ones((2, 2)), mask=np.eye(2)), r"masked array.*filled"),
+    "on a GPU": (lambda: Elsewhere(TypeError("implicit conversion")), r"no array \(implicit conversion\)"),
+}
+
+
+@pytest.mark.parametrize("name", NO_MATRIX)
+def test_what_is_no_matrix_of_floats_is_refused(name: str) -> None:
+    make, says = NO_MATRIX[name]
+    for call in (gl.bound, gl.Dense):
+        with pytest.raises(gl.InputError, match=says) as error:
+            call(make())  # type: ignore[arg-type]
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("other", ["a name", 3.0, None, {1.0}, {"a": 1.0}, np.ndarray, object()], ids=lambda x: type(x).__name__)
+def test_what_is_neither_a_layer_nor_a_matrix_has_no_rule(other: object) -> None:
+    with pytest.raises(gl.UnsupportedError, match="has no rule"):
+        gl.bound(other)  # type: ignore[arg-type]

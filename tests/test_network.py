@@ -531,6 +531,44 @@ def test_examples_that_cannot_be_used_are_refused(bad: object) -> None:
         audit(nn.Linear(2, 2), bad)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_shape_is_an_example_of_the_models_own_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5)).to(dtype).eval()
+    report = audit(model, (3, 8, 8))
+    assert (report.lower, report.upper) == ((same := audit(model, torch.zeros(1, 3, 8, 8, dtype=dtype))).lower, same.upper)
+    program = torch.export.export(model, (torch.zeros(1, 3, 8, 8, dtype=dtype),))
+    assert audit(program, (3, 8, 8)).upper == report.upper
+
+
+class Polar(nn.Module):
+    """A real layer whose weight is a part of a complex tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = nn.Parameter(torch.diag(torch.tensor([3.0 + 9j, 2.0])))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ torch.view_as_real(self.held)[..., 0]
+
+
+def test_a_shape_is_real_where_the_weights_are_complex() -> None:
+    report = audit(Polar().eval(), (2,))
+    assert report.lower <= 3.0 <= report.upper <= 3.1
+
+
+def test_a_shape_for_a_program_of_integers_is_refused_as_integers() -> None:
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2)).eval()
+    program = torch.export.export(model, (torch.zeros(1, 5, dtype=torch.int64),))
+    with pytest.raises(InputError, match=r"entries of torch\.int64"):
+        audit(program, (5,), assume={"0": 1.0})
+
+
+def test_an_example_of_tensors_and_others_is_refused() -> None:
+    with pytest.raises(InputError, match="an example that holds a str was given"):
+        audit(nn.Linear(2, 2), (torch.zeros(1, 2), "x"))  # type: ignore[arg-type]
+
+
 def test_segments_multiply_to_the_whole() -> None:
     torch.manual_seed(2)
     from gramlip.compose import constants

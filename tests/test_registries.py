@@ -15,7 +15,7 @@ from gramlip.testing import KERNELS, conformance
 from rule_cases import CASES, OVERLOADS
 from test_rules import Map
 
-ABSTRACT = (object, Tensor, gl.Conv, gl.Dense, gl.Diagonal, gl.Separable)  # operators are cases themselves
+ABSTRACT = (object, Tensor, gl.Conv, gl.Dense, gl.Diagonal, gl.Separable, gl.operators.Sparse)  # operators are cases themselves
 
 
 @pytest.mark.parametrize("mode", PADDING)

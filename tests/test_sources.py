@@ -24,6 +24,7 @@ SOURCE = """
 import os
 from torch import nn
 def make(): return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+def half(): return make().half()
 def number(): return 3
 def needs(argument): return argument
 def breaks(): raise RuntimeError("no such thing\\nmore")
@@ -70,6 +71,11 @@ def test_a_callable_is_audited_with_json_and_page(folder: Path, capsys: pytest.C
     assert "doctype html" in (folder / "r.html").read_text()
     assert "network" in capsys.readouterr().out
     assert main([*arguments[:4], "--fail-above", "1e-9"]) == 1
+
+
+def test_a_shape_on_the_command_line_takes_the_models_dtype(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "mymodels:half", "--input", "4", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["network"]["upper"] > 0
 
 
 def test_an_effort_is_what_the_library_takes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

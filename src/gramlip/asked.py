@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gramlip.errors import InputError
 from gramlip.norm import check_rtol
+from gramlip.wrappers import GATHER, is_sharded
 
 
 def check_inputs(tensors: Sequence[Tensor]) -> None:
@@ -29,6 +30,9 @@ def check_model(model: object) -> None:
         raise InputError(msg)
     held = model.state_dict if isinstance(model, torch.export.ExportedProgram) else model.state_dict()
     bare = [name for name, value in held.items() if isinstance(value, Tensor) and value.is_meta]
+    if any(map(is_sharded, held.values())):
+        msg = f"the weights are in shards, DTensors; expected whole ones: {GATHER}"
+        raise InputError(msg)
     if bare:
         msg = f"{bare[0]} is on the meta device, without numbers; expected weights: type model.to_empty(device='cpu') and load them"
         raise InputError(msg)

@@ -78,7 +78,7 @@ def symbol(op: Dense | Conv) -> Symbol:
     torch.Size([1, 4, 8, 2, 2])
     """
     if isinstance(op, Dense):
-        return Symbol(op.weight[None], (), (), 1, True, "a matrix")
+        return Symbol(op.weight[None], (), (), 1, True, op.because)
     circles = [PADDING[op.padding_mode](axis) for axis in axes(op)]
     reasons = list(dict.fromkeys(c.because for c in circles))
     if op.groups > 1:

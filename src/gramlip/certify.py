@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from gramlip.devices import on_cpu
 from gramlip.errors import InputError
 from gramlip.finite import Certificate, Layer
 from gramlip.gramian import GramSymbol
-from gramlip.operators import Conv, Dense, Diagonal, Operator, Separable
+from gramlip.operators import Conv, Dense, Diagonal, Operator, Separable, Sparse
 from gramlip.own import banded, rounded, small
 from gramlip.probe import SAMPLE_BYTES, sample, wave
 from gramlip.search import BranchAndBound, Enclosure
+from gramlip.sparse import enclosure
 from gramlip.widen import widen, widen_each
 
 AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself while its estimated operations stay below this
@@ -56,6 +58,8 @@ def certify_all(ops: Sequence[Operator], *, rtol: float = 1e-2, finite: bool | s
                 bounds[i] = _diagonal(op)
             elif isinstance(op, Separable):
                 bounds[i] = _separable(op, rtol)
+            elif isinstance(op, Sparse):
+                bounds[i] = enclosure(op, rtol, partial(certify, rtol=rtol))
             else:
                 syms[i] = sym = symbol(op)
                 together.setdefault(_alike(op, sym) if sym.plain.numel() <= TOGETHER else i, []).append(i)
@@ -138,8 +142,8 @@ def _bounds(tasks: Sequence[LayerTask], search: BranchAndBound, rtol: float) -> 
                 done[i] = side.bound
             ceilings[i], widths[i] = task.room(side.lower)
     todo = [i for i in range(len(tasks)) if i not in done]
-    for i, enclosure in zip(todo, search.close(widths, todo, ceilings) if todo else [], strict=True):
-        done[i] = tasks[i].bound(enclosure, sides.get(i))
+    for i, found in zip(todo, search.close(widths, todo, ceilings) if todo else [], strict=True):
+        done[i] = tasks[i].bound(found, sides.get(i))
     return [task.closed(done[i]) for i, task in enumerate(tasks)]
 
 

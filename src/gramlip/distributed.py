@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from gramlip.bound import Bound
 from gramlip.layers import describe
 from gramlip.norm import bound
-from gramlip.operators import Ints, Operator
+from gramlip.operators import Conv, Dense, Ints, Operator
+from gramlip.wrappers import is_flat, is_sharded, unwrapped
 
 
 def world() -> int:
@@ -40,7 +41,10 @@ def share(costs: Sequence[float], ranks: int | None = None, rank: int | None = N
 
 def cost(x: Any) -> float:
     """Work of bounding a layer, in arbitrary units: the blocks of a weight (m, n, *k) are of order min(m, n)."""
-    weight = x if isinstance(x, Tensor) else getattr(x, "weight", None)
+    if is_flat(x):
+        return 1.0  # its weight may have another shape on each rank
+    layer = unwrapped(x) if isinstance(x, nn.Module) else x
+    weight = layer if isinstance(layer, Tensor) else getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         return 1.0
     m, n = weight.shape[:2]
@@ -51,8 +55,8 @@ def bounds(items: Sequence[Any], **options: Any) -> list[Bound]:
     """`gramlip.bound` of every item, the work shared over the ranks: every rank gets all intervals, in order.
 
     Args:
-        items: modules, operators or matrices, or pairs of one and its input size; the same on every rank. Weights that are DTensors
-            are gathered one layer at a time, and kept by the rank that bounds them.
+        items: modules, operators or matrices, or pairs of one and its input size; the same on every rank. Weights that are DTensors, or
+            inside `FullyShardedDataParallel`, are gathered one layer at a time, and kept by the rank that bounds them.
         **options: those of `gramlip.bound`.
 
     Raises:
@@ -86,6 +90,12 @@ def bounds(items: Sequence[Any], **options: Any) -> list[Bound]:
 
 def _gathered(x: Any, input_size: Ints | None) -> Operator | Bound:
     """The operator with its whole weight."""
+    if is_flat(x):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        with FullyShardedDataParallel.summon_full_params(x, writeback=False):
+            op = _gathered(x.module, input_size)
+            return replace(op, weight=op.weight.detach().clone()) if isinstance(op, Dense | Conv) else op
     op = describe(x) if input_size is None else describe(x, input_size)
     weight = getattr(op, "weight", None)
     if not isinstance(weight, Tensor) or whole(weight) is weight:
@@ -95,8 +105,4 @@ def _gathered(x: Any, input_size: Ints | None) -> Operator | Bound:
 
 def whole(weight: Tensor) -> Tensor:
     """The full tensor of a DTensor, a collective operation; a plain tensor is returned as it is."""
-    if not dist.is_available() or type(weight) in (Tensor, nn.Parameter):
-        return weight
-    from torch.distributed.tensor import DTensor
-
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return weight.full_tensor() if is_sharded(weight) else weight  # type: ignore[attr-defined]

@@ -18,16 +18,28 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from gramlip import rounding as rd
 from gramlip.bound import Bound
+from gramlip.convert import formed, held, is_array_like, is_linear_operator, is_sparse, sparse_tensor
 from gramlip.devices import on_cpu
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.operators import Conv, Dense, Diagonal, Ints, Operator, Separable, checked
+from gramlip.operators import SPARSE, Conv, Dense, Diagonal, Ints, Operator, Separable, Sparse, checked
 from gramlip.widen import exact, exponent_of
+from gramlip.wrappers import hooked, hooks, is_wrapper, unwrapped
 
 FORWARD = ("forward", "_conv_forward", "_output_padding", "__call__", "_call_impl")  # what a layer's map is made of
 WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)  # hooks of torch that set a tensor before each forward pass, and do no more
 
 
 def _unknown(module: object, input_size: Ints | None = None) -> Operator | Bound:
+    if isinstance(module, nn.Module) and is_wrapper(module) and (found := hooks(module)):
+        raise hooked(module, found[0])
+    if is_linear_operator(module):
+        if (matrix := held(module)) is not None:
+            return describe(matrix)
+        return Dense(checked(formed(module)), "the matrix of a LinearOperator, of what it returns for unit vectors (assumed linear)")
+    if is_sparse(module):
+        return Sparse(sparse_tensor(module))
+    if is_array_like(module):
+        return Dense(checked(module))
     msg = (
         f"{type(module).__name__} has no rule; expected a layer that gramlip knows: "
         f"type @gramlip.describe.register on a function (module: {type(module).__name__}, input_size=None) -> operator"
@@ -39,7 +51,8 @@ class _Describe:
     """The linear operator that a layer is, or its Lipschitz interval where that is a known constant.
 
     Register your own with `@describe.register` on a function `(module: MyLayer, input_size=None) -> operator`. A layer is what its
-    forward pass in eval mode computes: torch's `weight_norm`, `spectral_norm`, pruning and parametrizations count as they stand.
+    forward pass in eval mode computes: torch's `weight_norm`, `spectral_norm`, pruning and parametrizations count as they stand, and
+    a layer inside `torch.compile`, `DataParallel` or `DistributedDataParallel` is the layer.
 
     Raises:
         UnsupportedError: no rule for this type, a subclass with a forward pass of its own and no rule, or a hook that may change the map.
@@ -55,6 +68,8 @@ class _Describe:
     def __call__(self, module: object, input_size: Ints | None = None) -> Operator | Bound:
         size = () if input_size is None else (input_size,)
         with on_cpu():
+            if isinstance(module, nn.Module) and self.dispatch(type(module)) is _unknown:
+                module = unwrapped(module)
             if not isinstance(module, nn.Module) or self.dispatch(type(module)) is _unknown:
                 return self._rules(module, *size)
             kind = next((c for c in type(module).__mro__ if c in self.registry), type(module))
@@ -91,16 +106,10 @@ def _current(module: nn.Module, kind: type) -> nn.Module:
     if any(is_lazy(p) for p in module.parameters(recurse=False)):
         msg = f"{name} has no shape yet; expected an initialised layer: run one forward pass first"
         raise InputError(msg)
-    hooks = [*vars(module)["_forward_pre_hooks"].values(), *vars(module)["_forward_hooks"].values()]
-    setting = [hook for hook in hooks if isinstance(hook, WEIGHTS)]
-    for hook in hooks:
-        # torch.distributed gathers and shards weights, which are whole tensors to us
-        if hook not in setting and not str(getattr(hook, "__module__", "")).startswith("torch.distributed."):
-            msg = (
-                f"{name} has a forward hook, {getattr(hook, '__qualname__', type(hook).__name__)}, which may change what it computes; "
-                f"expected a layer without: type handle.remove() on what registered it, or gramlip.Conv(weight, ...) for the plain map"
-            )
-            raise UnsupportedError(msg)
+    own_hooks = hooks(module)
+    setting = [hook for hook in own_hooks if isinstance(hook, WEIGHTS)]
+    if unknown := [hook for hook in own_hooks if hook not in setting]:
+        raise hooked(module, unknown[0])
     if not setting:
         return module
     twin = object.__new__(type(module))
@@ -111,7 +120,7 @@ def _current(module: nn.Module, kind: type) -> nn.Module:
 
 
 @describe.register
-def _(module: Conv | Dense | Diagonal | Separable, input_size: Ints | None = None) -> Operator | Bound:
+def _(module: Conv | Dense | Diagonal | Separable | Sparse, input_size: Ints | None = None) -> Operator | Bound:
     if input_size is not None:
         msg = f"input_size={input_size!r} was given beside an operator; expected it inside: Conv(weight, input_size=...)"
         raise InputError(msg)
@@ -119,8 +128,8 @@ def _(module: Conv | Dense | Diagonal | Separable, input_size: Ints | None = Non
 
 
 @describe.register
-def _(module: Tensor, input_size: Ints | None = None) -> Dense:
-    return Dense(module)
+def _(module: Tensor, input_size: Ints | None = None) -> Dense | Sparse:
+    return Sparse(module) if module.layout in SPARSE else Dense(module)
 
 
 @describe.register

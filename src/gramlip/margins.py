@@ -14,6 +14,7 @@ from gramlip.bound import Bound
 from gramlip.errors import InputError
 from gramlip.report import Report
 from gramlip.widen import exact
+from gramlip.wrappers import unwrapped
 
 LEAST = 2.0**-960  # flushed denormals, of 2^-1022 at most, are less than half a rounding of what is not below this
 
@@ -135,7 +136,7 @@ def _pairs(last: nn.Linear | Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 
     Each difference is divided by a power of two near its peak, so that its squares neither over- nor underflow where they count.
     """
-    weight = last if isinstance(last, Tensor) else getattr(last, "weight", None)
+    weight = last if isinstance(last, Tensor) else getattr(unwrapped(last) if isinstance(last, nn.Module) else last, "weight", None)
     if not isinstance(weight, Tensor):
         msg = f"last={last!r} was given; expected the network's final nn.Linear, or its weight: type last=model.fc"
         raise InputError(msg)

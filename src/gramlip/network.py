@@ -16,6 +16,7 @@ from gramlip.compose import Composition, compose, constants, kind
 from gramlip.coupling import coupled, total
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.evaluate import reads_memory
+from gramlip.example import example_inputs
 from gramlip.fold import fold
 from gramlip.graph import Program, export, undisturbed
 from gramlip.jacobian import Stretch, function, stretch
@@ -24,6 +25,7 @@ from gramlip.ranges import capped
 from gramlip.report import Layer, LeftOut, Report
 from gramlip.rules import Lowered, lower
 from gramlip.steps import Attention, Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded
+from gramlip.wrappers import unwrapped
 
 _KINDS: dict[type, str] = {
     Slope: "activation",
@@ -45,22 +47,20 @@ _NEEDS_DOMAIN = {
 Example = Tensor | Sequence[Tensor] | Sequence[int]
 
 
-def inputs(example: Example) -> tuple[Tensor, ...]:
-    """The example as tensors; a shape stands for one sample, (1, *shape)."""
-    items = (example,) if isinstance(example, Tensor) else tuple(example) if isinstance(example, Sequence) else ()
-    if items and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in items):
-        return (torch.zeros(1, *items),)  # type: ignore[arg-type]
-    if not items or not all(isinstance(t, Tensor) for t in items):
-        msg = f"example={example!r} was given; expected a tensor, a tuple of tensors, or the shape of one sample such as (3, 224, 224)"
-        raise InputError(msg)
+def inputs(model: nn.Module | torch.export.ExportedProgram, example: Example) -> tuple[Tensor, ...]:
+    """The example as real tensors; a shape stands for one sample."""
+    items = example_inputs(model, example, real=True)
     for t in items:
-        if t.is_meta:  # type: ignore[union-attr]
-            msg = f"an example of shape {tuple(t.shape)} on the meta device was given; expected one on the CPU: type its shape"  # type: ignore[union-attr]
+        if not isinstance(t, Tensor):
+            msg = f"an example that holds a {type(t).__name__} was given; expected tensors alone: give the model a forward pass of tensors"
             raise InputError(msg)
-        if t.is_complex() or t.numel() == 0:  # type: ignore[union-attr]
-            msg = f"an example of shape {tuple(t.shape)} and {t.dtype} was given; expected real entries, at least one"  # type: ignore[union-attr]
+        if t.is_meta:
+            msg = f"an example of shape {tuple(t.shape)} on the meta device was given; expected one on the CPU: type its shape"
             raise InputError(msg)
-    return tuple(t.clone() if t.is_inference() else t for t in items)  # type: ignore[union-attr]
+        if t.is_complex() or t.numel() == 0:
+            msg = f"an example of shape {tuple(t.shape)} and {t.dtype} was given; expected real entries, at least one"
+            raise InputError(msg)
+    return tuple(t.clone() if t.is_inference() else t for t in items)
 
 
 @undisturbed()
@@ -87,7 +87,7 @@ def audit(
 
     Args:
         model: a module that `torch.export` takes, or an exported program.
-        example: input tensor(s) with their batch axis, or the shape of one sample.
+        example: input tensor(s) with their batch axis, or the shape of one sample, in the model's dtype and on its device.
         rtol: relative width asked of each layer's interval.
         assume: Lipschitz constants to believe, by module path, node or operation name; each stands in the report.
         domain: (low, high), where every entry of the input lies; makes products of activations finite.
@@ -109,9 +109,10 @@ def audit(
     >>> report.lower <= report.upper
     True
     """
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     check_model(model)
     check_options(assume, domain, rtol, effort, seed, strict)
-    tensors = inputs(example)
+    tensors = inputs(model, example)
     check_inputs(tensors)
     program = export(model, tensors)
     lowered = lower(program, assume)
@@ -160,7 +161,8 @@ def _whole(network: Network, constants: Sequence[Bound], composed: Composition, 
 @undisturbed()
 def steps_of(model: nn.Module | torch.export.ExportedProgram, example: Example) -> Network:
     """The folded steps of a model; calls without a rule are unbounded steps."""
-    return fold(lower(export(model, inputs(example))).network)
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
+    return fold(lower(export(model, inputs(model, example))).network)
 
 
 def _constants(network: Network, rtol: float, progress: Callable[[list[str]], Iterable[str]] | None) -> tuple[list[Bound], list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from gramlip.bound import Bound
@@ -9,12 +10,13 @@ from gramlip.errors import InputError
 from gramlip.layers import describe
 from gramlip.methods import METHODS
 from gramlip.operators import Ints, Operator
+from gramlip.wrappers import GATHER, is_sharded
 
 WIDEST = 1e6  # a relative width beyond this asks for no proof at all
 
 
 def bound(
-    x: nn.Module | Tensor | Operator,
+    x: nn.Module | Tensor | Operator | ArrayLike,
     input_size: Ints | None = None,
     *,
     rtol: float = 1e-2,
@@ -24,7 +26,8 @@ def bound(
     """Interval that holds the l2 norm of a layer: `lower <= ||A||_2 <= upper`, rounding included.
 
     Args:
-        x: a layer (`nn.Linear`, `nn.Conv*d`, `nn.ConvTranspose*d`, or registered), an operator or a matrix.
+        x: a layer (`nn.Linear`, `nn.Conv*d`, `nn.ConvTranspose*d`, or registered), an operator, or a matrix: a tensor, an array,
+            nested lists, a sparse matrix of torch or SciPy, or a `LinearOperator` of SciPy one side of which is small.
         input_size: spatial size of the input; None holds for every size.
         rtol: close the interval to `upper / lower - 1 <= rtol` where the geometry allows it.
         method: a name in `METHODS`; a published method that is only a lower estimate leaves `upper` infinite.
@@ -48,6 +51,9 @@ def bound(
         msg = f"finite={finite!r} was given; expected True, False or 'auto'"
         raise InputError(msg)
     op = describe(x) if input_size is None else describe(x, input_size)
+    if is_sharded(getattr(op, "weight", None)):
+        msg = f"a weight in shards was given, a DTensor; expected a whole one: {GATHER}"
+        raise InputError(msg)
     return op if isinstance(op, Bound) else METHODS[method](op, rtol=rtol, finite=finite)
 
 

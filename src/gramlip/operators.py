@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -12,20 +13,28 @@ from torch import Tensor
 from torch.masked import MaskedTensor
 from torch.nn.parameter import is_lazy
 
+from gramlip.convert import as_tensor, is_array_like, is_sparse
 from gramlip.errors import InputError
 
 Ints = int | Sequence[int]
 Shape = tuple[int, ...]
 MODES = ("circular", "reflect", "replicate", "zeros")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128)
+SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 EIGHT_BITS = tuple(kind for name, kind in vars(torch).items() if name.startswith("float8_"))  # the same for each version of torch
 
 
-def checked(weight: Tensor, name: str = "weight") -> Tensor:
+def checked(weight: object, name: str = "weight") -> Tensor:
     """The weight, of a dtype that torch computes in; what has no norm is refused: no floats, no values, empty, NaN or infinite.
 
-    An 8-bit float has few functions in torch; float32 holds each of them exactly.
+    An array or a nested list becomes a tensor of the same numbers. An 8-bit float has few functions in torch; float32 holds each of
+    them exactly.
     """
+    if is_sparse(weight):
+        msg = f"{name} is a sparse matrix; expected a dense one: type {name}.toarray(), or gramlip.bound({name}) for its norm"
+        raise InputError(msg)
+    if is_array_like(weight):
+        weight = as_tensor(weight, name)
     if not isinstance(weight, Tensor):
         msg = f"{name} is a {type(weight).__name__}; expected a torch.Tensor of floats: type torch.as_tensor({name})"
         raise InputError(msg)
@@ -76,7 +85,7 @@ def _axes(name: str, value: object, dims: int, least: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A matrix of shape (m, n), real or complex.
+    """A matrix of shape (m, n), real or complex, as a tensor, an array or nested lists; `because` says what it is.
 
     Raises:
         InputError: no matrix, or no finite entries.
@@ -86,12 +95,56 @@ class Dense:
     """
 
     weight: Tensor
+    because: str = "a matrix"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", checked(self.weight))
         if self.weight.ndim != 2:
             msg = f"weight has shape {tuple(self.weight.shape)}; expected a matrix (m, n): type gramlip.Conv(weight, ...) for a kernel"
             raise InputError(msg)
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """A matrix (m, n) of which most entries are zero and not stored: a tensor of any sparse layout, kept as coordinates.
+
+    Raises:
+        InputError: no matrix, entries that are not finite, or one that is stored twice.
+
+    >>> Sparse(torch.eye(3).to_sparse()).weight.values()
+    tensor([1., 1., 1.])
+    """
+
+    weight: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", _coordinates(self.weight))
+
+
+def _coordinates(weight: Tensor) -> Tensor:
+    """The sparse matrix in torch's COO layout, its entries checked, in order."""
+    shape = tuple(weight.shape)
+    if len(shape) != 2 or weight.dense_dim() or not 0 < shape[0] * shape[1] < 2**63:
+        msg = f"weight is sparse of shape {shape}; expected a matrix (m, n) of single entries, each axis at least 1"
+        raise InputError(msg)
+    if weight.is_meta:
+        checked(weight)  # which refuses it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, that a layout is in beta
+        coo = weight.detach().to_sparse_coo()
+    places, values = coo._indices(), coo._values()
+    values = checked(values) if len(values) else checked(values.new_zeros(1))[:0]
+    if bool(((places < 0) | (places >= places.new_tensor([[shape[0]], [shape[1]]]))).any()):
+        msg = f"weight is sparse of shape {shape} with places outside of it; expected places within: make it with check_invariants=True"
+        raise InputError(msg)
+    flat = places[0] * shape[1] + places[1]
+    if not bool((flat[1:] > flat[:-1]).all()):
+        flat, order = flat.sort()
+        places, values = places[:, order], values[order]
+    if bool((flat[1:] == flat[:-1]).any()):
+        msg = "weight is sparse and stores an entry twice; expected one value for each: type weight.coalesce(), or weight.sum_duplicates()"
+        raise InputError(msg)
+    return torch.sparse_coo_tensor(places, values, shape, is_coalesced=True, check_invariants=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,11 +321,11 @@ class Separable:
         if not isinstance(self.factors, Sequence):
             msg = f"factors is a {type(self.factors).__name__}; expected a tuple of matrices, one for each axis: type (matrix,)"
             raise InputError(msg)
-        for i, factor in enumerate(self.factors):
-            Dense(checked(factor, f"factors[{i}]"))
+        weights = tuple(Dense(checked(factor, f"factors[{i}]")).weight for i, factor in enumerate(self.factors))
+        object.__setattr__(self, "factors", weights)
         if not isinstance(self.scale, float | int) or not math.isfinite(self.scale):
             msg = f"scale={self.scale!r} was given; expected a finite number"
             raise InputError(msg)
 
 
-Operator = Dense | Diagonal | Conv | Separable
+Operator = Dense | Sparse | Diagonal | Conv | Separable

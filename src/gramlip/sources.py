@@ -21,8 +21,9 @@ from torch import nn
 
 from gramlip.checkpoint import check_file, read
 from gramlip.errors import InputError, first_line
+from gramlip.example import program_inputs
 from gramlip.graph import silent
-from gramlip.network import audit, steps_of
+from gramlip.network import Example, audit, steps_of
 from gramlip.operators import Conv, Dense
 from gramlip.output import aside
 from gramlip.report import Report
@@ -45,11 +46,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Model:
-    """A model and the shape of one input sample, as a source of layers."""
+    """A model and its inputs, or the shape of one sample, as a source of layers."""
 
     target: str
     program: Program
-    example: tuple[torch.Tensor, ...]
+    example: Example
     options: Options = Options()
 
     def operators(self) -> Iterable[tuple[str, Dense | Conv]]:
@@ -77,11 +78,11 @@ class Model:
             )
 
 
-def _sample(target: str, inputs: Shape | None) -> tuple[torch.Tensor, ...]:
+def _sample(target: str, inputs: Shape | None) -> Shape:
     if inputs is None:
         msg = f"{target} was given without the shape of its input; expected it without the batch: type --input 3,224,224"
         raise InputError(msg)
-    return (torch.zeros(1, *inputs),)
+    return inputs
 
 
 def exists(module: str) -> bool:
@@ -145,13 +146,12 @@ def from_exported(target: str, inputs: Shape | None) -> Model:
         why = first_line(error).partition(" Please check the warnings")[0]  # which are silent, and say no more
         msg = f"{target} cannot be read as an exported program: {why}; expected a file that torch.export.save wrote"
         raise InputError(msg) from error
-    names = program.graph_signature.user_inputs
-    values: dict[str, Any] = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    held = [values[name] for name in names if isinstance(name, str)]
+    held = program_inputs(program)
     if not all(isinstance(value, torch.Tensor) for value in held):
         msg = f"{target} takes {', '.join(type(value).__name__ for value in held)}; expected tensors alone: export it with the others fixed"
         raise InputError(msg)
-    return Model(target, program, tuple(torch.zeros([int(n) for n in value.shape], dtype=value.dtype) for value in held))
+    zeros = (torch.zeros([int(n) for n in value.shape], dtype=value.dtype, device=value.device) for value in held)
+    return Model(target, program, tuple(zeros))
 
 
 def _library(target: str, package: str, extra: str) -> Any:
@@ -189,7 +189,7 @@ def from_torchvision(target: str, inputs: Shape | None) -> Model:
     model = _built(
         target, lambda: models.get_model(name, weights="DEFAULT"), "expected a model of torchvision and its weights, in the cache or online"
     )
-    return Model(target, model, _sample(target, inputs or (3, 224, 224)))
+    return Model(target, model, inputs or (3, 224, 224))
 
 
 def from_hub(target: str, inputs: Shape | None) -> Weights:

@@ -19,6 +19,7 @@ from gramlip.output import aside, check_output, emit, write_whole
 from gramlip.sources import called
 from gramlip.training import data
 from gramlip.training.recipes import MEAN, STD, Recipe
+from gramlip.wrappers import unwrapped
 
 
 def eps(text: str) -> float:
@@ -127,4 +128,5 @@ def _model(target: str, normalised: bool) -> tuple[nn.Module, tuple[float, ...],
     if not isinstance(model, nn.Module):
         msg = f"{target} returned {type(model).__name__}; expected a torch.nn.Module"
         raise InputError(msg)
+    model = unwrapped(model)
     return (model.eval(), MEAN, STD) if normalised else (model.eval(), (0.0,) * 3, (1.0,) * 3)

@@ -19,6 +19,7 @@ from gramlip.layers import describe
 from gramlip.nn.walk import Where, layers
 from gramlip.norm import bound, check_rtol
 from gramlip.operators import Conv, Dense, Ints
+from gramlip.wrappers import is_wrapper, unwrapped
 
 TRIES = 40  # each try widens the margin twofold: from one rounding unit to far more than a cast can lose
 
@@ -54,6 +55,7 @@ def operator(module: nn.Module, name: str, input_size: Ints | None) -> Dense | C
             f"a {type(module).__name__} was given; expected a module such as nn.Linear: type gramlip.gram_norm(matrix) for a tensor's norm"
         )
         raise InputError(msg)
+    module = unwrapped(module)
     weight = getattr(module, name, None)
     if weight is not None and is_lazy(weight):
         msg = f"{type(module).__name__}.{name} has no shape yet; expected an initialised layer: run one forward pass first"
@@ -110,6 +112,7 @@ def refuse_held(module: nn.Module, name: str, path: str = "") -> None:
 
 def attach(module: nn.Module, name: str, parametrization: Normalised) -> None:
     """Register it on `module.name`, once, so that the whole module can still be pickled."""
+    module = unwrapped(module)
     refuse_held(module, name)
     parametrize.register_parametrization(module, name, parametrization)
     _teach(type(module))
@@ -152,8 +155,8 @@ def _restore(plain: type[nn.Module], state: dict[str, Any], chains: nn.ModuleDic
 
 def normalised(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Normalised]]:
     """Every (path, module, tensor name, parametrization) of ours in a model, each module once."""
-    for path, module in list(model.named_modules()):
-        if parametrize.is_parametrized(module):
+    for path, module in list(unwrapped(model).named_modules()):
+        if parametrize.is_parametrized(module) and not is_wrapper(module):  # a compiled module shows what the one inside of it has
             for name, chain in list(module.parametrizations.items()):  # type: ignore[union-attr,operator]
                 for parametrization in chain:
                     if isinstance(parametrization, Normalised):

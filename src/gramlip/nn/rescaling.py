@@ -20,6 +20,7 @@ from gramlip.nn.sigma import Plan
 from gramlip.norm import bound
 from gramlip.operators import Conv, Ints
 from gramlip.precision import uncast
+from gramlip.wrappers import unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -166,7 +167,7 @@ class Residual(nn.Module):
         if activation not in self.ACTIVATIONS:
             msg = f"activation={activation!r} is not known to have slopes between 0 and 1; expected one of {sorted(self.ACTIVATIONS)}"
             raise UnsupportedError(msg)
-        op = operator(layer, "weight", None)
+        op, layer = operator(layer, "weight", None), unwrapped(layer)
         if isinstance(op, Conv) and (op.transposed or op.padding_mode != "zeros" or any(s != 1 for s in layer.stride)):  # type: ignore[union-attr]
             msg = f"{layer} was given; expected nn.Linear, or a convolution with zero padding and stride 1"
             raise UnsupportedError(msg)

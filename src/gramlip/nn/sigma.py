@@ -21,6 +21,7 @@ from gramlip.operators import Conv, Dense
 from gramlip.padding import PADDING
 from gramlip.precision import real_dtype, uncast, wide
 from gramlip.sums import norm
+from gramlip.wrappers import is_sharded
 
 POWER_STEPS = 4  # cheap lower estimates that say which blocks cannot be the largest
 
@@ -88,14 +89,13 @@ class Plan:
 
 def replicated(weight: Tensor) -> tuple[Tensor, Any] | None:
     """For a DTensor: the full tensor and the way back to a replicated DTensor. None for a plain tensor."""
-    if not torch.distributed.is_available() or type(weight) in (Tensor, torch.nn.Parameter):
+    if not is_sharded(weight):
         return None
     from torch.distributed.tensor import DTensor, Replicate
 
-    if not isinstance(weight, DTensor):
-        return None
-    mesh = weight.device_mesh
-    return weight.full_tensor(), lambda x: DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim)
+    whole = cast("DTensor", weight)
+    mesh = whole.device_mesh
+    return whole.full_tensor(), lambda x: DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim)
 
 
 def kernel(weight: Tensor, groups: int, strides: Sequence[int]) -> Tensor:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from itertools import chain
-from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gramlip.errors import InputError
+from gramlip.example import example_inputs
 from gramlip.layers import describe
 from gramlip.nn.modes import evaluating
 from gramlip.operators import Ints
+from gramlip.wrappers import unwrapped
 
 Where = Callable[[str, nn.Module], bool]
 
@@ -25,7 +24,8 @@ def layers(model: nn.Module, example: Any, where: Where | None) -> list[tuple[st
 
     Other tensors of two axes or more are named in a warning, unless `where` chooses: nothing is left out silently.
     """
-    args = () if example is None else inputs(model, example)
+    model = unwrapped(model)
+    args = () if example is None else example_inputs(model, example)
     if lazy := [path for path, module in model.named_modules() if any(map(is_lazy, module.parameters(recurse=False)))]:
         if example is None:
             msg = f"{lazy} have no shape yet; expected initialised layers: pass an example, or run one forward pass first"
@@ -65,27 +65,6 @@ def layers(model: nn.Module, example: Any, where: Where | None) -> list[tuple[st
         for handle in handles:
             handle.remove()
     return [(path, m, next(iter(sizes[path])) or None if len(sizes[path]) == 1 else None) for path, m in found.items()]
-
-
-def inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
-    """The arguments of a forward pass: an input, a tuple of them, or zeros for the shape of one sample, as the model's numbers are.
-
-    >>> inputs(nn.Linear(3, 2).double(), (3,))
-    (tensor([[0., 0., 0.]], dtype=torch.float64),)
-    """
-    if isinstance(example, Tensor):
-        return (example,)
-    items: tuple[Any, ...] = tuple(example) if isinstance(example, tuple | list) else ()
-    shape = all(isinstance(n, Real) for n in items)
-    if not items or (shape and not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in items)):
-        given = repr(example) if shape and items else f"a {type(example).__name__}"
-        msg = f"example={given} was given; expected a tensor, a tuple of inputs, or the shape of one sample such as (3, 224, 224)"
-        raise InputError(msg)
-    if not shape:
-        return items
-    tensors = chain(model.parameters(), model.buffers())
-    like = next((t for t in tensors if t.dtype.is_floating_point or t.dtype.is_complex), torch.empty(0))
-    return (torch.zeros(1, *items, dtype=like.dtype, device=like.device),)
 
 
 def _left_out(model: nn.Module, found: list[nn.Module]) -> list[str]:
