@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.blocks import Symbol, symbol
-from gramlip.bound import Bound
+from gramlip.bound import Bound, scaled
 from gramlip.boundary import upper_side
 from gramlip.devices import on_cpu
 from gramlip.errors import InputError
@@ -97,17 +97,21 @@ def _diagonal(op: Diagonal) -> Bound:
     wide, exponent = widen(op.weight.detach().flatten(), None)
     top = max(rd.hypot_up(map(abs, z)) for z in torch.view_as_real(wide).tolist()) if wide.is_complex() else float(wide.abs().max())
     lower = rd.down(top * (1 - 2.0**-50)) if wide.is_complex() else top
-    return Bound(rd.ldexp_down(lower, exponent), rd.ldexp_up(top, exponent), "largest modulus of a diagonal")
+    return scaled(lower, top, exponent, "largest modulus of a diagonal")
 
 
 def _separable(op: Separable, rtol: float) -> Bound:
     """The norm of a Kronecker product is the product of the norms: docs/theory.md#fixed-maps."""
-    lower = upper = abs(op.scale)
+    digits, exponent = math.frexp(abs(op.scale))
+    lower, upper, exponent = 2 * digits, 2 * digits, exponent - 1  # a power of two has the digits 1, which cost no rounding
     for factor in op.factors:
-        part = certify(Dense(factor), rtol=rtol / len(op.factors) * 0.99)
+        wide, power = widen(factor.detach(), None)
+        part = certify(Dense(wide), rtol=rtol / len(op.factors) * 0.99)
+        exponent += power
         lower, upper = rd.mul_down(lower, part.lower), rd.mul_up(upper, float(part.upper))
     grow = sum(rd.interpolated(factor.shape[1]) for factor in op.factors)  # the entries come from torch's float64
-    return Bound(rd.down(lower * (1 - grow)), rd.up(upper * (1 + grow)), "product of the norms of the axes of a separable map")
+    lower, upper = (rd.down(lower * (1 - grow)), rd.up(upper * (1 + grow))) if upper else (0.0, 0.0)
+    return scaled(lower, upper, exponent, "product of the norms of the axes of a separable map")
 
 
 class _Enclosing:
@@ -198,7 +202,7 @@ class _Enclosing:
         if all(s == 1 for s in op.strides):
             return self._scaled(i, found.lower, upper, f"{why}; lower side: large inputs come as close to the supremum as one likes")
         large = certify(replace(op, padding_mode="zeros"), rtol=self.rtol)
-        return Bound(large.lower, self._scaled(i, 0.0, upper, "").upper, f"{why}; lower side: large inputs of a multiple of the stride")
+        return replace(self._scaled(i, 0.0, upper, f"{why}; lower side: large inputs of a multiple of the stride"), lower=large.lower)
 
     def _room(self, i: int, lower: float) -> tuple[float, float]:
         """What the blocks' norm may reach for the layer's interval to close, and how close to their peak it is worth while to prove it."""
@@ -277,8 +281,7 @@ class _Enclosing:
         return self._scaled(i, top, upper, f"{self._itself(i, layer)}, {why}")
 
     def _scaled(self, i: int, lower: float, upper: float, why: str) -> Bound:
-        e = self.exponents[i]
-        return Bound(rd.ldexp_down(lower, e), rd.ldexp_up(upper, e), why)
+        return scaled(lower, upper, self.exponents[i], why)
 
     def _why(self, i: int, found: Enclosure) -> str:
         tally = found.tally
