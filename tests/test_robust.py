@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import random
 import sys
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,6 +127,43 @@ def test_attack_takes_the_normalisation_into_account(trained: tuple[nn.Module, t
     upper = 0.5 * gl.bound(model[0], 6).upper * gl.bound(model[3]).upper * gl.bound(model[5]).upper
     shifted = robust.certify(Shifted(), [((x - 0.25) / 0.5, y)], upper, std=[0.5])
     assert shifted.radii.allclose(robust.certify(model, [(x, y)], upper / 0.5).radii, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple], ids=lambda kind: kind.__name__)
+def test_the_normalisation_of_an_attack_may_be_an_array(kind: Callable[[list[float]], Any]) -> None:
+    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), torch.rand(6, 3, 1, 1), torch.zeros(6, dtype=torch.long)
+    mean, std = [0.25, 0.5, 0.125], [0.5, 0.25, 2.0]
+    expected = robust.attacked_accuracy(model, [(x, y)], 1e-9, mean=mean, std=std)
+    shifted = (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert expected == float((model(shifted).argmax(1) == 0).double().mean())
+    assert robust.attacked_accuracy(model, [(x, y)], 1e-9, mean=kind(mean), std=kind(std)) == expected
+    robust.attacked_accuracy(model, [(x, y)], 1e-9, std=kind(std))
+    robust.attacked_accuracy(model, [(x, y)], 1e-9, mean=kind(mean), std=0.5)
+
+
+@pytest.mark.parametrize(
+    "given", [{"std": [0.0]}, {"std": []}, {"mean": "a"}, {"mean": [math.nan]}, {"mean": [0.0, 0.0], "std": [1.0, 1.0, 1.0]}], ids=str
+)
+def test_a_normalisation_that_cannot_be_used_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(gl.InputError, match="expected"):
+        robust.attacked_accuracy(nn.Flatten(), [(torch.ones(1, 2), torch.tensor([0]))], **given)
+
+
+def test_an_attack_that_cannot_start_leaves_the_model_in_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    import foolbox
+
+    model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2).eval())
+
+    def broken(*args: object, **options: object) -> None:
+        msg = "no such attack"
+        raise RuntimeError(msg)
+
+    for holder, name in ((foolbox, "PyTorchModel"), (foolbox.attacks, "L2ProjectedGradientDescentAttack")):
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, name, broken)
+            with pytest.raises(RuntimeError, match="no such attack"):
+                robust.attacked_accuracy(model, [(torch.ones(1, 2), torch.tensor([0]))])
+        assert [module.training for module in model] == [True, False]
 
 
 def test_logits_that_are_no_numbers_are_not_counted_as_right() -> None:

@@ -244,3 +244,10 @@ def test_taps_outlive_blocks_that_are_used_up(shape: tuple[int, ...], monkeypatc
     search.start(1e-4)
     assert search.close(1e-4)[0].finished
     assert torch.equal(before, gram.taps.found)
+
+
+def test_what_is_kept_for_all_layers_of_a_size_cannot_be_changed() -> None:
+    for kept in (exponents.taps((3, 2)), exponents.offsets((3, 2))):
+        with pytest.raises(ValueError, match="read-only"):
+            kept[0] = 7
+    assert isinstance(exponents.runs((3, 2)), tuple)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 import warnings
@@ -208,6 +209,16 @@ def test_certify_writes_json_alone_whatever_the_callable_prints(
     shown = capsys.readouterr()
     assert json.loads(shown.out)["count"] == 4
     assert "from the callable" in shown.err
+
+
+def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    monkeypatch.setenv("GRAMLIP_GONE", "here")
+    before = dict(os.environ)
+    with run._global_state_kept():
+        os.environ.update(PL_GLOBAL_SEED="6", GRAMLIP_NEW="1")
+        del os.environ["GRAMLIP_GONE"]
+    assert dict(os.environ) == before
 
 
 def test_a_run_that_has_ended_stays_as_it_is(cifar: Path, tmp_path: Path) -> None:

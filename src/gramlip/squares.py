@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.arrays import Reals
-from gramlip.exponents import Run
+from gramlip.exponents import Runs
 from gramlip.tall import Tall
 from gramlip.taps import HALF, STRIP, mirror, strips
 
@@ -16,7 +16,7 @@ ROWS = 64  # rows that one product adds up
 BYTES, SMALL_BYTES = 24 << 20, 1 << 20  # of symbols at once, large ones and small ones
 
 
-def errors(tall: Tall, runs: list[list[Run]]) -> list[float]:
+def errors(tall: Tall, runs: Runs) -> list[float]:
     """Upper bounds of `||fl(G) - G||` for any block of each group, beyond the error in double.
 
     `runs` are those of the pairs of taps at each distance, whose inner products are the coefficients of the trace of G:

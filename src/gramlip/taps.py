@@ -12,7 +12,7 @@ from torch import Tensor
 from gramlip import certificates as cert
 from gramlip import rounding as rd
 from gramlip.arrays import Complexes, Ints, Reals, on, pieces
-from gramlip.exponents import Run
+from gramlip.exponents import Runs
 from gramlip.tall import Tall
 
 HALF = 2.0**-24  # unit roundoff of single precision
@@ -25,7 +25,7 @@ GATHERED_BYTES = 4 << 20  # or copied for single blocks
 A_CALL = 1 << 14  # numbers that are copied in the time that a product of a run of them takes to be called
 
 
-def correlate(tall: Tall, runs: list[list[Run]], out: Tensor) -> None:
+def correlate(tall: Tall, runs: Runs, out: Tensor) -> None:
     """Add the tap `A_q` of each list of runs to `out[i]` (groups, c, c), which are zero, with the rows of the kernel streamed."""
     # a Hermitian one, of pairs of equal taps, is formed below the diagonal
     parts = strips(tall.side, max(STRIP, tall.side // STRIPS))
@@ -75,7 +75,7 @@ class Taps:
     The first blocks turn them into the coefficients of the cosines and sines, `A_q + A_q*` and `A_q - A_q*`.
     """
 
-    def __init__(self, tall: Tall, runs: list[list[Run]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, tall: Tall, runs: Runs, dtype: torch.dtype, device: torch.device) -> None:
         """Form the taps, that of `runs[0]` being `A_0`: each the same for all groups, so that one product takes them all."""
         self.found = torch.zeros(len(runs), tall.groups, tall.side, tall.side, dtype=dtype, device=device)
         self._odd: Tensor | None = None
@@ -132,7 +132,7 @@ class Narrow:
     `noise[g]` bounds what storing them adds to the error of any block of group g: docs/rounding.md#r2-symbol.
     """
 
-    def __init__(self, tall: Tall, runs: list[list[Run]], device: torch.device) -> None:
+    def __init__(self, tall: Tall, runs: Runs, device: torch.device) -> None:
         """Form the taps, that of `runs[0]` being `A_0`, a few at a time."""
         shape = (tall.groups, tall.side, tall.side)
         self.zero = torch.zeros(1, *shape, dtype=torch.float64, device=device)

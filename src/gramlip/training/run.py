@@ -90,7 +90,7 @@ def train(
 
 @contextmanager
 def _global_state_kept() -> Generator[None, None, None]:
-    """What a deterministic trainer switches for the whole process is switched back, generators included."""
+    """What a deterministic trainer switches for the whole process is switched back, generators and environment included."""
     strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     state, numbers, words = random.getstate(), np.random.get_state(), dict(os.environ)  # noqa: NPY002 (what Lightning seeds)
@@ -104,6 +104,7 @@ def _global_state_kept() -> Generator[None, None, None]:
         np.random.set_state(numbers)  # noqa: NPY002
         for key in set(os.environ) - set(words):
             del os.environ[key]
+        os.environ.update(words)
 
 
 @contextmanager
