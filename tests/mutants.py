@@ -41,9 +41,11 @@ from gramlip import (
     search,
     sparse,
     sums,
+    weights,
     wrappers,
 )
 from gramlip import rounding as rd
+from gramlip.checkpoint import Entry, Stored
 from gramlip.padding import PADDING, Axis, Circle
 from gramlip.rules import Call, joins, patterns
 from gramlip.steps import Pad, Slope
@@ -594,6 +596,19 @@ def lists_are_exact() -> None:
     assert int(found.upper) >= 2**53 + 1
 
 
+def scales_taken_for_layers(patch: pytest.MonkeyPatch) -> None:
+    """The block scales of an 8-bit weight bounded as a matrix of their own."""
+    patch.setattr(weights, "_scales", lambda name, entries: [])
+
+
+def scales_are_no_layers() -> None:
+    """A file that holds an 8-bit weight, its block scales and a matrix."""
+    narrow = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    held = {"a.weight": narrow, "a.weight_scale_inv": torch.ones(2, 2), "b.weight": torch.eye(2)}
+    kept, _ = weights.Weights("x", Stored({name: Entry.of(tensor) for name, tensor in held.items()})).sort()
+    assert kept == ["b.weight"]
+
+
 def hooks_of_wrappers_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A wrapper taken off with the hook that doubles what it returns."""
     patch.setattr(wrappers, "hooks", lambda module: [])
@@ -685,6 +700,7 @@ MUTANTS: dict[str, Mutant] = {
     "signs in Schur's test": Mutant(signs_in_schurs_test, sparse_matrices_hold),
     "no rounding in Schur's test": Mutant(schurs_test_without_rounding, sparse_matrices_hold),
     "numbers of a list rounded": Mutant(lists_rounded, lists_are_exact),
+    "scales taken for layers": Mutant(scales_taken_for_layers, scales_are_no_layers),
     "a hook lost with its wrapper": Mutant(hooks_of_wrappers_forgotten, hooks_of_wrappers_count),
     "a shape in the default dtype": Mutant(shapes_in_the_default_dtype, shapes_take_the_dtype_of_the_model),
     "division by the norm of a zero block": Mutant(division_by_a_zero_block, gram_norm_holds),

@@ -371,10 +371,6 @@ def test_weights_whose_layer_is_not_stored_are_marked(tmp_path):
         "six": torch.ones(1, 1, 1, 1, 1, 1),
         "q.weight": torch.ones(2, 2, dtype=torch.int8),
         "f8": torch.ones(2, 2).to(torch.float8_e4m3fn),
-        "h.weight": torch.ones(2, 2).to(torch.float8_e4m3fn),
-        "h.weight_scale_inv": torch.ones(1, 1),
-        "c.weight": torch.ones(2, 2).to(torch.float8_e5m2),
-        "c.scale_weight": torch.ones(()),
     }
     source = weights(state | {"last.weight": torch.ones(2, 2)}, tmp_path / "x.pt")
     kept, out = source.sort()
@@ -389,19 +385,54 @@ def test_weights_whose_layer_is_not_stored_are_marked(tmp_path):
         "six",
         "q.weight",
         "f8",
-        "h.weight",
-        "c.weight",
     }
-    assert "their scale, h.weight_scale_inv, is not applied; type gramlip.bound" in reasons["h.weight"]
-    assert "their scale, c.scale_weight, is not applied" in reasons["c.weight"]
-    assert "no scale stands beside them" in reasons["f8"]
-    assert {"h.weight_scale_inv": "the scale of 8-bit floats"}.items() <= {row.name: row.reason for row in out if not row.is_weight}.items()
     assert "spectral_norm" in reasons["conv.parametrizations.weight.original"]
     assert "spectral_norm" in reasons["old.weight_orig"]
     assert "weight_norm" in reasons["fc.parametrizations.weight.original1"]
     assert "weight_norm" in reasons["wn.weight_v"]
     assert "pruning" in reasons["cut.weight_orig"]
     assert len(source.audit().above(100.0)) == len(reasons)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_quantised_weights_are_named_with_the_scale_beside_them(kind, tmp_path):
+    narrow = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    state = {
+        "a.weight": narrow.clone(),
+        "a.weight_scale_inv": torch.ones(2, 2),
+        "b.weight": narrow.to(torch.float8_e5m2),
+        "b.weight_scale": torch.tensor(0.5),
+        "c.weight": narrow.clone(),
+        "d.qweight": torch.ones(4, 4, dtype=torch.int32),
+        "d.scales": torch.ones(2, 4),
+        "e.weight": torch.ones(4, 4, dtype=torch.int8),
+        "e.SCB": torch.ones(4),
+        "f.relative_index": torch.ones(4, 4, dtype=torch.int64),
+        "f.scale": torch.ones(3, 3),  # no scale of an index, so a map
+        "last.weight": torch.ones(2, 2),
+    }
+    path = tmp_path / f"x.{kind}"
+    torch.save(state, path) if kind == "pt" else save_file(state, path)
+    source = Weights(str(path), read(path))
+    kept, out = source.sort()
+    assert sorted(kept) == ["f.scale", "last.weight"]
+    reasons = {row.name: row.reason for row in out if row.is_weight}
+    assert set(reasons) == {"a.weight", "b.weight", "c.weight", "d.qweight", "e.weight"}
+    assert "float8_e4m3fn entries, to be multiplied by the scale beside them, weight_scale_inv: audit the model" in reasons["a.weight"]
+    assert "float8_e5m2 entries, to be multiplied by the scale beside them, weight_scale:" in reasons["b.weight"]
+    assert "no scale beside them such as weight_scale: if they are the weights themselves, type gramlip.bound" in reasons["c.weight"]
+    assert ("scales:" in reasons["d.qweight"], "SCB:" in reasons["e.weight"]) == (True, True)
+    scales = {row.name for row in out if row.reason == "the scale of a quantised weight"}
+    assert scales == {"a.weight_scale_inv", "b.weight_scale", "d.scales", "e.SCB"}
+    report = str(source.audit())
+    assert "weight_scale_inv" in report.partition("weights without a bound")[2]
+    assert len(source.audit().above(100.0)) == len(reasons)
+
+
+def test_a_file_of_quantised_weights_alone_names_their_scale(tmp_path):
+    state = {"a.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(2, 2)}
+    with pytest.raises(gl.InputError, match=r"a\.weight: float8_e4m3fn entries.*weight_scale_inv.*type package\.module:callable"):
+        weights(state, tmp_path / "x.pt").audit()
 
 
 def test_a_file_of_parametrised_layers_alone_says_what_to_type(tmp_path):

@@ -1,7 +1,9 @@
 import json
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,6 +270,36 @@ def test_ctrl_c_is_one_line_and_130(tmp_path):
         finally:
             process.kill()
     assert (process.returncode, out, err) == (130, "", "gramlip: interrupted\n")
+
+
+@pytest.mark.parametrize("start", ["script", "-m"])
+def test_ctrl_c_while_torch_is_imported_is_one_line_and_130(start, tmp_path):
+    (tmp_path / "torch").mkdir()  # stands before torch, and takes longer
+    (tmp_path / "torch" / "__init__.py").write_text("print('importing', flush=True)\n__import__('time').sleep(600)\n")
+    (tmp_path / "gramlip").write_text("import sys\nfrom gramlip.cli import main\nsys.exit(main())\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(gl.__file__).parent.parent)])
+    run = [sys.executable, *(["-m", "gramlip"] if start == "-m" else [str(tmp_path / "gramlip")]), "--help"]
+    with subprocess.Popen(
+        run,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
+    ) as process:
+        try:
+            assert process.stdout.readline() == "importing\n"
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, out, err) == (130, "", "gramlip: interrupted\n")
+
+
+def test_a_program_that_uses_the_library_keeps_its_ctrl_c():
+    shown = "import gramlip, signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    line = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {shown}"
+    assert subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True).stdout == "True\n"
 
 
 def test_a_reader_that_has_gone_away_is_no_error(model):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import sys
 import warnings
 from collections.abc import Callable
 from decimal import Decimal
@@ -251,3 +253,44 @@ def test_what_is_no_matrix_of_floats_is_refused(name: str) -> None:
 def test_what_is_neither_a_layer_nor_a_matrix_has_no_rule(other: object) -> None:
     with pytest.raises(gl.UnsupportedError, match="has no rule"):
         gl.bound(other)  # type: ignore[arg-type]
+
+
+FAR_OUT = {
+    "matrix": lambda m: m,
+    "sparse": lambda m: m.to_sparse(),
+    "diagonal": lambda m: gl.Diagonal(m * 1.5),
+    "separable": lambda m: gl.Separable((m, m.clamp(max=1.0))),
+    "convolution": lambda m: gl.Conv(m[None, None], 3),
+    "of every size": lambda m: gl.Conv(m[None, None], stride=2, padding=1, padding_mode="replicate"),
+}
+
+
+@pytest.mark.parametrize("kind", FAR_OUT)
+@pytest.mark.parametrize("value", [1.1e308, 1e-310], ids=str)
+def test_a_norm_outside_of_the_range_of_float64_says_so(kind: str, value: float) -> None:
+    if kind == "diagonal" and value > 1:
+        value, m = math.inf, torch.full((2, 2), 1.7e308, dtype=torch.float64) * (1 + 1j)
+        found = gl.bound(gl.Diagonal(m))
+    else:
+        m = torch.full((2, 2), value, dtype=torch.float64)
+        found = gl.bound(FAR_OUT[kind](m))
+    says = "may be" if kind == "of every size" and value > 1 else "is"  # whose lower side comes from another layer
+    assert f"the norm {says} outside of the normal range of float64 (2.2e-308 to 1.8e308)" in found.because
+    ends = (sys.float_info.max, math.inf) if value > 1 else (0.0, sys.float_info.min)
+    assert (found.lower, found.upper) == ends
+
+
+@pytest.mark.parametrize("name", gl.METHODS)
+def test_methods_say_that_a_norm_is_outside_of_the_range(name: str) -> None:
+    small = gl.bound(torch.full((2, 2), 1e-310, dtype=torch.float64), method=name)
+    assert ("outside of the normal range" in small.because) == (gl.METHODS[name].side != "estimate")
+    ordinary = gl.bound(torch.full((2, 2), 1e-300, dtype=torch.float64), method=name)
+    assert "outside of the normal range" not in ordinary.because
+
+
+def test_a_norm_at_the_edge_of_the_range_may_be_outside() -> None:
+    edge = torch.tensor([[sys.float_info.max, sys.float_info.max / 2**30]], dtype=torch.float64)
+    assert "the norm may be outside of the normal range" in gl.bound(edge).because
+    assert "range" not in gl.bound(edge / 2).because
+    assert gl.bound(torch.zeros(2, 2, dtype=torch.float64)).because.count("range") == 0
+    assert gl.bound(gl.Separable((torch.eye(2),), 0.0)).upper == 0.0

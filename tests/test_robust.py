@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import gramlip as gl
 from gramlip import nn as gnn
@@ -129,6 +129,43 @@ def test_attack_takes_the_normalisation_into_account(trained: tuple[nn.Module, t
     assert shifted.radii.allclose(robust.certify(model, [(x, y)], upper / 0.5).radii, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple], ids=lambda kind: kind.__name__)
+def test_the_normalisation_of_an_attack_may_be_an_array(kind: Callable[[list[float]], Any]) -> None:
+    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), torch.rand(6, 3, 1, 1), torch.zeros(6, dtype=torch.long)
+    mean, std = [0.25, 0.5, 0.125], [0.5, 0.25, 2.0]
+    expected = robust.attacked_accuracy(model, [(x, y)], 1e-9, mean=mean, std=std)
+    shifted = (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert expected == float((model(shifted).argmax(1) == 0).double().mean())
+    assert robust.attacked_accuracy(model, [(x, y)], 1e-9, mean=kind(mean), std=kind(std)) == expected
+    robust.attacked_accuracy(model, [(x, y)], 1e-9, std=kind(std))
+    robust.attacked_accuracy(model, [(x, y)], 1e-9, mean=kind(mean), std=0.5)
+
+
+@pytest.mark.parametrize(
+    "given", [{"std": [0.0]}, {"std": []}, {"mean": "a"}, {"mean": [math.nan]}, {"mean": [0.0, 0.0], "std": [1.0, 1.0, 1.0]}], ids=str
+)
+def test_a_normalisation_that_cannot_be_used_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(gl.InputError, match="expected"):
+        robust.attacked_accuracy(nn.Flatten(), [(torch.ones(1, 2), torch.tensor([0]))], **given)
+
+
+def test_an_attack_that_cannot_start_leaves_the_model_in_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    import foolbox
+
+    model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2).eval())
+
+    def broken(*args: object, **options: object) -> None:
+        msg = "no such attack"
+        raise RuntimeError(msg)
+
+    for holder, name in ((foolbox, "PyTorchModel"), (foolbox.attacks, "L2ProjectedGradientDescentAttack")):
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, name, broken)
+            with pytest.raises(RuntimeError, match="no such attack"):
+                robust.attacked_accuracy(model, [(torch.ones(1, 2), torch.tensor([0]))])
+        assert [module.training for module in model] == [True, False]
+
+
 def test_logits_that_are_no_numbers_are_not_counted_as_right() -> None:
     logits = torch.tensor([[math.nan, math.nan], [math.inf, 0.0], [1.0, 0.0]])
     found = robust.certify(nn.Identity(), [(logits, torch.zeros(3, dtype=torch.long))], 1.0)
@@ -243,31 +280,3 @@ def test_products_and_norms_that_underflow_certify_nothing_more() -> None:
     assert Fraction(one(1e-20, 1e-150, 3.33e-172)) <= Fraction(1e-20) / (Fraction(1e-150) * Fraction(3.33e-172))
     assert one(1.0, 1e200, 1e200) == 0.0  # below the normal range
     assert one(1e200, 1e-200, 1.0) == pytest.approx(sys.float_info.max)  # above it, and the true radius larger still
-
-
-@pytest.mark.parametrize("broken", ["preprocessing", "loader", "forward"])
-def test_an_attack_that_fails_leaves_the_modes_as_they_were(broken: str) -> None:
-    class Fails(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            if broken == "forward":
-                raise RuntimeError
-            return super().forward(x)
-
-    def loader() -> Iterator[tuple[Tensor, Tensor]]:
-        if broken == "loader":
-            raise RuntimeError
-        yield torch.zeros(1, 2), torch.tensor([0])
-
-    model = nn.Sequential(Fails(2, 2), nn.Dropout()).train()
-    model[1].eval()
-    with pytest.raises((RuntimeError, ValueError, TypeError)):
-        robust.attacked_accuracy(model, loader(), std=["a"] if broken == "preprocessing" else None)  # type: ignore[list-item]
-    assert [m.training for m in model.modules()] == [True, True, False]
-
-
-@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
-def test_mean_and_deviation_of_an_attack_are_any_array(kind: Callable[[list[float]], Any]) -> None:
-    x = torch.tensor([[[[0.9]], [[0.1]]]])
-    model = nn.Sequential(nn.Flatten(), nn.Identity())
-    for options in ({"std": kind([0.5, 0.5])}, {"mean": kind([0.1, 0.1])}, {"mean": kind([0.1, 0.1]), "std": kind([0.5, 0.5])}):
-        assert robust.attacked_accuracy(model, [(x, torch.tensor([0]))], 1e-3, **options) == 1.0

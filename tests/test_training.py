@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 import warnings
@@ -210,6 +211,16 @@ def test_certify_writes_json_alone_whatever_the_callable_prints(
     assert "from the callable" in shown.err
 
 
+def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    monkeypatch.setenv("GRAMLIP_GONE", "here")
+    before = dict(os.environ)
+    with run._global_state_kept():
+        os.environ.update(PL_GLOBAL_SEED="6", GRAMLIP_NEW="1")
+        del os.environ["GRAMLIP_GONE"]
+    assert dict(os.environ) == before
+
+
 def test_a_run_that_has_ended_stays_as_it_is(cifar: Path, tmp_path: Path) -> None:
     results = train("small", cifar, tmp_path, epochs=1)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
@@ -328,14 +339,3 @@ def test_images_from_the_hubs_cache(hub_cache: Callable[[str, str], Path], cifar
     shutil.copytree(cifar, hub_cache("dataset", "uoft-cs/cifar10") / "plain_text")
     for found, local in zip(data.load("uoft-cs/cifar10", "train"), data.load(cifar, "train"), strict=True):
         assert torch.equal(found, local)
-
-
-def test_the_environment_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
-    monkeypatch.delenv("PL_SEED_WORKERS", raising=False)
-    monkeypatch.delenv("MINE", raising=False)
-    with run._global_state_kept():
-        run.os.environ |= {"PL_GLOBAL_SEED": "1", "PL_SEED_WORKERS": "1", "MINE": "set by another thread"}
-    assert run.os.environ["PL_GLOBAL_SEED"] == "7"
-    assert "PL_SEED_WORKERS" not in run.os.environ
-    assert run.os.environ.pop("MINE") == "set by another thread"

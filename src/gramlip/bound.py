@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
@@ -113,6 +115,21 @@ class Bound:
         parts = list(bounds)
         upper = max((_above(b) for b in parts), default=0.0)
         return Bound(0.0, upper, "; ".join([*(b.because for b in parts), "one of these branches"]))
+
+
+def scaled(lower: float, upper: float, exponent: int, because: str) -> Bound:
+    """The interval times `2**exponent`, outward; `because` says where that leaves the normal range of float64.
+
+    >>> scaled(1.0, 1.5, 1100, "given").because, scaled(1.0, 1.5, -1023, "given").lower
+    ('given; the norm is outside of the normal range of float64 (2.2e-308 to 1.8e308)', 0.0)
+    """
+    low, high = rd.ldexp_down(lower, exponent), rd.ldexp_up(upper, exponent)
+    above = lower > 0 and math.frexp(lower)[1] + exponent > sys.float_info.max_exp
+    below = 0 < upper < math.inf and math.frexp(upper)[1] + exponent < sys.float_info.min_exp
+    if above or below or low == 0.0 < lower or upper < high == math.inf:
+        verb = "is" if above or below else "may be"
+        because = f"{because}; the norm {verb} outside of the normal range of float64 (2.2e-308 to 1.8e308)"
+    return Bound(low, high, because)
 
 
 def _above(bound: Bound) -> float:

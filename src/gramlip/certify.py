@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gramlip import rounding as rd
 from gramlip.blocks import Symbol, symbol
-from gramlip.bound import Bound
+from gramlip.bound import Bound, scaled
 from gramlip.boundary import upper_side
 from gramlip.devices import on_cpu
 from gramlip.errors import InputError
@@ -97,17 +97,21 @@ def _diagonal(op: Diagonal) -> Bound:
     wide, exponent = widen(op.weight.detach().flatten(), None)
     top = max(rd.hypot_up(map(abs, z)) for z in torch.view_as_real(wide).tolist()) if wide.is_complex() else float(wide.abs().max())
     lower = rd.down(top * (1 - 2.0**-50)) if wide.is_complex() else top
-    return Bound(rd.ldexp_down(lower, exponent), rd.ldexp_up(top, exponent), "largest modulus of a diagonal")
+    return scaled(lower, top, exponent, "largest modulus of a diagonal")
 
 
 def _separable(op: Separable, rtol: float) -> Bound:
     """The norm of a Kronecker product is the product of the norms: docs/theory.md#fixed-maps."""
-    lower = upper = abs(op.scale)
+    digits, exponent = math.frexp(abs(op.scale))
+    lower, upper, exponent = 2 * digits, 2 * digits, exponent - 1  # a power of two has the digits 1, which cost no rounding
     for factor in op.factors:
-        part = certify(Dense(factor), rtol=rtol / len(op.factors) * 0.99)
+        wide, power = widen(factor.detach(), None)
+        part = certify(Dense(wide), rtol=rtol / len(op.factors) * 0.99)
+        exponent += power
         lower, upper = rd.mul_down(lower, part.lower), rd.mul_up(upper, float(part.upper))
     grow = sum(rd.interpolated(factor.shape[1]) for factor in op.factors)  # the entries come from torch's float64
-    return Bound(rd.down(lower * (1 - grow)), rd.up(upper * (1 + grow)), "product of the norms of the axes of a separable map")
+    lower, upper = (rd.down(lower * (1 - grow)), rd.up(upper * (1 + grow))) if upper else (0.0, 0.0)
+    return scaled(lower, upper, exponent, "product of the norms of the axes of a separable map")
 
 
 def _searched_together(ops: Sequence[Conv | Dense], syms: Sequence[Symbol], rtol: float, finite: bool | str) -> list[Bound]:
@@ -268,7 +272,7 @@ class LayerTask:
         if all(s == 1 for s in self.op.strides):
             return self._scaled(found.lower, upper, f"{reason}; lower side: large inputs come as close to the supremum as one likes")
         large = certify(replace(self.op, padding_mode="zeros"), rtol=self.rtol)
-        return Bound(large.lower, self._scaled(0.0, upper, "").upper, f"{reason}; lower side: large inputs of a multiple of the stride")
+        return replace(self._scaled(0.0, upper, f"{reason}; lower side: large inputs of a multiple of the stride"), lower=large.lower)
 
     def _from_own_side(self, upper: float, reason: str, side: OwnSide) -> Bound:
         """The interval with the layer's own lower side, which is looked for again where the blocks have a higher peak since."""
@@ -336,10 +340,7 @@ class LayerTask:
         return f"{self.symbol.because.split(':')[0]}: the finite layer itself at size {'x'.join(map(str, layer.sizes))}"
 
     def _scaled(self, lower: float, upper: float, reason: str) -> Bound:
-        below, above = rd.ldexp_down(lower, self.exponent), rd.ldexp_up(upper, self.exponent)
-        if above == math.inf > upper or (below == 0.0 and lower > 0.0):
-            reason += "; the norm reaches beyond float64's normal range, 2.3e-308 to 1.7e308"
-        return Bound(below, above, reason)
+        return scaled(lower, upper, self.exponent, reason)
 
     def _reason(self, found: Enclosure) -> str:
         """How the symbol's interval was found."""

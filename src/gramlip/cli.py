@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from gramlip import __version__, commands
 from gramlip.errors import InputError, Terminated, UnsupportedError, first_line, out_of_memory
 from gramlip.output import note, settle
+from gramlip.startup import ready
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     try:
+        ready()
         args = parser().parse_args(argv)
         return int(args.run(args))
     except KeyboardInterrupt:

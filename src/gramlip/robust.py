@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gramlip.bound import Bound, decimals
 from gramlip.errors import InputError
 from gramlip.margins import constant, numbers, radii, tensor
-from gramlip.nn.modes import evaluating
+from gramlip.nn.modes import evaluating, in_eval_mode
 from gramlip.report import Report
 
 EPS = (36 / 255, 72 / 255, 108 / 255, 255 / 255)
@@ -118,8 +118,8 @@ def attacked_accuracy(
     loader: Iterable[tuple[Tensor, Tensor]],
     eps: float = EPS[0],
     *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
     steps: int = 50,
     restarts: int = 1,
 ) -> float:
@@ -157,13 +157,10 @@ def attacked_accuracy(
     if len(numbers(eps)) != 1 or not 0 <= (radius := numbers(eps)[0]) < math.inf:
         msg = f"eps={eps!r} was given; expected one radius of at least 0 in pixels of [0, 1], such as 36/255"
         raise InputError(msg)
-    channels = max(len(given) for given in ((), mean, std) if given is not None)
-    shift, width = [0.0] * channels if mean is None else [*mean], [1.0] * channels if std is None else [*std]
-    preprocessing = {"mean": list(map(float, shift)), "std": list(map(float, width)), "axis": -3} if channels else None
-    right = count = 0
-    attack = foolbox.attacks.L2ProjectedGradientDescentAttack(steps=steps)
-    with evaluating(model), torch.enable_grad():
+    preprocessing, right, count = _preprocessing(mean, std), 0, 0
+    with in_eval_mode(model):
         target = foolbox.PyTorchModel(model, bounds=(0, 1), preprocessing=preprocessing, device=_device(model))
+        attack = foolbox.attacks.L2ProjectedGradientDescentAttack(steps=steps)
         for pixels, labels in _batches(loader):
             if not bool(((pixels >= 0) & (pixels <= 1)).all()):
                 given = f"pixels from {float(pixels.min()):.4g} to {float(pixels.max()):.4g} were given"
@@ -179,6 +176,22 @@ def attacked_accuracy(
         msg = "the loader gave no batch; expected at least one (pixels, labels)"
         raise InputError(msg)
     return right / count
+
+
+def _preprocessing(mean: float | Sequence[float] | None, std: float | Sequence[float] | None) -> dict[str, Any] | None:
+    """The normalisation as foolbox takes it, from numbers, sequences, arrays or tensors; None where there is none."""
+    if mean is None and std is None:
+        return None
+    shifts, scales = [0.0] if mean is None else numbers(mean), [1.0] if std is None else numbers(std)
+    if not shifts or not all(map(math.isfinite, shifts)) or not scales or not all(0 < s < math.inf for s in scales):
+        msg = f"mean={mean!r}, std={std!r} were given; expected the finite numbers that are subtracted and the positive ones divided by"
+        raise InputError(msg)
+    channels = max(len(shifts), len(scales))
+    if {len(shifts), len(scales)} - {1, channels}:
+        msg = f"mean has {len(shifts)} channels and std {len(scales)}; expected the same number of both"
+        raise InputError(msg)
+    wide = (values * channels if len(values) == 1 else values for values in (shifts, scales))
+    return dict(zip(("mean", "std"), wide, strict=True), axis=-3)
 
 
 def _batches(loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

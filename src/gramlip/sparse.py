@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gramlip import rounding as rd
-from gramlip.bound import Bound
+from gramlip.bound import Bound, scaled
 from gramlip.certificates import start
 from gramlip.operators import Dense, Sparse
 from gramlip.widen import widen
@@ -106,7 +106,7 @@ def enclosure(op: Sparse, rtol: float, certify: Callable[[Dense], Bound]) -> Bou
     if lower > upper:
         msg = f"{why}: a vector is stretched by {lower}, beyond the bound {upper}; expected no such vector: please report this"
         raise ArithmeticError(msg)
-    return Bound(rd.ldexp_down(lower, exponent), rd.ldexp_up(upper, exponent), why)
+    return scaled(lower, upper, exponent, why)
 
 
 def _schur(entries: Entries, rtol: float) -> float:

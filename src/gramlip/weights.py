@@ -26,9 +26,8 @@ DOMINATES = (
     "stride-1 ungrouped operator: dominates every stride, dilation, grouping and the transpose (docs/weights-alone.md), "
     "where padding is with zeros or circular by at most kernel - 1 in all (assumed)"
 )
-_EIGHT_BITS = re.compile(r"F8_|float8_", re.I)
-_SCALES = ("_scale_inv", "_scale", ".scale_inv", ".scale", ".scale_weight")  # after the name of an 8-bit weight
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
+_SCALES = ("{}_scale", "{}_scale_inv", "{}_scale_2", "{}_scales", "{}.scale", "{}.absmax", "scale_{}", "scale", "scales", "SCB")
 _OF = r"(?:words?|chars?|vocab|tok(?:ens?)?(?:_types?)?|segments?|(?:[a-z]+_)?pos(?:itions?|itional)?|query|label)"
 _EMBED = r"emb(?:ed|eds|edding|eddings)?"
 # The whole name: `embed` and `word_embeddings`, not `emb_proj` or `patch_embed`, which are as likely linear maps without a bias.
@@ -55,7 +54,8 @@ class Weights:
             InputError: nothing to bound.
         """
         entries = self.stored.entries
-        reasons = {name: left_out_of(name, entries) for name in entries}
+        scales = {scale: name for name in entries for scale in _scales(name, entries)}
+        reasons = {name: left_out_of(name, entries, scales) for name in entries}
         kept = [name for name, out in reasons.items() if out is None]
         left_out = [out for out in reasons.values() if out is not None]
         if not kept:
@@ -120,32 +120,45 @@ def _row(name: str, op: Dense | Conv, found: Bound, seconds: float) -> Layer:
     return Layer(name, kind, tuple(op.weight.shape), None, found, seconds)
 
 
-def left_out_of(name: str, entries: Mapping[str, Entry]) -> LeftOut | None:
-    """Why this tensor is not bounded, None where it is; a weight whose layer cannot be known from it is marked so."""
+def left_out_of(name: str, entries: Mapping[str, Entry], scales: Mapping[str, str]) -> LeftOut | None:
+    """Why this tensor is not bounded, None where it is; a weight whose layer cannot be known from it is marked so.
+
+    `scales` gives the weight of each scale.
+    """
     shape, dtype = entries[name].shape, entries[name].dtype
+    if name in scales:
+        return LeftOut(name, shape, "the scale of a quantised weight")
     for reason in (_parametrized(name, entries), _no_map(name, entries)):
         if reason is not None:
             return LeftOut(name, shape, reason[0], reason[1])
-    if _EIGHT_BITS.match(dtype):
-        return LeftOut(name, shape, _eight_bits(name, entries), True)
     if dtype not in _FLOATS:
-        return LeftOut(name, shape, f"{dtype} entries: quantised with a scale kept elsewhere, or a format that is not read", True)
+        return LeftOut(name, shape, _quantised(name, entries), True)
     if len(shape) > 5:
         return LeftOut(name, shape, f"{len(shape)} axes: no convolution of 1 to 3 dimensions", True)
     return None
 
 
-def _eight_bits(name: str, entries: Mapping[str, Entry]) -> str:
-    """Why an 8-bit float is not bounded: its scale is another tensor, or none that is known; and what to type."""
-    scale = next((other for other in _scales_of(name) if other in entries), None)
-    where = f"their scale, {scale}, is not applied" if scale else "no scale stands beside them under a usual name"
-    return f"{entries[name].dtype} entries, 8-bit floats: {where}; type gramlip.bound(gramlip.Dense(weight.float() * scale))"
+def _scales(name: str, entries: Mapping[str, Entry]) -> list[str]:
+    """The tensors beside a quantised weight that have a usual name for its scale, and fewer numbers than it."""
+    stem, dot, leaf = name.rpartition(".")
+    entry = entries[name]
+    if len(entry.shape) < 2 or entry.dtype in _FLOATS or not ("weight" in leaf or entry.dtype.startswith("float8")):
+        return []
+    beside = (f"{stem}{dot}{form.format(leaf)}" for form in _SCALES)
+    return [scale for scale in beside if scale in entries and prod(entries[scale].shape) < prod(entry.shape)]
 
 
-def _scales_of(name: str) -> list[str]:
-    """The names that the scale of an 8-bit weight usually has."""
-    stem = name.rpartition(".")[0]
-    return [name + end for end in _SCALES] + [f"{stem}.{leaf}" for leaf in ("scale_weight", "scale_w")]
+def _quantised(name: str, entries: Mapping[str, Entry]) -> str:
+    """Why the numbers that are stored for a weight are not the layer's."""
+    dtype, (stem, dot, leaf) = entries[name].dtype, name.rpartition(".")
+    if scales := [scale.removeprefix(f"{stem}{dot}") for scale in _scales(name, entries)]:
+        return (
+            f"{dtype} entries, to be multiplied by the scale beside them, {' and '.join(scales)}: audit the model, package.module:callable"
+        )
+    if dtype.startswith("float8"):
+        looked = f"no scale beside them such as {_SCALES[0].format(leaf)}"
+        return f"{dtype} entries, and {looked}: if they are the weights themselves, type gramlip.bound(tensor)"
+    return f"{dtype} entries: quantised with a scale kept elsewhere, or a format that is not read"
 
 
 def _parametrized(name: str, entries: Mapping[str, Entry]) -> tuple[str, bool] | None:
@@ -180,8 +193,6 @@ def _no_map(name: str, entries: Mapping[str, Entry]) -> tuple[str, bool] | None:
         reason = "running statistics of a normalisation"
     elif entry.dtype == "bool" or (entry.dtype not in _FLOATS and "int" in entry.dtype and "weight" not in leaf):
         reason = f"{entry.dtype} entries: a counter, an index or a mask"
-    elif any(name in _scales_of(other) for other, held in entries.items() if _EIGHT_BITS.match(held.dtype)):
-        reason = "the scale of 8-bit floats"
     elif axes == 0:
         reason = "a single number"
     elif _BIAS.search(leaf):

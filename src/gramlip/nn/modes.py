@@ -10,8 +10,20 @@ from torch import nn
 
 
 @contextmanager
+def in_eval_mode(model: nn.Module) -> Generator[None, None, None]:
+    """The model in eval mode; every module's own mode is put back, whatever is raised."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Generator[None, None, None]:
-    """The model in eval mode, without gradient; every module's own mode is put back.
+    """The same without gradient.
 
     >>> model = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
     >>> with evaluating(model):
@@ -20,11 +32,5 @@ def evaluating(model: nn.Module) -> Generator[None, None, None]:
     >>> [m.training for m in model]
     [False, True]
     """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with torch.no_grad(), in_eval_mode(model):
+        yield

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from gramlip import rounding as rd
 from gramlip.blocks import grid, symbol
-from gramlip.bound import Bound
+from gramlip.bound import Bound, scaled
 from gramlip.devices import on_cpu
 from gramlip.errors import InputError
 from gramlip.operators import Conv, Dense, Operator
@@ -85,9 +85,9 @@ class Method:
             return Bound(0.0, 0.0, f"{why}; all weights are zero")
         if value.requires_grad:
             return Bound(0.0, _times_power(value + margin, exponent), why)
-        below = rd.down(_times_power(max(rd.down(float(value) - margin), 0.0), exponent))
-        above = rd.up(_times_power(rd.up(float(value) + margin), exponent))
-        return Bound(below if self.side in ("exact", "lower") else 0.0, above if self.side in ("exact", "upper") else math.inf, why)
+        below = max(rd.down(float(value) - margin), 0.0) if self.side in ("exact", "lower") else 0.0
+        above = rd.up(float(value) + margin) if self.side in ("exact", "upper") else math.inf
+        return scaled(below, above, exponent, why)
 
     def _side(self, op: Dense | Conv) -> str:
         margin = f"float64 with a margin for rounding of {(self.slack or roundings)(op):.1g} of the Frobenius bound"

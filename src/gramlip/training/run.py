@@ -90,10 +90,10 @@ def train(
 
 @contextmanager
 def _global_state_kept() -> Generator[None, None, None]:
-    """What a deterministic trainer switches for the whole process is switched back: generators, and Lightning's environment variables."""
+    """What a deterministic trainer switches for the whole process is switched back, generators and environment included."""
     strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    state, numbers, words = random.getstate(), np.random.get_state(), _environment()  # noqa: NPY002 (what Lightning seeds)
+    state, numbers, words = random.getstate(), np.random.get_state(), dict(os.environ)  # noqa: NPY002 (what Lightning seeds)
     try:
         with torch.random.fork_rng():
             yield
@@ -102,14 +102,9 @@ def _global_state_kept() -> Generator[None, None, None]:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         random.setstate(state)
         np.random.set_state(numbers)  # noqa: NPY002
-        for key in set(_environment()) - set(words):
+        for key in set(os.environ) - set(words):
             del os.environ[key]
         os.environ.update(words)
-
-
-def _environment() -> dict[str, str]:
-    """The environment variables that Lightning sets; all others are the user's."""
-    return {key: value for key, value in os.environ.items() if key.startswith(("PL_", "CUBLAS_WORKSPACE_CONFIG"))}
 
 
 @contextmanager
