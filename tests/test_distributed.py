@@ -155,6 +155,7 @@ def main(rank: int, store: str) -> None:
         dist.barrier()
         check(rank)
     dist.destroy_process_group()
+    os._exit(0)  # every check has passed; the interpreter's own end aborts one time in twenty, in the threads of gloo
 
 
 def test_two_processes(tmp_path: Path) -> None:

@@ -56,6 +56,22 @@ def test_zero_has_the_gradient_zero() -> None:
     assert not x.grad.any()
 
 
+@pytest.mark.parametrize("n", [40, 1000])
+def test_derivatives_of_any_order_where_a_piece_is_zero(n: int) -> None:
+    x = torch.randn(2, n, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    x[0, : n // 2] = 0.0
+    wide = x.double().requires_grad_()
+    x.requires_grad_()
+    direction = torch.randn(2, n, generator=torch.Generator().manual_seed(1))
+    for value in (sums.norm, lambda y: torch.linalg.vector_norm(y, dim=-1)):
+        torch.func.jvp(value, (x.detach(),), (direction,))
+    ours = torch.autograd.grad((torch.autograd.grad(sums.norm(x).sum(), x, create_graph=True)[0] * direction).sum(), x)[0]
+    first = torch.autograd.grad(torch.linalg.vector_norm(wide, dim=-1).sum(), wide, create_graph=True)[0]
+    theirs = torch.autograd.grad((first * direction.double()).sum(), wide)[0]
+    torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.vmap(sums.norm)(x.detach()), sums.norm(x.detach()))
+
+
 def test_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sums, "ROWS", 8)
     for dtype in (torch.float32, torch.complex64):

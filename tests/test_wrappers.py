@@ -100,6 +100,10 @@ def test_what_changes_the_map_is_no_wrapper(name: str) -> None:
 
     with pytest.raises(gl.UnsupportedError, match="Doubled has no rule"):
         gl.bound(WRAPS[name](Doubled(layer())))
+    changed = WRAPS[name](layer())
+    changed.forward = lambda x: 2 * x
+    with pytest.raises(gl.UnsupportedError, match="has no rule"):
+        gl.bound(changed)
     split = nn.DataParallel(layer())
     split.dim = 2  # without a GPU the constructor leaves it out
     with pytest.raises(gl.UnsupportedError, match="DataParallel has no rule"):

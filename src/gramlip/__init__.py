@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gramlip.startup  # noqa: F401 # pyright: ignore[reportUnusedImport] (first of all, before torch)
+import gramlip.startup  # noqa: F401  # pyright: ignore[reportUnusedImport] (first of all, before torch)
 from gramlip import distributed, nn, robust
 from gramlip import fixed as fixed  # registers the layers without weights
 from gramlip.bound import Bound

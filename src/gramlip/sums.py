@@ -5,6 +5,8 @@ Here the entries are taken in pieces, and the norms of the pieces in float64. `t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,8 @@ def norm(x: Tensor, axes: int = 1, keepdim: bool = False) -> Tensor:
     """
     rows = x.flatten(x.ndim - axes) if axes else x[..., None]
     rows = torch.view_as_real(rows.resolve_conj()).flatten(-2) if rows.is_complex() else rows
-    size = _lengths(rows)
+    plain = rows.shape[-1] <= PIECE or torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    size = _lengths(rows) if plain else _Lengths.apply(rows)
     return size.reshape(*size.shape, *(1,) * axes) if keepdim else size
 
 
@@ -36,6 +39,31 @@ def _lengths(rows: Tensor) -> Tensor:
     pieces = torch.linalg.vector_norm(rows[..., :whole].unflatten(-1, (-1, PIECE)), dim=-1)
     rest = torch.linalg.vector_norm(rows[..., whole:], dim=-1, keepdim=True)
     return torch.linalg.vector_norm(torch.cat([pieces, rest], -1).double(), dim=-1).to(rows.dtype)
+
+
+class _Lengths(torch.autograd.Function):
+    """`_lengths` with the derivatives of a norm, of any order: those of norms of norms are NaN in the second where a piece is zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor) -> Tensor:
+        return _lengths(rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_forward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        rows, size = ctx.saved_tensors
+        return rows * (grads[0] / torch.where(size > 0, size, 1.0))[..., None]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        rows, size = ctx.saved_tensors
+        return (rows * tangents[0]).sum(-1) / torch.where(size > 0, size, 1.0)
 
 
 def gram(tall: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ GATHER = (
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside `torch.compile`, `DataParallel`, `DistributedDataParallel` and activation checkpointing; others as they are.
 
-    So is a wrapper that has a hook of its own, which may change what is computed, or that splits another axis than the batch's.
+    So is a wrapper that has a hook or a forward pass of its own, which may change what is computed, or that splits another axis than
+    the batch's.
 
     Raises:
         InputError: `FullyShardedDataParallel`, inside of which no weight is whole.
@@ -36,7 +37,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     >>> unwrapped(nn.DataParallel(layer)) is unwrapped(layer) is layer
     True
     """
-    while is_wrapper(module) and not hooks(module) and vars(module).get("dim", 0) == 0:
+    while is_wrapper(module) and not hooks(module) and not _has_own_forward(module) and vars(module).get("dim", 0) == 0:
         module = getattr(module, _INNER[_name(type(module))])
     if any(map(is_flat, module.modules())):
         msg = f"FullyShardedDataParallel keeps its weights in shards; expected whole weights: {GATHER}"
@@ -61,6 +62,12 @@ def is_sharded(weight: object) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(weight, DTensor)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a forward pass was put on this one instance, by someone other than torch's compiler, which marks its own."""
+    forward = vars(module).get("forward")
+    return forward is not None and not hasattr(forward, "_torchdynamo_orig_callable")
 
 
 def hooks(module: nn.Module) -> list[Any]:
