@@ -128,7 +128,8 @@ def largest(blocks: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
         keep, value = keep[alive], value[alive]
     top, where = value.max(0)  # pyright: ignore[reportPossiblyUnboundVariable]
     # rounding may have put the estimate above: then it is the larger, and no block that was dropped has more
-    return torch.maximum(top, floor), keep[where].clone()  # not a view into the middle of `keep`: compiled code asks for aligned storage
+    top = torch.where(floor.isfinite(), torch.maximum(top, floor), top)  # squares may have left the range
+    return top, keep[where].clone()  # not a view into the middle of `keep`: compiled code asks for aligned storage
 
 
 def power(blocks: Tensor, steps: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
