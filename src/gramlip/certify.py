@@ -27,6 +27,7 @@ from gramlip.widen import widen, widen_each
 AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself while its estimated operations stay below this
 FINITE_BYTES = 384 << 20  # and never with more memory than this
 TOGETHER = 1 << 19  # kernels of at most so many entries are searched together
+TRIED = 1 << 22  # numbers read by a small layer that is tried as a lower side for every size
 LEAST_SIDE = 16  # the order to which smaller blocks are filled up
 TRIES = 12
 WAYS = {
@@ -104,6 +105,16 @@ def _separable(op: Separable, rtol: float) -> Bound:
         lower, upper = rd.mul_down(lower, part.lower), rd.mul_up(upper, float(part.upper))
     grow = sum(rd.interpolated(factor.shape[1]) for factor in op.factors)  # the entries come from torch's float64
     return Bound(rd.down(lower * (1 - grow)), rd.up(upper * (1 + grow)), "product of the norms of the axes of a separable map")
+
+
+def _repeated_most(op: Conv) -> Conv | None:
+    """A layer of every size at the size where its padding repeats most; None where it repeats nothing, or too much to try."""
+    if op.padding_mode not in ("reflect", "replicate") or not any(map(any, op.pads)):
+        return None
+    ends = [max(pair) if op.padding_mode == "replicate" else sum(pair) for pair in op.pads]
+    sizes = tuple(1 + end + 2 * max(0, span - 1 - sum(pair)) for end, span, pair in zip(ends, op.spans, op.pads, strict=True))
+    small = replace(op, input_size=sizes)
+    return small if math.prod(small.output_size or ()) * op.weight[0].numel() <= TRIED else None
 
 
 class _Enclosing:
@@ -192,9 +203,14 @@ class _Enclosing:
             return self._scaled(i, rd.mul_down(found.lower, factor if factor == 1.0 else rd.down(factor)), upper, why)
         assert isinstance(op, Conv)
         if all(s == 1 for s in op.strides):
-            return self._scaled(i, found.lower, upper, f"{why}; lower side: large inputs come as close to the supremum as one likes")
-        large = certify(replace(op, padding_mode="zeros"), rtol=self.rtol)
-        return Bound(large.lower, self._scaled(i, 0.0, upper, "").upper, f"{why}; lower side: large inputs of a multiple of the stride")
+            lower, side = rd.ldexp_down(found.lower, self.exponents[i]), "large inputs come as close to the supremum as one likes"
+        else:
+            lower, side = certify(replace(op, padding_mode="zeros"), rtol=self.rtol).lower, "large inputs of a multiple of the stride"
+        if (small := _repeated_most(op)) is not None:
+            again = rd.ldexp_down(self._below(i, small)[-1], self.exponents[i])
+            if again > lower:
+                lower, side = again, f"the layer itself at size {'x'.join(map(str, small.sizes or ()))}"
+        return Bound(lower, self._scaled(i, 0.0, upper, "").upper, f"{why}; lower side: {side}")
 
     def _room(self, i: int, lower: float) -> tuple[float, float]:
         """What the blocks' norm may reach for the layer's interval to close, and how close to their peak it is worth while to prove it."""
@@ -248,10 +264,10 @@ class _Enclosing:
         op, square = self.ops[i], self.syms[i].square
         if square > 1 and isinstance(op, Conv) and op.padding_mode in ("reflect", "replicate"):
             upper, alone, ends = upper_side(op, self.exponents[i], self._mass(i), found.upper)
-            by_norm = f"times the norm of the padding on axes {alone}" if alone else ""
+            by_factor = f"times the factor of the padding on axes {alone}" if alone else ""
             added = "plus the boundary's share (theorem 12)" if ends else ""
-            return upper, "; ".join(filter(None, (self._why(i, found), added, by_norm)))
-        factor = f"; times sqrt({square}), the norm of the padding" if square > 1 else ""
+            return upper, "; ".join(filter(None, (self._why(i, found), added, by_factor)))
+        factor = f"; times sqrt({square}), the factor of the padding" if square > 1 else ""
         return rd.mul_up(found.upper, rd.sqrt_up(float(square))), self._why(i, found) + factor
 
     def _ascend(self, layer: Layer, group: int, x: Tensor, above: float, mass: float) -> tuple[Tensor, float]:
