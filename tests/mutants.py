@@ -36,6 +36,7 @@ from gramlip import (
     layers,
     methods,
     norm,
+    padding,
     parts,
     running_errors,
     search,
@@ -214,6 +215,11 @@ def max_pooling_as_one(patch: pytest.MonkeyPatch) -> None:
         return gl.Bound(1.0, 1.0, "max pooling") if isinstance(x, nn.MaxPool2d) else right(x, *args, **options)
 
     patch.setattr(norm, "describe", wrong)
+
+
+def one_output_of_one_input(patch: pytest.MonkeyPatch) -> None:
+    """A single input under replicate padding as if one output read it through one phase."""
+    patch.setattr(padding, "_of_one_input", lambda axis: 1)
 
 
 def batch_norm_without_eps(patch: pytest.MonkeyPatch) -> None:
@@ -403,6 +409,12 @@ def max_pooling_holds() -> None:
     pool, x = nn.MaxPool2d(3, 2, 1), torch.zeros(1, 1, 9, 9)
     x[0, 0, 3, 3] = 1.0
     assert float(gl.bound(pool, input_size=(9, 9)).upper) >= float(pool(x).norm() / x.norm())
+
+
+def single_inputs_hold() -> None:
+    """Three outputs that read one input, and one output that reads it through two phases."""
+    for taps, stride, pads in ((3, 1, (2, 2)), (2, 2, (1, 0))):
+        theorem(Case("ones", (1, 1, taps), (1,), (stride,), (pads,), "replicate", dtype=torch.float64))
 
 
 def batch_norm_holds() -> None:
@@ -686,6 +698,7 @@ MUTANTS: dict[str, Mutant] = {
     "complex kernels mirrored": Mutant(mirrored_complex, _on(check, "near_orthogonal 2x2x3x3 n=5x5 p=1.1,1.1 circular c64")),
     "power iteration as an upper bound": Mutant(power_iteration_as_a_bound, matrices_hold),
     "upper bound in the lower side": Mutant(frobenius_as_a_lower_bound, _on(check, "fp32-rounding")),
+    "a single input read once": Mutant(one_output_of_one_input, single_inputs_hold),
     "batch norm without eps": Mutant(batch_norm_without_eps, batch_norm_holds),
     "crops taken as isometries": Mutant(crops_as_one, crops_hold),
     "one axis for an integer size": Mutant(one_axis_for_an_integer, upsampling_holds),

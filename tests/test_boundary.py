@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from dataclasses import replace
 
 import mpmath
 import pytest
@@ -179,7 +181,8 @@ def test_the_ends_of_every_size_are_among_those_that_are_formed(axis: tuple[int,
         sized = _ends(Axis(n, outputs, *axis), mode) or []
         assert all(any(torch.equal(f, g) for g in formed) for f in sized)
     counts = [
-        int(index_map(Axis(n, n + before + after, 1, 1, 1, before, after), mode).flatten().bincount().max()) for n in range(least, 30)
+        int(index_map(Axis(n, n + before + after, 1, 1, 1, before, after), mode).flatten().bincount().max())
+        for n in range(max(least, 2), 30)  # a single input has its own factor
     ]
     assert max(counts) <= square
 
@@ -194,11 +197,11 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 def test_long_padding_of_every_size_ends(name: str) -> None:
-    """By the norm of the padding where the boundary would be too much to form."""
+    """By the factor of the padding where the boundary would be too much to form."""
     op = LONG[name]
     found = gl.bound(op)
     if name == "long padding":
-        assert found.because.count("norm of the padding on axes (0,)") == 1
+        assert found.because.count("factor of the padding on axes (0,)") == 1
         return
     sizes = (65, 130) if name == "dilation" else (51, 60) if name == "long kernel" else (1, 3)
     truths = [oracle(gl.Conv(op.weight, n, 1, op.padding, op.padding_mode, op.dilation, op.groups)) for n in sizes]
@@ -214,3 +217,61 @@ def test_dear_boundaries_take_fewer_frequencies_or_none(monkeypatch: pytest.Monk
         monkeypatch.setattr(boundary, "OPERATIONS", operations)
         uppers.append(float(gl.bound(op, finite=False).upper))
     assert oracle(op) <= uppers[0] < uppers[1] < uppers[2]
+
+
+def test_a_single_input_under_replicate_padding() -> None:
+    """Its factor times the supremum of the symbol is never below the norm, and is the norm where all taps are alike."""
+    met = 0
+    for taps, stride, dilation, before, after in itertools.product((1, 2, 3), (1, 2, 3), (1, 2, 3), (0, 1, 4), (0, 2, 3)):
+        span = dilation * (taps - 1) + 1
+        if 1 + before + after < span:
+            continue
+        for kernel in ("ones", "random"):
+            weight = Case(kernel, (2, 2, taps), dtype=torch.float64).weight()
+            op = gl.Conv(weight, 1, stride, ((before, after),), "replicate", dilation)
+            sym, truth = symbol(op), oracle(op)
+            factor = math.sqrt(sym.square)
+            still = replace(op, padding_mode="zeros", input_size=None)
+            assert truth <= factor * float(gl.bound(still).upper) * (1 + ROUNDING)
+            assert float(gl.bound(replace(op, input_size=None)).upper) >= truth * (1 - ROUNDING)
+            met += kernel == "ones" and truth >= factor * gl.bound(still).lower * (1 - 1e-2)
+    assert met > 40
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 5), (5, 1), (3, 3), (4, 7)], ids=str)
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_every_size_holds_where_its_boundary_is_not_formed(sizes: tuple[int, int], dilation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With boundary terms on no axis, on one and on both, beside axes of a single input."""
+    for kernel in ("random", "ones", "corner", "laplacian"):
+        weight = Case(kernel, (2, 2, 3, 3), dtype=torch.float64).weight()
+        op = gl.Conv(weight, sizes, 1, dilation, "replicate", dilation)
+        truth = oracle(op)
+        for largest in (0, 20, 1536):
+            monkeypatch.setattr(boundary, "LARGEST", largest)
+            assert float(gl.bound(replace(op, input_size=None)).upper) >= truth * (1 - ROUNDING)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("taps", "stride", "dilation", "padding"), [((3, 3), 1, 1, 1), ((5,), 1, 3, 6), ((3, 3), 2, 1, 1), ((3, 3), 1, 1, (1, 0))]
+)
+def test_lower_side_of_every_size_is_that_of_a_size(
+    taps: tuple[int, ...], stride: int, dilation: int, padding: int | tuple[int, int], mode: str
+) -> None:
+    """The layer attains it, and more than the supremum of the symbol where the padding adds to it."""
+    weight = torch.rand(2, 2, *taps, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    op = gl.Conv(weight, None, stride, padding, mode, dilation)
+    found, supremum = gl.bound(op), gl.bound(replace(op, padding_mode="zeros"))
+    assert supremum.lower * (1 - 1e-9) <= found.lower <= float(found.upper)
+    size = re.search(r"lower side: the layer itself at size ([0-9x]+)", found.because)
+    if size is None:
+        assert found.lower <= float(supremum.upper)
+        return
+    assert found.lower <= oracle(replace(op, input_size=tuple(map(int, size[1].split("x"))))) * (1 + ROUNDING)
+
+
+def test_dilated_replicate_padding_of_every_size_is_narrow() -> None:
+    """The interval was 47 times as wide as its lower end, against a norm at n = 7 of at least four times the supremum."""
+    weight = torch.randn(16, 16, 5, 5, 5, generator=torch.Generator().manual_seed(0))
+    found = gl.bound(gl.Conv(weight, None, 1, 6, "replicate", 3))
+    assert found.rtol <= 3.5

@@ -33,7 +33,7 @@ OPERATIONS = 2e10  # that the boundary terms of all groups over one set of axes 
 
 
 def upper_side(op: Conv, exponent: int, tap_norm_sums: Sequence[float], supremum: float) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
-    """Upper bound of the norm, weights divided by `2**exponent`, the axes taken by their padding's norm, and those with boundary terms.
+    """Upper bound of the norm, weights divided by `2**exponent`, the axes taken by their padding's factor, and those with boundary terms.
 
     `tap_norm_sums` are those of the groups, `supremum` is that of the symbol. Theorem 12 and its corollary; where no input is read
     beside its own place, as under a stride that steps over the padding, an axis needs neither.

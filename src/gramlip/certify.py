@@ -29,6 +29,7 @@ from gramlip.widen import widen, widen_each
 AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself while its estimated operations stay below this
 FINITE_BYTES = 384 << 20  # and never with more memory than this
 TOGETHER = 1 << 19  # kernels of at most so many entries are searched together
+TRIED = 1 << 22  # numbers read by a small layer that is tried as a lower side for every size
 LEAST_SIDE = 16  # the order to which smaller blocks are filled up
 TRIES = 12
 WAYS = {
@@ -112,6 +113,16 @@ def _separable(op: Separable, rtol: float) -> Bound:
     grow = sum(rd.interpolated(factor.shape[1]) for factor in op.factors)  # the entries come from torch's float64
     lower, upper = (rd.down(lower * (1 - grow)), rd.up(upper * (1 + grow))) if upper else (0.0, 0.0)
     return scaled(lower, upper, exponent, "product of the norms of the axes of a separable map")
+
+
+def _repeated_most(op: Conv) -> Conv | None:
+    """A layer of every size at the size where its padding repeats most; None where it repeats nothing, or too much to try."""
+    if op.padding_mode not in ("reflect", "replicate") or not any(map(any, op.pads)):
+        return None
+    ends = [max(pair) if op.padding_mode == "replicate" else sum(pair) for pair in op.pads]
+    sizes = tuple(1 + end + 2 * max(0, span - 1 - sum(pair)) for end, span, pair in zip(ends, op.spans, op.pads, strict=True))
+    small = replace(op, input_size=sizes)
+    return small if math.prod(small.output_size or ()) * op.weight[0].numel() <= TRIED else None
 
 
 def _searched_together(ops: Sequence[Conv | Dense], syms: Sequence[Symbol], rtol: float, finite: bool | str) -> list[Bound]:
@@ -270,9 +281,17 @@ class LayerTask:
             return self._scaled(rd.mul_down(found.lower, factor if factor == 1.0 else rd.down(factor)), upper, reason)
         assert isinstance(self.op, Conv)
         if all(s == 1 for s in self.op.strides):
-            return self._scaled(found.lower, upper, f"{reason}; lower side: large inputs come as close to the supremum as one likes")
-        large = certify(replace(self.op, padding_mode="zeros"), rtol=self.rtol)
-        return replace(self._scaled(0.0, upper, f"{reason}; lower side: large inputs of a multiple of the stride"), lower=large.lower)
+            lower, inputs = rd.ldexp_down(found.lower, self.exponent), "large inputs come as close to the supremum as one likes"
+        else:
+            lower, inputs = (
+                certify(replace(self.op, padding_mode="zeros"), rtol=self.rtol).lower,
+                "large inputs of a multiple of the stride",
+            )
+        if (small := _repeated_most(self.op)) is not None:
+            again = rd.ldexp_down(replace(self, op=small)._finite_start().lower, self.exponent)
+            if again > lower:
+                lower, inputs = again, f"the layer itself at size {'x'.join(map(str, small.sizes or ()))}"
+        return replace(self._scaled(0.0, upper, f"{reason}; lower side: {inputs}"), lower=lower)
 
     def _from_own_side(self, upper: float, reason: str, side: OwnSide) -> Bound:
         """The interval with the layer's own lower side, which is looked for again where the blocks have a higher peak since."""
@@ -303,10 +322,10 @@ class LayerTask:
         op, square, reason = self.op, self.symbol.square, self._reason(found)
         if square > 1 and isinstance(op, Conv) and op.padding_mode in ("reflect", "replicate"):
             upper, alone, ends = upper_side(op, self.exponent, self.tap_norm_sums, found.upper)
-            by_norm = f"times the norm of the padding on axes {alone}" if alone else ""
+            by_factor = f"times the factor of the padding on axes {alone}" if alone else ""
             added = "plus the boundary's share (theorem 12)" if ends else ""
-            return upper, "; ".join(filter(None, (reason, added, by_norm)))
-        factor = f"; times sqrt({square}), the norm of the padding" if square > 1 else ""
+            return upper, "; ".join(filter(None, (reason, added, by_factor)))
+        factor = f"; times sqrt({square}), the factor of the padding" if square > 1 else ""
         return rd.mul_up(found.upper, rd.sqrt_up(float(square))), reason + factor
 
     def closed(self, found: Bound) -> Bound:

@@ -116,23 +116,34 @@ def index_map(axis: Axis, mode: str) -> Tensor:
 
 
 def reflect(axis: Axis) -> Circle:
-    """Reflect padding repeats inputs: the norm of the padding map times the supremum. docs/theory.md#reflect-and-replicate."""
+    """Reflect padding repeats inputs: its factor times the supremum. docs/theory.md#reflect-and-replicate."""
     return _repeating(axis, "reflect")
 
 
 def replicate(axis: Axis) -> Circle:
-    """Replicate padding repeats the edge: the norm of the padding map times the supremum. docs/theory.md#reflect-and-replicate."""
+    """Replicate padding repeats the edge: its factor times the supremum. docs/theory.md#reflect-and-replicate."""
     return _repeating(axis, "replicate")
 
 
 def _repeating(axis: Axis, mode: str) -> Circle:
     lo, hi = axis.before, axis.after
-    if axis.size is not None:
+    if axis.size == 1:
+        square = _of_one_input(axis)
+    elif axis.size is not None:
         square = int(index_map(Axis(axis.size, axis.size + lo + hi, 1, 1, 1, lo, hi), mode).flatten().bincount().max())
-    else:  # a single input is all of replicate padding; reflected from both ends an input is there three times
-        square = 1 + lo + hi if mode == "replicate" else 1 + (lo > 0) + (hi > 0)
+    elif mode == "replicate":  # an end of two or more inputs is repeated on its own side alone
+        square = max(1 + max(lo, hi), _of_one_input(axis))
+    else:  # reflected from both ends an input is there three times
+        square = 1 + (lo > 0) + (hi > 0)
     because = f"{mode} padding: supremum over all frequencies (theorem 12)"
     return Circle(None, axis.stride // math.gcd(axis.stride, axis.dilation), square, False, because)
+
+
+def _of_one_input(axis: Axis) -> int:
+    """The factor's square on an axis with a single input, which all taps read; at most 0 where it is smaller than the kernel."""
+    stride = axis.stride // math.gcd(axis.stride, axis.dilation)
+    outputs = (1 + axis.before + axis.after - axis.span) // axis.stride + 1
+    return min(1 + axis.before + axis.after, outputs * min(stride, axis.kernel))
 
 
 PADDING: dict[str, Callable[[Axis], Circle]] = {"zeros": zeros, "circular": circular, "reflect": reflect, "replicate": replicate}
