@@ -25,11 +25,11 @@ from torch.nn import functional as F
 
 import gramlip
 from gramlip import nn as gnn
-from gramlip.conv_gram import operator_gram_norm
-from gramlip.layers import describe
-from gramlip.nn.walk import layers
-from gramlip.paper import Lip_conv
-from gramlip.training.models import resnet18
+from gramlip.lab.training.models import resnet18
+from gramlip.nn.model_walk import layers
+from gramlip.norm.methods.differentiable import operator_gram_norm
+from gramlip.norm.methods.paper import Lip_conv
+from gramlip.operators.describe import describe
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = RESULTS.parent.parent / "docs" / "training.md"

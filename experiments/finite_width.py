@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 import gramlip as gl
-from gramlip.blocks import symbol
-from gramlip.certify import AUTO_OPERATIONS
-from gramlip.finite import Certificate, Layer
+from gramlip.norm.certify import AUTO_OPERATIONS
+from gramlip.norm.finite.layer import Certificate, Layer
+from gramlip.norm.symbol.polyphase import symbol
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE = 32  # of the layers with reflect padding

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import models
 
 from gramlip import audit, demo
-from gramlip.bound import decimals
+from gramlip.operators.interval import decimals
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "models"

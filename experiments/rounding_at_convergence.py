@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import gramlip as gl
-from gramlip.certify import certify_all
+from gramlip.norm.certify import certify_all
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BATCH = 64

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import gramlip as gl
-from gramlip import blocks
-from gramlip.nn.rescaling import Residual
+from gramlip.nn.parametrizations import Residual
+from gramlip.norm.symbol import polyphase
 from gramlip.testing import TRAPS, Case, cases
 
 __all__ = ["LAYERS", "LINEAR", "ROUNDING", "TRAPS", "Case", "cases", "check", "closes", "every_size", "holds", "theorem"]
@@ -41,7 +41,7 @@ def theorem(case: Case) -> None:
     The library's intervals carry a width that could hide a wrong theorem; these values have none. An axis of all
     frequencies is sampled, with the cosine factor.
     """
-    sym = blocks.symbol(case.operator())
+    sym = polyphase.symbol(case.operator())
     kernel = sym.kernel.to(torch.complex128)
     exponent = math.frexp(float(kernel.abs().amax()))[1]
     kernel = kernel * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2)

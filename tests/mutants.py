@@ -18,38 +18,23 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip import (
-    apply,
-    blocks,
-    boundary,
-    certificates,
-    certify,
-    compose,
-    conv_gram,
-    convert,
-    example,
-    finite,
-    fixed,
-    gram,
-    jacobian,
-    lattice,
-    layers,
-    methods,
-    norm,
-    padding,
-    parts,
-    running_errors,
-    search,
-    sparse,
-    sums,
-    weights,
-    wrappers,
-)
-from gramlip import rounding as rd
-from gramlip.checkpoint import Entry, Stored
-from gramlip.padding import PADDING, Axis, Circle
-from gramlip.rules import Call, joins, patterns
-from gramlip.steps import Pad, Slope
+from gramlip.network import compose, lower_bound, running_errors, slice_coupling
+from gramlip.network.rules import joins, patterns
+from gramlip.network.steps import Pad, Slope
+from gramlip.norm import bound, certify, sparse
+from gramlip.norm.finite import boundary_terms
+from gramlip.norm.finite import layer as finite
+from gramlip.norm.methods import differentiable, registry
+from gramlip.norm.search import branch_and_bound
+from gramlip.norm.symbol import frequency_cells, padding_theorems, polyphase
+from gramlip.norm.symbol.padding_theorems import PADDING, Axis, Circle
+from gramlip.numerics import cholesky, gram_iteration, sums
+from gramlip.numerics import rounding as rd
+from gramlip.operators import apply, convert, describe, weightless, wrappers
+from gramlip.operators import given as example
+from gramlip.reports import state_dict
+from gramlip.reports.checkpoint import Entry, Stored
+from gramlip.rules import Call
 from test_network_steps import (
     Applied,
     test_a_choice_between_branches_has_no_lower_side,
@@ -126,7 +111,7 @@ def stride_ignored(axis: Axis, right: Callable[[Axis], Circle]) -> Circle:
 
 def padding_of_the_last_axis(patch: pytest.MonkeyPatch) -> None:
     """One axis's padding used on all of them."""
-    right = blocks.axes
+    right = polyphase.axes
 
     def wrong(op: gl.Conv) -> list[Axis]:
         found = right(op)
@@ -134,22 +119,22 @@ def padding_of_the_last_axis(patch: pytest.MonkeyPatch) -> None:
         outputs = [a.outputs and max(1, ((a.size or 0) + lo + hi - a.span) // a.stride + 1) for a in found]
         return [replace(a, before=lo, after=hi, outputs=out) for a, out in zip(found, outputs, strict=True)]
 
-    patch.setattr(blocks, "axes", wrong)
+    patch.setattr(polyphase, "axes", wrong)
 
 
 def wrong_side_of_transposed(patch: pytest.MonkeyPatch) -> None:
     """Input and output sizes not exchanged."""
-    right = blocks.axes
+    right = polyphase.axes
 
     def wrong(op: gl.Conv) -> list[Axis]:
         return [replace(a, size=a.outputs, outputs=a.size) if op.transposed else a for a in right(op)]
 
-    patch.setattr(blocks, "axes", wrong)
+    patch.setattr(polyphase, "axes", wrong)
 
 
 def cropped_kernel(patch: pytest.MonkeyPatch) -> None:
     """Taps beyond the grid's size dropped, as `fft(s=n)` does, and not added to their aliases."""
-    patch.setattr(blocks, "_wrap", lambda kernel, axis, n: kernel.narrow(axis, 0, min(n, kernel.shape[axis])))
+    patch.setattr(polyphase, "_wrap", lambda kernel, axis, n: kernel.narrow(axis, 0, min(n, kernel.shape[axis])))
 
 
 def phases_missing(patch: pytest.MonkeyPatch) -> None:
@@ -158,18 +143,18 @@ def phases_missing(patch: pytest.MonkeyPatch) -> None:
     def wrong(kernel: Tensor, axis: int, stride: int) -> Tensor:
         return kernel[(slice(None),) * axis + (slice(None, None, stride),)]
 
-    patch.setattr(blocks, "polyphase", wrong)
+    patch.setattr(polyphase, "polyphase", wrong)
 
 
 def cosine_factor_dropped(patch: pytest.MonkeyPatch) -> None:
     """A fixed grid taken for all frequencies."""
-    right = blocks.grid
+    right = polyphase.grid
 
-    def wrong(sym: blocks.Symbol, torus: int = 32) -> tuple[list[int], float, str]:
+    def wrong(sym: polyphase.Symbol, torus: int = 32) -> tuple[list[int], float, str]:
         sides, _, because = right(sym, torus)
         return sides, math.sqrt(sym.square), because
 
-    for module in (blocks, conv_gram):
+    for module in (polyphase, differentiable):
         if hasattr(module, "grid"):
             patch.setattr(module, "grid", wrong)
 
@@ -179,7 +164,7 @@ def cosine_factor_dropped(patch: pytest.MonkeyPatch) -> None:
 
 def groups_multiplied(patch: pytest.MonkeyPatch) -> None:
     """The product of the groups' norms."""
-    right = methods.certify
+    right = registry.certify
 
     def wrong(op: Any, **options: Any) -> gl.Bound:
         if getattr(op, "groups", 1) == 1:
@@ -187,88 +172,90 @@ def groups_multiplied(patch: pytest.MonkeyPatch) -> None:
         parts = [right(replace(op, weight=w, groups=1), **options) for w in op.weight.chunk(op.groups)]
         return gl.Bound(math.prod(p.lower for p in parts), math.prod(float(p.upper) for p in parts), "product over groups")
 
-    patch.setattr(methods, "certify", wrong)
+    patch.setattr(registry, "certify", wrong)
 
 
 def first_group_only(patch: pytest.MonkeyPatch) -> None:
     """All but the first group forgotten."""
-    right = blocks.grouped
-    patch.setattr(blocks, "grouped", lambda op: right(op)[:1])
+    right = polyphase.grouped
+    patch.setattr(polyphase, "grouped", lambda op: right(op)[:1])
 
 
 def power_iteration_as_a_bound(patch: pytest.MonkeyPatch) -> None:
     """The lower side sold as an upper bound."""
-    patch.setattr(search.BranchAndBound, "prove_blocks", lambda self, keys, thresholds: np.ones(len(keys), dtype=np.bool_))
-    patch.setattr(search.Targets, "asked", lambda self: np.sqrt(self._lower.best))
+    patch.setattr(branch_and_bound.BranchAndBound, "prove_blocks", lambda self, keys, thresholds: np.ones(len(keys), dtype=np.bool_))
+    patch.setattr(branch_and_bound.Targets, "asked", lambda self: np.sqrt(self._lower.best))
 
 
 def frobenius_as_a_lower_bound(patch: pytest.MonkeyPatch) -> None:
     """An upper bound in the lower side."""
-    patch.setattr(certificates, "rayleigh", lambda g, v, noise: torch.linalg.vector_norm(g, dim=(-2, -1)))
+    patch.setattr(cholesky, "rayleigh", lambda g, v, noise: torch.linalg.vector_norm(g, dim=(-2, -1)))
 
 
 def max_pooling_as_one(patch: pytest.MonkeyPatch) -> None:
     """Overlapping windows forgotten."""
-    right = norm.describe
+    right = bound.describe
 
     def wrong(x: Any, *args: Any, **options: Any) -> Any:
         return gl.Bound(1.0, 1.0, "max pooling") if isinstance(x, nn.MaxPool2d) else right(x, *args, **options)
 
-    patch.setattr(norm, "describe", wrong)
+    patch.setattr(bound, "describe", wrong)
 
 
 def one_output_of_one_input(patch: pytest.MonkeyPatch) -> None:
     """A single input under replicate padding as if one output read it through one phase."""
-    patch.setattr(padding, "_of_one_input", lambda axis: 1)
+    patch.setattr(padding_theorems, "_of_one_input", lambda axis: 1)
 
 
 def batch_norm_without_eps(patch: pytest.MonkeyPatch) -> None:
     """The running variance alone, as if nothing were added to it."""
-    right = layers.exact
-    patch.setattr(layers, "exact", lambda x: right(x) - 1e-5)
+    right = describe.exact
+    patch.setattr(describe, "exact", lambda x: right(x) - 1e-5)
 
 
 def crops_as_one(patch: pytest.MonkeyPatch) -> None:
     """Constant padding as an isometry, whatever it cuts off."""
-    patch.setattr(fixed, "_most", lambda index: 1)
+    patch.setattr(weightless, "_most", lambda index: 1)
 
 
 def one_axis_for_an_integer(patch: pytest.MonkeyPatch) -> None:
     """An integer size taken as that of a single axis where the mode says none."""
-    patch.setattr(fixed, "_resampled_axes", lambda module, input_size: 1)
+    patch.setattr(weightless, "_resampled_axes", lambda module, input_size: 1)
 
 
 def places_in_double(patch: pytest.MonkeyPatch) -> None:
     """Nearest neighbours as float64 alone rounds their places."""
-    right = fixed._nearest
-    patch.setattr(fixed, "_nearest", lambda sizes, run: right(sizes, lambda x, j: run(x.double().reshape(1, 1, -1), j)))
+    right = weightless._nearest
+    patch.setattr(weightless, "_nearest", lambda sizes, run: right(sizes, lambda x, j: run(x.double().reshape(1, 1, -1), j)))
 
 
 def boundary_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Reflect and replicate padding without what the boundary adds."""
-    patch.setattr(boundary, "_largest", lambda *args: 0.0)
+    patch.setattr(boundary_terms, "_largest", lambda *args: 0.0)
 
 
 def corners_without_slack(patch: pytest.MonkeyPatch) -> None:
     """A cell judged by its corners, as if nothing happened between them."""
-    patch.setattr(lattice.Lattice, "slack", lambda self, half: np.zeros(len(half)))
+    patch.setattr(frequency_cells.Lattice, "slack", lambda self, half: np.zeros(len(half)))
 
 
 def one_layer_ends_all(patch: pytest.MonkeyPatch) -> None:
     """A layer that is given up ends the search of those beside it, which keep targets that nothing proved."""
-    right = search.BranchAndBound._without_given_up
+    right = branch_and_bound.BranchAndBound._without_given_up
 
-    def wrong(self: search.BranchAndBound, cells: lattice.Cells, targets: search.Targets) -> lattice.Cells:
+    def wrong(
+        self: branch_and_bound.BranchAndBound, cells: frequency_cells.Cells, targets: branch_and_bound.Targets
+    ) -> frequency_cells.Cells:
         left = right(self, cells, targets)
-        return left if len(left[0]) == len(cells[0]) else lattice.pick(left, slice(0))
+        return left if len(left[0]) == len(cells[0]) else frequency_cells.pick(left, slice(0))
 
-    patch.setattr(search.BranchAndBound, "_without_given_up", wrong)
+    patch.setattr(branch_and_bound.BranchAndBound, "_without_given_up", wrong)
 
 
 def mirrored_complex(patch: pytest.MonkeyPatch) -> None:
     """Half of the frequencies for a complex kernel, whose two halves differ."""
-    right = lattice.Lattice.__init__
-    patch.setattr(lattice.Lattice, "__init__", lambda self, span, points, groups, mirrored: right(self, span, points, groups, True))
+    right = frequency_cells.Lattice.__init__
+    patch.setattr(frequency_cells.Lattice, "__init__", lambda self, span, points, groups, mirrored: right(self, span, points, groups, True))
 
 
 def phases_in_quadrature(patch: pytest.MonkeyPatch) -> None:
@@ -281,7 +268,7 @@ def phases_in_quadrature(patch: pytest.MonkeyPatch) -> None:
 
 def unshifted_cholesky(patch: pytest.MonkeyPatch) -> None:
     """A factorisation that completes taken as a proof, without Rump's shift."""
-    patch.setattr(certificates, "shift", lambda side: 0.0)
+    patch.setattr(cholesky, "shift", lambda side: 0.0)
 
 
 def moments_without_rounding(patch: pytest.MonkeyPatch) -> None:
@@ -307,8 +294,8 @@ def epsilon_in_a_normalisation(patch: pytest.MonkeyPatch) -> None:
         size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
         return x / (size + 1e-8), size.log()
 
-    patch.setattr(gram, "_unit", wrong)
-    patch.setattr(gram, "_scaled", lambda x: (x if x.shape[-2] >= x.shape[-1] else x.mH, torch.ones_like(x[..., :1, :1].real)))
+    patch.setattr(gram_iteration, "_unit", wrong)
+    patch.setattr(gram_iteration, "_scaled", lambda x: (x if x.shape[-2] >= x.shape[-1] else x.mH, torch.ones_like(x[..., :1, :1].real)))
 
 
 def division_by_a_zero_block(patch: pytest.MonkeyPatch) -> None:
@@ -318,7 +305,7 @@ def division_by_a_zero_block(patch: pytest.MonkeyPatch) -> None:
         size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
         return x / size, size.log()
 
-    patch.setattr(gram, "_unit", wrong)
+    patch.setattr(gram_iteration, "_unit", wrong)
 
 
 # ---- judges that are not about one case ------------------------------------------------------------------------------------
@@ -331,13 +318,13 @@ def every_size(case: Case) -> None:
 
 def every_size_on_blocks(case: Case) -> None:
     """The blocks for every size, by SVD, against the layer at the case's own."""
-    found = blocks.blocks(case.operator(None))
+    found = polyphase.blocks(case.operator(None))
     assert found.factor * float(torch.linalg.matrix_norm(found.matrices.to(torch.complex128), 2).max()) >= case.truth * (1 - 1e-6)
 
 
 def on_blocks(case: Case) -> None:
     """The blocks of the padding theorem's grid, by SVD, as the published methods read them."""
-    found = blocks.blocks(case.operator())
+    found = polyphase.blocks(case.operator())
     assert found.factor * float(torch.linalg.matrix_norm(found.matrices.to(torch.complex128), 2).max()) >= case.truth * (1 - 1e-6)
 
 
@@ -361,7 +348,7 @@ def cholesky_never_proves_what_is_false() -> None:
         g = a.mT @ a  # integers below 2^53: exact
         top = float(torch.linalg.eigvalsh(g)[-1])
         thresholds = torch.tensor([top * (1 - k * 2.0**-53) for k in range(-2, 6)], dtype=torch.float64)
-        proved = certificates.cholesky(g.expand(8, 3, 3).clone(), thresholds, torch.zeros(8, dtype=torch.float64))
+        proved = cholesky.cholesky(g.expand(8, 3, 3).clone(), thresholds, torch.zeros(8, dtype=torch.float64))
         exact = [[Fraction(x) for x in row] for row in g.tolist()]
         for t, said in zip(thresholds.tolist(), proved.tolist(), strict=True):
             assert not (said and exceeds(exact, Fraction(t)))
@@ -374,7 +361,7 @@ def moments_never_lie() -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randint(-(2**20), 2**20, (200, 2, 2), generator=generator, dtype=torch.int64).double()
     g = a.mT @ a
-    for one, top in zip(g, certificates.moments(g, torch.zeros(200, dtype=torch.float64)).tolist(), strict=True):
+    for one, top in zip(g, cholesky.moments(g, torch.zeros(200, dtype=torch.float64)).tolist(), strict=True):
         assert not exceeds([[Fraction(x) for x in row] for row in one.tolist()], Fraction(top))
 
 
@@ -503,24 +490,24 @@ def errors_of_differences_relative_to_them(patch: pytest.MonkeyPatch) -> None:
 
 def first_order_forgotten(patch: pytest.MonkeyPatch) -> None:
     """The lower side less what draws of the weights' errors do, all signs at random."""
-    patch.setattr(jacobian, "sway", lambda *given: 0.0)
+    patch.setattr(lower_bound, "sway", lambda *given: 0.0)
 
 
 def first_order_alone(patch: pytest.MonkeyPatch) -> None:
     """The lower side less the derivatives by weights, which see no kink that the weights' errors move."""
-    right = jacobian.noise
-    patch.setattr(jacobian, "noise", lambda run, x, value, signs, weights: right(run, x, value, signs, {}))
+    right = lower_bound.noise
+    patch.setattr(lower_bound, "noise", lambda run, x, value, signs, weights: right(run, x, value, signs, {}))
 
 
 def copies_of_a_part_counted_once(patch: pytest.MonkeyPatch) -> None:
     """Theorem N10 without the number of copies of an entry."""
-    right = parts._sizes
-    patch.setattr(parts, "_sizes", lambda *given: {j: np.minimum(m, 1.0) for j, m in right(*given).items()})
+    right = slice_coupling._sizes
+    patch.setattr(slice_coupling, "_sizes", lambda *given: {j: np.minimum(m, 1.0) for j, m in right(*given).items()})
 
 
 def parts_that_never_meet(patch: pytest.MonkeyPatch) -> None:
     """Theorem N10 (d) with the largest entry of the diagonal: what is added as if it were joined."""
-    patch.setattr(parts, "largest", lambda form: float(np.diag(form).max()))
+    patch.setattr(slice_coupling, "largest", lambda form: float(np.diag(form).max()))
 
 
 def any_two_functions_as_a_pair(patch: pytest.MonkeyPatch) -> None:
@@ -610,14 +597,14 @@ def lists_are_exact() -> None:
 
 def scales_taken_for_layers(patch: pytest.MonkeyPatch) -> None:
     """The block scales of an 8-bit weight bounded as a matrix of their own."""
-    patch.setattr(weights, "_scales", lambda name, entries: [])
+    patch.setattr(state_dict, "_scales", lambda name, entries: [])
 
 
 def scales_are_no_layers() -> None:
     """A file that holds an 8-bit weight, its block scales and a matrix."""
     narrow = torch.ones(4, 4).to(torch.float8_e4m3fn)
     held = {"a.weight": narrow, "a.weight_scale_inv": torch.ones(2, 2), "b.weight": torch.eye(2)}
-    kept, _ = weights.Weights("x", Stored({name: Entry.of(tensor) for name, tensor in held.items()})).sort()
+    kept, _ = state_dict.Weights("x", Stored({name: Entry.of(tensor) for name, tensor in held.items()})).sort()
     assert kept == ["b.weight"]
 
 

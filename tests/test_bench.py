@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import save_file
 
 import gramlip as gl
-from gramlip import bench, measure
-from gramlip.bench import convolutions, counting, matrices
-from gramlip.bench.convolutions import he
-from gramlip.bench.result import OURS, Claim, Entry, Result, Row, total
-from gramlip.certify import certify_all
-from gramlip.checkpoint import read
 from gramlip.cli import main
+from gramlip.lab import bench
+from gramlip.lab import timing as measure
+from gramlip.lab.bench import contenders, counting, matrices
+from gramlip.lab.bench.contenders import he
+from gramlip.lab.bench.result import OURS, Claim, Entry, Result, Row, total
+from gramlip.norm.certify import certify_all
+from gramlip.reports.checkpoint import read
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -113,12 +114,12 @@ def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("shape", "n"), [((6, 4, 3, 3), 8), ((4, 6, 3, 3), 7), ((8, 8, 1, 1), 4)])
 def test_plain_version_is_the_published_method(shape: tuple[int, ...], n: int) -> None:
     op = gl.Conv(he(shape, 3), n, 1, shape[-1] // 2, "circular")
-    assert convolutions.plain(op.weight, n, 6) == pytest.approx(convolutions.published(op)(), rel=1e-5)
-    assert convolutions.plain(op.weight, n, 12) == pytest.approx(convolutions.svd(op), rel=1e-3)
+    assert contenders.plain(op.weight, n, 6) == pytest.approx(contenders.published(op)(), rel=1e-5)
+    assert contenders.plain(op.weight, n, 12) == pytest.approx(contenders.svd(op), rel=1e-3)
 
 
 def test_nearly_orthogonal_layers_are() -> None:
-    for op in convolutions.nearly_orthogonal(bench.Options()).values():
+    for op in contenders.nearly_orthogonal(bench.Options()).values():
         assert op.sizes is not None
         spectrum = torch.fft.rfft2(op.weight.double(), s=op.sizes).permute(2, 3, 0, 1)
         values = torch.linalg.svdvals(spectrum)
@@ -162,7 +163,7 @@ def test_operation_counts_do_not_grow(name: str) -> None:
 
 
 def test_nearly_orthogonal_layers_take_one_factorisation() -> None:
-    for op in convolutions.nearly_orthogonal(bench.Options()).values():
+    for op in contenders.nearly_orthogonal(bench.Options()).values():
         counts = counting.count(lambda op=op: gl.bound(op))
         assert counts.factorizations == 1
         assert counts.tested == 0

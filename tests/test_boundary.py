@@ -14,10 +14,10 @@ from torch import Tensor
 
 import gramlip as gl
 from cases import ROUNDING, Case
-from gramlip import boundary
-from gramlip.blocks import axes, symbol
-from gramlip.boundary import _boundary, _components, _ends, _largest
-from gramlip.padding import PADDING, Axis, index_map
+from gramlip.norm.finite import boundary_terms
+from gramlip.norm.finite.boundary_terms import _boundary, _components, _ends, _largest
+from gramlip.norm.symbol.padding_theorems import PADDING, Axis, index_map
+from gramlip.norm.symbol.polyphase import axes, symbol
 from oracle import oracle
 
 MODES = ("reflect", "replicate")
@@ -127,9 +127,9 @@ def test_one_axis_by_the_norm_of_its_padding(monkeypatch: pytest.MonkeyPatch) ->
     line = torch.tensor([1.0, -2.0, 1.0])
     op = gl.Conv((line[:, None] * line)[None, None], 9, 1, 1, "reflect")
     both = gl.bound(op, finite=False)
-    monkeypatch.setattr(boundary, "LARGEST", 3)
+    monkeypatch.setattr(boundary_terms, "LARGEST", 3)
     one = gl.bound(op, finite=False)
-    monkeypatch.setattr(boundary, "LARGEST", 0)
+    monkeypatch.setattr(boundary_terms, "LARGEST", 0)
     none = gl.bound(op, finite=False)
     assert oracle(op) <= float(both.upper) <= float(one.upper) < float(none.upper)
     assert "on axes (0,)" in one.because or "on axes (1,)" in one.because
@@ -141,8 +141,8 @@ def test_phases_of_long_kernels_are_reduced(monkeypatch: pytest.MonkeyPatch) -> 
     weight = torch.zeros(1, 1, 1, 401, dtype=torch.float64)
     weight[..., 0] = weight[..., -1] = 1.0
     found: list[Tensor] = []
-    positive = boundary._positive
-    monkeypatch.setattr(boundary, "_positive", lambda e, noise, size: found.append(e) or positive(e, noise, size))
+    positive = boundary_terms._positive
+    monkeypatch.setattr(boundary_terms, "_positive", lambda e, noise, size: found.append(e) or positive(e, noise, size))
     geometry = axes(gl.Conv(weight, (5, 500), padding=((1, 1), (0, 0)), padding_mode="reflect"))
     ends = (_ends(geometry[0], "reflect")[0],)
     _largest(weight, geometry, (0,), ends, 2.0)
@@ -214,7 +214,7 @@ def test_dear_boundaries_take_fewer_frequencies_or_none(monkeypatch: pytest.Monk
     op = gl.Conv((line[:, None] * line)[None, None], 9, 1, 1, "reflect")
     uppers = []
     for operations in (math.inf, 3e6, 0.0):
-        monkeypatch.setattr(boundary, "OPERATIONS", operations)
+        monkeypatch.setattr(boundary_terms, "OPERATIONS", operations)
         uppers.append(float(gl.bound(op, finite=False).upper))
     assert oracle(op) <= uppers[0] < uppers[1] < uppers[2]
 
@@ -247,7 +247,7 @@ def test_every_size_holds_where_its_boundary_is_not_formed(sizes: tuple[int, int
         op = gl.Conv(weight, sizes, 1, dilation, "replicate", dilation)
         truth = oracle(op)
         for largest in (0, 20, 1536):
-            monkeypatch.setattr(boundary, "LARGEST", largest)
+            monkeypatch.setattr(boundary_terms, "LARGEST", largest)
             assert float(gl.bound(replace(op, input_size=None)).upper) >= truth * (1 - ROUNDING)
 
 

@@ -13,10 +13,10 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 import gramlip as gl
-from gramlip import checkpoint
-from gramlip.checkpoint import read, read_bytes
+from gramlip.reports import checkpoint
+from gramlip.reports.checkpoint import read, read_bytes
+from gramlip.reports.state_dict import Weights
 from gramlip.testing.oracle import oracle
-from gramlip.weights import Weights
 
 NET = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 4))
 STATE = NET.state_dict()

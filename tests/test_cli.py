@@ -11,8 +11,9 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 import gramlip as gl
-from gramlip import commands, output, targets
-from gramlip.cli import main
+from gramlip import targets
+from gramlip.cli import commands, main
+from gramlip.reports import output
 
 RUN = [sys.executable, "-c", "import sys; from gramlip.cli import main; sys.exit(main())"]
 

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gramlip as gl
-from gramlip.blocks import blocks
 from gramlip.errors import InputError
+from gramlip.norm.symbol.polyphase import blocks
 from gramlip.testing.cases import cases
 
 GEOMETRIES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramlip.network import audit
+from gramlip.network.audit import audit
 from test_rules import Map
 
 LEVELS = torch.tensor([0.25, 0.5, 0.75, 1.5], dtype=torch.float64)

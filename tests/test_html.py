@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from gramlip import Bound, plots
+from gramlip import Bound
 from gramlip.errors import InputError
-from gramlip.html import page, sampled
-from gramlip.network import audit
-from gramlip.report import Layer, Report
+from gramlip.network.audit import audit
+from gramlip.reports import plots
+from gramlip.reports.pictures import page, sampled
+from gramlip.reports.report import Layer, Report
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 PROBE = """<script>document.title = JSON.stringify({

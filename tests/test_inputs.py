@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gramlip as gl
-from gramlip.operators import EIGHT_BITS
+from gramlip.operators.linear_maps import EIGHT_BITS
 
 WEIGHT = torch.ones(3, 2, 3, 3)
 ONE = gl.Bound(1.0, 1.0, "one")

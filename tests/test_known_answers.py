@@ -11,7 +11,7 @@ from torch import nn
 
 import gramlip as gl
 from cases import ROUNDING, TRAPS, check, closes, every_size
-from gramlip.network import audit
+from gramlip.network.audit import audit
 from gramlip.testing import Case, matrix, norm, oracle
 
 WIDTH = 1e-6

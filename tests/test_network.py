@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gramlip import Bound, bound
-from gramlip.coupling import segments
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.network import audit
+from gramlip.network.audit import audit
+from gramlip.network.coupling import segments
 from test_rules import Map
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -571,10 +571,10 @@ def test_an_example_of_tensors_and_others_is_refused() -> None:
 
 def test_segments_multiply_to_the_whole() -> None:
     torch.manual_seed(2)
-    from gramlip.compose import constants
-    from gramlip.fold import fold
-    from gramlip.graph import export
-    from gramlip.rules import lower
+    from gramlip.network.compose import constants
+    from gramlip.network.fold import fold
+    from gramlip.network.graph import export
+    from gramlip.network.rules import lower
 
     model = models.settled(models.DnCNN(3, 4), torch.zeros(1, 1, 6, 6))
     network = fold(lower(export(model, (torch.zeros(1, 1, 6, 6),))).network)

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 import gramlip as gl
-from gramlip.compose import constants
-from gramlip.coupling import plan, segments
-from gramlip.coupling.circulant import Circulant, circulant
-from gramlip.coupling.forms import Entries, system
-from gramlip.coupling.run import Piece, Search, certificate, improve
-from gramlip.fold import fold
-from gramlip.graph import export
-from gramlip.network import audit
-from gramlip.rules import lower
-from gramlip.steps import Linear, Network, Step
+from gramlip.network.audit import audit
+from gramlip.network.compose import constants
+from gramlip.network.coupling import plan, segments
+from gramlip.network.coupling.circulant import Circulant, circulant
+from gramlip.network.coupling.linear_forms import Entries, system
+from gramlip.network.coupling.multiplier_search import Piece, Search, certificate, improve
+from gramlip.network.fold import fold
+from gramlip.network.graph import export
+from gramlip.network.rules import lower
+from gramlip.network.steps import Linear, Network, Step
 
 
 class Residual(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramlip.errors import InputError
-from gramlip.network import audit
+from gramlip.network.audit import audit
 from test_rules import Map
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramlip.errors import UnsupportedError
-from gramlip.network import audit, steps_of
-from gramlip.steps import Attention
+from gramlip.network.audit import audit, steps_of
+from gramlip.network.steps import Attention
 from test_rules import Map
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import gramlip as gl
-from gramlip.apply import apply, matrix_of
-from gramlip.compose import compose, constants
-from gramlip.coupling import coupled, total
-from gramlip.fold import fold
-from gramlip.operators import Conv, Dense, Scale, Shape
-from gramlip.ranges import capped
+from gramlip.network.compose import compose, constants
+from gramlip.network.coupling import coupled, total
+from gramlip.network.fold import fold
+from gramlip.network.ranges import capped
+from gramlip.network.steps import Input, Linear, Lipschitz, Network, Pad, Product, Slope, Step, Sum, What
+from gramlip.operators.apply import apply, matrix_of
+from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
 from gramlip.rules import RULES, register
-from gramlip.steps import Input, Linear, Lipschitz, Network, Pad, Product, Slope, Step, Sum, What
 
 
 def network(*steps: tuple[What, tuple[int, ...], Shape]) -> Network:
@@ -239,7 +239,7 @@ def test_the_error_of_a_step_may_gather_all_entries_in_one(op: Scale | Dense | C
 
 
 def test_the_slack_of_a_sum_grows_with_its_terms() -> None:
-    from gramlip.ranges import _slack
+    from gramlip.network.ranges import _slack
 
     assert _slack(1.0, 10**9) >= 10**9 * 2.0**-53
     assert _slack(2.0**-1000, 10**9) >= 10**9 * 2.0**-1022

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from gramlip import running_errors
 from gramlip.errors import UnsupportedError
-from gramlip.network import audit
+from gramlip.network import running_errors
+from gramlip.network.audit import audit
 from test_rules import Map
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

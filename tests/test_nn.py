@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import gramlip as gl
 from gramlip import nn as gnn
 from gramlip.nn import parametrize as parametrizing
-from gramlip.nn.sigma import largest
+from gramlip.nn.norm_op import largest
 
 
 def truth(layer: nn.Module, shape: tuple[int, ...]) -> float:

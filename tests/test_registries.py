@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import LAYERS, TRAPS, cases
-from gramlip.network import audit
-from gramlip.padding import PADDING
+from gramlip.network.audit import audit
+from gramlip.norm.symbol.padding_theorems import PADDING
 from gramlip.rules import RULES
 from gramlip.testing import KERNELS, conformance
 from rule_cases import CASES, OVERLOADS
 from test_rules import Map
 
-ABSTRACT = (object, Tensor, gl.Conv, gl.Dense, gl.Diagonal, gl.Separable, gl.operators.Sparse)  # operators are cases themselves
+ABSTRACT = (object, Tensor, gl.Conv, gl.Dense, gl.Diagonal, gl.Separable, gl.operators.linear_maps.Sparse)  # operators are cases themselves
 
 
 @pytest.mark.parametrize("mode", PADDING)
@@ -25,7 +25,7 @@ def test_padding_mode_has_cases(mode: str) -> None:
 
 
 def test_every_mode_that_an_operator_takes_has_a_theorem() -> None:
-    assert set(gl.operators.MODES) == set(PADDING)
+    assert set(gl.operators.linear_maps.MODES) == set(PADDING)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

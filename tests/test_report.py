@@ -5,7 +5,7 @@ from decimal import Decimal
 import pytest
 
 import gramlip as gl
-from gramlip.report import Layer, LeftOut, Report, aligned, printable
+from gramlip.reports.report import Layer, LeftOut, Report, aligned, printable
 
 INF = math.inf
 

@@ -17,15 +17,15 @@ from torch import nn
 
 from gramlip.cli import main
 from gramlip.errors import InputError
-from gramlip.methods import METHODS
-from gramlip.reproduce import EXPERIMENTS, Options, Task, reproduce
-from gramlip.reproduce.resnet18 import convolutions
-from gramlip.reproduce.training import PRESETS, preset
-from gramlip.training.models import MODELS
-from gramlip.training.recipes import RECIPES
+from gramlip.lab.reproduce import EXPERIMENTS, Options, Task, reproduce
+from gramlip.lab.reproduce.resnet18 import convolutions
+from gramlip.lab.reproduce.training import PRESETS, preset
+from gramlip.lab.training.models import MODELS
+from gramlip.lab.training.recipes import RECIPES
+from gramlip.norm.methods.registry import METHODS
 
 pytest.importorskip("lightning", reason="the extra gramlip[train]", exc_type=ImportError)
-from gramlip.training import run
+from gramlip.lab.training import train as run
 
 QUICK = Options(trials=1, quick=True)
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -17,13 +17,13 @@ from torch import Tensor
 
 import gramlip as gl
 from cases import Case
-from gramlip import certificates as cert
-from gramlip import rounding as rd
-from gramlip.bound import decimals
-from gramlip.finite import Certificate, Layer
-from gramlip.gramian import GramSymbol, SquaresInSingle
-from gramlip.search import BranchAndBound
-from gramlip.taps import Taps, spectral
+from gramlip.norm.finite.layer import Certificate, Layer
+from gramlip.norm.search.branch_and_bound import BranchAndBound
+from gramlip.norm.symbol.autocorrelation import Taps, spectral
+from gramlip.norm.symbol.gram_symbol import GramSymbol, SquaresInSingle
+from gramlip.numerics import cholesky as cert
+from gramlip.numerics import rounding as rd
+from gramlip.operators.interval import decimals
 from gramlip.testing import weight
 
 POSITIVE = st.floats(0, 1e300, allow_nan=False)
@@ -559,7 +559,7 @@ def test_few_wide_blocks_hold_the_norm() -> None:
         blocks = torch.fft.fft2(kernel.double(), s=(5, 5)).permute(2, 3, 0, 1)
         norm = float(torch.linalg.matrix_norm(blocks, 2).max())
         for rtol in (1e-2, 1e-3, 1e-6):
-            interval = gl.bound(gl.operators.Conv(kernel, input_size=5, padding=1, padding_mode="circular"), rtol=rtol)
+            interval = gl.bound(gl.operators.linear_maps.Conv(kernel, input_size=5, padding=1, padding_mode="circular"), rtol=rtol)
             assert norm * (1 - 1e-12) <= interval.upper <= norm * (1 + rtol)
             assert interval.lower <= norm * (1 + 1e-12)
 

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.graph import export
-from gramlip.network import audit
-from gramlip.rules import RULES, lower, register
-from gramlip.rules.activations import SLOPES
-from gramlip.steps import Unbounded
+from gramlip.network.audit import audit
+from gramlip.network.graph import export
+from gramlip.network.rules import lower
+from gramlip.network.rules.activations import SLOPES
+from gramlip.network.steps import Unbounded
+from gramlip.rules import RULES, register
 
 A = torch.ops.aten
 

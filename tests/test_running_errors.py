@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gramlip.graph import export
-from gramlip.rules import Lowered, lower
+from gramlip.network.graph import export
+from gramlip.network.rules import Lowered, lower
 
 Real = Any  # an array of mpf
 

@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import gramlip as gl
-from gramlip import ascent, certificates, gramian, search
-from gramlip.gramian import GramSymbol
-from gramlip.lattice import Lattice, waves
-from gramlip.search import BranchAndBound, Enclosure
-from gramlip.taps import Taps, tap_offsets, tap_positions, tap_runs
+from gramlip.norm.search import branch_and_bound
+from gramlip.norm.search import lower as ascent
+from gramlip.norm.search.branch_and_bound import BranchAndBound, Enclosure
+from gramlip.norm.symbol import gram_symbol
+from gramlip.norm.symbol.autocorrelation import Taps, tap_offsets, tap_positions, tap_runs
+from gramlip.norm.symbol.frequency_cells import Lattice, waves
+from gramlip.norm.symbol.gram_symbol import GramSymbol
+from gramlip.numerics import cholesky
 
 
 def enclose(kernel: Tensor, points: tuple[int | None, ...], rtol: float = 1e-2) -> tuple[float, float, Enclosure]:
@@ -153,7 +156,7 @@ def test_layers_searched_together_keep_their_own_targets() -> None:
 @pytest.mark.parametrize("hopeless", [(0,), (2,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
 def test_a_layer_that_is_given_up_leaves_the_others_in_the_search(hopeless: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The first layer without a target left once ended the search of all: the others were reported with targets that nothing had proved."""
-    monkeypatch.setattr(search, "CELLS", 0)  # every round asks for wider targets
+    monkeypatch.setattr(branch_and_bound, "CELLS", 0)  # every round asks for wider targets
     kernels = torch.cat([KERNELS["2d"], KERNELS["2d"].flip(-1), KERNELS["2d"] ** 2])
     gram = GramSymbol(kernels)
     together = BranchAndBound(gram, (None, None), np.arange(3))
@@ -218,8 +221,8 @@ def test_a_peak_that_rises_above_the_ceiling_is_closed_to_its_own_width() -> Non
 @pytest.mark.parametrize("shape", [(90, 40), (40, 90)], ids=str)
 def test_matrices_of_any_size_are_one_block_and_close(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """However small the memory for taps: there is nothing to search."""
-    monkeypatch.setattr(gramian, "TAP_BYTES", 1)
-    monkeypatch.setattr(gramian, "NARROW_BYTES", 1)
+    monkeypatch.setattr(gram_symbol, "TAP_BYTES", 1)
+    monkeypatch.setattr(gram_symbol, "NARROW_BYTES", 1)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     truth = float(torch.linalg.matrix_norm(weight.double(), 2))
     found = gl.bound(gl.Dense(weight))
@@ -249,7 +252,7 @@ def test_the_lower_side_is_looked_for_among_all_candidates() -> None:
 @pytest.mark.parametrize("shape", [(40, 30), (24, 24, 3)], ids=str)
 def test_taps_outlive_blocks_that_are_used_up(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """A matrix is its own tap; and nothing is kept of what is used up."""
-    monkeypatch.setattr(certificates, "LARGE_BYTES", 0)
+    monkeypatch.setattr(cholesky, "LARGE_BYTES", 0)
     monkeypatch.setattr(ascent, "KEPT_BYTES", 0)
     kernel = torch.randn(1, *shape, *(1,) * (2 - len(shape)), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gram = GramSymbol(kernel)

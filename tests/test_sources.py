@@ -17,7 +17,7 @@ from torch import nn
 
 from gramlip.cli import main
 from gramlip.errors import InputError
-from gramlip.network import audit
+from gramlip.network.audit import audit
 from gramlip.targets import resolve
 
 SOURCE = """

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import gramlip as gl
-from gramlip import sums
-from gramlip.nn.sigma import largest
-from gramlip.paper import Gram_iteration_naive, Lip_dense
+from gramlip.nn.norm_op import largest
+from gramlip.norm.methods.paper import Gram_iteration_naive, Lip_dense
+from gramlip.numerics import sums
 
 MANY = 27_000_000  # more than 2**24 a lane of the fastest loop of torch, which adds eight squares at once
 
@@ -100,10 +100,10 @@ def test_equal_blocks_of_equal_entries_keep_one(shape: tuple[int, ...], value: f
 
 @pytest.mark.parametrize("estimate", [2.0, float("inf"), float("nan")])
 def test_an_estimate_above_the_gram_value_rules_nothing_out(estimate: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gramlip.nn import sigma
+    from gramlip.nn import norm_op
 
-    right = sigma.power
-    monkeypatch.setattr(sigma, "power", lambda *given: (right(*given)[0] * estimate, right(*given)[1]))
+    right = norm_op.power
+    monkeypatch.setattr(norm_op, "power", lambda *given: (right(*given)[0] * estimate, right(*given)[1]))
     blocks = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0))
     assert float(largest(blocks, 8)[0]) >= float(torch.linalg.matrix_norm(blocks, 2).max()) * (1 - 1e-6)
 

@@ -10,18 +10,19 @@ import torch
 
 import gramlip as gl
 from cases import Case, cases, check, closes
-from gramlip import certificates, devices, gramian
-from gramlip.ascent import LowerBounds
-from gramlip.bench.convolutions import he
-from gramlip.certify import certify_all
-from gramlip.lattice import Lattice
-from gramlip.search import BranchAndBound
+from gramlip.lab.bench.contenders import he
+from gramlip.norm.certify import certify_all
+from gramlip.norm.search.branch_and_bound import BranchAndBound
+from gramlip.norm.search.lower import LowerBounds
+from gramlip.norm.symbol import gram_symbol
+from gramlip.norm.symbol.frequency_cells import Lattice
+from gramlip.numerics import cholesky, devices
 
 
 @pytest.fixture(autouse=True)
 def _parallel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "parallel", lambda device: True)
-    monkeypatch.setattr(gramian, "SWEPT_OPERATIONS", 1e9)  # a GPU has time for more
+    monkeypatch.setattr(gram_symbol, "SWEPT_OPERATIONS", 1e9)  # a GPU has time for more
 
 
 @pytest.mark.parametrize("case", cases()[::5], ids=lambda case: case.name)
@@ -77,7 +78,7 @@ def test_a_peak_that_was_missed_is_found_by_the_corners_that_fail(monkeypatch: p
 def test_a_factorisation_that_is_wrong_proves_nothing(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.eye(side, dtype=torch.complex128)[None] * torch.linspace(0.5, 1, side)[:, None]
     t, noise = torch.tensor([1.001], dtype=torch.float64), torch.tensor([1e-13], dtype=torch.float64)
-    assert bool(certificates.cholesky(g, t, noise))
+    assert bool(cholesky.cholesky(g, t, noise))
     factorise = torch.linalg.cholesky_ex
 
     def sloppy(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +86,7 @@ def test_a_factorisation_that_is_wrong_proves_nothing(side: int, monkeypatch: py
         return factor * (1 + 1e-9), info
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", sloppy)
-    assert not bool(certificates.cholesky(g, t, noise))
+    assert not bool(cholesky.cholesky(g, t, noise))
 
 
 @pytest.mark.parametrize("complex_", [False, True])
@@ -94,7 +95,7 @@ def test_a_factorisation_that_is_wrong_proves_nothing(side: int, monkeypatch: py
 def test_axes_that_the_spread_omits_are_visited_point_by_point(size: int, rtol: float, complex_: bool) -> None:
     """Wide intervals took cells of several steps on grids whose points were all taken to be corners."""
     kernel = torch.ones(1, 2, 2, 4, dtype=torch.complex64 if complex_ else torch.float32)
-    gram = gramian.GramSymbol(kernel, rtol=rtol, frequencies=size)
+    gram = gram_symbol.GramSymbol(kernel, rtol=rtol, frequencies=size)
     grid = Lattice(gram.span, (size,), 1, not complex_)
     cells = grid.cells(gram.fine or 0.0, np.zeros(1, dtype=np.int64), least=True)
     passed_over = bool((grid.half_widths(cells) > 0).any())

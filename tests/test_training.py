@@ -22,15 +22,16 @@ from gramlip import cli
 
 lightning = pytest.importorskip("lightning", reason="the extra gramlip[train]", exc_type=ImportError)
 
-from gramlip.training import data, run  # noqa: E402
-from gramlip.training.models import MODELS, build  # noqa: E402
-from gramlip.training.recipes import RECIPES  # noqa: E402
-from gramlip.training.task import Task  # noqa: E402
+from gramlip.lab.training import data  # noqa: E402
+from gramlip.lab.training import train as run  # noqa: E402
+from gramlip.lab.training.lightning_module import Task  # noqa: E402
+from gramlip.lab.training.models import MODELS, build  # noqa: E402
+from gramlip.lab.training.recipes import RECIPES  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning")  # its own use of what torch has deprecated
 FOREIGN = """
 from torch import nn
-from gramlip.training.models import small
+from gramlip.lab.training.models import small
 def leaves(): raise SystemExit(3)
 class Alone(nn.Module):
     def forward(self, x):
@@ -152,7 +153,7 @@ def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert [entry["eps"] for entry in found["certified"]] == [36 / 255, 1.0]
     assert all(entry["accuracy"] <= entry["attacked"] for entry in found["certified"])
     assert found["certified"][0]["accuracy"] == results["certified_by_pairs"][0]["accuracy"]
-    assert cli.main(["certify", "gramlip.training.models:small", "--data", str(cifar), "--samples", "4", "--eps", "0.1"]) == 0
+    assert cli.main(["certify", "gramlip.lab.training.models:small", "--data", str(cifar), "--samples", "4", "--eps", "0.1"]) == 0
     assert "certified at eps" in capsys.readouterr().out
 
 
@@ -175,12 +176,12 @@ def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "augment=1"], "augment=1 was given; expected true or false"),
         (["certify", "BROKEN", "--data", "CIFAR"], "expected a folder that gramlip train finished"),
         (["certify", ":small", "--data", "CIFAR"], "expected a folder that gramlip train finished, or package.module:callable"),
-        (["certify", "gramlip.training.models:build", "--data", "CIFAR"], "build() missing"),
-        (["certify", "gramlip.training.models:small", "--data", "CIFAR", "--samples", "0"], "a whole number of at least 1"),
+        (["certify", "gramlip.lab.training.models:build", "--data", "CIFAR"], "build() missing"),
+        (["certify", "gramlip.lab.training.models:small", "--data", "CIFAR", "--samples", "0"], "a whole number of at least 1"),
         (["certify", "nowhere", "--data", "CIFAR"], "expected a folder that gramlip train finished"),
         (["certify", "gramlip:nothing", "--data", "CIFAR"], "expected package.module:callable"),
-        (["certify", "gramlip.training.models:small", "--data", "CIFAR", "--eps", "-1"], "expected a radius of at least 0"),
-        (["certify", "gramlip.training.models:small", "--data", "CIFAR", "--eps", "1e400"], "expected a radius of at least 0"),
+        (["certify", "gramlip.lab.training.models:small", "--data", "CIFAR", "--eps", "-1"], "expected a radius of at least 0"),
+        (["certify", "gramlip.lab.training.models:small", "--data", "CIFAR", "--eps", "1e400"], "expected a radius of at least 0"),
         (["certify", "foreign:Alone", "--data", "CIFAR"], "Alone raised RuntimeError (one at a time) for images of shape (32, 3, 32, 32)"),
         (["certify", "foreign:leaves", "--data", "CIFAR"], "raised SystemExit (3)"),
     ],
@@ -282,7 +283,7 @@ def test_certify_writes_over_no_image(cifar: Path, tmp_path: Path, capsys: pytes
     shutil.copytree(cifar, tmp_path / "images")
     file = next((tmp_path / "images").glob("test-*"))
     before = file.read_bytes()
-    line = ["certify", "gramlip.training.models:small", "--data", str(file.parent), "--samples", "4", "--json", str(file)]
+    line = ["certify", "gramlip.lab.training.models:small", "--data", str(file.parent), "--samples", "4", "--json", str(file)]
     assert cli.main(line) == 2
     assert "exists and was not written by --json" in capsys.readouterr().err
     assert file.read_bytes() == before
@@ -326,7 +327,7 @@ def test_damaged_files_of_images_are_one_line(kept: int, cifar: Path, tmp_path: 
     for file in cifar.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[:kept])
     line = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    for command in (["train", "small", *line], ["certify", "gramlip.training.models:small", *line[:2]]):
+    for command in (["train", "small", *line], ["certify", "gramlip.lab.training.models:small", *line[:2]]):
         assert cli.main(command) == 2
         error = capsys.readouterr().err
         assert "parquet cannot be read as parquet (" in error

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import gramlip.startup  # noqa: F401  # pyright: ignore[reportUnusedImport] (first of all, before torch)
 from gramlip import distributed, nn, robust
-from gramlip import fixed as fixed  # registers the layers without weights
-from gramlip.bound import Bound
-from gramlip.conv_gram import conv_gram_norm
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.gram import gram_norm
-from gramlip.layers import describe
-from gramlip.methods import METHODS
-from gramlip.network import audit
-from gramlip.norm import bound
-from gramlip.operators import Conv, Dense, Diagonal, Separable
+from gramlip.network.audit import audit
+from gramlip.norm.bound import bound
+from gramlip.norm.methods.differentiable import conv_gram_norm
+from gramlip.norm.methods.registry import METHODS
+from gramlip.numerics.gram_iteration import gram_norm
+from gramlip.operators import weightless as weightless  # registers the layers without weights
+from gramlip.operators.describe import describe
+from gramlip.operators.interval import Bound
+from gramlip.operators.linear_maps import Conv, Dense, Diagonal, Separable
 
 __all__ = [
     "METHODS",

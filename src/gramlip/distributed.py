@@ -10,11 +10,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gramlip.bound import Bound
-from gramlip.layers import describe
-from gramlip.norm import bound
-from gramlip.operators import Conv, Dense, Ints, Operator
-from gramlip.wrappers import is_flat, is_sharded, unwrapped
+from gramlip.norm.bound import bound
+from gramlip.operators.describe import describe
+from gramlip.operators.interval import Bound
+from gramlip.operators.linear_maps import Conv, Dense, Ints, Operator
+from gramlip.operators.wrappers import is_flat, is_sharded, unwrapped
 
 
 def world() -> int:

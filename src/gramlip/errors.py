@@ -6,7 +6,7 @@ from __future__ import annotations
 class InputError(ValueError):
     """Input that cannot be used: wrong values, shapes, files or options.
 
-    >>> from gramlip.bound import Bound
+    >>> from gramlip.operators.interval import Bound
     >>> try:
     ...     Bound(2.0, 1.0, "given")
     ... except InputError as error:

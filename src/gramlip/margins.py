@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gramlip import rounding as rd
-from gramlip.bound import Bound
 from gramlip.errors import InputError
-from gramlip.report import Report
-from gramlip.widen import exact
-from gramlip.wrappers import unwrapped
+from gramlip.numerics import rounding as rd
+from gramlip.numerics.exact_cast import exact
+from gramlip.operators.interval import Bound
+from gramlip.operators.wrappers import unwrapped
+from gramlip.reports.report import Report
 
 LEAST = 2.0**-960  # flushed denormals, of 2^-1022 at most, are less than half a rounding of what is not below this
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramlip.bound import Bound, decimals
 from gramlip.errors import InputError
 from gramlip.margins import constant, numbers, radii, tensor
 from gramlip.nn.modes import evaluating, in_eval_mode
-from gramlip.report import Report
+from gramlip.operators.interval import Bound, decimals
+from gramlip.reports.report import Report
 
 EPS = (36 / 255, 72 / 255, 108 / 255, 255 / 255)
 """The radii that the field reports, for pixels in [0, 1]."""

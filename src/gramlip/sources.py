@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramlip.checkpoint import check_file, read
 from gramlip.errors import InputError, first_line
-from gramlip.example import program_inputs
-from gramlip.graph import silent
-from gramlip.network import Example, audit, steps_of
-from gramlip.operators import Conv, Dense
-from gramlip.output import aside
-from gramlip.report import Report
-from gramlip.steps import Linear
-from gramlip.weights import Watch, Weights
+from gramlip.network.audit import Example, audit, steps_of
+from gramlip.network.graph import silent
+from gramlip.network.steps import Linear
+from gramlip.operators.given import program_inputs
+from gramlip.operators.linear_maps import Conv, Dense
+from gramlip.reports.checkpoint import check_file, read
+from gramlip.reports.output import aside
+from gramlip.reports.report import Report
+from gramlip.reports.state_dict import Watch, Weights
 
 Shape = tuple[int, ...]
 Program = nn.Module | torch.export.ExportedProgram

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Protocol
 
 from gramlip import sources
-from gramlip.checkpoint import read, read_bytes
 from gramlip.errors import InputError
-from gramlip.operators import Conv, Dense
-from gramlip.output import note
-from gramlip.report import Report
-from gramlip.weights import Watch, Weights
+from gramlip.operators.linear_maps import Conv, Dense
+from gramlip.reports.checkpoint import read, read_bytes
+from gramlip.reports.output import note
+from gramlip.reports.report import Report
+from gramlip.reports.state_dict import Watch, Weights
 
 Shape = tuple[int, ...]
 

@@ -15,11 +15,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.layers import describe
-from gramlip.nn.walk import Where, layers
-from gramlip.norm import bound, check_rtol
-from gramlip.operators import Conv, Dense, Ints
-from gramlip.wrappers import is_wrapper, unwrapped
+from gramlip.nn.model_walk import Where, layers
+from gramlip.norm.bound import bound, check_rtol
+from gramlip.operators.describe import describe
+from gramlip.operators.linear_maps import Conv, Dense, Ints
+from gramlip.operators.wrappers import is_wrapper, unwrapped
 
 TRIES = 40  # each try widens the margin twofold: from one rounding unit to far more than a cast can lose
 

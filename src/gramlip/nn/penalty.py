@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gramlip import distributed
-from gramlip.bound import Bound
 from gramlip.errors import InputError
+from gramlip.nn.model_walk import layers
+from gramlip.nn.norm_op import Plan
 from gramlip.nn.parametrize import operator, positive, real
-from gramlip.nn.sigma import Plan
-from gramlip.nn.track import Tracker, plainly
-from gramlip.nn.walk import layers
-from gramlip.operators import Ints
+from gramlip.nn.tracker import Tracker, plainly
+from gramlip.operators.interval import Bound
+from gramlip.operators.linear_maps import Ints
 
 
 def _paper(sigma: Tensor, threshold: float) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gramlip.errors import InputError
+from gramlip.nn.norm_op import Plan
 from gramlip.nn.parametrize import Normalised, attach, each, operator, positive
-from gramlip.nn.sigma import Plan
-from gramlip.operators import Ints
-from gramlip.precision import real_dtype, uncast
+from gramlip.numerics.precision import real_dtype, uncast
+from gramlip.operators.linear_maps import Ints
 
 M = TypeVar("M", bound=nn.Module)
 

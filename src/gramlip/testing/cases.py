@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from gramlip.operators import Conv, Dense
+from gramlip.operators.linear_maps import Conv, Dense
 from gramlip.testing.kernels import KERNELS, weight
 from gramlip.testing.oracle import oracle, torch_layer
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gramlip.errors import InputError
-from gramlip.operators import Conv, Dense, Diagonal
+from gramlip.operators.linear_maps import Conv, Dense, Diagonal
 
 Pairs = Sequence[tuple[int, int]]
 _CONV: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -1,8 +1,0 @@
-"""The benchmark: contenders timed against each other in one run. `gramlip bench`; docs/performance.md."""
-
-from __future__ import annotations
-
-from gramlip.bench.result import Options, Result
-from gramlip.bench.run import ROWS, bench
-
-__all__ = ["ROWS", "Options", "Result", "bench"]

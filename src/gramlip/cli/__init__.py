@@ -1,0 +1,72 @@
+"""The command line: a thin layer over the library. Exit code 0, 1 (a limit is exceeded), 2 (unusable input), 130 or 143 (interrupted)."""
+
+from __future__ import annotations
+
+import argparse
+import pkgutil
+import re
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+from gramlip import __version__
+from gramlip.cli import commands
+from gramlip.errors import InputError, Terminated, UnsupportedError, first_line, out_of_memory
+from gramlip.reports.output import note, settle
+from gramlip.startup import ready
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors of usage are one line, like all others; options are written in full, and `-1,2` is a value."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+        self._negative_number_matcher = re.compile(r"-[.\d]")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Each command refuses what it does not know itself: its own help then is what to type."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        msg = f"{message}: type {self.prog} --help"
+        raise InputError(msg)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser with every command of `gramlip.cli.commands`."""
+    top = _Parser(prog="gramlip", description="How much a layer or a network can stretch its input, as an interval with a proof.")
+    top.add_argument("--version", action="version", version=f"gramlip {__version__}")
+    subparsers = top.add_subparsers(metavar="COMMAND", required=True)
+    for module in pkgutil.iter_modules(commands.__path__):
+        import_module(f"{commands.__name__}.{module.name}").add_parser(subparsers)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    try:
+        ready()
+        args = parser().parse_args(argv)
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        note("interrupted")
+        return 130
+    except Terminated as ended:
+        note("terminated")
+        return int(str(ended))
+    except (InputError, UnsupportedError) as error:
+        note(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        note(f"error: {' '.join(map(str, argv or sys.argv[1:]))}: {first_line(error)}; expected what fits into memory: type smaller sizes")
+    except OSError as error:
+        given = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        note(f"error: {given}; expected files that can be read and written: check the path and the disk")
+    finally:
+        settle()
+    return 2

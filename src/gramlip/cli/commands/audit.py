@@ -1,0 +1,65 @@
+"""`gramlip audit TARGET`: an interval for every layer, and for the network where the model is known."""
+
+from __future__ import annotations
+
+from argparse import Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from gramlip.cli.options import assumption, effort, interval, limit, shape, tolerance
+from gramlip.errors import InputError
+from gramlip.reports.output import check_outputs, emit, note, watched, write_whole
+from gramlip.reports.pictures import page
+from gramlip.reports.report import Report
+from gramlip.sources import Model, Options
+from gramlip.targets import resolve
+
+FORMATS: dict[str, Callable[[Report], str]] = {"--json": Report.to_json, "--html": page}
+"""Option -> how the report is written to its FILE."""
+
+
+def add_parser(subparsers: _SubParsersAction[Any]) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser("audit", help="an interval for every layer, and for the network where the model is known")
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        help="weights (.safetensors, checkpoint, demo) or a model (package.module:callable, .pt2, timm:, torchvision:, hf:)",
+    )
+    parser.add_argument("--input", type=shape, metavar="3,224,224", help="shape of the model's input without the batch")
+    parser.add_argument("--rtol", type=tolerance, default=1e-2, metavar="R", help="relative width upper/lower - 1 to reach (default 1e-2)")
+    for name in FORMATS:
+        parser.add_argument(name, metavar="FILE", help=f"write the report as {name[2:].upper()}; - for standard output, alone")
+    parser.add_argument(
+        "--assume", type=assumption, action="append", default=[], metavar="NAME=L", help="believe a constant; stands in the report"
+    )
+    parser.add_argument("--domain", type=interval, metavar="LOW,HIGH", help="every input entry lies there; makes products of values finite")
+    parser.add_argument(
+        "--effort", type=effort, default=1.0, metavar="E", help="search for coupled bounds (default 1; 0: closed forms; -1: none)"
+    )
+    parser.add_argument("--fail-above", type=limit, metavar="X", help="exit 1 unless every upper side is at most X")
+    parser.set_defaults(run=run)
+
+
+def run(args: Namespace) -> int:
+    """Audit, write, print; 1 where `--fail-above` is exceeded."""
+    files = check_outputs({name: getattr(args, name[2:]) for name in FORMATS})
+    source = resolve(args.target, args.input)
+    if isinstance(source, Model):
+        source = replace(source, options=Options(dict(args.assume), args.domain, effort=args.effort))
+    elif args.assume or args.domain is not None:
+        msg = f"{args.target} holds weights alone; expected a model for --assume and --domain: type package.module:callable"
+        raise InputError(msg)
+    report = source.audit(rtol=args.rtol, watch=watched)
+    for name, path in files.items():
+        if path is not None:
+            write_whole(path, FORMATS[name](report))
+    alone = [name for name, path in files.items() if path is None]
+    emit(FORMATS[alone[0]](report) if alone else f"{report}\n")
+    if args.fail_above is None:
+        return 0
+    above = report.above(args.fail_above)
+    if above:
+        note(f"above {args.fail_above}: {', '.join(above)}")
+    return 1 if above else 0

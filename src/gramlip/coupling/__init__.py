@@ -1,7 +1,0 @@
-"""Coupled bounds: several layers at once, through the slopes of the activations between them. docs/network.md#coupling."""
-
-from __future__ import annotations
-
-from gramlip.coupling.segments import Segment, coupled, total
-
-__all__ = ["Segment", "coupled", "total"]

@@ -1,0 +1,231 @@
+"""The benchmark's entries and claims, its table and its JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gramlip.lab.bench.counting import Counts
+from gramlip.lab.timing import Timing, interleaved
+from gramlip.operators.interval import Bound
+from gramlip.reports.report import aligned
+
+OURS = "gramlip"
+Work = Callable[[], "Bound | list[Bound] | float"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run depends on; `dtype` is that of the weights, `models` holds trained ones.
+
+    `quick` shrinks the rows to seconds, `full` adds what takes minutes.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    trials: int = 3
+    quick: bool = False
+    full: bool = False
+    models: Path = Path("../shared/models")
+    rates: Mapping[str, float] = field(default_factory=dict[str, float])
+    say: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contender on one case.
+
+    Attributes:
+        row: the row's name.
+        case: the layer, or "total".
+        contender: who was timed; `gramlip` and names that begin with it are ours.
+        minimum: the fastest trial in seconds; of a total, the sum over its cases.
+        median: the median trial, likewise.
+        ratio: median over that of `gramlip` in the same case: above 1 where `gramlip` is faster.
+        value: the upper side of an interval, or the number that the method gives.
+        width: `upper / lower - 1`, the largest of several; None where nothing is certified.
+        gap: value over the truth less 1 (of several: the one farthest from 0), where an SVD gave the truth.
+        counts: what was computed.
+        limit: least seconds of the certificate's operations at the measured rate of products.
+        memory: the largest memory of a process that did this alone, in bytes.
+    """
+
+    row: str
+    case: str
+    contender: str
+    minimum: float
+    median: float
+    ratio: float | None = None
+    value: float | None = None
+    width: float | None = None
+    gap: float | None = None
+    counts: Counts | None = None
+    limit: float | None = None
+    memory: int | None = None
+
+    @property
+    def over(self) -> float | None:
+        """How many times the limit it took."""
+        return self.median / self.limit if self.limit else None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A ratio that is to be at least, or at most, a number."""
+
+    row: str
+    text: str
+    measured: float
+    bound: float
+    least: bool
+
+    @property
+    def met(self) -> bool:
+        """Whether it holds in this run."""
+        return self.measured >= self.bound if self.least else self.measured <= self.bound
+
+
+@dataclass
+class Row:
+    """What a row gives: entries, claims, and what was left out and why."""
+
+    entries: list[Entry] = field(default_factory=list["Entry"])
+    claims: list[Claim] = field(default_factory=list["Claim"])
+    notes: list[str] = field(default_factory=list[str])
+
+    def of(self, case: str, contender: str) -> Entry:
+        """The entry of a contender on a case."""
+        return next(e for e in self.entries if e.case == case and e.contender == contender)
+
+
+def contest(
+    row: str,
+    case: str,
+    works: Mapping[str, Work],
+    options: Options,
+    *,
+    truths: Mapping[str, float] | None = None,
+    counts: Mapping[str, Counts] | None = None,
+) -> list[Entry]:
+    """Time the contenders against each other; those that `truths` names get a gap, those that `counts` names a limit."""
+    options.say(f"{row}: {case}")
+    times = interleaved(works, options.device, options.trials)
+    base = times[OURS].median if OURS in times else None
+    truths, counts = truths or {}, counts or {}
+    return [_entry(row, case, who, time, base, truths.get(who), counts.get(who), options.rates) for who, time in times.items()]
+
+
+def _entry(
+    row: str,
+    case: str,
+    who: str,
+    time: Timing[Bound | list[Bound] | float],
+    base: float | None,
+    truth: float | None,
+    counts: Counts | None,
+    rates: Mapping[str, float],
+) -> Entry:
+    found = time.value
+    bounds = found if isinstance(found, list) else [found] if isinstance(found, Bound) else []
+    value = found if isinstance(found, float) else float(bounds[0].upper) if len(bounds) == 1 else None
+    width = max((float(b.upper) / b.lower - 1 if b.lower else math.inf for b in bounds), default=None)
+    return Entry(
+        row,
+        case,
+        who,
+        time.minimum,
+        time.median,
+        time.median / base if base else None,
+        value,
+        width,
+        value / truth - 1 if value is not None and truth else None,
+        counts,
+        counts.seconds(dict(rates)) if counts else None,
+    )
+
+
+def total(entries: Sequence[Entry], case: str = "total") -> list[Entry]:
+    """The sum over the cases of each contender: of times, counts and limits; the largest width and gap."""
+    found: list[Entry] = []
+    base = sum(e.median for e in entries if e.contender == OURS)
+    for who in dict.fromkeys(e.contender for e in entries):
+        some = [e for e in entries if e.contender == who]
+        median = sum(e.median for e in some)
+        booked = [e.counts for e in some if e.counts]
+        counts = Counts(*(sum(values) for values in zip(*(asdict(c).values() for c in booked), strict=True))) if booked else None
+        gaps, widths = [e.gap for e in some if e.gap is not None], [e.width for e in some if e.width is not None]
+        limits = [e.limit for e in some if e.limit is not None]
+        found.append(
+            Entry(
+                some[0].row,
+                case,
+                who,
+                sum(e.minimum for e in some),
+                median,
+                median / base if base else None,
+                None,
+                max(widths, default=None),
+                max(gaps, key=abs, default=None),
+                counts,
+                sum(limits) if limits else None,
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run: its header, and what each row gave; `print` it for tables."""
+
+    header: dict[str, Any]
+    rows: dict[str, Row]
+
+    def to_json(self) -> str:
+        """Standard JSON text, schema 1; infinite numbers are null."""
+        rows = {
+            name: {
+                "entries": [{key: _finite(value) for key, value in asdict(e).items()} | {"over_limit": e.over} for e in row.entries],
+                "claims": [{key: _finite(value) for key, value in asdict(c).items()} | {"met": c.met} for c in row.claims],
+                "notes": row.notes,
+            }
+            for name, row in self.rows.items()
+        }
+        return json.dumps({"schema": 1, "header": self.header, "rows": rows}, indent=1, allow_nan=False) + "\n"
+
+    def __str__(self) -> str:
+        parts = [", ".join(f"{key} {value}" for key, value in self.header.items() if not isinstance(value, dict))]
+        for name, row in self.rows.items():
+            parts.append(
+                "\n\n".join([name, *([aligned(_table(row.entries), right=tuple(range(2, 9)))] if row.entries else []), *row.notes])
+            )
+        claims = [c for row in self.rows.values() for c in row.claims]
+        if claims:
+            lines = [("claim", "measured", "wanted", "")]
+            lines += [
+                (f"{c.row}: {c.text}", f"{c.measured:.3g}", f"{'>=' if c.least else '<='} {c.bound:g}", "met" if c.met else "NOT met")
+                for c in claims
+            ]
+            parts.append(aligned(lines, right=(1, 2)))
+        return "\n\n".join(parts)
+
+
+def _table(entries: list[Entry]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("case", "contender", "min ms", "median ms", "ratio", "width", "gap", "factorised", "times limit")]
+    for e in entries:
+        numbers = [f"{1e3 * e.minimum:.4g}", f"{1e3 * e.median:.4g}", *(_short(x) for x in (e.ratio, e.width, e.gap))]
+        rows.append((e.case, e.contender, *numbers, str(e.counts.factorizations) if e.counts else "", _short(e.over)))
+    return rows
+
+
+def _short(x: float | None) -> str:
+    return "" if x is None else f"{x:.3g}"
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,181 @@
+"""`compare`: every method on every layer, against the certified interval: value, side of the truth, error, time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gramlip.errors import InputError
+from gramlip.lab.timing import environment, timed
+from gramlip.norm.bound import bound
+from gramlip.norm.methods.registry import METHODS
+from gramlip.operators.linear_maps import Conv, Dense
+from gramlip.reports.report import aligned, finite
+
+_SIDES = {"exact": "exact", "upper": "upper", "lower": "lower", "estimate": "either", "interval": "both, proved"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """One method on one layer; `value` is None where the method is not valid for it, and `refused` says why.
+
+    `error` is what is proved of its error: the relative distance to the certified interval [lower, upper], 0 inside.
+    """
+
+    layer: str
+    weight_shape: tuple[int, ...]
+    input_size: tuple[int, ...] | None
+    method: str
+    value: float | None
+    seconds: float | None
+    lower: float
+    upper: float
+    refused: str = ""
+
+    @property
+    def error(self) -> float | None:
+        """Relative distance to the interval, None without a finite value or for a zero layer."""
+        value = finite(self.value)
+        return None if value is None or self.lower <= 0.0 else value / min(max(value, self.lower), self.upper) - 1
+
+    @property
+    def verdict(self) -> str:
+        """Where the value is seen to stand: "below", "inside" or "above" the certified interval."""
+        if self.value is None:
+            return ""
+        return "below" if self.value < self.lower else "above" if self.value > self.upper else "inside"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as JSON types."""
+        side = METHODS[self.method].side
+        return {
+            "layer": self.layer,
+            "weight_shape": list(self.weight_shape),
+            "input_size": None if self.input_size is None else list(self.input_size),
+            "method": self.method,
+            "side": side,
+            "value": finite(self.value),
+            "error": self.error,
+            "verdict": self.verdict or None,
+            "seconds": self.seconds,
+            "certified": {"lower": finite(self.lower), "upper": finite(self.upper)},
+            "refused": self.refused or None,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All methods on all layers; `print` it for a table."""
+
+    target: str
+    values: tuple[Value, ...]
+    header: dict[str, str | int] = field(default_factory=dict[str, str | int])
+
+    @property
+    def width(self) -> float:
+        """The largest relative width of the certified intervals."""
+        return max((v.upper / v.lower - 1 for v in self.values if v.lower > 0), default=0.0)
+
+    def to_json(self) -> str:
+        """Standard JSON text, schema 1."""
+        rows = [value.to_dict() for value in self.values]
+        return json.dumps({"schema": 1, "target": self.target, "header": self.header, "rows": rows}, indent=2, allow_nan=False) + "\n"
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("layer", "input", "method", "value", "side", "error", "stands", "time")]
+        last = None
+        for v in self.values:
+            size = "any" if v.input_size is None else "x".join(map(str, v.input_size))
+            head = (v.layer, size) if v.layer != last else ("", "")
+            last = v.layer
+            side = _SIDES[METHODS[v.method].side]
+            if v.value is None:
+                rows.append((*head, v.method, "-", side, "", "not valid here", ""))
+            else:
+                error = "" if v.error is None else f"{100 * v.error:+.3g} %" if v.error else "0"
+                rows.append((*head, v.method, f"{v.value:.6g}", side, error, v.verdict, f"{1e3 * (v.seconds or 0):.3g} ms"))
+        text = [self.target, aligned(rows, right=(3, 5, 7)), aligned(self._totals(), right=(2, 3, 4)), self._legend()]
+        return "\n\n".join(text)
+
+    def _totals(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [("all layers", "side", "valid on", "product of 1 + error", "total time")]
+        for name in dict.fromkeys(v.method for v in self.values):
+            valid = [v for v in self.values if v.method == name and v.value is not None]
+            if valid:
+                known = [v.error for v in valid if v.lower > 0]  # a zero layer has no relative error
+                ratio = "" if None in known else f"{math.prod(1 + error for error in known if error is not None):.6g}"
+                seconds = sum(v.seconds or 0 for v in valid)
+                layers = len({v.layer for v in self.values})
+                rows.append((name, _SIDES[METHODS[name].side], f"{len(valid)} of {layers}", ratio, f"{1e3 * seconds:.3g} ms"))
+        return rows
+
+    def _legend(self) -> str:
+        header = ", ".join(f"{key} {value}" for key, value in self.header.items())
+        own = "\ncertify: its upper side at the width that gramlip.bound asks for by default, 1e-2, in the time that this takes."
+        return (
+            "side: where the formula stands in exact arithmetic; error: distance to the certified interval, 0 inside;\n"
+            f"stands: where the value lies against that interval, which is at most {self.width:.1g} wide."
+            f"{own if any(v.method == 'certify' for v in self.values) else ''}\n{header}"
+        )
+
+
+def compare(
+    target: str,
+    operators: Iterable[tuple[str, Dense | Conv]],
+    methods: Sequence[str] = (),
+    *,
+    rtol: float = 1e-4,
+    trials: int = 3,
+    watch: Callable[[list[tuple[str, Dense | Conv]]], Iterable[tuple[str, Dense | Conv]]] = iter,
+) -> Comparison:
+    """Every method's plain value beside the certified interval, for each operator.
+
+    Args:
+        target: the title.
+        operators: (name, operator) pairs.
+        methods: names in `METHODS`, each taken once; all of them by default.
+        rtol: width of the certified interval that errors are taken against; certify's own row keeps its default.
+        trials: timed runs of each method, after one that is dropped; the median counts.
+        watch: may show progress.
+
+    Raises:
+        InputError: a method's name that is unknown, or nothing to compare.
+
+    >>> import torch
+    >>> table = compare("a matrix", [("weight", Dense(torch.eye(3)))], ["frobenius", "gram"], trials=1)
+    >>> [round(v.value, 6) for v in table.values]
+    [1.732051, 1.0]
+    """
+    unknown = sorted(set(methods) - set(METHODS))
+    if unknown:
+        msg = f"method={unknown[0]!r} is unknown; expected one of {sorted(METHODS)}"
+        raise InputError(msg)
+    pairs = list(operators)
+    if not pairs:
+        msg = f"{target} holds no linear layer; expected matrices or convolution kernels"
+        raise InputError(msg)
+    chosen = list(dict.fromkeys(methods)) or list(METHODS)
+    values = [v for name, op in watch(pairs) for v in _of(name, op, chosen, rtol, trials)]
+    return Comparison(target, tuple(values), environment(pairs[0][1].weight.device) | {"trials": trials, "dtype": _dtypes(pairs)})
+
+
+def _of(name: str, op: Dense | Conv, methods: Sequence[str], rtol: float, trials: int) -> list[Value]:
+    truth = bound(op, rtol=rtol)
+    size = op.input_size if isinstance(op, Conv) else None
+    found: list[Value] = []
+    for method in methods:
+        value, seconds, refused = None, None, ""
+        try:
+            value, seconds = timed(lambda method=method: METHODS[method].value(op), op.weight.device, trials)
+        except InputError as error:
+            refused = str(error)
+        place = (name, tuple(op.weight.shape), size)
+        found.append(Value(*place, method, value, seconds, float(truth.lower), float(truth.upper), refused))  # type: ignore[arg-type]
+    return found
+
+
+def _dtypes(pairs: list[tuple[str, Dense | Conv]]) -> str:
+    return ", ".join(sorted({str(op.weight.dtype).removeprefix("torch.") for _, op in pairs}))

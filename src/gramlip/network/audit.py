@@ -1,0 +1,260 @@
+"""`audit`: an interval for the Lipschitz constant of a whole network, layer by layer and composed; its upper side is proved."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gramlip.errors import InputError, UnsupportedError
+from gramlip.network.asked import check_inputs, check_model, check_options
+from gramlip.network.compose import Composition, compose, constants, kind
+from gramlip.network.coupling import coupled, total
+from gramlip.network.float64_calls import reads_memory
+from gramlip.network.fold import fold
+from gramlip.network.graph import Program, export, undisturbed
+from gramlip.network.lower_bound import Stretch, function, stretch
+from gramlip.network.ranges import capped
+from gramlip.network.rules import Lowered, lower
+from gramlip.network.steps import Attention, Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded
+from gramlip.numerics import rounding as rd
+from gramlip.operators.given import example_inputs
+from gramlip.operators.interval import Bound, decimals
+from gramlip.operators.linear_maps import Conv, Scale, Shape
+from gramlip.operators.wrappers import unwrapped
+from gramlip.reports.report import Layer, LeftOut, Report
+
+_KINDS: dict[type, str] = {
+    Slope: "activation",
+    Pad: "padding",
+    Sum: "sum",
+    Product: "product",
+    Attention: "attention",
+    Unbounded: "unbounded",
+}
+_GROWTH: dict[type, str] = {
+    Sum: "sum of branches, against the largest of them",
+    Product: "product of two values, against the larger",
+    Attention: "attention of rows of bounded norm, against the largest of its inputs",
+}
+_NEEDS_DOMAIN = {
+    Product: "a product of two values that depend on the input has no finite constant without a domain: pass domain=(low, high)",
+    Attention: "dot-product attention has no finite constant (arXiv 2006.04710) without a domain: pass domain=(low, high)",
+}
+Example = Tensor | Sequence[Tensor] | Sequence[int]
+
+
+def inputs(model: nn.Module | torch.export.ExportedProgram, example: Example) -> tuple[Tensor, ...]:
+    """The example as real tensors; a shape stands for one sample."""
+    items = example_inputs(model, example, real=True)
+    for t in items:
+        if not isinstance(t, Tensor):
+            msg = f"an example that holds a {type(t).__name__} was given; expected tensors alone: give the model a forward pass of tensors"
+            raise InputError(msg)
+        if t.is_meta:
+            msg = f"an example of shape {tuple(t.shape)} on the meta device was given; expected one on the CPU: type its shape"
+            raise InputError(msg)
+        if t.is_complex() or t.numel() == 0:
+            msg = f"an example of shape {tuple(t.shape)} and {t.dtype} was given; expected real entries, at least one"
+            raise InputError(msg)
+    return tuple(t.clone() if t.is_inference() else t for t in items)
+
+
+@undisturbed()
+def audit(
+    model: nn.Module | torch.export.ExportedProgram,
+    example: Example,
+    *,
+    rtol: float = 1e-2,
+    assume: Mapping[str, float] | None = None,
+    domain: tuple[float, float] | None = None,
+    data: Tensor | None = None,
+    seed: int = 0,
+    effort: float = 1.0,
+    strict: bool = True,
+    target: str | None = None,
+    progress: Callable[[list[str]], Iterable[str]] | None = None,
+) -> Report:
+    """Report with an interval for the l2 Lipschitz constant L of the network: `report.lower <= L <= report.upper`.
+
+    The upper side is proved, rounding included, and so are both sides of the layers. The lower side is the stretch of two concrete
+    inputs in float64, less the rounding of the two forward passes, which is measured and not proved.
+
+    The model is taken as a real function of its input in the mode it is in (batch norm needs `model.eval()`); it is not changed.
+
+    Args:
+        model: a module that `torch.export` takes, or an exported program.
+        example: input tensor(s) with their batch axis, or the shape of one sample, in the model's dtype and on its device.
+        rtol: relative width asked of each layer's interval.
+        assume: Lipschitz constants to believe, by module path, node or operation name; each stands in the report.
+        domain: (low, high), where every entry of the input lies; makes products of activations finite.
+        data: samples (k, *sample) from which the search for the lower side starts.
+        seed: of that search.
+        effort: of the search for coupled bounds; 0 takes closed forms, a negative number plain composition.
+        strict: False reports calls without a rule as unbounded instead of raising; they stand in `report.unsupported`.
+        target: title of the report.
+        progress: wraps the list of names that is iterated over, such as `tqdm`.
+
+    Raises:
+        UnsupportedError: operations without a rule, all of them at once with their place in the source.
+        InputError: an example, domain or assumption that cannot be used.
+
+    Reference: docs/network.md.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)).eval()
+    >>> report = audit(model, (2,))
+    >>> report.lower <= report.upper
+    True
+    """
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
+    check_model(model)
+    check_options(assume, domain, rtol, effort, seed, strict)
+    tensors = inputs(model, example)
+    check_inputs(tensors)
+    program = export(model, tensors)
+    lowered = lower(program, assume)
+    if lowered.unsupported and strict:
+        calls = "; ".join(lowered.unsupported)
+        msg = f"{type(model).__name__} has {len(lowered.unsupported)} calls that no rule can bound; expected rules for all of them: {calls}"
+        raise UnsupportedError(msg)
+    network = fold(capped(lowered.network, domain))
+    found, seconds = _constants(network, rtol, progress)
+    composed = compose(network, found)
+    upper, because = _whole(network, found, composed, effort)
+    below = _lower_side(program, lowered, tensors, data, domain, seed)
+    if below.value > upper:
+        _contradicted(lowered.assumed, below, upper)
+    weights = f"; computed weights are those that float64 gives where they {', '.join(lowered.taken)}" if lowered.taken else ""
+    whole = Bound(below.value, upper, f"{because}{weights}; {below.because}")
+    return Report(
+        target or type(model).__name__,
+        _rows(network, found, seconds, composed),
+        _left_out(network),
+        whole,
+        tuple(lowered.assumed),
+        unsupported=tuple(lowered.unsupported),
+    )
+
+
+def _contradicted(assumed: Sequence[str], below: Stretch, upper: float) -> None:
+    """Two inputs are stretched by more than the upper side: an assumption that does not hold, or a wrong rule."""
+    seen = f"two inputs are stretched by {decimals(below.value, upward=False)} ({below.because}), beyond {decimals(upper, upward=True)}"
+    if assumed:
+        msg = f"{'; '.join(assumed)}: {seen}; expected assumptions that hold: raise the constants"
+        raise InputError(msg)
+    msg = f"{seen}: a rule is wrong, or a rule of yours; nothing was widened"
+    raise ArithmeticError(msg)
+
+
+def _whole(network: Network, constants: Sequence[Bound], composed: Composition, effort: float) -> tuple[float, str]:
+    """The better of composition and coupling, and why."""
+    plain = "product of layers, sum at residuals, root of squares at joins"
+    segments = coupled(network, constants, effort) if effort >= 0 else None
+    if segments is None or not (upper := total(segments)) < composed.upper:
+        return composed.upper, plain
+    return upper, "; ".join([f"{plain} ({decimals(composed.upper, upward=True)})", *(s.because for s in segments if s.because)])
+
+
+@undisturbed()
+def steps_of(model: nn.Module | torch.export.ExportedProgram, example: Example) -> Network:
+    """The folded steps of a model; calls without a rule are unbounded steps."""
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
+    return fold(lower(export(model, inputs(model, example))).network)
+
+
+def _constants(network: Network, rtol: float, progress: Callable[[list[str]], Iterable[str]] | None) -> tuple[list[Bound], list[float]]:
+    steps = network.steps
+    shapes = [[steps[s].shape for s in step.sources] for step in steps]
+    alike: dict[object, list[int]] = {}
+    for i, step in enumerate(steps):
+        own = kind(step)
+        alike.setdefault(i if own is None else own, []).append(i)
+    groups = {min(group): group for group in alike.values()}
+    found: dict[int, tuple[Bound, float]] = {}
+    names = [step.name for step in steps]
+    for i, _ in zip(range(len(steps)), progress(names) if progress else names, strict=True):
+        group = groups.get(i, [])
+        begin = time.perf_counter()
+        bounds = _bounds([(steps[j], shapes[j]) for j in group], rtol)
+        seconds = (time.perf_counter() - begin) / max(1, len(group))
+        found |= {j: (bound, seconds) for j, bound in zip(group, bounds, strict=True)}
+    return [found[i][0] for i in range(len(steps))], [found[i][1] for i in range(len(steps))]
+
+
+def _bounds(items: Sequence[tuple[Step, Sequence[Shape]]], rtol: float) -> list[Bound]:
+    """The constants of steps that are searched together; an error names the step."""
+    try:
+        return constants([step for step, _ in items], [shapes for _, shapes in items], rtol)
+    except InputError as error:
+        if len(items) > 1:
+            return [_bounds([item], rtol)[0] for item in items]
+        msg = f"{items[0][0].name}: {error}"
+        raise InputError(msg) from error
+
+
+def _lower_side(
+    program: Program,
+    lowered: Lowered,
+    tensors: tuple[Tensor, ...],
+    data: Tensor | None,
+    domain: tuple[float, float] | None,
+    seed: int,
+) -> Stretch:
+    if any(write.refusal for write in program.writes.values()) or any(map(reads_memory, program.nodes)):
+        return Stretch(0.0, "no lower side: what an in-place call overwrites, or what is read from memory by place, is not followed")
+    shapes = [tuple(t.shape) for t in tensors]
+    size = sum(t.numel() for t in tensors)
+    if data is not None and not (
+        isinstance(data, Tensor) and data.ndim and len(data) and data[0].numel() == size and data.isfinite().all()
+    ):
+        given = f"of shape {tuple(data.shape)}" if isinstance(data, Tensor) else repr(type(data).__name__)
+        msg = f"data {given} was given; expected a tensor of finite samples of shape {shapes[0]}, stacked along the first axis"
+        raise InputError(msg)
+    weights = {n: (value, error) for n, error in lowered.errors.items() if isinstance(value := lowered.computed[n], Tensor)}
+    return stretch(function(program, shapes, lowered.computed), size, data=data, domain=domain, seed=seed, weights=weights)
+
+
+def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float], composed: Composition) -> tuple[Layer, ...]:
+    rows: list[Layer] = []
+    parts = composed.parts or []
+    whole = math.log(composed.upper) if parts else 0.0
+    telling = 0 < sum(map(abs, parts)) <= 2 * abs(whole)  # parts that all but cancel are no shares of what is left
+    for i, (step, own) in enumerate(zip(network.steps, constants, strict=True)):
+        share = parts[i] / whole if telling else None
+        if isinstance(step.what, Linear | Sum | Product | Attention) or own.upper != 1.0:
+            rows.append(_row(i, step, own, seconds[i], share, network, composed))
+    return tuple(rows)
+
+
+def _row(i: int, step: Step, own: Bound, seconds: float, share: float | None, network: Network, composed: Composition) -> Layer:
+    what = step.what
+    sizes = network.steps[step.sources[0]].shape[2:] if step.sources else None
+    if isinstance(what, Linear):
+        size = what.op.input_size if isinstance(what.op, Conv) else None
+        op = None if isinstance(what.op, Scale) else what.op
+        return Layer(step.name, type(what.op).__name__, tuple(what.op.weight.shape), size, own, seconds, share, op)  # type: ignore[arg-type]
+    label = _KINDS.get(type(what), "map")
+    if isinstance(what, Sum | Product | Attention):
+        largest = max(composed.lips[s] for s in step.sources)
+        growth = rd.up(composed.lips[i] / largest) if 0 < largest < math.inf else composed.lips[i]
+        own = Bound(0.0, growth, _GROWTH[type(what)])
+    return Layer(step.name, f"{label} ({step.op.removeprefix('aten.').split('.')[0]})", (), sizes, own, seconds, share)
+
+
+def _left_out(network: Network) -> tuple[LeftOut, ...]:
+    """Nodes without a finite constant, each with its reason and place."""
+    left: list[LeftOut] = []
+    for step in network.steps:
+        what, reason = step.what, None
+        if isinstance(what, Unbounded):
+            reason = what.reason
+        elif (isinstance(what, Product) and what.caps is None) or (isinstance(what, Attention) and what.rows is None):
+            before = [network.steps[s] for s in step.sources]
+            if not any(isinstance(s.what, Unbounded) and s.place == step.place for s in before):  # a quotient says it once
+                reason = _NEEDS_DOMAIN[type(what)]
+        if reason is not None:
+            left.append(LeftOut(step.name, (), f"unbounded: {reason} ({step.place})"))
+    return tuple(left)

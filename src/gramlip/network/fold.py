@@ -1,0 +1,264 @@
+"""Folding: linear stretches that are one operator become one operator. docs/network.md#folding.
+
+Each fold is done in float64 and carries, in `Linear.error`, an upper bound of the norm of what its rounding changed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gramlip.errors import InputError
+from gramlip.network.steps import Linear, Network, Op, Pad, Step, Sum, renumbered
+from gramlip.norm.symbol.polyphase import axes
+from gramlip.numerics.exact_cast import exact
+from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
+
+LARGEST = 2**22  # entries of a kernel that a fold may create by spreading groups
+
+
+def fold(network: Network) -> Network:
+    """The same function in fewer steps: pads into convolutions, scales and 1x1 kernels into their neighbours, parallel branches summed."""
+    while True:
+        steps: list[Step | None] = list(network.steps)
+        users = network.users()
+        ends = set(network.outputs)
+        changed = False
+        for i, step in enumerate(network.steps):
+            if steps[i] is None or any(steps[s] is not network.steps[s] for s in step.sources):
+                continue  # a neighbour changed in this pass: the next one sees it
+            if isinstance(step.what, Linear):
+                source = step.sources[0]
+                inner = network.steps[source]
+                if len(users[source]) > 1 or source in ends:
+                    continue
+                made = _chain(step, inner, network)
+                if made is not None:
+                    steps[i] = replace(step, what=made, sources=inner.sources, name=_names(inner, step, made))
+                    steps[source] = None
+                    changed = True
+            elif isinstance(step.what, Sum):
+                folded = _branches(step, network, users, ends)
+                if folded is not None:
+                    made, base, gone = folded
+                    names = " + ".join(dict.fromkeys(network.steps[g].name for g in gone)) or step.name
+                    steps[i] = replace(step, what=made, sources=(base,), name=f"{names} + skip" if len(gone) == 1 else names)
+                    for g in gone:
+                        steps[g] = None
+                    changed = True
+        if not changed:
+            return network
+        network = renumbered(steps, network.outputs, {})
+
+
+def _names(inner: Step, outer: Step, made: Linear) -> str:
+    if isinstance(inner.what, Pad) or inner.name == outer.name:
+        return outer.name
+    scalar = [s for s in (inner, outer) if isinstance(s.what, Linear) and isinstance(s.what.op, Scale) and s.what.op.weight.numel() == 1]
+    if len(scalar) == 1:
+        return (outer if scalar[0] is inner else inner).name
+    return f"{inner.name} + {outer.name}"
+
+
+def _chain(step: Step, inner: Step, network: Network) -> Linear | None:
+    """Two steps as one; None where they are no one operator, or where its entries overflow."""
+    try:
+        return _finite(_one(step, inner, network))
+    except InputError:
+        return None
+
+
+def _finite(made: Linear | None) -> Linear | None:
+    return made if made is not None and made.error < math.inf and bool(made.op.weight.isfinite().all()) else None
+
+
+def _one(step: Step, inner: Step, network: Network) -> Linear | None:
+    outer, first = step.what, inner.what
+    assert isinstance(outer, Linear)
+    if isinstance(first, Pad):
+        return _padded(outer, first, network.steps[inner.sources[0]].shape)
+    if not isinstance(first, Linear):
+        return None
+    a, b = outer.op, first.op
+    if isinstance(a, Scale) and isinstance(b, Scale):
+        return outer.after(first, Scale(a.weight * b.weight), 2)
+    if isinstance(a, Scale) and not isinstance(b, Scale):
+        return None if (scaled := _rows(b, a, len(step.shape))) is None else outer.after(first, scaled, 2)
+    if isinstance(b, Scale) and not isinstance(a, Scale):
+        return None if (scaled := _columns(a, b, len(inner.shape))) is None else outer.after(first, scaled, 2)
+    if isinstance(a, Dense) and isinstance(b, Dense):
+        return outer.after(first, Dense(exact(a.weight) @ exact(b.weight)), b.weight.shape[0] + 2)
+    if isinstance(a, Conv) and isinstance(b, Conv):
+        return _pointwise(outer, first, a, b)
+    return None
+
+
+def _padded(outer: Linear, pad: Pad, shape: Shape) -> Linear | None:
+    op = outer.op
+    if not isinstance(op, Conv) or op.transposed or len(pad.pairs) != op.dims:
+        return None
+    own = any(map(any, op.padding))  # type: ignore[arg-type]
+    if own and not (pad.mode == "zeros" and op.padding_mode == "zeros" and pad.value == 0.0):
+        return None
+    pairs = [(a + c, b + d) for (a, b), (c, d) in zip(pad.pairs, op.padding, strict=True)]  # type: ignore[misc]
+    return outer.after_padding(pad, shape, replace(op, padding=pairs, padding_mode=pad.mode, input_size=shape[2:]))
+
+
+def _vector(scale: Scale, axis: int, ndim: int, size: int) -> Tensor | None:
+    """The scale as one factor for each index of an axis, None where it varies along another."""
+    shape = [1] * (ndim - scale.weight.ndim) + list(scale.weight.shape)
+    if len(shape) != ndim or any(n != 1 for j, n in enumerate(shape) if j != axis):
+        return None
+    return scale.weight.reshape(-1).expand(size)
+
+
+def _rows(op: Conv | Dense, scale: Scale, ndim: int) -> Conv | Dense | None:
+    """The operator followed by the scale."""
+    weight = exact(op.weight)
+    if isinstance(op, Dense):
+        v = _vector(scale, ndim - 1, ndim, weight.shape[0])
+        return None if v is None else Dense(v[:, None] * weight)
+    v = _vector(scale, 1, ndim, _channels(op)[1])
+    if v is None:
+        return None
+    return replace(op, weight=_scaled(weight, v, op.groups, rows=not op.transposed))
+
+
+def _columns(op: Conv | Dense, scale: Scale, ndim: int) -> Conv | Dense | None:
+    """The operator after the scale."""
+    weight = exact(op.weight)
+    if isinstance(op, Dense):
+        v = _vector(scale, ndim - 1, ndim, weight.shape[1])
+        return None if v is None else Dense(weight * v)
+    v = _vector(scale, 1, ndim, _channels(op)[0])
+    return None if v is None else replace(op, weight=_scaled(weight, v, op.groups, rows=op.transposed))
+
+
+def _scaled(weight: Tensor, v: Tensor, groups: int, rows: bool) -> Tensor:
+    """Kernel scaled along its first axis, or along the second one, which holds the channels of one group."""
+    if rows:
+        return weight * v.reshape([-1] + [1] * (weight.ndim - 1))
+    split = weight.unflatten(0, (groups, -1)) * v.reshape([groups, 1, -1] + [1] * (weight.ndim - 2))
+    return split.flatten(0, 1)
+
+
+def _channels(op: Conv) -> tuple[int, int]:
+    """Channels in and out."""
+    one, other = op.weight.shape[0], op.weight.shape[1] * op.groups
+    return (one, other) if op.transposed else (other, one)
+
+
+def _is_pointwise(op: Conv) -> bool:
+    return _is_single(op) and all(s == 1 for s in op.stride) and not op.transposed and op.groups == 1  # type: ignore[union-attr]
+
+
+def _is_single(op: Conv) -> bool:
+    """One tap, no padding."""
+    return all(k == 1 for k in op.weight.shape[2:]) and not any(map(any, op.padding))  # type: ignore[arg-type]
+
+
+def _pointwise(outer: Linear, inner: Linear, a: Conv, b: Conv) -> Linear | None:
+    if a.transposed or b.transposed or a.groups > 1 or b.groups > 1:
+        return None
+    if _is_single(a) and _is_single(b):
+        a, b = replace(a, stride=1), replace(b, stride=[s * t for s, t in zip(a.stride, b.stride, strict=True)])  # type: ignore[arg-type]
+    if not (_is_pointwise(a) or _is_pointwise(b)):
+        return None
+    one, other = exact(a.weight), exact(b.weight)
+    if _is_pointwise(a):
+        op = replace(b, weight=torch.einsum("om,mi...->oi...", one.flatten(1), other))
+    else:
+        op = replace(a, weight=torch.einsum("om...,mi->oi...", one, other.flatten(1)))
+    return outer.after(inner, op, b.weight.shape[0] + 2)
+
+
+def _branches(step: Step, network: Network, users: list[list[int]], ends: set[int]) -> tuple[Linear, int, list[int]] | None:
+    """Two summed branches that read one value, each linear or the value itself."""
+    if not isinstance(step.what, Sum) or step.what.repeats != (1, 1):
+        return None
+    one, other = step.sources
+    if one == other:
+        return Linear(Scale(torch.tensor(2.0, dtype=torch.float64))), one, []
+    for base in dict.fromkeys((one, other, *network.steps[one].sources[:1])):
+        maps: list[Linear] = []
+        gone: list[int] = []
+        for s in step.sources:
+            inner = network.steps[s]
+            if s == base:
+                maps.append(Linear(Scale(torch.tensor(1.0, dtype=torch.float64))))
+            elif isinstance(inner.what, Linear) and inner.sources == (base,) and len(users[s]) == 1 and s not in ends:
+                maps.append(inner.what)
+                gone.append(s)
+        if len(maps) == 2:
+            try:
+                op = _added(maps[0].op, maps[1].op, network.steps[base].shape)
+            except InputError:  # an overflow in the sum
+                return None
+            made = None if op is None else _finite(maps[0].plus(maps[1], op))
+            return None if made is None else (made, base, gone)
+    return None
+
+
+def _added(a: Op, b: Op, shape: Shape) -> Op | None:
+    """The sum of two operators on values of `shape` as one."""
+    if isinstance(a, Scale) and isinstance(b, Scale):
+        return Scale(a.weight + b.weight)
+    if isinstance(a, Scale):
+        a, b = b, a
+    assert not isinstance(a, Scale)
+    if isinstance(a, Dense):
+        wide = exact(b.weight) if isinstance(b, Dense) else _eye(b, len(shape), shape[-1]) if isinstance(b, Scale) else None
+        return None if wide is None or wide.shape != a.weight.shape else Dense(exact(a.weight) + wide)
+    if isinstance(b, Scale):
+        v = _vector(b, 1, len(shape), shape[1])
+        if v is None or a.transposed or _channels(a)[0] != _channels(a)[1]:
+            return None
+        inside = torch.zeros(shape[1], shape[1] // a.groups, *[1] * a.dims, dtype=torch.float64)
+        channels = torch.arange(shape[1])
+        inside.flatten(1)[channels, channels % (shape[1] // a.groups)] = v
+        b = Conv(inside, input_size=a.input_size, groups=a.groups)
+    return _parallel(a, b) if isinstance(b, Conv) else None
+
+
+def _eye(scale: Scale, ndim: int, size: int) -> Tensor | None:
+    v = _vector(scale, ndim - 1, ndim, size)
+    return None if v is None else torch.diag(v)
+
+
+def _parallel(a: Conv, b: Conv) -> Conv | None:
+    """The sum of two convolutions of one input as one, where their taps meet on one grid."""
+    if math.prod(a.spans) < math.prod(b.spans):
+        a, b = b, a
+    if a.transposed or b.transposed or a.stride != b.stride or a.output_size != b.output_size or _channels(a) != _channels(b):
+        return None
+    if a.padding_mode != b.padding_mode and any(map(any, b.padding)):  # type: ignore[arg-type]
+        return None
+    if a.groups != b.groups:
+        if _channels(a)[0] * _channels(a)[1] * math.prod(a.weight.shape[2:]) > LARGEST:
+            return None
+        a, b = _spread_groups(a), _spread_groups(b)
+    window: list[slice] = []
+    for one, other in zip(axes(a), axes(b), strict=True):
+        k, small, d, e = one.kernel, other.kernel, one.dilation, other.dilation
+        start, rest = divmod(one.before - other.before, d)
+        if rest or start < 0 or start + small > k or (small > 1 and d != e):
+            return None
+        window.append(slice(start, start + small))
+    weight = exact(a.weight).clone()
+    weight[(slice(None), slice(None), *window)] += exact(b.weight)
+    return replace(a, weight=weight)
+
+
+def _spread_groups(op: Conv) -> Conv:
+    """The same convolution with one group, zeros between the groups."""
+    if op.groups == 1:
+        return op
+    weight = exact(op.weight)
+    rows, columns = weight.shape[0] // op.groups, weight.shape[1]
+    wide = torch.zeros(weight.shape[0], columns * op.groups, *weight.shape[2:], dtype=torch.float64)
+    for g in range(op.groups):
+        wide[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] = weight[g * rows : (g + 1) * rows]
+    return replace(op, weight=wide, groups=1)

@@ -1,0 +1,246 @@
+"""A model as a list of calls: the graph of `torch.export`, recurrent layers unrolled, scopes without gradients opened.
+
+What a call does to its inputs is decided by the rules; here nothing is bounded.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import operator
+import re
+import sys
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._decomp import get_decompositions
+from torch.export.graph_signature import OutputKind
+from torch.fx.node import map_arg
+
+from gramlip.errors import InputError, first_line
+from gramlip.network.in_place import Write, writes
+from gramlip.operators.linear_maps import Shape
+
+_LAYERS = (torch.ops.aten.rnn_tanh.input, torch.ops.aten.rnn_relu.input, torch.ops.aten.gru.input, torch.ops.aten.lstm.input)
+_CELLS = (
+    torch.ops.aten.rnn_tanh_cell.default,
+    torch.ops.aten.rnn_relu_cell.default,
+    torch.ops.aten.gru_cell.default,
+    torch.ops.aten.lstm_cell.default,
+    torch.ops.aten.cosine_similarity.default,
+)
+RECURRENT = (*_LAYERS, *_CELLS)  # calls that are taken apart as torch itself defines them
+_SCOPES = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}  # calls of a part of the graph, and where it stands
+
+
+@dataclass(frozen=True)
+class Program:
+    """An exported model: its graph, the tensors and objects it holds, which placeholders are the user's inputs, its in-place calls."""
+
+    nodes: list[fx.Node]
+    constants: dict[fx.Node, Any]
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+    writes: dict[fx.Node, Write]
+
+
+def export(model: nn.Module | torch.export.ExportedProgram, example: tuple[Tensor, ...]) -> Program:
+    """The program of a module in its present mode; the module is not changed.
+
+    Raises:
+        InputError: `torch.export` refuses the model or the example, or the model returns no tensor.
+    """
+    try:
+        with silent(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # recurrent layers keep a list of their weights
+            warnings.simplefilter("ignore", FutureWarning)  # of torch to itself, where it unrolls them
+            exported = model if isinstance(model, torch.export.ExportedProgram) else torch.export.export(_ordinary(model), example)
+            program = _unrolled(exported)
+    except (Exception, SystemExit) as error:  # torch.export raises many types; all of them mean that there is no graph
+        shapes = [tuple(e.shape) for e in example]
+        msg = f"{type(model).__name__} was given with inputs {shapes}; expected a model that torch.export takes: {first_line(error)}"
+        raise InputError(msg) from error
+    given, meant = [tuple(e.shape) for e in example], [shape_of(n) for n in program.inputs]
+    if given != meant:
+        msg = f"inputs of shapes {given} were given; expected those that the program was exported for: {meant}"
+        raise InputError(msg)
+    if not program.outputs:
+        msg = f"{type(model).__name__} returns no tensor; expected a model whose forward returns at least one"
+        raise InputError(msg)
+    return program
+
+
+def _ordinary(model: nn.Module) -> nn.Module:
+    """The model, or a copy where inference mode made its weights, of which torch takes no derivatives."""
+    return copy.deepcopy(model) if any(t.is_inference() for t in (*model.parameters(), *model.buffers())) else model
+
+
+@contextmanager
+def undisturbed() -> Generator[None, None, None]:
+    """With derivatives, tensors on the CPU unless said otherwise, and no autocast, whatever the caller has set.
+
+    The first forward derivative of a process loads functions that torch scripts, and torch warns itself that this is deprecated.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+        yield
+
+
+def _unrolled(exported: torch.export.ExportedProgram) -> Program:
+    """The program with recurrent layers step by step, as torch itself defines them.
+
+    They stay as they are, to be refused, where one is random, or where an in-place call overwrites memory that others
+    share: torch's unrolling makes every call one out of place, and does not see that the result of an `einsum` may be a view.
+    """
+    program = _program(exported)
+    layers = [node for node in program.nodes if node.target in RECURRENT]
+    if not layers or any(map(is_random, layers)) or any(write.refusal for write in program.writes.values()):
+        return program
+    found, whole = {node.target for node in layers}, torch.export.default_decompositions()
+    table = {**get_decompositions([op for op in _LAYERS if op in found]), **{op: whole[op] for op in _CELLS if op in found}}
+    return _program(exported.run_decompositions(table))
+
+
+@contextmanager
+def silent() -> Generator[None, None, None]:
+    """Without torch's log, and without the graph that it prints, which would repeat in many lines what an error says in one."""
+    before, said, graph = logging.root.manager.disable, io.StringIO(), ""
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(said):
+            yield
+    except Exception as error:
+        graph = f"{error.partial_fx_graph}\n" if hasattr(error, "partial_fx_graph") else ""  # pyright: ignore
+        raise
+    finally:
+        logging.disable(before)
+        if sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
+            with suppress(OSError):  # a full disk: what torch says is not worth an error
+                sys.stderr.write(said.getvalue().replace(graph, ""))
+
+
+def _program(exported: torch.export.ExportedProgram) -> Program:
+    signature = exported.graph_signature
+    names: dict[str, str] = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+        **signature.inputs_to_lifted_custom_objs,
+    }
+    graph, ends = _opened(exported.graph_module)
+    nodes = list(graph.nodes)
+    given = {old.name: new for old, new in zip(exported.graph.nodes, nodes, strict=False) if old.op == "placeholder"}  # they come first
+    constants: dict[fx.Node, Any] = {}
+    for name, node in given.items():
+        if name in names:
+            held = exported.state_dict.get(names[name], exported.constants.get(names[name]))
+            if held is not None:
+                constants[node] = _own(held) if isinstance(held, Tensor) else held
+    inputs = [given[name] for name in signature.user_inputs if name in given]
+    pairs = zip(signature.output_specs, ends, strict=True)
+    outputs = [n for spec, n in pairs if spec.kind is OutputKind.USER_OUTPUT and isinstance(n, fx.Node)]
+    return Program(nodes, constants, inputs, outputs, writes(nodes, outputs))
+
+
+def _own(held: Tensor) -> Tensor:
+    """The tensor without its graph; a copy where inference mode made it, since no derivative goes through such."""
+    return held.clone() if held.is_inference() else held.detach()
+
+
+def _opened(module: fx.GraphModule) -> tuple[fx.Graph, tuple[Any, ...]]:
+    """A copy of the graph in which every call of a part of it, such as a scope of `torch.no_grad`, is replaced by what it calls.
+
+    Gradients and lower precision are no part of the function that is bounded.
+    """
+    graph = fx.Graph()
+    return graph, _copied(module, graph, {})
+
+
+def _copied(module: fx.GraphModule, graph: fx.Graph, values: dict[fx.Node, Any]) -> tuple[Any, ...]:
+    """The module's nodes written into the graph; what it returns."""
+    for node in module.graph.nodes:
+        if node.op == "output":
+            return tuple(map_arg(node.args[0], values.__getitem__))
+        part = _SCOPES.get(str(node.target)) if node.op == "call_function" else None
+        if part is not None:
+            inside = getattr(module, node.args[part].target)
+            given = map_arg(node.args[part + 1 :], values.__getitem__)
+            places = [n for n in inside.graph.nodes if n.op == "placeholder"]
+            values[node] = _copied(inside, graph, dict(zip(places, given, strict=True)))
+        elif node.target is operator.getitem and isinstance(values[node.args[0]], tuple):
+            values[node] = values[node.args[0]][node.args[1]]
+        elif node not in values:
+            values[node] = graph.node_copy(node, values.__getitem__)
+    return ()
+
+
+def place(node: fx.Node) -> str:
+    """Where in the user's source the call stands: `file:line`, or the module's path where no source is known."""
+    frames: list[tuple[str, str]] = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    mine = [f for f in frames if "/torch/nn/" not in f[0]] or frames
+    return f"{mine[-1][0]}:{mine[-1][1]}" if mine else module_path(node)
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module, or the node's own name outside of any."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if path]
+    return paths[-1].removeprefix("L['self'].") if paths else node.name
+
+
+def arguments(node: fx.Node, resolve: Callable[[fx.Node], Any]) -> dict[str, Any]:
+    """The call's arguments by name, defaults included, nodes replaced by what `resolve` gives."""
+    args = map_arg(node.args, resolve)
+    kwargs = map_arg(node.kwargs, resolve)
+    schema: Any = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {str(i): a for i, a in enumerate(args)} | dict(kwargs)
+    given: dict[str, Any] = {}
+    for i, spec in enumerate(schema.arguments):
+        if i < len(args):
+            given[spec.name] = args[i]
+        elif spec.name in kwargs:
+            given[spec.name] = kwargs[spec.name]
+        else:
+            given[spec.name] = spec.default_value
+    return given
+
+
+def shape_of(node: fx.Node) -> Shape:
+    """Shape of the value, of its first tensor where there are several."""
+    value = node.meta.get("val")
+    while isinstance(value, list | tuple) and value:
+        value = value[0]  # type: ignore[reportUnknownVariableType]
+    if not isinstance(value, Tensor):
+        return ()
+    if any(not isinstance(n, int) for n in value.shape):
+        msg = f"{node.name} has the symbolic shape {tuple(value.shape)}; expected fixed sizes: export without dynamic_shapes"
+        raise InputError(msg)
+    return tuple(value.shape)
+
+
+def op_name(node: fx.Node) -> str:
+    """`aten.conv2d.default`, or the Python name of what is not a torch operation."""
+    target: Any = node.target
+    return "getitem" if target is operator.getitem else str(target)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the call draws random numbers when run as it stands."""
+    if node.target in _LAYERS:
+        given = arguments(node, lambda n: n)
+        return given["train"] and given["dropout"] > 0 and given["num_layers"] > 1  # torch drops between the layers
+    target: Any = node.target
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())

@@ -1,0 +1,247 @@
+"""Entrywise functions with the exact range of their slopes, outward rounded. docs/network.md#activations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gramlip.errors import UnsupportedError
+from gramlip.network.rules.range_limited import ROOM
+from gramlip.network.rules.registry import Call, Var, register
+from gramlip.network.steps import Linear, Lipschitz, Product, Slice, Slope, Step, Unbounded
+from gramlip.numerics import rounding as rd
+from gramlip.numerics.exact_cast import exact
+from gramlip.operators.linear_maps import Scale
+
+INF = math.inf
+JUMP = 1e-6  # the largest jump of a softplus that is taken for the smooth function
+# name -> (least slope, largest slope, image, value at 0), each float just outside the real number; tests/test_rules.py
+# compares them with mpmath.
+SLOPES: dict[str, tuple[float, float, tuple[float, float], tuple[float, float]]] = {
+    "relu": (0.0, 1.0, (0.0, INF), (0.0, 0.0)),
+    "relu6": (0.0, 1.0, (0.0, 6.0), (0.0, 0.0)),
+    "abs": (-1.0, 1.0, (0.0, INF), (0.0, 0.0)),
+    "tanh": (0.0, 1.0, (-1.0, 1.0), (0.0, 0.0)),
+    "sigmoid": (0.0, 0.25, (0.0, 1.0), (0.5, 0.5)),
+    "log_sigmoid": (0.0, 1.0, (-INF, 0.0), (-0.7, -0.6)),
+    "softplus": (0.0, 1.0, (0.0, INF), (0.0, INF)),
+    "softshrink": (0.0, 1.0, (-INF, INF), (0.0, 0.0)),
+    "hardsigmoid": (0.0, 0.16666666666666669, (0.0, 1.0), (0.5, 0.5)),
+    "hardswish": (-0.5, 1.5, (-0.375, INF), (0.0, 0.0)),
+    "silu": (-0.09983932012886694, 1.0998393201288671, (-0.2784645427610739, INF), (0.0, 0.0)),
+    "mish": (-0.11252612238946258, 1.0884981612517279, (-0.30884341301725045, INF), (0.0, 0.0)),
+    "gelu": (-0.12890414518515483, 1.128904145185155, (-0.1699712074799038, INF), (0.0, 0.0)),
+    "gelu tanh": (-0.12899306865877178, 1.1289930686587719, (-0.17004075057125409, INF), (0.0, 0.0)),
+    "selu": (0.0, 1.758099340847377, (-1.7580993408473773, INF), (0.0, 0.0)),
+    "sin": (-1.0, 1.0, (-1.0, 1.0), (0.0, 0.0)),
+    "cos": (-1.0, 1.0, (-1.0, 1.0), (1.0, 1.0)),
+    "atan": (0.0, 1.0, (-1.5707963267948968, 1.5707963267948968), (0.0, 0.0)),
+    "erf": (0.0, 1.1283791670955128, (-1.0, 1.0), (0.0, 0.0)),
+}
+_NOTES = {"softplus": " (of the smooth function, without the switch at its threshold)"}
+
+
+def slope(name: str) -> Slope:
+    """The step of a named entrywise function."""
+    low, high, image, at_zero = SLOPES[name]
+    return Slope(low, high, f"{name}: slopes in [{low:.7g}, {high:.7g}]{_NOTES.get(name, '')}", image, at_zero, sharp=True)
+
+
+for _name in SLOPES:
+    if _name not in ("gelu", "gelu tanh", "softplus", "softshrink"):
+        register(f"aten.{_name}")(lambda call, name=_name: slope(name))
+
+
+@register("aten.softplus")
+def _softplus(call: Call) -> Slope:
+    """The smooth function; refused where torch's switch to the identity, at `beta x = threshold`, jumps by more than `JUMP`."""
+    beta, threshold = float(call.const("beta")), float(call.const("threshold"))
+    jump = float(np.logaddexp(0.0, -threshold)) / beta if beta > 0 else INF
+    if not jump <= JUMP:
+        msg = (
+            f"softplus with beta={beta:g}, threshold={threshold:g}, which jumps by {jump:.3g} where it switches to the identity; "
+            f"expected a positive beta and at most {JUMP:g}: pass a larger threshold"
+        )
+        raise UnsupportedError(msg)
+
+    def value(x: float) -> float:
+        return max(x, 0.0) + math.log1p(math.exp(-abs(beta * x))) / beta
+
+    return replace(slope("softplus"), reach=lambda a, b: (rd.down(value(a) / ROOM), rd.up(value(b) * ROOM)))
+
+
+@register("aten.softshrink")
+def _softshrink(call: Call) -> Slope | Unbounded:
+    return slope("softshrink") if float(call.const("lambd")) >= 0 else Unbounded("softshrink with a negative lambd jumps")
+
+
+@register("aten.gelu")
+def _gelu(call: Call) -> Slope:
+    return slope("gelu" if call.const("approximate") == "none" else "gelu tanh")
+
+
+@register("aten.leaky_relu")
+def _leaky(call: Call) -> Slope:
+    s = float(call.const("negative_slope"))
+    return Slope(min(s, 1.0), max(s, 1.0), f"leaky relu: slopes {s:.6g} and 1", sharp=True)
+
+
+@register("aten.rrelu")
+def _rrelu(call: Call) -> Slope:
+    if call.const("training"):
+        msg = "rrelu in training mode is random; expected evaluation: type model.eval()"
+        raise UnsupportedError(msg)
+    s = (float(call.const("lower")) + float(call.const("upper"))) / 2
+    return Slope(min(s - 1e-15 * abs(s), 1.0), max(s + 1e-15 * abs(s), 1.0), f"rrelu in evaluation: slopes {s:.6g} and 1", sharp=True)
+
+
+@register("aten.prelu")
+def _prelu(call: Call) -> Slope:
+    weight: Tensor = exact(call.const("weight"))
+    ones = [1] * len(call.shape)
+    if weight.numel() > 1:
+        ones[1] = weight.numel()
+    w = weight.reshape(ones)
+    because = f"prelu: slopes 1 and its weight, in [{float(w.min()):.6g}, {float(w.max()):.6g}]"
+    return Slope(w.clamp(max=1.0), w.clamp(min=1.0), because, sharp=True)
+
+
+@register("aten.elu")
+def _elu(call: Call) -> Slope | Unbounded:
+    alpha, scale, inner = (float(call.const(k)) for k in ("alpha", "scale", "input_scale"))
+    if min(alpha, scale, inner) < 0:
+        return Unbounded("elu with a negative constant grows exponentially")
+    top = max(scale, rd.mul_up(rd.mul_up(scale, alpha), inner))
+    return Slope(0.0, top, f"elu: slopes in [0, {top:.7g}]", (-rd.mul_up(scale, alpha), INF), sharp=True)
+
+
+@register("aten.celu")
+def _celu(call: Call) -> Slope | Unbounded:
+    alpha = float(call.const("alpha"))
+    if alpha <= 0:
+        return Unbounded("celu with a negative alpha grows exponentially")
+    return Slope(0.0, 1.0, "celu: slopes in [0, 1]", (-alpha, INF), sharp=True)
+
+
+@register("aten.hardtanh")
+def _hardtanh(call: Call) -> Slope:
+    return _clip(float(call.const("min_val")), float(call.const("max_val")))
+
+
+@register("aten.clamp", "aten.clip", "aten.clamp_min", "aten.clamp_max")
+def _clamp(call: Call) -> Slope:
+    limits = call.args.get("min"), call.args.get("max")
+    if any(isinstance(x, Var) for x in limits) or call.shape != call.var("self").shape:
+        msg = "clamp with limits that depend on the input or have more entries than it, which no rule covers"
+        raise UnsupportedError(msg)
+    given = [default if x is None else x for x, default in zip(limits, (-INF, INF), strict=True)]
+    low, high = (exact(x) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in given)
+    if low.numel() == high.numel() == 1:
+        ends = float(low), float(high)
+        return replace(_clip(*ends), reach=lambda a, b: (min(max(a, ends[0]), ends[1]), min(max(b, ends[0]), ends[1])))
+    between = [(float(x.min()), float(x.max())) for x in (low, high)]
+
+    def reach(a: float, b: float) -> tuple[float, float]:  # a clamp rises with its argument and with both limits
+        return min(max(a, between[0][0]), between[1][0]), min(max(b, between[0][1]), between[1][1])
+
+    top = float(bool((low < high).any()))  # entries whose limits meet are constant
+    image = (float(torch.minimum(low, high).min()), float(high.max()))
+    return Slope(0.0, top, f"clamp: slopes 0 and {top:.0f}", image, (-INF, INF), reach, sharp=True)
+
+
+def _clip(low: float, high: float) -> Slope:
+    if low >= high:
+        return Slope(0.0, 0.0, "clamp to one value", (high, high), (high, high), sharp=True)
+    zero = min(max(0.0, low), high)
+    return Slope(0.0, 1.0, f"clamp to [{low:.6g}, {high:.6g}]: slopes 0 and 1", (low, high), (zero, zero), sharp=True)
+
+
+@register("aten.threshold")
+def _threshold(call: Call) -> Slope | Unbounded:
+    level, value = float(call.const("threshold")), float(call.const("value"))
+    if level != value:
+        return Unbounded(f"threshold jumps at {level:.6g} to {value:.6g}")
+    return _clip(level, INF)
+
+
+@register("aten.hardshrink", "aten.sign", "aten.round", "aten.floor", "aten.ceil", "aten.trunc", "aten.heaviside", "aten.frac")
+def _jump(call: Call) -> Unbounded:
+    return Unbounded(f"{call.op.split('.')[1]} jumps")
+
+
+def gated(call: Call, x: Var, gate: Var) -> Slope | None:
+    """The step for `x * sigmoid(b x)`, `x * relu6(x + 3)` and `x * hardsigmoid(x)`, which are activations; None for other products."""
+    step = call.steps[gate.step]
+    if not isinstance(step.what, Slope) or x.shape != gate.shape:
+        return None
+    at, factor, shift, sure = step.sources[0], Fraction(1), Fraction(0), True
+    while at != x.step:  # back through constants to the value itself
+        what = call.steps[at].what
+        if (
+            not isinstance(what, Linear)
+            or not isinstance(what.op, Scale)
+            or what.op.weight.numel() > 1
+            or torch.as_tensor(what.bias).numel() > 1
+            or what.slip > 0
+            or not math.isfinite(float(what.bias) + float(what.op.weight))
+        ):
+            return None
+        shift, factor = shift + factor * Fraction(float(what.bias)), factor * Fraction(float(what.op.weight))
+        at, sure = call.steps[at].sources[0], sure and what.error == 0
+    if step.op.startswith("aten.sigmoid") and factor > 0 and shift == 0:  # silu(b x) / b, of a b that may be rounded
+        found = slope("silu")
+        least = Fraction(-found.image[0]) / factor * Fraction(1 + 2.0**-40)
+        return replace(found, because=f"x sigmoid(b x): {found.because}", image=(-rd.up(float(least)) if least < 10**300 else -INF, INF))
+    if sure and (factor, shift) == (1, 0) and step.op.startswith("aten.hardsigmoid"):
+        return slope("hardswish")
+    if sure and (factor, shift) == (1, 3) and _is_relu6(step):
+        return Slope(-3.0, 9.0, "x relu6(x + 3): six times hardswish, slopes in [-3, 9]", (-2.25, INF), sharp=True)
+    return None
+
+
+def _is_relu6(step: Step) -> bool:
+    """Whether it clips to [0, 6]; a clamp between tensors has an image too, which holds those of all its entries."""
+    clips = step.op.split(".")[1].rstrip("_") in ("relu6", "hardtanh", "clamp", "clip")
+    return clips and isinstance(step.what, Slope) and (step.what.image, step.what.at_zero) == ((0.0, 6.0), (0.0, 0.0))
+
+
+@register("aten.softmax", "aten._softmax", "aten.special_softmax")
+def _softmax(call: Call) -> Lipschitz:
+    if len(call.shape) == 0 or call.shape[int(call.const("dim"))] == 1:
+        return Lipschitz(0.0, "softmax of one entry is constant", (1.0, 1.0))
+    row = 1.0 if int(call["dim"]) % len(call.shape) == len(call.shape) - 1 else INF
+    return Lipschitz(0.5, "softmax: at most 1/2 in the l2 norm", (0.0, 1.0), row=row)
+
+
+@register("aten.log_softmax", "aten._log_softmax", "aten.special_log_softmax")
+def _log_softmax(call: Call) -> Lipschitz:
+    n = call.shape[int(call.const("dim"))] if call.shape else 1
+    upper = 0.0 if n == 1 else rd.sqrt_up(float(n))
+    return Lipschitz(upper, f"log-softmax over {n} entries: at most the root of {n}", (-INF, 0.0))
+
+
+@register("aten.logsumexp")
+def _logsumexp(call: Call) -> Lipschitz:
+    count = math.prod(call.var("self").shape) // max(1, math.prod(call.shape))
+    more = math.log(count)
+
+    def reach(low: float, high: float) -> tuple[float, float]:  # between log(n exp(low)) and log(n exp(high))
+        rounding = [(abs(x) + more) * (ROOM - 1) if abs(x) < INF else 0.0 for x in (low, high)]
+        return low + more - rounding[0], high + more + rounding[1]
+
+    return Lipschitz(1.0, "logsumexp: its gradient is a probability vector", reach=reach)
+
+
+@register("aten.glu")
+def _glu(call: Call) -> Var:
+    x = call.var("self")
+    axis = int(call.const("dim")) % len(x.shape)
+    half = x.shape[axis] // 2
+    value = call.then(Slice(axis, 0, half), x)
+    gate = call.then(slope("sigmoid"), call.then(Slice(axis, half, 2 * half), x))
+    return call.then(Product("entries"), value, gate)

@@ -1,0 +1,183 @@
+"""RULES: name of a graph operation -> how a difference of two inputs passes through it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gramlip.errors import InputError, UnsupportedError
+from gramlip.network.in_place import tensors
+from gramlip.network.steps import Step, Sum, View, What
+from gramlip.operators.linear_maps import Shape
+
+
+@dataclass(frozen=True)
+class Var:
+    """A value that depends on the network's input: the number of the step that makes it, and its shape."""
+
+    step: int
+    shape: Shape
+
+
+@dataclass
+class Known:
+    """What is kept from call to call: curves (`piecewise_linear`) by the number of the step, and values by what was called.
+
+    `errors` are those of computed weights (`running_errors`); `taken` says which of them come or go where errors are not followed.
+    """
+
+    curves: dict[int, Any] = field(default_factory=dict[int, Any])
+    values: dict[str, Var] = field(default_factory=dict[str, Var])
+    errors: dict[fx.Node, Any] = field(default_factory=dict[fx.Node, Any])
+    taken: set[str] = field(default_factory=set[str])
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the graph as a rule sees it.
+
+    `call["name"]` is an argument by its name in torch's own schema, defaults filled in: a `Var` for what depends on the
+    network's input, tensors and Python values for the rest. `shape` is the result's (the first one's where there are several),
+    `dtype` its type, `known` what calls before it left. A constant may have been computed from weights: a rule that does not
+    ask for its error (`error_of`) takes it as float64 gives it, and the report says so.
+    """
+
+    op: str
+    args: Mapping[str, Any]
+    shape: Shape
+    name: str
+    place: str
+    target: Callable[..., Any]
+    steps: list[Step]
+    dtype: torch.dtype | None = None
+    known: Known = field(default_factory=Known)
+    errors: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    asked: set[str] = field(default_factory=set[str])
+
+    def error_of(self, name: str) -> Tensor | None:
+        """What a constant argument may be off by, entry by entry; None for nothing. Whoever asks must carry it."""
+        self.asked.add(name)
+        return self.inexact.get(name)
+
+    @property
+    def inexact(self) -> dict[str, Any]:
+        """The errors of the constant arguments that have any, by name; lists of such where the argument is a list."""
+        return {name: error for name, error in self.errors.items() if tensors(error)}
+
+    @property
+    def unasked(self) -> bool:
+        """Whether a constant argument has an error that no rule asked for."""
+        return any(name not in self.asked for name in self.inexact)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.args[name]
+
+    @property
+    def vars(self) -> list[Var]:
+        """The arguments that depend on the input, in order, those inside lists too."""
+        found: list[Var] = []
+        for value in self.args.values():
+            items: Sequence[Any] = value if isinstance(value, list | tuple) else [value]  # type: ignore[reportUnknownVariableType]
+            found += [v for v in items if isinstance(v, Var)]
+        return found
+
+    def var(self, name: str) -> Var:
+        """The argument as a variable."""
+        value = self.args[name]
+        if not isinstance(value, Var):
+            msg = f"{self.op} has a constant for {name!r}, which no rule covers"
+            raise UnsupportedError(msg)
+        return value
+
+    def const(self, name: str) -> Any:
+        """The argument as a constant."""
+        value = self.args[name]
+        if isinstance(value, Var):
+            msg = f"{self.op} has a {name!r} that depends on the input, which no rule covers"
+            raise UnsupportedError(msg)
+        return value
+
+    def then(self, what: What, *sources: Var, shape: Shape | None = None) -> Var:
+        """Write a step and return its value; `shape` is the call's unless given.
+
+        Raises:
+            InputError: a sum that repeats an entry of a source more often than it says.
+        """
+        shape = self.shape if shape is None else shape
+        if isinstance(what, Sum):
+            repeats = tuple(-(-math.prod(shape) // max(1, math.prod(s.shape))) for s in sources)
+            if len(what.repeats) != len(repeats) or any(said < least for said, least in zip(what.repeats, repeats, strict=True)):
+                msg = f"{what} was given for sources of {[s.shape for s in sources]} and a result of {shape}; expected Sum({repeats})"
+                raise InputError(msg)
+        self.steps.append(Step(what, tuple(s.step for s in sources), shape, self.name, self.op, self.place))
+        return Var(len(self.steps) - 1, self.steps[-1].shape)
+
+    def batched(self, rule: Rule) -> Var:
+        """The call's one variable as a batch of one through a rule, and out of the batch again."""
+        x = self.vars[0]
+        wide = self.then(View(True, "rows"), x, shape=(1, *x.shape))
+        part = replace(self, args={k: wide if v is x else v for k, v in self.args.items()}, shape=(1, *self.shape))
+        made = rule(part)
+        return self.then(View(True, "rows"), made if isinstance(made, Var) else part.then(made, wide))  # type: ignore[arg-type]
+
+    def run(self, x: Tensor) -> Tensor:
+        """The call on another tensor in place of its one variable."""
+        args = {k: x if isinstance(v, Var) else v for k, v in self.args.items()}
+        positional = [a.name for a in self.target._schema.arguments if not a.kwarg_only]  # type: ignore[attr-defined]
+        first = [args.pop(name) for name in positional]
+        return self.target(*first, **args)
+
+
+Rule = Callable[[Call], "What | Var | tuple[Var, ...] | float"]
+RULES: dict[str, Rule] = {}
+
+
+def register(*operations: Any) -> Callable[[Rule], Rule]:
+    """Decorator that makes a function the rule of graph operations.
+
+    Args:
+        operations: `torch.ops` entries or their names, with or without the overload.
+
+    The rule takes a `Call` and returns a number (the Lipschitz constant, l2 norm, in all variable arguments joined: it is
+    believed, so prove it), a step from `gramlip.network.steps`, or a `Var` for a value that it built with `call.then`, one for each
+    result where there are several.
+
+    >>> from gramlip.rules import RULES, register
+    >>> @register("mylib.soft_clip")
+    ... def soft_clip(call):
+    ...     return 1.0
+    >>> RULES.pop("mylib.soft_clip") is soft_clip
+    True
+    """
+
+    def keep(rule: Rule) -> Rule:
+        for operation in operations:
+            RULES[str(operation)] = rule
+        return rule
+
+    return keep
+
+
+PATTERNS: dict[str, list[Callable[[Call], Var | None]]] = {}
+
+
+def pattern(*operations: str) -> Callable[[Callable[[Call], Var | None]], Callable[[Call], Var | None]]:
+    """Decorator for a function that is asked before the rule of these operations; it returns None where its pattern is not met."""
+
+    def keep(found: Callable[[Call], Var | None]) -> Callable[[Call], Var | None]:
+        for operation in operations:
+            PATTERNS.setdefault(operation, []).append(found)
+        return found
+
+    return keep
+
+
+def find(op: str) -> Rule | None:
+    """The rule of `aten.relu_.default`: its own, else its packet's, else that of the same call out of place."""
+    packet = op.rsplit(".", 1)[0] if op.count(".") > 1 else op
+    return RULES.get(op) or RULES.get(packet) or (RULES.get(packet[:-1]) if packet.endswith("_") else None)

@@ -1,0 +1,261 @@
+"""Rearranging, selecting, repeating, joining and padding entries. docs/network.md#selections."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramlip.errors import UnsupportedError
+from gramlip.network.rules.registry import Call, Var, register
+from gramlip.network.steps import Linear, Lines, Lipschitz, Pad, Slice, View
+from gramlip.numerics import rounding as rd
+from gramlip.numerics.exact_cast import exact
+from gramlip.operators.interval import Bound
+from gramlip.operators.linear_maps import Conv
+
+
+def _aten(names: str) -> list[str]:
+    return [f"aten.{name}" for name in names.split()]
+
+
+_SAME = _aten(
+    "clone contiguous detach alias lift_fresh_copy lift_fresh positive _to_copy to type_as dropout feature_dropout "
+    "alpha_dropout feature_alpha_dropout"
+)
+_VIEWS = _aten(
+    "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT squeeze unsqueeze movedim moveaxis swapaxes swapdims "
+    "flip fliplr flipud rot90 roll ravel pixel_shuffle pixel_unshuffle channel_shuffle view_as reshape_as"
+)
+_PARTS = _aten(
+    "split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split diagonal narrow_copy "
+    "sort msort topk kthvalue median amax amin max min maximum minimum"
+)
+PICKS = {
+    *_VIEWS,
+    *_aten("split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split diagonal narrow_copy"),
+    *_aten("slice narrow select index index_select gather expand expand_as broadcast_to repeat tile repeat_interleave"),
+}
+"""Operations that copy entries, of one value that depends on the input."""
+
+
+@register(*_SAME)
+def _same(call: Call) -> Var:
+    if call.args.get("train") or call.args.get("training"):
+        msg = f"{call.op} in training mode is random; expected evaluation mode: type model.eval()"
+        raise UnsupportedError(msg)
+    dtype = call.args.get("dtype")
+    if isinstance(dtype, torch.dtype) and not (dtype.is_floating_point or dtype.is_complex):
+        msg = f"a conversion to {dtype}, which jumps"
+        raise UnsupportedError(msg)
+    return call.vars[0]
+
+
+@register(*_VIEWS)
+def _view(call: Call) -> Var | View:
+    if "dtype" in call.args:
+        msg = f"a view of the bits as {call['dtype']}, which jumps"
+        raise UnsupportedError(msg)
+    flat = call.op.split(".")[1] in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "ravel")
+    return call.vars[0] if flat and call.vars[0].shape == call.shape else View(flat, _lines(call))
+
+
+LARGEST = 2**20  # entries of a value whose rows are followed through views
+
+
+def _lines(call: Call) -> Lines:
+    """Which lines of the result are parts of rows of the one variable, read off by giving the call the rows' numbers."""
+    x = call.vars[0]
+    if len(call.vars) > 1 or len(x.shape) < 2 or len(call.shape) < 2 or math.prod(x.shape) > LARGEST:
+        return ""
+    numbers = torch.arange(math.prod(x.shape[:-1]), dtype=torch.float64).reshape(*x.shape[:-1], 1).expand(x.shape).contiguous()
+    made: Tensor | Sequence[Tensor] = call.run(numbers)
+    parts = [made] if isinstance(made, Tensor) else list(made)
+    if all(bool((part == part[..., :1]).all()) for part in parts):
+        return "rows"
+    return "columns" if all(bool((part == part[..., :1, :]).all()) for part in parts) else ""
+
+
+@register(*_PARTS)
+def _parts(call: Call) -> Lipschitz:
+    """Parts, orders and extremes of entries: 1 in all variables joined, the root of the repeats where one is broadcast."""
+    constants = between([v for v in call.args.values() if isinstance(v, Tensor)])
+    parted = call.op.split(".")[1] in ("split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "chunk", "unbind", "tensor_split")
+    upper = rd.sqrt_up(float(max(1, _widest(call))))
+    lines = _lines(call) if parted else ""
+    return Lipschitz(upper, "entries kept, sorted or compared", same_range=True, others=constants, lines=lines, side=_side(call))
+
+
+def _side(call: Call) -> tuple[int, tuple[int, ...]] | None:
+    """Whether the entries are the largest or the least of two or more, and along which axes: of pairs of two values along none."""
+    sign = {"amax": 1, "max": 1, "maximum": 1, "amin": -1, "min": -1, "minimum": -1}.get(call.op.split(".")[1])
+    if sign is None:
+        return None
+    if len(call.vars) == 2:
+        return (sign, ()) if all(v.shape == call.shape for v in call.vars) else None
+    x, dims = call.vars[0], call.args.get("dim", [])
+    if "other" in call.args or math.prod(x.shape) < 2 * math.prod(call.shape):
+        return None
+    axes = [dims] if isinstance(dims, int) else dims or range(len(x.shape))
+    return sign, tuple(sorted(axis % len(x.shape) for axis in axes))
+
+
+@register("getitem")
+def _getitem(call: Call) -> Lipschitz | Var:
+    if isinstance(call.args["0"], tuple):
+        return call.args["0"][call.args["1"]]
+    if "native" in call.steps[call.vars[0].step].op and call.args["1"] != 0:
+        msg = "a normalisation's mean or scale as a value, which no rule covers"
+        raise UnsupportedError(msg)
+    alike = call.vars[0].shape == call.shape  # what is known of rows is known for the shape of the first result
+    copied = getattr(call.steps[call.vars[0].step].what, "pick", None) is not None
+    pick = operator.itemgetter(call.args["1"]) if copied else None
+    return Lipschitz(1.0, "one of several results", same_range=True, lines="rows" if alike else "", pick=pick)
+
+
+@register("aten.slice", "aten.narrow")
+def _slice(call: Call) -> Slice | Linear | Var:
+    x = call.vars[0]
+    axis = int(call.const("dim")) % len(x.shape)
+    start = call.const("start") or 0
+    start = min(max(start + x.shape[axis] if start < 0 else start, 0), x.shape[axis])
+    step = int(call.args.get("step", 1))
+    stop = start + (call.shape[axis] - 1) * step + 1
+    if call.shape == x.shape:
+        return x
+    spatial = 2 <= axis < len(x.shape) <= 5 and x.shape[1] <= WIDEST
+    if spatial and start == 0 and step > 1 and call.shape[axis] == -(-x.shape[axis] // step):
+        return _selection(x, torch.eye(x.shape[1], dtype=torch.float64), [step if j == axis else 1 for j in range(2, len(x.shape))])
+    return Slice(axis, start, stop, step)
+
+
+WIDEST = 1024  # channels up to which a selection is written as a 1x1 convolution, so that it can be coupled
+
+
+def _selection(x: Var, rows: Tensor, stride: list[int]) -> Linear:
+    """Channels by a matrix of zeros and ones, each input entry at most once, and every stride-th place: a 1x1 convolution."""
+    weight = rows.reshape(*rows.shape, *[1] * len(stride))
+    return Linear(Conv(weight, input_size=x.shape[2:], stride=stride), known=Bound(1.0, 1.0, "a selection of entries"))
+
+
+@register("aten.select")
+def _select(call: Call) -> Lipschitz:
+    call.const("index")
+    return Lipschitz(1.0, "a selection of entries", same_range=True, lines=_lines(call))
+
+
+def _most(index: Tensor, size: int) -> int:
+    """How often the most frequent index occurs."""
+    return int(torch.bincount(index.reshape(-1) % size, minlength=1).max()) if index.numel() else 0
+
+
+@register("aten.index_select", "aten.gather")
+def _index_select(call: Call) -> Lipschitz:
+    x, index = call.var("self"), call.const("index")
+    axis = int(call.const("dim"))
+    most = _most(index, x.shape[axis]) if "select" in call.op else call.shape[axis]
+    return Lipschitz(rd.sqrt_up(float(most)), f"a selection of entries, each at most {most} times", same_range=True)
+
+
+@register("aten.index")
+def _index(call: Call) -> Lipschitz:
+    x, indices = call.var("self"), call.const("indices")
+    if any(isinstance(i, Var) for i in indices):
+        msg = "indexing with values that depend on the input jumps"
+        raise UnsupportedError(msg)
+    numbers = torch.arange(math.prod(x.shape)).reshape(x.shape)
+    picked = torch.ops.aten.index.Tensor(numbers, list(indices))
+    most = _most(picked, math.prod(x.shape))
+    return Lipschitz(rd.sqrt_up(float(most)), f"a selection of entries, each at most {most} times", same_range=True)
+
+
+@register("aten.expand", "aten.repeat", "aten.tile", "aten.expand_as", "aten.broadcast_to", "aten.repeat_interleave")
+def _repeat(call: Call) -> Lipschitz | Var:
+    x = call.vars[0]
+    if any(isinstance(v, Tensor) for v in call.args.values()) and "expand_as" not in call.op:
+        msg = f"{call.op} with a tensor of repeats, which no rule covers"
+        raise UnsupportedError(msg)
+    times = math.prod(call.shape) // math.prod(x.shape)
+    return (
+        x
+        if times == 1 and x.shape == call.shape
+        else Lipschitz(rd.sqrt_up(float(times)), f"each entry repeated {times} times", same_range=True)
+    )
+
+
+@register("aten.where", "aten.masked_fill")
+def _where(call: Call) -> Lipschitz:
+    call.const("condition" if "where" in call.op else "mask")
+    chosen = [call.args["self"], call.args["other" if "where" in call.op else "value"]]
+    upper = rd.sqrt_up(float(_widest(call)))
+    if all(isinstance(value, Var) for value in chosen):
+        return Lipschitz(upper, "entries chosen by a constant mask", same_range=True)
+    return Lipschitz(upper, "entries kept, others constant", same_range=True, others=between(chosen))
+
+
+def between(values: Sequence[Any]) -> tuple[float, float] | None:
+    """The least interval with the entries of all constants among the values, None without one."""
+    held = [exact(torch.as_tensor(v)) for v in values if not isinstance(v, Var)]
+    ends = [float(end) for v in held if v.numel() for end in (v.min(), v.max())]
+    return (min(ends), max(ends)) if ends else None
+
+
+def _widest(call: Call) -> int:
+    """The most repeats by broadcasting among the variables."""
+    return max(math.prod(call.shape) // math.prod(v.shape) for v in call.vars)
+
+
+@register("aten.triu", "aten.tril")
+def _triangle(call: Call) -> Lipschitz:
+    return Lipschitz(1.0, "a selection of entries", same_range=True, others=(0.0, 0.0))
+
+
+@register("aten.pad", "aten.constant_pad_nd")
+def _pad(call: Call) -> Pad | Linear | Lipschitz | Var:
+    x, given = call.var("self"), [int(p) for p in call.const("pad")]
+    pairs = [(given[i], given[i + 1]) for i in range(0, len(given), 2)][::-1]
+    mode = str(call.args.get("mode", "constant")).replace("constant", "zeros")
+    if x.shape == call.shape and not any(given):
+        return x
+    spatial, value = len(x.shape) - 2, float(call.args.get("value") or 0.0)
+    if mode != "zeros" and len(pairs) == spatial + 1:
+        return call.batched(_pad)
+    if (
+        mode == "zeros"
+        and spatial > 0
+        and len(pairs) == spatial + 1 <= 4
+        and not any(map(any, pairs[1:]))
+        and min(given) >= 0
+        and value == 0.0
+    ):
+        rows = torch.eye(x.shape[1], dtype=torch.float64)
+        if x.shape[1] <= WIDEST:
+            return _selection(x, torch.nn.functional.pad(rows, (0, 0, *pairs[0])), [1] * spatial)
+    if min(given) < 0 or len(pairs) > spatial or spatial > 3:
+        if mode != "zeros":
+            msg = f"{mode} padding by {given} of an input of shape {x.shape}, which no rule covers"
+            raise UnsupportedError(msg)
+        return Lipschitz(1.0, "constants around, or entries cut off", same_range=True, others=(value, value) if max(given) > 0 else None)
+    return Pad(((0, 0),) * (spatial - len(pairs)) + tuple(pairs), mode, value)
+
+
+@register(*(f"aten.{mode}_pad{d}d" for mode in ("reflection", "replication") for d in (1, 2, 3)))
+def _pad_mode(call: Call) -> Pad | Var:
+    given = [int(p) for p in call.const("padding")]
+    if len(call.shape) == len(given) // 2 + 1:
+        return call.batched(_pad_mode)
+    mode = "reflect" if "reflection" in call.op else "replicate"
+    if min(given) < 0 or len(call.shape) != len(given) // 2 + 2:
+        msg = f"{mode} padding by {given} of an input of shape {call.var('self').shape}, which no rule covers"
+        raise UnsupportedError(msg)
+    return Pad(tuple((given[i], given[i + 1]) for i in range(0, len(given), 2))[::-1], mode)
+
+
+@register("aten.logaddexp", "aten.logaddexp2", "aten.hypot")
+def _of_gradient_one(call: Call) -> Lipschitz:
+    upper = rd.sqrt_up(float(_widest(call)))
+    return Lipschitz(upper, f"{call.op.split('.')[1]}: its gradient has norm at most 1")

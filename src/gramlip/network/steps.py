@@ -1,0 +1,325 @@
+"""Steps: what each call of a network does to a difference of two inputs. Frozen data; nothing is bounded here.
+
+A network is a list of steps; each reads earlier ones by number. A rule (`gramlip.rules`) writes them, folding rewrites
+them, composition and coupling read them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gramlip.errors import InputError
+from gramlip.numerics import rounding as rd
+from gramlip.numerics.exact_cast import exact
+from gramlip.numerics.lengths import length, lengths
+from gramlip.operators.interval import Bound
+from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
+
+Lines = Literal["", "rows", "columns"]
+Pick = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """One of the network's inputs."""
+
+
+Op = Conv | Dense | Scale
+
+
+def norm_up(op: Op) -> float:
+    """A quick upper bound of the norm: Frobenius norms of the taps, times the root of the padding's repeats."""
+    if isinstance(op, Scale):
+        return float(op.weight.abs().max())
+    weight = exact(op.weight)
+    if isinstance(op, Dense):
+        return length(weight)
+    taps = lengths(weight.flatten(2).flatten(0, 1).mT)
+    repeats = math.prod(1 + lo + hi for lo, hi in op.pads) if op.padding_mode != "zeros" else 1
+    return rd.mul_up(rd.mul_up(float(taps.sum()), 1.0 + rd.gamma(len(taps) + 2.0)), rd.sqrt_up(float(repeats)))
+
+
+@dataclass(frozen=True, eq=False)
+class Pad:
+    """Padding of the trailing spatial axes by `pairs` (before, after), a `torch.nn` padding mode."""
+
+    pairs: tuple[tuple[int, int], ...]
+    mode: str
+    value: float = 0.0
+
+    def repeats(self, shape: Shape) -> int:
+        """How often an entry of a value of `shape` occurs in the padded one, at most; the norm of the padding is the root."""
+        return math.prod(_repeats(n, pair, self.mode) for n, pair in zip(shape[2:], self.pairs, strict=True))
+
+
+def _repeats(size: int, pair: tuple[int, int], mode: str) -> int:
+    if mode == "zeros":
+        return int(size + min(pair[0], 0) + min(pair[1], 0) > 0)  # 0 where a crop leaves no entry
+    index = torch.nn.functional.pad(torch.arange(size, dtype=torch.float64).reshape(1, 1, -1), pair, mode=mode)
+    return int(torch.bincount(index.reshape(-1).long()).max())
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A linear map and a constant: `op`, up to an error of norm at most `error`, plus `bias`, up to `slip` in each entry.
+
+    A `Conv` acts on (batch, channels, *space), a `Dense` on the last axis, a `Scale` entry by entry. `bias` is broadcast to
+    the value's shape; only ranges read it. `known` is the norm where a rule knows it, `pick` as in `View`.
+
+    Whatever changes a map goes through `after`, `after_padding` or `plus`, which carry `error` along (docs/network.md#folding).
+    They work out no bias: where there is one its error becomes infinite, and with it the range.
+
+    Raises:
+        InputError: an error that is negative or NaN.
+    """
+
+    op: Op
+    error: float = 0.0
+    bias: Tensor | float = 0.0
+    known: Bound | None = None
+    slip: float = 0.0
+    pick: Pick | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("error", self.error), ("slip", self.slip)):
+            if not value >= 0.0:
+                msg = f"{name}={value!r} was given for a linear step; expected an upper bound of an error, at least 0"
+                raise InputError(msg)
+
+    @property
+    def constant(self) -> bool:
+        """Whether anything is added to the linear map."""
+        return self.slip > 0.0 or bool(torch.as_tensor(self.bias).count_nonzero())
+
+    def after(self, inner: Linear, op: Op, roundings: float) -> Linear:
+        """This map after another: `op` is their product, each entry of it computed with at most so many roundings."""
+        a, b = norm_up(self.op), norm_up(inner.op)
+        error = rd.add_up(
+            _underflow(op, roundings) if a and b else 0.0,
+            rd.mul_up(a, inner.error),
+            rd.mul_up(self.error, rd.add_up(b, inner.error)),
+            rd.mul_up(rd.gamma(roundings), rd.mul_up(a, b)),
+        )
+        return Linear(op, error, slip=math.inf if self.constant or inner.constant else 0.0)
+
+    def after_padding(self, pad: Pad, shape: Shape, op: Op) -> Linear:
+        """This map after a padding of values of `shape`, together exactly `op` plus a constant."""
+        error = rd.mul_up(self.error, rd.sqrt_up(float(pad.repeats(shape))))
+        return Linear(op, error, slip=math.inf if self.constant or pad.value else 0.0)
+
+    def plus(self, other: Linear, op: Op) -> Linear:
+        """The sum of two maps of one value: `op`, each entry of it computed with one rounding."""
+        rounding = rd.mul_up(rd.gamma(2), rd.add_up(norm_up(self.op), norm_up(other.op)))
+        error = rd.add_up(self.error, other.error, rounding, _underflow(op, 1.0) if rounding else 0.0)
+        return Linear(op, error, slip=math.inf if self.constant or other.constant else 0.0)
+
+
+def _underflow(op: Op, roundings: float) -> float:
+    """The norm of what is lost where every term of every entry is flushed to zero."""
+    return norm_up(replace(op, weight=torch.full_like(op.weight, roundings * rd.TINY, dtype=torch.float64)))
+
+
+@dataclass(frozen=True, eq=False)
+class Slope:
+    """An entrywise function whose slopes lie in [low, high]; tensors where channels differ, broadcast to the shape.
+
+    `image` is an interval that all its values lie in, `at_zero` an interval that its value at 0 lies in; `reach` gives an
+    interval for its values from one for its arguments. `sharp` says that no smaller interval holds all slopes (up to 2**-40
+    of it): only then is its constant known from below too.
+    """
+
+    low: float | Tensor
+    high: float | Tensor
+    because: str
+    image: tuple[float, float] = (float("-inf"), float("inf"))
+    at_zero: tuple[float, float] = (0.0, 0.0)
+    reach: Callable[[float, float], tuple[float, float]] | None = None
+    sharp: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Lipschitz:
+    """Any map with Lipschitz constant at most `upper` in all its sources together (l2 norm of the joined differences).
+
+    `image` and `reach` as in `Slope`; `same_range` where each entry of the result is `times` an entry of the sources, of
+    `others`, or between; `row` is at least the l2 norm of the result's rows along the last axis; `lines` and `pick` as in `View`.
+    `side` is 1 for the largest and -1 for the least entries of groups of two or more, and says along which axes they lie.
+    """
+
+    upper: float
+    because: str
+    image: tuple[float, float] = (float("-inf"), float("inf"))
+    reach: Callable[[float, float], tuple[float, float]] | None = None
+    same_range: bool = False
+    others: tuple[float, float] | None = None
+    times: float = 1.0
+    assumed: bool = False
+    row: float = float("inf")
+    lines: Lines = ""
+    pick: Pick | None = None
+    side: tuple[int, tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A rearrangement of all entries: an isometry; `flat` where their order stays the same and only the shape changes.
+
+    `lines` says which lines of the result, its rows along the last axis or its columns along the one before, are rows of
+    the source or parts of such. `pick`, where a step only copies entries, does the same to a tensor of their numbers.
+    """
+
+    flat: bool = False
+    lines: Lines = ""
+    pick: Pick | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """The sum of the sources, each at most `repeats` times repeated by broadcasting (1 where shapes agree)."""
+
+    repeats: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Join:
+    """Concatenation of the sources along `axis`."""
+
+    axis: int
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Entries start, start + step, ... < stop of `axis`; `pick` as in `View`."""
+
+    axis: int
+    start: int
+    stop: int
+    step: int = 1
+    pick: Pick | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A bilinear map of two sources: entry by entry, or the matrix product over the last two axes.
+
+    `scale` is at least the modulus of a constant factor. `caps` are upper bounds of the size of the factors (largest entry,
+    or norm as matrices) where intervals know them: without them there is no finite constant.
+    """
+
+    kind: Literal["entries", "matrix"]
+    scale: float = 1.0
+    caps: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """`softmax(scale Q K' + constants) V` of the sources Q, K, V over their last two axes; K as it is, or already transposed.
+
+    `rows` are upper bounds of the l2 norms of the rows of Q, K and V where intervals know them: without them there is no
+    finite constant. `empty` where the constants may forbid a query every key: its row of the result is zero.
+    """
+
+    scale: float
+    transposed: bool = False
+    rows: tuple[float, float, float] | None = None
+    empty: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Unbounded:
+    """A map without a finite Lipschitz constant, and why.
+
+    `within` gives the slopes of an entrywise function on an interval, None where they have no finite bound there.
+    """
+
+    reason: str
+    within: Callable[[float, float], Slope | None] | None = None
+
+
+What = Input | Linear | Pad | Slope | Lipschitz | View | Sum | Join | Slice | Product | Attention | Unbounded
+
+
+@dataclass(frozen=True, eq=False)
+class Shortcut:
+    """What is known of a value v beside its step: `|d v|^2 <= sum_k (factors[k] |d s_k|)^2` for earlier values s_k."""
+
+    factors: tuple[float, ...]
+    sources: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step: what it is, the numbers of the steps it reads, the result's shape, the layer's name and its place in the source.
+
+    A `shortcut` is about the value, so it stays true where the step is rewritten.
+    """
+
+    what: What
+    sources: tuple[int, ...]
+    shape: Shape
+    name: str
+    op: str
+    place: str = ""
+    shortcut: Shortcut | None = None
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The steps that it or its shortcut reads."""
+        return self.sources if self.shortcut is None else self.sources + self.shortcut.sources
+
+    def moved(self, number: Callable[[int], int]) -> Step:
+        """The step where the others have new numbers."""
+        short = self.shortcut
+        if short is not None:
+            short = replace(short, sources=tuple(map(number, short.sources)))
+        return replace(self, sources=tuple(map(number, self.sources)), shortcut=short)
+
+
+@dataclass
+class Network:
+    """The steps in order; `outputs` are the numbers of the results."""
+
+    steps: list[Step]
+    outputs: tuple[int, ...]
+
+    def users(self) -> list[list[int]]:
+        """For each step the numbers of the steps that read it."""
+        read: list[list[int]] = [[] for _ in self.steps]
+        for i, step in enumerate(self.steps):
+            for source in step.reads:
+                read[source].append(i)
+        return read
+
+
+def renumbered(steps: Sequence[Step | None], outputs: Sequence[int], moved: dict[int, int]) -> Network:
+    """The network without the steps that are None or unread; `moved` maps a dropped step to the one that stands for it."""
+
+    def final(i: int) -> int:
+        while i in moved:
+            i = moved[i]
+        return i
+
+    ends = [final(i) for i in outputs]
+    alive, stack = set[int](), list(ends)
+    while stack:
+        i = stack.pop()
+        if i in alive:
+            continue
+        alive.add(i)
+        step = steps[i]
+        assert step is not None
+        stack += [final(s) for s in step.reads]
+    kept = [i for i, step in enumerate(steps) if step is not None and (i in alive or isinstance(step.what, Input))]
+    number = {old: new for new, old in enumerate(kept)}
+    fresh: list[Step] = []
+    for i in kept:
+        step = steps[i]
+        assert step is not None
+        fresh.append(step.moved(lambda s: number[final(s)]))
+    return Network(fresh, tuple(number[i] for i in ends))

@@ -1,0 +1,207 @@
+"""Spectral rescaling: a diagonal that makes any layer 1-Lipschitz, from the row sums of a Gram iterate; one step is AOL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gramlip.errors import InputError, UnsupportedError
+from gramlip.nn.norm_op import Plan
+from gramlip.nn.parametrize import Normalised, attach, each, operator, positive, real
+from gramlip.norm.bound import bound
+from gramlip.numerics import rounding as rd
+from gramlip.numerics.precision import uncast
+from gramlip.operators.describe import describe
+from gramlip.operators.interval import Bound
+from gramlip.operators.linear_maps import Conv, Ints
+from gramlip.operators.wrappers import unwrapped
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class SpectralRescaling(Normalised):
+    """`weight -> weight * d`, one d for each input channel and phase of the stride, so that the layer's norm is at most `target`."""
+
+    def __init__(self, plan: Plan, input_size: Ints | None, target: float, n_iter: int) -> None:
+        super().__init__(input_size, target)
+        self.plan, self.n_iter = plan, n_iter
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The rescaled weight, of the same shape and dtype; the sums are taken in float64."""
+        with uncast(weight):
+            peak = weight.detach().abs().amax()
+            scaled = weight.to(torch.float64) / torch.where(peak == 0, 1.0, peak).to(torch.float64)
+            diagonal = rescaling(self.plan.kernel(scaled), self.n_iter) * (self.target / math.sqrt(self.plan.square))
+            return (scaled * self._spread(diagonal, weight)).to(weight.dtype)
+
+    def _spread(self, diagonal: Tensor, weight: Tensor) -> Tensor:
+        """The diagonal (groups, columns of the polyphase kernel) at each entry of the weight."""
+        groups, size = self.plan.groups, weight.shape
+        phases = [min(s, k) for s, k in zip(self.plan.strides, size[2:], strict=True)]
+        out = diagonal.reshape(groups, 1, size[1], *phases).expand(-1, size[0] // groups, *(-1,) * (1 + len(phases)))
+        for axis, (s, k) in enumerate(zip(self.plan.strides, size[2:], strict=True)):
+            out = out.index_select(3 + axis, torch.arange(k, device=weight.device) % s)
+        return out.reshape(size)
+
+    def extra_repr(self) -> str:
+        """What is asked for, and by which theorem it holds."""
+        return f"target={self.target}, n_iter={self.n_iter}, because={self.plan.because!r}"
+
+
+def rescaling(kernel: Tensor, n_iter: int) -> Tensor:
+    """The diagonal d (groups, n) for which `kernel * d` has norm at most 1 (up to rounding) at every frequency, differentiable.
+
+    With A the kernel's autocorrelation and m = 2^(n_iter - 1): `d_i = (sum_jq |(A^m)_ij(q)|)^(-1 / (2 m))`, the power taken by
+    convolution of the taps. Columns of zeros get d = 1. The taps come from products on a grid of frequencies that is large enough
+    for them not to meet. Proof: docs/training.md#rescale.
+
+    Args:
+        kernel: (groups, m, n, *k).
+        n_iter: 1 is AOL (arXiv 2208.03160); each step more takes squares of larger kernels.
+
+    Reference: arXiv 2402.00240, spectral rescaling.
+    """
+    power, rows = 2 ** (n_iter - 1), kernel.shape[1] < kernel.shape[2]
+    grid = [2 * power * (k - 1) + 1 for k in kernel.shape[3:]]
+    dims, spots = list(range(3, kernel.ndim)), list(range(1, kernel.ndim - 2))
+    spectrum = (torch.fft.rfftn(kernel, s=grid, dim=dims) if grid else kernel).movedim((1, 2), (-2, -1))
+    # A^m = (K* K)^m, or K* (K K*)^(m-1) K where that side is the smaller.
+    gram, log = _unit(spectrum @ spectrum.mH if rows else spectrum.mH @ spectrum, 0.0)
+    product, total = spectrum, torch.zeros_like(log)
+    for _ in range(n_iter - 1):
+        if rows:
+            product, total = _unit(gram @ product, total + log)
+        gram, log = _unit(gram @ gram, 2 * log)
+    if rows:
+        gram, log = _unit(spectrum.mH @ product, total)
+    taps = torch.fft.irfftn(gram, s=grid, dim=spots) if grid else gram
+    sums = taps.abs().sum(dim=(*spots, -1))
+    return torch.where(sums == 0, 1.0, torch.exp(-(torch.where(sums == 0, 1.0, sums).log() + log) / (2 * power)))
+
+
+def _unit(x: Tensor, log: Tensor | float) -> tuple[Tensor, Tensor]:
+    """X over its largest entry, and log plus that entry's logarithm."""
+    peak = x.detach().abs().amax()
+    peak = torch.where(peak == 0, 1.0, peak)
+    return x / peak, log + peak.log()
+
+
+def spectral_rescaling(module: M, name: str = "weight", *, input_size: Ints | None = None, target: float = 1.0, n_iter: int = 2) -> M:
+    """Parametrize a layer so that its l2 norm is at most `target` (up to rounding), by scaling its input channels one by one.
+
+    Each channel has its own scale, and there is no search: orthogonal columns of any length become orthonormal. The scales depend on
+    the weight alone. Undone by `torch.nn.utils.parametrize.remove_parametrizations`, or by
+    `gramlip.nn.remove`, which leaves a certified weight.
+
+    Args:
+        module: `nn.Linear`, `nn.Conv*d`, `nn.ConvTranspose*d`, or registered with `gramlip.describe`.
+        name: the tensor to rescale; other than "weight" it must be a matrix.
+        input_size: spatial size of the input; None holds for every size.
+        target: any positive number.
+        n_iter: steps, at least 1, which is AOL; more are tighter.
+
+    Returns:
+        The module.
+
+    Raises:
+        InputError: options that cannot be used.
+        UnsupportedError: a layer without a rule.
+
+    Reference: arXiv 2402.00240; docs/training.md#rescale.
+
+    >>> from gramlip import bound
+    >>> bound(spectral_rescaling(nn.Conv2d(3, 8, 3, padding=1)), rtol=1e-3).upper <= 1.001
+    True
+    """
+    if isinstance(n_iter, bool) or not isinstance(n_iter, int) or n_iter < 1:
+        msg = f"n_iter={n_iter!r} was given; expected an integer of at least 1"
+        raise InputError(msg)
+    op = operator(module, name, input_size)
+    real(op, "spectral_rescaling")
+    plan = Plan.of(op)
+    attach(module, name, SpectralRescaling(plan, input_size, positive("target", target), n_iter))
+    return module
+
+
+def spectral_rescaling_(model: M, example: Any = None, *, where: Callable[[str, nn.Module], bool] | None = None, **options: Any) -> M:
+    """`spectral_rescaling` on every linear and convolution layer of a model, in place; arguments as for `spectral_norm_`.
+
+    >>> from gramlip.nn import normalised
+    >>> len(list(normalised(spectral_rescaling_(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))))))
+    2
+    """
+    each(model, example, where, partial(spectral_rescaling, **options))
+    return model
+
+
+class Residual(nn.Module):
+    """The residual block `x - 2 V^T s(V x + b)`, 1-Lipschitz for a layer V of norm at most 1 and s with slopes between 0 and 1.
+
+    The layer is rescaled here. The block's Jacobian is `I - 2 V^T S V` with S diagonal in [0, 1], symmetric with eigenvalues in
+    [-1, 1]: docs/training.md#residual. The input is never shrunk where the layer is inactive, so that such blocks stack deeply.
+
+    Args:
+        layer: `nn.Linear`, or `nn.Conv*d` with zero padding and stride 1 that keeps the size of its input.
+        activation: slopes between 0 and 1: "relu", "sigmoid" or "tanh" (for others the proof does not hold).
+        n_iter: as for `spectral_rescaling`.
+
+    Raises:
+        UnsupportedError: another layer or activation.
+
+    Reference: arXiv 2303.03169 (the block), arXiv 2402.00240 (the scaling).
+
+    >>> Residual(nn.Conv2d(4, 16, 3, padding=1))(torch.zeros(1, 4, 8, 8)).shape
+    torch.Size([1, 4, 8, 8])
+    """
+
+    ACTIVATIONS = {"relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}  # noqa: RUF012
+
+    def __init__(self, layer: nn.Module, activation: str = "relu", n_iter: int = 2) -> None:
+        super().__init__()
+        if activation not in self.ACTIVATIONS:
+            msg = f"activation={activation!r} is not known to have slopes between 0 and 1; expected one of {sorted(self.ACTIVATIONS)}"
+            raise UnsupportedError(msg)
+        op, layer = operator(layer, "weight", None), unwrapped(layer)
+        if isinstance(op, Conv) and (op.transposed or op.padding_mode != "zeros" or any(s != 1 for s in layer.stride)):  # type: ignore[union-attr]
+            msg = f"{layer} was given; expected nn.Linear, or a convolution with zero padding and stride 1"
+            raise UnsupportedError(msg)
+        self.padding = [lo for lo, _ in cast("Any", op.padding)] if isinstance(op, Conv) else []
+        if isinstance(op, Conv) and op.padding != tuple(((s - 1) // 2, (s - 1) // 2) for s in op.spans):
+            msg = f"{layer} was given; expected a convolution of odd side that keeps the size of its input: padding='same'"
+            raise UnsupportedError(msg)
+        self.layer, self.activation = spectral_rescaling(layer, n_iter=n_iter), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output, of the shape of its input."""
+        active = self.ACTIVATIONS[self.activation](self.layer(x))
+        return x - 2 * self._adjoint(active)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        weight, layer = cast("Tensor", self.layer.weight), cast("Any", self.layer)
+        if weight.ndim == 2:
+            return F.linear(y, weight.mT)
+        back: Any = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}[weight.ndim]
+        return back(y, weight, stride=1, padding=self.padding, dilation=layer.dilation, groups=layer.groups)
+
+    def bound(self, input_size: Ints | None = None, rtol: float = 1e-3) -> Bound:
+        """Interval of the block's constant: at most `max(1, 2 u^2 - 1)`, u the certified norm of its layer as it stands.
+
+        >>> from gramlip.nn import remove
+        >>> remove(Residual(nn.Conv2d(4, 16, 3, padding=1))).bound().upper
+        1.0
+        """
+        layer = bound(self.layer, input_size, rtol=rtol)
+        upper = float(layer.upper)
+        stretch = 1.0 if upper <= 1.0 else rd.up(rd.up(2 * rd.up(upper * upper)) - 1)
+        return Bound(0.0, stretch, f"x - 2 V^T s(V x + b), slopes of s in [0, 1], V: {layer.because}")
+
+
+@describe.register
+def _(module: Residual, input_size: Ints | None = None) -> Bound:
+    return module.bound(input_size)

@@ -1,0 +1,374 @@
+"""`certify`: the enclosure of an operator's norm to a relative width, rounding included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gramlip.errors import InputError
+from gramlip.norm.finite.banded_cholesky import banded, rounded, small
+from gramlip.norm.finite.boundary_terms import upper_side
+from gramlip.norm.finite.layer import Certificate, Layer
+from gramlip.norm.finite.start_vectors import SAMPLE_BYTES, sample, wave
+from gramlip.norm.search.branch_and_bound import BranchAndBound, Enclosure
+from gramlip.norm.sparse import enclosure
+from gramlip.norm.symbol.gram_symbol import GramSymbol
+from gramlip.norm.symbol.polyphase import Symbol, symbol
+from gramlip.numerics import rounding as rd
+from gramlip.numerics.devices import on_cpu
+from gramlip.numerics.exact_cast import widen, widen_each
+from gramlip.operators.interval import Bound, scaled
+from gramlip.operators.linear_maps import Conv, Dense, Diagonal, Operator, Separable, Sparse
+
+AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself while its estimated operations stay below this
+FINITE_BYTES = 384 << 20  # and never with more memory than this
+TOGETHER = 1 << 19  # kernels of at most so many entries are searched together
+TRIED = 1 << 22  # numbers read by a small layer that is tried as a lower side for every size
+LEAST_SIDE = 16  # the order to which smaller blocks are filled up
+TRIES = 12
+WAYS = {
+    "Cholesky": "Cholesky (R3)",
+    "Gram": "Gram (theorems 1 and 2, R4)",
+    "tap bound": "tap bound (theorem 8)",
+    "sum of taps": "sum of taps (lemma 14)",
+}
+
+
+def certify(op: Operator, *, rtol: float = 1e-2, finite: bool | str = "auto") -> Bound:
+    """Certified interval of the operator's norm: the search over its symbol, and the finite layer where that is closer.
+
+    Reference: docs/theory.md and docs/rounding.md.
+    """
+    return certify_all([op], rtol=rtol, finite=finite)[0]
+
+
+def certify_all(ops: Sequence[Operator], *, rtol: float = 1e-2, finite: bool | str = "auto") -> list[Bound]:
+    """The intervals of many operators; small layers of like shape are searched together, which costs little more than one."""
+    with torch.no_grad(), on_cpu():
+        bounds: list[Bound | None] = [None] * len(ops)
+        together: dict[object, list[int]] = {}
+        syms: dict[int, Symbol] = {}
+        for i, op in enumerate(ops):
+            if isinstance(op, Diagonal):
+                bounds[i] = _diagonal(op)
+            elif isinstance(op, Separable):
+                bounds[i] = _separable(op, rtol)
+            elif isinstance(op, Sparse):
+                bounds[i] = enclosure(op, rtol, partial(certify, rtol=rtol))
+            else:
+                syms[i] = sym = symbol(op)
+                together.setdefault(_alike(op, sym) if sym.plain.numel() <= TOGETHER else i, []).append(i)
+        for alike in together.values():
+            for some in (alike[k : k + 64] for k in range(0, len(alike), 64)):
+                chosen = [ops[i] for i in some]
+                for i, bound in zip(some, _searched_together(chosen, [syms[i] for i in some], rtol, finite), strict=True):  # type: ignore[arg-type]
+                    bounds[i] = bound
+        return [bound for bound in bounds if bound is not None]
+
+
+def _alike(op: Dense | Conv, sym: Symbol) -> object:
+    """What symbols that are searched together have in common.
+
+    Blocks of nearly equal order are filled up with zeros, but not where a finite layer is to start from its block's vector.
+    """
+    kernel = sym.kernel
+    groups, rows, columns, *span = kernel.shape
+    side, own = min(rows, columns), isinstance(op, Conv) and op.input_size is not None and not sym.exact
+    filled = 1 << max(side - 1, LEAST_SIDE - 1).bit_length()
+    shape = (rows, columns) if own or max(rows, columns) > 4 * filled else (filled, rows < columns)
+    return groups, shape, tuple(span), kernel.dtype, kernel.device, sym.points
+
+
+def _stack(kernels: Sequence[Tensor]) -> Tensor:
+    """Kernels (groups, m, n, *k) along a new first axis, filled up with zeros to the largest m and n."""
+    rows, columns = (max(k.shape[j] for k in kernels) for j in (1, 2))
+    out = kernels[0].new_zeros(len(kernels), len(kernels[0]), rows, columns, *kernels[0].shape[3:])
+    for place, kernel in zip(out, kernels, strict=True):
+        place[:, : kernel.shape[1], : kernel.shape[2]] = kernel
+    return out
+
+
+def _diagonal(op: Diagonal) -> Bound:
+    wide, exponent = widen(op.weight.detach().flatten(), None)
+    top = max(rd.hypot_up(map(abs, z)) for z in torch.view_as_real(wide).tolist()) if wide.is_complex() else float(wide.abs().max())
+    lower = rd.down(top * (1 - 2.0**-50)) if wide.is_complex() else top
+    return scaled(lower, top, exponent, "largest modulus of a diagonal")
+
+
+def _separable(op: Separable, rtol: float) -> Bound:
+    """The norm of a Kronecker product is the product of the norms: docs/theory.md#fixed-maps."""
+    digits, exponent = math.frexp(abs(op.scale))
+    lower, upper, exponent = 2 * digits, 2 * digits, exponent - 1  # a power of two has the digits 1, which cost no rounding
+    for factor in op.factors:
+        wide, power = widen(factor.detach(), None)
+        part = certify(Dense(wide), rtol=rtol / len(op.factors) * 0.99)
+        exponent += power
+        lower, upper = rd.mul_down(lower, part.lower), rd.mul_up(upper, float(part.upper))
+    grow = sum(rd.interpolated(factor.shape[1]) for factor in op.factors)  # the entries come from torch's float64
+    lower, upper = (rd.down(lower * (1 - grow)), rd.up(upper * (1 + grow))) if upper else (0.0, 0.0)
+    return scaled(lower, upper, exponent, "product of the norms of the axes of a separable map")
+
+
+def _repeated_most(op: Conv) -> Conv | None:
+    """A layer of every size at the size where its padding repeats most; None where it repeats nothing, or too much to try."""
+    if op.padding_mode not in ("reflect", "replicate") or not any(map(any, op.pads)):
+        return None
+    ends = [max(pair) if op.padding_mode == "replicate" else sum(pair) for pair in op.pads]
+    sizes = tuple(1 + end + 2 * max(0, span - 1 - sum(pair)) for end, span, pair in zip(ends, op.spans, op.pads, strict=True))
+    small = replace(op, input_size=sizes)
+    return small if math.prod(small.output_size or ()) * op.weight[0].numel() <= TRIED else None
+
+
+def _searched_together(ops: Sequence[Conv | Dense], syms: Sequence[Symbol], rtol: float, finite: bool | str) -> list[Bound]:
+    """Enclosures of layers with symbols of equal shape, in their order, from one search."""
+    if len(ops) == 1:
+        gram = GramSymbol(syms[0].plain, syms[0].strides, rtol, syms[0].frequencies)
+        exponents = [0]
+    else:  # each layer on its own scale
+        wide, exponents = widen_each(_stack([sym.kernel.detach() for sym in syms]))
+        gram = GramSymbol(wide.flatten(0, 1), rtol=rtol, frequencies=syms[0].frequencies)
+    groups = gram.groups // len(ops)
+    search = BranchAndBound(gram, syms[0].points, np.arange(len(ops)).repeat(groups))
+    tasks: list[LayerTask] = []
+    for i, (op, sym, exponent) in enumerate(zip(ops, syms, exponents, strict=True)):
+        norm_sums = layer_norm_sums(sym, gram.tap_norm_sums[i * groups : (i + 1) * groups])
+        tasks.append(LayerTask(i, op, sym, search, exponent + gram.exponent, norm_sums, rtol, finite))
+    return _bounds(tasks, search, rtol)
+
+
+def _bounds(tasks: Sequence[LayerTask], search: BranchAndBound, rtol: float) -> list[Bound]:
+    """The intervals of layers in one search: the lower sides, the search, then each layer from its own enclosure."""
+    search.start(rtol, not all(task.symbol.exact for task in tasks))
+    widths, ceilings = np.full(len(tasks), rtol), np.zeros(len(tasks))
+    done: dict[int, Bound] = {}
+    sides: dict[int, OwnSide] = {}
+    for i, task in enumerate(tasks):
+        if max(task.tap_norm_sums) == 0.0:
+            done[i] = Bound(0.0, 0.0, f"{task.symbol.because}; all weights are zero")
+        elif task.needs_own_side:
+            sides[i] = side = task.own_side()
+            if side.bound is not None:
+                done[i] = side.bound
+            ceilings[i], widths[i] = task.room(side.lower)
+    todo = [i for i in range(len(tasks)) if i not in done]
+    for i, found in zip(todo, search.close(widths, todo, ceilings) if todo else [], strict=True):
+        done[i] = tasks[i].bound(found, sides.get(i))
+    return [task.closed(done[i]) for i, task in enumerate(tasks)]
+
+
+def layer_norm_sums(sym: Symbol, tap_norm_sums: Sequence[float]) -> list[float]:
+    """Upper bounds of `sum_p ||K_p||_F` over the taps of the layer itself, from those over the taps of its symbol, for each group.
+
+    A symbol adds up the squares over the phases of a stride; padding that repeats inputs lets phases read the same ones.
+    """
+    phases = math.prod(min(s, k) for s, k in zip(sym.strides, sym.plain.shape[3:], strict=True))
+    return [rd.mul_up(norms, rd.sqrt_up(float(phases))) for norms in tap_norm_sums]
+
+
+@dataclass(frozen=True)
+class OwnSide:
+    """A finite layer's own lower side, the norm of its blocks when that was found, and its own interval where it has one."""
+
+    lower: float
+    peak: float
+    bound: Bound | None
+
+
+@dataclass(frozen=True)
+class FiniteStart:
+    """A finite layer that is applied, the group of its symbol's best block, and a vector there with its Rayleigh quotient."""
+
+    op: Conv
+    layer: Layer
+    group: int
+    vector: Tensor
+    lower: float
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """One of the layers that are searched together: its interval from that of its symbol, and from the finite layer itself.
+
+    Weights are divided by `2**exponent`. `tap_norm_sums` are those of the layer's groups.
+    """
+
+    number: int
+    op: Conv | Dense
+    symbol: Symbol
+    search: BranchAndBound
+    exponent: int
+    tap_norm_sums: list[float]
+    rtol: float
+    finite: bool | str
+
+    @property
+    def needs_own_side(self) -> bool:
+        """Whether its blocks bound it from above only: its lower side is that of the finite layer."""
+        return isinstance(self.op, Conv) and self.op.input_size is not None and not self.symbol.exact
+
+    @property
+    def peak_norm(self) -> float:
+        """What the best block says of the layer's norm so far."""
+        return math.sqrt(float(self.search.lower.best[self.number]) * self.symbol.square)
+
+    def room(self, lower: float) -> tuple[float, float]:
+        """What the blocks' norm may reach for the layer's interval to close, and how close to their peak it is worth while to prove it."""
+        # the width asked for is that of the layer, not of its blocks
+        ceiling = lower * (1 + self.rtol * 0.98) / math.sqrt(self.symbol.square)
+        peak = math.sqrt(float(self.search.lower.best[self.number]))
+        room = ceiling / peak - 1 if peak else 0.0
+        return ceiling, self.rtol / 2 if room <= 0 else min(max(room, self.rtol / 16), self.rtol / 4)
+
+    def own_side(self) -> OwnSide:
+        """The lower side of a layer of given size, and its own interval where that is needed and within reach."""
+        peak, start = self.peak_norm, self._finite_start()
+        gap = max(peak / start.lower - 1, 0.0) if start.lower else math.inf
+        whole = start.op is self.op
+        if self.finite is True and not whole:
+            assert isinstance(self.op, Conv)
+            limit = f"{SAMPLE_BYTES >> 20} MiB"
+            msg = f"finite=True was given for an input of {self.op.sizes}; expected one whose columns fit in {limit}: type finite=False"
+            raise InputError(msg)
+        near = self.finite is not False and gap > self.rtol * 0.7 and whole
+        return OwnSide(start.lower, peak, self._own(start) if near and self._affordable(start) else None)
+
+    def _affordable(self, start: FiniteStart) -> bool:
+        """Whether the finite layer's own certificate fits in memory, and in time where it was not asked for."""
+        certificate = Certificate(start.layer, start.group)
+        fits = certificate.bytes <= FINITE_BYTES
+        if self.finite is True and not fits:
+            msg = (
+                f"finite=True was given for a layer whose own certificate would need {certificate.bytes / 2**30:.1f} GiB; "
+                f"expected at most {FINITE_BYTES / 2**30:.1f} GiB: type finite=False"
+            )
+            raise InputError(msg)
+        return fits and (self.finite is True or certificate.cost * len(self.tap_norm_sums) <= AUTO_OPERATIONS)
+
+    def _finite_start(self) -> FiniteStart:
+        """The layer or a smaller one, with Lanczos steps until its quotient is as close to the blocks' norm as it can come."""
+        assert isinstance(self.op, Conv)
+        part, modes = sample(self.op)
+        layer, peak = Layer(part, self.exponent, modes), self.search.lower.peak(self.number)
+        group = self._group(peak.group)
+        x, best = wave(peak, layer, group), 0.0
+        for _ in range(TRIES):
+            y, done = layer.ascend(x, group, self.peak_norm, self.rtol)
+            value = layer.lower(y, group, self.tap_norm_sums[group])
+            better = value > best * (1 + self.rtol / 64)
+            if value > best:
+                x, best = y, value
+            if done or not better:
+                break
+        return FiniteStart(part, layer, group, x, best)
+
+    def _group(self, group: int) -> int:
+        """The layer's own number of a group of the search."""
+        return group - self.number * len(self.tap_norm_sums)
+
+    def bound(self, found: Enclosure, side: OwnSide | None) -> Bound:
+        """The layer's interval from its symbol's and, where its blocks bound it from above only, its own lower side."""
+        upper, reason = self._above(found)
+        if side is not None:
+            return self._from_own_side(upper, reason, side)
+        if self.symbol.exact:
+            factor = math.sqrt(self.symbol.square)
+            return self._scaled(rd.mul_down(found.lower, factor if factor == 1.0 else rd.down(factor)), upper, reason)
+        assert isinstance(self.op, Conv)
+        if all(s == 1 for s in self.op.strides):
+            lower, inputs = rd.ldexp_down(found.lower, self.exponent), "large inputs come as close to the supremum as one likes"
+        else:
+            lower, inputs = (
+                certify(replace(self.op, padding_mode="zeros"), rtol=self.rtol).lower,
+                "large inputs of a multiple of the stride",
+            )
+        if (small := _repeated_most(self.op)) is not None:
+            again = rd.ldexp_down(replace(self, op=small)._finite_start().lower, self.exponent)
+            if again > lower:
+                lower, inputs = again, f"the layer itself at size {'x'.join(map(str, small.sizes or ()))}"
+        return replace(self._scaled(0.0, upper, f"{reason}; lower side: {inputs}"), lower=lower)
+
+    def _from_own_side(self, upper: float, reason: str, side: OwnSide) -> Bound:
+        """The interval with the layer's own lower side, which is looked for again where the blocks have a higher peak since."""
+        lower = side.lower
+        if upper > lower * (1 + self.rtol) and self.peak_norm > side.peak * (1 + self.rtol / 8):
+            again = self.own_side()
+            if again.bound is not None:
+                return again.bound
+            lower = max(lower, again.lower)
+            upper, reason = self._closed_again(lower, upper, reason)
+        if lower > upper:  # a vector that the layer stretches more than the theorem allows: never to be hidden
+            msg = (
+                f"{reason}: the layer stretches a vector by {lower}, beyond the bound {upper}; expected no such vector: please report this"
+            )
+            raise ArithmeticError(msg)
+        return self._scaled(lower, upper, f"{reason}; lower side from the layer itself")
+
+    def _closed_again(self, lower: float, upper: float, reason: str) -> tuple[float, str]:
+        """The upper side from another search of this layer alone, where its interval can still close."""
+        ceilings = np.zeros_like(self.search.lower.best)
+        ceilings[self.number], width = self.room(lower)
+        if upper <= lower * (1 + self.rtol) or width >= self.rtol / 2:
+            return upper, reason
+        return self._above(self.search.close(width, [self.number], ceilings)[0])
+
+    def _above(self, found: Enclosure) -> tuple[float, str]:
+        """The layer's upper bound from the symbol's: times the padding's factor, or plus what the boundary adds; and the reason."""
+        op, square, reason = self.op, self.symbol.square, self._reason(found)
+        if square > 1 and isinstance(op, Conv) and op.padding_mode in ("reflect", "replicate"):
+            upper, alone, ends = upper_side(op, self.exponent, self.tap_norm_sums, found.upper)
+            by_factor = f"times the factor of the padding on axes {alone}" if alone else ""
+            added = "plus the boundary's share (theorem 12)" if ends else ""
+            return upper, "; ".join(filter(None, (reason, added, by_factor)))
+        factor = f"; times sqrt({square}), the factor of the padding" if square > 1 else ""
+        return rd.mul_up(found.upper, rd.sqrt_up(float(square))), reason + factor
+
+    def closed(self, found: Bound) -> Bound:
+        """The tighter of two intervals, the second from the matrix of a small finite layer; it says so where it is wider than asked for."""
+        op = self.op
+        if found.rtol > self.rtol and self.finite is not False and isinstance(op, Conv) and op.input_size is not None and small(op):
+            found = min(found, self._whole(Layer(op, self.exponent)), key=lambda bound: (bound.rtol, float(bound.upper)))
+        if found.rtol <= self.rtol or "asked for" in found.because:
+            return found
+        return replace(found, because=f"{found.because}; wider than asked for")
+
+    def _whole(self, layer: Layer) -> Bound:
+        """The interval of a finite layer's matrix, group by group."""
+        parts = [rounded(layer, group, rd.ldexp_up(norms, self.exponent)) for group, norms in enumerate(self.tap_norm_sums)]
+        if not all(bool(matrix.isfinite().all()) for matrix, _ in parts):  # taps that meet add up beyond the largest number
+            return Bound(0.0, math.inf, "entries beyond the largest number")
+        closed = certify_all([Dense(matrix) for matrix, _ in parts], rtol=self.rtol)
+        errors = [error for _, error in parts]
+        low = max(rd.down(part.lower - error) if error else part.lower for part, error in zip(closed, errors, strict=True))
+        highs = [rd.add_up(float(part.upper), error) for part, error in zip(closed, errors, strict=True)]
+        high, most = max((high, group) for group, high in enumerate(highs))
+        entries = "whose entries are rounded (R8)" if errors[most] else "(R8)"
+        return Bound(max(low, 0.0), high, f"{self._itself(layer)} {entries}, as {closed[most].because}")
+
+    def _own(self, start: FiniteStart) -> Bound:
+        """The finite layer's own interval, from its block-banded certificate."""
+        lower, upper, reason = banded(start.layer, self.tap_norm_sums, self.rtol, start.group, start.lower, start.vector)
+        return self._scaled(lower, upper, f"{self._itself(start.layer)}, {reason}")
+
+    def _itself(self, layer: Layer) -> str:
+        return f"{self.symbol.because.split(':')[0]}: the finite layer itself at size {'x'.join(map(str, layer.sizes))}"
+
+    def _scaled(self, lower: float, upper: float, reason: str) -> Bound:
+        return scaled(lower, upper, self.exponent, reason)
+
+    def _reason(self, found: Enclosure) -> str:
+        """How the symbol's interval was found."""
+        tally, side = found.tally, self.search.symbol.side
+        ways = " and ".join(WAYS[way] for way in sorted(tally.ways))
+        where = f"; attained at frequency ({', '.join(f'{w + 0.0:.4g}' for w in found.frequency)})" if found.frequency else ""
+        cells = " at the corners of cells (theorem 7)" if found.frequency else ""
+        group = f" of group {self._group(found.group)}" if len(self.tap_norm_sums) > 1 else ""
+        together = len(self.search.lower.best)
+        layers = f", {together} layers together" if together > 1 else ""
+        early = "" if found.finished else "; wider than asked for: as close as rounding and the budget allow"
+        return f"{self.symbol.because}; {ways} on {tally.blocks} blocks of {side}x{side}{cells}{where}{group}{layers}{early}"

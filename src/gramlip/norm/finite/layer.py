@@ -1,0 +1,280 @@
+"""The finite layer itself: its action, a lower bound from its own Rayleigh quotient, and its own certificate.
+
+Every geometry is exact here: one index map for each axis says which input each tap of each output reads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gramlip.errors import InputError
+from gramlip.norm.symbol.padding_theorems import index_map
+from gramlip.norm.symbol.polyphase import axes, grouped
+from gramlip.numerics import devices
+from gramlip.numerics import rounding as rd
+from gramlip.numerics.cholesky import shift
+from gramlip.numerics.exact_cast import widen
+from gramlip.numerics.precision import full_products
+from gramlip.operators.linear_maps import Conv
+
+WIDE_BYTES = 48 << 20  # a copy of a kernel in the precision of the vectors is kept while it is smaller than this
+PIECE_BYTES = 2 << 20  # else pieces of about this size, which caches hold, are cast when they are used
+STEPS, LEAST_STEPS = 32, 3  # Lanczos steps between restarts, and before they may end for adding little
+LOOK = 4  # of which a GPU takes so many before they are looked at
+BASIS_BYTES = 48 << 20  # or fewer, whose vectors are smaller than this together
+SINGLE_RTOL = 1e-3  # intervals so wide take their vectors from single precision
+SINGLE_PRODUCTS = 1 << 21  # where the layer multiplies so many numbers
+READS = 1 << 29  # places that an index map may have
+
+
+class Layer:
+    """One group's finite linear map, scaled by `2**-exponent`: the convolution, or the one whose adjoint it is.
+
+    Inputs and outputs are matrices with a row for each position and a column for each channel, in float64 or, where no proof
+    rests on them, in single precision.
+    """
+
+    def __init__(self, op: Conv, exponent: int, modes: Sequence[str] | None = None) -> None:
+        """Index maps of all axes, each with its own padding mode where `modes` are given.
+
+        The kernel (groups, m, n, *k) is copied where it is small, else cast piece by piece.
+        """
+        self.geometry = axes(op)
+        self.source, self.exponent = grouped(op).detach(), exponent
+        self.shape, self.is_complex, self.device = self.source.shape, self.source.is_complex(), self.source.device
+        self.dtype = torch.complex128 if self.is_complex else torch.float64
+        scalar = 16 if self.is_complex else 8
+        self.bytes = scalar * self.source[0].numel()
+        self._step = max(1, PIECE_BYTES * self.shape[1] // self.bytes)
+        self._kept: dict[torch.dtype, tuple[int, Tensor]] = {}
+        modes = modes or (op.padding_mode,) * op.dims
+        self.maps = [index_map(a, mode) for a, mode in zip(self.geometry, modes, strict=True)]
+        self.sizes = tuple(a.size or 0 for a in self.geometry)
+        self.outputs = tuple(a.outputs or 0 for a in self.geometry)
+        if math.prod(self.outputs) * math.prod(self.shape[3:]) > READS:
+            sizes = f"an input of size {self.sizes} gives an output of size {self.outputs}"
+            msg = f"{sizes}; expected less: type a smaller padding, or input_size=None"
+            raise InputError(msg)
+        self.shared = math.prod(max(int(row[row >= 0].bincount().max()) if bool((row >= 0).any()) else 0 for row in m) for m in self.maps)
+        self._look = LOOK if devices.parallel(self.device) else 1
+        self.reads = self._positions()
+
+    def _positions(self) -> Tensor:
+        """The input position that each tap of each output reads, (outputs * taps,); the one after the last for a padded zero."""
+        reads = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        for m, size in zip(self.maps, self.sizes, strict=True):
+            one, two = reads[:, None, :, None], m.mT[None, :, None, :].to(self.device)
+            reads = torch.where((one >= 0) & (two >= 0), one * size + two, -1)
+            reads = reads.reshape(reads.shape[0] * reads.shape[1], -1)
+        return torch.where(reads >= 0, reads, math.prod(self.sizes)).flatten()
+
+    def kernel(self, group: int) -> Tensor:
+        """The exact float64 kernel of one group, (m, n, *k)."""
+        return widen(self.source[group], self.exponent)[0]
+
+    def _pieces(self, group: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of the kernel, (r, taps n), in turn: at once where it is kept."""
+        if dtype.itemsize * self.source[0].numel() <= WIDE_BYTES:
+            if dtype not in self._kept or self._kept[dtype][0] != group:
+                self._kept[dtype] = group, self._piece(group, slice(None), dtype)
+            yield slice(None), self._kept[dtype][1]
+            return
+        for start in range(0, self.shape[1], self._step):
+            rows = slice(start, start + self._step)
+            yield rows, self._piece(group, rows, dtype)
+
+    def _piece(self, group: int, rows: slice, dtype: torch.dtype) -> Tensor:
+        part = self.source[group, rows]
+        exact = dtype == self.dtype or abs(self.exponent) > 60 or part.dtype != dtype
+        part = part.flatten(2).mT.flatten(1)
+        return widen(part, self.exponent)[0].to(dtype) if exact else part * 2.0**-self.exponent
+
+    def forward(self, x: Tensor, group: int) -> Tensor:
+        """The layer on x (positions, n), zeros where a tap reads padding: (output positions, m)."""
+        columns = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, self.reads).reshape(math.prod(self.outputs), -1)
+        parts = [columns @ piece.mT for _, piece in self._pieces(group, x.dtype)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def adjoint(self, y: Tensor, group: int) -> Tensor:
+        """The adjoint on y (output positions, m): (positions, n)."""
+        columns = None
+        for rows, piece in self._pieces(group, y.dtype):
+            part = y[:, rows]
+            columns = part @ piece.conj() if columns is None else columns.addmm_(part, piece.conj())
+        assert columns is not None
+        x = y.new_zeros(math.prod(self.sizes) + 1, self.shape[2])
+        return x.index_add_(0, self.reads, columns.reshape(-1, self.shape[2]))[:-1]
+
+    def lower(self, x: Tensor, group: int, tap_norm_sum: float) -> float:
+        """Lower bound `||T x|| / ||x||` less its rounding, at most `gamma tap_norm_sum ||x||`: docs/rounding.md#r6-rayleigh-quotients."""
+        length = math.prod(self.shape[2:]) + 8
+        error = rd.mul_up(rd.mul_up(rd.gamma(8.0 * length), tap_norm_sum), rd.sqrt_up(float(self.shared)))
+        size = rd.gamma(4.0 * (x.numel() + math.prod(self.outputs) * self.shape[1]) + 64)
+        quotient = float(torch.linalg.vector_norm(self.forward(x, group)) / torch.linalg.vector_norm(x))
+        return max(0.0, rd.down(quotient * rd.down(1 - 4 * size) - error))
+
+    def ascend(self, x: Tensor, group: int, above: float = math.inf, rtol: float = 0.0, steps: int = STEPS) -> tuple[Tensor, bool]:
+        """The leading Ritz vector of `T* T` after Lanczos steps from x, and whether more of them would add little.
+
+        They end early within `rtol / 4` of `above`, or where two of them add little beside `rtol`. Large layers take them in
+        single precision for a wide interval, unless the global settings cut its products short.
+        """
+        large = self.source[0].numel() * math.prod(self.outputs) >= SINGLE_PRODUCTS
+        single = rtol >= SINGLE_RTOL and large and (self.is_complex or full_products())
+        dtype = (torch.complex64 if self.is_complex else torch.float32) if single else self.dtype
+        steps = min(steps, max(8, BASIS_BYTES // (x.numel() * dtype.itemsize)))
+        basis = torch.empty(steps, x.numel(), dtype=dtype, device=self.device)
+        small, tops, done = torch.zeros(steps, steps, dtype=torch.float64), list[float](), False
+        w = (x / torch.linalg.vector_norm(x)).to(dtype)
+        found = [w.new_zeros((), dtype=w.real.dtype)]  # subdiagonal and diagonal that were not looked at yet: looking waits for the device
+        for j in range(steps):
+            basis[j] = w.flatten()
+            y = self.forward(w, group)
+            found.append(torch.linalg.vector_norm(y) ** 2)
+            if len(found) >= 2 * self._look or j + 1 == steps:
+                for size, diagonal in torch.stack(found).reshape(-1, 2).tolist():
+                    i = len(tops)
+                    over = i > 0 and size <= (1e-6 if single else 1e-13) * tops[0] ** 2  # nothing is left beside the vectors before
+                    if not over:
+                        small[i, i] = diagonal
+                        small[i, max(i - 1, 0)] += size
+                        tops.append(float(torch.linalg.eigvalsh(small[: i + 1, : i + 1])[-1].clamp_min(0).sqrt()))
+                        # near: a little more may close the interval, or leave more of it to the proof
+                        near = bool(tops[i]) and above / tops[i] - 1 < 1.3 * rtol
+                        little = i >= LEAST_STEPS and tops[i] - tops[i - 2] < tops[i] * rtol / (32 if near else 8)
+                        done = little or tops[i] >= above * (1 - rtol / 4)
+                    if done or over or i + 1 == steps:
+                        count = len(tops)
+                        weights = torch.linalg.eigh(small[:count, :count])[1][:, -1].to(dtype).to(self.device)
+                        return (weights @ basis[:count]).reshape(x.shape).to(self.dtype), done
+                found = []
+            w, q = self.adjoint(y, group), basis[: j + 1]
+            for _ in range(2):
+                w = w - (q.mT @ (q.conj() @ w.flatten())).reshape(w.shape)
+            found.append(torch.linalg.vector_norm(w))
+            w = w / found[-1].clamp_min(1e-30)
+        raise AssertionError  # the last step returned
+
+
+class Certificate:
+    """`||T|| <= tau` for one group of a finite layer by a block-banded Cholesky factorisation along the first axis.
+
+    The Gram matrix of the smaller side is banded in blocks of one row of the first axis (docs/theory.md#finite-layer); a
+    factorisation of `tau^2 I - T* T`, shifted as in docs/rounding.md#r3-cholesky, proves the bound for the layer itself. It is
+    done on the CPU wherever the layer is: the theorem on its error is one on LAPACK.
+    """
+
+    def __init__(self, layer: Layer, group: int) -> None:
+        """The rows' products; `cost` estimates the operations of one factorisation with its preparation."""
+        self.layer, self.group = layer, group
+        m, n = layer.shape[1:3]
+        rows, columns = m * math.prod(layer.outputs[1:]), n * math.prod(layer.sizes[1:])
+        self.on_inputs = columns * layer.sizes[0] <= rows * layer.outputs[0]
+        self.side, self.inner = (columns, rows) if self.on_inputs else (rows, columns)
+        self.steps = layer.sizes[0] if self.on_inputs else layer.outputs[0]
+        self.pairs = self._pairs()
+        self.band = max((j - i for i, j in self.pairs), default=0)
+        self.products = {pq for terms in self.pairs.values() for pq in terms}
+        weight = 4.0 if layer.is_complex else 1.0
+        band = self.band
+        self.cost = weight * (2.0 * len(self.products) * self.side**2 * self.inner + self.steps * (1 / 3 + band + band**2) * self.side**3)
+        scalar = 16 if layer.is_complex else 8
+        slices = layer.shape[3] * rows * columns
+        self.bytes = layer.bytes + scalar * (slices + (len(self.products) + (band + 1) ** 2 + 3) * self.side**2)
+
+    def _pairs(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        """For blocks i <= j of the Gram matrix the pairs of first-axis taps whose products make it up."""
+        terms: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        reads = self.layer.maps[0].tolist()
+        taps = range(len(reads))
+        if self.on_inputs:
+            found = ((reads[p][o], reads[q][o], p, q) for o in range(self.layer.outputs[0]) for p in taps for q in taps)
+        else:
+            by_input: dict[int, list[tuple[int, int]]] = {}
+            for p in taps:
+                for o, i in enumerate(reads[p]):
+                    by_input.setdefault(i, []).append((p, o))
+            by_input.pop(-1, None)
+            found = ((o, r, p, q) for some in by_input.values() for p, o in some for q, r in some)
+        for i, j, p, q in found:
+            if 0 <= i <= j:
+                terms.setdefault((i, j), []).append((p, q))
+        return terms
+
+    def _slices(self) -> list[Tensor]:
+        """The layer on the other axes for each tap of the first: matrices (m * outputs, n * sizes)."""
+        kernel = self.layer.kernel(self.group).cpu()
+        m, n, first, *rest = kernel.shape
+        outs, ins = math.prod(self.layer.outputs[1:]), math.prod(self.layer.sizes[1:])
+        slices = []
+        for p in range(first):
+            matrix = kernel.new_zeros(outs, ins, m, n)
+            for q in itertools.product(*map(range, rest)):
+                to, source = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+                for at, table, size, out in zip(q, self.layer.maps[1:], self.layer.sizes[1:], self.layer.outputs[1:], strict=True):
+                    reads = table[at]
+                    source = torch.where((source[:, None] >= 0) & (reads >= 0), source[:, None] * size + reads, -1).flatten()
+                    to = (to[:, None] * out + torch.arange(out)).flatten()
+                keep = source >= 0
+                tap = kernel[(slice(None), slice(None), p, *q)].expand(int(keep.sum()), m, n)
+                matrix.index_put_((to[keep], source[keep]), tap, accumulate=True)
+            slices.append(matrix.permute(0, 2, 1, 3).reshape(outs * m, ins * n))
+        return slices
+
+    def prepare(self) -> None:
+        """Form the products of the slices, once for all thresholds."""
+        slices = self._slices()
+        if not self.on_inputs:
+            slices = [s.mH for s in slices]
+        self.gram = {(p, q): slices[p].mH @ slices[q] for p, q in self.products}
+
+    def noise(self, tap_norm_sum: float) -> float:
+        """Upper bound of the error of the Gram matrix that is factorised: what cannot be told from zero.
+
+        An entry adds up taps that meet, a product's terms and a block's products: docs/rounding.md#r9-the-gram-matrix-of-a-layer.
+        """
+        bound = rd.mul_up(rd.mul_up(tap_norm_sum, tap_norm_sum), float(self.layer.shared))
+        meeting, products = math.prod(self.layer.shape[4:]), max(map(len, self.pairs.values()), default=0)
+        return rd.mul_up(rd.gamma(8.0 * (2 * meeting + self.inner + products + 64)), bound)
+
+    def attainable_rtol(self, lower: float, tap_norm_sum: float) -> float:
+        """The least relative width above a lower side that rounding lets be proved: docs/rounding.md#the-least-width."""
+        return math.expm1(math.log1p(2 * shift(self.side * self.steps) + 4 * self.noise(tap_norm_sum) / max(lower, 1e-150) ** 2) / 2)
+
+    def proves(self, target_norm: float, tap_norm_sum: float) -> bool:
+        """Whether the factorisation for a target completes: then `||T|| <= target_norm`."""
+        noise, total = self.noise(tap_norm_sum), self.side * self.steps
+        t = (target_norm * target_norm - noise) * (1 - 2 * shift(total)) - 2 * shift(total) * noise
+        if t <= 0:
+            return False
+        window: dict[tuple[int, int], Tensor] = {}
+        eye = torch.eye(self.side, dtype=self.layer.dtype)
+        for i in range(self.steps):
+            row = [self._block(window, i, j, t, eye) for j in range(i, min(i + self.band + 1, self.steps))]
+            factor, info = torch.linalg.cholesky_ex(row[0])
+            if int(info):
+                return False
+            solved = [torch.linalg.solve_triangular(factor, b, upper=False) for b in row[1:]]
+            for a, x in enumerate(solved):
+                for b in range(a, len(solved)):
+                    key = (i + 1 + a, i + 1 + b)
+                    before = window.get(key)
+                    if before is None:
+                        before = self._block(window, *key, t, eye)
+                    window[key] = before - x.mH @ solved[b]
+        return True
+
+    def _block(self, window: dict[tuple[int, int], Tensor], i: int, j: int, t: float, eye: Tensor) -> Tensor:
+        """Block (i, j) of `t I - Gram`, less what earlier rows eliminated."""
+        done = window.pop((i, j), None)
+        if done is not None:
+            return done
+        total = t * eye if i == j else torch.zeros_like(eye)
+        for pq in self.pairs.get((i, j), []):
+            total = total - self.gram[pq]
+        return total

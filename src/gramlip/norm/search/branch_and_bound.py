@@ -1,0 +1,402 @@
+"""The search over frequencies: which cells of the torus, or of a grid, can hold the norm.
+
+The corner theorem (docs/theory.md#corner-theorem): with S the supremum over the torus, every point x of a box with
+half-widths h satisfies
+
+    ||D(x)|| <= max over the box's corners of ||D|| + S sum_j (1 - cos(degree_j h_j)),
+
+so that corners below a threshold settle the whole box, for a grid and for the torus alike. Flat layers are settled by the
+taps of the autocorrelation instead (docs/theory.md#tap-bound). What is left is split. Layers of equal shape are searched
+together, each with its own target.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gramlip.norm.search.lower import STEPS, BlockCache, LowerBounds, Tally, take
+from gramlip.norm.symbol.frequency_cells import Cells, Lattice, Thresholds, joined, look_up, merge, pick
+from gramlip.norm.symbol.gram_symbol import GramSymbol
+from gramlip.numerics import cholesky as cert
+from gramlip.numerics import rounding as rd
+from gramlip.numerics.segmented import Flags, Ints, Reals, integers, leading, named, on, pieces, smallest
+
+BUDGET = 4e12  # real operations after which the search stops with what it has proved
+REFINE = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)  # resolutions of the first cells, of which the cheapest is taken
+PEAK = 0.2  # parts of the torus so small may be left to the refinement
+LEVELS = 6  # halvings that this estimate looks ahead
+SPREAD = 0.6180339887498949  # multiples of the golden ratio fall evenly into the unit interval
+AGAIN = 64  # corners of a sweep that are looked at once more for a higher peak
+RISEN = 0.25  # parts of the width by which a lower side that rises is worth another look at the same cells
+WIDER = (1.00001, 1.0001, 1.001, 1.005, 1.02, 1.05, 1.1, 1.25, 2.0)  # multiples of a target beyond the budget; those wider than it count
+CELLS = 1 << 20  # that may be left at a time, for the memory they take
+
+
+@dataclass(frozen=True)
+class Enclosure:
+    """`lower <= max ||D|| / 2**exponent <= upper`, where the lower side is attained, and what it took."""
+
+    lower: float
+    upper: float
+    frequency: tuple[float, ...]
+    group: int
+    tally: Tally
+    finished: bool
+
+
+class Targets:
+    """The norm that is to be proved of each layer: its lower side plus nearly all of the width asked for, or a multiple of that.
+
+    A multiple beyond 1 means that the width asked for cannot be had, an infinite one that the layer is given up. Targets never fall.
+    """
+
+    def __init__(self, lower: LowerBounds, rtol: float | Reals, floor: Reals, chosen: Sequence[int]) -> None:
+        """For the `chosen` layers; a norm of `floor` is good enough for each."""
+        self._lower, self._floor, self.chosen = lower, floor, list(chosen)
+        self.width = np.maximum(rtol, lower.attainable_rtol())  # closer is asked for in vain
+        self._narrow = self.width > rtol
+        self.multiple = np.ones(len(lower.best))
+
+    def asked(self) -> Reals:
+        """The targets without their multiples."""
+        return np.maximum(np.sqrt(self._lower.best) * (1 + self.width * 0.98), self._floor)
+
+    def norms(self) -> Reals:
+        """The targets."""
+        return self.asked() * self.multiple
+
+    def min_relative_gap(self) -> float:
+        """The least relative distance of these layers' targets from their lower sides: what factorisations are to tell."""
+        return float((self.asked()[self.chosen] / np.sqrt(self._lower.best[self.chosen]).clip(min=1e-300) - 1).min())
+
+    def widen(self, items: Ints) -> None:
+        """The next of the multiples for these layers; infinite behind the last one."""
+        wider, least = np.array([*WIDER, math.inf]), np.maximum(self.multiple, 1 + self.width)[items]
+        self.multiple[items] = wider[np.searchsorted(wider, least, side="right").clip(max=len(WIDER))]
+
+    def widen_a_little(self, items: Ints) -> None:
+        """Add a part of the width to the multiples of these layers, in steps that grow with what they add up to."""
+        self.multiple[items] += np.maximum(self.width[items], self.multiple[items] - 1) / 4
+
+    def kept(self, item: int) -> bool:
+        """Whether the width asked for is the one that the target stands for."""
+        return bool(self.multiple[item] == 1.0 and not self._narrow[item])
+
+
+@dataclass
+class ProofState:
+    """How far a proof has come: a layer is proved when none of its cells is left."""
+
+    cells: Cells
+    allowed: float  # operations after which targets become wider
+    proved: Thresholds = field(default_factory=lambda: (integers([]), np.zeros(0)))
+    steps: int = STEPS  # Krylov steps on corners that fail
+    tested: int = 0  # corners that were tested in the last round
+
+    @property
+    def count(self) -> int:
+        """How many cells are left."""
+        return len(self.cells[0])
+
+
+@dataclass(frozen=True)
+class FailedCorners:
+    """Corners where the proof failed, their thresholds, and how many corners were `tested` with them."""
+
+    keys: Ints
+    thresholds: Reals
+    tested: int
+
+
+class BranchAndBound:
+    """Encloses the largest norm of a symbol over a grid (`points`) or, on axes where it is None, the whole circle.
+
+    `start` finds the lower side, `close` proves the upper one. `items` says to which layer each group belongs; every layer has its
+    own lower side and its own target.
+    """
+
+    def __init__(self, symbol: GramSymbol, points: tuple[int | None, ...], items: Ints | None = None, budget: float = BUDGET) -> None:
+        """Lay the lattice; nothing is computed yet."""
+        self.symbol, self.budget, self.tally = symbol, budget, Tally()
+        self.limit = math.inf  # operations after which no more blocks are tested
+        self.min_relative_gap = 0.0  # of the targets from the lower sides: what factorisations are to tell
+        self.lattice = Lattice(symbol.span, points, symbol.groups, not symbol.is_complex)
+        self.items = items if items is not None else np.zeros(symbol.groups, dtype=np.int64)
+        self.cache = BlockCache(symbol, self.lattice, self.tally)
+        self.lower = LowerBounds(self.cache, self.items, points)
+        self.floor = self.lower.least_norms()  # upper sides so small are good enough
+
+    def start(self, rtol: float, thorough: bool = False) -> None:
+        """The lower side; `thorough` takes steps at every frequency of a small grid."""
+        self.lower.start(rtol, thorough, self.budget)
+        self.floor = self.lower.least_norms()
+
+    def close(self, rtol: float | Reals, only: Sequence[int] | None = None, ceiling: Reals | None = None) -> list[Enclosure]:
+        """Prove for every layer (or `only` these) that nothing exceeds its lower side by more than `rtol`, or than can be proved.
+
+        A value in `ceiling` is good enough as well where it is larger.
+        """
+        if ceiling is not None:
+            self.floor = np.maximum(self.floor, ceiling)
+        every = range(len(self.lower.best))
+        targets = Targets(self.lower, rtol, self.floor, every if only is None else only)
+        swept = self.symbol.fine is not None and len(targets.chosen) == len(every) and self._swept(targets)
+        if not swept and self.lower.too_long:
+            targets.multiple[:] = math.inf
+        elif not swept:
+            self._prove(targets)
+        return [self._enclosure(i, targets) for i in targets.chosen]
+
+    def _prove(self, targets: Targets) -> None:
+        """Raise targets, and split cells, until no cell is left."""
+        self.min_relative_gap = targets.min_relative_gap()
+        taps = self.symbol.tap_norms(self.items, self.lower.best)
+        state = ProofState(self._open(self._groups(targets, taps), targets), self.budget)
+        self.limit = 1.5 * self.budget
+        while state.count:
+            failed = self._test_corners(state, targets, taps)
+            if state.count and (self.tally.operations > state.allowed or state.count > CELLS):
+                self._widen_targets(state, targets)
+            elif state.count:
+                self._raise_and_split(state, targets, failed)
+
+    def _groups(self, targets: Targets, taps: Reals | None) -> Ints:
+        """The groups of the chosen layers in which a target may be exceeded."""
+        groups = self.lower.nonzero()
+        groups = self.lower.reaching(groups[np.isin(self.items[groups], targets.chosen)])
+        return groups if taps is None else groups[~self._flat(groups, taps, targets.asked()[self.items[groups]])]
+
+    def _test_corners(self, state: ProofState, targets: Targets, taps: Reals | None) -> FailedCorners:
+        """Test the corners of the cells that are left, and leave those cells that have a corner where the proof fails."""
+        names, back = named(self.lattice.corner_keys(state.cells))
+        below = self._corner_thresholds(state.cells, taps, targets.norms()[self.items[state.cells[0]]])
+        least = smallest(len(names), back.ravel(), below.repeat(back.shape[1]))
+        passed: Flags = look_up(state.proved, names) <= least
+        test = (~passed & (least > 0)).nonzero()[0]
+        passed[test] = self.prove_blocks(names[test], least[test])
+        state.proved = merge(state.proved, (names[passed], least[passed]))
+        state.cells = pick(state.cells, np.flatnonzero((~passed[back]).any(-1)))
+        failed = test[~passed[test]]
+        return FailedCorners(names[failed], least[failed], len(test))
+
+    def _widen_targets(self, state: ProofState, targets: Targets) -> None:
+        """Beyond the budget: wider targets from wider cells for the layers that are left, then what needs no frequency."""
+        targets.widen(np.unique(self.items[state.cells[0]]))
+        state.cells = self._without_given_up(state.cells, targets)
+        state.allowed = self.limit = self.tally.operations + self.budget / 8
+        if not self.lattice.listed:
+            state.cells = self._first_cells(np.unique(state.cells[0]), targets.norms())
+
+    def _without_given_up(self, cells: Cells, targets: Targets) -> Cells:
+        """The cells of the layers that are still searched: a layer without a target left is bounded by its taps alone."""
+        return pick(cells, np.isfinite(targets.multiple[self.items[cells[0]]]))
+
+    def _raise_and_split(self, state: ProofState, targets: Targets, failed: FailedCorners) -> None:
+        """Look for higher peaks at the corners that failed, and split the cells of the layers whose lower side did not rise."""
+        best, before, count = self.lower.best, self.lower.best.copy(), state.count
+        # where the work grows, a higher peak may be what is missing: every candidate is looked at, not the best blocks alone
+        self._learn(failed, targets, state.steps, failed.tested > state.tested)
+        state.tested = failed.tested
+        if (best > before).any():
+            self.min_relative_gap = targets.min_relative_gap()
+        rose = (best > before * (1 + self.min_relative_gap * RISEN))[self.items[state.cells[0]]]  # may pass as they are
+        state.cells = joined(pick(state.cells, rose), self.lattice.split(pick(state.cells, ~rose)))
+        if state.count == count and (before == best).all():  # nothing left to split, and no better vector
+            if state.steps < self.symbol.side:
+                state.steps *= 2
+            else:
+                targets.widen_a_little(np.unique(self.items[state.cells[0]]))
+
+    def _swept(self, targets: Targets) -> bool:
+        """Whether all corners of a sweep are proved to be so far below the targets that nothing between them exceeds them.
+
+        Those that are not may hold a higher peak, with which they are tried again.
+        """
+        keys, corners = self.lower.coarse, self.lower.corners
+        left, loss, rising = np.arange(len(keys)), np.tile(corners.loss, self.symbol.groups), True
+        self.tally.ways.add("Cholesky")
+        while len(left) and rising:
+            before, group = self.lower.best.copy(), left // len(corners.keys)
+            target = np.maximum(targets.asked()[self.items[group]] * (1 - loss[left] * (1 + 1e-14)), 0.0) ** 2 * (1 - 1e-15)
+            noise = self.lower.noise[group]
+            parts = pieces(len(left), self.symbol.chunk())
+            good = [self._factorised(self.cache.blocks(keys[left[part]]), target[part], noise[part]) for part in parts]
+            left = left[~torch.cat(good).cpu().numpy()]
+            if len(left):
+                self.lower.raise_lower(keys[left[:: 1 + len(left) // AGAIN]], STEPS)
+                rising = bool((self.lower.best > before).any())
+        return not len(left)
+
+    def prove_blocks(self, keys: Ints, thresholds: Reals) -> Flags:
+        """True where `lambda_1(G) <= threshold` is proved: two moments first, then a Cholesky factorisation, until the limit is reached."""
+        done = np.zeros(len(keys), dtype=np.bool_)
+        tried = settled = 0
+        for part in pieces(len(keys), self.symbol.chunk()):
+            # the moments are tried for as long as they settle one block in eight, and where a factorisation costs more
+            tries = 8 * settled >= tried and not self.symbol.parallel
+            done[part], by_moments = self._prove_piece(keys[part], thresholds[part], tries)
+            tried, settled = tried + tries * len(done[part]), settled + by_moments
+            if self.tally.operations > self.limit:
+                break
+        return done
+
+    def _prove_piece(self, keys: Ints, thresholds: Reals, tries: bool) -> tuple[Flags, int]:
+        """Where a threshold is proved for a few blocks, and how many of them two moments settled, if they are tried at all."""
+        noise = self.lower.noise[self.lattice.groups(keys)]
+        passed, blocks = self._by_moments(keys, thresholds, noise) if tries else (np.zeros(len(keys), dtype=np.bool_), None)
+        left = (~passed).nonzero()[0]
+        settled = len(keys) - len(left)
+        if settled:
+            self.tally.ways.add("Gram")
+        if len(left):
+            self.tally.ways.add("Cholesky")
+            single, first = self._single_precision()
+            blocks = self.cache.blocks(keys[left]) if blocks is None else take(blocks, left)
+            if first:
+                good = self._factorised(blocks, thresholds[left], noise[left], single=True).cpu().numpy()
+                passed[left] = good
+                blocks, left = take(blocks, (~good).nonzero()[0]), left[~good]
+            spare = self.cache.owned(blocks)
+            passed[left] = self._factorised(blocks, thresholds[left], noise[left], single=single, spare=spare).cpu().numpy()
+        return passed, settled
+
+    def _single_precision(self) -> tuple[bool, bool]:
+        """Whether factorisations in single precision tell enough, and whether they are worth a first try before those in double.
+
+        A shift takes from the cells' width, and where there are none from nothing else.
+        """
+        c, gap = self.symbol.side, self.min_relative_gap
+        shift = math.inf if self.symbol.parallel else cert.single_shift(c)
+        single = shift <= (0.8 if self.lattice.listed else 0.5) * gap
+        return single, not single and c > cert.TRACE_ORDER and shift <= 2 * gap
+
+    def _factorised(self, blocks: Tensor, thresholds: Reals, noise: Reals, **how: bool) -> Tensor:
+        """Where a Cholesky factorisation proves it, booked."""
+        self.tally.factorizations += len(blocks)
+        self.tally.operations += len(blocks) * (4 / 3) * self.symbol.side**3
+        return cert.cholesky(blocks, on(blocks.device, thresholds), on(blocks.device, noise), **how)
+
+    def _by_moments(self, keys: Ints, thresholds: Reals, noise: Reals) -> tuple[Flags, Tensor | None]:
+        """Where two moments prove it, booked, and the blocks where they had to be formed for that."""
+        self.tally.gram_steps += len(keys)
+        known = look_up(self.lower.moments, keys) + noise
+        if np.isfinite(known).all():
+            return known <= thresholds, None
+        blocks = self.cache.blocks(keys)
+        return cert.moments(blocks, on(blocks.device, noise)).cpu().numpy() <= thresholds, blocks
+
+    def _corner_thresholds(self, cells: Cells, taps: Reals | None, target_norm: Reals) -> Reals:
+        """What the largest eigenvalue at the corners of each cell must not exceed for the cell to stay below the target's square."""
+        half = self.lattice.half_widths(cells)
+        ratio = self.lattice.slack(half) / self.lattice.spread
+        threshold = np.maximum(target_norm * (1 - ratio * (1 + 1e-14)), 0.0) ** 2
+        if taps is not None:
+            # b_q of docs/theory.md#tap-bound; the norms are of the computed taps, whose errors add up to less than `noise`
+            bend = np.minimum((self.symbol.offsets * half[:, None]) ** 2 / 2, 2.0).sum(-1)
+            beta = (2 * bend * taps[cells[0]]).sum(-1) * (1 + 1e-12) + 4 * self.lattice.axes * self.lower.noise[cells[0]]
+            threshold = np.maximum(threshold, target_norm * target_norm - beta)
+        return threshold * (1 - 1e-15)
+
+    def _flat(self, groups: Ints, taps: Reals, target_norm: Reals) -> Flags:
+        """Where the tap bound of the whole torus, `||A_0|| + 2 sum ||A_q||`, proves the target at once."""
+        assert self.symbol.taps is not None
+        room = target_norm * target_norm * (1 - 1e-15) - 2 * taps[groups].sum(-1) * (1 + 1e-12)
+        done: Flags = room > self.lower.best[self.items[groups]]
+        chosen = done.nonzero()[0]
+        if len(chosen):
+            zero = self.symbol.taps.zero[on(self.symbol.device, groups[chosen])]
+            done[chosen] = good = self._factorised(zero, room[chosen], self.lower.noise[groups[chosen]]).cpu().numpy()
+            if good.any():
+                self.tally.ways.add("tap bound")
+        return done
+
+    def _first_cells(self, groups: Ints, target_norm: Reals) -> Cells:
+        """The initial cells at the resolution that the estimates on the coarse grid predict to be cheapest."""
+        fine = self.symbol.fine
+        if fine is not None:
+            return self.lattice.cells(fine, groups, least=True)
+        if not self.lattice.active or not len(groups) or self.lattice.listed:
+            return self.lattice.cells(1.0, groups)
+        return self.lattice.cells(self._cheapest(target_norm)[1], groups)
+
+    def _open(self, groups: Ints, targets: Targets) -> Cells:
+        """The first cells. Targets take the least multiple for which the blocks to test are predicted to stay within the budget."""
+        target_norm = targets.asked()
+        if self.symbol.fine is not None or self.lattice.listed or not len(groups):
+            return self._first_cells(groups, target_norm)
+        each = len(groups) * (self.symbol.operations + (4 / 3) * self.symbol.side**3)
+        left = 1.5 * self.budget - self.tally.operations
+        cost, refine = self._cheapest(target_norm)
+        if each * cost <= left:
+            return self.lattice.cells(refine, groups)
+        wider = (s for s in (1.0, *WIDER) if s == 1.0 or s > 1 + targets.width.max())
+        multiple = next((s for s in wider if each * self._cheapest(target_norm * s, PEAK)[0] <= left), WIDER[-1])
+        targets.multiple[:] = multiple
+        return self._first_cells(groups, target_norm * multiple)
+
+    def _cheapest(self, target_norm: Reals, peak: float = 0.0) -> tuple[float, float]:
+        """How many blocks of a group are to be tested at the best resolution of the first cells, and that resolution.
+
+        A part of the torus that is less than `peak` is left out: how far it is refined is not known beforehand.
+        """
+        item = self.items[self.lattice.groups(self.lower.coarse)]
+        ratio = np.sort(np.sqrt(self.lower.estimates.clip(min=0)) / target_norm[item].clip(min=1e-300)).tolist()
+        outlook = cache(self.lattice.outlook)
+
+        def cost(refine: float) -> float:
+            """Blocks to test when what fails is halved again and again; a cell fails where one of its corners does."""
+            total, share = 0.0, 1.0
+            for _ in range(LEVELS):
+                count, loss = outlook(refine)
+                total, refine = total + share * count, 2 * refine
+                share = min(1.0, 2 - 2 * bisect_left(ratio, 1 - loss) / len(ratio)) if loss else 0.0
+                if share <= peak:
+                    break
+            return total
+
+        return min((cost(refine), refine) for refine in REFINE)
+
+    def _learn(self, failed: FailedCorners, targets: Targets, steps: int, every: bool) -> None:
+        """Raise the lower side at corners that are above it, or nearly: at `every` one of them, or at the best by their moments."""
+        lower, keys = self.lower, self._near_peaks(failed)
+        if not len(keys):
+            return
+        if every:  # more steps, and the vector of the best block for what is left of the way to its peak
+            held = (self.cache.blocks(keys), np.arange(len(keys))) if self.cache.fits(len(keys)) else None
+            far = lower.raise_lower(keys, 2 * steps, held=held).values
+            values = np.maximum(far, lower.raise_lower(keys, steps, lower.best_vectors(keys), held).values)
+        else:
+            values = lower.survey(keys, steps).values
+        item = self.items[self.lattice.groups(keys)]
+        rising = np.unique(item[values > lower.best[item] * (1 - targets.width[item] / 2)])
+        if len(rising):
+            lower.climb(rising, 1 if self.min_relative_gap > 1e-3 else 3, self.min_relative_gap)
+
+    def _near_peaks(self, failed: FailedCorners) -> Ints:
+        """Some corners of each group whose thresholds are close to the lower side or above it, not the lowest frequencies alone."""
+        group = self.lattice.groups(failed.keys)
+        close = failed.thresholds > 0.97 * self.lower.best[self.items[group]]
+        keys = failed.keys[close]
+        spread, _ = np.modf(np.arange(len(keys)) * SPREAD)
+        order, before = leading(group[close], -spread)
+        return keys[np.sort(order[before.argsort(kind="stable")[: 4 * self.symbol.chunk()]])]
+
+    def _enclosure(self, item: int, targets: Targets) -> Enclosure:
+        """The layer's interval; a layer that was given up is bounded by its taps, without any frequency."""
+        peak = self.lower.peak(item)
+        sign = -1 if peak.flipped else 1
+        frequency = tuple(math.remainder(sign * turn, 2 * math.pi) for turn in peak.frequency)
+        if math.isinf(targets.multiple[item]):
+            self.tally.ways.add("sum of taps")
+            upper = max((self.symbol.crude(g) for g, owner in enumerate(self.items.tolist()) if owner == item), default=0.0)
+        else:
+            upper = float(targets.norms()[item])
+        return Enclosure(rd.sqrt_down(float(self.lower.best[item])), upper, frequency, peak.group, self.tally, targets.kept(item))

@@ -1,0 +1,391 @@
+"""The lower side: Rayleigh quotients at good frequencies of a symbol, moved uphill. docs/theory.md#lower-side."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gramlip.norm.search import single_pass
+from gramlip.norm.symbol.frequency_cells import Lattice, Thresholds, merge, pick
+from gramlip.norm.symbol.gram_symbol import GramSymbol
+from gramlip.numerics import cholesky as cert
+from gramlip.numerics import rounding as rd
+from gramlip.numerics.segmented import Complexes, Flags, Ints, Reals, integers, largest, leading, on, pieces
+
+KEPT_BYTES = 128 << 20  # blocks of the coarse grid are kept while they are smaller than this
+AHEAD = 16  # groups that are searched before the others
+STEPS = 8  # Krylov steps on a block
+DENSE_STEPS = 40  # and where there is only one
+STRIDES = (1.0, 2.0)  # multiples of a step uphill where a peak is to be met closely: one with the vectors held falls short
+MIXED_PART = 0.05  # blocks are formed in single precision where this costs at most such a part of the width, of a norm's square
+SMALL_SIDE = 64  # up to this order a lower side that is met less closely at first costs less than more steps
+SURVEYED = {16: (16, 6), SMALL_SIDE: (8, 6), sys.maxsize: (16, STEPS)}  # by order, blocks of a layer at first, and the Krylov steps on each
+SQUARED_SIDE = 512  # a GPU squares blocks up to this order instead
+SMALL_GRID = 100  # frequencies of a grid that may be surveyed whole
+NEWTON_STEPS = 5
+NEWTON_CLOSE = 1e-5  # the next of Newton's steps is about as long as the square of this one
+
+Held = tuple[Tensor, Ints]  # blocks, and which of them are those at some keys
+Terms = tuple[Complexes, Complexes, Complexes]  # values, gradients and Hessians
+
+
+@dataclass
+class Tally:
+    """What was computed: the counts that the regression guard of the tests reads."""
+
+    blocks: int = 0
+    factorizations: int = 0
+    gram_steps: int = 0
+    matvecs: int = 0
+    operations: float = 0.0
+    ways: set[str] = field(default_factory=set[str])
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The place of a layer's lower side: its group, the frequency in radians, and the vector of the block there.
+
+    The vector lives on the inputs, or on the outputs where the blocks are `flipped`.
+    """
+
+    group: int
+    frequency: tuple[float, ...]
+    vector: Tensor
+    flipped: bool
+
+
+@dataclass(frozen=True)
+class Ritz:
+    """Estimates of the largest eigenvalues at some keys, and Ritz vectors at those of them that were `seen`."""
+
+    values: Reals
+    seen: Ints
+    vectors: list[Tensor]
+
+
+class BlockCache:
+    """The Gram blocks of a symbol at the keys of a lattice, each booked when it is formed; those of the coarse grid can be kept."""
+
+    def __init__(self, symbol: GramSymbol, lattice: Lattice, tally: Tally) -> None:
+        """Keep nothing yet."""
+        self.symbol, self.lattice, self.tally = symbol, lattice, tally
+        self._kept: tuple[Ints, Tensor] | None = None
+
+    def blocks(self, keys: Ints) -> Tensor:
+        """The blocks at these keys, to be read alone."""
+        if self._kept is not None:
+            at = np.minimum(np.searchsorted(self._kept[0], keys), len(self._kept[0]) - 1)
+            if (self._kept[0][at] == keys).all():
+                return take(self._kept[1], at)
+        group, index = self.lattice.decode(keys)
+        self.book(len(keys))
+        return self.symbol.at(group, index, self.lattice.sizes)
+
+    def keep(self, keys: Ints, formed: Tensor | None = None) -> None:
+        """Keep the blocks at these sorted keys where they are small, or those that were `formed` already."""
+        if formed is not None:
+            self._kept = keys, formed
+        elif self.fits(len(keys)):
+            self._kept = keys, self.blocks(keys)
+
+    def fits(self, count: int) -> bool:
+        """Whether so many blocks are small enough to be kept."""
+        return count * self.symbol.block_bytes <= KEPT_BYTES
+
+    def owned(self, blocks: Tensor) -> bool:
+        """Whether nobody else reads these blocks: neither kept ones nor the kernel's, where a matrix is its own tap."""
+        kept = self._kept is not None and blocks.untyped_storage().data_ptr() == self._kept[1].untyped_storage().data_ptr()
+        return not kept and len(self.symbol.offsets) > 0
+
+    def book(self, blocks: int) -> None:
+        """Count blocks that were formed."""
+        self.tally.blocks += blocks
+        self.tally.operations += blocks * self.symbol.operations
+
+
+class LowerBounds:
+    """Lower bounds of the largest norm of a symbol for each of the layers that are searched together.
+
+    `items` says to which layer each group belongs. `best` are lower bounds of the largest eigenvalues of the Gram symbols, and
+    `where` and `vectors` the keys and vectors that attain them.
+    """
+
+    def __init__(self, cache: BlockCache, items: Ints, points: tuple[int | None, ...]) -> None:
+        """Nothing is computed yet: the first key of each layer is frequency 0 of its first group."""
+        self.cache, self.symbol, self.lattice, self.tally = cache, cache.symbol, cache.lattice, cache.tally
+        self.items, self.points = items, points
+        self.noise, self.tap_norm_sums = np.array(self.symbol.noise), np.array(self.symbol.tap_norm_sums)
+        count = int(items.max()) + 1
+        self.best = np.zeros(count)
+        first = np.unique(items, return_index=True)[1].astype(np.int64)
+        self.where = self.lattice.keys(first, np.zeros((count, self.lattice.axes), dtype=np.int64))
+        self.vectors = torch.zeros(count, self.symbol.side, dtype=torch.complex128, device=self.symbol.device)
+        self.coarse, self.estimates = integers([]), np.zeros(0)  # the keys that were surveyed first, and what was found there
+        self.moments: Thresholds = integers([]), np.zeros(0)  # of these blocks, their errors not yet added
+        self.too_long = False  # whether the coarse grid alone would take the budget
+
+    def start(self, rtol: float, thorough: bool, budget: float) -> None:
+        """Krylov steps on a coarse grid, then uphill from the best frequency of each layer.
+
+        Where it is `thorough`, steps are taken on all blocks of a small grid: a peak that is missed at first costs more than they do.
+        """
+        if self.symbol.mix(MIXED_PART * rtol):
+            self.noise = np.array(self.symbol.noise)
+        if self.symbol.fine is not None:
+            self._sweep(self.symbol.fine)
+        elif len(self.nonzero()):
+            every = thorough and self.lattice.count <= SMALL_GRID
+            found = self._survey_coarse(every, budget)
+            if every or self.lattice.listed:  # every frequency was seen: only the vectors can still improve
+                self._raise_further(found)
+            else:
+                self.climb(np.arange(len(self.best)), 2 if rtol > 1e-3 else 8, rtol)
+
+    def _survey_coarse(self, every: bool, budget: float) -> Ritz:
+        """Look at the coarse grid, or at `every` frequency: the groups of largest taps first, then those that can still reach them."""
+        groups = self.nonzero()
+        first = groups if len(groups) <= 2 * AHEAD else groups[self.tap_norm_sums[groups].argsort()[::-1][:AHEAD]]
+        cells = self.lattice.cells(float(self.lattice.count) if every else 1.0, first)
+        # a grid is looked at twice, a torus many times more
+        affordable = budget / (2 if self.lattice.listed else 8)
+        self.too_long = len(cells[0]) * max(math.prod(self.symbol.span) * 1e3, self.symbol.operations) > affordable
+        if self.too_long:
+            cells = pick(cells, slice(None, None, 1 + len(cells[0]) // 8))
+        steps = STEPS if self.lattice.active else DENSE_STEPS
+        self.coarse = np.unique(self.lattice.corner_keys(cells))
+        self.cache.keep(self.coarse)
+        whole = every or len(self.coarse) == len(self.best)
+        found = self.raise_lower(self.coarse, steps) if whole else self.survey(self.coarse, steps, keep=True)
+        self.estimates = found.values
+        rest = self.reaching(groups[~np.isin(groups, first)]) if len(first) < len(groups) else groups[:0]
+        if len(rest) and not self.too_long:
+            more = np.unique(self.lattice.corner_keys(self.lattice.cells(1.0, rest)))
+            found = self.survey(more, steps, keep=True)
+            self.estimates, self.coarse = np.concatenate([self.estimates, found.values]), np.concatenate([self.coarse, more])
+        return found
+
+    def _raise_further(self, found: Ritz) -> None:
+        """More steps where the largest eigenvalues are close to the best: large blocks go on from what they found, small ones need none."""
+        keys = self.coarse[self.estimates > self.best[self.items[self.lattice.groups(self.coarse)]] * 0.98]
+        if not self.lattice.active and self.symbol.side <= 2 * DENSE_STEPS:
+            return
+        order = found.seen.argsort()
+        at = order[np.searchsorted(found.seen, keys, sorter=order).clip(max=len(found.seen) - 1)]
+        seen = found.seen[at] == keys
+        if self.symbol.side <= SMALL_SIDE:
+            self.raise_lower(keys[~seen], STEPS, self.best_vectors(keys[~seen]))
+        else:
+            self.raise_lower(keys[seen], STEPS, torch.cat(found.vectors)[on(self.symbol.device, at[seen])])
+            self.raise_lower(keys[~seen], 2 * STEPS)
+
+    def best_vectors(self, keys: Ints) -> Tensor:
+        """The vector of the best block of each key's layer."""
+        return self.vectors[on(self.symbol.device, self.items[self.lattice.groups(keys)])]
+
+    def peak(self, item: int) -> Peak:
+        """The place of a layer's lower side."""
+        group, index = self.lattice.decode(self.where[item : item + 1])
+        turns = zip(index[0].tolist(), self.lattice.sizes, strict=True)
+        return Peak(int(group[0]), tuple(2 * math.pi * i / n for i, n in turns), self.vectors[item], self.symbol.flipped)
+
+    def _sweep(self, fine: float) -> None:
+        """The lower side from all corners at once, on a GPU: what lies between them is left to the width."""
+        symbol, device = self.symbol, self.symbol.device
+        self.corners = single_pass.corners(symbol.span, self.points, symbol.groups, self.lattice.mirrored, fine, device)
+        found = single_pass.Sweep(symbol, self.corners.waves)
+        keys = self.corners.keys + np.arange(symbol.groups)[:, None] * self.lattice.count
+        self.coarse = keys.ravel()
+        if found.blocks is not None:
+            self.cache.keep(self.coarse, found.blocks.flatten(0, 1))
+        self.cache.book(keys.size)
+        at, blocks, vectors = found.best()
+        lower = cert.rayleigh(blocks, vectors, on(device, self.noise))
+        for group, (value, place) in enumerate(torch.stack([lower, at.to(lower.dtype)], 1).tolist()):
+            item = int(self.items[group])
+            if value > self.best[item]:
+                self.best[item], self.where[item], self.vectors[item] = value, keys[group, int(place)], vectors[group]
+
+    def least_norms(self) -> Reals:
+        """What rounding lets be told from zero, for each layer."""
+        return largest(len(self.best), self.items, 2 * np.sqrt(self.noise))
+
+    def attainable_rtol(self) -> Reals:
+        """The least relative width of an interval that rounding lets be proved, for each layer: docs/rounding.md#the-least-width."""
+        c = self.symbol.side
+        lost = 2 * cert.shift(c) + rd.gamma(16.0 * (c + 4)) * c**0.5
+        noise = largest(len(self.best), self.items, 2 * self.noise)
+        least = np.expm1(np.log1p(lost + noise / self.best.clip(min=1e-300)) / 2) + self.lattice.finest
+        return np.where(self.best > 0, 1.05 * least, 0.0)
+
+    def reaching(self, groups: Ints) -> Ints:
+        """The groups whose taps' norms add up to more than their layer's lower side: the others cannot hold the norm."""
+        return groups[self.tap_norm_sums[groups] ** 2 > self.best[self.items[groups]] * (1 - 1e-12)]
+
+    def nonzero(self) -> Ints:
+        """The groups with a weight other than zero."""
+        return self.tap_norm_sums.nonzero()[0]
+
+    def survey(self, keys: Ints, steps: int, keep: bool = False) -> Ritz:
+        """Estimates of the largest eigenvalues: two moments, then Krylov steps where they are largest. The proof can `keep` the moments."""
+        held = self.cache.blocks(keys) if len(keys) <= (1 if self.symbol.parallel else 4) * self.symbol.chunk() else None
+        above, item = self._moments(keys, held), self.items[self.lattice.groups(keys)]
+        if keep:
+            self.moments = merge(self.moments, (keys, above))
+        order, before = leading(item, above)
+        count, first = next(some for side, some in SURVEYED.items() if self.symbol.side <= side)
+        chosen = order[before < count]
+        found = self.raise_lower(keys[chosen], first if steps == STEPS else steps, held=None if held is None else (held, chosen))
+        above *= self._mean_of_items(item[chosen], found.values / np.maximum(above[chosen], 1e-300))[item]
+        above[chosen] = found.values
+        return Ritz(above, found.seen, found.vectors)
+
+    def _mean_of_items(self, item: Ints, values: Reals) -> Reals:
+        """The mean of the values of each layer, zero where it has none."""
+        count = len(self.best)
+        return np.bincount(item, values, count) / np.maximum(np.bincount(item, minlength=count), 1)
+
+    def _moments(self, keys: Ints, held: Tensor | None) -> Reals:
+        """The two-moment bounds of the computed blocks at these keys, which are `held` or formed a few at a time."""
+        bounds: list[Reals] = []
+        for part in pieces(len(keys), self.symbol.chunk()):
+            blocks = self.cache.blocks(keys[part]) if held is None else held[part]
+            zero = torch.zeros(len(blocks), dtype=torch.float64, device=blocks.device)
+            bounds.append(cert.moments(blocks, zero).cpu().numpy())
+            del blocks  # the next ones may be as large
+        return np.concatenate(bounds)
+
+    def raise_lower(self, keys: Ints, steps: int, begin: Tensor | None = None, held: Held | None = None) -> Ritz:
+        """Rayleigh quotients at these frequencies after Krylov steps; keeps each layer's best.
+
+        The steps `begin` at a vector each, if these are given. `held` are blocks and which of them are those there, where they are
+        known already.
+        """
+        values, vectors = list[Reals](), list[Tensor]()
+        for at in pieces(len(keys), self.symbol.chunk()):
+            blocks = self.cache.blocks(keys[at]) if held is None else take(held[0], held[1][at])
+            found, v = self._krylov(blocks, steps, None if begin is None else begin[at])
+            values.append(found)
+            vectors.append(v)
+            self._record(keys[at], blocks, found, v)
+            self.tally.matvecs += len(blocks) * steps
+            self.tally.operations += len(blocks) * 8.0 * steps * self.symbol.side**2
+            del blocks
+        return Ritz(np.concatenate([np.zeros(0), *values]), keys, vectors)
+
+    def _krylov(self, blocks: Tensor, steps: int, begin: Tensor | None) -> tuple[Reals, Tensor]:
+        """Leading Ritz values and vectors of the blocks; a GPU squares blocks instead."""
+        first = cert.start(self.symbol.side, blocks.device).expand(len(blocks), -1) if begin is None else begin
+        if first.is_complex() and not blocks.is_complex():
+            first = first.real + 0.5 * first.imag
+        first = first.to(blocks.dtype)
+        squared = self.symbol.parallel and self.symbol.side <= SQUARED_SIDE
+        found, v = cert.squared(blocks, first, single_pass.SQUARINGS) if squared else cert.krylov(blocks, first, steps)
+        return found.to(torch.float64).cpu().numpy(), v
+
+    def _record(self, keys: Ints, blocks: Tensor, estimates: Reals, vectors: Tensor) -> None:
+        """Keep the Rayleigh quotient of the best block of each layer where it is above the layer's lower bound."""
+        group = self.lattice.groups(keys)
+        item = self.items[group]
+        order, before = leading(item, estimates)
+        top = order[before == 0]
+        top = top[estimates[top] > self.best[item[top]]]
+        if not len(top):
+            return
+        v = vectors[on(vectors.device, top)].to(torch.complex128 if vectors.is_complex() else torch.float64)
+        lower = cert.rayleigh(take(blocks, top).to(v.dtype), v, on(v.device, self.noise[group[top]])).cpu().numpy()
+        better = (lower > self.best[item[top]]).nonzero()[0]
+        at = item[top[better]]
+        self.best[at], self.where[at] = lower[better], keys[top[better]]
+        self.vectors[on(v.device, at)] = v[on(v.device, better)].to(self.vectors.dtype)
+
+    def climb(self, items: Ints, rounds: int, rtol: float) -> None:
+        """Move the best frequencies uphill, with the singular vectors held: docs/theory.md#lower-side."""
+        if not self.lattice.active:
+            return
+        for _ in range(rounds):
+            items = items[self.best[items] > 0]
+            if not len(items):
+                return
+            before = self.best[items]
+            near = self._steps_uphill(items, STRIDES if rtol <= 1e-3 else STRIDES[:1])
+            self.raise_lower(near, STEPS, self.best_vectors(near))
+            items = items[self.best[items] > before * (1 + rtol * 0.1)]
+
+    def _steps_uphill(self, items: Ints, strides: tuple[float, ...]) -> Ints:
+        """Keys near the ends of Newton steps up `|u* D(w) v|^2` from the best frequency of each layer, and of multiples of them."""
+        group, index = self.lattice.decode(self.where[items])
+        turn = 2 * math.pi / np.array(self.lattice.sizes)
+        coefficients, positions = self.symbol.polynomial(group, index, self.lattice.sizes, self.vectors[on(self.symbol.device, items)])
+        step = uphill(coefficients, positions, index * turn) / turn - index
+        return np.unique(np.concatenate([self._keys_near(group, index + stride * step) for stride in strides]))
+
+    def _keys_near(self, group: Ints, point: Reals) -> Ints:
+        """The keys next to points (I, axes) of the lattice: on both sides along the axes of a grid."""
+        ends = [(np.floor(x), np.ceil(x)) if grid else (x.round(),) for x, grid in zip(point.T, self.lattice.on_grid, strict=True)]
+        return np.concatenate([self.lattice.keys(group, integers(np.stack(c, -1))) for c in itertools.product(*ends)])
+
+
+def take(blocks: Tensor, rows: Ints) -> Tensor:
+    """These rows of the blocks, to be read alone: no copy where they are neighbours."""
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows) and (np.diff(rows) == 1).all():
+        return blocks[int(rows[0]) : int(rows[-1]) + 1]
+    return blocks[on(blocks.device, rows)]
+
+
+class Polynomial:
+    """A trigonometric polynomial `sum_p coefficients_p exp(-i p.w)` for each of several starts, and its derivatives."""
+
+    def __init__(self, coefficients: Complexes, positions: Ints) -> None:
+        """Coefficients (I, taps) and exponents (taps, axes)."""
+        self.coefficients, self.positions, self.axes = coefficients, positions, positions.shape[1]
+        outer = (positions[:, :, None] * positions[:, None, :]).reshape(len(positions), -1)
+        self._moments = np.concatenate([np.ones((len(positions), 1)), positions, outer], 1).astype(np.complex128)
+
+    def at(self, w: Reals) -> Terms:
+        """Values (I,), gradients (I, axes) and Hessians (I, axes, axes) at w (I, axes)."""
+        sums = (self.coefficients * np.exp(-1j * (w @ self.positions.T))) @ self._moments
+        d = self.axes
+        return sums[:, 0], -1j * sums[:, 1 : 1 + d], -sums[:, 1 + d :].reshape(-1, d, d)
+
+
+def newton_step(value: Complexes, first: Complexes, second: Complexes) -> Reals:
+    """A step up `|p|^2`: Newton's where the surface is concave, a gradient step of the same scale elsewhere."""
+    slope = 2 * (value.conj()[:, None] * first).real
+    bend = 2 * (value.conj()[:, None, None] * second + first.conj()[:, :, None] * first[:, None, :]).real
+    values, vectors = np.linalg.eigh(bend)
+    size = np.abs(values)
+    size = np.maximum(size, 1e-3 * size.max(-1, keepdims=True) + 1e-300)
+    step: Reals = (vectors @ ((vectors.swapaxes(1, 2) @ slope[..., None]) / size[..., None]))[..., 0].clip(-1.0, 1.0)
+    return step
+
+
+def uphill(coefficients: Complexes, positions: Ints, w: Reals) -> Reals:
+    """From each w (I, axes) a few safeguarded steps up `|sum_p coefficients_p exp(-i p.w)|^2`; taps p are `positions` (taps, axes)."""
+    polynomial = Polynomial(coefficients, positions)
+    now = polynomial.at(w)
+    for _ in range(NEWTON_STEPS):
+        step, after, better, close = _safeguarded(polynomial, w, now)
+        w = np.where(better[:, None], w + step, w)
+        if (close | ~better).all():
+            break
+        now = after if better.all() else polynomial.at(w)
+    return w
+
+
+def _safeguarded(polynomial: Polynomial, w: Reals, now: Terms) -> tuple[Reals, Terms, Flags, Flags]:
+    """A step from each w, shortened where the modulus does not grow; the terms there, where it grows, and where the step is short."""
+    step = newton_step(*now)
+    after, better, close = now, *np.zeros((2, len(w)), dtype=np.bool_)
+    for shorter in (1.0, 0.25, 0.25):
+        step = np.where(better[:, None], step, shorter * step)
+        after = polynomial.at(w + step)
+        better, close = np.abs(after[0]) > np.abs(now[0]), np.abs(step).max(-1) < NEWTON_CLOSE
+        if (better | close).all():
+            break
+    return step, after, better, close

@@ -1,0 +1,164 @@
+"""Operator -> blocks: a batch of small matrices whose largest norm, times a factor, bounds the operator's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gramlip.norm.symbol.padding_theorems import PADDING, Axis
+from gramlip.operators.linear_maps import Conv, Dense
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A layer as the matrix trigonometric polynomial `D(w) = sum_p K[..., p] exp(-i p.w)`.
+
+    `kernel` is (groups, m, n, *k): polyphase for a stride, alias-free, real or complex; it is made from `plain`, the kernel
+    without phases, and `strides` when it is read. The layer's norm is at most `sqrt(square) max_w ||D(w)||` over the
+    grid of `points[j]` equidistant frequencies on axis j, all of them where None.
+    """
+
+    plain: Tensor
+    strides: tuple[int, ...]
+    points: tuple[int | None, ...]
+    square: int
+    exact: bool
+    because: str
+
+    @property
+    def kernel(self) -> Tensor:
+        """The polyphase kernel, with the weight's graph.
+
+        For a stride it is a new copy each time: one kept from under `no_grad` would have no graph.
+        """
+        kernel = self.plain
+        for j, stride in enumerate(self.strides):
+            kernel = polyphase(kernel, 3 + j, stride)
+        return kernel
+
+    @property
+    def frequencies(self) -> int | None:
+        """How many blocks the grid has, of which a real kernel needs half; None for the torus."""
+        known = [n for n in self.points if n is not None]
+        count = math.prod(known) if len(known) == len(self.points) else None
+        return count if count is None or self.plain.is_complex() else count // 2 + 1
+
+    @property
+    def degrees(self) -> tuple[float, ...]:
+        """Half the range of exponents on each axis: `u* D(w) v` is, up to a phase, a polynomial of that degree."""
+        return tuple((-(-k // s) - 1) / 2 for k, s in zip(self.plain.shape[3:], self.strides, strict=True))
+
+    def at(self, frequencies: Tensor) -> Tensor:
+        """The blocks D(w), shape (groups, F, m, n), complex, at `frequencies` of shape (F, axes)."""
+        kernel = self.kernel.flatten(3)
+        taps = (torch.arange(k, dtype=frequencies.dtype, device=frequencies.device) for k in self.kernel.shape[3:])
+        places = torch.cartesian_prod(*taps).reshape(kernel.shape[-1], -1)
+        angles = (frequencies[:, None] * places).sum(-1)  # no product of matrices, which settings cut short
+        waves = torch.polar(torch.ones_like(angles), -angles)
+        return torch.einsum("gmnp,fp->gfmn", kernel.to(waves.dtype), waves)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Matrices of shape (groups, *frequencies, m, n): the norm is at most `factor * max ||block||`, equal where `exact`."""
+
+    matrices: Tensor
+    factor: float
+    exact: bool
+    because: str
+
+
+def symbol(op: Dense | Conv) -> Symbol:
+    """The operator's symbol and the grid on which it is to be bounded; keeps the weight's graph.
+
+    >>> symbol(Conv(torch.ones(4, 2, 3, 3), input_size=8, padding=1, stride=2)).kernel.shape
+    torch.Size([1, 4, 8, 2, 2])
+    """
+    if isinstance(op, Dense):
+        return Symbol(op.weight[None], (), (), 1, True, op.because)
+    circles = [PADDING[op.padding_mode](axis) for axis in axes(op)]
+    reasons = list(dict.fromkeys(c.because for c in circles))
+    if op.groups > 1:
+        reasons.append(f"largest of {op.groups} groups (theorem 5)")
+    if op.transposed:
+        reasons.append("a transposed convolution is the adjoint of a convolution (theorem 5)")
+    square = math.prod(c.square for c in circles)
+    exact = all(c.exact for c in circles)
+    strides = tuple(c.stride for c in circles)
+    return Symbol(grouped(op), strides, tuple(c.points for c in circles), square, exact, "; ".join(reasons))
+
+
+def axes(op: Conv) -> list[Axis]:
+    """The axes of the convolution, or of the one whose adjoint a transposed convolution is."""
+    none = (None,) * op.dims
+    inputs, outputs = op.sizes or none, op.output_size or none
+    if op.transposed:
+        inputs, outputs = outputs, inputs
+    geometry = zip(inputs, outputs, op.weight.shape[2:], op.strides, op.dilations, op.pads, strict=True)
+    return [Axis(n, m, k, s, d, lo, hi) for n, m, k, s, d, (lo, hi) in geometry]
+
+
+def grouped(op: Conv) -> Tensor:
+    """The kernel as (groups, m, n, *k), of the convolution whose adjoint it is when transposed."""
+    return op.weight.reshape(op.groups, op.weight.shape[0] // op.groups, *op.weight.shape[1:])
+
+
+def polyphase(kernel: Tensor, axis: int, stride: int) -> Tensor:
+    """Phases of the axis moved to the input channels; phases without a tap are left out."""
+    if stride == 1:
+        return kernel
+    k = kernel.shape[axis]
+    taps, phases = -(-k // stride), min(stride, k)
+    room = torch.zeros_like(kernel.narrow(axis, 0, 1)).repeat_interleave(taps * stride - k, axis) if taps * stride > k else None
+    full = kernel if room is None else torch.cat([kernel, room], axis)
+    split = full.unflatten(axis, (taps, stride)).narrow(axis + 1, 0, phases)
+    return split.movedim(axis + 1, 3).flatten(2, 3)
+
+
+def blocks(op: Dense | Conv, torus: int = 32) -> Blocks:
+    """The blocks on the padding theorem's grid, or on a `torus`-point grid with the cosine factor (theorem 6) for every size.
+
+    Reference: docs/theory.md#from-a-grid-to-the-torus. For real kernels half of the grid stands for all of it.
+    """
+    sym = symbol(op)
+    sides, factor, because = grid(sym, torus)
+    return Blocks(transform(sym.kernel, sides), factor, sym.exact and None not in sym.points, because)
+
+
+def grid(sym: Symbol, torus: int = 32) -> tuple[list[int], float, str]:
+    """The points of each axis, the factor from their largest block to the operator's norm, and why."""
+    sides, factor, because = [], math.sqrt(sym.square), sym.because
+    for points, degree in zip(sym.points, sym.degrees, strict=True):
+        side = points if points is not None else torus * max(1, math.ceil(degree / 2)) if degree else 1
+        sides.append(side)
+        if points is None and degree:
+            factor /= math.cos(math.pi * degree / side)
+            because += f"; {side}-point grid with the cosine factor (theorem 6)"
+    return sides, factor, because
+
+
+def transform(kernel: Tensor, grid: list[int]) -> Tensor:
+    """The symbol on a grid by FFT, (groups, *grid, m, n); the last axis is halved for real kernels. Small grids wrap."""
+    if not grid:
+        return kernel
+    for j, n in enumerate(grid):
+        kernel = _wrap(kernel, 3 + j, n)
+    dims = list(range(3, kernel.ndim))
+    wide = kernel.to(torch.float32) if kernel.dtype in (torch.float16, torch.bfloat16) else kernel
+    spectrum = torch.fft.fftn(wide, s=grid, dim=dims) if wide.is_complex() else torch.fft.rfftn(wide, s=grid, dim=dims)
+    return spectrum.movedim((1, 2), (-2, -1)).contiguous()
+
+
+def _wrap(kernel: Tensor, axis: int, n: int) -> Tensor:
+    """Alias-add: taps n apart meet at every frequency of an n-grid (an FFT would crop them)."""
+    k = kernel.shape[axis]
+    if k <= n:
+        return kernel
+    pieces = [kernel.narrow(axis, start, min(n, k - start)) for start in range(0, k, n)]
+    total = pieces[0]
+    for piece in pieces[1:]:
+        total = total + torch.cat([piece, torch.zeros_like(total.narrow(axis, 0, n - piece.shape[axis]))], axis)
+    return total

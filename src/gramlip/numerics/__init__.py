@@ -1,0 +1,1 @@
+"""Floating-point facts and proofs about matrices; knows no layer."""

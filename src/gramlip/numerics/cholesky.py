@@ -1,0 +1,255 @@
+"""Certificates: is the largest eigenvalue of each Hermitian block at most a threshold? Proofs: docs/rounding.md."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from gramlip.numerics import devices
+from gramlip.numerics import rounding as rd
+
+SINGLE_ORDER = 8192  # up to this order sums of nonnegative numbers in single precision err by less than a thousandth
+TRACE_ORDER = 128  # up to this order the trace is a good enough bound of a single-precision factorisation's error
+LARGE_BYTES = 16 << 20  # blocks each so large are factorised without another copy where nobody needs them any more
+WHOLE, MANY = 16, 32  # order up to which all eigenvectors cost less than a Krylov basis, or half of it for more blocks than so many
+SHORT, LONG = 8, 16  # rows of a Krylov basis in single and in double precision
+HALVED = range(64, 129)  # complex matrices of these orders, which LAPACK takes column by column, take less time in two halves
+
+
+def shift(side: int) -> float:
+    """Relative shift s: if the Cholesky factorisation of `t I - G` completes, then `lambda_1(G) <= t (1 + s)`.
+
+    The backward error is at most `gamma |R*||R|` entrywise, so its norm is at most `gamma tr(t I - G) <= gamma c t`
+    (Rump 2006; Higham, theorem 10.3); 8(c + 2) covers complex arithmetic and the rounding of the diagonal.
+    docs/rounding.md#r3-cholesky.
+    """
+    return rd.mul_up(rd.gamma(8.0 * (side + 2)), float(side))
+
+
+def single_shift(side: int) -> float:
+    """The shift for a factorisation in single precision, of a matrix formed in double: docs/rounding.md#single-precision.
+
+    Up to `TRACE_ORDER` the trace bounds the error beforehand; above, the factor itself does afterwards, and this is what it
+    comes to for flat spectra. Infinite above `SINGLE_ORDER`.
+    """
+    if side > SINGLE_ORDER:
+        return math.inf
+    growth = 1.42 * side if side <= TRACE_ORDER else 1.55 * (0.87 + 0.22 * side**0.5) ** 2
+    return 1.1 * (_single_gamma(side) * growth + 2.0**-23 * side**0.5)
+
+
+def _single_gamma(side: int) -> float:
+    return rd.gamma(2.0 * (side + 6), 2.0**-24)
+
+
+def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = False, spare: bool = False) -> Tensor:
+    """True where `lambda_1(G) <= threshold` is proved for blocks g (F, c, c) known up to `noise` (F,).
+
+    `single` factorises in single precision, about three times faster, and proves a little less. Blocks may be used up where they are
+    to `spare`.
+    """
+    side = g.shape[-1]
+    s = single_shift(side) if single else shift(side)
+    t = (threshold - noise) * (1.0 - (s if single else 2.0 * s)) - 2.0 * s * noise  # the trace is at most c (t + noise)
+    if side in HALVED and g.is_complex() and not devices.parallel(g.device):
+        return (_halves(g, t, single) == 0) & (t > 0)
+    matrix = _shifted(g, t, single, spare and not (single and side > TRACE_ORDER))
+    factor, info = _factor(matrix)
+    proved = (info == 0) & (t > 0)
+    if devices.parallel(g.device):  # LAPACK's backward error is a theorem; another library's is measured on its result
+        residual = frobenius(matrix.baddbmm_(factor, factor.mH, alpha=-1)) * (1 + rd.gamma(4.0 * (side + 4)))
+        proved &= residual + rd.gamma(8.0 * (side + 2)) * frobenius(factor).square() <= (2 * shift(side) - 2.0**-52) * t
+    if single and side > TRACE_ORDER:
+        within = _growth(factor).to(torch.float64) * ((1 + 1e-3) * _single_gamma(side)) <= (0.99 * s - 2.0**-23 * side**0.5) * t
+        again = (proved & ~within).nonzero()[:, 0]
+        proved &= within
+        if len(again):  # rare: the factor is too large for single precision to tell
+            proved[again] = _factor(_shifted(g[again], t[again], False, True))[1] == 0
+    return proved
+
+
+def _factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors and LAPACK's verdicts, zero where all went well; on a CPU in the place of the matrices.
+
+    There the transposes are factorised, in the order that LAPACK works in: into `U* U` in double, which takes less time where
+    they are small, and into `L L*` in single precision.
+    """
+    if devices.parallel(matrix.device):
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        return factor, info
+    factor, info = matrix.mT, torch.empty(len(matrix), dtype=torch.int32)
+    torch.linalg.cholesky_ex(factor, upper=_from_above(matrix), out=(factor, info))
+    return factor, info
+
+
+def _from_above(matrix: Tensor) -> bool:
+    return matrix.dtype == torch.complex128 and matrix.shape[-1] <= HALVED.stop
+
+
+def _halves(g: Tensor, t: Tensor, single: bool) -> Tensor:
+    """LAPACK's verdicts on `t I - G`: on its leading half, and on what is left of the other one. docs/rounding.md#r3-cholesky."""
+    half = g.shape[-1] // 2
+    dtype, diagonal = torch.complex64 if single else torch.complex128, t[:, None] - g.diagonal(dim1=-2, dim2=-1).real
+    leading, rest = (-part.to(dtype) for part in (g[:, :half, :half], g[:, half:, half:]))
+    leading.diagonal(dim1=-2, dim2=-1)[:] = diagonal[:, :half]
+    rest.diagonal(dim1=-2, dim2=-1)[:] = diagonal[:, half:]
+    above = _from_above(rest)
+    cross = -(g[:, :half, half:] if above else g[:, half:, :half]).to(dtype)
+    factor, info = _factor(leading)
+    torch.linalg.solve_triangular(factor.mT, cross, upper=not above, left=above, out=cross)
+    left, right = (cross.mH, cross) if above else (cross, cross.mH)
+    return info | _factor(rest.baddbmm_(left, right, alpha=-1))[1]
+
+
+def _shifted(g: Tensor, t: Tensor, single: bool, spare: bool) -> Tensor:
+    """`t I - G`, its diagonal subtracted in double; rounded to single precision where asked, and in the place of G where that is spare.
+
+    On a CPU rows of `t I` are added where a power of two makes the columns of a matrix share their places in the caches:
+    docs/rounding.md#r3-cholesky.
+    """
+    wide, narrow = (torch.complex128, torch.complex64) if g.is_complex() else (torch.float64, torch.float32)
+    c = g.shape[-1]
+    side = c + 8 if c >= 256 and c % 64 == 0 and not devices.parallel(g.device) else c
+    dtype, diagonal = narrow if single else wide, t[:, None] - g.diagonal(dim1=-2, dim2=-1).real
+    if spare and g.dtype == dtype and (side == c or c * c * g.element_size() >= LARGE_BYTES):
+        matrix = g.neg_()
+    elif side == c:
+        matrix = -g.to(dtype)
+    else:
+        matrix = g.new_empty(len(g), side, side, dtype=dtype)
+        torch.neg(g.to(dtype), out=matrix[:, :c, :c])
+        matrix[..., c:] = 0.0  # what lies below the diagonal is not read
+        matrix.diagonal(dim1=-2, dim2=-1)[:, c:] = t[:, None]
+    matrix.diagonal(dim1=-2, dim2=-1)[:, :c] = diagonal
+    return matrix
+
+
+def _growth(factor: Tensor) -> Tensor:
+    """Upper bound of `|| |L| |L*| ||` for each factor, in its own precision, by the sums of rows: docs/rounding.md#single-precision.
+
+    The factor is used up. Its products are complex ones, as the precision of real ones may be lowered by global settings.
+    """
+    rows = factor.mT  # as LAPACK leaves it
+    parts = (torch.view_as_real(rows) if rows.is_complex() else torch.stack([rows, torch.zeros_like(rows)], -1)).abs_()
+    size = torch.view_as_complex(parts)  # |re| + i |im|: the two parts of a product add up to at least that of the moduli
+    sums = torch.view_as_real(size.sum(-2)).sum(-1)
+    return torch.view_as_real(sums[:, None].to(size.dtype) @ size.mT).sum(-1)[:, 0].amax(-1)
+
+
+def frobenius(g: Tensor) -> Tensor:
+    """Frobenius norms of the blocks, (F,); as sums of squares of reals, since torch takes complex moduli one by one.
+
+    Each row is summed in the precision of the block, the rows in double: docs/rounding.md#r4-moments.
+    """
+    rows = torch.view_as_real(g).flatten(2) if g.is_complex() else g
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=-1).to(torch.float64), dim=-1)
+
+
+def moments(g: Tensor, noise: Tensor) -> Tensor:
+    """Upper bound of `lambda_1(G)` from the trace and the Frobenius norm (Wolkowicz and Styan), one Gram step; (F,).
+
+    docs/theory.md#two-moments; rounding: docs/rounding.md#r4-moments.
+    """
+    side = g.shape[-1]
+    mean = g.diagonal(dim1=-2, dim2=-1).real.sum(-1, dtype=torch.float64) / side
+    size = frobenius(g)
+    if g.dtype in (torch.float32, torch.complex64):  # the norms of the rows, and squares that vanish
+        size.mul_(1 + rd.gamma(2.0 * (side + 4), 2.0**-24)).add_(side * 2.0**-60)
+    slack, square = rd.gamma(16.0 * side * side), size.square()
+    spread = torch.addcmul(square, mean, mean, value=-side).clamp_min_(0.0)
+    # The subtraction may cancel: its error is relative to the square of the Frobenius norm.
+    deviation = spread.add_(square, alpha=4 * slack).sqrt_().mul_(((side - 1) / side) ** 0.5)
+    return torch.minimum(deviation.add_(mean), size).mul_(1 + 4 * slack).add_(size, alpha=4 * slack).add_(noise)
+
+
+def gram(g: Tensor, noise: Tensor) -> Tensor:
+    """The same one Gram step further, with the a posteriori rounding of that step: docs/rounding.md#r5-gram; (F,)."""
+    side = g.shape[-1]
+    size = frobenius(g)
+    scale = torch.where(size > 0, size, 1.0)
+    unit = g / scale[:, None, None]
+    error = torch.full_like(noise, 2 * rd.gamma(8.0 * (side + 2)))
+    return moments(unit @ unit, error).sqrt() * scale * (1 + 2.0**-48) + noise
+
+
+def rayleigh(g: Tensor, v: Tensor, noise: Tensor) -> Tensor:
+    """Lower bound of `lambda_1(G)` from a vector each, (F,): the Rayleigh quotient less its rounding.
+
+    docs/rounding.md#r6-rayleigh-quotients.
+    """
+    image = _times(g, v)
+    square = (v.conj() * v).sum(-1).real
+    quotient = (v.conj() * image).sum(-1).real / torch.where(square > 0, square, 1.0)  # a zero block may leave no vector
+    error = rd.gamma(16.0 * (v.shape[-1] + 4)) * frobenius(g)
+    return (quotient - error - noise).clamp_min(0.0)
+
+
+def _times(g: Tensor, v: Tensor) -> Tensor:
+    """`G v` for Hermitian blocks, as a row times a matrix, which a CPU does many times faster than a matrix times a column."""
+    return torch.bmm(v.conj()[:, None], g)[:, 0].conj()
+
+
+def krylov(g: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Leading Ritz values and vectors of the blocks in Krylov spaces of so many products from `start` (F, c).
+
+    A Chebyshev basis stays well enough conditioned to be orthogonalised at once, which takes fewer calls than Lanczos steps.
+    Small blocks take less time as a whole.
+    """
+    if g.shape[-1] <= (WHOLE if len(g) <= MANY else WHOLE // 2) or (len(g) == 1 and g.shape[-1] <= 2 * steps):
+        found, vectors = torch.linalg.eigh(g)
+        return found[:, -1], vectors[:, :, -1]
+    values, v, most = g.new_zeros(len(g)).real, start, SHORT if g.dtype in (torch.float32, torch.complex64) else LONG
+    while steps > 0:
+        q = torch.linalg.qr(_chebyshev(g, v, min(steps, most, g.shape[-1])).mH)[0]
+        found, vectors = torch.linalg.eigh(torch.bmm(torch.bmm(q.mH, g), q))
+        values, v = found[:, -1], torch.bmm(q, vectors[:, :, -1:])[..., 0]
+        steps -= most
+    return values, v
+
+
+def _chebyshev(g: Tensor, start: Tensor, count: int) -> Tensor:
+    """Chebyshev polynomials of the blocks, over twice the growth of two power steps, times their result: rows (F, count, c).
+
+    The norm is at least the Frobenius norm over the root of c: so the polynomials stay in range where the steps miss it.
+    """
+    floor = 1e-15 if g.dtype in (torch.float32, torch.complex64) else 1e-100  # whose square is a normal number
+    row = torch.bmm(start.conj()[:, None], g)
+    row = torch.bmm(row / torch.linalg.vector_norm(row, dim=-1, keepdim=True).clamp_min(floor), g)
+    growth = torch.linalg.vector_norm(row, dim=-1, keepdim=True).clamp_min(floor)
+    least = (frobenius(g) / g.shape[-1] ** 0.5).to(growth.dtype)[:, None, None]
+    row = row / growth
+    rows, factor = [row], (2 / torch.maximum(growth, least)).to(g.dtype)
+    for j in range(1, count):
+        before = row if j == 1 else torch.add(rows[-2], row, alpha=2)
+        row = torch.baddbmm(before, row * (factor / 2 if j == 1 else factor), g, beta=-1)
+        rows.append(row)
+    basis = torch.cat(rows, 1)
+    # where they span less, what orthogonalising leaves of each is less by a factor of epsilon than of the last, until it underflows
+    basis.diagonal(dim1=-2, dim2=-1).add_(torch.finfo(g.dtype).eps ** 0.6)
+    return basis
+
+
+@lru_cache(maxsize=32)
+def start(side: int, device: torch.device) -> Tensor:
+    """A deterministic start vector, to be read alone, without touching the global generator."""
+    i = torch.arange(1, side + 1, dtype=torch.float64, device=device)
+    return torch.polar(1 + 0.5 * (i * 0.754877666).frac(), 2 * math.pi * (i * i * 0.569840291).frac())
+
+
+def squared(g: Tensor, start: Tensor, times: int) -> tuple[Tensor, Tensor]:
+    """The same from repeated squaring of the blocks: few calls, and much arithmetic."""
+    power = g
+    for i in range(times):
+        if i % 2 == 0:  # four powers do not leave the range
+            power = power / frobenius(power).to(g.real.dtype).clamp_min(1e-30)[:, None, None]
+        power = torch.bmm(power, power)
+    v = _unit(_times(power, start))
+    return (v.conj() * _times(g, v)).sum(-1).real, v
+
+
+def _unit(v: Tensor) -> Tensor:
+    """Vectors of length one; zero ones stay as they are."""
+    return v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(1e-30)

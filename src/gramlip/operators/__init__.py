@@ -1,0 +1,1 @@
+"""Which linear map a layer is, and how to apply it."""

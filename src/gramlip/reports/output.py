@@ -1,0 +1,163 @@
+"""Standard output, notes, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import sys
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from tqdm import tqdm
+
+from gramlip.errors import InputError
+from gramlip.reports.report import printable
+
+T = TypeVar("T")
+
+
+def emit(text: str) -> None:
+    """Write to standard output; a reader that has gone away (`| head`) is no error.
+
+    Raises:
+        InputError: standard output cannot be written, a full disk for instance.
+    """
+    if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison]
+        return
+    try:
+        sys.stdout.write(text.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _nowhere(sys.stdout)
+    except OSError as error:
+        msg = f"standard output cannot be written ({error.strerror}); expected room for the report: type --json FILE"
+        raise InputError(msg) from None
+
+
+def note(text: str) -> None:
+    """Write one line to standard error; where that cannot be written, the exit code alone tells."""
+    if sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
+        with suppress(OSError):
+            sys.stderr.write(f"gramlip: {printable(text)}\n")
+
+
+def settle() -> None:
+    """Let go of what standard error does not take, so that the interpreter, which flushes it at exit, keeps the exit code."""
+    stream = sys.stderr
+    if stream is not None:  # pyright: ignore[reportUnnecessaryComparison]
+        try:
+            stream.flush()
+        except OSError:
+            _nowhere(stream)
+
+
+def _nowhere(stream: TextIO) -> None:
+    """What is left of a stream that cannot be written goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def aside() -> Generator[None, None, None]:
+    """What runs inside is not gramlip's: what it writes to standard output, and its children, goes to standard error.
+
+    File descriptor 1 is led aside too, unless there is no standard output: the number may then be that of any file.
+    """
+    before, kept = sys.__stdout__, None
+    with redirect_stdout(sys.stderr):
+        if before is not None and not before.closed:
+            before.flush()
+            kept = os.dup(1)
+            other = os.open(os.devnull, os.O_WRONLY) if sys.__stderr__ is None else os.dup(2)
+            os.dup2(other, 1)
+            os.close(other)
+        try:
+            yield
+        finally:
+            if before is not None and kept is not None:
+                with suppress(OSError, ValueError):
+                    before.flush()
+                os.dup2(kept, 1)
+                os.close(kept)
+
+
+def watched(items: Sequence[T]) -> Iterable[T]:
+    """The items behind a progress bar on standard error, where that is a terminal."""
+    shown = sys.stderr is not None and sys.stderr.isatty()  # pyright: ignore[reportUnnecessaryComparison]
+    return tqdm(items, file=sys.stderr, disable=not shown, leave=False, unit="layer")
+
+
+OURS = {
+    "--json": re.compile(rb'\{\s+"schema": 1,\s+"(target|header)": '),
+    "--html": re.compile(rb'<!doctype html>\s+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="gramlip">'),
+    "--plot": re.compile(rb"\x89PNG|%PDF|<\?xml"),
+}
+"""Option -> how a file begins that it wrote before, and may write again."""
+
+
+def check_outputs(options: Mapping[str, str | None]) -> dict[str, Path | None]:
+    """The file of each option that was given, None for `-`.
+
+    Raises:
+        InputError: as for `check_output`, or two outputs on one file.
+    """
+    files = {option: check_output(option, name) for option, name in options.items() if name is not None}
+    if len(set(files.values())) < len(files):
+        msg = f"{' and '.join(files)} name the same file; expected one file each"
+        raise InputError(msg)
+    return files
+
+
+def check_output(option: str, name: str | None) -> Path | None:
+    """The file that an option names, None for nothing or `-`; refused now if it could not be written later.
+
+    Only what the option itself writes is replaced, or an empty file: so nothing that a command reads is ever lost.
+
+    Raises:
+        InputError: a folder, a device, another file, a folder that is missing or cannot be written.
+    """
+    if name is None or name == "-":
+        return None
+    path = Path(os.path.realpath(name))
+    if path.is_dir() or not name:
+        problem = "is a folder" if name else "is empty"
+    elif path.exists() and not path.is_file():
+        problem = "is not a regular file"
+    elif not path.parent.is_dir():
+        problem = f"lies in {path.parent}, which does not exist"
+    elif not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        problem = "cannot be written"
+    elif path.exists() and not _replaceable(path, OURS[option]):
+        msg = f"{option} {name} exists and was not written by {option}; expected a new name, or that of such a file: type {option} NEW"
+        raise InputError(msg)
+    else:
+        return path
+    msg = f"{option} {name} {problem}; expected a file in a folder that can be written: type {option} FILE, or - for standard output"
+    raise InputError(msg)
+
+
+def _replaceable(path: Path, ours: re.Pattern[bytes]) -> bool:
+    with path.open("rb") as file:
+        start = file.read(1 << 10)
+    return not start or ours.match(start) is not None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write the file whole or not at all, in UTF-8."""
+    write_bytes_whole(path, text.encode())
+
+
+def write_bytes_whole(path: Path, data: bytes) -> None:
+    """Write the file whole or not at all: a temporary file beside it takes its place, and is removed on any failure."""
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
