@@ -25,10 +25,9 @@ from torch.nn import functional as F
 
 import gramlip
 from gramlip import nn as gnn
-from gramlip.lab.training.models import resnet18
-from gramlip.nn.model_walk import layers
-from gramlip.norm.methods.differentiable import operator_gram_norm
-from gramlip.norm.methods.paper import Lip_conv
+from gramlip.lab.training.recipes import resnet18
+from gramlip.nn.parametrize import layers
+from gramlip.norm.methods.formulas import Lip_conv, operator_gram_norm
 from gramlip.operators.describe import describe
 
 RESULTS = Path(__file__).resolve().parent / "results"

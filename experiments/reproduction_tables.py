@@ -11,9 +11,9 @@ import re
 import sys
 from pathlib import Path
 
-from gramlip.lab.reproduce.resnet18 import REFERENCE_PADDING
+from gramlip.lab.reproduce.convolutions import REFERENCE_PADDING
 from gramlip.lab.reproduce.run import Row, markdown, pick, table
-from gramlip.norm.methods.registry import METHODS
+from gramlip.norm.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"<!-- (results: (?P<name>\w+)|methods) -->\n.*?<!-- end -->", re.S)

@@ -18,21 +18,23 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip.network import compose, lower_bound, running_errors, slice_coupling
-from gramlip.network.rules import joins, patterns
+from gramlip.network import compose, lower_bound, running_errors
+from gramlip.network.rules import shapes as joins
+from gramlip.network.rules import statistics
 from gramlip.network.steps import Pad, Slope
-from gramlip.norm import bound, certify, sparse
+from gramlip.norm import bound, certify, methods
 from gramlip.norm.finite import boundary_terms
 from gramlip.norm.finite import layer as finite
-from gramlip.norm.methods import differentiable, registry
+from gramlip.norm.methods import formulas
 from gramlip.norm.search import branch_and_bound
 from gramlip.norm.symbol import frequency_cells, padding_theorems, polyphase
 from gramlip.norm.symbol.padding_theorems import PADDING, Axis, Circle
 from gramlip.numerics import cholesky, gram_iteration, sums
 from gramlip.numerics import rounding as rd
-from gramlip.operators import apply, convert, describe, weightless, wrappers
+from gramlip.operators import apply, convert, describe
 from gramlip.operators import given as example
-from gramlip.reports import state_dict
+from gramlip.operators import given as wrappers
+from gramlip.reports import checkpoint
 from gramlip.reports.checkpoint import Entry, Stored
 from gramlip.rules import Call
 from test_network_steps import (
@@ -154,7 +156,7 @@ def cosine_factor_dropped(patch: pytest.MonkeyPatch) -> None:
         sides, _, because = right(sym, torus)
         return sides, math.sqrt(sym.square), because
 
-    for module in (polyphase, differentiable):
+    for module in (polyphase, formulas):
         if hasattr(module, "grid"):
             patch.setattr(module, "grid", wrong)
 
@@ -164,7 +166,7 @@ def cosine_factor_dropped(patch: pytest.MonkeyPatch) -> None:
 
 def groups_multiplied(patch: pytest.MonkeyPatch) -> None:
     """The product of the groups' norms."""
-    right = registry.certify
+    right = methods.certify
 
     def wrong(op: Any, **options: Any) -> gl.Bound:
         if getattr(op, "groups", 1) == 1:
@@ -172,7 +174,7 @@ def groups_multiplied(patch: pytest.MonkeyPatch) -> None:
         parts = [right(replace(op, weight=w, groups=1), **options) for w in op.weight.chunk(op.groups)]
         return gl.Bound(math.prod(p.lower for p in parts), math.prod(float(p.upper) for p in parts), "product over groups")
 
-    patch.setattr(registry, "certify", wrong)
+    patch.setattr(methods, "certify", wrong)
 
 
 def first_group_only(patch: pytest.MonkeyPatch) -> None:
@@ -215,18 +217,18 @@ def batch_norm_without_eps(patch: pytest.MonkeyPatch) -> None:
 
 def crops_as_one(patch: pytest.MonkeyPatch) -> None:
     """Constant padding as an isometry, whatever it cuts off."""
-    patch.setattr(weightless, "_most", lambda index: 1)
+    patch.setattr(describe, "_most", lambda index: 1)
 
 
 def one_axis_for_an_integer(patch: pytest.MonkeyPatch) -> None:
     """An integer size taken as that of a single axis where the mode says none."""
-    patch.setattr(weightless, "_resampled_axes", lambda module, input_size: 1)
+    patch.setattr(describe, "_resampled_axes", lambda module, input_size: 1)
 
 
 def places_in_double(patch: pytest.MonkeyPatch) -> None:
     """Nearest neighbours as float64 alone rounds their places."""
-    right = weightless._nearest
-    patch.setattr(weightless, "_nearest", lambda sizes, run: right(sizes, lambda x, j: run(x.double().reshape(1, 1, -1), j)))
+    right = describe._nearest
+    patch.setattr(describe, "_nearest", lambda sizes, run: right(sizes, lambda x, j: run(x.double().reshape(1, 1, -1), j)))
 
 
 def boundary_forgotten(patch: pytest.MonkeyPatch) -> None:
@@ -501,13 +503,13 @@ def first_order_alone(patch: pytest.MonkeyPatch) -> None:
 
 def copies_of_a_part_counted_once(patch: pytest.MonkeyPatch) -> None:
     """Theorem N10 without the number of copies of an entry."""
-    right = slice_coupling._sizes
-    patch.setattr(slice_coupling, "_sizes", lambda *given: {j: np.minimum(m, 1.0) for j, m in right(*given).items()})
+    right = compose._sizes
+    patch.setattr(compose, "_sizes", lambda *given: {j: np.minimum(m, 1.0) for j, m in right(*given).items()})
 
 
 def parts_that_never_meet(patch: pytest.MonkeyPatch) -> None:
     """Theorem N10 (d) with the largest entry of the diagonal: what is added as if it were joined."""
-    patch.setattr(slice_coupling, "largest", lambda form: float(np.diag(form).max()))
+    patch.setattr(compose, "largest", lambda form: float(np.diag(form).max()))
 
 
 def any_two_functions_as_a_pair(patch: pytest.MonkeyPatch) -> None:
@@ -522,8 +524,8 @@ def steepest_of_the_curves(patch: pytest.MonkeyPatch) -> None:
 
 def sums_as_means(patch: pytest.MonkeyPatch) -> None:
     """Theorem N13 (a) for a value less its sum."""
-    right = patterns._reduces
-    patch.setattr(patterns, "_reduces", lambda call, y, name, x: any(right(call, y, kind, x) for kind in ("mean", "sum")))
+    right = statistics._reduces
+    patch.setattr(statistics, "_reduces", lambda call, y, name, x: any(right(call, y, kind, x) for kind in ("mean", "sum")))
 
 
 def _stretches(call: Callable[[Tensor], Tensor], least: float, size: int = 4) -> Callable[[], None]:
@@ -559,19 +561,19 @@ def layers_together_hold() -> None:
 
 def signs_in_schurs_test(patch: pytest.MonkeyPatch) -> None:
     """Schur's test on the entries, in place of their moduli."""
-    patch.setattr(sparse, "ENTRIES", 0)
-    patch.setattr(sparse, "SIDE", 0)
-    patch.setattr(sparse.Entries, "moduli", lambda self: self)
+    patch.setattr(certify, "ENTRIES", 0)
+    patch.setattr(certify, "SIDE", 0)
+    patch.setattr(certify.Entries, "moduli", lambda self: self)
 
 
 def schurs_test_without_rounding(patch: pytest.MonkeyPatch) -> None:
     """The quotients of Schur's test as floating point gives them."""
-    patch.setattr(sparse, "ENTRIES", 0)
-    patch.setattr(sparse, "SIDE", 0)
-    patch.setattr(sparse.rd, "gamma", lambda n, unit=rd.UNIT: 0.0)
-    patch.setattr(sparse.rd, "up", lambda x: x)
-    patch.setattr(sparse.rd, "mul_up", lambda a, b: a * b)
-    patch.setattr(sparse.rd, "sqrt_up", math.sqrt)
+    patch.setattr(certify, "ENTRIES", 0)
+    patch.setattr(certify, "SIDE", 0)
+    patch.setattr(certify.rd, "gamma", lambda n, unit=rd.UNIT: 0.0)
+    patch.setattr(certify.rd, "up", lambda x: x)
+    patch.setattr(certify.rd, "mul_up", lambda a, b: a * b)
+    patch.setattr(certify.rd, "sqrt_up", math.sqrt)
 
 
 def sparse_matrices_hold() -> None:
@@ -597,14 +599,14 @@ def lists_are_exact() -> None:
 
 def scales_taken_for_layers(patch: pytest.MonkeyPatch) -> None:
     """The block scales of an 8-bit weight bounded as a matrix of their own."""
-    patch.setattr(state_dict, "_scales", lambda name, entries: [])
+    patch.setattr(checkpoint, "_scales", lambda name, entries: [])
 
 
 def scales_are_no_layers() -> None:
     """A file that holds an 8-bit weight, its block scales and a matrix."""
     narrow = torch.ones(4, 4).to(torch.float8_e4m3fn)
     held = {"a.weight": narrow, "a.weight_scale_inv": torch.ones(2, 2), "b.weight": torch.eye(2)}
-    kept, _ = state_dict.Weights("x", Stored({name: Entry.of(tensor) for name, tensor in held.items()})).sort()
+    kept, _ = checkpoint.Weights("x", Stored({name: Entry.of(tensor) for name, tensor in held.items()})).sort()
     assert kept == ["b.weight"]
 
 

@@ -17,7 +17,8 @@ import gramlip as gl
 from gramlip.cli import main
 from gramlip.lab import bench
 from gramlip.lab import timing as measure
-from gramlip.lab.bench import contenders, counting, matrices
+from gramlip.lab.bench import contenders
+from gramlip.lab.bench import result as counting
 from gramlip.lab.bench.contenders import he
 from gramlip.lab.bench.result import OURS, Claim, Entry, Result, Row, total
 from gramlip.norm.certify import certify_all
@@ -186,14 +187,14 @@ def test_fewest_operations_of_a_matrix() -> None:
 
 def test_a_large_matrix_alone_in_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    seconds, lower, upper, memory = map(float, matrices.alone(16, 32, "cpu", 1).split())
+    seconds, lower, upper, memory = map(float, contenders.alone(16, 32, "cpu", 1).split())
     assert seconds > 0
     assert 0 < lower <= upper
     assert memory > 1 << 20
 
 
 def test_full_starts_that_process() -> None:
-    row = matrices.dense(bench.Options(trials=1, quick=True, full=True, rates={"complex128": 1e9, "complex64": 1e9}))
+    row = contenders.dense(bench.Options(trials=1, quick=True, full=True, rates={"complex128": 1e9, "complex64": 1e9}))
     large = row.entries[-1]
     assert large.memory
     assert large.case.startswith("64x256")

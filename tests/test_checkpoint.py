@@ -14,8 +14,7 @@ from torch import nn
 
 import gramlip as gl
 from gramlip.reports import checkpoint
-from gramlip.reports.checkpoint import read, read_bytes
-from gramlip.reports.state_dict import Weights
+from gramlip.reports.checkpoint import Weights, read, read_bytes
 from gramlip.testing.oracle import oracle
 
 NET = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 4))

@@ -147,8 +147,10 @@ def test_the_package_runs_as_a_module():
 
 def test_every_command_module_adds_a_command(capsys):
     import pkgutil
+    from importlib import import_module
 
-    names = [module.name for module in pkgutil.iter_modules(commands.__path__)]
+    modules = [import_module(f"{commands.__name__}.{module.name}") for module in pkgutil.iter_modules(commands.__path__)]
+    names = [name for module in modules for name in module.COMMANDS]
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out

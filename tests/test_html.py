@@ -16,7 +16,7 @@ from torch import nn
 from gramlip import Bound
 from gramlip.errors import InputError
 from gramlip.network.audit import audit
-from gramlip.reports import plots
+from gramlip.reports import pictures
 from gramlip.reports.pictures import page, sampled
 from gramlip.reports.report import Layer, Report
 
@@ -80,16 +80,16 @@ def test_samples_are_of_convolutions_and_near_the_bound(report: Report) -> None:
 
 
 def test_pictures(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(plots.shares(report).axes[0].patches) == sum(row.share is not None for row in report.layers)
-    assert plots.intervals(report).axes
-    assert plots.symbols(report, "0").axes
+    assert len(pictures.shares(report).axes[0].patches) == sum(row.share is not None for row in report.layers)
+    assert pictures.intervals(report).axes
+    assert pictures.symbols(report, "0").axes
     with pytest.raises(InputError, match="expected one of"):
-        plots.symbols(report, "nothing")
+        pictures.symbols(report, "nothing")
     with pytest.raises(InputError, match="has no shares"):
-        plots.shares(Report("w", (Layer("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix")),)))
+        pictures.shares(Report("w", (Layer("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix")),)))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match=r"pip install gramlip\[plots\]"):
-        plots.intervals(report)
+        pictures.intervals(report)
 
 
 def test_notebooks_show_reports_and_bounds(report: Report) -> None:

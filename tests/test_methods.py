@@ -11,7 +11,7 @@ from torch import nn
 
 import gramlip as gl
 from gramlip.errors import InputError
-from gramlip.norm.methods.registry import METHODS
+from gramlip.norm.methods import METHODS
 from gramlip.testing.cases import Case, cases
 
 PUBLISHED = sorted(set(METHODS) - {"certify"})

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gramlip.network import slice_coupling
+from gramlip.network import compose
 from gramlip.network.audit import audit
 from test_network import steepest
 from test_rules import Map
@@ -160,11 +160,11 @@ def test_the_largest_eigenvalue_of_a_form_lies_above_eigvalsh_and_close(seed: in
     form[generator.random((n, n)) < 0.3] = 0.0
     form = np.maximum(form, form.T)
     truth = float(np.linalg.eigvalsh(form).max(initial=0.0))
-    assert truth * (1 - 1e-12) <= slice_coupling.largest(form) <= truth * (1 + 1e-3) + 1e-250
+    assert truth * (1 - 1e-12) <= compose.largest(form) <= truth * (1 + 1e-3) + 1e-250
 
 
 def test_parts_that_are_too_many_are_the_root_of_squares() -> None:
-    count = slice_coupling.PARTS + 2
+    count = compose.PARTS + 2
     upper = audit(Map(lambda x: torch.stack([x[:, i] for i in range(count)])).eval(), (count,), effort=-1).upper
     assert 1.0 <= upper <= math.sqrt(count) + 1e-9
 

@@ -18,11 +18,10 @@ from torch import nn
 from gramlip.cli import main
 from gramlip.errors import InputError
 from gramlip.lab.reproduce import EXPERIMENTS, Options, Task, reproduce
-from gramlip.lab.reproduce.resnet18 import convolutions
+from gramlip.lab.reproduce.convolutions import convolutions
 from gramlip.lab.reproduce.training import PRESETS, preset
-from gramlip.lab.training.models import MODELS
-from gramlip.lab.training.recipes import RECIPES
-from gramlip.norm.methods.registry import METHODS
+from gramlip.lab.training.recipes import MODELS, RECIPES
+from gramlip.norm.methods import METHODS
 
 pytest.importorskip("lightning", reason="the extra gramlip[train]", exc_type=ImportError)
 from gramlip.lab.training import train as run

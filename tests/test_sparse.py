@@ -13,7 +13,7 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
 import gramlip as gl
-from gramlip.norm import sparse
+from gramlip.norm import certify
 from gramlip.operators.linear_maps import SPARSE
 from test_rounding import assert_exactly_between
 
@@ -24,7 +24,7 @@ WAYS = {"whole": {}, "gram": {"ENTRIES": 0}, "schur": {"ENTRIES": 0, "SIDE": 0}}
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, limit in WAYS[request.param].items():
-        monkeypatch.setattr(sparse, name, limit)
+        monkeypatch.setattr(certify, name, limit)
     return request.param
 
 

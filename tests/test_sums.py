@@ -8,7 +8,7 @@ from torch import nn
 
 import gramlip as gl
 from gramlip.nn.norm_op import largest
-from gramlip.norm.methods.paper import Gram_iteration_naive, Lip_dense
+from gramlip.norm.methods.formulas import Gram_iteration_naive, Lip_dense
 from gramlip.numerics import sums
 
 MANY = 27_000_000  # more than 2**24 a lane of the fastest loop of torch, which adds eight squares at once

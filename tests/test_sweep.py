@@ -16,12 +16,12 @@ from gramlip.norm.search.branch_and_bound import BranchAndBound
 from gramlip.norm.search.lower import LowerBounds
 from gramlip.norm.symbol import gram_symbol
 from gramlip.norm.symbol.frequency_cells import Lattice
-from gramlip.numerics import cholesky, devices
+from gramlip.numerics import cholesky, precision
 
 
 @pytest.fixture(autouse=True)
 def _parallel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "parallel", lambda device: True)
+    monkeypatch.setattr(precision, "parallel", lambda device: True)
     monkeypatch.setattr(gram_symbol, "SWEPT_OPERATIONS", 1e9)  # a GPU has time for more
 
 

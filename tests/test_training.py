@@ -22,16 +22,19 @@ from gramlip import cli
 
 lightning = pytest.importorskip("lightning", reason="the extra gramlip[train]", exc_type=ImportError)
 
-from gramlip.lab.training import data  # noqa: E402
+from gramlip.lab.training import recipes  # noqa: E402
 from gramlip.lab.training import train as run  # noqa: E402
-from gramlip.lab.training.lightning_module import Task  # noqa: E402
-from gramlip.lab.training.models import MODELS, build  # noqa: E402
-from gramlip.lab.training.recipes import RECIPES  # noqa: E402
+from gramlip.lab.training.recipes import (  # noqa: E402
+    MODELS,
+    RECIPES,
+    build,
+)
+from gramlip.lab.training.train import Task  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning")  # its own use of what torch has deprecated
 FOREIGN = """
 from torch import nn
-from gramlip.lab.training.models import small
+from gramlip.lab.training.recipes import small
 def leaves(): raise SystemExit(3)
 class Alone(nn.Module):
     def forward(self, x):
@@ -127,7 +130,7 @@ def test_resnet18_has_twenty_convolutions_and_takes_every_control() -> None:
 
 
 def test_order_and_augmentation_are_functions_of_seed_and_step() -> None:
-    order = data.Order(10, 3)
+    order = recipes.Order(10, 3)
     first = list(order)
     order.set_epoch(1)
     assert sorted(order) == list(range(10))
@@ -135,10 +138,10 @@ def test_order_and_augmentation_are_functions_of_seed_and_step() -> None:
     order.set_epoch(0)
     assert list(order) == first
     images = torch.rand(4, 3, 8, 8)
-    moved = [data.augmented(images, data.generator(0, step)) for step in (1, 1, 2)]
+    moved = [recipes.augmented(images, recipes.generator(0, step)) for step in (1, 1, 2)]
     assert torch.equal(moved[0], moved[1])
     assert not torch.equal(moved[0], moved[2])
-    centre = data.augmented(images, data.generator(0, 1), pad=0)
+    centre = recipes.augmented(images, recipes.generator(0, 1), pad=0)
     assert all(torch.equal(a, b) or torch.equal(a, b.flip(-1)) for a, b in zip(centre, images, strict=True))
 
 
@@ -153,7 +156,7 @@ def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert [entry["eps"] for entry in found["certified"]] == [36 / 255, 1.0]
     assert all(entry["accuracy"] <= entry["attacked"] for entry in found["certified"])
     assert found["certified"][0]["accuracy"] == results["certified_by_pairs"][0]["accuracy"]
-    assert cli.main(["certify", "gramlip.lab.training.models:small", "--data", str(cifar), "--samples", "4", "--eps", "0.1"]) == 0
+    assert cli.main(["certify", "gramlip.lab.training.recipes:small", "--data", str(cifar), "--samples", "4", "--eps", "0.1"]) == 0
     assert "certified at eps" in capsys.readouterr().out
 
 
@@ -176,12 +179,12 @@ def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "augment=1"], "augment=1 was given; expected true or false"),
         (["certify", "BROKEN", "--data", "CIFAR"], "expected a folder that gramlip train finished"),
         (["certify", ":small", "--data", "CIFAR"], "expected a folder that gramlip train finished, or package.module:callable"),
-        (["certify", "gramlip.lab.training.models:build", "--data", "CIFAR"], "build() missing"),
-        (["certify", "gramlip.lab.training.models:small", "--data", "CIFAR", "--samples", "0"], "a whole number of at least 1"),
+        (["certify", "gramlip.lab.training.recipes:build", "--data", "CIFAR"], "build() missing"),
+        (["certify", "gramlip.lab.training.recipes:small", "--data", "CIFAR", "--samples", "0"], "a whole number of at least 1"),
         (["certify", "nowhere", "--data", "CIFAR"], "expected a folder that gramlip train finished"),
         (["certify", "gramlip:nothing", "--data", "CIFAR"], "expected package.module:callable"),
-        (["certify", "gramlip.lab.training.models:small", "--data", "CIFAR", "--eps", "-1"], "expected a radius of at least 0"),
-        (["certify", "gramlip.lab.training.models:small", "--data", "CIFAR", "--eps", "1e400"], "expected a radius of at least 0"),
+        (["certify", "gramlip.lab.training.recipes:small", "--data", "CIFAR", "--eps", "-1"], "expected a radius of at least 0"),
+        (["certify", "gramlip.lab.training.recipes:small", "--data", "CIFAR", "--eps", "1e400"], "expected a radius of at least 0"),
         (["certify", "foreign:Alone", "--data", "CIFAR"], "Alone raised RuntimeError (one at a time) for images of shape (32, 3, 32, 32)"),
         (["certify", "foreign:leaves", "--data", "CIFAR"], "raised SystemExit (3)"),
     ],
@@ -283,7 +286,7 @@ def test_certify_writes_over_no_image(cifar: Path, tmp_path: Path, capsys: pytes
     shutil.copytree(cifar, tmp_path / "images")
     file = next((tmp_path / "images").glob("test-*"))
     before = file.read_bytes()
-    line = ["certify", "gramlip.lab.training.models:small", "--data", str(file.parent), "--samples", "4", "--json", str(file)]
+    line = ["certify", "gramlip.lab.training.recipes:small", "--data", str(file.parent), "--samples", "4", "--json", str(file)]
     assert cli.main(line) == 2
     assert "exists and was not written by --json" in capsys.readouterr().err
     assert file.read_bytes() == before
@@ -318,7 +321,7 @@ def test_images_that_cannot_be_used_are_one_line(images: list[Any], labels: list
 
     parquet.write_table(pa.table({"img": images, "label": labels}), tmp_path / "test-0.parquet")
     with pytest.raises(gl.InputError, match=message) as caught:
-        data.load(tmp_path, "test")
+        recipes.load(tmp_path, "test")
     assert "\n" not in str(caught.value)
 
 
@@ -327,7 +330,7 @@ def test_damaged_files_of_images_are_one_line(kept: int, cifar: Path, tmp_path: 
     for file in cifar.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[:kept])
     line = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    for command in (["train", "small", *line], ["certify", "gramlip.lab.training.models:small", *line[:2]]):
+    for command in (["train", "small", *line], ["certify", "gramlip.lab.training.recipes:small", *line[:2]]):
         assert cli.main(command) == 2
         error = capsys.readouterr().err
         assert "parquet cannot be read as parquet (" in error
@@ -336,7 +339,7 @@ def test_damaged_files_of_images_are_one_line(kept: int, cifar: Path, tmp_path: 
 
 def test_images_from_the_hubs_cache(hub_cache: Callable[[str, str], Path], cifar: Path) -> None:
     with pytest.raises(gl.InputError, match=r"uoft-cs/cifar10 cannot be fetched: .*; expected a public repository, online or in the cache"):
-        data.load("uoft-cs/cifar10", "train")
+        recipes.load("uoft-cs/cifar10", "train")
     shutil.copytree(cifar, hub_cache("dataset", "uoft-cs/cifar10") / "plain_text")
-    for found, local in zip(data.load("uoft-cs/cifar10", "train"), data.load(cifar, "train"), strict=True):
+    for found, local in zip(recipes.load("uoft-cs/cifar10", "train"), recipes.load(cifar, "train"), strict=True):
         assert torch.equal(found, local)

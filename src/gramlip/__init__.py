@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gramlip.startup  # noqa: F401  # pyright: ignore[reportUnusedImport] (first of all, before torch)
 from gramlip import distributed, nn, robust
+from gramlip import rules as rules  # the public face of network.rules
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network.audit import audit
 from gramlip.norm.bound import bound
-from gramlip.norm.methods.differentiable import conv_gram_norm
-from gramlip.norm.methods.registry import METHODS
+from gramlip.norm.methods import METHODS
+from gramlip.norm.methods.formulas import conv_gram_norm
 from gramlip.numerics.gram_iteration import gram_norm
-from gramlip.operators import weightless as weightless  # registers the layers without weights
 from gramlip.operators.describe import describe
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense, Diagonal, Separable

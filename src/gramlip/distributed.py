@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from gramlip.norm.bound import bound
 from gramlip.operators.describe import describe
+from gramlip.operators.given import is_flat, is_sharded, unwrapped
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense, Ints, Operator
-from gramlip.operators.wrappers import is_flat, is_sharded, unwrapped
 
 
 def world() -> int:

@@ -1,19 +1,231 @@
-"""TARGET: what the user typed becomes a source of layers. One entry of `RESOLVERS` for each kind."""
+"""TARGET: what the user typed becomes a source of layers. One entry of `RESOLVERS` for each kind.
+
+Running a user's module, or a library's, is the user's explicit choice by the form of the target; a file of weights never runs code.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from importlib import resources
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module, resources
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from gramlip import sources
-from gramlip.errors import InputError
+import torch
+from torch import nn
+
+from gramlip.errors import InputError, first_line
+from gramlip.network.audit import Example, audit, steps_of
+from gramlip.network.graph import silent
+from gramlip.network.steps import Linear
+from gramlip.operators.given import program_inputs
 from gramlip.operators.linear_maps import Conv, Dense
-from gramlip.reports.checkpoint import read, read_bytes
-from gramlip.reports.output import note
+from gramlip.reports.checkpoint import Watch, Weights, check_file, read, read_bytes
+from gramlip.reports.output import aside, note
 from gramlip.reports.report import Report
-from gramlip.reports.state_dict import Watch, Weights
+
+# ---- models --------------------------------------------------------------------------------------------------------------
+#
+# Models that a TARGET names: a callable, an exported program, or an entry of timm, torchvision or the Hugging Face hub.
+#
+# Running a user's module, or a library's, is the user's explicit choice by the form of the target; a file of weights never runs code.
+# What they print goes to standard error: standard output is the report's alone.
+
+Program = nn.Module | torch.export.ExportedProgram
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an audit of a model may be told beside its target."""
+
+    assume: Mapping[str, float] = field(default_factory=dict[str, float])
+    domain: tuple[float, float] | None = None
+    seed: int = 0
+    effort: float = 1.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and its inputs, or the shape of one sample, as a source of layers."""
+
+    target: str
+    program: Program
+    example: Example
+    options: Options = Options()
+
+    def operators(self) -> Iterable[tuple[str, Dense | Conv]]:
+        """Every linear map of the folded graph by name."""
+        with aside():
+            steps = steps_of(self.program, self.example).steps
+        for step in steps:
+            if isinstance(step.what, Linear) and isinstance(step.what.op, Dense | Conv):
+                yield step.name, step.what.op
+
+    def audit(self, *, rtol: float, watch: Watch) -> Report:
+        """The report of the whole network."""
+        o = self.options
+        with aside():
+            return audit(
+                self.program,
+                self.example,
+                rtol=rtol,
+                assume=o.assume,
+                domain=o.domain,
+                seed=o.seed,
+                effort=o.effort,
+                target=self.target,
+                progress=watch,
+            )
+
+
+def _sample(target: str, inputs: Shape | None) -> Shape:
+    if inputs is None:
+        msg = f"{target} was given without the shape of its input; expected it without the batch: type --input 3,224,224"
+        raise InputError(msg)
+    return inputs
+
+
+def exists(module: str) -> bool:
+    """Whether the top package of a module can be found, the current folder included; nothing is run."""
+    top = module.split(".")[0]
+    return find_spec(top) is not None or PathFinder.find_spec(top, [str(Path.cwd())]) is not None
+
+
+def from_callable(target: str, inputs: Shape | None) -> Model:
+    """`package.module:callable`: what the callable returns, in evaluation mode; found from the current folder."""
+    example = _sample(target, inputs)
+    return Model(target, _module(target, called(target)), example)
+
+
+def called(target: str) -> Any:
+    """What the callable of `package.module:callable` returns.
+
+    Raises:
+        InputError: there is none, or it raises whatever it may.
+    """
+    place, _, name = target.partition(":")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        with aside():
+            return getattr(import_module(place), name)()
+    except (ImportError, AttributeError, TypeError, SyntaxError) as error:
+        msg = f"{target}: {first_line(error)}; expected package.module:callable without arguments, found from the current folder"
+        raise InputError(msg) from error
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises, in one line with its place
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        msg = f"{target} raised {type(error).__name__} ({first}) at {last.filename}:{last.lineno}; expected it to return a module"
+        raise InputError(msg) from error
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
+
+
+def _module(target: str, made: object) -> Program:
+    if isinstance(made, torch.export.ExportedProgram):
+        return made
+    if not isinstance(made, nn.Module):
+        msg = f"{target} returned {type(made).__name__}; expected a torch.nn.Module"
+        raise InputError(msg)
+    return made.eval()
+
+
+def from_exported(target: str, inputs: Shape | None) -> Model:
+    """A `.pt2` file; its input shape is its own. It is a program, not weights: torch's loader trusts it, as it trusts a module."""
+    if inputs is not None:
+        msg = f"--input was given, but {target} is an exported program that holds its input's shape; expected no --input"
+        raise InputError(msg)
+    check_file(Path(target))
+    try:
+        with silent(), aside():
+            program = torch.export.load(target)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.export raises many types for files that it did not write
+        why = first_line(error).partition(" Please check the warnings")[0]  # which are silent, and say no more
+        msg = f"{target} cannot be read as an exported program: {why}; expected a file that torch.export.save wrote"
+        raise InputError(msg) from error
+    held = program_inputs(program)
+    if not all(isinstance(value, torch.Tensor) for value in held):
+        msg = f"{target} takes {', '.join(type(value).__name__ for value in held)}; expected tensors alone: export it with the others fixed"
+        raise InputError(msg)
+    zeros = (torch.zeros([int(n) for n in value.shape], dtype=value.dtype, device=value.device) for value in held)
+    return Model(target, program, tuple(zeros))
+
+
+def _library(target: str, package: str, extra: str) -> Any:
+    try:
+        with aside():
+            return import_module(package)
+    except (ImportError, OSError, RuntimeError) as error:
+        msg = f"{target} needs {package}, which cannot be imported ({error}); expected it installed: type pip install {extra}"
+        raise InputError(msg) from error
+
+
+def _built(target: str, make: Callable[[], object], advice: str) -> Program:
+    try:
+        with aside():
+            made = make()
+    except Exception as error:  # a library's own errors for unknown names and for being offline have no common type
+        msg = f"{target} cannot be loaded: {first_line(error)}; {advice}"
+        raise InputError(msg) from error
+    return _module(target, made)
+
+
+def from_timm(target: str, inputs: Shape | None) -> Model:
+    """`timm:NAME` with its pretrained weights; the input shape is the model's own unless given."""
+    timm, name = _library(target, "timm", "timm"), target.partition(":")[2]
+    advice = "expected a pretrained model of timm and its weights, in the cache or online: type python -m timm.models for names"
+    model = _built(target, lambda: timm.create_model(name, pretrained=True), advice)
+    size = inputs or tuple(getattr(model, "default_cfg", {}).get("input_size", ())) or None
+    return Model(target, model, _sample(target, size))
+
+
+def from_torchvision(target: str, inputs: Shape | None) -> Model:
+    """`torchvision:NAME` with its default weights; 3x224x224 unless given."""
+    _library(target, "torchvision", "torchvision")
+    models, name = _library(target, "torchvision.models", "torchvision"), target.partition(":")[2]
+    model = _built(
+        target, lambda: models.get_model(name, weights="DEFAULT"), "expected a model of torchvision and its weights, in the cache or online"
+    )
+    return Model(target, model, inputs or (3, 224, 224))
+
+
+def from_hub(target: str, inputs: Shape | None) -> Weights:
+    """`hf:OWNER/NAME`: the weights of a hub repository through its own client; weights alone, no code of the repository runs."""
+    if inputs is not None:
+        msg = f"--input was given, but {target} names weights alone, bounded for every input size; expected no --input"
+        raise InputError(msg)
+    folder = snapshot(target, target.partition(":")[2], ["*.safetensors", "*.safetensors.index.json"])
+    files = [*sorted(folder.glob("*.safetensors.index.json")), *sorted(folder.glob("*.safetensors"))]
+    if not files:
+        msg = f"{target} holds no .safetensors file; expected weights in that format"
+        raise InputError(msg)
+    return Weights(target, read(files[0]))
+
+
+def snapshot(target: str, repository: str, patterns: list[str], kind: str = "model") -> Path:
+    """The folder of a hub repository's files, by the hub's own client: downloaded, or from its cache where offline.
+
+    Raises:
+        InputError: no client, no such repository, or neither a network nor the files in the cache.
+    """
+    hub = _library(target, "huggingface_hub", "gramlip[hub]")
+    try:
+        return Path(hub.snapshot_download(repository, repo_type=kind, allow_patterns=patterns))
+    except Exception as error:  # offline, unknown or private: the client's errors have no common type
+        msg = f"{target} cannot be fetched: {first_line(error)}; expected a public repository, online or in the cache"
+        raise InputError(msg) from error
+
+
+# ---- targets -------------------------------------------------------------------------------------------------------------
+#
+# TARGET: what the user typed becomes a source of layers. One entry of `RESOLVERS` for each kind.
 
 Shape = tuple[int, ...]
 
@@ -46,10 +258,10 @@ DEMOS = ("demo", "demo-regularised")
 """Trained networks that the package holds."""
 
 RESOLVERS: dict[str, Callable[[str, Shape | None], Source]] = {name: _weights for name in DEMOS} | {
-    ".pt2": sources.from_exported,
-    "timm:": sources.from_timm,
-    "torchvision:": sources.from_torchvision,
-    "hf:": sources.from_hub,
+    ".pt2": from_exported,
+    "timm:": from_timm,
+    "torchvision:": from_torchvision,
+    "hf:": from_hub,
 }
 """A whole name (`demo`), a file's suffix (`.pt2`) or a scheme (`timm:`) -> (target, input shape) -> source; files are weights."""
 
@@ -68,8 +280,8 @@ def resolve(target: str, inputs: Shape | None = None) -> Source:
         if key in RESOLVERS:
             return RESOLVERS[key](target, inputs)
     if colon and not Path(target).exists():
-        if all(part.isidentifier() for part in target.replace(":", ".").split(".")) and sources.exists(scheme):
-            return sources.from_callable(target, inputs)
+        if all(part.isidentifier() for part in target.replace(":", ".").split(".")) and exists(scheme):
+            return from_callable(target, inputs)
         msg = (
             f"{target} is of an unknown kind; expected a file of weights, package.module:callable or one of {', '.join(sorted(RESOLVERS))}"
         )

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from gramlip import __version__
 from gramlip.cli import commands
+from gramlip.cli.commands import Commands
 from gramlip.errors import InputError, Terminated, UnsupportedError, first_line, out_of_memory
 from gramlip.reports.output import note, settle
 from gramlip.startup import ready
@@ -41,8 +42,11 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="gramlip", description="How much a layer or a network can stretch its input, as an interval with a proof.")
     top.add_argument("--version", action="version", version=f"gramlip {__version__}")
     subparsers = top.add_subparsers(metavar="COMMAND", required=True)
+    found: Commands = {}
     for module in pkgutil.iter_modules(commands.__path__):
-        import_module(f"{commands.__name__}.{module.name}").add_parser(subparsers)
+        found |= import_module(f"{commands.__name__}.{module.name}").COMMANDS
+    for name in sorted(found):
+        found[name](subparsers)
     return top
 
 

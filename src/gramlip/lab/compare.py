@@ -11,7 +11,7 @@ from typing import Any
 from gramlip.errors import InputError
 from gramlip.lab.timing import environment, timed
 from gramlip.norm.bound import bound
-from gramlip.norm.methods.registry import METHODS
+from gramlip.norm.methods import METHODS
 from gramlip.operators.linear_maps import Conv, Dense
 from gramlip.reports.report import aligned, finite
 

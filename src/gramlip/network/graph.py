@@ -1,7 +1,4 @@
-"""A model as a list of calls: the graph of `torch.export`, recurrent layers unrolled, scopes without gradients opened.
-
-What a call does to its inputs is decided by the rules; here nothing is bounded.
-"""
+"""A model as a list of calls: its exported graph, which values its calls overwrite, and its calls in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import operator
 import re
 import sys
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +17,104 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import OutputKind
 from torch.fx.node import map_arg
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from gramlip.errors import InputError, first_line
-from gramlip.network.in_place import Write, writes
+from gramlip.numerics.precision import widen
 from gramlip.operators.linear_maps import Shape
+
+# ---- in-place calls ------------------------------------------------------------------------------------------------------
+#
+# In-place calls: which values they overwrite, and where a call out of place would mean something else. docs/network.md#in-place-calls.
+
+
+@dataclass(frozen=True)
+class Write:
+    """A call that overwrites `targets`; `shared` are other values in the same memory that are read later.
+
+    `refusal` says why the call is not what it is out of place, with its first argument as the one result; None where it is.
+    """
+
+    targets: list[fx.Node]
+    shared: list[fx.Node]
+    refusal: str | None
+
+
+def writes(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> dict[fx.Node, Write]:
+    """Every in-place call of a graph with these results."""
+    mutable = [node for node in nodes if node.op == "call_function" and getattr(_schema(node), "is_mutable", False)]
+    if not mutable:
+        return {}
+    order, memory = {n: i for i, n in enumerate(nodes)}, _memory(nodes)
+    found: dict[fx.Node, Write] = {}
+    for node in mutable:
+        targets = list(dict.fromkeys(_marked(node, written=True)))
+        own = set[int]().union(*(memory[t] for t in targets))
+        shared = [
+            n
+            for n in nodes[: order[node]]
+            if n not in targets and memory[n] & own and (n in outputs or any(order[user] > order[node] for user in n.users))
+        ]
+        refusal = None
+        if shared:
+            refusal = f"it overwrites what {shared[0].name}, read later, shares; expected the call out of place"
+        elif _schema(node).arguments[0].alias_info is None or targets != [node.args[0]]:
+            refusal = "it writes into a list or by out=; expected the call out of place"
+        found[node] = Write(targets, shared, refusal)
+    return found
+
+
+def _schema(node: fx.Node) -> Any:
+    return getattr(node.target, "_schema", None)
+
+
+def _marked(node: fx.Node, written: bool) -> Iterator[fx.Node]:
+    """The arguments that torch's schema marks as shared with the result, or as written to; those inside lists too."""
+    for i, spec in enumerate(_schema(node).arguments):
+        if spec.alias_info is not None and (spec.alias_info.is_write or not written):
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(spec.name)
+            for item in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(item, fx.Node):
+                    yield item
+
+
+def _memory(nodes: Sequence[fx.Node]) -> dict[fx.Node, set[int]]:
+    """Numbers of the pieces of memory that each value lies in: what the schema says, and what torch does on tensors without values.
+
+    Both are asked: the schema of `einsum`, `dropout` or `conv` is silent on whether the result may be the argument itself.
+    """
+    values: dict[fx.Node, Any] = {}
+    memory: dict[fx.Node, set[int]] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for node in nodes:
+            schema, held, shared = _schema(node), node.meta.get("val"), list[fx.Node]()
+            if schema is not None or node.target is operator.getitem:
+                values[node] = node.target(*map_arg(node.args, values.get), **map_arg(node.kwargs, values.get))  # type: ignore[operator,arg-type]
+            else:
+                values[node] = torch.empty_like(held) if isinstance(held, Tensor) else held
+            if schema is not None and any(r.alias_info is not None for r in schema.returns):
+                shared = list(_marked(node, written=False))
+            elif schema is None and node.op == "call_function":  # a part of the graph may give back anything that it was given
+                shared = node.all_input_nodes
+            memory[node] = {StorageWeakRef(t.untyped_storage()).cdata for t in tensors(values[node])}.union(*(memory[n] for n in shared))
+    return memory
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in a value, those in lists too."""
+    if isinstance(value, list | tuple):
+        return [t for item in value for t in tensors(item)]  # type: ignore[reportUnknownVariableType]
+    return [value] if isinstance(value, Tensor) else []
+
+
+# ---- the graph -----------------------------------------------------------------------------------------------------------
+#
+# A model as a list of calls: the graph of `torch.export`, recurrent layers unrolled, scopes without gradients opened.
+#
+# What a call does to its inputs is decided by the rules; here nothing is bounded.
 
 _LAYERS = (torch.ops.aten.rnn_tanh.input, torch.ops.aten.rnn_relu.input, torch.ops.aten.gru.input, torch.ops.aten.lstm.input)
 _CELLS = (
@@ -244,3 +333,60 @@ def is_random(node: fx.Node) -> bool:
         return given["train"] and given["dropout"] > 0 and given["num_layers"] > 1  # torch drops between the layers
     target: Any = node.target
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+
+# ---- calls in float64 ----------------------------------------------------------------------------------------------------
+#
+# Calls of the graph in float64: what both sides take the weights, and all that the model computes from them, to be.
+#
+# docs/network.md#computed-weights.
+
+_VIEWS = ("aten.view.default", "aten._unsafe_view.default", "aten.view_as.default")
+_SAME = ("aten.detach.default", "aten.detach_.default")
+_MEMORY = ("aten.as_strided", "aten.view.dtype", "aten.set_")  # and what begins so
+
+
+def widened(value: Any) -> Any:
+    """Floating numbers of any type, or a floating type, in float64 (complex128): the numbers themselves, denormal ones too."""
+    if isinstance(value, torch.dtype):
+        return torch.complex128 if value.is_complex else torch.float64 if value.is_floating_point else value
+    if not isinstance(value, Tensor) or value.dtype == widened(value.dtype):
+        return value
+    return widen(value.detach(), 0)[0]
+
+
+def reads_memory(node: fx.Node) -> bool:
+    """Whether the call reads places or bits of memory, which are others in float64."""
+    return op_name(node).startswith(_MEMORY)
+
+
+def evaluate(node: fx.Node, resolve: Callable[[fx.Node], Any]) -> Any:
+    """The call's result in float64, for arguments in float64; without the choices that torch makes for speed or by memory."""
+    args: tuple[Any, ...] = tuple(map(widened, map_arg(node.args, resolve)))
+    kwargs: dict[str, Any] = {k: widened(v) for k, v in map_arg(node.kwargs, resolve).items()}
+    name, held = op_name(node), getattr(node.meta.get("val"), "dtype", None)
+    if name == "aten.scaled_dot_product_attention.default":  # the fused kernel has no forward derivative
+        q, k, v, *others = args
+        mask, dropout, causal = (*others, *(None, 0.0, False)[len(others) :])
+        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask, dropout, causal, None, **kwargs)[0]
+    if name == "aten.batch_norm.default" and not args[5]:  # in evaluation mode; its forward derivative is slow
+        x, weight, bias, mean, var, *_ = args
+        shape = [-1 if j == 1 else 1 for j in range(x.ndim)]
+        gain = (var + args[7]).rsqrt() if weight is None else weight * (var + args[7]).rsqrt()
+        shift = -mean * gain if bias is None else bias - mean * gain
+        return x * gain.reshape(shape) + shift.reshape(shape)
+    if name == "aten.softplus.default":  # the function that its rule bounds, without the switch at a threshold
+        x, *others = args
+        beta = float(others[0] if others else kwargs.get("beta", 1.0))
+        return torch.logaddexp(torch.zeros_like(x), beta * x) / beta
+    if name == "aten.rms_norm.default" and (*args, None, None)[3] is None and kwargs.get("eps") is None:
+        wide = torch.float64 if held == torch.float64 else torch.float32  # torch takes eps from the type
+        kwargs, args = kwargs | {"eps": torch.finfo(wide).eps}, args[:3]
+    if not node.all_input_nodes and isinstance(held, torch.dtype) and held.is_floating_point:  # `linspace`, `full`: of no type in float64
+        kwargs |= {"dtype": torch.float64} if any(a.name == "dtype" for a in node.target._schema.arguments) else {}  # type: ignore[union-attr]
+    if name in _SAME:  # derivatives go through: the function is that of its values
+        return args[0]
+    if name in _VIEWS:  # the layout in memory may be another here
+        return args[0].reshape(args[1].shape if isinstance(args[1], Tensor) else args[1])
+    result = node.target(*args, **kwargs)  # type: ignore[operator]
+    return result.to(widened(result.dtype)) if isinstance(result, Tensor) else result

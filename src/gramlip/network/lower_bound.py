@@ -10,8 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from gramlip.network.float64_calls import evaluate, widened
-from gramlip.network.graph import Program, op_name
+from gramlip.network.graph import Program, evaluate, op_name, widened
 from gramlip.numerics import rounding as rd
 
 MARGIN = 2.0**-20  # relative; covers the rounding of the difference of two results, of their distance and of the quotient

@@ -27,8 +27,8 @@ from gramlip.network.steps import (
     What,
 )
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.exact_cast import exact
-from gramlip.numerics.lengths import length, lengths
+from gramlip.numerics.precision import exact
+from gramlip.numerics.rounding import length, lengths
 from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
 
 SLACK = 1e-9  # relative to the sum of moduli: the room left for the rounding of a sum, more where it has millions of terms

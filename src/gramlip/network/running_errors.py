@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gramlip.network.float64_calls import evaluate
-from gramlip.network.graph import arguments, op_name
-from gramlip.network.in_place import tensors
+from gramlip.network.graph import arguments, evaluate, op_name, tensors
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.exact_cast import exact
+from gramlip.numerics.precision import exact
 
 LIBRARY = 2.0**-50  # relative; what the exponential, sines and their like may err by, eight roundings
 FLOOR = 2.0**-900  # of what underflows, beside entries of modulus 1
@@ -300,7 +298,7 @@ def running_error(
 
     Args:
         node: the call.
-        result: what `gramlip.network.float64_calls` makes of it.
+        result: what `gramlip.network.graph` makes of it.
         resolve: the values of its arguments in float64.
         errors: those of calls before it that have any.
     """

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from gramlip.errors import InputError
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.exact_cast import exact
-from gramlip.numerics.lengths import length, lengths
+from gramlip.numerics.precision import exact
+from gramlip.numerics.rounding import length, lengths
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
 

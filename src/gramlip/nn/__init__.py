@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from gramlip.nn.parametrizations import Residual, spectral_rescaling, spectral_rescaling_
+from gramlip.nn.parametrizations import Residual, spectral_norm, spectral_norm_, spectral_rescaling, spectral_rescaling_
 from gramlip.nn.parametrize import normalised, remove
 from gramlip.nn.penalty import LipschitzPenalty
-from gramlip.nn.spectral_norm import spectral_norm, spectral_norm_
 
 __all__ = [
     "LipschitzPenalty",

@@ -20,8 +20,8 @@ from gramlip.norm.symbol.polyphase import axes, polyphase, symbol, transform
 from gramlip.numerics.gram_iteration import gram_norm
 from gramlip.numerics.precision import real_dtype, uncast, wide
 from gramlip.numerics.sums import norm
+from gramlip.operators.given import is_sharded
 from gramlip.operators.linear_maps import Conv, Dense
-from gramlip.operators.wrappers import is_sharded
 
 POWER_STEPS = 4  # cheap lower estimates that say which blocks cannot be the largest
 

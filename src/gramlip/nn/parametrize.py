@@ -1,11 +1,13 @@
-"""What the parametrizations share: attaching them to a layer, pickling, walking a model, and baking into certified plain weights."""
+"""What the parametrizations share: the layers of a model, attaching to them, pickling, and baking into certified plain weights."""
 
 from __future__ import annotations
 
 import copy
 import numbers
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +17,106 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.nn.model_walk import Where, layers
 from gramlip.norm.bound import bound, check_rtol
 from gramlip.operators.describe import describe
+from gramlip.operators.given import example_inputs, is_wrapper, unwrapped
 from gramlip.operators.linear_maps import Conv, Dense, Ints
-from gramlip.operators.wrappers import is_wrapper, unwrapped
+
+# ---- eval mode -----------------------------------------------------------------------------------------------------------
+#
+# Eval mode for a while.
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Generator[None, None, None]:
+    """The model in eval mode; every module's own mode is put back, whatever is raised."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None, None, None]:
+    """The same without gradient.
+
+    >>> model = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
+    >>> with evaluating(model):
+    ...     model.training
+    False
+    >>> [m.training for m in model]
+    [False, True]
+    """
+    with torch.no_grad(), in_eval_mode(model):
+        yield
+
+
+# ---- the layers of a model -----------------------------------------------------------------------------------------------
+
+
+Where = Callable[[str, nn.Module], bool]
+
+
+def layers(model: nn.Module, example: Any, where: Where | None) -> list[tuple[str, nn.Module, Ints | None]]:
+    """The linear layers that a forward pass of `example` uses, with their input sizes; None where sizes differ or none is given.
+
+    Other tensors of two axes or more are named in a warning, unless `where` chooses: nothing is left out silently.
+    """
+    model = unwrapped(model)
+    args = () if example is None else example_inputs(model, example)
+    if lazy := [path for path, module in model.named_modules() if any(map(is_lazy, module.parameters(recurse=False)))]:
+        if example is None:
+            msg = f"{lazy} have no shape yet; expected initialised layers: pass an example, or run one forward pass first"
+            raise InputError(msg)
+        with evaluating(model):
+            model(*args)
+    found = {
+        path: module
+        for path, module in model.named_modules()
+        if describe.dispatch(type(module)) is not describe.dispatch(object)
+        and isinstance(getattr(module, "weight", None), Tensor)
+        and module.weight.ndim >= 2  # type: ignore[union-attr,operator]
+        and (where is None or where(path, module))
+    }
+    if not found:
+        msg = f"{type(model).__name__} has no layer to bound; expected at least one linear or convolution layer"
+        raise InputError(msg)
+    if where is None and (left := _left_out(model, list(found.values()))):
+        msg = (
+            f"{', '.join(left)}: no linear or convolution layer, so not among the layers; for a matrix type "
+            "gramlip.nn.spectral_norm(module, name), or where=lambda path, module: True to leave them out knowingly"
+        )
+        warnings.warn(msg, stacklevel=4)
+    if example is None:
+        return [(path, module, None) for path, module in found.items()]
+    sizes: dict[str, set[tuple[int, ...]]] = {path: set() for path in found}
+
+    def note(path: str, axes: int) -> Callable[..., None]:
+        return lambda _, given, named: sizes[path].add(tuple((given or tuple(named.values()))[0].shape[-axes:]) if axes else ())
+
+    hooks = [(m, note(path, m.weight.ndim - 2)) for path, m in found.items()]  # type: ignore[operator,union-attr]
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+    try:
+        with evaluating(model):
+            model(*args)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(path, m, next(iter(sizes[path])) or None if len(sizes[path]) == 1 else None) for path, m in found.items()]
+
+
+def _left_out(model: nn.Module, found: list[nn.Module]) -> list[str]:
+    """Names of the parameters of two axes or more that belong to none of the layers."""
+    taken = {id(p) for module in found for p in module.parameters()}
+    return [name for name, p in model.named_parameters() if id(p) not in taken and p.ndim >= 2]
+
+
+# ---- parametrizations ----------------------------------------------------------------------------------------------------
+#
+# What the parametrizations share: attaching them to a layer, pickling, walking a model, and baking into certified plain weights.
 
 TRIES = 40  # each try widens the margin twofold: from one rounding unit to far more than a cast can lose
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from gramlip import distributed
 from gramlip.errors import InputError
-from gramlip.nn.model_walk import layers
 from gramlip.nn.norm_op import Plan
-from gramlip.nn.parametrize import operator, positive, real
+from gramlip.nn.parametrize import layers, operator, positive, real
 from gramlip.nn.tracker import Tracker, plainly
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Ints

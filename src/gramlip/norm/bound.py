@@ -6,11 +6,11 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from gramlip.errors import InputError
-from gramlip.norm.methods.registry import METHODS
+from gramlip.norm.methods import METHODS
 from gramlip.operators.describe import describe
+from gramlip.operators.given import GATHER, is_sharded
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Ints, Operator
-from gramlip.operators.wrappers import GATHER, is_sharded
 
 WIDEST = 1e6  # a relative width beyond this asks for no proof at all
 

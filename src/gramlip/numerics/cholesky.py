@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from gramlip.numerics import devices
+from gramlip.numerics import precision
 from gramlip.numerics import rounding as rd
 
 SINGLE_ORDER = 8192  # up to this order sums of nonnegative numbers in single precision err by less than a thousandth
@@ -54,12 +54,12 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
     side = g.shape[-1]
     s = single_shift(side) if single else shift(side)
     t = (threshold - noise) * (1.0 - (s if single else 2.0 * s)) - 2.0 * s * noise  # the trace is at most c (t + noise)
-    if side in HALVED and g.is_complex() and not devices.parallel(g.device):
+    if side in HALVED and g.is_complex() and not precision.parallel(g.device):
         return (_halves(g, t, single) == 0) & (t > 0)
     matrix = _shifted(g, t, single, spare and not (single and side > TRACE_ORDER))
     factor, info = _factor(matrix)
     proved = (info == 0) & (t > 0)
-    if devices.parallel(g.device):  # LAPACK's backward error is a theorem; another library's is measured on its result
+    if precision.parallel(g.device):  # LAPACK's backward error is a theorem; another library's is measured on its result
         residual = frobenius(matrix.baddbmm_(factor, factor.mH, alpha=-1)) * (1 + rd.gamma(4.0 * (side + 4)))
         proved &= residual + rd.gamma(8.0 * (side + 2)) * frobenius(factor).square() <= (2 * shift(side) - 2.0**-52) * t
     if single and side > TRACE_ORDER:
@@ -77,7 +77,7 @@ def _factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     There the transposes are factorised, in the order that LAPACK works in: into `U* U` in double, which takes less time where
     they are small, and into `L L*` in single precision.
     """
-    if devices.parallel(matrix.device):
+    if precision.parallel(matrix.device):
         factor, info = torch.linalg.cholesky_ex(matrix)
         return factor, info
     factor, info = matrix.mT, torch.empty(len(matrix), dtype=torch.int32)
@@ -112,7 +112,7 @@ def _shifted(g: Tensor, t: Tensor, single: bool, spare: bool) -> Tensor:
     """
     wide, narrow = (torch.complex128, torch.complex64) if g.is_complex() else (torch.float64, torch.float32)
     c = g.shape[-1]
-    side = c + 8 if c >= 256 and c % 64 == 0 and not devices.parallel(g.device) else c
+    side = c + 8 if c >= 256 and c % 64 == 0 and not precision.parallel(g.device) else c
     dtype, diagonal = narrow if single else wide, t[:, None] - g.diagonal(dim1=-2, dim2=-1).real
     if spare and g.dtype == dtype and (side == c or c * c * g.element_size() >= LARGE_BYTES):
         matrix = g.neg_()

@@ -11,6 +11,9 @@ import math
 import sys
 from collections.abc import Iterable
 
+import torch
+from torch import Tensor
+
 TINY = sys.float_info.min  # the least normal number: what a flushed denormal may have hidden
 UNIT = 2.0**-53  # unit roundoff of float64
 
@@ -104,3 +107,20 @@ def ldexp_down(x: float, exponent: int) -> float:
     except OverflowError:
         return sys.float_info.max
     return y if y >= TINY else 0.0
+
+
+# ---- lengths -------------------------------------------------------------------------------------------------------------
+#
+# l2 norms of float64 tensors, rounded upward, that neither overflow nor underflow on the way. docs/network.md#ranges.
+
+
+def lengths(rows: Tensor) -> Tensor:
+    """Upper bounds of the norms along the last axis; zero for zeros alone."""
+    top = rows.abs().amax(-1, keepdim=True).clamp_min(TINY)
+    size = torch.linalg.vector_norm(rows / top, dim=-1) * top[..., 0] * (1.0 + gamma(rows.shape[-1] + 8.0))
+    return torch.where(size > 0.0, size.clamp_min(TINY), size)
+
+
+def length(x: Tensor) -> float:
+    """An upper bound of the norm of all entries."""
+    return float(lengths(x.reshape(-1)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gramlip.numerics.exact_cast import exact
+from gramlip.numerics.precision import exact
 from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -1,18 +1,33 @@
-"""One self-contained page for a report: table, bars of shares, heat maps of symbols. No network access, no other file."""
+"""Pictures of a report: one self-contained page, pictures for notebooks, and one style for figures in print."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gramlip.errors import InputError
+from gramlip.lab.compare import Comparison
 from gramlip.norm.symbol.polyphase import symbol as symbol_of
 from gramlip.norm.symbol.polyphase import transform
 from gramlip.operators.interval import decimals
 from gramlip.operators.linear_maps import Conv
+from gramlip.reports.output import write_bytes_whole
 from gramlip.reports.report import Layer, Report, printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# ---- a page --------------------------------------------------------------------------------------------------------------
+#
+# One self-contained page for a report: table, bars of shares, heat maps of symbols. No network access, no other file.
 
 STYLE = """
 :root{color-scheme:light dark;--line:#8884;--bar:#2a6fb0;--muted:light-dark(#5c5c5c,#ababab)}
@@ -150,3 +165,188 @@ def sampled(row: Layer) -> list[list[float]] | None:
         norms = norms.roll((side // 2, side // 2), (0, 1))
         return norms.tolist()
     return norms.roll(side // 2, 0).mT.tolist()
+
+
+# ---- pictures for notebooks ----------------------------------------------------------------------------------------------
+#
+# The pictures of a report for notebooks: shares of the logarithm, intervals, symbols. Needs `gramlip[plots]`.
+
+
+def _notebook_figure(rows: int, width: float = 7.0) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        msg = "plots need matplotlib, which cannot be imported; expected it installed: type pip install gramlip[plots]"
+        raise InputError(msg) from error
+    figure = Figure(figsize=(width, 1.0 + 0.28 * rows), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _name(axes: Any, rows: list[Layer]) -> None:
+    """A row for each layer, the first on top, under its name as it stands: a `$` in it begins no formula."""
+    axes.set_yticks(range(len(rows)), [printable(row.name) for row in rows], parse_math=False)
+    axes.invert_yaxis()
+
+
+def shares(report: Report) -> Any:
+    """A matplotlib figure with each layer's share of the logarithm of the network's constant, in order.
+
+    Raises:
+        InputError: a report without shares (weights alone, or an infinite constant), or no matplotlib.
+    """
+    rows = [row for row in report.layers if row.share is not None]
+    if not rows:
+        msg = f"{report.target} has no shares; expected the report of a model with a finite constant: type gramlip.audit(model, example)"
+        raise InputError(msg)
+    figure, axes = _notebook_figure(len(rows))
+    axes.barh(range(len(rows)), [100 * (row.share or 0.0) for row in rows])
+    _name(axes, rows)
+    axes.set_xlabel("share of the logarithm of the constant, %")
+    return figure
+
+
+def intervals(report: Report) -> Any:
+    """A matplotlib figure with each layer's proved interval, the lower side as a mark."""
+    rows = [row for row in report.layers if row.upper < float("inf")]
+    figure, axes = _notebook_figure(len(rows))
+    axes.barh(range(len(rows)), [row.upper for row in rows])
+    axes.plot([row.lower for row in rows], range(len(rows)), "|", color="black", markersize=9)
+    _name(axes, rows)
+    axes.set_xlabel("norm: proved upper side, mark at the lower side")
+    return figure
+
+
+def symbols(report: Report, name: str) -> Any:
+    """A matplotlib figure with a convolution's symbol norm over the frequencies, sampled.
+
+    Raises:
+        InputError: no convolution of that name.
+    """
+    for row in report.layers:
+        grid = sampled(row) if row.name == name else None
+        if grid is not None:
+            figure, axes = _notebook_figure(10, 5.0)
+            figure.colorbar(axes.imshow(grid, cmap="magma", vmin=0.0), ax=axes, label="norm of the symbol")
+            axes.set_title(printable(name), parse_math=False)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            return figure
+    known = [row.name for row in report.layers if row.operator is not None and row.op == "Conv"]
+    msg = f"{name!r} is no convolution of {report.target}; expected one of {known}"
+    raise InputError(msg)
+
+
+# ---- figures for print ---------------------------------------------------------------------------------------------------
+#
+# Figures for print: one style, drawn without a display and without global state.
+
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#7F7F7F",
+    "#8C564B",
+    "#6A3D9A",
+    "#999933",
+    "#1B4F72",
+    "#B15928",
+)
+MARKERS = "osD^vP*X<>ph8"
+LINES = ("-", "--", "-.", ":")
+METHODS_IN_ORDER = (
+    "certify",
+    "gram",
+    "delattre2023",
+    "power",
+    "sedghi2019",
+    "senderovich2022",
+    "singla2021",
+    "araujo2021",
+    "norm2toep",
+    "aol",
+    "tensor_norm",
+    "frobenius",
+    "torch",
+)
+
+
+def figure(columns: int = 1, rows: int = 1, *, width: float = 5.0, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    """A figure and its axes, row by row.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        msg = "matplotlib is not installed; expected it for figures: type pip install 'gramlip[plots]'"
+        raise InputError(msg)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(made)
+    axes = [made.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
+    for ax in axes:
+        ax.grid(visible=True, which="major", linewidth=0.4, alpha=0.5)
+        ax.set_axisbelow(True)
+        ax.tick_params(labelsize=8)
+    return made, axes
+
+
+def look(method: str) -> dict[str, Any]:
+    """The same colour and marker for a method in every figure, told apart in grey as well."""
+    i = METHODS_IN_ORDER.index(method) if method in METHODS_IN_ORDER else len(METHODS_IN_ORDER)
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
+
+
+def check_picture(path: Path) -> None:
+    """Refuse a suffix that is no picture, before any work.
+
+    Raises:
+        InputError: the suffix is not one of .png, .pdf and .svg.
+    """
+    kinds = (".png", ".pdf", ".svg")
+    if path.suffix not in kinds:
+        msg = f"{path} was given; expected a name that ends in {', '.join(kinds)}"
+        raise InputError(msg)
+
+
+def save(made: Figure, path: Path) -> None:
+    """Write the figure whole or not at all.
+
+    Raises:
+        InputError: a suffix that is no picture.
+    """
+    check_picture(path)
+    buffer = io.BytesIO()
+    made.savefig(buffer, format=path.suffix[1:], dpi=200)
+    write_bytes_whole(path, buffer.getvalue())
+
+
+def error_against_time(found: Comparison) -> Figure:
+    """Each method on each layer: relative error (absolute value) against time; inside the interval, its width."""
+    made, (ax,) = figure(width=7.2, height=4.2)
+    for name in dict.fromkeys(v.method for v in found.values):
+        some = [v for v in found.values if v.method == name and v.seconds and v.error is not None and v.upper < math.inf]
+        known = [(1e3 * (v.seconds or 0.0), max(abs(v.error or v.upper / v.lower - 1), 1e-16), v.verdict) for v in some]
+        label: str | None = name
+        for below in (False, True):
+            points = [(x, y) for x, y, verdict in known if (verdict == "below") == below]
+            if points:
+                style: dict[str, Any] = look(name) | {"linestyle": "none", "fillstyle": "none" if below else "full"}
+                ax.plot(*zip(*points, strict=True), label=label, **style)
+                label = None
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="time per layer (ms)",
+        ylabel="relative distance to the certified interval",
+    )
+    title = f"{printable(Path(found.target).name)} (hollow: below the truth; inside the interval: at its width)"
+    ax.set_title(title, fontsize=10, parse_math=False)
+    if ax.lines:
+        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return made

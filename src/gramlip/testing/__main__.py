@@ -11,9 +11,8 @@ from torch import nn
 
 import gramlip
 from gramlip.errors import InputError
-from gramlip.testing.cases import TRAPS, cases
+from gramlip.testing.cases import KERNELS, TRAPS, cases
 from gramlip.testing.conformance import VERDICTS, Conformance, Row, conformance
-from gramlip.testing.kernels import KERNELS
 
 Norm = Callable[[nn.Module, tuple[int, ...]], Any]
 

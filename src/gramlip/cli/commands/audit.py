@@ -7,19 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from gramlip.cli.options import assumption, effort, interval, limit, shape, tolerance
+from gramlip.cli.commands import Commands, assumption, effort, interval, limit, shape, tolerance
 from gramlip.errors import InputError
 from gramlip.reports.output import check_outputs, emit, note, watched, write_whole
 from gramlip.reports.pictures import page
 from gramlip.reports.report import Report
-from gramlip.sources import Model, Options
-from gramlip.targets import resolve
+from gramlip.targets import Model, Options, resolve
 
 FORMATS: dict[str, Callable[[Report], str]] = {"--json": Report.to_json, "--html": page}
 """Option -> how the report is written to its FILE."""
 
 
-def add_parser(subparsers: _SubParsersAction[Any]) -> None:
+def add_audit(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
     parser = subparsers.add_parser("audit", help="an interval for every layer, and for the network where the model is known")
     parser.add_argument(
@@ -39,10 +38,10 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
         "--effort", type=effort, default=1.0, metavar="E", help="search for coupled bounds (default 1; 0: closed forms; -1: none)"
     )
     parser.add_argument("--fail-above", type=limit, metavar="X", help="exit 1 unless every upper side is at most X")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run_audit)
 
 
-def run(args: Namespace) -> int:
+def run_audit(args: Namespace) -> int:
     """Audit, write, print; 1 where `--fail-above` is exceeded."""
     files = check_outputs({name: getattr(args, name[2:]) for name in FORMATS})
     source = resolve(args.target, args.input)
@@ -63,3 +62,6 @@ def run(args: Namespace) -> int:
     if above:
         note(f"above {args.fail_above}: {', '.join(above)}")
     return 1 if above else 0
+
+
+COMMANDS: Commands = {"audit": add_audit}

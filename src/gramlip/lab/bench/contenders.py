@@ -1,23 +1,40 @@
-"""Rows on convolutions: ResNet18 at 224, the residual networks of CIFAR, every input size, nearly orthogonal layers."""
+"""The rows of the benchmark: our bounds against their contenders, on convolutions, on matrices, and in a step of training."""
 
 from __future__ import annotations
 
 import math
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from time import perf_counter
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from gramlip.lab.bench.counting import count, proofs
-from gramlip.lab.bench.result import OURS, Claim, Options, Row, contest, total
-from gramlip.lab.reproduce.resnet18 import convolutions
+from gramlip.errors import UnsupportedError
+from gramlip.lab.bench.result import OURS, Claim, Entry, Options, Row, contest, count, proofs, total
+from gramlip.lab.reproduce.convolutions import convolutions
+from gramlip.lab.training.recipes import MODELS
+from gramlip.nn import LipschitzPenalty
+from gramlip.nn.parametrize import layers
+from gramlip.nn.tracker import Tracker
 from gramlip.norm.bound import bound
 from gramlip.norm.certify import certify_all
-from gramlip.norm.methods.registry import METHODS
+from gramlip.norm.methods import METHODS
+from gramlip.norm.methods.formulas import Lip_conv, operator_gram_norm
+from gramlip.operators.describe import describe
 from gramlip.operators.interval import Bound
-from gramlip.operators.linear_maps import Conv
+from gramlip.operators.linear_maps import Conv, Dense
 from gramlip.reports.checkpoint import read
+
+# ---- convolutions --------------------------------------------------------------------------------------------------------
+#
+# Rows on convolutions: ResNet18 at 224, the residual networks of CIFAR, every input size, nearly orthogonal layers.
 
 STEPS = 6  # of the published method, as in its experiments
 PUBLISHED, PLAIN, POWER, ZEROS = f"delattre2023 ({STEPS})", f"rfft2 and bmm ({STEPS})", "power (100)", f"{OURS}, zero padding"
@@ -194,3 +211,156 @@ def orthogonal(options: Options) -> Row:
         ratios.append(found.of(case, theirs).ratio or 0.0)
     found.claims = [Claim(row, "published method, as many steps as 1e-2 takes, over gramlip: least", min(ratios), 10, True)]
     return found
+
+
+# ---- matrices ------------------------------------------------------------------------------------------------------------
+#
+# Rows on matrices: a square one against its own product and factorisation, a large one by the memory that it takes.
+
+LARGE = (8192, 28672)  # a weight of a large language model's feed-forward layer
+MEMORY = 6 << 30
+
+
+def dense(options: Options) -> Row:
+    """A square matrix, against one product of it and one Cholesky factorisation in float64."""
+    row, side = "dense", 128 if options.quick else 4096
+    weight = torch.randn(side, side, generator=torch.Generator().manual_seed(0)).to(options.device, options.dtype)
+    wide = weight.double()
+    spd = wide @ wide.mT
+    spd.diagonal().add_(spd.diagonal().sum() / side)
+    product, factor = f"one product, {str(options.dtype).removeprefix('torch.')}", "one Cholesky, float64"
+    works: dict[str, Callable[[], Bound | float]] = {
+        OURS: lambda: bound(Dense(weight)),
+        product: lambda: float((weight @ weight)[0, 0]),
+        factor: lambda: float(torch.linalg.cholesky_ex(spd)[0][0, 0]),
+    }
+    case = f"{side}x{side}"
+    truth = float(torch.linalg.eigvalsh(wide.mT @ wide)[-1].sqrt())
+    found = Row(contest(row, case, works, options, truths={OURS: truth}, counts={OURS: count(works[OURS])}))
+    allowed = 3 * found.of(case, product).median + found.of(case, factor).median
+    found.claims = [Claim(row, "gramlip over three products and a factorisation", found.of(case, OURS).median / allowed, 1, False)]
+    # products and the factorisation are no contenders: their value is no norm
+    found.entries = [e if e.contender == OURS else _bare(e) for e in found.entries]
+    if options.full:
+        _large(found, options)
+    else:
+        found.notes.append(f"{LARGE[0]}x{LARGE[1]} was left out: type --full")
+    return found
+
+
+def _bare(e: Entry) -> Entry:
+    return Entry(e.row, e.case, e.contender, e.minimum, e.median, e.ratio)
+
+
+def _large(found: Row, options: Options) -> None:
+    """In a process of its own, so that its memory is its own: once, without warm-up."""
+    shape = (64, 256) if options.quick else LARGE
+    options.say(f"dense: {shape[0]}x{shape[1]}")
+    command = [sys.executable, "-m", "gramlip.lab.bench.contenders", *map(str, shape), str(options.device), str(torch.get_num_threads())]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        msg = f"{shape[0]}x{shape[1]} ended with exit code {run.returncode}; expected enough memory: leave --full out"
+        raise UnsupportedError(msg)
+    seconds, lower, upper, memory = map(float, run.stdout.split())
+    case = f"{shape[0]}x{shape[1]}, once, in a process of its own"
+    found.entries.append(Entry("dense", case, OURS, seconds, seconds, 1.0, upper, upper / lower - 1, memory=int(memory)))
+    found.claims.append(Claim("dense", f"{shape[0]}x{shape[1]}: memory over {MEMORY >> 30} GiB", memory / MEMORY, 1, False))
+    found.claims.append(Claim("dense", f"{shape[0]}x{shape[1]}: width of the interval", upper / lower - 1, 1e-2, False))
+
+
+def alone(rows: int, columns: int, device: str, threads: int) -> str:
+    """Seconds, lower side, upper side and peak memory in bytes of this process, which does nothing else."""
+    torch.set_num_threads(threads)
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) / math.sqrt(columns)
+    weight = weight.to(device)
+    start = perf_counter()
+    found = bound(Dense(weight))
+    seconds = perf_counter() - start
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if weight.is_cuda:
+        memory = torch.cuda.max_memory_allocated(weight.device)
+    return f"{seconds!r} {found.lower!r} {float(found.upper)!r} {memory}"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(alone(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])))
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------
+#
+# The row on training: what a penalty of every convolution adds to a step.
+
+EVERY = 50  # calls between two searches: the penalty's own default
+STEP, CALL, SEARCH = "training step", f"{OURS}, tracked call", f"{OURS}, search and call"
+PUBLISHED_PENALTY, BEST = f"Lip_conv ({STEPS}), every step differentiated", f"gram ({STEPS}), gradient at the arg-max block"
+
+
+def training(options: Options) -> Row:
+    """Forward and backward of the penalty on a ResNet-18 for 32x32 images, against the published iteration's and a step's."""
+    row, batch, name = "training", 4 if options.quick else 32, "small" if options.quick else "resnet18"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = MODELS[name]().to(options.device)
+        x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    x, y = x.to(options.device), y.to(options.device)
+    example = torch.zeros(1, 3, 32, 32, device=options.device)
+    sized = [(module, size) for _, module, size in layers(net, example, _convolution)]
+    ops = [describe(module) if size is None else describe(module, size) for module, size in sized]
+    convolutions = [op for op in ops if isinstance(op, Conv)]
+    penalty = LipschitzPenalty(net, example, where=_convolution, every=10**9)
+    penalty()  # the first call searches
+
+    def search() -> Tensor:
+        for tracker in cast("list[Tracker]", list(penalty.trackers)):
+            tracker.search()
+        return penalty()
+
+    works = {
+        STEP: _backward(lambda: F.cross_entropy(net(x), y)),
+        CALL: _backward(penalty),
+        SEARCH: _backward(search),
+        PUBLISHED_PENALTY: _in_turn([partial(_published, op) for op in convolutions]),
+        BEST: _in_turn([partial(operator_gram_norm, op, STEPS) for op in convolutions]),
+    }
+    case = f"{name}, batch {batch}, {len(convolutions)} convolutions"
+    found = Row([replace(e, value=None) for e in contest(row, case, works, options)])
+    call, full = found.of(case, CALL), found.of(case, SEARCH)
+
+    def spread(once: float, searched: float) -> float:
+        return once + max(searched - once, 0.0) / EVERY
+
+    ours = Entry(row, case, OURS, spread(call.minimum, full.minimum), spread(call.median, full.median), 1.0)
+    found.entries = [ours, *(replace(e, ratio=e.median / ours.median) for e in found.entries)]
+    found.notes.append(f"{OURS}: a tracked call and its share of a search, one in {EVERY} calls. All times: forward and backward.")
+    found.claims = [
+        Claim(row, "published Gram iteration over gramlip", found.of(case, PUBLISHED_PENALTY).median / ours.median, 5, True),
+        Claim(row, "Gram iteration with the arg-max gradient over gramlip", found.of(case, BEST).median / ours.median, 5, True),
+    ]
+    return found
+
+
+def _convolution(_: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d)
+
+
+def _published(op: Conv) -> Tensor:
+    assert op.sizes is not None
+    return Lip_conv(op.weight, STEPS, n=op.sizes)
+
+
+def _in_turn(works: list[Callable[[], Tensor]]) -> Callable[[], float]:
+    """Layer by layer, so that only one graph is alive: differentiated step by step, all of them together take many GiB."""
+    each = [_backward(work) for work in works]
+    return lambda: sum(both() for both in each)
+
+
+def _backward(work: Callable[[], Tensor]) -> Callable[[], float]:
+    """Forward and backward; gradients add up in the weights, as in a step of several losses."""
+
+    def both() -> float:
+        value = work()
+        value.backward()
+        return value.item()
+
+    return both

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from gramlip.lab.reproduce.certificates import CERTIFICATES
-from gramlip.lab.reproduce.convolutions import CONV
+from gramlip.lab.reproduce.convolutions import CONV, RESNET18, SCALING
 from gramlip.lab.reproduce.dense import DENSE
-from gramlip.lab.reproduce.resnet18 import RESNET18
 from gramlip.lab.reproduce.run import Experiment, Options, Row, Task, reproduce
-from gramlip.lab.reproduce.scaling import SCALING
 from gramlip.lab.reproduce.training import TRAINING
 
 EXPERIMENTS = {experiment.name: experiment for experiment in (DENSE, CONV, RESNET18, SCALING, CERTIFICATES, TRAINING)}

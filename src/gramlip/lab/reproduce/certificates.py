@@ -14,9 +14,9 @@ import torch
 from gramlip.errors import InputError
 from gramlip.lab.reproduce.run import Experiment, Options, Row, Task, markdown, pick
 from gramlip.norm.bound import bound
-from gramlip.norm.methods.registry import METHODS
+from gramlip.norm.methods import METHODS
 from gramlip.operators.linear_maps import Conv, Dense
-from gramlip.reports.figures import figure
+from gramlip.reports.pictures import figure
 from gramlip.testing import KERNELS, Case
 
 if TYPE_CHECKING:

@@ -1,21 +1,31 @@
-"""Section 5.2: simulated convolutional layers over channels, kernel and input size, circular padding."""
+"""Experiments on convolutions: simulated ones (section 5.2), their cost against their size, and those of ResNet18 (section 5.3)."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from gramlip.lab.reproduce.layers import Choice, measured, title
-from gramlip.lab.reproduce.run import Experiment, Options, Row, Task, markdown, pick
-from gramlip.norm.methods.registry import METHODS
+from gramlip.errors import InputError
+from gramlip.lab.reproduce.run import Choice, Experiment, Options, Row, Task, markdown, measured, pick, title
+from gramlip.norm.bound import bound
+from gramlip.norm.methods import METHODS
 from gramlip.operators.linear_maps import Conv
-from gramlip.reports.figures import figure, look
+from gramlip.reports.checkpoint import read
+from gramlip.reports.pictures import figure, look
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# ---- section 5.2 ---------------------------------------------------------------------------------------------------------
+#
+# Section 5.2: simulated convolutional layers over channels, kernel and input size, circular padding.
 
 PUBLISHED = (64, 64, 5, 12)  # the paper's own case: c_out, c_in, k, n
 SHAPES = (
@@ -99,3 +109,237 @@ def tell(rows: list[Row]) -> str:
 
 
 CONV = Experiment("conv", "Simulated convolutions (paper, section 5.2)", tasks, draw, tell)
+
+
+# ---- cost against size ---------------------------------------------------------------------------------------------------
+#
+# Cost against channels and against the input size.
+
+SCALED: tuple[Choice, ...] = (
+    ("certify", {}),
+    ("gram", {"n_iter": 6}),
+    ("delattre2023", {"n_iter": 6}),
+    ("sedghi2019", {}),
+    ("power", {"n_iter": 100}),
+    ("singla2021", {"n_iter": 50}),
+    ("araujo2021", {"samples": 50}),
+    ("norm2toep", {"n_iter": 2}),
+    ("tensor_norm", {"n_iter": 30}),
+)
+SWEEPS = {"channels": [(c, 16) for c in (8, 16, 32, 64, 128, 256)], "input size": [(32, n) for n in (4, 8, 16, 32, 64, 128)]}
+QUICK_SWEEPS = {"channels": [(4, 6), (8, 6)], "input size": [(4, 6), (4, 12)]}
+X = {"channels": "c", "input size": "n"}
+
+
+def scaling_tasks(options: Options) -> list[Task]:
+    """One task for each point of each sweep."""
+    sweeps = QUICK_SWEEPS if options.quick else SWEEPS
+    return [
+        Task(f"{sweep}: c={c} n={n}", partial(_scaled_layer, sweep, c, n, options)) for sweep, points in sweeps.items() for c, n in points
+    ]
+
+
+def _scaled_layer(sweep: str, c: int, n: int, options: Options) -> list[Row]:
+    generator = torch.Generator().manual_seed(options.seed)
+    weight = torch.randn(c, c, 3, 3, generator=generator) * (2 / (9 * c)) ** 0.5
+    op = Conv(weight.to(options.device), n, padding=1, padding_mode="circular")
+    place: Row = {"sweep": sweep, "c": c, "n": n}
+    return [place | row for row in measured(op, SCALED, options)]
+
+
+def draw_scaling(rows: list[Row]) -> Figure:
+    """Time against channels, and against the input size."""
+    made, axes = figure(2)
+    for ax, (sweep, x) in zip(axes, X.items(), strict=True):
+        some = pick(rows, sweep=sweep)
+        for method in dict.fromkeys(str(row["method"]) for row in some):
+            kept = pick(some, method=method)
+            ax.plot([float(r[x]) for r in kept], [1e3 * float(r["seconds"]) for r in kept], label=title(kept[0]), **look(method))
+        fixed = f"n = {some[0]['n']}" if sweep == "channels" else f"{some[0]['c']} channels"
+        ax.set(xscale="log", yscale="log", xlabel=f"{sweep} (3x3 kernel, {fixed})", ylabel="time (ms)")
+        ticks = sorted({float(r[x]) for r in some})
+        ax.set_xticks(ticks, [f"{t:.0f}" for t in ticks])
+        ax.minorticks_off()
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return made
+
+
+def tell_scaling(rows: list[Row]) -> str:
+    """Milliseconds, one table for each sweep."""
+    parts: list[str] = []
+    for sweep, x in X.items():
+        some = pick(rows, sweep=sweep)
+        points = list(dict.fromkeys(r[x] for r in some))
+        lines: list[list[object]] = []
+        for method in dict.fromkeys(str(row["method"]) for row in some):
+            kept = pick(some, method=method)
+            lines.append([title(kept[0]), *(1e3 * float(r["seconds"]) for p in points for r in pick(kept, **{x: p}))])
+        parts.append(
+            f"Time in ms against {sweep} (circular, 3x3, He weights):\n\n{markdown(['method', *(f'{x} = {p}' for p in points)], lines)}"
+        )
+    return "\n\n".join(parts)
+
+
+SCALING = Experiment("scaling", "Cost against channels and input size", scaling_tasks, draw_scaling, tell_scaling)
+
+
+# ---- section 5.3 ---------------------------------------------------------------------------------------------------------
+#
+# Section 5.3: every convolution of ResNet18 at its true size, stride and padding.
+
+Shape = tuple[str, tuple[int, int, int, int], int, int]  # name in the state dict, weight's shape, stride, input size
+TRUE: tuple[Choice, ...] = (
+    ("certify", {}),
+    ("gram", {"n_iter": 7}),
+    ("power", {"n_iter": 100}),
+    ("singla2021", {"n_iter": 50}),
+    ("araujo2021", {"samples": 20}),
+    ("norm2toep", {"n_iter": 2}),
+    ("aol", {}),
+    ("tensor_norm", {"n_iter": 30}),
+    ("frobenius", {}),
+    ("torch", {}),
+)
+REFERENCE_PADDING = "1, stride ignored"
+REFERENCE: tuple[Choice, ...] = (("power", {"n_iter": 100}),)
+CIRCULAR: tuple[Choice, ...] = (("delattre2023", {"n_iter": 7}), ("senderovich2022", {}))
+
+
+def convolutions(size: int = 224) -> list[Shape]:
+    """The 20 convolutions of ResNet18 by torchvision's names, for a square input of `size`; padding is half of the kernel.
+
+    >>> len(convolutions()), convolutions()[1]
+    (20, ('layer1.0.conv1.weight', (64, 64, 3, 3), 1, 56))
+    """
+    found: list[Shape] = [("conv1.weight", (64, 3, 7, 7), 2, size)]
+    inner, n = 64, -(-size // 4)
+    for stage, channels in enumerate((64, 128, 256, 512), 1):
+        for block in (0, 1):
+            stride = 2 if block == 0 and stage > 1 else 1
+            name = f"layer{stage}.{block}"
+            found.append((f"{name}.conv1.weight", (channels, inner, 3, 3), stride, n))
+            out = -(-n // stride)
+            found.append((f"{name}.conv2.weight", (channels, channels, 3, 3), 1, out))
+            if stride == 2:
+                found.append((f"{name}.downsample.0.weight", (channels, inner, 1, 1), 2, n))
+            inner, n = channels, out
+    return found
+
+
+def resnet18_tasks(options: Options) -> list[Task]:
+    """One task for each convolution."""
+    shapes = convolutions(16)[:2] if options.quick else convolutions()
+    given = _given(options, shapes)
+    return [Task(shape[0], partial(_resnet18_layer, i, shape, given, options)) for i, shape in enumerate(shapes)]
+
+
+def _given(options: Options, shapes: Sequence[Shape]) -> dict[str, Tensor]:
+    """The weights of the state dict, checked before the work starts; none where they are to be drawn."""
+    if options.weights is None:
+        return {}
+    entries = read(options.weights).entries
+    for name, shape, _, _ in shapes:
+        found = entries[name].shape if name in entries else None
+        if found != shape:
+            msg = f"{options.weights} has {name} of shape {found}; expected {shape}: save the state_dict() of torchvision's resnet18"
+            raise InputError(msg)
+    return {name: entries[name].load() for name, *_ in shapes}
+
+
+def _resnet18_layer(index: int, shape: Shape, given: dict[str, Tensor], options: Options) -> list[Row]:
+    name, sizes, stride, n = shape
+    weight = given.get(name)
+    if weight is None:
+        generator = torch.Generator().manual_seed(options.seed * 1000 + index)
+        weight = torch.randn(sizes, generator=generator) * math.sqrt(2 / (sizes[0] * sizes[2] * sizes[3]))  # He, by the outputs
+    true = Conv(weight.float().to(options.device), n, stride, sizes[-1] // 2)
+    interval = bound(true)
+    place: Row = {"weights": "given" if given else "random He", "shape": "x".join(map(str, sizes)), "stride": stride, "n": n}
+    place |= {"lower": interval.lower, "upper": float(interval.upper)}
+    rows = [{"padding": "zeros"} | row for row in measured(true, TRUE, options)]
+    published = replace(true, stride=1, padding=1)  # as the paper's reference took every layer
+    rows += [{"padding": REFERENCE_PADDING} | row for row in measured(published, REFERENCE, options)]
+    rows += [{"padding": "circular"} | row for row in measured(replace(true, padding_mode="circular"), CIRCULAR, options)]
+    return [place | row | {"ratio": 2 * float(row["value"]) / (interval.lower + float(interval.upper))} for row in rows]
+
+
+def draw_resnet18(rows: list[Row]) -> Figure:
+    """Ratio to the truth for each layer, the same near 1, and the total time."""
+    made, (ratios, near, times) = figure(3, width=5.0, height=4.6)
+    names = list(dict.fromkeys(str(row["task"]) for row in rows))
+    groups = _by_method(rows)
+    for label, some in groups.items():
+        places, values = [names.index(str(r["task"])) for r in some], [float(r["ratio"]) for r in some]
+        style = _resnet18_look(some)
+        bare: dict[str, Any] = style | {"linestyle": "none"}
+        ratios.plot(places, values, label=label, **style)
+        near.plot(places, [100 * (value - 1) for value in values], **bare)
+    half = [50 * (float(r["upper"]) - float(r["lower"])) / ((float(r["upper"]) + float(r["lower"])) / 2) for r in groups["certify"]]
+    places = range(len(names))
+    near.fill_between(places, [-h for h in half], half, step="mid", color="0.85", zorder=0, label="certified interval")
+    near.set(ylim=(-3, 3), ylabel="the same near 1: value / norm - 1 (%)")
+    near.legend(fontsize=7)
+    ratios.axhline(1.0, color="black", linewidth=0.8)
+    ratios.set(yscale="log", ylabel="value / certified norm of the layer")
+    for ax in (ratios, near):
+        ax.set_xticks(places, [name.removesuffix(".weight") for name in names], rotation=90, fontsize=6)
+    totals = [sum(float(r["seconds"]) for r in some) for some in groups.values()]
+    bars = times.barh(list(groups), totals, color=[_resnet18_look(some)["color"] for some in groups.values()])
+    times.bar_label(bars, [f"{total:.3g}" for total in totals], fontsize=6, padding=2)
+    times.set(xscale="log", xlabel=f"total time of the {len(names)} layers (s)")
+    times.set_xlim(right=3 * max(totals))
+    times.tick_params(axis="y", labelsize=7)
+    times.invert_yaxis()
+    made.legend(*ratios.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=7)
+    made.suptitle(f"ResNet18, {rows[0]['weights']} weights", fontsize=10)
+    return made
+
+
+def _by_method(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each method, and of power iteration on the layers as the paper's reference took them."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        reference = row["padding"] == REFERENCE_PADDING
+        found.setdefault(f"{title(row)}, padding {row['padding']}" if reference else title(row), []).append(row)
+    return found
+
+
+def _resnet18_look(some: list[Row]) -> dict[str, Any]:
+    """That of the method; the reference's differs."""
+    reference = some[0]["padding"] == REFERENCE_PADDING
+    return look(str(some[0]["method"])) | ({"marker": "x", "linestyle": ":", "color": "#7A3B69"} if reference else {})
+
+
+def tell_resnet18(rows: list[Row]) -> str:
+    """Products over the layers beside power iteration's, total times; then the intervals."""
+    names = list(dict.fromkeys(str(row["task"]) for row in rows))
+    ryu = {str(r["task"]): float(r["value"]) for r in pick(rows, method="power", padding="zeros")}
+    totals: list[list[object]] = []
+    for label, some in _by_method(rows).items():
+        product = math.exp(sum(math.log(float(r["value"]) / ryu[str(r["task"])]) for r in some))
+        exact = math.exp(sum(math.log(float(r["ratio"])) for r in some))
+        below = sum(float(r["value"]) < float(r["lower"]) for r in some)
+        lowest, highest = min(float(r["ratio"]) for r in some), max(float(r["ratio"]) for r in some)
+        seconds = sum(float(r["seconds"]) for r in some)
+        totals.append([label, some[0]["side"], some[0]["padding"], product, exact, lowest, highest, below, seconds])
+    head = ("method", "side", "padding", "product / power's", "product / truth", "least ratio", "largest ratio")
+    head = (*head, "layers below the truth", "total time (s)")
+    one = [pick(rows, task=name)[0] for name in names]
+    layers = [[name, r["shape"], r["stride"], r["n"], r["lower"], r["upper"]] for name, r in zip(names, one, strict=True)]
+    half = max((float(r["upper"]) - float(r["lower"])) / (float(r["upper"]) + float(r["lower"])) for r in one)
+    return (
+        f"{len(names)} convolutions, {rows[0]['weights']} weights, zero padding, true strides. Ratio: value over the middle of the "
+        f"certified interval, whose ends lie up to {100 * half:.2g} % from it; below the truth: below its lower end.\n\n"
+        f"{markdown(head, totals)}\n\n"
+        f"{markdown(('layer', 'shape', 'stride', 'n', 'certified lower', 'certified upper'), layers)}"
+    )
+
+
+RESNET18 = Experiment(
+    "resnet18",
+    "The convolutions of ResNet18 at 224x224 (paper, section 5.3)",
+    resnet18_tasks,
+    draw_resnet18,
+    tell_resnet18,
+    takes=("weights",),
+)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gramlip.lab.reproduce.run import Experiment, Options, Row, Task, markdown, pick
 from gramlip.lab.timing import timed
-from gramlip.norm.methods.paper import Gram_iteration_naive, Lip_dense, Power_iteration
-from gramlip.reports.figures import figure, look
+from gramlip.norm.methods.formulas import Gram_iteration_naive, Lip_dense, Power_iteration
+from gramlip.reports.pictures import figure, look
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gramlip.errors import InputError
-from gramlip.lab.timing import WARM_UP, environment
-from gramlip.reports.figures import save
+from gramlip.lab.timing import WARM_UP, environment, timed
+from gramlip.norm.methods import METHODS
+from gramlip.operators.linear_maps import Conv
 from gramlip.reports.output import write_whole
+from gramlip.reports.pictures import save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -193,3 +195,33 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def pick(rows: Iterable[Row], **where: object) -> list[Row]:
     """The rows with these values."""
     return [row for row in rows if all(row.get(key) == value for key, value in where.items())]
+
+
+# ---- one layer -----------------------------------------------------------------------------------------------------------
+#
+# Methods with the options of the paper's tables, measured on one layer.
+
+Choice = tuple[str, dict[str, object]]
+
+
+def measured(op: Conv, choices: Sequence[Choice], options: Options) -> list[Row]:
+    """Value and time of each method; those that are not valid for the layer are left out."""
+    rows: list[Row] = []
+    for method, settings in choices:
+        try:
+            value, seconds = timed(lambda m=method, s=settings: METHODS[m].value(op, **s), options.device, options.trials)
+        except InputError:
+            continue
+        row: Row = {"method": method, "settings": said(settings), "side": METHODS[method].side, "value": value}
+        rows.append(row | {"seconds": seconds})
+    return rows
+
+
+def said(settings: dict[str, object]) -> str:
+    """Settings in a word: the number of steps or samples as the paper puts it in parentheses."""
+    return " ".join(str(value) for value in settings.values())
+
+
+def title(row: Row) -> str:
+    """`method (settings)` as in the paper's tables."""
+    return f"{row['method']} ({row['settings']})" if row["settings"] != "" else str(row["method"])

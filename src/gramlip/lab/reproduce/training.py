@@ -20,8 +20,8 @@ import torch
 
 from gramlip.errors import InputError
 from gramlip.lab.reproduce.run import Experiment, Options, Row, Task, markdown, pick
-from gramlip.lab.training.data import files
-from gramlip.reports.figures import figure
+from gramlip.lab.training.recipes import files
+from gramlip.reports.pictures import figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

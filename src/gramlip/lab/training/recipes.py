@@ -1,13 +1,28 @@
-"""RECIPES: name -> everything that decides a training run, so that name and seed reproduce it."""
+"""Everything that decides a training run: RECIPES by name, their networks and their data. Name and seed reproduce a run."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
 
-from gramlip.errors import InputError
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Sampler
+
+from gramlip.errors import InputError, first_line
+from gramlip.nn import Residual
+from gramlip.targets import snapshot
+
+# ---- recipes -------------------------------------------------------------------------------------------------------------
+#
+# RECIPES: name -> everything that decides a training run, so that name and seed reproduce it.
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 """Of CIFAR-10's training pixels, by channel."""
@@ -131,3 +146,229 @@ def recipe(name: str) -> Recipe:
         msg = f"recipe {name!r} is unknown; expected one of {', '.join(RECIPES)}"
         raise InputError(msg)
     return RECIPES[name]
+
+
+# ---- networks ------------------------------------------------------------------------------------------------------------
+#
+# The networks of the recipes.
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions with batch norm beside the identity, or a 1x1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        same = stride == 1 and inputs == width
+        self.shortcut = nn.Sequential() if same else nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, inputs, h, w) -> (batch, width, h / stride, w / stride)."""
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+def resnet18(classes: int = 10) -> nn.Module:
+    """ResNet-18 with the 3x3 stem used for 32x32 images (arXiv 1512.03385)."""
+    widths, strides, inputs = (64, 128, 256, 512), (1, 2, 2, 2), 64
+    parts: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    for width, stride in zip(widths, strides, strict=True):
+        parts += [Block(inputs, width, stride), Block(width, width, 1)]
+        inputs = width
+    return nn.Sequential(*parts, nn.AvgPool2d(4), nn.Flatten(), nn.Linear(512, classes))
+
+
+class MaxMin(nn.Module):
+    """Neighbouring channels sorted in pairs: 1-Lipschitz, and no vector gets shorter (GroupSort of arXiv 1811.05381 in twos)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, ...) -> the same shape; the number of channels is even."""
+        return x.unflatten(1, (-1, 2)).sort(2).values.flatten(1, 2)
+
+
+def small(classes: int = 10) -> nn.Module:
+    """Four convolutions and two linear layers in a chain, made to be trained with a constant of 1.
+
+    Strides equal to the kernel and an orthogonal start, so that a layer can keep the length of what it is given, and `MaxMin`, which does.
+    """
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 4, 4),
+        MaxMin(),
+        nn.Conv2d(32, 32, 3, 1, 1),
+        MaxMin(),
+        nn.Conv2d(32, 64, 2, 2),
+        MaxMin(),
+        nn.Conv2d(64, 64, 3, 1, 1),
+        MaxMin(),
+        nn.Flatten(),
+        nn.Linear(1024, 128),
+        MaxMin(),
+        nn.Linear(128, classes),
+    )
+    for layer in net:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            _orthogonal(layer)
+    return net
+
+
+@torch.no_grad()
+def _orthogonal(layer: nn.Conv2d | nn.Linear) -> None:
+    """Orthogonal where the layer is a matrix on patches; otherwise its centre tap is, beside a tenth of the usual noise."""
+    weight = layer.weight
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size != layer.stride:
+        centre = weight.mul_(0.1)[(..., *(k // 2 for k in layer.kernel_size))]
+        centre.add_(nn.init.orthogonal_(torch.empty_like(centre)))
+    else:
+        nn.init.orthogonal_(weight)
+    nn.init.zeros_(cast("Tensor", layer.bias))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"resnet18": resnet18, "small": small}
+"""Name -> classifier."""
+
+
+class Denoiser(nn.Module):
+    """`x - f(x)` with f four convolutions (arXiv 1608.03981, smaller): the usual form, with nothing that keeps its constant down."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        widths = [3, width, width, width, 3]
+        parts: list[nn.Module] = []
+        for inputs, outputs in pairwise(widths):
+            parts += [nn.Conv2d(inputs, outputs, 3, 1, 1), nn.ReLU()]
+        self.noise = nn.Sequential(*parts[:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The image without its noise, of the shape of x."""
+        return x - self.noise(x)
+
+
+def blocks(depth: int = 6, width: int = 24) -> nn.Module:
+    """A chain of residual blocks on images: 1-Lipschitz."""
+    layers = [nn.Conv2d(3, width, 3, 1, 1) for _ in range(depth)]
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=0.02)
+    return nn.Sequential(*(Residual(layer) for layer in layers))
+
+
+def build(name: str, control: str) -> nn.Module:
+    """The network of a recipe, before anything is parametrized but a denoiser's blocks."""
+    if name == "denoiser":
+        return blocks() if control == "rescaled" else Denoiser()
+    return MODELS[name]()
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------------
+#
+# CIFAR-10 from a folder of parquet files or from the hub, whole in memory, in an order that seed and epoch decide.
+
+HUB = "uoft-cs/cifar10"
+
+
+def files(source: str | Path, split: str) -> list[Path]:
+    """The split's parquet files: of a folder, or of the hub's data set where `source` is its name."""
+    folder = Path(source)
+    if not folder.is_dir() and str(source) == HUB:
+        folder = snapshot(HUB, HUB, ["*.parquet"], "dataset")
+    found = sorted(folder.rglob(f"{split}-*.parquet"))
+    if not found:
+        msg = f"{source} holds no {split}-*.parquet; expected a folder of CIFAR-10's parquet files, or {HUB} for the hub's"
+        raise InputError(msg)
+    return found
+
+
+def load(source: str | Path, split: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images as uint8 (N, 3, 32, 32) and labels (N,), in the files' order, the first `limit` of them.
+
+    Raises:
+        InputError: no such files, none that can be read, columns other than `img` and `label`, or no rows at all.
+    """
+    images: list[Tensor] = []
+    labels: list[int] = []
+    for file in files(source, split):
+        pictures, found = _rows(file, None if limit is None else limit - len(images))
+        images += [_pixels(f"{file}: image {i}", picture) for i, picture in enumerate(pictures)]
+        labels += found
+    if not images:
+        msg = f"{source} holds no image in its {split} files; expected CIFAR-10's, as in {HUB}: fetch it again"
+        raise InputError(msg)
+    return torch.stack(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+
+def _rows(file: Path, limit: int | None) -> tuple[list[Any], list[int]]:
+    """The first pictures and labels of a file."""
+    parquet: Any = import_module("pyarrow.parquet")
+    try:
+        table = parquet.read_table(file)
+    except (OSError, ValueError, NotImplementedError) as error:
+        msg = f"{file} cannot be read as parquet ({first_line(error)}); expected a whole file, as in {HUB}: fetch it again"
+        raise InputError(msg) from error
+    if not {"img", "label"} <= set(table.column_names):
+        msg = f"{file} has columns {table.column_names}; expected img and label, as in {HUB}"
+        raise InputError(msg)
+    rows = table if limit is None else table.slice(0, limit)
+    labels: list[Any] = rows["label"].to_pylist()
+    wrong = [label for label in labels if not isinstance(label, int) or not 0 <= label < 10]
+    if wrong:
+        msg = f"{file} holds the label {wrong[0]!r}; expected integers from 0 to 9, as in {HUB}"
+        raise InputError(msg)
+    return rows["img"].to_pylist(), labels
+
+
+def _pixels(name: str, picture: Any) -> Tensor:
+    """A picture's pixels, uint8 (32, 32, 3)."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(picture["bytes"])) as image:
+            rgb = image.convert("RGB")
+    except Exception as error:  # a damaged picture shows in many ways
+        msg = f"{name} cannot be read ({first_line(error)}); expected a PNG or JPEG, as in {HUB}: fetch the file again"
+        raise InputError(msg) from error
+    if rgb.size != (32, 32):
+        msg = f"{name} has {rgb.width}x{rgb.height} pixels; expected 32x32, as in {HUB}"
+        raise InputError(msg)
+    return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).reshape(32, 32, 3)
+
+
+class Order(Sampler[int]):
+    """A permutation for each epoch, a function of seed and epoch alone: what is resumed sees what it would have seen."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(self.count, generator=generator(self.seed, self.epoch)).tolist())
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """A generator that seed and step alone decide."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+def augmented(images: Tensor, source: torch.Generator, pad: int = 4) -> Tensor:
+    """Each image (N, 3, h, w) shifted by up to `pad` pixels over a black border, and mirrored half of the time."""
+    n, _, height, width = images.shape
+    shift = torch.randint(2 * pad + 1, (2, n, 1), generator=source)
+    rows, columns = shift[0] + torch.arange(height), shift[1] + torch.arange(width)
+    columns = torch.where(torch.rand(n, 1, generator=source) < 0.5, columns.flip(1), columns)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    padded = F.pad(images, (pad,) * 4)
+    picked = padded[torch.arange(n, device=images.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2).contiguous()
+
+
+def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels in [0, 1], less mean, over std, by channel; uint8 is divided by 255 first."""
+    pixels = images.float() / 255 if images.dtype == torch.uint8 else images
+    return (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]

@@ -1,17 +1,193 @@
-"""Segments: the network cut where all paths meet, each part bounded by the better of composition and coupling."""
+"""Segments: the network cut where all paths meet, each part bounded by the better of composition and coupling, as planned."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from gramlip.network.compose import compose
-from gramlip.network.coupling.multiplier_search import Search, certificate, cost, improve, reached
-from gramlip.network.coupling.plan import Plan, part, plan
-from gramlip.network.steps import Input, Network
+from gramlip.network.coupling.circulant import Alias, Circulant, NotCirculantError, Pooled, circulant
+from gramlip.network.coupling.elimination import Piece, Search, certificate, cost, improve, reached, system_cost
+from gramlip.network.coupling.linear_forms import Entries, system
+from gramlip.network.steps import Input, Join, Linear, Network, Slice, Slope, Step, Sum, View
 from gramlip.numerics import rounding as rd
+from gramlip.numerics.precision import exact
 from gramlip.operators.interval import Bound, decimals
+from gramlip.operators.linear_maps import Conv
+
+# ---- plans ---------------------------------------------------------------------------------------------------------------
+#
+# Plans: which cuts of a network are bounded together, on what torus, and how they are linked.
+
+ENTRIES = 512  # values of at most so many entries are taken entry by entry
+MEMORY = 2**24  # matrix entries that one form may take
+COST = 1e10  # multiplications of one piece's elimination that are still worth it
+TOTAL = 3e10  # and of a run's
+SMALL = 1e8  # multiplications of a run of layers that is not cut
+COARSE = (3, 5)  # points an axis of the tori on which multipliers are searched for, one after the other
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps `first` < i <= `last`, the pieces that prove a bound of them, and runs of smaller ones of the same form for the search."""
+
+    first: int
+    last: int
+    run: list[Piece]
+    searches: list[list[Piece]]
+
+
+def part(network: Network, first: int, last: int) -> Network:
+    """The steps after `first` up to `last` as a network of its own."""
+    steps = [replace(network.steps[first], what=Input(), sources=(), shortcut=None)]
+    steps += [s.moved(lambda x: x - first) for s in network.steps[first + 1 : last + 1]]
+    return Network(steps, (last - first,))
+
+
+def plan(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int) -> Plan | None:
+    """The longest run from a cut that can be paid for; None where nothing after it can be coupled."""
+    entries, torus = _entries(network, constants, cuts, at), _torus(network, constants, cuts, at)
+    if entries > at and entries >= torus:
+        return _alone(network, cuts[at], cuts[entries])
+    return None if torus == at else _linked(network, constants, cuts, at, torus)
+
+
+def _fit(network: Network, constants: Sequence[Bound], first: int, last: int) -> bool:
+    """Whether the steps are of kinds that forms know, with constants for which the rounding analysis holds."""
+    return all(
+        isinstance(what := network.steps[i].what, Linear | Slope | Sum | Join | Slice | View)
+        and (not isinstance(what, Sum) or max(what.repeats) == 1)
+        and 1e-30 < float(constants[i].upper) < 1e30
+        for i in range(first + 1, last + 1)
+    )
+
+
+def _entries(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int) -> int:
+    """The last cut up to which every value is small enough for a form of its entries."""
+    end = at
+    if math.prod(network.steps[cuts[at]].shape) > ENTRIES:
+        return end
+    while end + 1 < len(cuts) and _fit(network, constants, cuts[end], cuts[end + 1]):
+        steps = network.steps[cuts[end] + 1 : cuts[end + 1] + 1]
+        if any(math.prod(s.shape) > ENTRIES or (isinstance(s.what, View) and not s.what.flat) for s in steps):
+            break
+        end += 1
+    return end
+
+
+def _torus(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int) -> int:
+    """The last cut up to which every step commutes with shifts of one torus."""
+    end = at
+    while end + 1 < len(cuts) and _fit(network, constants, cuts[end], cuts[end + 1]):
+        if _pool(network, cuts[end], cuts[end + 1]) is not None:
+            break
+        try:
+            circulant(part(network, cuts[at], cuts[end + 1]))
+        except NotCirculantError:
+            break
+        end += 1
+    return end
+
+
+def _alone(network: Network, first: int, last: int) -> Plan | None:
+    piece = _entries_piece(network, first, last)
+    run = [] if piece is None else [piece]
+    return Plan(first, last, run, []) if any(len(piece.system.queries) > 1 for piece in run) else None
+
+
+def _entries_piece(network: Network, first: int, last: int) -> Piece | None:
+    inside = part(network, first, last)
+    piece = Piece(system(inside, Entries([s.shape for s in inside.steps])))
+    return piece if system_cost(piece.system) <= COST else None
+
+
+def _linked(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int, end: int) -> Plan | None:
+    """A run on tori of one family, cut where an activation has just cut a value to its extent, with the pooled tail if there is one."""
+    first, last = cuts[at], cuts[end]
+    whole = circulant(part(network, first, last))
+    marks = [first, *(c for c in cuts[at + 1 : end] if isinstance(network.steps[c].what, Slope)), last]
+    if _small(whole) and system_cost(system(part(network, first, last), whole)) <= SMALL:
+        marks = [first, last]  # no link, nothing lost at strides
+    sizes = [whole.points, *(tuple(min(n, most) for n in whole.points) for most in COARSE)]
+    runs: list[list[Piece]] = [[] for _ in sizes]
+    ends: list[list[Circulant]] = []
+    total, reached = 0.0, first
+    for one, other in pairwise(marks):
+        inside = part(network, one, other)
+        levels = whole.levels[one - first : other - first + 1]
+        base = tuple(math.gcd(*(level[j] for level in levels)) for j in range(len(whole.points)))
+        levels = [tuple(r // b for r, b in zip(level, base, strict=True)) for level in levels]
+        shapes = [s.shape for s in inside.steps]
+        tori = [Circulant(shapes, levels, tuple(n * b for n, b in zip(points, base, strict=True))) for points in sizes]
+        if not _small(tori[0]):
+            break
+        forms = system(inside, tori[0])
+        total += system_cost(forms)
+        if system_cost(forms) > COST or total > TOTAL:
+            break
+        for j, (run, torus) in enumerate(zip(runs, tori, strict=True)):
+            if run:
+                run[-1].link = Alias(torus, torus.levels[0], ends[-1][j], ends[-1][j].levels[-1])
+            run.append(Piece(forms if j == 0 else system(inside, torus)))
+        ends.append(tori)
+        reached = other
+    if not ends:
+        return None
+    if reached == last:
+        reached = _tail(network, constants, cuts, end, runs, ends[-1])
+    return Plan(first, reached, runs[0], runs[1:]) if any(len(piece.system.queries) > 1 for piece in runs[0]) else None
+
+
+def _small(torus: Circulant) -> bool:
+    return torus.frequencies * max(torus.rows(i) for i in range(len(torus.shapes))) ** 2 <= MEMORY
+
+
+def _tail(
+    network: Network,
+    constants: Sequence[Bound],
+    cuts: Sequence[int],
+    end: int,
+    runs: list[list[Piece]],
+    tori: list[Circulant],
+) -> int:
+    """A mean over all places and what follows it, taken into the run; the number of its last step."""
+    if end + 1 >= len(cuts) or any(r != 1 for r in tori[0].levels[-1]) or not runs[0][-1].system.output.clean:
+        return cuts[end]
+    pool = _pool(network, cuts[end], cuts[end + 1])
+    after = _entries(network, constants, cuts, end + 1)
+    if pool is None or after == end + 1:
+        return cuts[end]
+    piece = _entries_piece(network, cuts[end + 1], cuts[after])
+    if piece is None:
+        return cuts[end]
+    for pieces, torus in zip(runs, tori, strict=True):
+        # the torus of the search is smaller than the layer: the same factor as on the true one
+        pieces[-1].link = Pooled(torus, math.prod(tori[0].points), *pool)
+        pieces.append(piece)
+    return cuts[after]
+
+
+def _pool(network: Network, first: int, last: int) -> tuple[float, float] | None:
+    """Weight and error of a step that takes one multiple of the sum over all places of every channel, None where it does anything else."""
+    if last != first + 1:
+        return None
+    step: Step = network.steps[last]
+    what = step.what
+    if not isinstance(what, Linear) or not isinstance(what.op, Conv) or what.op.transposed or what.op.input_size is None:
+        return None
+    op, shape = what.op, network.steps[first].shape
+    alone = op.groups == shape[1] and tuple(op.weight.shape) == (shape[1], 1, *shape[2:]) and not any(map(any, op.padding))  # type: ignore[arg-type]
+    if not alone or op.weight.is_complex():
+        return None
+    weight = exact(op.weight)
+    return (float(weight.max()), what.error) if bool((weight == weight.max()).all()) else None
+
+
+# ---- segments ------------------------------------------------------------------------------------------------------------
+#
+# Segments: the network cut where all paths meet, each part bounded by the better of composition and coupling.
 
 STEPS = 150  # gradient steps of the search for multipliers at effort 1, if
 LEAST = 4  # fewer steps are not worth their start

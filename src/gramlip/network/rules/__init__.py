@@ -2,20 +2,7 @@
 
 from __future__ import annotations
 
-from gramlip.network.rules import (
-    activations,
-    affine,
-    einsum,
-    joins,
-    normalisation,
-    patterns,
-    piecewise_linear,
-    pooling,
-    products,
-    range_limited,
-    shapes,
-    statistics,
-)
+from gramlip.network.rules import activations, affine, piecewise_linear, shapes, statistics
 from gramlip.network.rules.lowering import Lowered, lower
 from gramlip.network.rules.registry import RULES, Call, Rule, Var, register
 
@@ -27,15 +14,8 @@ __all__ = [
     "Var",
     "activations",
     "affine",
-    "einsum",
-    "joins",
     "lower",
-    "normalisation",
-    "patterns",
     "piecewise_linear",
-    "pooling",
-    "products",
-    "range_limited",
     "register",
     "shapes",
     "statistics",

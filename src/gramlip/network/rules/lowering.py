@@ -9,9 +9,20 @@ import torch
 from torch import Tensor, fx
 
 from gramlip.errors import InputError, UndefinedError, UnsupportedError, first_line
-from gramlip.network.float64_calls import evaluate, reads_memory, widened
-from gramlip.network.graph import RECURRENT, Program, arguments, is_random, module_path, op_name, place, shape_of
-from gramlip.network.in_place import tensors
+from gramlip.network.graph import (
+    RECURRENT,
+    Program,
+    arguments,
+    evaluate,
+    is_random,
+    module_path,
+    op_name,
+    place,
+    reads_memory,
+    shape_of,
+    tensors,
+    widened,
+)
 from gramlip.network.rules.piecewise_linear import Entrywise, entrywise, merged
 from gramlip.network.rules.registry import PATTERNS, Call, Known, Var, find
 from gramlip.network.rules.shapes import PICKS

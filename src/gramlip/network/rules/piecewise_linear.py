@@ -18,7 +18,7 @@ from torch import Tensor
 from gramlip.network.rules.registry import Call, Var
 from gramlip.network.steps import Slope, Unbounded
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.exact_cast import exact
+from gramlip.numerics.precision import exact
 
 KNOTS = 64  # of one curve
 EACH = 512  # different constants of a value's entries, each with a curve of its own

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gramlip.norm.finite.layer import Certificate, Layer
-from gramlip.norm.finite.start_vectors import start_like
+from gramlip.norm.finite.layer import Certificate, Layer, start_like
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.exact_cast import widen
+from gramlip.numerics.precision import widen
 from gramlip.operators.linear_maps import Conv
 
 FRESH = 3  # other start vectors that are tried before the interval stays wider than asked for

@@ -21,7 +21,7 @@ from gramlip.norm.symbol.padding_theorems import PADDING, Axis, index_map
 from gramlip.norm.symbol.polyphase import axes, grouped, polyphase
 from gramlip.numerics import cholesky as cert
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.exact_cast import widen
+from gramlip.numerics.precision import widen
 from gramlip.numerics.segmented import integers, pieces
 from gramlip.operators.linear_maps import Conv
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gramlip.norm.symbol.autocorrelation import Mixed, Narrow, Taps, square_errors, squared_symbols, tap_offsets, tap_positions, tap_runs
 from gramlip.norm.symbol.frequency_cells import START, resolution, waves
-from gramlip.norm.symbol.tall import TallKernel, symbols
+from gramlip.norm.symbol.polyphase import TallKernel, symbols
 from gramlip.numerics import cholesky as cert
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.segmented import Complexes, Ints, Reals, integers, on, pieces
@@ -293,7 +293,7 @@ class GramSymbol:
 
     @property
     def fine(self) -> float | None:
-        """The resolution of the cells where one pass over their corners is to close the interval: `gramlip.norm.search.single_pass`."""
+        """The resolution of the cells where one pass over their corners is to close the interval: `gramlip.norm.search.lower`."""
         return self.strategy.fine
 
     @property

@@ -1,10 +1,15 @@
-"""`gramlip certify TARGET --data DIR`: certified accuracy of a trained run, or of any model that an import path names."""
+"""`gramlip train` and `gramlip certify`: a recipe's network trained, and the certified accuracy of a run or of any model."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import sys
+import warnings
 from argparse import ArgumentTypeError, Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
+from contextlib import redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from gramlip import robust
-from gramlip.cli.options import count, tolerance
+from gramlip.cli.commands import Commands, count, folder, tolerance, whole
 from gramlip.errors import InputError, first_line, out_of_memory
-from gramlip.lab.training import data
+from gramlip.lab.training import recipes
 from gramlip.lab.training.recipes import MEAN, STD, Recipe
 from gramlip.network.audit import audit
-from gramlip.operators.wrappers import unwrapped
-from gramlip.reports.output import aside, check_output, emit, write_whole
-from gramlip.sources import called
+from gramlip.operators.given import unwrapped
+from gramlip.reports.output import aside, check_output, emit, note, write_whole
+from gramlip.targets import called
+
+# ---- certify -------------------------------------------------------------------------------------------------------------
+#
+# `gramlip certify TARGET --data DIR`: certified accuracy of a trained run, or of any model that an import path names.
 
 
 def eps(text: str) -> float:
@@ -39,7 +48,7 @@ def eps(text: str) -> float:
     return value
 
 
-def add_parser(subparsers: _SubParsersAction[Any]) -> None:
+def add_certify(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
     parser = subparsers.add_parser("certify", help="certified accuracy of a classifier of 32x32 images on CIFAR-10")
     parser.add_argument("target", metavar="TARGET", help="a folder that gramlip train finished, or package.module:callable")
@@ -52,18 +61,18 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
     parser.add_argument("--attack", action="store_true", help="also the accuracy under attack at each radius; needs gramlip[attack]")
     parser.add_argument("--rtol", type=tolerance, default=1e-2, metavar="R", help="relative width of each layer's interval (default 1e-2)")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output, alone")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run_certify)
 
 
-def run(args: Namespace) -> int:
+def run_certify(args: Namespace) -> int:
     """Audit the network, certify every sample, print."""
     file = check_output("--json", args.json)
     model, mean, std = _model(args.target, args.normalised)
-    images, labels = data.load(args.data, "test", args.samples)
+    images, labels = recipes.load(args.data, "test", args.samples)
     pixels = list(zip((images.float() / 255).split(500), labels.split(500), strict=True))
     with aside():
-        _runs(args.target, model, data.normalised(pixels[0][0], mean, std))
-        found = _certified(model, [(data.normalised(x, mean, std), y) for x, y in pixels], tuple(images.shape[1:]), args, std)
+        _runs(args.target, model, recipes.normalised(pixels[0][0], mean, std))
+        found = _certified(model, [(recipes.normalised(x, mean, std), y) for x, y in pixels], tuple(images.shape[1:]), args, std)
         result: dict[str, Any] = {"schema": 1, "target": args.target, **found.to_dict()}
         if args.attack:
             for entry in result["certified"]:
@@ -82,7 +91,7 @@ def _finished(folder: Path) -> tuple[nn.Module, tuple[float, ...], tuple[float, 
     """The model of a run of `gramlip train`."""
     from safetensors.torch import load_file
 
-    from gramlip.lab.training.models import build
+    from gramlip.lab.training.recipes import build
 
     try:
         saved = json.loads((folder / "recipe.json").read_text())
@@ -130,3 +139,58 @@ def _model(target: str, normalised: bool) -> tuple[nn.Module, tuple[float, ...],
         raise InputError(msg)
     model = unwrapped(model)
     return (model.eval(), MEAN, STD) if normalised else (model.eval(), (0.0,) * 3, (1.0,) * 3)
+
+
+# ---- train ---------------------------------------------------------------------------------------------------------------
+#
+# `gramlip train RECIPE`: a recipe's network, trained, certified and written to a folder; resumed where it stopped.
+
+
+def add_train(subparsers: _SubParsersAction[Any]) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser("train", help="train a recipe and certify what comes out; needs the extra gramlip[train]")
+    parser.add_argument("recipe", metavar="RECIPE", help="such as resnet18-penalised or small-normalised; an unknown name lists them all")
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder of CIFAR-10's parquet files, or uoft-cs/cifar10 for the hub's")
+    parser.add_argument(
+        "--out", type=folder, required=True, metavar="DIR", help="folder of the run; one that holds a checkpoint is gone on with"
+    )
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of everything random (default 0)")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the recipe: --set epochs=2")
+    parser.set_defaults(run=run_train)
+
+
+def run_train(args: Namespace) -> int:
+    """Train, write, print the results as JSON."""
+    try:
+        module = import_module("gramlip.lab.training.train")
+    except ImportError as error:
+        msg = f'training needs {error.name}, which is not installed; expected the extra: type pip install "gramlip[train]"'
+        raise InputError(msg) from error
+    changes = dict(_change(text) for text in args.set)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # the progress bar: standard output is for the results alone
+        warnings.filterwarnings("ignore", module="lightning")  # its own use of what torch has deprecated, and advice on workers
+        results = module.train(args.recipe, args.data, args.out, seed=args.seed, **changes)
+    if "constant" not in results:
+        note(f"stopped after {results['finished_epochs']} of {results['epochs']} epochs; the same command goes on")
+    emit(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+def _change(text: str) -> tuple[str, Any]:
+    """`epochs=2` as ("epochs", 2); the value is JSON, or a word.
+
+    >>> _change("epochs=2"), _change("control=plain")
+    (('epochs', 2), ('control', 'plain'))
+    """
+    field, equals, value = text.partition("=")
+    if not equals:
+        msg = f"--set {text} was given; expected FIELD=VALUE such as epochs=2"
+        raise InputError(msg)
+    try:
+        return field, json.loads(value)
+    except json.JSONDecodeError:
+        return field, value
+
+
+COMMANDS: Commands = {"certify": add_certify, "train": add_train}
