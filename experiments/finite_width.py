@@ -13,7 +13,8 @@ import torch
 
 import gramlip as gl
 from gramlip.norm.certify import AUTO_OPERATIONS
-from gramlip.norm.finite.layer import Certificate, Layer
+from gramlip.norm.finite.banded_cholesky import Certificate
+from gramlip.norm.finite.layer import Layer
 from gramlip.norm.symbol.polyphase import symbol
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,17 +23,17 @@ from gramlip.network.rules import shapes as joins
 from gramlip.network.rules import statistics
 from gramlip.network.steps import Pad, Slope
 from gramlip.norm import bound, certify, methods
-from gramlip.norm.finite import boundary_terms
-from gramlip.norm.finite import layer as finite
+from gramlip.norm.finite import banded_cholesky, boundary_terms
 from gramlip.norm.methods import formulas
 from gramlip.norm.search import branch_and_bound
 from gramlip.norm.symbol import frequency_cells, padding_theorems, polyphase
-from gramlip.norm.symbol.padding_theorems import PADDING, Axis, Circle
-from gramlip.numerics import cholesky, gram_iteration, sums
+from gramlip.norm.symbol.padding_theorems import PADDING, Circle
+from gramlip.numerics import cholesky, eigenvalue_bounds, gram_iteration, sums
 from gramlip.numerics import rounding as rd
-from gramlip.operators import apply, convert, describe
+from gramlip.operators import convert, describe, geometry
 from gramlip.operators import given as example
 from gramlip.operators import given as wrappers
+from gramlip.operators.geometry import Axis
 from gramlip.reports import checkpoint
 from gramlip.reports.checkpoint import Entry, Stored
 from gramlip.rules import Call
@@ -113,7 +113,7 @@ def stride_ignored(axis: Axis, right: Callable[[Axis], Circle]) -> Circle:
 
 def padding_of_the_last_axis(patch: pytest.MonkeyPatch) -> None:
     """One axis's padding used on all of them."""
-    right = polyphase.axes
+    right = geometry.axes
 
     def wrong(op: gl.Conv) -> list[Axis]:
         found = right(op)
@@ -126,7 +126,7 @@ def padding_of_the_last_axis(patch: pytest.MonkeyPatch) -> None:
 
 def wrong_side_of_transposed(patch: pytest.MonkeyPatch) -> None:
     """Input and output sizes not exchanged."""
-    right = polyphase.axes
+    right = geometry.axes
 
     def wrong(op: gl.Conv) -> list[Axis]:
         return [replace(a, size=a.outputs, outputs=a.size) if op.transposed else a for a in right(op)]
@@ -191,7 +191,7 @@ def power_iteration_as_a_bound(patch: pytest.MonkeyPatch) -> None:
 
 def frobenius_as_a_lower_bound(patch: pytest.MonkeyPatch) -> None:
     """An upper bound in the lower side."""
-    patch.setattr(cholesky, "rayleigh", lambda g, v, noise: torch.linalg.vector_norm(g, dim=(-2, -1)))
+    patch.setattr(eigenvalue_bounds, "rayleigh", lambda g, v, noise: torch.linalg.vector_norm(g, dim=(-2, -1)))
 
 
 def max_pooling_as_one(patch: pytest.MonkeyPatch) -> None:
@@ -363,7 +363,7 @@ def moments_never_lie() -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randint(-(2**20), 2**20, (200, 2, 2), generator=generator, dtype=torch.int64).double()
     g = a.mT @ a
-    for one, top in zip(g, cholesky.moments(g, torch.zeros(200, dtype=torch.float64)).tolist(), strict=True):
+    for one, top in zip(g, eigenvalue_bounds.moments(g, torch.zeros(200, dtype=torch.float64)).tolist(), strict=True):
         assert not exceeds([[Fraction(x) for x in row] for row in one.tolist()], Fraction(top))
 
 
@@ -439,14 +439,14 @@ def matrices_hold() -> None:
 
 def errors_of_one_product(patch: pytest.MonkeyPatch) -> None:
     """The error of a finite layer's Gram matrix for one inner product, however many of them an entry adds up."""
-    right = finite.Certificate.noise
+    right = banded_cholesky.Certificate.noise
 
-    def noise(self: finite.Certificate, tap_norm_sum: float) -> float:
+    def noise(self: banded_cholesky.Certificate, tap_norm_sum: float) -> float:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(self, "pairs", {key: [(0, 0)] for key in self.pairs})
             return right(self, tap_norm_sum)
 
-    patch.setattr(finite.Certificate, "noise", noise)
+    patch.setattr(banded_cholesky.Certificate, "noise", noise)
 
 
 def sums_of_products_hold() -> None:
@@ -464,8 +464,8 @@ def error_behind_a_padding(patch: pytest.MonkeyPatch) -> None:
 
 def one_padding_for_both_sides(patch: pytest.MonkeyPatch) -> None:
     """A transposed convolution cropped by the first padding on both sides."""
-    right = apply._transposed
-    patch.setattr(apply, "_transposed", lambda op, w, x: right(replace(op, padding=[(lo, lo) for lo, _ in op.padding]), w, x))
+    right = geometry._transposed
+    patch.setattr(geometry, "_transposed", lambda op, w, x: right(replace(op, padding=[(lo, lo) for lo, _ in op.padding]), w, x))
 
 
 def branches_as_blocks(patch: pytest.MonkeyPatch) -> None:

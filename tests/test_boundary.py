@@ -16,8 +16,9 @@ import gramlip as gl
 from cases import ROUNDING, Case
 from gramlip.norm.finite import boundary_terms
 from gramlip.norm.finite.boundary_terms import _boundary, _components, _ends, _largest
-from gramlip.norm.symbol.padding_theorems import PADDING, Axis, index_map
-from gramlip.norm.symbol.polyphase import axes, symbol
+from gramlip.norm.symbol.padding_theorems import PADDING
+from gramlip.norm.symbol.polyphase import symbol
+from gramlip.operators.geometry import Axis, axes, index_map
 from oracle import oracle
 
 MODES = ("reflect", "replicate")

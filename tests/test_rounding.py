@@ -17,7 +17,8 @@ from torch import Tensor
 
 import gramlip as gl
 from cases import Case
-from gramlip.norm.finite.layer import Certificate, Layer
+from gramlip.norm.finite.banded_cholesky import Certificate
+from gramlip.norm.finite.layer import Layer
 from gramlip.norm.search.branch_and_bound import BranchAndBound
 from gramlip.norm.symbol.autocorrelation import Taps, spectral
 from gramlip.norm.symbol.gram_symbol import GramSymbol, SquaresInSingle

@@ -6,14 +6,19 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gramlip.errors import InputError
 from gramlip.lab.timing import environment, timed
 from gramlip.norm.bound import bound
 from gramlip.norm.methods import METHODS
 from gramlip.operators.linear_maps import Conv, Dense
-from gramlip.reports.report import aligned, finite
+from gramlip.reports.pictures import figure, look
+from gramlip.reports.report import aligned, finite, printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SIDES = {"exact": "exact", "upper": "upper", "lower": "lower", "estimate": "either", "interval": "both, proved"}
 
@@ -179,3 +184,29 @@ def _of(name: str, op: Dense | Conv, methods: Sequence[str], rtol: float, trials
 
 def _dtypes(pairs: list[tuple[str, Dense | Conv]]) -> str:
     return ", ".join(sorted({str(op.weight.dtype).removeprefix("torch.") for _, op in pairs}))
+
+
+def error_against_time(found: Comparison) -> Figure:
+    """Each method on each layer: relative error (absolute value) against time; inside the interval, its width."""
+    made, (ax,) = figure(width=7.2, height=4.2)
+    for name in dict.fromkeys(v.method for v in found.values):
+        some = [v for v in found.values if v.method == name and v.seconds and v.error is not None and v.upper < math.inf]
+        known = [(1e3 * (v.seconds or 0.0), max(abs(v.error or v.upper / v.lower - 1), 1e-16), v.verdict) for v in some]
+        label: str | None = name
+        for below in (False, True):
+            points = [(x, y) for x, y, verdict in known if (verdict == "below") == below]
+            if points:
+                style: dict[str, Any] = look(name) | {"linestyle": "none", "fillstyle": "none" if below else "full"}
+                ax.plot(*zip(*points, strict=True), label=label, **style)
+                label = None
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="time per layer (ms)",
+        ylabel="relative distance to the certified interval",
+    )
+    title = f"{printable(Path(found.target).name)} (hollow: below the truth; inside the interval: at its width)"
+    ax.set_title(title, fontsize=10, parse_math=False)
+    if ax.lines:
+        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return made

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gramlip.errors import InputError
 from gramlip.network.steps import Linear, Network, Op, Pad, Step, Sum, renumbered
-from gramlip.norm.symbol.polyphase import axes
 from gramlip.numerics.precision import exact
+from gramlip.operators.geometry import axes
 from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
 
 LARGEST = 2**22  # entries of a kernel that a fold may create by spreading groups

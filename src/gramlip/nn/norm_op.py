@@ -16,10 +16,11 @@ from torch import Tensor
 
 from gramlip.errors import InputError
 from gramlip.norm.symbol.padding_theorems import PADDING
-from gramlip.norm.symbol.polyphase import axes, polyphase, symbol, transform
+from gramlip.norm.symbol.polyphase import polyphase, symbol, transform
 from gramlip.numerics.gram_iteration import gram_norm
 from gramlip.numerics.precision import real_dtype, uncast, wide
 from gramlip.numerics.sums import norm
+from gramlip.operators.geometry import axes
 from gramlip.operators.given import is_sharded
 from gramlip.operators.linear_maps import Conv, Dense
 

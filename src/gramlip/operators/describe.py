@@ -19,10 +19,10 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.norm.symbol.padding_theorems import Axis, index_map
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import exact, exponent_of, on_cpu
 from gramlip.operators.convert import formed, held, is_array_like, is_linear_operator, is_sparse, sparse_tensor
+from gramlip.operators.geometry import Axis, index_map
 from gramlip.operators.given import hooked, hooks, is_wrapper, unwrapped
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import SPARSE, Conv, Dense, Diagonal, Ints, Operator, Separable, Sparse, checked

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gramlip.errors import InputError
-from gramlip.lab.compare import Comparison
 from gramlip.norm.symbol.polyphase import symbol as symbol_of
 from gramlip.norm.symbol.polyphase import transform
 from gramlip.operators.interval import decimals
@@ -324,29 +323,3 @@ def save(made: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     made.savefig(buffer, format=path.suffix[1:], dpi=200)
     write_bytes_whole(path, buffer.getvalue())
-
-
-def error_against_time(found: Comparison) -> Figure:
-    """Each method on each layer: relative error (absolute value) against time; inside the interval, its width."""
-    made, (ax,) = figure(width=7.2, height=4.2)
-    for name in dict.fromkeys(v.method for v in found.values):
-        some = [v for v in found.values if v.method == name and v.seconds and v.error is not None and v.upper < math.inf]
-        known = [(1e3 * (v.seconds or 0.0), max(abs(v.error or v.upper / v.lower - 1), 1e-16), v.verdict) for v in some]
-        label: str | None = name
-        for below in (False, True):
-            points = [(x, y) for x, y, verdict in known if (verdict == "below") == below]
-            if points:
-                style: dict[str, Any] = look(name) | {"linestyle": "none", "fillstyle": "none" if below else "full"}
-                ax.plot(*zip(*points, strict=True), label=label, **style)
-                label = None
-    ax.set(
-        xscale="log",
-        yscale="log",
-        xlabel="time per layer (ms)",
-        ylabel="relative distance to the certified interval",
-    )
-    title = f"{printable(Path(found.target).name)} (hollow: below the truth; inside the interval: at its width)"
-    ax.set_title(title, fontsize=10, parse_math=False)
-    if ax.lines:
-        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return made

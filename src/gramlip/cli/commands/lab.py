@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from gramlip.cli.commands import Commands, count, device, folder, shape, tolerance, whole
-from gramlip.lab.compare import compare
+from gramlip.lab.compare import compare, error_against_time
 from gramlip.lab.reproduce import EXPERIMENTS, Options, reproduce
 from gramlip.operators.linear_maps import Conv, Dense
 from gramlip.reports.output import check_output, check_outputs, emit, note, watched, write_whole
-from gramlip.reports.pictures import check_picture, error_against_time, save
+from gramlip.reports.pictures import check_picture, save
 from gramlip.targets import resolve
 
 # ---- bench ---------------------------------------------------------------------------------------------------------------

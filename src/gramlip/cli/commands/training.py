@@ -20,7 +20,7 @@ from gramlip import robust
 from gramlip.cli.commands import Commands, count, folder, tolerance, whole
 from gramlip.errors import InputError, first_line, out_of_memory
 from gramlip.lab.training import recipes
-from gramlip.lab.training.recipes import MEAN, STD, Recipe
+from gramlip.lab.training.recipes import MEAN, STD, Recipe, build
 from gramlip.network.audit import audit
 from gramlip.operators.given import unwrapped
 from gramlip.reports.output import aside, check_output, emit, note, write_whole
@@ -90,8 +90,6 @@ def run_certify(args: Namespace) -> int:
 def _finished(folder: Path) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
     """The model of a run of `gramlip train`."""
     from safetensors.torch import load_file
-
-    from gramlip.lab.training.recipes import build
 
     try:
         saved = json.loads((folder / "recipe.json").read_text())

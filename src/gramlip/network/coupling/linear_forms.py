@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gramlip.network.steps import Join, Linear, Network, Slice, Slope, Step, Sum, View
 from gramlip.numerics import rounding as rd
-from gramlip.operators.apply import matrix_of
+from gramlip.operators.geometry import matrix_of
 from gramlip.operators.linear_maps import Conv, Shape
 
 

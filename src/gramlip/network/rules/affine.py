@@ -16,6 +16,7 @@ from gramlip.network.rules.activations import gated, quotient
 from gramlip.network.rules.registry import Call, Var, register
 from gramlip.network.running_errors import inverse_error
 from gramlip.network.steps import Attention, Linear, Lipschitz, Product, Step, Sum, Unbounded, View, norm_up
+from gramlip.norm.bound import bound
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import exact, exponent_of
 from gramlip.numerics.rounding import length
@@ -167,8 +168,6 @@ def _contracted(
 
 def _matrices(weight: Tensor, w: str, x: Var | Tensor, v: str, result: str, error: float) -> Lipschitz:
     """The largest of the constant's matrices, one for each index that all three share; sums over what only the variable has."""
-    from gramlip.norm.bound import bound
-
     if any(c not in v and c not in result for c in w):
         msg = f"einsum sums the constant over {w!r} alone; expected the sum taken before"
         raise UnsupportedError(msg)
@@ -286,8 +285,7 @@ def _product_of(call: Call, left: Any, right: Any) -> Linear | Var | Lipschitz:
         return up_to(Dense(constant.mT.detach()), None if errors is None else errors.mT)
     if constant.ndim == 2 and len(right.shape) == 1:
         return up_to(Dense(constant.detach()), errors)
-    from gramlip.norm.bound import bound  # a batch of matrices: the largest of them, applied to each slice
-
+    # a batch of matrices: the largest of them, applied to each slice
     matrices = constant.detach().reshape(-1, *constant.shape[-2:]) if constant.ndim >= 2 else constant.detach()[None, None]
     parts = [bound(Dense(m), rtol=1e-6) for m in matrices]
     variable = left if isinstance(left, Var) else right

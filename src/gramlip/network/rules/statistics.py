@@ -14,6 +14,7 @@ from gramlip.errors import UndefinedError, UnsupportedError
 from gramlip.network.rules.affine import most
 from gramlip.network.rules.registry import Call, Var, pattern, register
 from gramlip.network.steps import Linear, Lipschitz, Product, Slope, Step, Unbounded
+from gramlip.norm.bound import bound
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import exact
 from gramlip.operators.interval import Bound
@@ -364,8 +365,7 @@ def _places(op: str, n: int, m: int, factor: float | None) -> list[Tensor]:
 
 @register("aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa")
 def _bicubic(call: Call) -> Lipschitz:
-    from gramlip.norm.bound import bound  # one matrix for each axis; the map is their Kronecker product
-
+    # one matrix for each axis; the map is their Kronecker product
     upper, wide, x = 1.0, 1.0, call.vars[0]
     if max(*x.shape[2:], *call.shape[2:]) > 1024:
         msg = f"bicubic interpolation of an input of shape {x.shape}; expected sides of at most 1024"

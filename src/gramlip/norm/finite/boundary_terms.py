@@ -17,12 +17,13 @@ from torch import Tensor
 
 from gramlip.norm.symbol.autocorrelation import tap_positions
 from gramlip.norm.symbol.frequency_cells import waves
-from gramlip.norm.symbol.padding_theorems import PADDING, Axis, index_map
-from gramlip.norm.symbol.polyphase import axes, grouped, polyphase
+from gramlip.norm.symbol.padding_theorems import PADDING
+from gramlip.norm.symbol.polyphase import grouped, polyphase
 from gramlip.numerics import cholesky as cert
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import widen
 from gramlip.numerics.segmented import integers, pieces
+from gramlip.operators.geometry import Axis, axes, index_map
 from gramlip.operators.linear_maps import Conv
 
 LARGEST = 1536  # order of the largest boundary matrix that is formed

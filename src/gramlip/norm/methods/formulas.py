@@ -18,7 +18,7 @@ from gramlip.numerics import sums
 from gramlip.numerics.gram_iteration import gram_norm, reals
 from gramlip.numerics.precision import real_dtype, wide
 from gramlip.numerics.sums import gram, norm
-from gramlip.operators.apply import apply
+from gramlip.operators.geometry import apply
 from gramlip.operators.linear_maps import Conv, Dense, Ints
 
 # ---- differentiable norms of convolutions --------------------------------------------------------------------------------

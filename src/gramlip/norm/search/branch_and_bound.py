@@ -26,6 +26,7 @@ from gramlip.norm.search.lower import STEPS, BlockCache, LowerBounds, Tally, tak
 from gramlip.norm.symbol.frequency_cells import Cells, Lattice, Thresholds, joined, look_up, merge, pick
 from gramlip.norm.symbol.gram_symbol import GramSymbol
 from gramlip.numerics import cholesky as cert
+from gramlip.numerics import eigenvalue_bounds
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.segmented import Flags, Ints, Reals, integers, leading, named, on, pieces, smallest
 
@@ -291,7 +292,7 @@ class BranchAndBound:
         if np.isfinite(known).all():
             return known <= thresholds, None
         blocks = self.cache.blocks(keys)
-        return cert.moments(blocks, on(blocks.device, noise)).cpu().numpy() <= thresholds, blocks
+        return eigenvalue_bounds.moments(blocks, on(blocks.device, noise)).cpu().numpy() <= thresholds, blocks
 
     def _corner_thresholds(self, cells: Cells, taps: Reals | None, target_norm: Reals) -> Reals:
         """What the largest eigenvalue at the corners of each cell must not exceed for the cell to stay below the target's square."""

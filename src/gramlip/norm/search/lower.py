@@ -17,6 +17,7 @@ from gramlip.norm.symbol.frequency_cells import Lattice, Thresholds, merge, pick
 from gramlip.norm.symbol.gram_symbol import GramSymbol
 from gramlip.norm.symbol.polyphase import symbols
 from gramlip.numerics import cholesky as cert
+from gramlip.numerics import eigenvalue_bounds
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.segmented import Complexes, Flags, Ints, Reals, integers, largest, leading, named, on, pieces
 
@@ -95,7 +96,7 @@ def _blocks(g: GramSymbol, waves: Tensor, group: int | None = None) -> Tensor:
 
 
 def _square(blocks: Tensor, times: int) -> tuple[Tensor, Tensor]:
-    return cert.squared(blocks, cert.start(blocks.shape[-1], blocks.device).expand(len(blocks), -1), times)
+    return eigenvalue_bounds.squared(blocks, eigenvalue_bounds.start(blocks.shape[-1], blocks.device).expand(len(blocks), -1), times)
 
 
 # ---- the lower side ------------------------------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ class LowerBounds:
             self.cache.keep(self.coarse, found.blocks.flatten(0, 1))
         self.cache.book(keys.size)
         at, blocks, vectors = found.best()
-        lower = cert.rayleigh(blocks, vectors, on(device, self.noise))
+        lower = eigenvalue_bounds.rayleigh(blocks, vectors, on(device, self.noise))
         for group, (value, place) in enumerate(torch.stack([lower, at.to(lower.dtype)], 1).tolist()):
             item = int(self.items[group])
             if value > self.best[item]:
@@ -340,7 +341,7 @@ class LowerBounds:
         for part in pieces(len(keys), self.symbol.chunk()):
             blocks = self.cache.blocks(keys[part]) if held is None else held[part]
             zero = torch.zeros(len(blocks), dtype=torch.float64, device=blocks.device)
-            bounds.append(cert.moments(blocks, zero).cpu().numpy())
+            bounds.append(eigenvalue_bounds.moments(blocks, zero).cpu().numpy())
             del blocks  # the next ones may be as large
         return np.concatenate(bounds)
 
@@ -364,12 +365,12 @@ class LowerBounds:
 
     def _krylov(self, blocks: Tensor, steps: int, begin: Tensor | None) -> tuple[Reals, Tensor]:
         """Leading Ritz values and vectors of the blocks; a GPU squares blocks instead."""
-        first = cert.start(self.symbol.side, blocks.device).expand(len(blocks), -1) if begin is None else begin
+        first = eigenvalue_bounds.start(self.symbol.side, blocks.device).expand(len(blocks), -1) if begin is None else begin
         if first.is_complex() and not blocks.is_complex():
             first = first.real + 0.5 * first.imag
         first = first.to(blocks.dtype)
         squared = self.symbol.parallel and self.symbol.side <= SQUARED_SIDE
-        found, v = cert.squared(blocks, first, SQUARINGS) if squared else cert.krylov(blocks, first, steps)
+        found, v = eigenvalue_bounds.squared(blocks, first, SQUARINGS) if squared else eigenvalue_bounds.krylov(blocks, first, steps)
         return found.to(torch.float64).cpu().numpy(), v
 
     def _record(self, keys: Ints, blocks: Tensor, estimates: Reals, vectors: Tensor) -> None:
@@ -382,7 +383,7 @@ class LowerBounds:
         if not len(top):
             return
         v = vectors[on(vectors.device, top)].to(torch.complex128 if vectors.is_complex() else torch.float64)
-        lower = cert.rayleigh(take(blocks, top).to(v.dtype), v, on(v.device, self.noise[group[top]])).cpu().numpy()
+        lower = eigenvalue_bounds.rayleigh(take(blocks, top).to(v.dtype), v, on(v.device, self.noise[group[top]])).cpu().numpy()
         better = (lower > self.best[item[top]]).nonzero()[0]
         at = item[top[better]]
         self.best[at], self.where[at] = lower[better], keys[top[better]]

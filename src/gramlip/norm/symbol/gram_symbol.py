@@ -19,6 +19,7 @@ from gramlip.norm.symbol.autocorrelation import Mixed, Narrow, Taps, square_erro
 from gramlip.norm.symbol.frequency_cells import START, resolution, waves
 from gramlip.norm.symbol.polyphase import TallKernel, symbols
 from gramlip.numerics import cholesky as cert
+from gramlip.numerics import eigenvalue_bounds
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.segmented import Complexes, Ints, Reals, integers, on, pieces
 
@@ -358,9 +359,9 @@ class GramSymbol:
             flat = piece[0].flatten(0, 1)
             zero[0].addmm_(flat.mH, flat)
         noise = torch.tensor([self.noise[group]], dtype=torch.float64, device=self.device)
-        top = cert.moments(zero, noise)
+        top = eigenvalue_bounds.moments(zero, noise)
         start = zero[:, :, int(zero[0].diagonal().real.argmax())]
-        guess = 1.02 * cert.krylov(zero, start, 24)[0] + 2 * noise if bool(start.any()) else top
+        guess = 1.02 * eigenvalue_bounds.krylov(zero, start, 24)[0] + 2 * noise if bool(start.any()) else top
         while bool(guess < top) and not bool(cert.cholesky(zero, guess, noise)):
             guess = 1.2 * guess
         top = float(torch.minimum(guess, top))

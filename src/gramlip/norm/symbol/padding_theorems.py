@@ -11,26 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of a convolution as torch has it; `size` is the input's, `outputs` the output's, None for every size."""
-
-    size: int | None
-    outputs: int | None
-    kernel: int
-    stride: int
-    dilation: int
-    before: int
-    after: int
-
-    @property
-    def span(self) -> int:
-        """Side of the dilated kernel."""
-        return self.dilation * (self.kernel - 1) + 1
+from gramlip.operators.geometry import Axis, index_map
 
 
 @dataclass(frozen=True)
@@ -96,23 +77,6 @@ def _small_sizes(axis: Axis) -> range:
     """The sizes that torch accepts, up to where the number of wraps no longer grows: docs/theory.md#circular-padding."""
     least = max(axis.before, axis.after, axis.span - axis.before - axis.after, 1)
     return range(least, least + axis.stride * (axis.before + axis.after + 2 * axis.stride) + 2)
-
-
-def index_map(axis: Axis, mode: str) -> Tensor:
-    """(k, outputs): the input position that tap p of output o reads, -1 for a padded zero."""
-    assert axis.size is not None
-    assert axis.outputs is not None
-    n = axis.size
-    at = torch.arange(axis.kernel)[:, None] * axis.dilation + torch.arange(axis.outputs)[None, :] * axis.stride - axis.before
-    if mode == "circular":
-        return at.remainder(n)
-    if mode == "replicate":
-        return at.clamp(0, n - 1)
-    if mode == "reflect":
-        period = max(2 * n - 2, 1)
-        folded = at.remainder(period)
-        return torch.where(folded < n, folded, period - folded)
-    return torch.where((at >= 0) & (at < n), at, -1)
 
 
 def reflect(axis: Axis) -> Circle:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gramlip.norm.symbol.padding_theorems import PADDING, Axis
+from gramlip.norm.symbol.padding_theorems import PADDING
 from gramlip.numerics import precision
 from gramlip.numerics.precision import exponent_of, widen
 from gramlip.numerics.segmented import Ints
+from gramlip.operators.geometry import axes
 from gramlip.operators.linear_maps import Conv, Dense
 
 
@@ -93,16 +94,6 @@ def symbol(op: Dense | Conv) -> Symbol:
     exact = all(c.exact for c in circles)
     strides = tuple(c.stride for c in circles)
     return Symbol(grouped(op), strides, tuple(c.points for c in circles), square, exact, "; ".join(reasons))
-
-
-def axes(op: Conv) -> list[Axis]:
-    """The axes of the convolution, or of the one whose adjoint a transposed convolution is."""
-    none = (None,) * op.dims
-    inputs, outputs = op.sizes or none, op.output_size or none
-    if op.transposed:
-        inputs, outputs = outputs, inputs
-    geometry = zip(inputs, outputs, op.weight.shape[2:], op.strides, op.dilations, op.pads, strict=True)
-    return [Axis(n, m, k, s, d, lo, hi) for n, m, k, s, d, (lo, hi) in geometry]
 
 
 def grouped(op: Conv) -> Tensor:

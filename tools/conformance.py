@@ -1,4 +1,4 @@
-"""`python -m gramlip.testing`: writes docs/conformance.md, the table of every method over the cases, to standard output."""
+"""`python tools/conformance.py`: writes docs/conformance.md, the table of every method over the cases, to standard output."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def page() -> str:
         f"All {len(table)} cases that are one torch layer ({len(TRAPS)} of them named traps and known answers) in 0 to 3 dimensions,",
         f"with {len(KERNELS)} named kernels, all paddings, strides, dilations, groups and dtypes that torch takes. *Refused*: the",
         "method says that it does not hold for this layer. *Worst*: the least ratio of claim and truth, where below 1. Written by",
-        "`python -m gramlip.testing > docs/conformance.md` in a few minutes.",
+        "`python tools/conformance.py > docs/conformance.md` in a few minutes.",
         "",
         "| method | " + " | ".join(verdict for verdict in VERDICTS if verdict != "failed") + " | failed | refused | worst |",
         "|---|" + "---:|" * (len(VERDICTS) + 2),
