@@ -164,7 +164,7 @@ def quotient(call: Call, numerator: Var | None, denominator: Var) -> Var:
 
 INF = math.inf
 JUMP = 1e-6  # the largest jump of a softplus that is taken for the smooth function
-# name -> (least slope, largest slope, image, value at 0), each float just outside the real number; tests/test_rules.py
+# name -> (least slope, largest slope, image, value at 0), each float just outside the real number; tests/network/test_rules.py
 # compares them with mpmath.
 SLOPES: dict[str, tuple[float, float, tuple[float, float], tuple[float, float]]] = {
     "relu": (0.0, 1.0, (0.0, INF), (0.0, 0.0)),

@@ -236,7 +236,7 @@ def test_compare_says_what_is_not_valid(weights: Path, capsys: pytest.CaptureFix
 
 
 def test_documents_hold_what_the_results_say() -> None:
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parent.parent.parent
     script = root / "experiments" / "reproduction_tables.py"
     assert subprocess.run([sys.executable, script, "--check"], check=False).returncode == 0
     for name in EXPERIMENTS:

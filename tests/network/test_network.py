@@ -22,7 +22,7 @@ from gramlip.network.audit import audit
 from gramlip.network.coupling import segments
 from test_rules import Map
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 import models  # noqa: E402
 

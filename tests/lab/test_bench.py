@@ -24,7 +24,7 @@ from gramlip.lab.bench.result import OURS, Claim, Entry, Result, Row, total
 from gramlip.norm.certify import certify_all
 from gramlip.reports.checkpoint import read
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
 
 
@@ -257,7 +257,7 @@ def test_tables_of_a_run(result: Result, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_a_peak_that_the_coarse_grid_missed_does_not_cost_the_whole_torus() -> None:
     """One of ten trained layers once took 800,000 blocks: the blocks of largest moments were not those of the largest norm."""
-    path = Path(__file__).parents[2] / "shared" / "models" / "resnet32-cifar10.safetensors"
+    path = Path(__file__).parents[3] / "shared" / "models" / "resnet32-cifar10.safetensors"
     if not path.is_file():
         pytest.skip(f"{path} does not exist")
     weights = [entry.load() for entry in read(path).entries.values() if tuple(entry.shape) == (16, 16, 3, 3)]
