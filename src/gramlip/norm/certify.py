@@ -277,6 +277,14 @@ def _separable(op: Separable, rtol: float) -> Bound:
     return scaled(lower, upper, exponent, "product of the norms of the axes of a separable map")
 
 
+def _with_lower(above: Bound, lower: float, because: str) -> Bound:
+    """The interval with its lower side."""
+    if lower > above.upper:  # a vector that the layer stretches more than the theorem allows: never to be hidden
+        msg = f"{above.because}: the layer stretches a vector by {lower}, beyond the bound {above.upper}; expected none: please report this"
+        raise ArithmeticError(msg)
+    return replace(above, lower=lower, because=f"{above.because}; {because}")
+
+
 def _repeated_most(op: Conv) -> Conv | None:
     """A layer of every size at the size where its padding repeats most; None where it repeats nothing, or too much to try."""
     if op.padding_mode not in ("reflect", "replicate") or not any(map(any, op.pads)):
@@ -453,7 +461,7 @@ class LayerTask:
             again = rd.ldexp_down(replace(self, op=small)._finite_start().lower, self.exponent)
             if again > lower:
                 lower, inputs = again, f"the layer itself at size {'x'.join(map(str, small.sizes or ()))}"
-        return replace(self._scaled(0.0, upper, f"{reason}; lower side: {inputs}"), lower=lower)
+        return _with_lower(self._scaled(0.0, upper, reason), lower, f"lower side: {inputs}")
 
     def _from_own_side(self, upper: float, reason: str, side: OwnSide) -> Bound:
         """The interval with the layer's own lower side, which is looked for again where the blocks have a higher peak since."""
@@ -464,12 +472,7 @@ class LayerTask:
                 return again.bound
             lower = max(lower, again.lower)
             upper, reason = self._closed_again(lower, upper, reason)
-        if lower > upper:  # a vector that the layer stretches more than the theorem allows: never to be hidden
-            msg = (
-                f"{reason}: the layer stretches a vector by {lower}, beyond the bound {upper}; expected no such vector: please report this"
-            )
-            raise ArithmeticError(msg)
-        return self._scaled(lower, upper, f"{reason}; lower side from the layer itself")
+        return _with_lower(self._scaled(0.0, upper, reason), rd.ldexp_down(lower, self.exponent), "lower side from the layer itself")
 
     def _closed_again(self, lower: float, upper: float, reason: str) -> tuple[float, str]:
         """The upper side from another search of this layer alone, where its interval can still close."""

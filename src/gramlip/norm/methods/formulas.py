@@ -207,7 +207,7 @@ def Lip_conv(K: Tensor, Niter: int = 6, *, n: int | Sequence[int], n0: int | Non
     """
     if not isinstance(K, Tensor) or K.ndim < 3:
         given = tuple(K.shape) if isinstance(K, Tensor) else type(K).__name__
-        msg = f"K of {given} was given; expected (c_out, c_in, *k): type gramlip.norm.methods.formulas.Lip_dense for a matrix"
+        msg = f"K of {given} was given; expected (c_out, c_in, *k): type gramlip.paper.Lip_dense for a matrix"
         raise InputError(msg)
     sides = list(n) if isinstance(n, Sequence) else [n] * (K.ndim - 2)
     if len(sides) != K.ndim - 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
