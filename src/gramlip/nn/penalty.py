@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -137,9 +137,10 @@ class LipschitzPenalty(nn.Module):
             weight = op.weight
             alike[Plan.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
         self.trackers = nn.ModuleList(
-            Tracker(plan, [partial(_weight, module) for _, module in group], steps, peaks) for (plan, *_), group in alike.items()
+            Tracker(plan, [_weight(module) for _, module in group], steps, peaks) for (plan, *_), group in alike.items()
         )
         self._paths = [path for group in alike.values() for path, _ in group]
+        self._tracked = tuple(module for group in alike.values() for _, module in group)
 
     def forward(self) -> Tensor:
         """The penalty, a scalar with its graph."""
@@ -148,13 +149,18 @@ class LipschitzPenalty(nn.Module):
 
     def sigmas(self) -> dict[str, Tensor]:
         """One tracking step: {path: norm estimate, a scalar with its graph}; a search where it is due."""
-        trackers = cast("list[Tracker]", list(self.trackers))
         due, first, values = self._due(int(self.calls)), 0, []
-        for tracker in trackers:
-            values += tracker([i - first for i in due if first <= i < first + len(tracker)])
+        for tracker, weights in self.tracked():
+            values += tracker(weights, [i - first for i in due if first <= i < first + len(tracker)])
             first += len(tracker)
         plainly(self._count, self.calls)
         return dict(zip(self._paths, values, strict=True))
+
+    def tracked(self) -> Iterator[tuple[Tracker, list[Tensor]]]:
+        """Each tracker with the weights of its layers as they are now."""
+        modules = iter(self._tracked)
+        for tracker in cast("list[Tracker]", list(self.trackers)):
+            yield tracker, [_weight(module) for module in islice(modules, len(tracker))]
 
     def _count(self, calls: Tensor) -> tuple[Tensor]:
         self.calls += 1

@@ -7,10 +7,12 @@ followed, since a penalty pushes the highest one down until another takes its pl
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from gramlip.numerics.sums import norm
 
 SEARCH_STEPS = 12  # power steps per grid point in a search
 TOGETHER = 1 << 24  # entries of the waves that a search holds at a time
+JUMP = 1.25  # between two calls: an estimate that changes by more is of weights that were not reached by small steps
 STRIDES = (0.0, 1.0, 4.0)  # multiples of the safe step along the gradient that are tried; 0 keeps the frequency
 
 
@@ -29,7 +32,13 @@ class Tracker(nn.Module):
     """Estimates of the norms of L layers whose weights have one shape and one plan, from `peaks` frequencies of each group.
 
     Buffers, which belong to the state_dict so that training resumes as it was, with B = L groups: `frequency` (B, peaks, axes),
-    `vector` (B, peaks, n, 2), real and imaginary part.
+    `vector` (B, peaks, n, 2), real and imaginary part, and `height` (L,), the estimates of the last call.
+
+    Args:
+        plan: of all layers.
+        weights: of the layers as they are now, for their shape, dtype and device; nothing of them is kept.
+        steps: tracking steps a call.
+        peaks: frequencies followed in each group.
     """
 
     positions: Tensor
@@ -37,57 +46,96 @@ class Tracker(nn.Module):
     start: Tensor
     frequency: Tensor
     vector: Tensor
+    height: Tensor
 
-    def __init__(self, plan: Plan, weights: Sequence[Callable[[], Tensor]], steps: int, peaks: int) -> None:
+    def __init__(self, plan: Plan, weights: Sequence[Tensor], steps: int, peaks: int) -> None:
         super().__init__()
-        self.plan, self.steps, self._weights = plan, steps, tuple(weights)
-        first = _full(self._weights[0]().detach())
+        self.plan, self.steps, self.count = plan, steps, len(weights)
+        first = _full(weights[0].detach())
         shape, options = plan.kernel(first).shape, dict[str, Any](dtype=real_dtype(first), device=first.device)
         axes = [torch.arange(k, **options) - (k - 1) / 2 for k in shape[3:]]  # centred: a phase of D(w), which changes no norm
         half = [torch.arange(n if j + 1 < len(axes) else n // 2 + 1, device=first.device) for j, n in enumerate(plan.grid)]
-        batch, peaks = len(self._weights) * plan.groups, min(peaks, math.prod(plan.grid) // 2 + 1)
+        batch, peaks = self.count * plan.groups, min(peaks, math.prod(plan.grid) // 2 + 1)
         start = unit(torch.randn(shape[2], 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).flatten())
         self.register_buffer("positions", _product(axes, options), persistent=False)
         self.register_buffer("turns", _product(half, {"dtype": torch.int64, "device": first.device}), persistent=False)
         self.register_buffer("start", start.reshape(shape[2], 2).to(**options), persistent=False)
         self.register_buffer("frequency", torch.zeros(batch, peaks, len(axes), **options))
         self.register_buffer("vector", torch.zeros(batch, peaks, shape[2], 2, **options))
+        self.register_buffer("height", torch.zeros(self.count, **options))
+        self.key = _keep(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[reportUnknownMemberType]
+        self.key = _keep(self)
 
     def __len__(self) -> int:
-        return len(self._weights)
+        return self.count
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tracker:
         """Follow the model to another device, in the precision that estimates are made in."""
         return super()._apply(lambda x: fn(x).to(x.dtype), recurse)
 
-    def forward(self, due: Sequence[int] = ()) -> Tensor:
-        """Search for the peaks of the layers that are due, track all, then lower estimates (L,) of the norms with their graph."""
+    def forward(self, weights: Sequence[Tensor], due: Sequence[int] = (), watch: bool = False, still: bool = False) -> Tensor:
+        """Search for the peaks of the layers that are due, track all, then lower estimates (L,) of the norms with their graph.
+
+        Args:
+            weights: of the layers.
+            due: the layers to search.
+            watch: search those too whose estimate has jumped since the last call.
+            still: leave the state as it is: no search that is kept, no tracking step.
+        """
         with uncast(self.frequency):
-            kernels = self.kernels()
-            chosen, probes, scale = plainly(partial(self.follow, due=due), kernels.detach())
+            kernels = self.kernels(weights)
+            chosen, probes, scale = self._followed(kernels.detach(), list(due), watch, still)
             one = kernels if self.plan.groups == 1 else kernels[chosen]
             return torch.linalg.vector_norm(_image(one, probes[:, None]), dim=(1, 2, 3)) * scale * self.plan.attained
 
+    def _followed(self, kernels: Tensor, due: list[int], watch: bool, still: bool) -> tuple[Tensor, ...]:
+        """`follow` on the plain tensors below any transform; one opaque operation where code is compiled."""
+        if torch.compiler.is_compiling():
+            state = (self.frequency, self.vector, self.height)
+            if still:
+                state = tuple(t.clone() for t in state)
+            return tuple(torch.ops.gramlip.follow(kernels, *state, due, watch, still, self.key))
+        return plainly(lambda plain: self.follow(plain, due, watch, still), kernels)
+
     @torch.no_grad()
-    def search(self) -> None:
+    def search(self, weights: Sequence[Tensor]) -> None:
         """Find the peaks of all layers afresh, outside of a call."""
         with uncast(self.frequency):
-            kernels = self.kernels()
+            kernels = self.kernels(weights)
             self._search(kernels, self._scale(kernels), range(len(self)))
 
-    def kernels(self) -> Tensor:
+    def kernels(self, weights: Sequence[Tensor]) -> Tensor:
         """The kernels (B, m, n, taps) of all layers in float32 at least, with their graph."""
-        parts = [self.plan.kernel(_full(weight())) for weight in self._weights]
+        parts = [self.plan.kernel(_full(weight)) for weight in weights]
         stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
         return stacked.reshape(*stacked.shape[:3], -1).to(self.frequency.dtype)
 
-    def follow(self, kernels: Tensor, due: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def follow(self, kernels: Tensor, due: Sequence[int], watch: bool, still: bool) -> tuple[Tensor, Tensor, Tensor]:
         """One call on plain kernels: the group (L,) with each layer's highest peak, its D(w) v as probes over the scale, and the scale."""
-        scale, peaks, groups = self._scale(kernels), self.frequency.shape[1], self.plan.groups
+        if still:
+            return self.with_state(*(t.clone() for t in (self.frequency, self.vector, self.height)))._still(kernels, watch)
+        scale, scaled = (found := self._scale(kernels)), _Scaled(kernels, 1 / found)
         self._search(kernels, scale, due)
-        heights, scaled = self.frequency.new_zeros(()), _Scaled(kernels, 1 / scale)
-        for _ in range(self.steps):
-            heights = self._step(scaled)
+        heights = self.frequency.new_zeros(())
+        for i in range(self.steps):
+            before, heights = self._step(scaled)
+            if i == 0 and watch and (jumped := self._jumped(before, scale)):
+                self._search(kernels, scale, jumped)
+                heights = self._step(scaled)[1]
+        self.height.copy_(heights.reshape(len(self), -1).amax(-1) * scale[:: self.plan.groups])
+        return self._probes(kernels, scale, heights)
+
+    def _jumped(self, before: Tensor, scale: Tensor) -> list[int]:
+        """The layers whose estimate differs by more than `JUMP` from that of the last call; what waits for a GPU is not asked."""
+        now = before.reshape(len(self), -1).amax(-1) * scale[:: self.plan.groups]
+        same = (now <= self.height * JUMP) & (now * JUMP >= self.height)
+        return [] if bool(same.all()) else (~same).nonzero()[:, 0].tolist()
+
+    def _probes(self, kernels: Tensor, scale: Tensor, heights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        peaks, groups = self.frequency.shape[1], self.plan.groups
         best = heights.reshape(len(self), -1).argmax(-1)
         chosen = best // peaks + groups * torch.arange(len(self), device=best.device)
         vector = torch.view_as_complex(self.vector[chosen, best % peaks]) / scale[chosen, None]
@@ -96,9 +144,25 @@ class Tracker(nn.Module):
     def _scale(self, kernels: Tensor) -> Tensor:
         """Powers of two (B,) near the largest entries of each layer: in these units no square over- or underflows."""
         each = kernels.reshape(len(self), -1)
-        exponent = torch.frexp(torch.maximum(each.amax(1), -each.amin(1)).nan_to_num())[1]
+        least, most = torch.aminmax(each, dim=1)
+        exponent = torch.frexp(torch.maximum(most, -least).nan_to_num())[1]
         widest = math.frexp(torch.finfo(kernels.dtype).max)[1] * 3 // 4  # the inverse is a number too
-        return torch.ldexp(torch.ones_like(each[:, 0]), exponent.clamp(-widest, widest)).repeat_interleave(self.plan.groups)
+        return torch.ldexp(torch.ones_like(most), exponent.clamp(-widest, widest)).repeat_interleave(self.plan.groups)
+
+    def with_state(self, frequency: Tensor, vector: Tensor, height: Tensor) -> Tracker:
+        """A twin that works on another state."""
+        twin = copy.copy(self)
+        twin._buffers = self._buffers | {"frequency": frequency, "vector": vector, "height": height}
+        return twin
+
+    def _still(self, kernels: Tensor, watch: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The probes without a step; where it watches, of a search for layers whose estimate is not that of the last call."""
+        scale = self._scale(kernels)
+        values = self._values(_Scaled(kernels, 1 / scale), self.frequency, torch.view_as_complex(self.vector))
+        if watch and (jumped := self._jumped(values, scale)):
+            self._search(kernels, scale, jumped)
+            values = self._step(_Scaled(kernels, 1 / scale))[1]
+        return self._probes(kernels, scale, values)
 
     def _search(self, kernels: Tensor, scale: Tensor, which: Sequence[int]) -> None:
         """Find the peaks of some layers afresh, by power iteration at every point of the grid.
@@ -154,8 +218,8 @@ class Tracker(nn.Module):
         """||D(w) v||: (B, peaks)."""
         return torch.linalg.vector_norm(kernels.image(vector, self._waves(frequency)), dim=(1, 3))
 
-    def _step(self, kernels: _Scaled) -> Tensor:
-        """U from v, then w from (u, v), then v from (u, w): none of them lowers |u* D(w) v|, which is returned, (B, peaks)."""
+    def _step(self, kernels: _Scaled) -> tuple[Tensor, Tensor]:
+        """U from v, then w from (u, v), then v from (u, w): none of them lowers |u* D(w) v|, which is returned before and after."""
         waves, v = self._waves(self.frequency), torch.view_as_complex(self.vector)
         image = kernels.image(v, waves)
         back = kernels.back(image)
@@ -165,7 +229,7 @@ class Tracker(nn.Module):
         length, v = _split((back * waves.conj()[:, :, None]).sum(-1), v)
         self.vector.copy_(torch.view_as_real(v))
         size = torch.linalg.vector_norm(image, dim=(1, 3))
-        return length / torch.where(size > 0, size, 1.0)
+        return size, length / torch.where(size > 0, size, 1.0)
 
     def _climb(self, taps: Tensor, waves: Tensor) -> Tensor:
         """The frequencies moved along the gradient of `|sum_p c_p exp(-i p.w)|^2`, c_p = u* K_p v, as far as it grows."""
@@ -193,6 +257,34 @@ class _Scaled(NamedTuple):
     def back(self, image: Tensor) -> Tensor:
         """K_p* u for every tap p, (B, peaks, n, taps)."""
         return _back(self.kernels, image * self.inverse[:, None, None, None])
+
+
+_TRACKERS: WeakValueDictionary[int, Tracker] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def _keep(tracker: Tracker) -> int:
+    """A number by which the opaque operation finds the geometry of a tracker; the tracker itself is not kept alive."""
+    key = next(_NUMBERS)
+    _TRACKERS[key] = tracker
+    return key
+
+
+@torch.library.custom_op("gramlip::follow", mutates_args=("frequency", "vector", "height"))
+def _follow(
+    kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], watch: bool, still: bool, key: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Tracker.follow` as one operation, on the state that is given."""
+    return _TRACKERS[key].with_state(frequency, vector, height).follow(kernels, due, watch, still)
+
+
+@_follow.register_fake
+def _(
+    kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], watch: bool, still: bool, key: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = len(height), vector.shape[2], kernels.shape[-1]
+    probes = kernels.new_empty(shape, dtype=torch.promote_types(kernels.dtype, torch.complex64))
+    return kernels.new_empty(shape[0], dtype=torch.int64), probes, kernels.new_empty(shape[0])
 
 
 def plainly(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:

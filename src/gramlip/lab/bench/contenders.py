@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from gramlip.lab.reproduce.convolutions import convolutions
 from gramlip.lab.training.recipes import MODELS
 from gramlip.nn import LipschitzPenalty
 from gramlip.nn.parametrize import layers
-from gramlip.nn.tracker import Tracker
 from gramlip.norm.bound import bound
 from gramlip.norm.certify import certify_all
 from gramlip.norm.methods import METHODS
@@ -312,8 +310,8 @@ def training(options: Options) -> Row:
     penalty()  # the first call searches
 
     def search() -> Tensor:
-        for tracker in cast("list[Tracker]", list(penalty.trackers)):
-            tracker.search()
+        for tracker, weights in penalty.tracked():
+            tracker.search(weights)
         return penalty()
 
     works = {
