@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.nn.norm_op import Plan
 from gramlip.nn.parametrize import Normalised, attach, each, operator, positive, real
-from gramlip.nn.tracker import Tracker
+from gramlip.nn.tracker import Tracker, plainly
 from gramlip.norm.bound import bound
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import real_dtype, uncast
@@ -28,7 +28,7 @@ from gramlip.operators.linear_maps import Conv, Ints
 # Spectral rescaling: a diagonal that makes any layer 1-Lipschitz, from the row sums of a Gram iterate; one step is AOL.
 
 M = TypeVar("M", bound=nn.Module)
-PEAKS = 2  # frequencies that are followed: more cost little, as they share each pass over the weight
+PEAKS = 4  # frequencies that are followed: more cost little, as they share each pass over the weight
 
 
 class SpectralRescaling(Normalised):
@@ -237,18 +237,23 @@ class TrackedSpectralNorm(Normalised):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The normalised weight, of the same shape and dtype; the norm is estimated in float32 at least, whatever autocast says."""
-        (sigma,) = self.tracker([weight], self._due(), watch=True, still=not self.training)
+        (value,), (unit,) = self.tracker.scaled([weight], self._due(), watch=True, still=not self.training)
         with uncast(weight):
+            sigma = value.to(torch.float64) * unit * math.sqrt(self.tracker.plan.square)
             scale = self.target * (1.0 - self.margin) / torch.where(sigma == 0, 1.0, sigma)  # what is no number stays one that is seen
-            return (weight * (scale.clamp_max(1.0) if self.soft else scale)).to(weight.dtype)
+            most = 1.0 if self.soft else torch.finfo(value.dtype).max  # weights of denormals alone stay finite
+            return (weight * scale.clamp_max(most).to(value.dtype)).to(weight.dtype)
 
     def _due(self) -> list[int]:
         """The one layer where a search is due, which each call in training counts; code that is compiled searches when it jumps."""
-        if not self.training or torch.compiler.is_compiling():
+        if not self.training or torch.compiler.is_compiling() or self.calls.is_meta:
             return []
-        with torch.no_grad():
-            self.calls += 1
+        plainly(self._count, self.calls)
         return [0] if int(self.calls) % self.every == 0 else []
+
+    def _count(self, calls: Tensor) -> tuple[Tensor]:
+        self.calls += 1
+        return (calls.clone(),)
 
     def _load_from_state_dict(
         self,
@@ -266,6 +271,7 @@ class TrackedSpectralNorm(Normalised):
         held = {f"{prefix}calls": self.calls} | {f"{prefix}tracker.{name}": value for name, value in self.tracker.state_dict().items()}
         if not any(name in state_dict for name in held):
             state_dict.update(held)
+            self.calls.zero_()
             self.tracker.height.zero_()  # nothing is as high as zero: the next call searches
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
@@ -371,7 +377,7 @@ def spectral_norm(
         attach(module, name, SpectralNorm(Plan.of(op, torus), input_size, goal, soft, n_iter))
         return module
     plan = Plan.of(op, max(4, torus // 2))
-    attach(module, name, TrackedSpectralNorm(plan, getattr(module, name), input_size, goal, soft, margin, every))
+    attach(module, name, TrackedSpectralNorm(plan, getattr(unwrapped(module), name), input_size, goal, soft, margin, every))
     return module
 
 

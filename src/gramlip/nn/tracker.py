@@ -41,9 +41,6 @@ class Tracker(nn.Module):
         peaks: frequencies followed in each group.
     """
 
-    positions: Tensor
-    turns: Tensor
-    start: Tensor
     frequency: Tensor
     vector: Tensor
     height: Tensor
@@ -53,14 +50,9 @@ class Tracker(nn.Module):
         self.plan, self.steps, self.count = plan, steps, len(weights)
         first = _full(weights[0].detach())
         shape, options = plan.kernel(first).shape, dict[str, Any](dtype=real_dtype(first), device=first.device)
-        axes = [torch.arange(k, **options) - (k - 1) / 2 for k in shape[3:]]  # centred: a phase of D(w), which changes no norm
-        half = [torch.arange(n if j + 1 < len(axes) else n // 2 + 1, device=first.device) for j, n in enumerate(plan.grid)]
         batch, peaks = self.count * plan.groups, min(peaks, math.prod(plan.grid) // 2 + 1)
-        start = unit(torch.randn(shape[2], 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).flatten())
-        self.register_buffer("positions", _product(axes, options), persistent=False)
-        self.register_buffer("turns", _product(half, {"dtype": torch.int64, "device": first.device}), persistent=False)
-        self.register_buffer("start", start.reshape(shape[2], 2).to(**options), persistent=False)
-        self.register_buffer("frequency", torch.zeros(batch, peaks, len(axes), **options))
+        self._taps, self._fixed = tuple(shape[3:]), dict[torch.device, tuple[Tensor, Tensor, Tensor]]()
+        self.register_buffer("frequency", torch.zeros(batch, peaks, len(self._taps), **options))
         self.register_buffer("vector", torch.zeros(batch, peaks, shape[2], 2, **options))
         self.register_buffer("height", torch.zeros(self.count, **options))
         self.key = _keep(self)
@@ -74,7 +66,24 @@ class Tracker(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tracker:
         """Follow the model to another device, in the precision that estimates are made in."""
-        return super()._apply(lambda x: fn(x).to(x.dtype), recurse)
+        empty = self.height.is_meta
+        super()._apply(lambda x: fn(x).to(x.dtype), recurse)
+        if empty and not self.height.is_meta:  # `to_empty` leaves any number there
+            for buffer in self.buffers():
+                buffer.zero_()
+        return self
+
+    def _constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """On the device of the state: the taps' positions, the grid's points in turns, and a fixed direction to search from."""
+        device = self.frequency.device
+        if device not in self._fixed:
+            options, n = dict[str, Any](dtype=self.frequency.dtype, device=device), self.vector.shape[2]
+            axes = [torch.arange(k, **options) - (k - 1) / 2 for k in self._taps]  # centred: a phase of D(w), which changes no norm
+            half = [torch.arange(n if j + 1 < len(axes) else n // 2 + 1, device=device) for j, n in enumerate(self.plan.grid)]
+            start = unit(torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).flatten()).reshape(n, 2)
+            turns = _product(half, {"dtype": torch.int64, "device": device})
+            self._fixed[device] = _product(axes, options), turns, torch.view_as_complex(start.to(**options))
+        return self._fixed[device]
 
     def forward(self, weights: Sequence[Tensor], due: Sequence[int] = (), watch: bool = False, still: bool = False) -> Tensor:
         """Search for the peaks of the layers that are due, track all, then lower estimates (L,) of the norms with their graph.
@@ -85,11 +94,16 @@ class Tracker(nn.Module):
             watch: search those too whose estimate has jumped since the last call.
             still: leave the state as it is: no search that is kept, no tracking step.
         """
+        values, scale = self.scaled(weights, due, watch, still)
+        return values * scale * self.plan.attained
+
+    def scaled(self, weights: Sequence[Tensor], due: Sequence[int], watch: bool, still: bool) -> tuple[Tensor, Tensor]:
+        """The same before the padding's factor, as (L,) values near one and the powers of two (L,) that they are in units of."""
         with uncast(self.frequency):
             kernels = self.kernels(weights)
             chosen, probes, scale = self._followed(kernels.detach(), list(due), watch, still)
             one = kernels if self.plan.groups == 1 else kernels[chosen]
-            return torch.linalg.vector_norm(_image(one, probes[:, None]), dim=(1, 2, 3)) * scale * self.plan.attained
+            return torch.linalg.vector_norm(_image(one, probes[:, None]), dim=(1, 2, 3)), scale
 
     def _followed(self, kernels: Tensor, due: list[int], watch: bool, still: bool) -> tuple[Tensor, ...]:
         """`follow` on the plain tensors below any transform; one opaque operation where code is compiled."""
@@ -98,6 +112,8 @@ class Tracker(nn.Module):
             if still:
                 state = tuple(t.clone() for t in state)
             return tuple(torch.ops.gramlip.follow(kernels, *state, due, watch, still, self.key))
+        if kernels.is_meta:
+            return _shapes(kernels, self.vector, self.height)
         return plainly(lambda plain: self.follow(plain, due, watch, still), kernels)
 
     @torch.no_grad()
@@ -161,7 +177,8 @@ class Tracker(nn.Module):
         values = self._values(_Scaled(kernels, 1 / scale), self.frequency, torch.view_as_complex(self.vector))
         if watch and (jumped := self._jumped(values, scale)):
             self._search(kernels, scale, jumped)
-            values = self._step(_Scaled(kernels, 1 / scale))[1]
+            for _ in range(SEARCH_STEPS):  # no later call goes on from here
+                values = self._step(_Scaled(kernels, 1 / scale))[1]
         return self._probes(kernels, scale, values)
 
     def _search(self, kernels: Tensor, scale: Tensor, which: Sequence[int]) -> None:
@@ -171,7 +188,7 @@ class Tracker(nn.Module):
         """
         groups = self.plan.groups
         rows = torch.tensor([i * groups + g for i in which for g in range(groups)], dtype=torch.int64, device=kernels.device)
-        for some in rows.split(max(1, TOGETHER // (len(self.turns) * kernels[0, 0].numel()))) if which else ():
+        for some in rows.split(max(1, TOGETHER // (len(self._constants()[1]) * kernels[0, 0].numel()))) if which else ():
             self._search_rows(_Scaled(kernels[some], 1 / scale[some]), some)
 
     def _search_rows(self, kernels: _Scaled, rows: Tensor) -> None:
@@ -179,7 +196,7 @@ class Tracker(nn.Module):
         before = self._values(kernels, frequency, vector)
         line, best = torch.arange(len(rows), device=rows.device), before.argmax(-1)
         # From what was tracked, so that no search undoes the steps before it, and a direction that is orthogonal to nothing for long.
-        found = self._peaks(kernels, unit(torch.view_as_complex(self.start) + vector[line, best]))
+        found = self._peaks(kernels, unit(self._constants()[2] + vector[line, best]))
         worse = self._values(kernels, *found).amax(-1) < before.amax(-1)
         found[0][worse, -1] = frequency[worse, best[worse]]
         found[1][worse, -1] = vector[worse, best[worse]]
@@ -190,8 +207,8 @@ class Tracker(nn.Module):
 
         The power iteration starts from `start` (B, n) at every point.
         """
-        sides = torch.tensor(self.plan.grid, device=start.device)
-        points = (self.turns * (2 * math.pi / sides)).to(self.frequency.dtype)
+        sides, turns = torch.tensor(self.plan.grid, device=start.device), self._constants()[1]
+        points = (turns * (2 * math.pi / sides)).to(self.frequency.dtype)
         waves = self._waves(points)
         vectors = start[:, None].expand(-1, len(points), -1)
         left = points.new_zeros(())
@@ -202,8 +219,8 @@ class Tracker(nn.Module):
         for _ in range(self.frequency.shape[1]):
             tops.append(top := left.argmax(-1))
             near = torch.zeros_like(left, dtype=torch.bool)
-            for other in (self.turns[top], -self.turns[top]):  # a real kernel has the same norm at w and -w
-                gap = (self.turns[None] - other[:, None]).remainder(sides)
+            for other in (turns[top], -turns[top]):  # a real kernel has the same norm at w and -w
+                gap = (turns[None] - other[:, None]).remainder(sides)
                 near |= (torch.minimum(gap, sides - gap) <= 1).all(-1)
             left = torch.where(near, -1.0, left)
         chosen = torch.stack(tops, -1)
@@ -211,7 +228,7 @@ class Tracker(nn.Module):
 
     def _waves(self, frequency: Tensor) -> Tensor:
         """exp(-i p.w): (..., taps)."""
-        angle = (frequency[..., None, :] * self.positions).sum(-1)  # no product of matrices, which settings cut short
+        angle = (frequency[..., None, :] * self._constants()[0]).sum(-1)  # no product of matrices, which settings cut short
         return torch.polar(torch.ones_like(angle), -angle)
 
     def _values(self, kernels: _Scaled, frequency: Tensor, vector: Tensor) -> Tensor:
@@ -233,10 +250,10 @@ class Tracker(nn.Module):
 
     def _climb(self, taps: Tensor, waves: Tensor) -> Tensor:
         """The frequencies moved along the gradient of `|sum_p c_p exp(-i p.w)|^2`, c_p = u* K_p v, as far as it grows."""
-        terms = taps * waves
-        slope = -1j * terms @ self.positions.to(terms.dtype)
+        terms, positions = taps * waves, self._constants()[0]
+        slope = -1j * terms @ positions.to(terms.dtype)
         gradient = (terms.sum(-1).conj()[..., None] * slope).real
-        curvature = (terms.abs() @ self.positions.abs()).square().sum(-1, keepdim=True)
+        curvature = (terms.abs() @ positions.abs()).square().sum(-1, keepdim=True)
         safe = gradient / torch.where(curvature > 0, curvature, 1.0)
         safe = torch.where(safe.isfinite(), safe, 0.0)
         tried = self.frequency[..., None, :] + safe[..., None, :] * safe.new_tensor(STRIDES)[:, None]
@@ -282,6 +299,11 @@ def _follow(
 def _(
     kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], watch: bool, still: bool, key: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _shapes(kernels, vector, height)
+
+
+def _shapes(kernels: Tensor, vector: Tensor, height: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `Tracker.follow` returns, without values."""
     shape = len(height), vector.shape[2], kernels.shape[-1]
     probes = kernels.new_empty(shape, dtype=torch.promote_types(kernels.dtype, torch.complex64))
     return kernels.new_empty(shape[0], dtype=torch.int64), probes, kernels.new_empty(shape[0])
