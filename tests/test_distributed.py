@@ -19,41 +19,57 @@ from gramlip import distributed
 from gramlip import nn as gnn
 
 
-def net() -> nn.Sequential:
+def net(exact: bool) -> nn.Sequential:
+    """Normalised; the tracked form stands still in eval mode, so that every process sees one function of the weights."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(64, 4))
-    return gnn.spectral_norm_(model, torch.zeros(1, 2, 4, 4))
+    return gnn.spectral_norm_(model, torch.zeros(1, 2, 4, 4), exact=exact).train(exact)
 
 
 def batch() -> torch.Tensor:
     return torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
-def alone() -> list[torch.Tensor]:
-    model = net()
+def alone(exact: bool) -> list[torch.Tensor]:
+    model = net(exact)
     (model(batch()[:2]).square().mean() / 2 + model(batch()[2:]).square().mean() / 2).backward()
     return [p.grad for p in model.parameters()]
 
 
 def ddp(rank: int) -> None:
-    model = net()
-    wrapped = DistributedDataParallel(model)
-    wrapped(batch()[2 * rank : 2 * rank + 2]).square().mean().backward()
-    for mine, expected in zip(model.parameters(), alone(), strict=True):
-        assert torch.allclose(mine.grad, expected, atol=1e-6)
+    for exact in (True, False):
+        model = net(exact)
+        wrapped = DistributedDataParallel(model)
+        wrapped(batch()[2 * rank : 2 * rank + 2]).square().mean().backward()
+        for mine, expected in zip(model.parameters(), alone(exact), strict=True):
+            assert torch.allclose(mine.grad, expected, atol=1e-6)
+
+
+def ddp_tracked(rank: int) -> None:
+    wrapped = DistributedDataParallel(net(exact=False).train())
+    optimiser = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    for _ in range(5):
+        optimiser.zero_grad()
+        wrapped(batch()[2 * rank : 2 * rank + 2]).square().mean().backward()
+        optimiser.step()
+    for name, mine in wrapped.module.state_dict().items():
+        first = mine.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, mine), name
 
 
 def fsdp(rank: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    model = net()
-    whole = model(batch()).detach()
-    for layer in (model[0], model[2], model[4], model):
-        fully_shard(layer)
-    assert torch.allclose(model(batch()), whole, atol=1e-6)
-    model(batch()[2 * rank : 2 * rank + 2]).square().mean().backward()
-    for mine, expected in zip(model.parameters(), alone(), strict=True):
-        assert torch.allclose(mine.grad.full_tensor(), expected, atol=1e-6)
+    for exact in (True, False):
+        model = net(exact)
+        whole = model(batch()).detach()
+        for layer in (model[0], model[2], model[4], model):
+            fully_shard(layer)
+        assert torch.allclose(model(batch()), whole, atol=1e-6)
+        model(batch()[2 * rank : 2 * rank + 2]).square().mean().backward()
+        for mine, expected in zip(model.parameters(), alone(exact), strict=True):
+            assert torch.allclose(mine.grad.full_tensor(), expected, atol=1e-6)
     plain = nn.Linear(8, 6)
     expected = gl.bound(plain.weight)
     fully_shard(plain)  # its hooks gather the weight, and change nothing
@@ -84,21 +100,22 @@ def sharded(rank: int) -> None:
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
-    linear = gnn.spectral_norm(nn.Linear(8, 6))
     torch.manual_seed(3)
     weight = torch.randn(6, 8)
-    linear.weight = weight
-    expected = linear.weight.detach()
-    chain = linear.parametrizations.weight[0]
-    split = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
-    value = chain(split)
-    assert isinstance(value, DTensor)
-    assert value.to_local().shape == (3, 8)
-    assert torch.allclose(value.full_tensor(), expected, atol=1e-6)
-    value.square().sum().backward()
-    whole = weight.clone().requires_grad_()
-    chain(whole).square().sum().backward()
-    assert torch.allclose(split.grad.full_tensor(), whole.grad, atol=1e-5)
+    for exact in (True, False):
+        linear = gnn.spectral_norm(nn.Linear(8, 6), exact=exact).eval()
+        linear.weight = weight
+        expected = linear.weight.detach()
+        chain = linear.parametrizations.weight[0]
+        split = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+        value = chain(split)
+        assert isinstance(value, DTensor)
+        assert value.to_local().shape == (3, 8)
+        assert torch.allclose(value.full_tensor(), expected, atol=1e-6)
+        value.square().sum().backward()
+        whole = weight.clone().requires_grad_()
+        chain(whole).square().sum().backward()
+        assert torch.allclose(split.grad.full_tensor(), whole.grad, atol=1e-5)
     plain = nn.Linear(8, 6)
     plain.weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(1)]))
     (found,) = distributed.bounds([plain])
@@ -145,7 +162,7 @@ def sharded_penalty(rank: int) -> None:
         assert torch.allclose(layer.weight.grad.full_tensor(), e, atol=1e-6)
 
 
-CHECKS = {check.__name__: check for check in (ddp, fsdp, wrapped, sharded, shared_bounds, shared_penalty, sharded_penalty)}
+CHECKS = {check.__name__: check for check in (ddp, ddp_tracked, fsdp, wrapped, sharded, shared_bounds, shared_penalty, sharded_penalty)}
 
 
 def main(rank: int, store: str) -> None:

@@ -21,7 +21,6 @@ from gramlip import nn as gnn
 from gramlip.nn import parametrize as parametrizing
 from gramlip.nn.norm_op import largest
 
-
 spectral_norm = partial(gnn.spectral_norm, exact=True)
 spectral_norm_ = partial(gnn.spectral_norm_, exact=True)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.nn.norm_op import Plan
+from gramlip.nn.norm_op import Plan, replicated
 from gramlip.nn.parametrize import Normalised, attach, each, operator, positive, real
 from gramlip.nn.tracker import Tracker, plainly
 from gramlip.norm.bound import bound
@@ -242,7 +242,9 @@ class TrackedSpectralNorm(Normalised):
             sigma = value.to(torch.float64) * unit * math.sqrt(self.tracker.plan.square)
             scale = self.target * (1.0 - self.margin) / torch.where(sigma == 0, 1.0, sigma)  # what is no number stays one that is seen
             most = 1.0 if self.soft else torch.finfo(value.dtype).max  # weights of denormals alone stay finite
-            return (weight * scale.clamp_max(most).to(value.dtype)).to(weight.dtype)
+            scale = scale.clamp_max(most).to(value.dtype)
+            sharded = replicated(weight)
+            return (weight * (scale if sharded is None else sharded[1](scale))).to(weight.dtype)
 
     def _due(self) -> list[int]:
         """The one layer where a search is due, which each call in training counts; code that is compiled searches when it jumps."""
