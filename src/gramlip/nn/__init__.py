@@ -1,14 +1,19 @@
-"""Training with a Lipschitz constant: normalise, rescale, penalise, and bake what was learned into certified weights."""
+"""Training with a Lipschitz constant: normalise, rescale, penalise, cap, watch, and bake what was learned into certified weights."""
 
 from __future__ import annotations
 
+from gramlip.nn.cap import Cap, cap_
+from gramlip.nn.monitor import Monitor
 from gramlip.nn.parametrizations import Residual, spectral_norm, spectral_norm_, spectral_rescaling, spectral_rescaling_
 from gramlip.nn.parametrize import normalised, remove
 from gramlip.nn.penalty import LipschitzPenalty
 
 __all__ = [
+    "Cap",
     "LipschitzPenalty",
+    "Monitor",
     "Residual",
+    "cap_",
     "normalised",
     "remove",
     "spectral_norm",

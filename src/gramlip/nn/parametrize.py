@@ -316,7 +316,7 @@ def _baked(model: nn.Module, found: list[tuple[str, nn.Module, str, Normalised]]
         path, module, name, _ = found[members[0]]
         limits = [(operator(found[i][1], found[i][2], found[i][3].input_size), found[i][3].target) for i in members]
         try:
-            weight = shrunk(value, limits, rtol)
+            weight, _ = shrunk(value, limits, rtol)
             if not bool(weight.any()) and all(bool(p.any()) for p in module.parametrizations[name].parameters()):  # type: ignore[union-attr,index]
                 msg = f"target={limits[0][1]:.6g} is below what {weight.dtype} can hold: all weights would be zero; expected a wider dtype"
                 raise InputError(msg)
@@ -328,8 +328,8 @@ def _baked(model: nn.Module, found: list[tuple[str, nn.Module, str, Normalised]]
     return [baked[i] for i in range(len(found))]
 
 
-def shrunk(value: Tensor, limits: list[tuple[Dense | Conv, float]], rtol: float) -> Tensor:
-    """The value scaled down, in its own dtype, until its certified norm is at most each target by default and at `rtol`."""
+def shrunk(value: Tensor, limits: list[tuple[Dense | Conv, float]], rtol: float) -> tuple[Tensor, float]:
+    """The value scaled down, in its own dtype, until its certified norm is at most each target by default and at `rtol`; and the scale."""
     weight, margin, scale = value.clone(), torch.finfo(value.dtype).eps / 4, 1.0
     for _ in range(TRIES):
         bounds = [
@@ -339,7 +339,7 @@ def shrunk(value: Tensor, limits: list[tuple[Dense | Conv, float]], rtol: float)
         ]
         over = [(float(b.upper), target) for b, target in bounds if float(b.upper) > target]
         if not over:
-            return weight
+            return weight, scale
         scale *= min(target / upper for upper, target in over) * (1 - margin)
         margin = min(2 * margin, 0.5)
         weight = (value.to(torch.promote_types(value.dtype, torch.float64)) * scale).to(value.dtype)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from itertools import islice
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gramlip import distributed
 from gramlip.errors import InputError
-from gramlip.nn.norm_op import Plan
-from gramlip.nn.parametrize import layers, operator, positive, real
-from gramlip.nn.tracker import Tracker, plainly
-from gramlip.operators.interval import Bound
-from gramlip.operators.linear_maps import Ints
+from gramlip.nn.norms import Norms
+from gramlip.nn.parametrize import positive
 
 
 def _paper(sigma: Tensor, threshold: float) -> Tensor:
@@ -50,11 +45,7 @@ COMPOSE: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {"layers": _layers, 
 """Name -> what is penalised: every layer on its own, or the constant of a chain of them."""
 
 
-def _weight(module: nn.Module) -> Tensor:
-    return cast("Tensor", module.weight)
-
-
-class LipschitzPenalty(nn.Module):
+class LipschitzPenalty(Norms):
     """Penalty of the norms of a network's linear and convolution layers, differentiable, to be added to the loss.
 
     `penalty()` returns a scalar: with the defaults `sum of (sigma if sigma > threshold else 0)`, the paper's. The norms hold for
@@ -90,8 +81,6 @@ class LipschitzPenalty(nn.Module):
     >>> penalty().backward()
     """
 
-    calls: Tensor
-
     def __init__(
         self,
         model: nn.Module,
@@ -107,7 +96,6 @@ class LipschitzPenalty(nn.Module):
         where: Callable[[str, nn.Module], bool] | None = None,
         shared: bool = False,
     ) -> None:
-        super().__init__()
         if form not in FORMS:
             msg = f"form={form!r} is unknown; expected one of {sorted(FORMS)}"
             raise InputError(msg)
@@ -117,64 +105,12 @@ class LipschitzPenalty(nn.Module):
         if shared and over != "layers":
             msg = f"shared=True was given with over={over!r}; expected over='layers': a composed constant needs every layer"
             raise InputError(msg)
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in (every, steps, peaks)):
-            msg = f"every={every!r}, steps={steps!r}, peaks={peaks!r} were given; expected integers of at least 1"
-            raise InputError(msg)
-        self.threshold, self.every = positive("threshold", threshold), every
+        at = positive("threshold", threshold)
+        super().__init__(model, example, every=every, steps=steps, peaks=peaks, torus=torus, where=where, shared=shared)
+        self.threshold, self._scale = at, distributed.world() if shared else 1
         self._cost, self._compose = FORMS[form], COMPOSE[over] if isinstance(over, str) else over
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-        self._layers = tuple(layers(model, example, where))
-        found = [(path, module, operator(module, "weight", size)) for path, module, size in self._layers]
-        if shared:
-            found = [found[i] for i in distributed.share([distributed.cost(op) for *_, op in found])]
-        self._scale = distributed.world() if shared else 1
-        alike: dict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)
-        for path, module, op in found:
-            real(op, "LipschitzPenalty")
-            if _weight(module).is_meta:
-                msg = f"{path} is on the meta device; expected weights with values: type model.to_empty(device='cpu') and load them first"
-                raise InputError(msg)
-            weight = op.weight
-            alike[Plan.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
-        self.trackers = nn.ModuleList(
-            Tracker(plan, [_weight(module) for _, module in group], steps, peaks) for (plan, *_), group in alike.items()
-        )
-        self._paths = [path for group in alike.values() for path, _ in group]
-        self._tracked = tuple(module for group in alike.values() for _, module in group)
 
     def forward(self) -> Tensor:
         """The penalty, a scalar with its graph."""
         costs = self._cost(self._compose(self.sigmas()), self.threshold) if self._paths else torch.zeros(())
         return costs.sum() * self._scale
-
-    def sigmas(self) -> dict[str, Tensor]:
-        """One tracking step: {path: norm estimate, a scalar with its graph}; a search where it is due."""
-        due, first, values = self._due(int(self.calls)), 0, []
-        for tracker, weights in self.tracked():
-            values += tracker(weights, [i - first for i in due if first <= i < first + len(tracker)])
-            first += len(tracker)
-        plainly(self._count, self.calls)
-        return dict(zip(self._paths, values, strict=True))
-
-    def tracked(self) -> Iterator[tuple[Tracker, list[Tensor]]]:
-        """Each tracker with the weights of its layers as they are now."""
-        modules = iter(self._tracked)
-        for tracker in cast("list[Tracker]", list(self.trackers)):
-            yield tracker, [_weight(module) for module in islice(modules, len(tracker))]
-
-    def _count(self, calls: Tensor) -> tuple[Tensor]:
-        self.calls += 1
-        return (calls.clone(),)
-
-    def _due(self, call: int) -> list[int]:
-        """The layers that a call searches: all at first, then each once in `every` calls, as evenly as it goes."""
-        count = len(self._paths)
-        if call == 0:
-            return list(range(count))
-        return [i % count for i in range(call * count // self.every, (call + 1) * count // self.every)]
-
-    def certify(self, rtol: float = 1e-2) -> dict[str, Bound]:
-        """{path: interval that holds}, for the input sizes of the example, by `gramlip.bound`; work is shared over the ranks."""
-        sized: list[tuple[nn.Module, Ints | None]] = [(module, size) for _, module, size in self._layers]
-        found = distributed.bounds(sized, rtol=rtol)
-        return {path: b for (path, *_), b in zip(self._layers, found, strict=True)}

@@ -56,7 +56,7 @@ class Task(lightning.LightningModule):
         self.net = build(recipe.model, recipe.control)
         example = torch.zeros(EXAMPLE)
         if recipe.control == "normalised":
-            spectral_norm_(self.net, example, target=recipe.target)
+            spectral_norm_(self.net, example, target=recipe.target, exact=True)
         if recipe.control == "rescaled" and recipe.task == "classify":
             spectral_rescaling_(self.net, example, target=recipe.target)
         self.penalty = LipschitzPenalty(self.net, example, recipe.threshold) if recipe.control == "penalised" else None

@@ -1,0 +1,154 @@
+"""`Cap` and `cap_`: weights scaled down in place where a layer's norm exceeds a target; no parametrization."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gramlip.errors import InputError
+from gramlip.nn.norms import Norms, weight_of
+from gramlip.nn.parametrize import Where, layers, operator, positive, real, shrunk
+from gramlip.nn.tracker import Tracker
+from gramlip.norm.bound import check_rtol
+
+
+class Cap(Norms):
+    """After an optimizer's step: layers whose tracked norm exceeds the target are scaled down to it, in place.
+
+    The layers keep their plain weights. The norms are tracked as those of `LipschitzPenalty` are, so that a call costs a few products
+    of the kernels with a vector, and are estimates from below: a layer may stand above the target by as much as a few steps move it.
+    `cap_` certifies, at the end of training or at a checkpoint.
+
+    Args:
+        model: the network. Its layers are those that it has now.
+        target: any positive number, for every layer.
+        example: an input, a tuple of them, or the shape of one sample, that one forward pass runs on; None holds for every size.
+        where: keep only layers for which `where(path, module)` holds.
+        every: calls between two searches of a layer over all frequencies.
+        peaks: frequencies followed in each group.
+        torus: grid points per axis in a search.
+
+    Raises:
+        InputError: options that cannot be used, or a weight that is not a plain parameter.
+        UnsupportedError: complex weights.
+
+    Reference: docs/training.md#cap.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    >>> cap = Cap(model, target=1.0)
+    >>> handle = optimizer.register_step_post_hook(cap)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: float = 1.0,
+        example: Any = None,
+        *,
+        where: Callable[[str, nn.Module], bool] | None = None,
+        every: int = 50,
+        peaks: int = 8,
+        torus: int = 8,
+    ) -> None:
+        self.target = positive("target", target)
+        super().__init__(model, example, every=every, peaks=peaks, torus=torus, where=where)
+        for path, module, _ in self._layers:
+            _refuse(path, module)
+        trackers = cast("list[Tracker]", list(self.trackers))
+        # what is not attained is made up for, so that the bound that holds for the padding comes down to the target
+        self._stretch = [math.sqrt(tracker.plan.square) / tracker.plan.attained for tracker in trackers for _ in range(len(tracker))]
+
+    @torch.no_grad()
+    def forward(self, *of_a_hook: Any) -> dict[str, float]:
+        """{path: factor} of the layers that were scaled down; what an optimizer's hook is given is not looked at."""
+        found = self.sigmas()
+        if not found:
+            return {}
+        norms = torch.stack([sigma.to(torch.float64) for sigma in found.values()]).tolist()
+        factors = {
+            path: self.target / (norm * stretch)
+            for path, norm, stretch in zip(found, norms, self._stretch, strict=True)
+            if norm * stretch > self.target
+        }
+        modules = dict(zip(found, self._tracked, strict=True))
+        least: dict[int, tuple[Tensor, float]] = {}
+        for path, factor in factors.items():  # a weight that several layers share is scaled once, for all of them
+            weight = weight_of(modules[path])
+            least[id(weight)] = weight, min(factor, least.get(id(weight), (weight, 1.0))[1])
+        for weight, factor in least.values():
+            weight.mul_(factor)
+        return {path: least[id(weight_of(modules[path]))][1] for path in factors}
+
+
+def cap_(
+    model: nn.Module,
+    target: float = 1.0,
+    example: Any = None,
+    *,
+    where: Where | None = None,
+    rtol: float = 1e-2,
+) -> dict[str, float]:
+    """Scale down, in place, every layer whose certified norm exceeds the target: afterwards each has `gramlip.bound(...).upper <= target`.
+
+    It certifies each layer, so it belongs at the end of training or at a checkpoint; `Cap` is for every step. Where one layer cannot be
+    capped, none is changed.
+
+    Args:
+        model: the network, with plain weights.
+        target: any positive number, for every layer.
+        example: an input, a tuple of them, or the shape of one sample; None holds for every size.
+        where: keep only layers for which `where(path, module)` holds.
+        rtol: width at which the certificate holds, beside the default one.
+
+    Returns:
+        {path: factor} of the layers that were scaled down.
+
+    Raises:
+        InputError: options that cannot be used, a weight that is not a plain finite parameter, or a target below what the dtype holds.
+
+    Reference: docs/training.md#cap.
+
+    >>> from gramlip import bound
+    >>> layer = nn.Linear(8, 8)
+    >>> factors = cap_(layer, target=0.25)
+    >>> sorted(factors), bound(layer).upper <= 0.25
+    ([''], True)
+    """
+    check_rtol(rtol)
+    goal, uses = positive("target", target), dict[int, list[tuple[str, nn.Module, Any]]]()
+    for path, module, size in layers(model, example, where):
+        _refuse(path, module)
+        op = operator(module, "weight", size)
+        real(op, "cap_")
+        uses.setdefault(id(weight_of(module)), []).append((path, module, op))
+    made: list[tuple[Tensor, Tensor]] = []
+    factors: dict[str, float] = {}
+    for members in uses.values():
+        path, weight = members[0][0], weight_of(members[0][1])
+        try:
+            capped, factor = shrunk(weight.detach(), [(op, goal) for *_, op in members], rtol)
+        except InputError as error:
+            msg = f"{path or type(model).__name__}: {error}: nothing was capped"
+            raise InputError(msg) from error
+        if not bool(capped.any()) and bool(weight.any()):
+            msg = f"target={goal:.6g} is below what {weight.dtype} can hold in {path!r}: all weights would be zero; expected a wider dtype"
+            raise InputError(msg)
+        if factor < 1.0:
+            made.append((weight, capped))
+            factors |= {path: factor for path, *_ in members}
+    with torch.no_grad():
+        for weight, capped in made:
+            weight.copy_(capped)
+    return factors
+
+
+def _refuse(path: str, module: nn.Module) -> None:
+    """Refuse a weight that is computed from others: scaling the result would change nothing."""
+    if not any(name == "weight" for name, _ in module.named_parameters(recurse=False)):
+        msg = f"{path or type(module).__name__}.weight is computed by a parametrization or a hook; expected a plain parameter: "
+        raise InputError(msg + "type gramlip.nn.remove(module) or torch's own undoing first, or leave it out with where=")
