@@ -365,6 +365,35 @@ def test_functional_calls(training: bool, model: nn.Sequential, x: torch.Tensor)
         torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-4)
 
 
+def test_per_sample_gradients_and_a_batch_of_weights(model: nn.Sequential, x: torch.Tensor) -> None:
+    model.eval()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (x[None],)).square().sum()
+
+    each = torch.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    for i in range(2):
+        one = torch.func.grad(loss)(weights, x[i])
+        torch.testing.assert_close({name: g[i] for name, g in each.items()}, one, rtol=1e-4, atol=1e-5)
+    _, along = torch.func.jvp(lambda w: loss(w, x[0]), (weights,), (weights,))
+    assert along.isfinite()
+    with pytest.raises(gl.InputError, match=r"under torch\.vmap over weights.*exact=True"):
+        torch.vmap(loss, (0, None))({name: torch.stack([w, w]) for name, w in weights.items()}, x[0])
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_bounding_and_auditing_in_training_mode_change_nothing(exact: bool) -> None:
+    model = gnn.spectral_norm_(net(), (3, 8, 8), exact=exact)
+    before = state(model)
+    gl.bound(model[0])
+    gl.bound(model[0], (8, 8))
+    gl.audit(model, (3, 8, 8))
+    gnn.LipschitzPenalty(model, (3, 8, 8)).certify()
+    assert agree(state(model), before)
+    assert model.training
+
+
 def test_a_model_built_on_the_meta_device() -> None:
     for assign in (True, False):
         with torch.device("meta"):

@@ -123,15 +123,15 @@ def cap_(
     goal, uses = positive("target", target), dict[int, list[tuple[str, nn.Module, Any]]]()
     for path, module, size in layers(model, example, where):
         _refuse(path, module)
-        op = operator(module, "weight", size)
-        real(op, "cap_")
-        uses.setdefault(id(weight_of(module)), []).append((path, module, op))
+        uses.setdefault(id(weight_of(module)), []).append((path, module, size))
     made: list[tuple[Tensor, Tensor]] = []
     factors: dict[str, float] = {}
     for members in uses.values():
         path, weight = members[0][0], weight_of(members[0][1])
         try:
-            capped, factor = shrunk(weight.detach(), [(op, goal) for *_, op in members], rtol)
+            limits = [(operator(m, "weight", size), goal) for _, m, size in members]
+            real(limits[0][0], "cap_")
+            capped, factor = shrunk(weight.detach(), limits, rtol)
         except InputError as error:
             msg = f"{path or type(model).__name__}: {error}: nothing was capped"
             raise InputError(msg) from error

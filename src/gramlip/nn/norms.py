@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gramlip import distributed
 from gramlip.errors import InputError
 from gramlip.nn.norm_op import Plan
-from gramlip.nn.parametrize import Where, layers, operator, real
+from gramlip.nn.parametrize import Where, in_eval_mode, layers, operator, real
 from gramlip.nn.tracker import Tracker, plainly
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Ints
@@ -58,21 +58,24 @@ class Norms(nn.Module):
             raise InputError(msg)
         self.every = every
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-        self._layers = tuple(layers(model, example, where))
-        found = [(path, module, operator(module, "weight", size)) for path, module, size in self._layers]
-        if shared:
-            found = [found[i] for i in distributed.share([distributed.cost(op) for *_, op in found])]
-        alike: dict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)
-        for path, module, op in found:
-            real(op, type(self).__name__)
-            if weight_of(module).is_meta:
-                msg = f"{path} is on the meta device; expected weights with values: type model.to_empty(device='cpu') and load them first"
-                raise InputError(msg)
-            weight = op.weight
-            alike[Plan.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
-        self.trackers = nn.ModuleList(
-            Tracker(plan, [weight_of(module) for _, module in group], steps, peaks) for (plan, *_), group in alike.items()
-        )
+        with in_eval_mode(model):  # reading a normalised weight moves nothing
+            self._layers = tuple(layers(model, example, where))
+            found = [(path, module, operator(module, "weight", size)) for path, module, size in self._layers]
+            if shared:
+                found = [found[i] for i in distributed.share([distributed.cost(op) for *_, op in found])]
+            alike: dict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)
+            for path, module, op in found:
+                real(op, type(self).__name__)
+                if weight_of(module).is_meta:
+                    msg = (
+                        f"{path} is on the meta device; expected weights with values: type model.to_empty(device='cpu') and load them first"
+                    )
+                    raise InputError(msg)
+                weight = op.weight
+                alike[Plan.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
+            self.trackers = nn.ModuleList(
+                Tracker(plan, [weight_of(module) for _, module in group], steps, peaks) for (plan, *_), group in alike.items()
+            )
         self._paths = [path for group in alike.values() for path, _ in group]
         self._tracked = tuple(module for group in alike.values() for _, module in group)
 

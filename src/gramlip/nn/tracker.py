@@ -110,8 +110,8 @@ class Tracker(nn.Module):
         if torch.compiler.is_compiling():
             state = (self.frequency, self.vector, self.height)
             if still:
-                state = tuple(t.clone() for t in state)
-            return tuple(torch.ops.gramlip.follow(kernels, *state, due, watch, still, self.key))
+                return tuple(torch.ops.gramlip.look(kernels, *state, watch, self.key))
+            return tuple(torch.ops.gramlip.follow(kernels, *state, due, watch, self.key))
         if kernels.is_meta:
             return _shapes(kernels, self.vector, self.height)
         return plainly(lambda plain: self.follow(plain, due, watch, still), kernels)
@@ -289,16 +289,27 @@ def _keep(tracker: Tracker) -> int:
 
 @torch.library.custom_op("gramlip::follow", mutates_args=("frequency", "vector", "height"))
 def _follow(
-    kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], watch: bool, still: bool, key: int
+    kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], watch: bool, key: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Tracker.follow` as one operation, on the state that is given."""
-    return _TRACKERS[key].with_state(frequency, vector, height).follow(kernels, due, watch, still)
+    return _TRACKERS[key].with_state(frequency, vector, height).follow(kernels, due, watch, still=False)
 
 
 @_follow.register_fake
 def _(
-    kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], watch: bool, still: bool, key: int
+    kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], watch: bool, key: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _shapes(kernels, vector, height)
+
+
+@torch.library.custom_op("gramlip::look", mutates_args=())
+def _look(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, watch: bool, key: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where the state stands still: a function of its inputs, which an audit takes for a constant."""
+    return _TRACKERS[key].with_state(frequency, vector, height).follow(kernels, [], watch, still=True)
+
+
+@_look.register_fake
+def _(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, watch: bool, key: int) -> tuple[Tensor, Tensor, Tensor]:
     return _shapes(kernels, vector, height)
 
 
@@ -336,7 +347,10 @@ class _Plainly(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        msg = "a penalty was called under torch.vmap over weights; expected one model: type one LipschitzPenalty for each of them"
+        msg = (
+            "tracked norms were asked for under torch.vmap over weights; expected one model: "
+            "type one LipschitzPenalty for each of them, or spectral_norm(module, exact=True)"
+        )
         raise InputError(msg)
 
 
