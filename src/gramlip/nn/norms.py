@@ -108,5 +108,6 @@ class Norms(nn.Module):
     def certify(self, rtol: float = 1e-2) -> dict[str, Bound]:
         """{path: interval that holds}, for the input sizes of the example, by `gramlip.bound`; work is shared over the ranks."""
         sized: list[tuple[nn.Module, Ints | None]] = [(module, size) for _, module, size in self._layers]
-        found = distributed.bounds(sized, rtol=rtol)
+        with in_eval_mode(nn.ModuleList(module for _, module, _ in self._layers)):
+            found = distributed.bounds(sized, rtol=rtol)
         return {path: b for (path, *_), b in zip(self._layers, found, strict=True)}
