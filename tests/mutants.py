@@ -22,6 +22,7 @@ from gramlip.network import compose, lower_bound, running_errors
 from gramlip.network.rules import shapes as joins
 from gramlip.network.rules import statistics
 from gramlip.network.steps import Pad, Slope
+from gramlip.nn import parametrize, tracker
 from gramlip.norm import bound, certify, methods
 from gramlip.norm.finite import banded_cholesky, boundary_terms
 from gramlip.norm.methods import formulas
@@ -47,6 +48,7 @@ from test_network_weights import check_cancelling, check_shifts
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
 from test_search import test_a_layer_that_is_given_up_leaves_the_others_in_the_search
 from test_sums import test_norms_of_many_equal_entries, test_products_of_many_rows
+from test_tracked import test_weights_that_are_replaced_are_noticed
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 NAMED = {case.name: case for case in cases()} | TRAPS
@@ -638,6 +640,29 @@ def shapes_take_the_dtype_of_the_model() -> None:
             assert example.example_inputs(given, (3,))[0].dtype == dtype
 
 
+def no_jump_is_noticed(patch: pytest.MonkeyPatch) -> None:
+    """Vectors of the last weight for another one."""
+    patch.setattr(tracker, "JUMP", float("inf"))
+
+
+def other_weights_are_noticed() -> None:
+    test_weights_that_are_replaced_are_noticed("conv", training=False)
+
+
+def caps_by_estimates(patch: pytest.MonkeyPatch) -> None:
+    """`cap_` by the lower side of the interval."""
+    right = parametrize.bound
+    patch.setattr(parametrize, "bound", lambda op, **options: (lambda b: gl.Bound(b.lower, b.lower, b.because))(right(op, **options)))
+
+
+def caps_are_certified() -> None:
+    for seed in range(4):
+        torch.manual_seed(seed)
+        layer = nn.Conv2d(4, 4, 3, padding=1)
+        gl.nn.cap_(layer, 0.1)
+        assert gl.bound(layer).upper <= 0.1
+
+
 MUTANTS: dict[str, Mutant] = {
     "squares one after the other": Mutant(squares_one_after_the_other, test_norms_of_many_equal_entries),
     "products one after the other": Mutant(products_one_after_the_other, test_products_of_many_rows),
@@ -705,5 +730,7 @@ MUTANTS: dict[str, Mutant] = {
     "scales taken for layers": Mutant(scales_taken_for_layers, scales_are_no_layers),
     "a hook lost with its wrapper": Mutant(hooks_of_wrappers_forgotten, hooks_of_wrappers_count),
     "a shape in the default dtype": Mutant(shapes_in_the_default_dtype, shapes_take_the_dtype_of_the_model),
+    "vectors of the last weight for another": Mutant(no_jump_is_noticed, other_weights_are_noticed),
+    "caps by the lower side": Mutant(caps_by_estimates, caps_are_certified),
     "division by the norm of a zero block": Mutant(division_by_a_zero_block, gram_norm_holds),
 }

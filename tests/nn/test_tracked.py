@@ -251,19 +251,24 @@ def test_a_resumed_run_is_the_same_run(x: torch.Tensor) -> None:
     assert agree(state(run(rest, 5)), state(whole))
 
 
-@pytest.mark.parametrize("of", ["torch", "exact"])
-def test_a_state_of_another_form_is_loaded(of: str, model: nn.Sequential, x: torch.Tensor) -> None:
-    source = net()
-    for layer in (source[0], source[2], source[4]):
-        nn.init.normal_(layer.weight, std=3.0)
-        torchs.spectral_norm(layer) if of == "torch" else gnn.spectral_norm(layer, exact=True)
+def form(name: str, layer: nn.Module) -> nn.Module:
+    return torchs.spectral_norm(layer) if name == "torch" else gnn.spectral_norm(layer, exact=name == "exact")
+
+
+@pytest.mark.parametrize(("of", "into"), [("torch", "tracked"), ("exact", "tracked"), ("torch", "exact"), ("tracked", "exact")])
+def test_a_state_of_another_form_is_loaded(of: str, into: str, x: torch.Tensor) -> None:
+    source, model = net(), net()
+    for i in (0, 2, 4):
+        nn.init.normal_(cast("torch.Tensor", source[i].weight), std=3.0)
+        form(of, source[i])
+        form(into, model[i])
     given = source.state_dict()
     keys = set(given)
     model.load_state_dict(given)
     assert set(given) == keys  # what the caller holds is as it was
     for i in (0, 2, 4):
         assert torch.equal(stored(model[i]), stored(source[i]))
-        assert 0.97 <= gl.bound(model[i], rtol=1e-3).upper <= 1.03
+        assert (0.93 if into == "exact" else 0.97) <= gl.bound(model[i], rtol=1e-3).upper <= 1.03
     assert model(x).isfinite().all()
 
 

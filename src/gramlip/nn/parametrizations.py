@@ -215,7 +215,14 @@ def _(module: Residual, input_size: Ints | None = None) -> Bound:
 
 # ---- spectral normalisation ----------------------------------------------------------------------------------------------
 #
-# `spectral_norm`: torch's parametrization, stateless and true for convolutions.
+# `spectral_norm`: torch's parametrization, true for convolutions; tracked, or stateless and exact.
+
+
+def _forget(state_dict: dict[str, Any], prefix: str, own: frozenset[str]) -> None:
+    """Drop what the other forms of `spectral_norm`, torch's too, keep beside a weight, so that a state of theirs is loaded."""
+    theirs = {"_u", "_v", "calls", *(f"tracker.{name}" for name in ("frequency", "vector", "height"))} - own
+    for name in theirs:
+        state_dict.pop(prefix + name, None)
 
 
 class TrackedSpectralNorm(Normalised):
@@ -257,25 +264,15 @@ class TrackedSpectralNorm(Normalised):
         self.calls += 1
         return (calls.clone(),)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """A state of torch's own `spectral_norm`, or of the stateless form, leaves the estimate to be searched afresh."""
-        for name in ("_u", "_v"):
-            state_dict.pop(prefix + name, None)
+        _forget(state_dict, prefix, frozenset(self.state_dict()))
         held = {f"{prefix}calls": self.calls} | {f"{prefix}tracker.{name}": value for name, value in self.tracker.state_dict().items()}
         if not any(name in state_dict for name in held):
             state_dict.update(held)
             self.calls.zero_()
             self.tracker.height.zero_()  # nothing is as high as zero: the next call searches
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """What is asked for, and by which theorem it holds."""
@@ -299,6 +296,11 @@ class SpectralNorm(Normalised):
             sigma = self.plan.sigma(shape, self.n_iter)
             scale = self.target / torch.where(sigma == 0, 1.0, sigma)  # what is no number stays one that is seen
             return (shape * (torch.minimum(scale, peak) if self.soft else scale)).to(weight.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """A state of torch's own `spectral_norm`, or of the tracked form, leaves the weight."""
+        _forget(state_dict, prefix, frozenset())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """What is asked for, and by which theorem it holds."""
@@ -384,7 +386,7 @@ def spectral_norm(
 
 
 def spectral_norm_(model: M, example: Any = None, *, where: Callable[[str, nn.Module], bool] | None = None, **options: Any) -> M:
-    """`spectral_norm` on every linear and convolution layer of a model, in place: each norm is at most the target.
+    """`spectral_norm` on every linear and convolution layer of a model, in place.
 
     Args:
         model: the network.

@@ -122,9 +122,9 @@ TRIES = 40  # each try widens the margin twofold: from one rounding unit to far 
 
 
 class Normalised(nn.Module):
-    """Base of the parametrizations: a weight's value with a norm of at most `target`, as a function of the weight alone.
+    """Base of the parametrizations: a weight's value with a norm of at most `target`, or close to it.
 
-    It holds no tensors: nothing to synchronise, save, average or freeze.
+    The exact ones are functions of the weight alone and hold no tensors: nothing to synchronise, save, average or freeze.
     """
 
     def __init__(self, input_size: Ints | None, target: float) -> None:
