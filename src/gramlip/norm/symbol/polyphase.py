@@ -103,14 +103,17 @@ def grouped(op: Conv) -> Tensor:
 
 def polyphase(kernel: Tensor, axis: int, stride: int) -> Tensor:
     """Phases of the axis moved to the input channels; phases without a tap are left out."""
-    if stride == 1:
-        return kernel
+    return kernel if stride == 1 else split(kernel, axis, stride).movedim(axis + 1, 3).flatten(2, 3)
+
+
+def split(kernel: Tensor, axis: int, stride: int) -> Tensor:
+    """The axis as two, taps and phases, without moving anything."""
     k = kernel.shape[axis]
     taps, phases = -(-k // stride), min(stride, k)
     room = torch.zeros_like(kernel.narrow(axis, 0, 1)).repeat_interleave(taps * stride - k, axis) if taps * stride > k else None
     full = kernel if room is None else torch.cat([kernel, room], axis)
-    split = full.unflatten(axis, (taps, stride)).narrow(axis + 1, 0, phases)
-    return split.movedim(axis + 1, 3).flatten(2, 3)
+    both = full.unflatten(axis, (taps, stride))
+    return both if phases == stride else both.narrow(axis + 1, 0, phases)
 
 
 def blocks(op: Dense | Conv, torus: int = 32) -> Blocks:
