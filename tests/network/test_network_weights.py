@@ -181,6 +181,7 @@ def test_a_report_says_where_weights_are_those_of_float64(call: Callable[[Tensor
         lambda x, w: torch.einsum("bi,ij->bj", x, w[0] * w[1]),
         lambda x, w: x * (w[0, 0] * w[1, 0]) + w[0, 1] * w[1, 1] - (w[0, 1] * w[1, 0]),
         lambda x, w: x / (w[0, 0] * w[1, 0]),
+        lambda x, w: x * (w[0, 0] * w[1, 0]).detach_(),
         lambda x, w: F.layer_norm(x, (4,), w[0, 0] * w[1, 0], w[0, 1] * w[1, 0]),
         lambda x, w: F.conv1d(x[:, None], (w[0] * w[1])[:, None], (w[0] * w[1])[0]),
         lambda x, w: F.conv_transpose1d(x[..., None], (w[0] * w[1])[..., None]),
@@ -237,3 +238,11 @@ def test_views_are_of_entries_whatever_the_layout() -> None:
     assert 0.0 < report.lower <= report.upper < float("inf")
     turned = audit(Map(lambda x: 2 * x.t().view(-1)).eval(), torch.randn(3, 2).t())
     assert turned.lower <= 2.0 <= turned.upper <= 2.0 + 1e-9
+
+
+def test_an_operation_without_derivatives_costs_the_lower_side_alone() -> None:
+    report = audit(Map(lambda x: x + torch.heaviside(x, torch.tensor(0.5))).eval(), (3,))
+    assert 0.0 <= report.lower <= report.upper == float("inf")
+    weight = nn.Parameter(torch.rand(3))
+    report = audit(Map(lambda x: x * weight.exp() + 0 * torch.heaviside(x * weight.exp(), torch.tensor(0.5))).eval(), (3,))
+    assert report.lower == 0.0 < float(weight.detach().double().exp().max()) <= report.upper < float("inf")

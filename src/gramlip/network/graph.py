@@ -365,28 +365,47 @@ def evaluate(node: fx.Node, resolve: Callable[[fx.Node], Any]) -> Any:
     args: tuple[Any, ...] = tuple(map(widened, map_arg(node.args, resolve)))
     kwargs: dict[str, Any] = {k: widened(v) for k, v in map_arg(node.kwargs, resolve).items()}
     name, held = op_name(node), getattr(node.meta.get("val"), "dtype", None)
-    if name == "aten.scaled_dot_product_attention.default":  # the fused kernel has no forward derivative
-        q, k, v, *others = args
-        mask, dropout, causal = (*others, *(None, 0.0, False)[len(others) :])
-        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask, dropout, causal, None, **kwargs)[0]
-    if name == "aten.batch_norm.default" and not args[5]:  # in evaluation mode; its forward derivative is slow
-        x, weight, bias, mean, var, *_ = args
-        shape = [-1 if j == 1 else 1 for j in range(x.ndim)]
-        gain = (var + args[7]).rsqrt() if weight is None else weight * (var + args[7]).rsqrt()
-        shift = -mean * gain if bias is None else bias - mean * gain
-        return x * gain.reshape(shape) + shift.reshape(shape)
-    if name == "aten.softplus.default":  # the function that its rule bounds, without the switch at a threshold
-        x, *others = args
-        beta = float(others[0] if others else kwargs.get("beta", 1.0))
-        return torch.logaddexp(torch.zeros_like(x), beta * x) / beta
+    if name in _SAME:  # derivatives go through: the function is that of its values
+        return args[0]
+    if name in _VIEWS:  # the layout in memory may be another here
+        return args[0].reshape(args[1].shape if isinstance(args[1], Tensor) else args[1])
+    if name in _IN_PLACE_OF and (result := _IN_PLACE_OF[name](*args, **kwargs)) is not None:
+        return result
     if name == "aten.rms_norm.default" and (*args, None, None)[3] is None and kwargs.get("eps") is None:
         wide = torch.float64 if held == torch.float64 else torch.float32  # torch takes eps from the type
         kwargs, args = kwargs | {"eps": torch.finfo(wide).eps}, args[:3]
     if not node.all_input_nodes and isinstance(held, torch.dtype) and held.is_floating_point:  # `linspace`, `full`: of no type in float64
         kwargs |= {"dtype": torch.float64} if any(a.name == "dtype" for a in node.target._schema.arguments) else {}  # type: ignore[union-attr]
-    if name in _SAME:  # derivatives go through: the function is that of its values
-        return args[0]
-    if name in _VIEWS:  # the layout in memory may be another here
-        return args[0].reshape(args[1].shape if isinstance(args[1], Tensor) else args[1])
     result = node.target(*args, **kwargs)  # type: ignore[operator]
     return result.to(widened(result.dtype)) if isinstance(result, Tensor) else result
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *others: Any, **options: Any) -> Tensor:
+    """The plain formula: the fused kernel has no forward derivative."""
+    mask, dropout, causal = (*others, *(None, 0.0, False)[len(others) :])
+    return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask, dropout, causal, None, **options)[0]
+
+
+def _batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, training: bool, momentum: float, eps: float, *_: Any
+) -> Tensor | None:
+    """In evaluation mode a product and a sum: the forward derivative of torch's call is slow."""
+    if training:
+        return None
+    shape = [-1 if j == 1 else 1 for j in range(x.ndim)]
+    gain = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
+    shift = -mean * gain if bias is None else bias - mean * gain
+    return x * gain.reshape(shape) + shift.reshape(shape)
+
+
+def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """The function that its rule bounds, without the switch at a threshold."""
+    return torch.logaddexp(torch.zeros_like(x), float(beta) * x) / float(beta)
+
+
+_IN_PLACE_OF: dict[str, Callable[..., Tensor | None]] = {
+    "aten.scaled_dot_product_attention.default": _attention,
+    "aten.batch_norm.default": _batch_norm,
+    "aten.softplus.default": _softplus,
+}
+"""Operation -> the function that is called for it, with its arguments; where it returns None the operation itself is."""

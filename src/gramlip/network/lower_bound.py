@@ -87,7 +87,10 @@ def direction(run: Function, x: Tensor, v: Tensor, steps: int) -> Tensor:
         image = _pushed(run, x, v)
         if not value.requires_grad:
             break
-        (back,) = torch.autograd.grad(value, point, image, retain_graph=True, materialize_grads=True)
+        try:
+            (back,) = torch.autograd.grad(value, point, image, retain_graph=True, materialize_grads=True)
+        except (NotImplementedError, RuntimeError):  # no derivative backward either
+            break
         size = torch.linalg.vector_norm(back)
         if not bool(size > 0) or not bool(torch.isfinite(size)):
             break

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn.functional import pad
 
 from gramlip.network.graph import arguments, evaluate, op_name, tensors
 from gramlip.numerics import rounding as rd
@@ -94,10 +95,6 @@ def _divided(x: Tensor, ex: Tensor, y: Tensor, ey: Tensor) -> Tensor:
     return _safe(error + 4.0 * rd.UNIT * z.abs(), x, ex, 1.0 / least, sure=sure)
 
 
-def _mul(m: Made) -> Tensor:
-    return _multiplied(*m.pair("self"), *m.pair("other"))
-
-
 def _div(m: Made) -> Tensor | None:
     return None if m.args.get("rounding_mode") is not None else _divided(*m.pair("self"), *m.pair("other"))
 
@@ -105,14 +102,6 @@ def _div(m: Made) -> Tensor | None:
 def inverse_error(x: Tensor, error: Tensor) -> Tensor:
     """The error of `1 / x` where x is known up to an error."""
     return _divided(torch.ones_like(x), torch.zeros_like(x), x, error)
-
-
-def _inverse(m: Made) -> Tensor:
-    return inverse_error(*m.pair("self"))
-
-
-def _square(m: Made) -> Tensor:
-    return _multiplied(*m.pair("self"), *m.pair("self"))
 
 
 def _root(m: Made) -> Tensor:
@@ -128,7 +117,7 @@ def _inverse_root(m: Made) -> Tensor:
 
 
 def _pow(m: Made) -> Tensor | None:
-    rule = {2: _square, 1: _moved, 0.5: _root, -0.5: _inverse_root, -1: _inverse}.get(m.args["exponent"])
+    rule = {2: _BOUNDS["square"], 1: _moved, 0.5: _root, -0.5: _inverse_root, -1: _BOUNDS["reciprocal"]}.get(m.args["exponent"])
     return None if rule is None else rule(m)
 
 
@@ -137,7 +126,7 @@ def _function(slope: Callable[[Tensor, Tensor, Tensor], Tensor], relative: bool 
 
     def rule(m: Made) -> Tensor:
         x, error = m.pair("self")
-        return _safe(slope(x, error, m.result) + LIBRARY * (m.result.abs() if relative else 1.0), m.result)
+        return _safe(slope(x, error, m.result) + LIBRARY * (m.result.abs() if relative else 1.0), x, m.result)
 
     return rule
 
@@ -184,8 +173,9 @@ def _weight_norm(m: Made) -> Tensor | None:
     kept = [] if m.args["dim"] == -1 else [m.args["dim"] % v.ndim]
     dims = [i for i in range(v.ndim + 1) if i not in kept]
     size, lost, terms = _length(v.unsqueeze(-1), ev.unsqueeze(-1), dims, True)
-    size, lost = size.squeeze(-1), lost.squeeze(-1) * (1.0 + 2.0**-20)
-    return _multiplied(v, ev, g / size, _divided(g, eg, size, lost)) if terms < 2**29 else None
+    size, room = size.squeeze(-1), 1.0 + 2.0**-20
+    lost = torch.where(size > math.sqrt(terms) * 2.0**-480, lost.squeeze(-1) * room, math.inf)
+    return _multiplied(v, ev, g / size, _divided(g, eg * room, size, lost)) if terms < 2**29 else None
 
 
 def _product(of: Callable[[Tensor, Tensor], Tensor], length: int | None = None) -> Rule:
@@ -206,27 +196,6 @@ def _moved(m: Made) -> Tensor:
         if isinstance(other, Tensor):
             error = torch.maximum(error, other)
     return error
-
-
-def _extreme(m: Made) -> Tensor:
-    return m.pair("self")[1].amax(m.args["dim"], m.args["keepdim"])
-
-
-def _where(m: Made) -> Tensor:
-    return torch.where(m.args["condition"], m.pair("self")[1], m.pair("other")[1])
-
-
-def _filled(m: Made) -> Tensor:
-    return torch.where(m.args["mask"], m.pair("value")[1], m.pair("self")[1])
-
-
-def _padded(m: Made) -> Tensor:
-    return torch.nn.functional.pad(m.pair("self")[1], m.args["pad"], m.args.get("mode", "constant"))
-
-
-def _softplus(m: Made) -> Tensor:
-    x, error = m.pair("self")
-    return _safe(error + LIBRARY * (4.0 * m.result.abs() + x.abs()), x, m.result)
 
 
 def _spaced(m: Made) -> Tensor | None:
@@ -255,12 +224,12 @@ _COPIES = _names(
 """Operations whose errors are what they make of the arguments' errors."""
 _BOUNDS: dict[str, Rule] = {
     **dict.fromkeys(_names("neg abs relu clamp clamp_min clamp_max clip hardtanh maximum minimum"), _moved),
-    **dict.fromkeys(["amax", "amin"], _extreme),
+    **dict.fromkeys(["amax", "amin"], lambda m: m.pair("self")[1].amax(m.args["dim"], m.args["keepdim"])),
     **dict.fromkeys(["div", "true_divide", "divide"], _div),
-    **dict.fromkeys(["mul", "multiply"], _mul),
+    **dict.fromkeys(["mul", "multiply"], lambda m: _multiplied(*m.pair("self"), *m.pair("other"))),
     **dict.fromkeys(_names("matmul mm mv bmm dot vdot"), _product(torch.matmul)),
     **dict.fromkeys(["linspace", "arange"], _spaced),
-    **dict.fromkeys(["constant_pad_nd", "pad"], _padded),
+    **dict.fromkeys(["constant_pad_nd", "pad"], lambda m: pad(m.pair("self")[1], m.args["pad"], m.args.get("mode", "constant"))),
     **dict.fromkeys(["linalg_vector_norm", "norm", "frobenius_norm"], _norm(2, None)),
     "linalg_norm": _norm(None),
     "linalg_matrix_norm": _norm("fro"),
@@ -269,8 +238,8 @@ _BOUNDS: dict[str, Rule] = {
     "add": _sum("self", "other", 1.0),
     "sub": _sum("self", "other", -1.0),
     "rsub": _sum("other", "self", -1.0),
-    "reciprocal": _inverse,
-    "square": _square,
+    "reciprocal": lambda m: inverse_error(*m.pair("self")),
+    "square": lambda m: _multiplied(*m.pair("self"), *m.pair("self")),
     "sqrt": _root,
     "rsqrt": _inverse_root,
     "pow": _pow,
@@ -280,12 +249,12 @@ _BOUNDS: dict[str, Rule] = {
     "sigmoid": _function(lambda _, error, __: error / 4.0),
     "sin": _function(lambda _, error, __: error, relative=False),
     "cos": _function(lambda _, error, __: error, relative=False),
-    "softplus": _softplus,
+    "softplus": _function(lambda x, error, value: error + LIBRARY * (3.0 * value.abs() + x.abs())),
     "sum": _summed(torch.sum),
     "mean": _summed(torch.mean),
     "_weight_norm": _weight_norm,
-    "where": _where,
-    "masked_fill": _filled,
+    "where": lambda m: torch.where(m.args["condition"], m.pair("self")[1], m.pair("other")[1]),
+    "masked_fill": lambda m: torch.where(m.args["mask"], m.pair("value")[1], m.pair("self")[1]),
 }
 
 

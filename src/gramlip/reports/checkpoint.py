@@ -80,19 +80,7 @@ def read(path: Path) -> Stored:
         InputError: the file is missing, corrupt, wants to run code, or holds no tensor.
     """
     check_file(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(16)
-    except FileNotFoundError:
-        msg = f"{path} does not exist; expected a weights file or a name such as demo: check the path"
-        raise InputError(msg) from None
-    except OSError as error:
-        msg = f"{path} cannot be opened ({error.strerror}); expected a weights file that can be read"
-        raise InputError(msg) from None
-    if not start:
-        msg = f"{path} is empty; expected weights, as safetensors or as torch.save writes them"
-        raise InputError(msg)
-    skipped: list[str] = []
+    start, skipped = _first_bytes(path), list[str]()
     pickled = start[8:9] != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80")
     if path.suffix == ".json":
         entries = _sharded(path)
@@ -110,6 +98,23 @@ def read(path: Path) -> Stored:
         msg = f"{path} holds no tensor; expected the weights of a model: save model.state_dict()"
         raise InputError(msg)
     return Stored(_unwrapped(entries), tuple(skipped))
+
+
+def _first_bytes(path: Path) -> bytes:
+    """The start of a file, by which its format is known."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except FileNotFoundError:
+        msg = f"{path} does not exist; expected a weights file or a name such as demo: check the path"
+        raise InputError(msg) from None
+    except OSError as error:
+        msg = f"{path} cannot be opened ({error.strerror}); expected a weights file that can be read"
+        raise InputError(msg) from None
+    if not start:
+        msg = f"{path} is empty; expected weights, as safetensors or as torch.save writes them"
+        raise InputError(msg)
+    return start
 
 
 def check_file(path: Path) -> None:
@@ -241,37 +246,13 @@ def _imports(stream: IO[bytes]) -> Iterator[str]:
 
 def _containers(loaded: Any, skipped: list[str], file: Path) -> Entries:
     """The tensors of a checkpoint, however nested, without the containers around them all; the state of training goes to `skipped`."""
-    found: dict[tuple[str, ...], Tensor] = {}
-
-    def walk(value: Any, path: tuple[str, ...]) -> None:
-        if isinstance(value, Tensor):
-            if path in found:
-                raise _same_name(file, ".".join(path))
-            if value.is_nested:
-                msg = f"{file}: {'.'.join(path)} is nested, many tensors in one; expected plain ones: save what its unbind() gives"
-                raise InputError(msg)
-            found[path or ("weight",)] = value
-        elif isinstance(value, Mapping | list | tuple):
-            whole = cast("Mapping[Any, Any] | list[Any]", value)
-            if (path and _TRAINING.search(path[-1])) or "param_groups" in whole:
-                skipped.append(".".join(path))
-                return
-            if len(path) == _DEEPEST:
-                given = f"{file} nests more than {_DEEPEST} containers, or one that holds itself"
-                msg = f"{given}; expected a dict of tensors: save model.state_dict()"
-                raise InputError(msg)
-            for key, item in whole.items() if isinstance(whole, Mapping) else enumerate(whole):
-                walk(item, (*path, str(key)))
-
-    walk(loaded, ())
-    inside = [path[:-1] for path, tensor in found.items() if tensor.ndim > 1]
-    shared = 0  # how many outer keys all weights have in common, and none of them names a layer
-    while inside and all(path[shared : shared + 1] == inside[0][shared : shared + 1] != () for path in inside):
-        if not _CONTAINERS.fullmatch(inside[0][shared]):
-            break
-        shared += 1
-    outer = inside[0][:shared] if inside else ()
-    names = {path: ".".join(path[shared:] if path[:shared] == outer else path) for path in found}
+    found = dict[tuple[str, ...], Tensor]()
+    for path, tensor in _tensors(loaded, (), skipped, file):
+        if path in found:
+            raise _same_name(file, ".".join(path))
+        found[path] = tensor
+    outer = _outer_keys([path[:-1] for path, tensor in found.items() if tensor.ndim > 1])
+    names = {path: ".".join(path[len(outer) :] if path[: len(outer)] == outer else path) for path in found}
     if len(set(names.values())) < len(names):
         names = {path: ".".join(path) for path in found}
     entries: Entries = {}
@@ -280,6 +261,36 @@ def _containers(loaded: Any, skipped: list[str], file: Path) -> Entries:
             raise _same_name(file, names[path])
         entries[names[path]] = Entry.of(tensor)
     return entries
+
+
+def _tensors(value: Any, path: tuple[str, ...], skipped: list[str], file: Path) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Every tensor inside of nested containers with the keys that lead to it."""
+    if isinstance(value, Tensor):
+        if value.is_nested:
+            msg = f"{file}: {'.'.join(path)} is nested, many tensors in one; expected plain ones: save what its unbind() gives"
+            raise InputError(msg)
+        yield path or ("weight",), value
+    elif isinstance(value, Mapping | list | tuple):
+        whole = cast("Mapping[Any, Any] | list[Any]", value)
+        if (path and _TRAINING.search(path[-1])) or "param_groups" in whole:
+            skipped.append(".".join(path))
+            return
+        if len(path) == _DEEPEST:
+            given = f"{file} nests more than {_DEEPEST} containers, or one that holds itself"
+            msg = f"{given}; expected a dict of tensors: save model.state_dict()"
+            raise InputError(msg)
+        for key, item in whole.items() if isinstance(whole, Mapping) else enumerate(whole):
+            yield from _tensors(item, (*path, str(key)), skipped, file)
+
+
+def _outer_keys(paths: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """The keys that all paths begin with, as long as none of them names a layer."""
+    shared = 0
+    while paths and all(path[shared : shared + 1] == paths[0][shared : shared + 1] != () for path in paths):
+        if not _CONTAINERS.fullmatch(paths[0][shared]):
+            break
+        shared += 1
+    return paths[0][:shared] if paths else ()
 
 
 def _same_name(file: Path, name: str) -> InputError:

@@ -125,50 +125,69 @@ class Maps(Protocol):
 
 def system(network: Network, maps: Maps) -> System:
     """The forms of a segment whose first step is its input and whose last is its output."""
-    forms: list[Form] = [maps.identity(0)]
-    queries: list[Form | None] = [None]
-    channels, ratios = [maps.channels(0)], [1.0]
+    builder = SystemBuilder(maps)
+    for i, step in enumerate(network.steps[1:], start=1):
+        builder.add(i, step)
+    return builder.built()
 
-    def anchor(i: int, query: Form, ratio: float = 1.0) -> Form:
-        queries.append(query)
-        ratios.append(ratio)
-        channels.append(maps.channels(i))
-        new = maps.identity(i)
-        return Form({len(queries) - 1: new.blocks[0]}, {len(queries) - 1: 0.0}, True)
 
-    for i, step in enumerate(network.steps):
-        if i == 0:
-            continue
-        what, source = step.what, forms[step.sources[0]]
+class SystemBuilder:
+    """The forms of the values so far, one for each step, and the anchors that they act on."""
+
+    def __init__(self, maps: Maps) -> None:
+        self._maps = maps
+        self._forms: list[Form] = [maps.identity(0)]
+        self._queries: list[Form | None] = [None]
+        self._channels, self._ratios = [maps.channels(0)], [1.0]
+
+    def built(self) -> System:
+        """The system whose output is the last value."""
+        return System(self._queries, self._channels, self._forms[-1], self._maps.frequencies, self._ratios)
+
+    def add(self, i: int, step: Step) -> None:
+        """The form of the value of step i."""
+        what, sources = step.what, [self._forms[s] for s in step.sources]
         if isinstance(what, Linear):
-            matrix, error, needs_clean, keeps = maps.linear(i, step, what)
-            if needs_clean and not source.clean:
-                source = anchor(step.sources[0], source)  # the crop between two layers is a diagonal of zeros and ones
-                forms[step.sources[0]] = source
-            forms.append(source.mapped(matrix, error, source.clean and keeps))
+            form = self._linear(i, step, what)
         elif isinstance(what, Slope):
-            low, high = maps.slopes(what)
-            rest = maps.factors(i, high) - maps.factors(i, low)
-            # On a multiple of the identity the best multiplier for slopes [low, high] is high / (high - low) of it.
-            best = float((maps.factors(i, high) / rest.clamp_min(1e-12)).max())
-            u = anchor(i, source, min(max(best, 0.51), 1.0))
-            value = u.scaled(rest) if bool((rest != 1).any()) else u
-            shift = maps.factors(i, low)
-            total = value + source.scaled(shift) if bool((shift != 0).any()) else value
-            forms.append(Form(total.blocks, total.errors, True))  # D may be chosen so that the value vanishes outside
+            form = self._activation(i, sources[0], what)
         elif isinstance(what, Sum):
-            total = source
-            for s in step.sources[1:]:
-                total = total + forms[s]
-            forms.append(total)
+            form = sum(sources[1:], start=sources[0])
         elif isinstance(what, Join):
-            forms.append(maps.joined(step, what.axis, [forms[s] for s in step.sources], list(step.sources)))
+            form = self._maps.joined(step, what.axis, sources, list(step.sources))
         elif isinstance(what, Slice):
-            forms.append(maps.sliced(step, what, source, step.sources[0]))
+            form = self._maps.sliced(step, what, sources[0], step.sources[0])
         else:
             assert isinstance(what, View)
-            forms.append(source)
-    return System(queries, channels, forms[-1], maps.frequencies, ratios)
+            form = sources[0]
+        self._forms.append(form)
+
+    def _anchor(self, i: int, query: Form, ratio: float = 1.0) -> Form:
+        """A new anchor `u = D q` for value i: its form is the identity on it."""
+        self._queries.append(query)
+        self._ratios.append(ratio)
+        self._channels.append(self._maps.channels(i))
+        number = len(self._queries) - 1
+        return Form({number: self._maps.identity(i).blocks[0]}, {number: 0.0}, True)
+
+    def _linear(self, i: int, step: Step, what: Linear) -> Form:
+        matrix, error, needs_clean, keeps = self._maps.linear(i, step, what)
+        at = step.sources[0]
+        if needs_clean and not self._forms[at].clean:
+            self._forms[at] = self._anchor(at, self._forms[at])  # the crop between two layers is a diagonal of zeros and ones
+        source = self._forms[at]
+        return source.mapped(matrix, error, source.clean and keeps)
+
+    def _activation(self, i: int, source: Form, what: Slope) -> Form:
+        """`low q + (high - low) u` with the anchor `u = D q`."""
+        low, high = (self._maps.factors(i, end) for end in self._maps.slopes(what))
+        rest = high - low
+        # On a multiple of the identity the best multiplier for slopes [low, high] is high / (high - low) of it.
+        best = float((high / rest.clamp_min(1e-12)).max())
+        u = self._anchor(i, source, min(max(best, 0.51), 1.0))
+        value = u.scaled(rest) if bool((rest != 1).any()) else u
+        total = value + source.scaled(low) if bool((low != 0).any()) else value
+        return Form(total.blocks, total.errors, True)  # D may be chosen so that the value vanishes outside
 
 
 def block_of(m: int, n: int, rows: Tensor, columns: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -60,42 +61,121 @@ def lower(program: Program, assume: Mapping[str, float] | None = None) -> Lowere
         program: from `gramlip.network.graph.export`.
         assume: constants to believe, by module path, node name or operation name.
     """
-    assume = dict(assume or {})
-    unused, assumed, unsupported = set(assume), list[str](), list[str]()
-    values: dict[fx.Node, object] = dict(program.constants)
-    steps: list[Step] = []
-    known = Known()
+    lowering = _Lowering(program, dict(assume or {}))
     needed = _needed(program)
     for node in program.nodes:
         if node in program.inputs:
-            steps.append(Step(Input(), (), shape_of(node), node.name, "input"))
-            values[node] = Var(len(steps) - 1, shape_of(node))
-        if node.op != "call_function" or node not in needed:
-            continue
-        write = program.writes.get(node)
+            lowering.add_input(node)
+        if node.op == "call_function" and node in needed:
+            lowering.add_call(node)
+    return lowering.done()
+
+
+class _Lowering:
+    """The steps so far, the value of each node, and what is known of values from the calls before."""
+
+    def __init__(self, program: Program, assume: Mapping[str, float]) -> None:
+        self._program, self._assume = program, assume
+        self._values: dict[fx.Node, object] = dict(program.constants)
+        self._steps, self._known = list[Step](), Known()
+        self._unused, self._assumed, self._unsupported = set(assume), list[str](), list[str]()
+
+    def add_input(self, node: fx.Node) -> None:
+        """One of the network's inputs."""
+        self._values[node] = self._new(node, Step(Input(), (), shape_of(node), node.name, "input"))
+
+    def add_call(self, node: fx.Node) -> None:
+        """The steps of a call; where no rule covers it, unbounded ones, and the reason."""
+        write = self._program.writes.get(node)
         changed = [node] if write is None else [node, *write.targets, *write.shared]
         try:
             if write is not None and write.refusal:
                 msg = f"{op_name(node)}: {write.refusal}"
                 raise UnsupportedError(msg)
-            values |= dict.fromkeys(changed, _value(node, values, steps, known, assume, unused, assumed))
+            self._values |= dict.fromkeys(changed, self._value(node))
         except UndefinedError as error:
             msg = f"{place(node)}, in {module_path(node)}: {error}"
             raise InputError(msg) from error
         except (UnsupportedError, InputError) as error:
-            unsupported.append(f"{place(node)}, in {module_path(node)}: {error}")
+            self._unsupported.append(f"{place(node)}, in {module_path(node)}: {error}")
             for n in changed:
-                steps.append(Step(Unbounded("no rule"), (), shape_of(n), module_path(node), op_name(node), place(node)))
-                values[n] = Var(len(steps) - 1, shape_of(n))
-    if unused:
-        msg = f"assume={sorted(unused)} was given; expected names of modules, nodes or operations of the model"
-        raise InputError(msg)
-    ends = [values[n] for n in program.outputs]
-    kept = [v for v in ends if isinstance(v, Var)]
-    computed = {n: v for n, v in values.items() if n not in program.constants and not _depends(v)}
-    read = {n for node in program.nodes if node not in computed for n in node.all_input_nodes}
-    errors = {n: e for n, e in known.errors.items() if n in read and isinstance(e, Tensor)}
-    return Lowered(renumbered(steps, [v.step for v in kept], {}), unsupported, assumed, computed, errors, sorted(known.taken))
+                self._values[n] = self._new(n, Step(Unbounded("no rule"), (), shape_of(n), module_path(node), op_name(node), place(node)))
+
+    def done(self) -> Lowered:
+        """The network of the steps that the outputs depend on.
+
+        Raises:
+            InputError: an assumption of a name that the model does not have.
+        """
+        if self._unused:
+            msg = f"assume={sorted(self._unused)} was given; expected names of modules, nodes or operations of the model"
+            raise InputError(msg)
+        ends = [value.step for n in self._program.outputs if isinstance(value := self._values[n], Var)]
+        computed = {n: v for n, v in self._values.items() if n not in self._program.constants and not _depends(v)}
+        read = {n for node in self._program.nodes if node not in computed for n in node.all_input_nodes}
+        errors = {n: e for n, e in self._known.errors.items() if n in read and isinstance(e, Tensor)}
+        network = renumbered(self._steps, ends, {})
+        return Lowered(network, self._unsupported, self._assumed, computed, errors, sorted(self._known.taken))
+
+    def _new(self, node: fx.Node, step: Step) -> Var:
+        self._steps.append(step)
+        return Var(len(self._steps) - 1, shape_of(node))
+
+    def _call(self, node: fx.Node, resolve: Callable[[fx.Node], object]) -> Call:
+        """The call as a rule sees it."""
+        given, dtype = arguments(node, resolve), getattr(node.meta.get("val"), "dtype", None)
+        errors = arguments(node, self._known.errors.get)
+        target = cast("Callable[..., Any]", node.target)
+        return Call(op_name(node), given, shape_of(node), module_path(node), place(node), target, self._steps, dtype, self._known, errors)
+
+    def _value(self, node: fx.Node) -> object:
+        """The value of a call: assumed, a number, that of the same call before, or what its rule makes."""
+        call = self._call(node, resolve := self._resolver(node))
+        if (value := self._assumed_value(node, call)) is not None:
+            return value
+        if not call.vars:
+            return _constant(node, call, resolve)
+        _check(node, call)
+        plain = call.op.startswith(("aten.", "getitem")) and not is_random(node) and not any(tensors(v) for v in call.args.values())
+        text = f"{call.op} {call.args}" if plain else ""
+        if text in self._known.values:  # the same call of the same value again
+            return self._known.values[text]
+        curve = entrywise(call)
+        value = _made(node, call, curve)
+        if call.unasked:
+            self._known.taken.add(f"go into {call.op}")
+        if isinstance(value, Var) and value not in call.vars:
+            if curve is not None:
+                self._known.curves[value.step] = curve
+            if text:
+                self._known.values[text] = value
+        return value
+
+    def _resolver(self, node: fx.Node) -> Callable[[fx.Node], object]:
+        """The values that a call reads; of what it reads the shape and the type alone, a placeholder."""
+        op = op_name(node)
+        at = _OF_SHAPE.get(op, _OF_SHAPE.get(op.rsplit(".", 1)[0]))
+        shaped = node.args[at] if at is not None and at < len(node.args) and node.args.count(node.args[at]) == 1 else None
+
+        def resolve(n: fx.Node) -> object:
+            if n not in self._values:
+                msg = f"{op} reads {n.name}, which is neither an input nor a weight"
+                raise UnsupportedError(msg)
+            value = self._values[n]
+            if n is shaped and isinstance(value, Var):
+                return torch.zeros((), dtype=widened(n.meta["val"].dtype)).expand(value.shape)
+            return value
+
+        return resolve
+
+    def _assumed_value(self, node: fx.Node, call: Call) -> Var | None:
+        """The value of a call whose constant is to be believed."""
+        for name in (call.name, node.name, call.op, call.op.rsplit(".", 1)[0]):
+            if name in self._assume and call.vars:
+                self._unused.discard(name)
+                self._assumed.append(f"{name} taken as {self._assume[name]:g}-Lipschitz by assumption ({call.place})")
+                return call.then(Lipschitz(float(self._assume[name]), "assumed", assumed=True), *call.vars)
+        return None
 
 
 def _depends(value: object) -> bool:
@@ -116,55 +196,6 @@ def _needed(program: Program) -> set[fx.Node]:
             seen.add(node)
             stack += [*node.all_input_nodes, *writers.get(node, [])]
     return seen
-
-
-def _value(
-    node: fx.Node,
-    values: Mapping[fx.Node, object],
-    steps: list[Step],
-    known: Known,
-    assume: Mapping[str, float],
-    unused: set[str],
-    assumed: list[str],
-) -> object:
-    op = op_name(node)
-    at = _OF_SHAPE.get(op, _OF_SHAPE.get(op.rsplit(".", 1)[0]))
-    shaped = node.args[at] if at is not None and at < len(node.args) and node.args.count(node.args[at]) == 1 else None
-
-    def resolve(n: fx.Node) -> object:
-        if n not in values:
-            msg = f"{op_name(node)} reads {n.name}, which is neither an input nor a weight"
-            raise UnsupportedError(msg)
-        value = values[n]
-        if n is shaped and isinstance(value, Var):  # nothing of it is read but its shape and type
-            return torch.zeros((), dtype=widened(n.meta["val"].dtype)).expand(value.shape)
-        return value
-
-    given, dtype = arguments(node, resolve), getattr(node.meta.get("val"), "dtype", None)
-    errors = arguments(node, known.errors.get)
-    call = Call(op, given, shape_of(node), module_path(node), place(node), node.target, steps, dtype, known, errors)  # type: ignore[arg-type]
-    for name in (call.name, node.name, op, op.rsplit(".", 1)[0]):
-        if name in assume and call.vars:
-            unused.discard(name)
-            assumed.append(f"{name} taken as {assume[name]:g}-Lipschitz by assumption ({call.place})")
-            return call.then(Lipschitz(float(assume[name]), "assumed", assumed=True), *call.vars)
-    if not call.vars:
-        return _constant(node, call, resolve)
-    _check(node, call)
-    plain = op.startswith(("aten.", "getitem")) and not is_random(node) and not any(tensors(v) for v in given.values())
-    told = f"{op} {call.args}" if plain else ""
-    if told in known.values:  # the same call of the same value again
-        return known.values[told]
-    curve = entrywise(call)
-    value = _made(node, call, curve)
-    if call.unasked:
-        known.taken.add(f"go into {op}")
-    if isinstance(value, Var) and value not in call.vars:
-        if curve is not None:
-            known.curves[value.step] = curve
-        if told:
-            known.values[told] = value
-    return value
 
 
 def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var, ...]:
@@ -229,6 +260,8 @@ def _constant(node: fx.Node, call: Call, resolve: Callable[[fx.Node], object]) -
         raise UnsupportedError(msg)
     schema = getattr(node.target, "_schema", None)
     if call.op == "aten.detach_.default":  # on a constant written in the code; changes no value
+        if "self" in call.inexact:
+            call.known.errors[node] = call.inexact["self"]
         return next(iter(call.args.values()))
     if schema is not None and schema.is_mutable:
         msg = f"{call.op} writes into a weight or buffer"
@@ -236,7 +269,10 @@ def _constant(node: fx.Node, call: Call, resolve: Callable[[fx.Node], object]) -
     if reads_memory(node):
         msg = f"{call.op} reads places or bits of memory instead of numbers; expected indexing, unfold or arithmetic"
         raise UnsupportedError(msg)
-    read = lambda n: widened(resolve(n))  # noqa: E731
+
+    def read(n: fx.Node) -> Any:
+        return widened(resolve(n))
+
     try:
         with torch.no_grad():
             result = evaluate(node, read)

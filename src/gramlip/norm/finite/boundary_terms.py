@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -142,34 +143,74 @@ def _largest(
 
     On the other axes it is a Hermitian trigonometric polynomial, closed by the corner theorem on a grid.
     """
+    term = _boundary_term(kernel, geometry, chosen, ends)
+    counts = [max(1, points * (k - 1)) for k in term.spans]
+    grid = integers(list(itertools.product(*map(range, counts)))).reshape(math.prod(counts), len(term.spans))
+    if not kernel.is_complex() and term.spans:
+        grid = grid[grid[:, -1] <= counts[-1] // 2]
+    size = term.size(tap_norm_sum)
+    noise = size * rd.gamma(16.0 * (term.products + 64))  # docs/rounding.md#boundary-terms
+    top = bottom = 0.0
+    for part in pieces(len(grid), term.frequencies_at_once):
+        turns = torch.from_numpy(waves(grid[part], tuple(counts), tap_positions(term.spans)))
+        e = term.at(turns.real if not term.spans and not kernel.is_complex() else turns)
+        top, bottom = max(top, _positive(e, noise, size)), max(bottom, _positive(-e, noise, size) if term.spans else 0.0)
+    angles = [math.pi * (k - 1) / c for k, c in zip(term.spans, counts, strict=True)]
+    largest = min(size, max(top, bottom) / math.prod(math.cos(t) for t in angles) * (1 + 1e-9))  # of the norm at any frequency
+    return rd.up(top + largest * sum(1 - math.cos(t) for t in angles) * (1 + 1e-9))
+
+
+@dataclass(frozen=True)
+class BoundaryTerm:
+    """What the ends of some axes add to the Gram matrix, as a polynomial over the frequencies of the other axes.
+
+    `taps` is the kernel (m, n, taps of the other axes, taps of the axes with ends), `spans` the sides of the other axes' taps, `ends`
+    the matrices F (k, k, r, r), one for each axis with ends.
+    """
+
+    taps: Tensor
+    spans: tuple[int, ...]
+    ends: tuple[Tensor, ...]
+
+    @property
+    def side(self) -> int:
+        """Order of its matrix at one frequency."""
+        return self.taps.shape[0] * math.prod(f.shape[-1] for f in self.ends)
+
+    @property
+    def products(self) -> int:
+        """Terms that meet in an entry."""
+        _, n, taps, picks = self.taps.shape
+        return n * taps * picks**2
+
+    @property
+    def frequencies_at_once(self) -> int:
+        """So many matrices, and what they are made from, fit in 32 MiB."""
+        m, _, taps, picks = self.taps.shape
+        return max(1, (32 << 20) // (16 * max(max(self.side, m * picks) ** 2, taps)))
+
+    def size(self, tap_norm_sum: float) -> float:
+        """Upper bound of the norm at every frequency, by Schur's test on F."""
+        width = math.prod(float(f.abs().sum((0, 1)).sum(-1).max()) for f in self.ends)
+        return max(rd.up(tap_norm_sum * tap_norm_sum * width * (1 + 1e-9)), LEAST)
+
+    def at(self, turns: Tensor) -> Tensor:
+        """The Hermitian matrices (f, side, side) at the frequencies whose waves (f, taps) are given."""
+        d = torch.einsum("mntp,ft->fpmn", self.taps.to(turns.dtype), turns)
+        e = _contract(torch.einsum("fpmn,fqkn->fmkpq", d, d.conj()), self.ends).reshape(len(turns), self.side, self.side)
+        return (e + e.mH) / 2
+
+
+def _boundary_term(kernel: Tensor, geometry: list[Axis], chosen: tuple[int, ...], ends: tuple[Tensor, ...]) -> BoundaryTerm:
+    """The term of the chosen axes: their taps last, the polyphase taps of the other axes before them."""
     rest = [j for j in range(len(geometry)) if j not in chosen]
     ordered = kernel[None].permute(0, 1, 2, *(3 + j for j in rest), *(3 + j for j in chosen))
     for i, j in enumerate(rest):
         axis = geometry[j]
         ordered = polyphase(ordered, 3 + i, axis.stride // math.gcd(axis.stride, axis.dilation))
-    spans = ordered.shape[3 : 3 + len(rest)]
-    stacked = ordered[0].flatten(2 + len(rest)).flatten(2, 1 + len(rest)) if rest else ordered[0].flatten(2)[:, :, None]
-    m, n, taps, picks = stacked.shape
-    counts = [max(1, points * (k - 1)) for k in spans]
-    grid = integers(list(itertools.product(*map(range, counts)))).reshape(math.prod(counts), len(rest))
-    if not kernel.is_complex() and rest:
-        grid = grid[grid[:, -1] <= counts[-1] // 2]
-    side = m * math.prod(f.shape[-1] for f in ends)
-    width = math.prod(float(f.abs().sum((0, 1)).sum(-1).max()) for f in ends)
-    size = max(rd.up(tap_norm_sum * tap_norm_sum * width * (1 + 1e-9)), LEAST)  # bounds the norm at every frequency, by Schur's test on F
-    noise = size * rd.gamma(16.0 * (n * taps * picks**2 + 64))  # docs/rounding.md#boundary-terms
-    angles = [math.pi * (k - 1) / c for k, c in zip(spans, counts, strict=True)]  # degree times the grid's half-width: theorems 6 and 7
-    top = bottom = 0.0
-    real = not rest and not kernel.is_complex()
-    for part in pieces(len(grid), max(1, (32 << 20) // (16 * max(max(side, m * picks) ** 2, taps)))):
-        turns = torch.from_numpy(waves(grid[part], tuple(counts), tap_positions(tuple(spans))))
-        d = torch.einsum("mntp,ft->fpmn", stacked, turns.real) if real else torch.einsum("mntp,ft->fpmn", stacked.to(turns.dtype), turns)
-        pairs = torch.einsum("fpmn,fqkn->fmkpq", d, d.conj())
-        e = _contract(pairs, ends).reshape(len(turns), side, side)
-        e = (e + e.mH) / 2
-        top, bottom = max(top, _positive(e, noise, size)), max(bottom, _positive(-e, noise, size) if rest else 0.0)
-    largest = min(size, max(top, bottom) / math.prod(math.cos(t) for t in angles) * (1 + 1e-9))  # of the norm at any frequency
-    return rd.up(top + largest * sum(1 - math.cos(t) for t in angles) * (1 + 1e-9))
+    spans = tuple(ordered.shape[3 : 3 + len(rest)])
+    taps = ordered[0].flatten(2 + len(rest)).flatten(2, 1 + len(rest)) if rest else ordered[0].flatten(2)[:, :, None]
+    return BoundaryTerm(taps, spans, ends)
 
 
 def _contract(pairs: Tensor, ends: tuple[Tensor, ...]) -> Tensor:

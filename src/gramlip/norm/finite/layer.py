@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -127,37 +127,80 @@ class Layer:
         single = rtol >= SINGLE_RTOL and large and (self.is_complex or full_products())
         dtype = (torch.complex64 if self.is_complex else torch.float32) if single else self.dtype
         steps = min(steps, max(8, BASIS_BYTES // (x.numel() * dtype.itemsize)))
+        ritz = _RitzValues(steps, 1e-6 if single else 1e-13, above, rtol)
         basis = torch.empty(steps, x.numel(), dtype=dtype, device=self.device)
-        small, tops, done = torch.zeros(steps, steps, dtype=torch.float64), list[float](), False
         w = (x / torch.linalg.vector_norm(x)).to(dtype)
-        found = [w.new_zeros((), dtype=w.real.dtype)]  # subdiagonal and diagonal that were not looked at yet: looking waits for the device
-        for j in range(steps):
+        waiting = [w.new_zeros((), dtype=w.real.dtype)]  # subdiagonal and diagonal not looked at yet: that waits for the device
+        while not ritz.ended:
+            j = len(ritz.tops) + len(waiting) // 2
             basis[j] = w.flatten()
             y = self.forward(w, group)
-            found.append(torch.linalg.vector_norm(y) ** 2)
-            if len(found) >= 2 * self._look or j + 1 == steps:
-                for size, diagonal in torch.stack(found).reshape(-1, 2).tolist():
-                    i = len(tops)
-                    over = i > 0 and size <= (1e-6 if single else 1e-13) * tops[0] ** 2  # nothing is left beside the vectors before
-                    if not over:
-                        small[i, i] = diagonal
-                        small[i, max(i - 1, 0)] += size
-                        tops.append(float(torch.linalg.eigvalsh(small[: i + 1, : i + 1])[-1].clamp_min(0).sqrt()))
-                        # near: a little more may close the interval, or leave more of it to the proof
-                        near = bool(tops[i]) and above / tops[i] - 1 < 1.3 * rtol
-                        little = i >= LEAST_STEPS and tops[i] - tops[i - 2] < tops[i] * rtol / (32 if near else 8)
-                        done = little or tops[i] >= above * (1 - rtol / 4)
-                    if done or over or i + 1 == steps:
-                        count = len(tops)
-                        weights = torch.linalg.eigh(small[:count, :count])[1][:, -1].to(dtype).to(self.device)
-                        return (weights @ basis[:count]).reshape(x.shape).to(self.dtype), done
-                found = []
-            w, q = self.adjoint(y, group), basis[: j + 1]
-            for _ in range(2):
-                w = w - (q.mT @ (q.conj() @ w.flatten())).reshape(w.shape)
-            found.append(torch.linalg.vector_norm(w))
-            w = w / found[-1].clamp_min(1e-30)
-        raise AssertionError  # the last step returned
+            waiting.append(torch.linalg.vector_norm(y) ** 2)
+            if len(waiting) >= 2 * self._look or j + 1 == steps:
+                ritz.add(torch.stack(waiting).reshape(-1, 2).tolist())
+                waiting = []
+            if not ritz.ended:
+                w = _orthogonal(self.adjoint(y, group), basis[: j + 1])
+                waiting.append(torch.linalg.vector_norm(w))
+                w = w / waiting[-1].clamp_min(1e-30)
+        weights = ritz.vector().to(dtype).to(self.device)
+        return (weights @ basis[: len(weights)]).reshape(x.shape).to(self.dtype), ritz.converged
+
+
+def _orthogonal(w: Tensor, basis: Tensor) -> Tensor:
+    """What is left of w beside the rows of the basis, which are orthonormal; taken twice, since once leaves rounding behind."""
+    for _ in range(2):
+        w = w - (basis.mT @ (basis.conj() @ w.flatten())).reshape(w.shape)
+    return w
+
+
+@dataclass
+class _RitzValues:
+    """The roots `tops` of the largest eigenvalues of Lanczos' tridiagonal matrices of 1, 2, ... vectors, and when there are enough.
+
+    They end at so many `steps`, where a new vector has a length of at most `negligible` times the first value, or where they
+    `converged`: within `rtol / 4` of `above`, or adding little beside `rtol`.
+    """
+
+    steps: int
+    negligible: float
+    above: float
+    rtol: float
+    tops: list[float] = field(default_factory=list[float])
+    converged: bool = False
+    exhausted: bool = False
+
+    def __post_init__(self) -> None:
+        self._matrix = torch.zeros(self.steps, self.steps, dtype=torch.float64)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no further vector is asked for."""
+        return self.converged or self.exhausted or len(self.tops) == self.steps
+
+    def add(self, rows: list[list[float]]) -> None:
+        """The next rows of the matrix, subdiagonal and diagonal; those after the end are left out."""
+        for below, diagonal in rows:
+            if not self.ended:
+                self._add(below, diagonal)
+
+    def _add(self, below: float, diagonal: float) -> None:
+        i, tops = len(self.tops), self.tops
+        self.exhausted = i > 0 and below <= self.negligible * tops[0] ** 2
+        if self.exhausted:
+            return
+        self._matrix[i, i] = diagonal
+        self._matrix[i, max(i - 1, 0)] += below
+        tops.append(float(torch.linalg.eigvalsh(self._matrix[: i + 1, : i + 1])[-1].clamp_min(0).sqrt()))
+        # near: a little more may close the interval, or leave more of it to the proof
+        near = bool(tops[i]) and self.above / tops[i] - 1 < 1.3 * self.rtol
+        little = i >= LEAST_STEPS and tops[i] - tops[i - 2] < tops[i] * self.rtol / (32 if near else 8)
+        self.converged = little or tops[i] >= self.above * (1 - self.rtol / 4)
+
+    def vector(self) -> Tensor:
+        """The weights of the vectors in the leading Ritz vector."""
+        count = len(self.tops)
+        return torch.linalg.eigh(self._matrix[:count, :count])[1][:, -1]
 
 
 # ---- start vectors -------------------------------------------------------------------------------------------------------
