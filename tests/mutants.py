@@ -511,7 +511,7 @@ def copies_of_a_part_counted_once(patch: pytest.MonkeyPatch) -> None:
 
 def parts_that_never_meet(patch: pytest.MonkeyPatch) -> None:
     """Theorem N10 (d) with the largest entry of the diagonal: what is added as if it were joined."""
-    patch.setattr(compose, "largest", lambda form: float(np.diag(form).max()))
+    patch.setattr(compose, "perron_bound", lambda form: float(np.diag(form).max()))
 
 
 def any_two_functions_as_a_pair(patch: pytest.MonkeyPatch) -> None:

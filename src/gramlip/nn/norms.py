@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gramlip import distributed
 from gramlip.errors import InputError
-from gramlip.nn.norm_op import Plan
+from gramlip.nn.norm_op import NormGeometry
 from gramlip.nn.parametrize import Where, in_eval_mode, layers, operator, real
 from gramlip.nn.tracker import Tracker, plainly
 from gramlip.operators.interval import Bound
@@ -72,7 +72,7 @@ class Norms(nn.Module):
                     )
                     raise InputError(msg)
                 weight = op.weight
-                alike[Plan.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
+                alike[NormGeometry.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
             self.trackers = nn.ModuleList(
                 Tracker(plan, [weight_of(module) for _, module in group], steps, peaks) for (plan, *_), group in alike.items()
             )

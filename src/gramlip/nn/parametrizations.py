@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.nn.norm_op import Plan, replicated
+from gramlip.nn.norm_op import NormGeometry, replicated
 from gramlip.nn.parametrize import Normalised, attach, each, operator, positive, real
 from gramlip.nn.tracker import Tracker, plainly
 from gramlip.norm.bound import bound
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import real_dtype, uncast
+from gramlip.numerics.precision import real_dtype, without_autocast
 from gramlip.operators.describe import describe
 from gramlip.operators.given import unwrapped
 from gramlip.operators.interval import Bound
@@ -34,13 +34,13 @@ PEAKS = 4  # frequencies that are followed: more cost little, as they share each
 class SpectralRescaling(Normalised):
     """`weight -> weight * d`, one d for each input channel and phase of the stride, so that the layer's norm is at most `target`."""
 
-    def __init__(self, plan: Plan, input_size: Ints | None, target: float, n_iter: int) -> None:
+    def __init__(self, plan: NormGeometry, input_size: Ints | None, target: float, n_iter: int) -> None:
         super().__init__(input_size, target)
         self.plan, self.n_iter = plan, n_iter
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rescaled weight, of the same shape and dtype; the sums are taken in float64."""
-        with uncast(weight):
+        with without_autocast(weight):
             peak = weight.detach().abs().amax()
             scaled = weight.to(torch.float64) / torch.where(peak == 0, 1.0, peak).to(torch.float64)
             diagonal = rescaling(self.plan.kernel(scaled), self.n_iter) * (self.target / math.sqrt(self.plan.square))
@@ -130,7 +130,7 @@ def spectral_rescaling(module: M, name: str = "weight", *, input_size: Ints | No
         raise InputError(msg)
     op = operator(module, name, input_size)
     real(op, "spectral_rescaling")
-    plan = Plan.of(op)
+    plan = NormGeometry.of(op)
     attach(module, name, SpectralRescaling(plan, input_size, positive("target", target), n_iter))
     return module
 
@@ -234,7 +234,9 @@ class TrackedSpectralNorm(Normalised):
 
     calls: Tensor
 
-    def __init__(self, plan: Plan, weight: Tensor, input_size: Ints | None, target: float, soft: bool, margin: float, every: int) -> None:
+    def __init__(
+        self, plan: NormGeometry, weight: Tensor, input_size: Ints | None, target: float, soft: bool, margin: float, every: int
+    ) -> None:
         super().__init__(input_size, target)
         self.soft, self.margin, self.every = soft, margin, every
         self.tracker = Tracker(plan, [weight], 1, PEAKS)
@@ -246,7 +248,7 @@ class TrackedSpectralNorm(Normalised):
     def forward(self, weight: Tensor) -> Tensor:
         """The normalised weight, of the same shape and dtype; the norm is estimated in float32 at least, whatever autocast says."""
         (value,), (unit,) = self.tracker.scaled([weight], self._due(), watch=True, still=not self.training)
-        with uncast(weight):
+        with without_autocast(weight):
             sigma = value.to(torch.float64) * unit * math.sqrt(self.tracker.plan.square)
             scale = self.target * (1.0 - self.margin) / torch.where(sigma == 0, 1.0, sigma)  # what is no number stays one that is seen
             most = 1.0 if self.soft else torch.finfo(value.dtype).max  # weights of denormals alone stay finite
@@ -285,13 +287,13 @@ class TrackedSpectralNorm(Normalised):
 class SpectralNorm(Normalised):
     """`weight -> weight * target / sigma(weight)`, sigma the Gram upper bound of the layer's norm; zero stays zero."""
 
-    def __init__(self, plan: Plan, input_size: Ints | None, target: float, soft: bool, n_iter: int) -> None:
+    def __init__(self, plan: NormGeometry, input_size: Ints | None, target: float, soft: bool, n_iter: int) -> None:
         super().__init__(input_size, target)
         self.plan, self.soft, self.n_iter = plan, soft, n_iter
 
     def forward(self, weight: Tensor) -> Tensor:
         """The normalised weight, of the same shape and dtype; the norm is computed in float32 at least, whatever autocast says."""
-        with uncast(weight):
+        with without_autocast(weight):
             # A norm is homogeneous: the peak is divided out first, so that no weight is too small or too large for its square.
             peak = weight.detach().abs().amax()
             peak = torch.where(peak == 0, 1.0, peak).to(real_dtype(weight))
@@ -381,9 +383,9 @@ def spectral_norm(
         raise InputError(msg)
     op, goal = operator(module, name, input_size), positive("target", target)
     if exact or op.weight.is_complex():  # what is followed are vectors of real kernels
-        attach(module, name, SpectralNorm(Plan.of(op, torus), input_size, goal, soft, n_iter))
+        attach(module, name, SpectralNorm(NormGeometry.of(op, torus), input_size, goal, soft, n_iter))
         return module
-    plan = Plan.of(op, max(4, torus // 2))
+    plan = NormGeometry.of(op, max(4, torus // 2))
     attach(module, name, TrackedSpectralNorm(plan, getattr(unwrapped(module), name), input_size, goal, soft, margin, every))
     return module
 

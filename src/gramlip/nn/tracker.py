@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from gramlip.errors import InputError
-from gramlip.nn.norm_op import Plan, replicated, unit
-from gramlip.numerics.precision import real_dtype, uncast
+from gramlip.nn.norm_op import NormGeometry, replicated, unit
+from gramlip.numerics.precision import real_dtype, without_autocast
 from gramlip.numerics.sums import norm
 
 SEARCH_STEPS = 12  # power steps per grid point in a search
@@ -45,7 +45,7 @@ class Tracker(nn.Module):
     vector: Tensor
     height: Tensor
 
-    def __init__(self, plan: Plan, weights: Sequence[Tensor], steps: int, peaks: int) -> None:
+    def __init__(self, plan: NormGeometry, weights: Sequence[Tensor], steps: int, peaks: int) -> None:
         super().__init__()
         self.plan, self.steps, self.count = plan, steps, len(weights)
         first = _full(weights[0].detach())
@@ -99,7 +99,7 @@ class Tracker(nn.Module):
 
     def scaled(self, weights: Sequence[Tensor], due: Sequence[int], watch: bool, still: bool) -> tuple[Tensor, Tensor]:
         """The same before the padding's factor, as (L,) values near one and the powers of two (L,) that they are in units of."""
-        with uncast(self.frequency):
+        with without_autocast(self.frequency):
             kernels = self.kernels(weights)
             chosen, probes, scale = self._followed(kernels.detach(), list(due), watch, still)
             one = kernels if self.plan.groups == 1 else kernels[chosen]
@@ -119,7 +119,7 @@ class Tracker(nn.Module):
     @torch.no_grad()
     def search(self, weights: Sequence[Tensor]) -> None:
         """Find the peaks of all layers afresh, outside of a call."""
-        with uncast(self.frequency):
+        with without_autocast(self.frequency):
             kernels = self.kernels(weights)
             self._search(kernels, self._scale(kernels), range(len(self)))
 
