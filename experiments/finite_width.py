@@ -14,7 +14,7 @@ import torch
 import gramlip as gl
 from gramlip.norm.certify import AUTO_OPERATIONS
 from gramlip.norm.finite.banded_cholesky import Certificate
-from gramlip.norm.finite.layer import Layer
+from gramlip.norm.finite.layer import FiniteLayer
 from gramlip.norm.symbol.polyphase import symbol
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,7 @@ def row(weight: torch.Tensor, size: int) -> dict[str, object]:
     op = gl.Conv(weight, input_size=size, padding=weight.shape[-1] // 2)
     blocks = gl.bound(op, finite=False)
     auto = gl.bound(op)
-    own = Certificate(Layer(op, 0), 0).cost
+    own = Certificate(FiniteLayer(op, 0), 0).cost
     return {"size": size, "blocks": blocks.rtol, "auto": auto.rtol, "operations": own, "certified": own <= AUTO_OPERATIONS}
 
 

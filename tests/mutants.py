@@ -211,8 +211,8 @@ def one_output_of_one_input(patch: pytest.MonkeyPatch) -> None:
 
 def batch_norm_without_eps(patch: pytest.MonkeyPatch) -> None:
     """The running variance alone, as if nothing were added to it."""
-    right = describe.exact
-    patch.setattr(describe, "exact", lambda x: right(x) - 1e-5)
+    right = describe.to_float64
+    patch.setattr(describe, "to_float64", lambda x: right(x) - 1e-5)
 
 
 def crops_as_one(patch: pytest.MonkeyPatch) -> None:
@@ -509,7 +509,7 @@ def copies_of_a_part_counted_once(patch: pytest.MonkeyPatch) -> None:
 
 def parts_that_never_meet(patch: pytest.MonkeyPatch) -> None:
     """Theorem N10 (d) with the largest entry of the diagonal: what is added as if it were joined."""
-    patch.setattr(compose, "largest", lambda form: float(np.diag(form).max()))
+    patch.setattr(compose, "perron_bound", lambda form: float(np.diag(form).max()))
 
 
 def any_two_functions_as_a_pair(patch: pytest.MonkeyPatch) -> None:

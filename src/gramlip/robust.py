@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gramlip.errors import InputError
 from gramlip.nn.parametrize import evaluating, in_eval_mode
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import exact
+from gramlip.numerics.precision import to_float64
 from gramlip.operators.given import unwrapped
 from gramlip.operators.interval import Bound, decimals
 from gramlip.reports.report import Report
@@ -111,7 +111,7 @@ def radii(
         given = f"a label of {labels.dtype}" if labels.is_floating_point() else f"the label {int(labels[wrong][0])}"
         msg = f"{given} was given for {logits.shape[1]} classes; expected integers from 0 to {logits.shape[1] - 1}"
         raise InputError(msg)
-    logits, labels = exact(logits), labels.long()
+    logits, labels = to_float64(logits), labels.long()
     gaps = logits.gather(1, labels[:, None]) - logits
     if last is None:
         slopes, units = torch.full_like(gaps, rd.sqrt_up(2.0)), torch.ones_like(gaps)
@@ -155,7 +155,7 @@ def _pairs(last: nn.Linear | Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     if weight.ndim != 2 or weight.shape[0] != logits.shape[1]:
         msg = f"last has a weight of shape {tuple(weight.shape)}; expected ({logits.shape[1]}, features), one row a class"
         raise InputError(msg)
-    rows, size = exact(weight).to(logits.device), weight.shape[1]
+    rows, size = to_float64(weight).to(logits.device), weight.shape[1]
     norms, units = [], []
     for row in rows:
         gap = rows - row

@@ -19,7 +19,7 @@ from gramlip.network.audit import audit
 from gramlip.network.compose import constants
 from gramlip.network.coupling import segments
 from gramlip.network.coupling.circulant import Circulant, circulant
-from gramlip.network.coupling.elimination import Piece, Search, certificate, improve
+from gramlip.network.coupling.elimination import MultiplierSearch, Piece, certificate, improve
 from gramlip.network.coupling.linear_forms import Entries, system
 from gramlip.network.fold import fold
 from gramlip.network.graph import export
@@ -111,7 +111,7 @@ def test_coupling_is_never_below_the_exact_constant_and_near_it(name: str, domai
         network = steps(model, shape)
         maps = circulant(network) if domain == "torus" else Entries([s.shape for s in network.steps])
         run = [Piece(system(network, maps))]
-        upper = certificate(run, improve(run, Search.closed(run), 15))
+        upper = certificate(run, improve(run, MultiplierSearch.closed(run), 15))
         assert exact * (1 - 1e-12) <= upper
         if domain == "entries":
             assert upper <= 1.3 * exact
@@ -128,7 +128,7 @@ def test_the_adversary_of_circulant_grids(kernel: str) -> None:
             model[2].weight.fill_(1.0)
         network = steps(model, (1, n, n))
         run = [Piece(system(network, circulant(network)))]
-        upper = certificate(run, Search.closed(run))
+        upper = certificate(run, MultiplierSearch.closed(run))
         assert linear_part(model, (1, n, n)) <= upper
 
 
@@ -191,7 +191,7 @@ RUNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 }
 
 
-def planned(network: Network) -> segments.Plan:
+def planned(network: Network) -> segments.SegmentPlan:
     cuts = segments.cuts_of(network)
     assert cuts is not None
     shapes = [[network.steps[s].shape for s in step.sources] for step in network.steps]
@@ -212,12 +212,12 @@ def test_runs_of_linked_pieces_are_never_below_the_exact_constant(name: str, mon
         found = planned(network)
         assert len(found.run) == pieces
         exact = linear_part(model, shape)
-        closed = Search.closed(found.run)
+        closed = MultiplierSearch.closed(found.run)
         upper = certificate(found.run, improve(found.searches[0], closed, 15))
         assert exact * (1 - 1e-12) <= min(upper, certificate(found.run, closed))
         if "head" not in name:  # links cost little against one torus for the whole
             whole = [Piece(system(network, circulant(network)))]
-            assert upper <= 1.5 * certificate(whole, improve(whole, Search.closed(whole), 15))
+            assert upper <= 1.5 * certificate(whole, improve(whole, MultiplierSearch.closed(whole), 15))
 
 
 @pytest.mark.parametrize("name", ["strides", "residuals and head", "up again"])
@@ -230,7 +230,7 @@ def test_any_choice_proves_a_bound_or_nothing(name: str, monkeypatch: pytest.Mon
     torch.manual_seed(0)
     for spread in (0.0, 0.5, 3.0, 20.0):
         for excess in (-50.0, -1.0, 3.0):
-            search = Search.closed(found.run)
+            search = MultiplierSearch.closed(found.run)
             for choices in search.choices:
                 for choice in choices.values():
                     choice.shape, choice.excess = spread * torch.randn_like(choice.shape), torch.tensor(excess, dtype=torch.float64)
@@ -248,7 +248,7 @@ def test_a_mean_with_rounded_weights_is_taken_as_it_is(monkeypatch: pytest.Monke
         mean.weight.fill_(1.001 / 49)
     found = planned(steps(model, (1, 7, 7)))
     exact = linear_part(model, (1, 7, 7))
-    assert exact * (1 - 1e-12) <= certificate(found.run, Search.closed(found.run)) <= 1.03 * exact
+    assert exact * (1 - 1e-12) <= certificate(found.run, MultiplierSearch.closed(found.run)) <= 1.03 * exact
 
 
 @pytest.mark.parametrize("scale", [1e-28, 1e28])

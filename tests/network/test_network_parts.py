@@ -160,7 +160,7 @@ def test_the_largest_eigenvalue_of_a_form_lies_above_eigvalsh_and_close(seed: in
     form[generator.random((n, n)) < 0.3] = 0.0
     form = np.maximum(form, form.T)
     truth = float(np.linalg.eigvalsh(form).max(initial=0.0))
-    assert truth * (1 - 1e-12) <= compose.largest(form) <= truth * (1 + 1e-3) + 1e-250
+    assert truth * (1 - 1e-12) <= compose.perron_bound(form) <= truth * (1 + 1e-3) + 1e-250
 
 
 def test_parts_that_are_too_many_are_the_root_of_squares() -> None:

@@ -83,7 +83,7 @@ def test_a_folded_map_with_a_constant_has_no_range() -> None:
 
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
 def test_an_error_that_bounds_nothing_is_refused(value: float) -> None:
-    for name in ("error", "slip"):
+    for name in ("error", "bias_error"):
         with pytest.raises(gl.InputError, match=f"{name}="):
             Linear(Dense(torch.eye(2)), **{name: value})
 

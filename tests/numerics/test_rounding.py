@@ -18,7 +18,7 @@ from torch import Tensor
 import gramlip as gl
 from cases import Case
 from gramlip.norm.finite.banded_cholesky import Certificate
-from gramlip.norm.finite.layer import Layer
+from gramlip.norm.finite.layer import FiniteLayer
 from gramlip.norm.search.branch_and_bound import BranchAndBound
 from gramlip.norm.symbol.autocorrelation import Taps, spectral
 from gramlip.norm.symbol.gram_symbol import GramSymbol, SquaresInSingle
@@ -479,7 +479,7 @@ def test_thousands_of_outputs_that_read_one_input_exactly(rtol: float, finite: b
 @pytest.mark.parametrize("shape", [(1, 1, 11), (1, 2, 7), (2, 1, 301)], ids=str)
 def test_the_error_of_a_layers_gram_matrix_counts_every_product(shape: tuple[int, ...]) -> None:
     outputs = 4 if shape[0] == 2 else 2001
-    layer = Layer(read_by_all(torch.full(shape, 0.7, dtype=torch.float64), outputs), 0)
+    layer = FiniteLayer(read_by_all(torch.full(shape, 0.7, dtype=torch.float64), outputs), 0)
     certificate = Certificate(layer, 0)
     products = max(map(len, certificate.pairs.values())) * shape[0 if certificate.on_inputs else 1]
     assert certificate.noise(1.0) >= rd.gamma(float(products)) * outputs
@@ -598,7 +598,7 @@ def test_blocks_that_are_used_up_are_proved_alike(monkeypatch: pytest.MonkeyPatc
         kept = g.clone()
         assert cert.cholesky(kept, top * factor, noise).tolist() == [proved] * 3
         assert torch.equal(kept, g)
-        assert cert.cholesky(kept, top * factor, noise, spare=True).tolist() == [proved] * 3
+        assert cert.cholesky(kept, top * factor, noise, overwrite=True).tolist() == [proved] * 3
 
 
 @pytest.mark.parametrize("entry", [0.1, 0.3, 0.7])

@@ -18,7 +18,7 @@ from gramlip.errors import InputError
 from gramlip.network.audit import audit
 from gramlip.reports import pictures
 from gramlip.reports.pictures import page, sampled
-from gramlip.reports.report import Layer, Report
+from gramlip.reports.report import LayerRow, Report
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 PROBE = """<script>document.title = JSON.stringify({
@@ -66,9 +66,9 @@ def test_the_page_needs_nothing_else_and_escapes_names(report: Report) -> None:
     assert not re.search(r"""(src|href)\s*=|url\(|@import|https?://""", text)
     assert "<b>model</b>" not in text
     assert "&lt;b&gt;model&lt;/b&gt; &amp; co" in text
-    hostile = Layer("</script><img src=x>", "Dense", (2, 2), None, Bound(1.0, float("inf"), "<i>"))
+    hostile = LayerRow("</script><img src=x>", "Dense", (2, 2), None, Bound(1.0, float("inf"), "<i>"))
     assert "<img" not in page(Report("w", (hostile,)))
-    turned = Layer("fc\u202eweight\x1b", "Dense", (2, 2), None, Bound(1.0, 2.0, "given"))
+    turned = LayerRow("fc\u202eweight\x1b", "Dense", (2, 2), None, Bound(1.0, 2.0, "given"))
     assert "<td>fc\\u202eweight\\x1b</td>" in page(Report("w", (turned,)))
 
 
@@ -86,7 +86,7 @@ def test_pictures(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="expected one of"):
         pictures.symbols(report, "nothing")
     with pytest.raises(InputError, match="has no shares"):
-        pictures.shares(Report("w", (Layer("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix")),)))
+        pictures.shares(Report("w", (LayerRow("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix")),)))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match=r"pip install gramlip\[plots\]"):
         pictures.intervals(report)

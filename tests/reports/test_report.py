@@ -5,13 +5,13 @@ from decimal import Decimal
 import pytest
 
 import gramlip as gl
-from gramlip.reports.report import Layer, LeftOut, Report, aligned, printable
+from gramlip.reports.report import LayerRow, LeftOut, Report, aligned, printable
 
 INF = math.inf
 
 
 def row(name="fc", lower=1.0, upper=1.5, because="a matrix", size=None):
-    return Layer(name, "Dense", (2, 3), size, gl.Bound(lower, upper, because), 0.25)
+    return LayerRow(name, "Dense", (2, 3), size, gl.Bound(lower, upper, because), 0.25)
 
 
 def test_json_is_the_schema_and_exact():

@@ -24,7 +24,7 @@ from gramlip.numerics import rounding as rd
 from gramlip.operators.given import GATHER, example_inputs, is_sharded, unwrapped
 from gramlip.operators.interval import Bound, decimals
 from gramlip.operators.linear_maps import Conv, Scale, Shape
-from gramlip.reports.report import Layer, LeftOut, Report
+from gramlip.reports.report import LayerRow, LeftOut, Report
 
 # ---- what is accepted ----------------------------------------------------------------------------------------------------
 #
@@ -279,31 +279,31 @@ def _lower_side(
     return stretch(function(program, shapes, lowered.computed), size, data=data, domain=domain, seed=seed, weights=weights)
 
 
-def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float], composed: Composition) -> tuple[Layer, ...]:
-    rows: list[Layer] = []
+def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float], composed: Composition) -> tuple[LayerRow, ...]:
+    rows: list[LayerRow] = []
     parts = composed.parts or []
     whole = math.log(composed.upper) if parts else 0.0
-    telling = 0 < sum(map(abs, parts)) <= 2 * abs(whole)  # parts that all but cancel are no shares of what is left
+    comparable = 0 < sum(map(abs, parts)) <= 2 * abs(whole)  # parts that all but cancel are no shares of what is left
     for i, (step, own) in enumerate(zip(network.steps, constants, strict=True)):
-        share = parts[i] / whole if telling else None
+        share = parts[i] / whole if comparable else None
         if isinstance(step.what, Linear | Sum | Product | Attention) or own.upper != 1.0:
             rows.append(_row(i, step, own, seconds[i], share, network, composed))
     return tuple(rows)
 
 
-def _row(i: int, step: Step, own: Bound, seconds: float, share: float | None, network: Network, composed: Composition) -> Layer:
+def _row(i: int, step: Step, own: Bound, seconds: float, share: float | None, network: Network, composed: Composition) -> LayerRow:
     what = step.what
     sizes = network.steps[step.sources[0]].shape[2:] if step.sources else None
     if isinstance(what, Linear):
         size = what.op.input_size if isinstance(what.op, Conv) else None
         op = None if isinstance(what.op, Scale) else what.op
-        return Layer(step.name, type(what.op).__name__, tuple(what.op.weight.shape), size, own, seconds, share, op)  # type: ignore[arg-type]
+        return LayerRow(step.name, type(what.op).__name__, tuple(what.op.weight.shape), size, own, seconds, share, op)  # type: ignore[arg-type]
     label = _KINDS.get(type(what), "map")
     if isinstance(what, Sum | Product | Attention):
         largest = max(composed.lips[s] for s in step.sources)
         growth = rd.up(composed.lips[i] / largest) if 0 < largest < math.inf else composed.lips[i]
         own = Bound(0.0, growth, _GROWTH[type(what)])
-    return Layer(step.name, f"{label} ({step.op.removeprefix('aten.').split('.')[0]})", (), sizes, own, seconds, share)
+    return LayerRow(step.name, f"{label} ({step.op.removeprefix('aten.').split('.')[0]})", (), sizes, own, seconds, share)
 
 
 def _left_out(network: Network) -> tuple[LeftOut, ...]:

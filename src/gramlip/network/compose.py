@@ -67,9 +67,9 @@ def shortcuts(network: Network, constants: Sequence[Bound]) -> dict[int, list[Sh
             reached = [form for form in ways if form is not None]
             if not reached:
                 continue
-            forms[j] = min(reached, key=largest)
+            forms[j] = min(reached, key=perron_bound)
             if len(step.reads) > 1:
-                found.setdefault(j, []).append(Shortcut((rd.sqrt_up(largest(forms[j])),), (i,)))
+                found.setdefault(j, []).append(Shortcut((rd.sqrt_up(perron_bound(forms[j])),), (i,)))
     return found
 
 
@@ -78,7 +78,7 @@ def _roots(network: Network) -> dict[int, list[int]]:
     root: dict[int, int] = {}
     copies: dict[int, list[int]] = {}
     for i, step in enumerate(network.steps):
-        if getattr(step.what, "pick", None) is not None and math.prod(step.shape) <= ENTRIES:
+        if getattr(step.what, "copy_entries", None) is not None and math.prod(step.shape) <= ENTRIES:
             root[i] = root.get(step.sources[0], step.sources[0])
             copies.setdefault(root[i], []).append(i)
     size = [math.prod(step.shape) for step in network.steps]
@@ -106,7 +106,7 @@ def _sizes(network: Network, root: int, copies: list[int], steps: list[int]) -> 
     label, parts = torch.zeros(math.prod(shape), dtype=torch.int64), 1
     for j in (j for j in copies if j in steps):
         step = network.steps[j]
-        picked[j] = step.what.pick(picked[step.sources[0]])  # type: ignore[union-attr]
+        picked[j] = step.what.copy_entries(picked[step.sources[0]])  # type: ignore[union-attr]
         read = picked[j]
         numbers = torch.cat([t.reshape(-1) for t in ([read] if isinstance(read, Tensor) else read)]).long()
         counts[j] = torch.bincount(numbers, minlength=len(label))
@@ -134,12 +134,12 @@ def _added(step: Step, forms: dict[int, Reals]) -> Reals | None:
     own = [forms[s] for s in step.sources]
     if max(float(form.max()) for form in own) > FINITE:
         return None
-    whole = rd.add_up(*(rd.mul_up(c, rd.sqrt_up(largest(form))) for c, form in zip(factors, own, strict=True)))
+    whole = rd.add_up(*(rd.mul_up(c, rd.sqrt_up(perron_bound(form))) for c, form in zip(factors, own, strict=True)))
     row = [
         rd.add_up(*(rd.mul_up(c, rd.sqrt_up(float(form[p, p]))) for c, form in zip(factors, own, strict=True))) for p in range(len(own[0]))
     ]
     square = np.array([[rd.mul_up(a, b) for b in row] for a in row])
-    return min(square, np.diag([rd.mul_up(whole, whole)] * len(row)), key=largest)
+    return min(square, np.diag([rd.mul_up(whole, whole)] * len(row)), key=perron_bound)
 
 
 def _times(form: Reals | None, *factors: float) -> Reals | None:
@@ -162,7 +162,7 @@ def _sum(forms: Sequence[Reals | None]) -> Reals | None:
     return total
 
 
-def largest(form: Reals) -> float:
+def perron_bound(form: Reals) -> float:
     """Upper bound of the largest eigenvalue of a nonnegative matrix: the largest `(G v)_i / v_i`, for any v > 0; exact for diagonals."""
     if not np.count_nonzero(form - np.diag(np.diag(form))):
         return float(np.diag(form).max())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gramlip.errors import InputError
 from gramlip.network.steps import Linear, Network, Op, Pad, Step, Sum, renumbered
-from gramlip.numerics.precision import exact
+from gramlip.numerics.precision import to_float64
 from gramlip.operators.geometry import axes
 from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
 
@@ -90,7 +90,7 @@ def _one(step: Step, inner: Step, network: Network) -> Linear | None:
     if isinstance(b, Scale) and not isinstance(a, Scale):
         return None if (scaled := _columns(a, b, len(inner.shape))) is None else outer.after(first, scaled, 2)
     if isinstance(a, Dense) and isinstance(b, Dense):
-        return outer.after(first, Dense(exact(a.weight) @ exact(b.weight)), b.weight.shape[0] + 2)
+        return outer.after(first, Dense(to_float64(a.weight) @ to_float64(b.weight)), b.weight.shape[0] + 2)
     if isinstance(a, Conv) and isinstance(b, Conv):
         return _pointwise(outer, first, a, b)
     return None
@@ -117,7 +117,7 @@ def _vector(scale: Scale, axis: int, ndim: int, size: int) -> Tensor | None:
 
 def _rows(op: Conv | Dense, scale: Scale, ndim: int) -> Conv | Dense | None:
     """The operator followed by the scale."""
-    weight = exact(op.weight)
+    weight = to_float64(op.weight)
     if isinstance(op, Dense):
         v = _vector(scale, ndim - 1, ndim, weight.shape[0])
         return None if v is None else Dense(v[:, None] * weight)
@@ -129,7 +129,7 @@ def _rows(op: Conv | Dense, scale: Scale, ndim: int) -> Conv | Dense | None:
 
 def _columns(op: Conv | Dense, scale: Scale, ndim: int) -> Conv | Dense | None:
     """The operator after the scale."""
-    weight = exact(op.weight)
+    weight = to_float64(op.weight)
     if isinstance(op, Dense):
         v = _vector(scale, ndim - 1, ndim, weight.shape[1])
         return None if v is None else Dense(weight * v)
@@ -167,7 +167,7 @@ def _pointwise(outer: Linear, inner: Linear, a: Conv, b: Conv) -> Linear | None:
         a, b = replace(a, stride=1), replace(b, stride=[s * t for s, t in zip(a.stride, b.stride, strict=True)])  # type: ignore[arg-type]
     if not (_is_pointwise(a) or _is_pointwise(b)):
         return None
-    one, other = exact(a.weight), exact(b.weight)
+    one, other = to_float64(a.weight), to_float64(b.weight)
     if _is_pointwise(a):
         op = replace(b, weight=torch.einsum("om,mi...->oi...", one.flatten(1), other))
     else:
@@ -210,8 +210,8 @@ def _added(a: Op, b: Op, shape: Shape) -> Op | None:
         a, b = b, a
     assert not isinstance(a, Scale)
     if isinstance(a, Dense):
-        wide = exact(b.weight) if isinstance(b, Dense) else _eye(b, len(shape), shape[-1]) if isinstance(b, Scale) else None
-        return None if wide is None or wide.shape != a.weight.shape else Dense(exact(a.weight) + wide)
+        wide = to_float64(b.weight) if isinstance(b, Dense) else _eye(b, len(shape), shape[-1]) if isinstance(b, Scale) else None
+        return None if wide is None or wide.shape != a.weight.shape else Dense(to_float64(a.weight) + wide)
     if isinstance(b, Scale):
         v = _vector(b, 1, len(shape), shape[1])
         if v is None or a.transposed or _channels(a)[0] != _channels(a)[1]:
@@ -247,8 +247,8 @@ def _parallel(a: Conv, b: Conv) -> Conv | None:
         if rest or start < 0 or start + small > k or (small > 1 and d != e):
             return None
         window.append(slice(start, start + small))
-    weight = exact(a.weight).clone()
-    weight[(slice(None), slice(None), *window)] += exact(b.weight)
+    weight = to_float64(a.weight).clone()
+    weight[(slice(None), slice(None), *window)] += to_float64(b.weight)
     return replace(a, weight=weight)
 
 
@@ -256,7 +256,7 @@ def _spread_groups(op: Conv) -> Conv:
     """The same convolution with one group, zeros between the groups."""
     if op.groups == 1:
         return op
-    weight = exact(op.weight)
+    weight = to_float64(op.weight)
     rows, columns = weight.shape[0] // op.groups, weight.shape[1]
     wide = torch.zeros(weight.shape[0], columns * op.groups, *weight.shape[2:], dtype=torch.float64)
     for g in range(op.groups):

@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gramlip.errors import InputError, first_line
-from gramlip.numerics.precision import widen
+from gramlip.numerics.precision import scaled_float64
 from gramlip.operators.linear_maps import Shape
 
 # ---- in-place calls ------------------------------------------------------------------------------------------------------
@@ -205,10 +205,10 @@ def _unrolled(exported: torch.export.ExportedProgram) -> Program:
 @contextmanager
 def silent() -> Generator[None, None, None]:
     """Without torch's log, and without the graph that it prints, which would repeat in many lines what an error says in one."""
-    before, said, graph = logging.root.manager.disable, io.StringIO(), ""
+    before, written, graph = logging.root.manager.disable, io.StringIO(), ""
     logging.disable(logging.CRITICAL)
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(written):
             yield
     except Exception as error:
         graph = f"{error.partial_fx_graph}\n" if hasattr(error, "partial_fx_graph") else ""  # pyright: ignore
@@ -217,7 +217,7 @@ def silent() -> Generator[None, None, None]:
         logging.disable(before)
         if sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
             with suppress(OSError):  # a full disk: what torch says is not worth an error
-                sys.stderr.write(said.getvalue().replace(graph, ""))
+                sys.stderr.write(written.getvalue().replace(graph, ""))
 
 
 def _program(exported: torch.export.ExportedProgram) -> Program:
@@ -346,13 +346,13 @@ _SAME = ("aten.detach.default", "aten.detach_.default")
 _MEMORY = ("aten.as_strided", "aten.view.dtype", "aten.set_")  # and what begins so
 
 
-def widened(value: Any) -> Any:
+def in_float64(value: Any) -> Any:
     """Floating numbers of any type, or a floating type, in float64 (complex128): the numbers themselves, denormal ones too."""
     if isinstance(value, torch.dtype):
         return torch.complex128 if value.is_complex else torch.float64 if value.is_floating_point else value
-    if not isinstance(value, Tensor) or value.dtype == widened(value.dtype):
+    if not isinstance(value, Tensor) or value.dtype == in_float64(value.dtype):
         return value
-    return widen(value.detach(), 0)[0]
+    return scaled_float64(value.detach(), 0)[0]
 
 
 def reads_memory(node: fx.Node) -> bool:
@@ -362,8 +362,8 @@ def reads_memory(node: fx.Node) -> bool:
 
 def evaluate(node: fx.Node, resolve: Callable[[fx.Node], Any]) -> Any:
     """The call's result in float64, for arguments in float64; without the choices that torch makes for speed or by memory."""
-    args: tuple[Any, ...] = tuple(map(widened, map_arg(node.args, resolve)))
-    kwargs: dict[str, Any] = {k: widened(v) for k, v in map_arg(node.kwargs, resolve).items()}
+    args: tuple[Any, ...] = tuple(map(in_float64, map_arg(node.args, resolve)))
+    kwargs: dict[str, Any] = {k: in_float64(v) for k, v in map_arg(node.kwargs, resolve).items()}
     name, held = op_name(node), getattr(node.meta.get("val"), "dtype", None)
     if name in _SAME:  # derivatives go through: the function is that of its values
         return args[0]
@@ -377,7 +377,7 @@ def evaluate(node: fx.Node, resolve: Callable[[fx.Node], Any]) -> Any:
     if not node.all_input_nodes and isinstance(held, torch.dtype) and held.is_floating_point:  # `linspace`, `full`: of no type in float64
         kwargs |= {"dtype": torch.float64} if any(a.name == "dtype" for a in node.target._schema.arguments) else {}  # type: ignore[union-attr]
     result = node.target(*args, **kwargs)  # type: ignore[operator]
-    return result.to(widened(result.dtype)) if isinstance(result, Tensor) else result
+    return result.to(in_float64(result.dtype)) if isinstance(result, Tensor) else result
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *others: Any, **options: Any) -> Tensor:

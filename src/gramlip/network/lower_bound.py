@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from gramlip.network.graph import Program, evaluate, op_name, widened
+from gramlip.network.graph import Program, evaluate, in_float64, op_name
 from gramlip.numerics import rounding as rd
 
 MARGIN = 2.0**-20  # relative; covers the rounding of the difference of two results, of their distance and of the quotient
@@ -47,7 +47,7 @@ def function(program: Program, shapes: Sequence[tuple[int, ...]], computed: Mapp
     `computed` holds calls that are numbers, whose values do not depend on the inputs.
     """
     sizes = [math.prod(s) for s in shapes]
-    constants = {n: widened(c) for n, c in program.constants.items()} | dict(computed)
+    constants = {n: in_float64(c) for n, c in program.constants.items()} | dict(computed)
     calls = [n for n in program.nodes if n.op == "call_function" and "_assert" not in op_name(n) and n not in computed]
 
     def run(flat: Tensor, /, moved: torch.Generator | None = None, given: Mapping[fx.Node, Tensor] | None = None) -> Tensor:

@@ -27,8 +27,8 @@ from gramlip.network.steps import (
     What,
 )
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import exact
-from gramlip.numerics.rounding import length, lengths
+from gramlip.numerics.precision import to_float64
+from gramlip.numerics.rounding import frobenius_up, row_norms_up
 from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
 
 SLACK = 1e-9  # relative to the sum of moduli: the room left for the rounding of a sum, more where it has millions of terms
@@ -62,7 +62,7 @@ def capped(network: Network, domain: tuple[float, float] | None) -> Network:
         sources, shapes = [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources]
         steps.append(_capped(step, sources, shapes))
         low, high, row = _range(steps[-1], sources, shapes, domain)
-        ways = _lines(steps[-1].what, sources, row), _of_entries(max(abs(low), abs(high)), step.shape)
+        ways = _row_layout(steps[-1].what, sources, row), _of_entries(max(abs(low), abs(high)), step.shape)
         row, column = (min(lines) for lines in zip(*ways, strict=True))
         known.append(Range(max(low, -row, -column), min(high, row, column), row, column))
     return Network(steps, network.outputs)
@@ -75,12 +75,12 @@ def _of_entries(size: float, shape: Shape) -> tuple[float, float]:
     return row, column
 
 
-def _lines(what: What, sources: Sequence[Range], row: float) -> tuple[float, float]:
+def _row_layout(what: What, sources: Sequence[Range], row: float) -> tuple[float, float]:
     """Norms of rows and columns that are parts of rows of the source."""
     if isinstance(what, Slice):
         return sources[0].row, sources[0].column
-    if isinstance(what, View | Lipschitz) and what.lines:
-        return (min(row, sources[0].row), INF) if what.lines == "rows" else (row, sources[0].row)
+    if isinstance(what, View | Lipschitz) and what.row_layout:
+        return (min(row, sources[0].row), INF) if what.row_layout == "rows" else (row, sources[0].row)
     return row, INF
 
 
@@ -182,18 +182,18 @@ def _linear(what: Linear, r: Range, entries: int) -> tuple[float, float, float]:
     if isinstance(what.op, Scale):
         ends = [float(w) * x for w in (what.op.weight.min(), what.op.weight.max()) for x in (r.low, r.high)]
         top = float(what.op.weight.abs().max())
-        stray = rd.add_up(_slack(rd.add_up(rd.mul_up(top, r.size), room)), lost, what.slip)
+        stray = rd.add_up(_slack(rd.add_up(rd.mul_up(top, r.size), room)), lost, what.bias_error)
         row = rd.add_up(rd.mul_up(top, r.row), lost)
-        return _below(min(ends), shift[0], -stray), _above(max(ends), shift[1], stray), INF if room or what.slip else row
+        return _below(min(ends), shift[0], -stray), _above(max(ends), shift[1], stray), INF if room or what.bias_error else row
     rows = _rows(what.op)
     plus, minus = rows.clamp_min(0).sum(1), rows.clamp_max(0).sum(1)
     low, high = (r.low, r.high) if isinstance(what.op, Dense) else (min(r.low, 0.0), max(r.high, 0.0))  # a padded window holds zeros
     a, b = float((plus * low + minus * high).min()), float((plus * high + minus * low).max())
-    row, stray = INF, rd.add_up(what.slip, lost)
+    row, stray = INF, rd.add_up(what.bias_error, lost)
     if isinstance(what.op, Dense):
-        constant = bias.expand(*bias.shape[:-1], len(rows)).abs() + what.slip  # one constant may be added to every entry of a row
-        row = rd.add_up(rd.mul_up(_norm(rows), r.row), lost, rd.mul_up(float(lengths(constant).max()), 1.0 + SLACK))
-        most = rd.mul_up(float(lengths(rows).max()), r.row)
+        constant = bias.expand(*bias.shape[:-1], len(rows)).abs() + what.bias_error  # one constant may be added to every entry of a row
+        row = rd.add_up(rd.mul_up(_norm(rows), r.row), lost, rd.mul_up(float(row_norms_up(constant).max()), 1.0 + SLACK))
+        most = rd.mul_up(float(row_norms_up(rows).max()), r.row)
         a, b = max(a, -most), min(b, most)
     stray = rd.add_up(_slack(rd.add_up(rd.mul_up(float(rows.abs().sum(1).max()), r.size), room), rows.shape[1]), stray)
     return _below(a, shift[0], -stray), _above(b, shift[1], stray), row
@@ -201,7 +201,7 @@ def _linear(what: Linear, r: Range, entries: int) -> tuple[float, float, float]:
 
 def _norm(matrix: Tensor) -> float:
     """A quick upper bound of the spectral norm: the fourth root of `||G^2||_F` with G the Gram matrix, rounding included."""
-    size = length(matrix)
+    size = frobenius_up(matrix)
     if size == 0.0 or min(matrix.shape) > WIDEST:
         return size
     x = matrix / size
@@ -215,7 +215,7 @@ def _norm(matrix: Tensor) -> float:
 
 def _rows(op: Conv | Dense) -> Tensor:
     """The weights that meet in one entry of the result, a row each."""
-    weight = exact(op.weight)
+    weight = to_float64(op.weight)
     if isinstance(op, Dense):
         return weight
     if not op.transposed:

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from gramlip.network.graph import arguments, evaluate, op_name, tensors
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import exact
+from gramlip.numerics.precision import to_float64
 
 LIBRARY = 2.0**-50  # relative; what the exponential, sines and their like may err by, eight roundings
 FLOOR = 2.0**-900  # of what underflows, beside entries of modulus 1
@@ -36,7 +36,7 @@ class Made:
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """An argument and its errors."""
         value, error = self.args[name], self.errors.get(name)
-        wide = exact(value) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        wide = to_float64(value) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
         return wide, error if isinstance(error, Tensor) else torch.zeros_like(wide)
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from gramlip.errors import InputError
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import exact
-from gramlip.numerics.rounding import length, lengths
+from gramlip.numerics.precision import to_float64
+from gramlip.numerics.rounding import frobenius_up, row_norms_up
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
 
-Lines = Literal["", "rows", "columns"]
-Pick = Callable[[Any], Any]
+RowLayout = Literal["", "rows", "columns"]
+CopyEntries = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +33,14 @@ class Input:
 Op = Conv | Dense | Scale
 
 
-def norm_up(op: Op) -> float:
+def rough_norm(op: Op) -> float:
     """A quick upper bound of the norm: Frobenius norms of the taps, times the root of the padding's repeats."""
     if isinstance(op, Scale):
         return float(op.weight.abs().max())
-    weight = exact(op.weight)
+    weight = to_float64(op.weight)
     if isinstance(op, Dense):
-        return length(weight)
-    taps = lengths(weight.flatten(2).flatten(0, 1).mT)
+        return frobenius_up(weight)
+    taps = row_norms_up(weight.flatten(2).flatten(0, 1).mT)
     repeats = math.prod(1 + lo + hi for lo, hi in op.pads) if op.padding_mode != "zeros" else 1
     return rd.mul_up(rd.mul_up(float(taps.sum()), 1.0 + rd.gamma(len(taps) + 2.0)), rd.sqrt_up(float(repeats)))
 
@@ -67,10 +67,10 @@ def _repeats(size: int, pair: tuple[int, int], mode: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """A linear map and a constant: `op`, up to an error of norm at most `error`, plus `bias`, up to `slip` in each entry.
+    """A linear map and a constant: `op`, up to an error of norm at most `error`, plus `bias`, up to `bias_error` in each entry.
 
     A `Conv` acts on (batch, channels, *space), a `Dense` on the last axis, a `Scale` entry by entry. `bias` is broadcast to
-    the value's shape; only ranges read it. `known` is the norm where a rule knows it, `pick` as in `View`.
+    the value's shape; only ranges read it. `known` is the norm where a rule knows it, `copy_entries` as in `View`.
 
     Whatever changes a map goes through `after`, `after_padding` or `plus`, which carry `error` along (docs/network.md#folding).
     They work out no bias: where there is one its error becomes infinite, and with it the range.
@@ -83,11 +83,11 @@ class Linear:
     error: float = 0.0
     bias: Tensor | float = 0.0
     known: Bound | None = None
-    slip: float = 0.0
-    pick: Pick | None = None
+    bias_error: float = 0.0
+    copy_entries: CopyEntries | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("error", self.error), ("slip", self.slip)):
+        for name, value in (("error", self.error), ("bias_error", self.bias_error)):
             if not value >= 0.0:
                 msg = f"{name}={value!r} was given for a linear step; expected an upper bound of an error, at least 0"
                 raise InputError(msg)
@@ -95,34 +95,34 @@ class Linear:
     @property
     def constant(self) -> bool:
         """Whether anything is added to the linear map."""
-        return self.slip > 0.0 or bool(torch.as_tensor(self.bias).count_nonzero())
+        return self.bias_error > 0.0 or bool(torch.as_tensor(self.bias).count_nonzero())
 
     def after(self, inner: Linear, op: Op, roundings: float) -> Linear:
         """This map after another: `op` is their product, each entry of it computed with at most so many roundings."""
-        a, b = norm_up(self.op), norm_up(inner.op)
+        a, b = rough_norm(self.op), rough_norm(inner.op)
         error = rd.add_up(
             _underflow(op, roundings) if a and b else 0.0,
             rd.mul_up(a, inner.error),
             rd.mul_up(self.error, rd.add_up(b, inner.error)),
             rd.mul_up(rd.gamma(roundings), rd.mul_up(a, b)),
         )
-        return Linear(op, error, slip=math.inf if self.constant or inner.constant else 0.0)
+        return Linear(op, error, bias_error=math.inf if self.constant or inner.constant else 0.0)
 
     def after_padding(self, pad: Pad, shape: Shape, op: Op) -> Linear:
         """This map after a padding of values of `shape`, together exactly `op` plus a constant."""
         error = rd.mul_up(self.error, rd.sqrt_up(float(pad.repeats(shape))))
-        return Linear(op, error, slip=math.inf if self.constant or pad.value else 0.0)
+        return Linear(op, error, bias_error=math.inf if self.constant or pad.value else 0.0)
 
     def plus(self, other: Linear, op: Op) -> Linear:
         """The sum of two maps of one value: `op`, each entry of it computed with one rounding."""
-        rounding = rd.mul_up(rd.gamma(2), rd.add_up(norm_up(self.op), norm_up(other.op)))
+        rounding = rd.mul_up(rd.gamma(2), rd.add_up(rough_norm(self.op), rough_norm(other.op)))
         error = rd.add_up(self.error, other.error, rounding, _underflow(op, 1.0) if rounding else 0.0)
-        return Linear(op, error, slip=math.inf if self.constant or other.constant else 0.0)
+        return Linear(op, error, bias_error=math.inf if self.constant or other.constant else 0.0)
 
 
 def _underflow(op: Op, roundings: float) -> float:
     """The norm of what is lost where every term of every entry is flushed to zero."""
-    return norm_up(replace(op, weight=torch.full_like(op.weight, roundings * rd.TINY, dtype=torch.float64)))
+    return rough_norm(replace(op, weight=torch.full_like(op.weight, roundings * rd.TINY, dtype=torch.float64)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +148,9 @@ class Lipschitz:
     """Any map with Lipschitz constant at most `upper` in all its sources together (l2 norm of the joined differences).
 
     `image` and `reach` as in `Slope`; `same_range` where each entry of the result is `times` an entry of the sources, of
-    `others`, or between; `row` is at least the l2 norm of the result's rows along the last axis; `lines` and `pick` as in `View`.
-    `side` is 1 for the largest and -1 for the least entries of groups of two or more, and says along which axes they lie.
+    `others`, or between; `row` is at least the l2 norm of the result's rows along the last axis; `row_layout` and
+    `copy_entries` as in `View`.
+    `extremum` is 1 for the largest and -1 for the least entries of groups of two or more, and says along which axes they lie.
     """
 
     upper: float
@@ -161,22 +162,22 @@ class Lipschitz:
     times: float = 1.0
     assumed: bool = False
     row: float = float("inf")
-    lines: Lines = ""
-    pick: Pick | None = None
-    side: tuple[int, tuple[int, ...]] | None = None
+    row_layout: RowLayout = ""
+    copy_entries: CopyEntries | None = None
+    extremum: tuple[int, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class View:
     """A rearrangement of all entries: an isometry; `flat` where their order stays the same and only the shape changes.
 
-    `lines` says which lines of the result, its rows along the last axis or its columns along the one before, are rows of
-    the source or parts of such. `pick`, where a step only copies entries, does the same to a tensor of their numbers.
+    `row_layout` says which lines of the result, its rows along the last axis or its columns along the one before, are rows of
+    the source or parts of such. `copy_entries`, where a step only copies entries, does the same to a tensor of their numbers.
     """
 
     flat: bool = False
-    lines: Lines = ""
-    pick: Pick | None = None
+    row_layout: RowLayout = ""
+    copy_entries: CopyEntries | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,13 +196,13 @@ class Join:
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """Entries start, start + step, ... < stop of `axis`; `pick` as in `View`."""
+    """Entries start, start + step, ... < stop of `axis`; `copy_entries` as in `View`."""
 
     axis: int
     start: int
     stop: int
     step: int = 1
-    pick: Pick | None = None
+    copy_entries: CopyEntries | None = None
 
 
 @dataclass(frozen=True, eq=False)

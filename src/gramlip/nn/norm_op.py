@@ -1,6 +1,7 @@
 """The norm of a layer as a function of its weight alone: one opaque, differentiable operation for eager, compiled and exported code.
 
-`Plan` is the layer's geometry, worked out once; `Plan.sigma(weight)` is the upper bound, with the gradient of the largest block.
+`NormGeometry` is the layer's geometry, worked out once; `NormGeometry.sigma(weight)` is the upper bound, with the gradient
+of the largest block.
 Eager code goes through `_Sigma`, which knows the transforms of `torch.func`; code that torch compiles or traces takes the operation itself.
 """
 
@@ -18,7 +19,7 @@ from gramlip.errors import InputError
 from gramlip.norm.symbol.padding_theorems import PADDING
 from gramlip.norm.symbol.polyphase import polyphase, symbol, transform
 from gramlip.numerics.gram_iteration import gram_norm
-from gramlip.numerics.precision import real_dtype, uncast, wide
+from gramlip.numerics.precision import in_norm_precision, real_dtype, without_autocast
 from gramlip.numerics.sums import norm
 from gramlip.operators.geometry import axes
 from gramlip.operators.given import is_sharded
@@ -28,7 +29,7 @@ POWER_STEPS = 4  # cheap lower estimates that say which blocks cannot be the lar
 
 
 @dataclass(frozen=True)
-class Plan:
+class NormGeometry:
     """Geometry of a layer without its weight: `norm <= factor * max over the grid of ||D(w)||`, for any weight of that shape.
 
     A lower estimate of the largest block times `attained` is one of the layer's norm: the padding's factor where it is exact, otherwise 1.
@@ -43,20 +44,20 @@ class Plan:
     because: str
 
     @staticmethod
-    def of(op: Dense | Conv, torus: int = 16) -> Plan:
+    def of(op: Dense | Conv, torus: int = 16) -> NormGeometry:
         """The plan of an operator: on each axis the padding theorem's own grid, or one of `torus` points where that is smaller.
 
         On a grid of N points the supremum over all frequencies costs the factor `1 / cos(pi (k - 1) / (2 N))`:
         docs/theory.md#from-a-grid-to-the-torus.
 
-        >>> Plan.of(Conv(torch.ones(4, 4, 3, 3), input_size=56, padding=1)).grid
+        >>> NormGeometry.of(Conv(torch.ones(4, 4, 3, 3), input_size=56, padding=1)).grid
         (16, 16)
         """
         if isinstance(torus, bool) or not isinstance(torus, int) or torus < 4:
             msg = f"torus={torus!r} was given; expected an integer of at least 4 grid points per axis, such as 16"
             raise InputError(msg)
         if isinstance(op, Dense):
-            return Plan(1, (), (), 1, 1.0, 1.0, "a matrix")
+            return NormGeometry(1, (), (), 1, 1.0, 1.0, "a matrix")
         sym = symbol(op)
         strides = tuple(PADDING[op.padding_mode](axis).stride for axis in axes(op))
         grid, factor, because = [], math.sqrt(sym.square), sym.because
@@ -69,7 +70,7 @@ class Plan:
             if degree:
                 factor /= math.cos(math.pi * degree / side)
                 because += f"; {side}-point grid with the cosine factor"
-        return Plan(op.groups, strides, tuple(grid), sym.square, factor, math.sqrt(sym.square) if sym.exact else 1.0, because)
+        return NormGeometry(op.groups, strides, tuple(grid), sym.square, factor, math.sqrt(sym.square) if sym.exact else 1.0, because)
 
     def kernel(self, weight: Tensor) -> Tensor:
         """The polyphase kernel (groups, m, n, *k) of a weight; linear."""
@@ -110,14 +111,14 @@ def kernel(weight: Tensor, groups: int, strides: Sequence[int]) -> Tensor:
 @torch.library.custom_op("gramlip::largest_block", mutates_args=())
 def _largest(weight: Tensor, groups: int, strides: list[int], grid: list[int], n_iter: int) -> tuple[Tensor, Tensor]:
     """The largest Gram bound over groups and frequencies, and its flat index."""
-    with uncast(weight):
-        blocks = transform(kernel(wide(weight), groups, strides), grid)
+    with without_autocast(weight):
+        blocks = transform(kernel(in_norm_precision(weight), groups, strides), grid)
         blocks = blocks.reshape(-1, *blocks.shape[-2:])
-        value, index = largest(blocks, n_iter)
+        value, index = max_gram_bound(blocks, n_iter)
     return value.to(real_dtype(weight)), index
 
 
-def largest(blocks: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
+def max_gram_bound(blocks: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
     """Largest `gram_norm` of blocks (F, m, n) and its index; blocks that a lower estimate rules out are dropped on the way."""
     keep = torch.arange(blocks.shape[0], device=blocks.device)
     floor = power(blocks, POWER_STEPS)[0].amax() * (1 - 1e-5)
@@ -159,9 +160,11 @@ def _(weight: Tensor, groups: int, strides: list[int], grid: list[int], n_iter: 
 
 def slope(weight: Tensor, index: Tensor, groups: int, strides: Sequence[int], grid: Sequence[int], n_iter: int) -> Tensor:
     """Gradient of the Gram bound of one block with respect to the weight, differentiable itself."""
-    with uncast(weight):
-        _, pull = cast("Any", torch.func.vjp)(lambda w: gram_norm(block_at(kernel(w, groups, strides), index, grid), n_iter), wide(weight))
-        (found,) = pull(torch.ones((), dtype=real_dtype(wide(weight)), device=weight.device))
+    with without_autocast(weight):
+        _, pull = cast("Any", torch.func.vjp)(
+            lambda w: gram_norm(block_at(kernel(w, groups, strides), index, grid), n_iter), in_norm_precision(weight)
+        )
+        (found,) = pull(torch.ones((), dtype=real_dtype(in_norm_precision(weight)), device=weight.device))
     return found.to(weight.dtype).contiguous()
 
 

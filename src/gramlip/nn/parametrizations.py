@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.nn.norm_op import Plan
+from gramlip.nn.norm_op import NormGeometry
 from gramlip.nn.parametrize import Normalised, attach, each, operator, positive, real
 from gramlip.norm.bound import bound
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import real_dtype, uncast
+from gramlip.numerics.precision import real_dtype, without_autocast
 from gramlip.operators.describe import describe
 from gramlip.operators.given import unwrapped
 from gramlip.operators.interval import Bound
@@ -32,13 +32,13 @@ M = TypeVar("M", bound=nn.Module)
 class SpectralRescaling(Normalised):
     """`weight -> weight * d`, one d for each input channel and phase of the stride, so that the layer's norm is at most `target`."""
 
-    def __init__(self, plan: Plan, input_size: Ints | None, target: float, n_iter: int) -> None:
+    def __init__(self, plan: NormGeometry, input_size: Ints | None, target: float, n_iter: int) -> None:
         super().__init__(input_size, target)
         self.plan, self.n_iter = plan, n_iter
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rescaled weight, of the same shape and dtype; the sums are taken in float64."""
-        with uncast(weight):
+        with without_autocast(weight):
             peak = weight.detach().abs().amax()
             scaled = weight.to(torch.float64) / torch.where(peak == 0, 1.0, peak).to(torch.float64)
             diagonal = rescaling(self.plan.kernel(scaled), self.n_iter) * (self.target / math.sqrt(self.plan.square))
@@ -128,7 +128,7 @@ def spectral_rescaling(module: M, name: str = "weight", *, input_size: Ints | No
         raise InputError(msg)
     op = operator(module, name, input_size)
     real(op, "spectral_rescaling")
-    plan = Plan.of(op)
+    plan = NormGeometry.of(op)
     attach(module, name, SpectralRescaling(plan, input_size, positive("target", target), n_iter))
     return module
 
@@ -219,13 +219,13 @@ def _(module: Residual, input_size: Ints | None = None) -> Bound:
 class SpectralNorm(Normalised):
     """`weight -> weight * target / sigma(weight)`, sigma the Gram upper bound of the layer's norm; zero stays zero."""
 
-    def __init__(self, plan: Plan, input_size: Ints | None, target: float, soft: bool, n_iter: int) -> None:
+    def __init__(self, plan: NormGeometry, input_size: Ints | None, target: float, soft: bool, n_iter: int) -> None:
         super().__init__(input_size, target)
         self.plan, self.soft, self.n_iter = plan, soft, n_iter
 
     def forward(self, weight: Tensor) -> Tensor:
         """The normalised weight, of the same shape and dtype; the norm is computed in float32 at least, whatever autocast says."""
-        with uncast(weight):
+        with without_autocast(weight):
             # A norm is homogeneous: the peak is divided out first, so that no weight is too small or too large for its square.
             peak = weight.detach().abs().amax()
             peak = torch.where(peak == 0, 1.0, peak).to(real_dtype(weight))
@@ -289,7 +289,7 @@ def spectral_norm(
     if isinstance(n_iter, bool) or not isinstance(n_iter, int) or n_iter < 1:
         msg = f"n_iter={n_iter!r} was given; expected an integer of at least 1"
         raise InputError(msg)
-    plan = Plan.of(operator(module, name, input_size), torus)
+    plan = NormGeometry.of(operator(module, name, input_size), torus)
     attach(module, name, SpectralNorm(plan, input_size, positive("target", target), soft, n_iter))
     return module
 

@@ -118,7 +118,7 @@ def _left_out(model: nn.Module, found: list[nn.Module]) -> list[str]:
 #
 # What the parametrizations share: attaching them to a layer, pickling, walking a model, and baking into certified plain weights.
 
-TRIES = 40  # each try widens the margin twofold: from one rounding unit to far more than a cast can lose
+SHRINK_ATTEMPTS = 40  # each try widens the margin twofold: from one rounding unit to far more than a cast can lose
 
 
 class Normalised(nn.Module):
@@ -331,7 +331,7 @@ def _baked(model: nn.Module, found: list[tuple[str, nn.Module, str, Normalised]]
 def shrunk(value: Tensor, limits: list[tuple[Dense | Conv, float]], rtol: float) -> Tensor:
     """The value scaled down, in its own dtype, until its certified norm is at most each target by default and at `rtol`."""
     weight, margin, scale = value.clone(), torch.finfo(value.dtype).eps / 4, 1.0
-    for _ in range(TRIES):
+    for _ in range(SHRINK_ATTEMPTS):
         bounds = [
             (bound(op, rtol=width), target)
             for op, target in ((replace(op, weight=weight), t) for op, t in limits)
@@ -344,7 +344,7 @@ def shrunk(value: Tensor, limits: list[tuple[Dense | Conv, float]], rtol: float)
         margin = min(2 * margin, 0.5)
         weight = (value.to(torch.promote_types(value.dtype, torch.float64)) * scale).to(value.dtype)
     (upper, target), *_ = over  # pyright: ignore[reportPossiblyUnboundVariable]
-    msg = f"the certified norm stays at {upper:.6g} after {TRIES} tries; expected at most the target {target:.6g}: use a wider dtype"
+    msg = f"the certified norm stays at {upper:.6g} after {SHRINK_ATTEMPTS} tries; expected at most {target:.6g}: use a wider dtype"
     raise InputError(msg)
 
 

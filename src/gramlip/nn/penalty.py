@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gramlip import distributed
 from gramlip.errors import InputError
-from gramlip.nn.norm_op import Plan
+from gramlip.nn.norm_op import NormGeometry
 from gramlip.nn.parametrize import layers, operator, positive, real
 from gramlip.nn.tracker import Tracker, plainly
 from gramlip.operators.interval import Bound
@@ -135,7 +135,7 @@ class LipschitzPenalty(nn.Module):
                 msg = f"{path} is on the meta device; expected weights with values: type model.to_empty(device='cpu') and load them first"
                 raise InputError(msg)
             weight = op.weight
-            alike[Plan.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
+            alike[NormGeometry.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
         self.trackers = nn.ModuleList(
             Tracker(plan, [partial(_weight, module) for _, module in group], steps, peaks) for (plan, *_), group in alike.items()
         )

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from gramlip.errors import InputError
-from gramlip.nn.norm_op import Plan, replicated, unit
-from gramlip.numerics.precision import real_dtype, uncast
+from gramlip.nn.norm_op import NormGeometry, replicated, unit
+from gramlip.numerics.precision import real_dtype, without_autocast
 from gramlip.numerics.sums import norm
 
 SEARCH_STEPS = 12  # power steps per grid point in a search
@@ -38,7 +38,7 @@ class Tracker(nn.Module):
     frequency: Tensor
     vector: Tensor
 
-    def __init__(self, plan: Plan, weights: Sequence[Callable[[], Tensor]], steps: int, peaks: int) -> None:
+    def __init__(self, plan: NormGeometry, weights: Sequence[Callable[[], Tensor]], steps: int, peaks: int) -> None:
         super().__init__()
         self.plan, self.steps, self._weights = plan, steps, tuple(weights)
         first = _full(self._weights[0]().detach())
@@ -62,7 +62,7 @@ class Tracker(nn.Module):
 
     def forward(self, due: Sequence[int] = ()) -> Tensor:
         """Search for the peaks of the layers that are due, track all, then lower estimates (L,) of the norms with their graph."""
-        with uncast(self.frequency):
+        with without_autocast(self.frequency):
             kernels = self.kernels()
             chosen, probes, scale = plainly(partial(self.follow, due=due), kernels.detach())
             one = kernels if self.plan.groups == 1 else kernels[chosen]
@@ -71,7 +71,7 @@ class Tracker(nn.Module):
     @torch.no_grad()
     def search(self) -> None:
         """Find the peaks of all layers afresh, outside of a call."""
-        with uncast(self.frequency):
+        with without_autocast(self.frequency):
             kernels = self.kernels()
             self._search(kernels, self._scale(kernels), range(len(self)))
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from gramlip.errors import InputError
 from gramlip.norm.finite.banded_cholesky import Certificate, banded
 from gramlip.norm.finite.boundary_terms import upper_side
-from gramlip.norm.finite.layer import SAMPLE_BYTES, Layer, rounded, sample, small, wave
+from gramlip.norm.finite.layer import SAMPLE_BYTES, FiniteLayer, rounded, sample, small, wave
 from gramlip.norm.search.branch_and_bound import BranchAndBound, Enclosure
 from gramlip.norm.symbol.gram_symbol import GramSymbol
 from gramlip.norm.symbol.polyphase import Symbol, symbol
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.eigenvalue_bounds import start
-from gramlip.numerics.precision import on_cpu, widen, widen_each
+from gramlip.numerics.precision import on_cpu, scaled_float64, scaled_float64_each
 from gramlip.operators.interval import Bound, scaled
 from gramlip.operators.linear_maps import Conv, Dense, Diagonal, Operator, Separable, Sparse
 
@@ -50,7 +50,7 @@ class Entries:
     def of(op: Sparse) -> tuple[Entries, int]:
         """The entries that are not zero, divided by a power of two so that the largest lies in [1/2, 1), and its exponent."""
         places, stored = op.weight.indices(), op.weight.values()
-        values, exponent = widen(stored, None) if len(stored) else (stored.to(torch.float64), 0)
+        values, exponent = scaled_float64(stored, None) if len(stored) else (stored.to(torch.float64), 0)
         kept = (values != 0).nonzero()[:, 0]
         (rows, i), (columns, j) = (torch.unique(axis[kept], return_inverse=True) for axis in places)
         return Entries(torch.stack([i, j]), values[kept], (len(rows), len(columns))), exponent
@@ -193,8 +193,8 @@ FINITE_BYTES = 384 << 20  # and never with more memory than this
 TOGETHER = 1 << 19  # kernels of at most so many entries are searched together
 TRIED = 1 << 22  # numbers read by a small layer that is tried as a lower side for every size
 LEAST_SIDE = 16  # the order to which smaller blocks are filled up
-TRIES = 12
-WAYS = {
+ASCENT_ATTEMPTS = 12
+PROOF_NAMES = {
     "Cholesky": "Cholesky (R3)",
     "Gram": "Gram (theorems 1 and 2, R4)",
     "tap bound": "tap bound (theorem 8)",
@@ -257,7 +257,7 @@ def _stack(kernels: Sequence[Tensor]) -> Tensor:
 
 
 def _diagonal(op: Diagonal) -> Bound:
-    wide, exponent = widen(op.weight.detach().flatten(), None)
+    wide, exponent = scaled_float64(op.weight.detach().flatten(), None)
     top = max(rd.hypot_up(map(abs, z)) for z in torch.view_as_real(wide).tolist()) if wide.is_complex() else float(wide.abs().max())
     lower = rd.down(top * (1 - 2.0**-50)) if wide.is_complex() else top
     return scaled(lower, top, exponent, "largest modulus of a diagonal")
@@ -268,7 +268,7 @@ def _separable(op: Separable, rtol: float) -> Bound:
     digits, exponent = math.frexp(abs(op.scale))
     lower, upper, exponent = 2 * digits, 2 * digits, exponent - 1  # a power of two has the digits 1, which cost no rounding
     for factor in op.factors:
-        wide, power = widen(factor.detach(), None)
+        wide, power = scaled_float64(factor.detach(), None)
         part = certify(Dense(wide), rtol=rtol / len(op.factors) * 0.99)
         exponent += power
         lower, upper = rd.mul_down(lower, part.lower), rd.mul_up(upper, float(part.upper))
@@ -301,7 +301,7 @@ def _searched_together(ops: Sequence[Conv | Dense], syms: Sequence[Symbol], rtol
         gram = GramSymbol(syms[0].plain, syms[0].strides, rtol, syms[0].frequencies)
         exponents = [0]
     else:  # each layer on its own scale
-        wide, exponents = widen_each(_stack([sym.kernel.detach() for sym in syms]))
+        wide, exponents = scaled_float64_each(_stack([sym.kernel.detach() for sym in syms]))
         gram = GramSymbol(wide.flatten(0, 1), rtol=rtol, frequencies=syms[0].frequencies)
     groups = gram.groups // len(ops)
     search = BranchAndBound(gram, syms[0].points, np.arange(len(ops)).repeat(groups))
@@ -355,7 +355,7 @@ class FiniteStart:
     """A finite layer that is applied, the group of its symbol's best block, and a vector there with its Rayleigh quotient."""
 
     op: Conv
-    layer: Layer
+    layer: FiniteLayer
     group: int
     vector: Tensor
     lower: float
@@ -424,10 +424,10 @@ class LayerTask:
         """The layer or a smaller one, with Lanczos steps until its quotient is as close to the blocks' norm as it can come."""
         assert isinstance(self.op, Conv)
         part, modes = sample(self.op)
-        layer, peak = Layer(part, self.exponent, modes), self.search.lower.peak(self.number)
+        layer, peak = FiniteLayer(part, self.exponent, modes), self.search.lower.peak(self.number)
         group = self._group(peak.group)
         x, best = wave(peak, layer, group), 0.0
-        for _ in range(TRIES):
+        for _ in range(ASCENT_ATTEMPTS):
             y, done = layer.ascend(x, group, self.peak_norm, self.rtol)
             value = layer.lower(y, group, self.tap_norm_sums[group])
             better = value > best * (1 + self.rtol / 64)
@@ -497,12 +497,12 @@ class LayerTask:
         """The tighter of two intervals, the second from the matrix of a small finite layer; it says so where it is wider than asked for."""
         op = self.op
         if found.rtol > self.rtol and self.finite is not False and isinstance(op, Conv) and op.input_size is not None and small(op):
-            found = min(found, self._whole(Layer(op, self.exponent)), key=lambda bound: (bound.rtol, float(bound.upper)))
+            found = min(found, self._whole(FiniteLayer(op, self.exponent)), key=lambda bound: (bound.rtol, float(bound.upper)))
         if found.rtol <= self.rtol or "asked for" in found.because:
             return found
         return replace(found, because=f"{found.because}; wider than asked for")
 
-    def _whole(self, layer: Layer) -> Bound:
+    def _whole(self, layer: FiniteLayer) -> Bound:
         """The interval of a finite layer's matrix, group by group."""
         parts = [rounded(layer, group, rd.ldexp_up(norms, self.exponent)) for group, norms in enumerate(self.tap_norm_sums)]
         if not all(bool(matrix.isfinite().all()) for matrix, _ in parts):  # taps that meet add up beyond the largest number
@@ -520,7 +520,7 @@ class LayerTask:
         lower, upper, reason = banded(start.layer, self.tap_norm_sums, self.rtol, start.group, start.lower, start.vector)
         return self._scaled(lower, upper, f"{self._itself(start.layer)}, {reason}")
 
-    def _itself(self, layer: Layer) -> str:
+    def _itself(self, layer: FiniteLayer) -> str:
         return f"{self.symbol.because.split(':')[0]}: the finite layer itself at size {'x'.join(map(str, layer.sizes))}"
 
     def _scaled(self, lower: float, upper: float, reason: str) -> Bound:
@@ -529,7 +529,7 @@ class LayerTask:
     def _reason(self, found: Enclosure) -> str:
         """How the symbol's interval was found."""
         tally, side = found.tally, self.search.symbol.side
-        ways = " and ".join(WAYS[way] for way in sorted(tally.ways))
+        ways = " and ".join(PROOF_NAMES[way] for way in sorted(tally.ways))
         where = f"; attained at frequency ({', '.join(f'{w + 0.0:.4g}' for w in found.frequency)})" if found.frequency else ""
         cells = " at the corners of cells (theorem 7)" if found.frequency else ""
         group = f" of group {self._group(found.group)}" if len(self.tap_norm_sums) > 1 else ""

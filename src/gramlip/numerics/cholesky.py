@@ -42,18 +42,18 @@ def _single_gamma(side: int) -> float:
     return rd.gamma(2.0 * (side + 6), 2.0**-24)
 
 
-def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = False, spare: bool = False) -> Tensor:
+def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = False, overwrite: bool = False) -> Tensor:
     """True where `lambda_1(G) <= threshold` is proved for blocks g (F, c, c) known up to `noise` (F,).
 
     `single` factorises in single precision, about three times faster, and proves a little less. Blocks may be used up where they are
-    to `spare`.
+    to `overwrite`.
     """
     side = g.shape[-1]
     s = single_shift(side) if single else shift(side)
     t = (threshold - noise) * (1.0 - (s if single else 2.0 * s)) - 2.0 * s * noise  # the trace is at most c (t + noise)
     if side in HALVED and g.is_complex() and not precision.parallel(g.device):
         return (_halves(g, t, single) == 0) & (t > 0)
-    matrix = _shifted(g, t, single, spare and not (single and side > TRACE_ORDER))
+    matrix = _shifted(g, t, single, overwrite and not (single and side > TRACE_ORDER))
     factor, info = _factor(matrix)
     proved = (info == 0) & (t > 0)
     if precision.parallel(g.device):  # LAPACK's backward error is a theorem; another library's is measured on its result
@@ -101,8 +101,8 @@ def _halves(g: Tensor, t: Tensor, single: bool) -> Tensor:
     return info | _factor(rest.baddbmm_(left, right, alpha=-1))[1]
 
 
-def _shifted(g: Tensor, t: Tensor, single: bool, spare: bool) -> Tensor:
-    """`t I - G`, its diagonal subtracted in double; rounded to single precision where asked, and in the place of G where that is spare.
+def _shifted(g: Tensor, t: Tensor, single: bool, overwrite: bool) -> Tensor:
+    """`t I - G`, its diagonal subtracted in double; rounded to single precision where asked, and in the place of G where that is overwrite.
 
     On a CPU rows of `t I` are added where a power of two makes the columns of a matrix share their places in the caches:
     docs/rounding.md#r3-cholesky.
@@ -111,7 +111,7 @@ def _shifted(g: Tensor, t: Tensor, single: bool, spare: bool) -> Tensor:
     c = g.shape[-1]
     side = c + 8 if c >= 256 and c % 64 == 0 and not precision.parallel(g.device) else c
     dtype, diagonal = narrow if single else wide, t[:, None] - g.diagonal(dim1=-2, dim2=-1).real
-    if spare and g.dtype == dtype and (side == c or c * c * g.element_size() >= LARGE_BYTES):
+    if overwrite and g.dtype == dtype and (side == c or c * c * g.element_size() >= LARGE_BYTES):
         matrix = g.neg_()
     elif side == c:
         matrix = -g.to(dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gramlip.errors import InputError
-from gramlip.numerics.precision import real_dtype, uncast, wide
+from gramlip.numerics.precision import in_norm_precision, real_dtype, without_autocast
 from gramlip.numerics.sums import gram, norm
 
 
@@ -75,7 +75,7 @@ class _GramNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(blocks: Tensor, n_iter: int) -> Tensor:
-        with uncast(blocks):
+        with without_autocast(blocks):
             tall, peak = _scaled(blocks)
             x, log = _unit(gram(tall))
             log = log / 2  # of the norm, not of its power, which leaves the range
@@ -94,7 +94,7 @@ class _GramNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         blocks, value = ctx.saved_tensors
-        with uncast(blocks):
+        with without_autocast(blocks):
             return _slope(blocks, value, ctx.n_iter) * grads[0][..., None, None], None
 
 
@@ -109,7 +109,7 @@ class _GramNormForward(_GramNorm):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         blocks, value = ctx.saved_tensors
-        with uncast(blocks):
+        with without_autocast(blocks):
             return (reals(_slope(blocks, value, ctx.n_iter)) * reals(tangents[0])).sum(-1)
 
 
@@ -146,4 +146,4 @@ def gram_norm(blocks: Tensor, n_iter: int = 6) -> Tensor:
         msg = f"blocks has shape {tuple(blocks.shape)}; expected (..., m, n) with m and n of at least 1"
         raise InputError(msg)
     function = _GramNorm if torch.compiler.is_compiling() else _GramNormForward
-    return function.apply(wide(blocks), n_iter).to(real_dtype(blocks))  # type: ignore[no-any-return]
+    return function.apply(in_norm_precision(blocks), n_iter).to(real_dtype(blocks))  # type: ignore[no-any-return]

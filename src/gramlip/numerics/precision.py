@@ -24,7 +24,7 @@ def full_products() -> bool:
     return all(mode in (None, "none", "ieee") for mode in modes)
 
 
-def wide(x: Tensor) -> Tensor:
+def in_norm_precision(x: Tensor) -> Tensor:
     """A tensor in the precision that norms are computed in: at least float32, float64 where float32 products are cut short.
 
     Code that torch compiles cannot ask for that: there they are what the settings say.
@@ -39,7 +39,7 @@ def real_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-def uncast(x: Tensor) -> AbstractContextManager[object]:
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Without autocast on the tensor's device, where that has one."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
@@ -67,21 +67,21 @@ def on_cpu() -> AbstractContextManager[object]:
 _LAYOUTS = {torch.float32: (torch.int32, 23, -149), torch.float64: (torch.int64, 52, -1074)}
 
 
-def widen(x: Tensor, exponent: int | None) -> tuple[Tensor, int]:
+def scaled_float64(x: Tensor, exponent: int | None) -> tuple[Tensor, int]:
     """The values of x divided by `2**exponent`, as float64 or complex128, to be read alone, and the exponent.
 
     With None the exponent is chosen so that the largest entry lies in [1/2, 1). The copy is exact but for entries below
     `2**-1022` of the scale, which lose less than that: docs/rounding.md#r1-weights. Denormal weights are decoded from their
     bits, since a thread that flushes them would read zeros.
     """
-    wide, exponents = widen_each(x[None], None if exponent is None else [exponent])
+    wide, exponents = scaled_float64_each(x[None], None if exponent is None else [exponent])
     return wide[0], exponents[0]
 
 
-def widen_each(x: Tensor, exponents: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
+def scaled_float64_each(x: Tensor, exponents: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
     """The same for each of the tensors along the first axis, with an exponent of its own."""
     if x.is_complex():
-        parts, found = widen_each(torch.view_as_real(x.resolve_conj()), exponents)
+        parts, found = scaled_float64_each(torch.view_as_real(x.resolve_conj()), exponents)
         return torch.view_as_complex(parts), found
     if exponents is not None and x.dtype == torch.float64 and not any(exponents):
         return x.contiguous(), list(exponents)
@@ -96,10 +96,10 @@ def widen_each(x: Tensor, exponents: Sequence[int] | None = None) -> tuple[Tenso
     return wide, list(exponents)
 
 
-def exact(x: Tensor) -> Tensor:
+def to_float64(x: Tensor) -> Tensor:
     """Real numbers of any dtype as float64, to be read alone: denormal ones too, whether or not this thread flushes them."""
     if x.is_floating_point():
-        return widen(x.detach(), 0)[0]
+        return scaled_float64(x.detach(), 0)[0]
     wide = x.detach().to(torch.float64)
     if x.dtype == torch.int64 and bool(((wide >= 2.0**63) | (wide.to(torch.int64) != x)).any()):
         largest = int(x.flatten()[wide.abs().argmax()])

@@ -114,13 +114,13 @@ def ldexp_down(x: float, exponent: int) -> float:
 # l2 norms of float64 tensors, rounded upward, that neither overflow nor underflow on the way. docs/network.md#ranges.
 
 
-def lengths(rows: Tensor) -> Tensor:
+def row_norms_up(rows: Tensor) -> Tensor:
     """Upper bounds of the norms along the last axis; zero for zeros alone."""
     top = rows.abs().amax(-1, keepdim=True).clamp_min(TINY)
     size = torch.linalg.vector_norm(rows / top, dim=-1) * top[..., 0] * (1.0 + gamma(rows.shape[-1] + 8.0))
     return torch.where(size > 0.0, size.clamp_min(TINY), size)
 
 
-def length(x: Tensor) -> float:
+def frobenius_up(x: Tensor) -> float:
     """An upper bound of the norm of all entries."""
-    return float(lengths(x.reshape(-1)))
+    return float(row_norms_up(x.reshape(-1)))

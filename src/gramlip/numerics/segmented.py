@@ -35,14 +35,14 @@ def named(keys: Ints) -> tuple[Ints, Ints]:
     return names, back.reshape(keys.shape)
 
 
-def smallest(count: int, places: Ints, values: Reals) -> Reals:
+def segment_min(count: int, places: Ints, values: Reals) -> Reals:
     """The least of the values at each of so many places; infinite where there is none."""
     out = np.full(count, np.inf)
     np.minimum.at(out, places, values)
     return out
 
 
-def largest(count: int, places: Ints, values: Reals) -> Reals:
+def segment_max(count: int, places: Ints, values: Reals) -> Reals:
     """The largest of the values at each of so many places, and at least 0."""
     out = np.zeros(count)
     np.maximum.at(out, places, values)

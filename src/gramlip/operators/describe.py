@@ -20,7 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import exact, exponent_of, on_cpu
+from gramlip.numerics.precision import exponent_of, on_cpu, to_float64
 from gramlip.operators.convert import formed, held, is_array_like, is_linear_operator, is_sparse, sparse_tensor
 from gramlip.operators.geometry import Axis, index_map
 from gramlip.operators.given import hooked, hooks, is_wrapper, unwrapped
@@ -184,7 +184,7 @@ def _(module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNor
     if variance is None:
         msg = f"{name} without running statistics depends on the whole batch; expected them: type track_running_stats=True and train it"
         raise UnsupportedError(msg)
-    spread = exact(checked(variance, "running_var")) + module.eps
+    spread = to_float64(checked(variance, "running_var")) + module.eps
     if not bool((spread >= rd.TINY).all()):
         msg = f"running_var + eps of {name} is {float(spread.min())}; expected positive variances: type load_state_dict with trained ones"
         raise InputError(msg)
@@ -192,7 +192,7 @@ def _(module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNor
         weight = torch.ones_like(spread)
     elif exponent_of(checked(weight.detach())) is None:
         return Bound(0.0, 0.0, "batch norm in evaluation mode; all weights are zero")
-    largest, slack = float((exact(weight).abs() / spread.sqrt()).max()), rd.gamma(5)
+    largest, slack = float((to_float64(weight).abs() / spread.sqrt()).max()), rd.gamma(5)
     lower = rd.mul_down(min(largest, sys.float_info.max), rd.down(1.0 - slack))
     upper = rd.add_up(rd.mul_up(largest, rd.up(1.0 + slack)), rd.TINY)
     return Bound(lower, upper, "batch norm in evaluation mode: largest modulus of weight / sqrt(running_var + eps)")
@@ -334,8 +334,8 @@ def _adaptive_maximum(module: Any, input_size: Ints | None = None) -> Bound:
 def _resampled_axes(module: nn.Upsample, input_size: Ints | None) -> int:
     """The spatial axes of the input, from the first that says them: the type, the mode, tuples of sizes or factors."""
     tuples = [len(given) for given in (module.size, module.scale_factor, input_size) if isinstance(given, Sequence)]
-    said = [_axes_of(module), AXES.get(module.mode), *tuples]
-    dims = next(filter(None, said), None)
+    sources_of_axes = [_axes_of(module), AXES.get(module.mode), *tuples]
+    dims = next(filter(None, sources_of_axes), None)
     if dims is None:
         msg = (
             f"input_size={input_size!r} was given for {type(module).__name__} of mode {module.mode!r}, which takes one to three axes; "

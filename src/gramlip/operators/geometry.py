@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gramlip.numerics.precision import exact
+from gramlip.numerics.precision import to_float64
 from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
 
 # ---- axes ----------------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose
 
 def apply(op: Dense | Conv | Scale, x: Tensor) -> Tensor:
     """The map, without bias, on a batch, in the dtype of `x`: that of the weight, or float64."""
-    weight = op.weight if op.weight.dtype == x.dtype else exact(op.weight)
+    weight = op.weight if op.weight.dtype == x.dtype else to_float64(op.weight)
     if isinstance(op, Scale):
         return x * weight
     if isinstance(op, Dense):

@@ -25,7 +25,7 @@ from gramlip.errors import InputError, first_line
 from gramlip.norm.certify import TOGETHER, certify_all
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense, checked
-from gramlip.reports.report import Layer, LeftOut, Report, printable
+from gramlip.reports.report import LayerRow, LeftOut, Report, printable
 
 # ---- safe readers --------------------------------------------------------------------------------------------------------
 #
@@ -394,7 +394,7 @@ class Weights:
         kept, left_out = self.sort()
         for name in kept:  # all of them before the work starts
             self.operator(name)
-        rows: dict[str, Layer] = {}
+        rows: dict[str, LayerRow] = {}
         for name in watch(kept):
             if name not in rows:
                 rows |= self._rows(self._alike(name, kept), rtol)
@@ -407,7 +407,7 @@ class Weights:
             return [name]
         return [other for other in kept if self.stored.entries[other].shape == shape]
 
-    def _rows(self, names: list[str], rtol: float) -> dict[str, Layer]:
+    def _rows(self, names: list[str], rtol: float) -> dict[str, LayerRow]:
         start = perf_counter()
         ops = [self.operator(name) for name in names]
         bounds = certify_all(ops, rtol=rtol)
@@ -415,11 +415,11 @@ class Weights:
         return {name: _row(name, op, found, seconds) for name, op, found in zip(names, ops, bounds, strict=True)}
 
 
-def _row(name: str, op: Dense | Conv, found: Bound, seconds: float) -> Layer:
+def _row(name: str, op: Dense | Conv, found: Bound, seconds: float) -> LayerRow:
     if isinstance(op, Conv):
         found = Bound(found.lower, found.upper, f"{found.because}; {DOMINATES}")
     kind = "Dense" if isinstance(op, Dense) else f"Conv{op.dims}d"
-    return Layer(name, kind, tuple(op.weight.shape), None, found, seconds)
+    return LayerRow(name, kind, tuple(op.weight.shape), None, found, seconds)
 
 
 def left_out_of(name: str, entries: Mapping[str, Entry], scales: Mapping[str, str]) -> LeftOut | None:

@@ -18,7 +18,7 @@ from gramlip.norm.symbol.polyphase import transform
 from gramlip.operators.interval import decimals
 from gramlip.operators.linear_maps import Conv
 from gramlip.reports.output import write_bytes_whole
-from gramlip.reports.report import Layer, Report, printable
+from gramlip.reports.report import LayerRow, Report, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,7 +121,7 @@ def _table(report: Report) -> str:
     return f"<thead><tr>{heads}</tr></thead><tbody>{''.join(_row(row, top) for row in report.layers)}</tbody>"
 
 
-def _row(row: Layer, top: float | None) -> str:
+def _row(row: LayerRow, top: float | None) -> str:
     size = "any" if row.input_size is None else "x".join(map(str, row.input_size))
     share = ""
     if row.share is not None:
@@ -141,13 +141,13 @@ def _lists(report: Report) -> str:
     return "".join(f"<h2>{title}</h2><ul>{''.join(f'<li>{_text(x)}</li>' for x in items)}</ul>" for title, items in parts if items)
 
 
-def _figure(number: int, row: Layer, grid: list[list[float]]) -> str:
+def _figure(number: int, row: LayerRow, grid: list[list[float]]) -> str:
     label = f"{_text(row.name)}, {min(map(min, grid)):.4g} to {max(map(max, grid)):.4g}"
     canvas = f'<canvas data-map="{number}" role="img" aria-label="symbol norm of {label}"></canvas>'
     return f"<figure>{canvas}<figcaption>{label}</figcaption></figure>"
 
 
-def sampled(row: Layer) -> list[list[float]] | None:
+def sampled(row: LayerRow) -> list[list[float]] | None:
     """Norms of the symbol's blocks on a grid of the first two axes, zero frequency in the middle; None for other operators.
 
     A picture, not a bound: the grid is coarse for wide layers.
@@ -181,7 +181,7 @@ def _notebook_figure(rows: int, width: float = 7.0) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _name(axes: Any, rows: list[Layer]) -> None:
+def _name(axes: Any, rows: list[LayerRow]) -> None:
     """A row for each layer, the first on top, under its name as it stands: a `$` in it begins no formula."""
     axes.set_yticks(range(len(rows)), [printable(row.name) for row in rows], parse_math=False)
     axes.invert_yaxis()

@@ -22,13 +22,13 @@ def printable(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerRow:
     """A layer's row: the operator that was bounded, and its interval; `input_size` is None where it holds for every size.
 
     `share` is the layer's part of the logarithm of the network's constant by composition (docs/network.md#shares);
     `operator` is what was bounded, for pictures.
 
-    >>> print(Layer("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix")).upper)
+    >>> print(LayerRow("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix")).upper)
     1.5
     """
 
@@ -81,7 +81,7 @@ class Report:
     `unsupported` lists the calls that no rule covers, each with its place in the source; the network is unbounded then.
     Printed numbers are rounded outward; JSON numbers are exact, and null stands for infinity (no bound).
 
-    >>> row = Layer("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix"))
+    >>> row = LayerRow("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix"))
     >>> print(Report("w.safetensors", (row,)))
     w.safetensors
     <BLANKLINE>
@@ -90,7 +90,7 @@ class Report:
     """
 
     target: str
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerRow, ...]
     left_out: tuple[LeftOut, ...] = ()
     network: Bound | None = None
     notes: tuple[str, ...] = ()

@@ -70,7 +70,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is measured, how it is drawn, how it is told.
+    """What is measured, how it is drawn, how it is settings_text.
 
     Attributes:
         name: the command's argument.
@@ -121,8 +121,8 @@ def reproduce(
         rows += [{"task": task.name} | row for row in task.run()]
         write_whole(files["results.csv"], _written(rows))
     save(experiment.draw(rows), files["figure.png"])
-    told = ", ".join(f"{key} {value}" for key, value in header.items() if value is not None)
-    write_whole(files["summary.md"], f"# {experiment.title}\n\n{experiment.tell(rows)}\n\n{told}\n")
+    settings_text = ", ".join(f"{key} {value}" for key, value in header.items() if value is not None)
+    write_whole(files["summary.md"], f"# {experiment.title}\n\n{experiment.tell(rows)}\n\n{settings_text}\n")
     return files
 
 
@@ -212,12 +212,12 @@ def measured(op: Conv, choices: Sequence[Choice], options: Options) -> list[Row]
             value, seconds = timed(lambda m=method, s=settings: METHODS[m].value(op, **s), options.device, options.trials)
         except InputError:
             continue
-        row: Row = {"method": method, "settings": said(settings), "side": METHODS[method].side, "value": value}
+        row: Row = {"method": method, "settings": as_text(settings), "side": METHODS[method].side, "value": value}
         rows.append(row | {"seconds": seconds})
     return rows
 
 
-def said(settings: dict[str, object]) -> str:
+def as_text(settings: dict[str, object]) -> str:
     """Settings in a word: the number of steps or samples as the paper puts it in parentheses."""
     return " ".join(str(value) for value in settings.values())
 

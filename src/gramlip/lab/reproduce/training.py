@@ -159,11 +159,11 @@ def tell(rows: list[Row]) -> str:
         f"{first['optimiser']} from {first['lr']}, cosine; penalties of strength {penalised['strength']} above {first['threshold']}, "
         f"normalised to {first['target']}; {first['count']} test images."
     )
-    told = (
+    settings_text = (
         "Certified accuracy is by pairs of classes, the constant that of the whole network for pixels; the product is over the layers' "
         "certified norms, for normalised weights. Seconds include the audit after every epoch."
     )
-    return f"{facts}\n\n{markdown(head, lines)}\n\n{told}"
+    return f"{facts}\n\n{markdown(head, lines)}\n\n{settings_text}"
 
 
 TRAINING = Experiment("training", "Regularised training on CIFAR-10 (paper, section 5.4)", tasks, draw, tell, takes=("data", "preset"))

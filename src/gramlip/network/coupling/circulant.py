@@ -18,7 +18,7 @@ from torch import Tensor
 from gramlip.network.coupling.linear_forms import Form, block_of, sizes_of
 from gramlip.network.steps import Join, Linear, Network, Slice, Slope, Step, Sum
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import exact
+from gramlip.numerics.precision import to_float64
 from gramlip.operators.linear_maps import Conv, Scale
 
 Level = tuple[Fraction, ...]
@@ -126,7 +126,7 @@ def superkernel(op: Conv, fine: tuple[int, ...], coarse: tuple[int, ...]) -> tup
 
     Of the convolution whose adjoint it is when transposed. Index `s (R m + i) + d t - p` of x is phase and offset by division by r.
     """
-    weight = exact(op.weight)
+    weight = to_float64(op.weight)
     g = op.groups
     rows, columns = weight.shape[0], weight.shape[1] * g
     single = torch.zeros(rows, columns, *weight.shape[2:], dtype=torch.float64)

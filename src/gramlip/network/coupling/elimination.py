@@ -36,7 +36,7 @@ class Choice:
         """The multipliers (n,) for the anchor's own block (F, n, n); nothing is proved here."""
         shape = self.shape.exp()[channels]
         root = shape.rsqrt()
-        least = largest(root[:, None] * own * root, steps).clamp_min(FLOOR)
+        least = power_estimate(root[:, None] * own * root, steps).clamp_min(FLOOR)
         return shape * least * (0.5 + self.excess.exp())
 
 
@@ -115,7 +115,7 @@ def split(system: System, form: Quadratic, k: int) -> Split:
     return Split(live, rest, pair, form.matrix[:, old:, old:], torch.cat(rows, -1) if rows else pair, error)
 
 
-def largest(own: Tensor, steps: int) -> Tensor:
+def power_estimate(own: Tensor, steps: int) -> Tensor:
     """Nearly the largest eigenvalue over all frequencies, from power steps; its gradient is that of the vector found."""
     with torch.no_grad():
         v = own.abs().sum(-1, keepdim=True).to(own.dtype) + 1e-300
@@ -229,32 +229,32 @@ class Piece:
 
 
 @dataclass
-class Search:
+class MultiplierSearch:
     """What a search may choose: multipliers of each piece's anchors, and the power of each link's weights."""
 
     choices: list[Choices]
     powers: list[Tensor]
 
     @staticmethod
-    def closed(run: Sequence[Piece]) -> Search:
+    def closed(run: Sequence[Piece]) -> MultiplierSearch:
         """Multipliers in closed form."""
-        return Search([closed_form(piece.system) for piece in run], [torch.tensor(1.0, dtype=torch.float64) for _ in run])
+        return MultiplierSearch([closed_form(piece.system) for piece in run], [torch.tensor(1.0, dtype=torch.float64) for _ in run])
 
     def variables(self) -> list[Tensor]:
         """All tensors."""
         return [t for choices in self.choices for c in choices.values() for t in (c.shape, c.excess)] + self.powers
 
-    def copy(self) -> Search:
+    def copy(self) -> MultiplierSearch:
         """The same values, detached."""
 
         def own(t: Tensor) -> Tensor:
             return t.detach().clone()
 
         copied = [{k: Choice(own(c.shape), own(c.excess)) for k, c in choices.items()} for choices in self.choices]
-        return Search(copied, [own(p) for p in self.powers])
+        return MultiplierSearch(copied, [own(p) for p in self.powers])
 
 
-def objective(run: Sequence[Piece], search: Search) -> Tensor | None:
+def objective(run: Sequence[Piece], search: MultiplierSearch) -> Tensor | None:
     """Smooth maximum over the frequencies of the logarithm of the input's form, in plain floating point; None where it fails."""
     terminal, logarithm = None, 0.0
     form = None
@@ -272,14 +272,14 @@ def objective(run: Sequence[Piece], search: Search) -> Tensor | None:
     return torch.logsumexp(40.0 * top, 0) / 40.0 + logarithm
 
 
-def reached(run: Sequence[Piece], search: Search) -> float:
+def reached(run: Sequence[Piece], search: MultiplierSearch) -> float:
     """The objective as a number, to rank choices by; infinite where it fails."""
     with torch.no_grad():
         value = objective(run, search)
     return math.inf if value is None or math.isnan(float(value)) else float(value)
 
 
-def improve(run: Sequence[Piece], search: Search, steps: int, rate: float = 0.1) -> Search:
+def improve(run: Sequence[Piece], search: MultiplierSearch, steps: int, rate: float = 0.1) -> MultiplierSearch:
     """Choices after gradient steps on their logarithms, the best met; never worse than those given."""
     best, now, least = search.copy(), search.copy(), math.inf
     for t in now.variables():
@@ -308,7 +308,7 @@ def improve(run: Sequence[Piece], search: Search, steps: int, rate: float = 0.1)
     return best
 
 
-def certificate(run: Sequence[Piece], search: Search) -> float:
+def certificate(run: Sequence[Piece], search: MultiplierSearch) -> float:
     """A proved upper bound of the run's Lipschitz constant for these choices; infinite where the proof fails."""
     terminal, doublings = None, 0
     form = None

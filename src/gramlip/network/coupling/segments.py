@@ -9,11 +9,11 @@ from itertools import pairwise
 
 from gramlip.network.compose import compose
 from gramlip.network.coupling.circulant import Alias, Circulant, NotCirculantError, Pooled, circulant
-from gramlip.network.coupling.elimination import Piece, Search, certificate, cost, improve, reached, system_cost
+from gramlip.network.coupling.elimination import MultiplierSearch, Piece, certificate, cost, improve, reached, system_cost
 from gramlip.network.coupling.linear_forms import Entries, system
 from gramlip.network.steps import Input, Join, Linear, Network, Slice, Slope, Step, Sum, View
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import exact
+from gramlip.numerics.precision import to_float64
 from gramlip.operators.interval import Bound, decimals
 from gramlip.operators.linear_maps import Conv
 
@@ -30,7 +30,7 @@ COARSE = (3, 5)  # points an axis of the tori on which multipliers are searched 
 
 
 @dataclass(frozen=True)
-class Plan:
+class SegmentPlan:
     """Steps `first` < i <= `last`, the pieces that prove a bound of them, and runs of smaller ones of the same form for the search."""
 
     first: int
@@ -46,7 +46,7 @@ def part(network: Network, first: int, last: int) -> Network:
     return Network(steps, (last - first,))
 
 
-def plan(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int) -> Plan | None:
+def plan(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int) -> SegmentPlan | None:
     """The longest run from a cut that can be paid for; None where nothing after it can be coupled."""
     entries, torus = _entries(network, constants, cuts, at), _torus(network, constants, cuts, at)
     if entries > at and entries >= torus:
@@ -91,10 +91,10 @@ def _torus(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at
     return end
 
 
-def _alone(network: Network, first: int, last: int) -> Plan | None:
+def _alone(network: Network, first: int, last: int) -> SegmentPlan | None:
     piece = _entries_piece(network, first, last)
     run = [] if piece is None else [piece]
-    return Plan(first, last, run, []) if any(len(piece.system.queries) > 1 for piece in run) else None
+    return SegmentPlan(first, last, run, []) if any(len(piece.system.queries) > 1 for piece in run) else None
 
 
 def _entries_piece(network: Network, first: int, last: int) -> Piece | None:
@@ -103,7 +103,7 @@ def _entries_piece(network: Network, first: int, last: int) -> Piece | None:
     return piece if system_cost(piece.system) <= COST else None
 
 
-def _linked(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int, end: int) -> Plan | None:
+def _linked(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int, end: int) -> SegmentPlan | None:
     """A run on tori of one family, cut where an activation has just cut a value to its extent, with the pooled tail if there is one."""
     first, last = cuts[at], cuts[end]
     whole = circulant(part(network, first, last))
@@ -137,7 +137,7 @@ def _linked(network: Network, constants: Sequence[Bound], cuts: Sequence[int], a
         return None
     if reached == last:
         reached = _tail(network, constants, cuts, end, runs, ends[-1])
-    return Plan(first, reached, runs[0], runs[1:]) if any(len(piece.system.queries) > 1 for piece in runs[0]) else None
+    return SegmentPlan(first, reached, runs[0], runs[1:]) if any(len(piece.system.queries) > 1 for piece in runs[0]) else None
 
 
 def _small(torus: Circulant) -> bool:
@@ -181,7 +181,7 @@ def _pool(network: Network, first: int, last: int) -> tuple[float, float] | None
     alone = op.groups == shape[1] and tuple(op.weight.shape) == (shape[1], 1, *shape[2:]) and not any(map(any, op.padding))  # type: ignore[arg-type]
     if not alone or op.weight.is_complex():
         return None
-    weight = exact(op.weight)
+    weight = to_float64(op.weight)
     return (float(weight.max()), what.error) if bool((weight == weight.max()).all()) else None
 
 
@@ -249,9 +249,9 @@ def cuts_of(network: Network) -> list[int] | None:
     return cuts
 
 
-def _coupled(found: Plan, effort: float) -> float:
+def _coupled(found: SegmentPlan, effort: float) -> float:
     """The proved bound of the best choice met: closed forms, then searches that go on from it, on coarse tori, then on the true one."""
-    met = [Search.closed(found.run)]
+    met = [MultiplierSearch.closed(found.run)]
     for pieces, share in zip([*found.searches, found.run], SHARES if found.searches else (1.0,), strict=True):
         steps = int(effort * min(STEPS, share * BUDGET / max(cost(pieces), 1e6)))
         if steps >= LEAST:
@@ -263,7 +263,7 @@ def _coupled(found: Plan, effort: float) -> float:
     return math.inf
 
 
-def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, found: Plan | None, effort: float) -> Segment:
+def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, found: SegmentPlan | None, effort: float) -> Segment:
     own = [Bound(1.0, 1.0, "input"), *constants[first + 1 : last + 1]]
     composed = compose(part(network, first, last), own).upper
     if found is None:

@@ -16,7 +16,7 @@ from gramlip.errors import UnsupportedError
 from gramlip.network.rules.registry import Call, Var, register
 from gramlip.network.steps import Linear, Lipschitz, Product, Slice, Slope, Step, Unbounded
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import exact
+from gramlip.numerics.precision import to_float64
 from gramlip.operators.linear_maps import Scale
 
 # ---- slopes on an interval -----------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def _rrelu(call: Call) -> Slope:
 
 @register("aten.prelu")
 def _prelu(call: Call) -> Slope:
-    weight: Tensor = exact(call.const("weight"))
+    weight: Tensor = to_float64(call.const("weight"))
     ones = [1] * len(call.shape)
     if weight.numel() > 1:
         ones[1] = weight.numel()
@@ -284,7 +284,7 @@ def _clamp(call: Call) -> Slope:
         msg = "clamp with limits that depend on the input or have more entries than it, which no rule covers"
         raise UnsupportedError(msg)
     given = [default if x is None else x for x, default in zip(limits, (-INF, INF), strict=True)]
-    low, high = (exact(x) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in given)
+    low, high = (to_float64(x) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in given)
     if low.numel() == high.numel() == 1:
         ends = float(low), float(high)
         return replace(_clip(*ends), reach=lambda a, b: (min(max(a, ends[0]), ends[1]), min(max(b, ends[0]), ends[1])))
@@ -331,7 +331,7 @@ def gated(call: Call, x: Var, gate: Var) -> Slope | None:
             or not isinstance(what.op, Scale)
             or what.op.weight.numel() > 1
             or torch.as_tensor(what.bias).numel() > 1
-            or what.slip > 0
+            or what.bias_error > 0
             or not math.isfinite(float(what.bias) + float(what.op.weight))
         ):
             return None

@@ -15,11 +15,11 @@ from gramlip.network.graph import tensors
 from gramlip.network.rules.activations import gated, quotient
 from gramlip.network.rules.registry import Call, Var, register
 from gramlip.network.running_errors import inverse_error
-from gramlip.network.steps import Attention, Linear, Lipschitz, Product, Step, Sum, Unbounded, View, norm_up
+from gramlip.network.steps import Attention, Linear, Lipschitz, Product, Step, Sum, Unbounded, View, rough_norm
 from gramlip.norm.bound import bound
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import exact, exponent_of
-from gramlip.numerics.rounding import length
+from gramlip.numerics.precision import exponent_of, to_float64
+from gramlip.numerics.rounding import frobenius_up
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense, Scale
 
@@ -115,8 +115,8 @@ def _letters(call: Call, operands: Sequence[Var | Tensor]) -> tuple[list[str], s
 
 def _viewed(call: Call, x: Var, term: str, groups: Sequence[str], shape: tuple[int, ...]) -> Var:
     """The value with its indices in the order of the groups, each group an axis of a new shape."""
-    lines = "rows" if groups[-1] == term[-1] else "columns" if groups[-2] == term[-1] else ""
-    return call.then(View(term == "".join(groups), lines), x, shape=shape)
+    layout = "rows" if groups[-1] == term[-1] else "columns" if groups[-2] == term[-1] else ""
+    return call.then(View(term == "".join(groups), layout), x, shape=shape)
 
 
 def _size(x: Var | Tensor, term: str, letters: str) -> int:
@@ -139,7 +139,7 @@ def _einsum(call: Call) -> Var | Lipschitz:
     constant, variable = ((one, a), (other, b)) if isinstance(other, Var) else ((other, b), (one, a))
     assert isinstance(constant[0], Tensor)
     if len(call["tensors"]) == 2:
-        error = sum(length(e) if bool(e.isfinite().all()) else math.inf for e in tensors(call.error_of("tensors")))
+        error = sum(frobenius_up(e) if bool(e.isfinite().all()) else math.inf for e in tensors(call.error_of("tensors")))
     return _matrices(constant[0], constant[1], variable[0], variable[1], result, error)
 
 
@@ -147,7 +147,7 @@ def _contracted(
     call: Call, operands: Sequence[Var | Tensor], terms: Sequence[str], result: str
 ) -> tuple[list[Var | Tensor], list[str], float]:
     """The one variable and the product of all constants, over the indices that it or the result has; a bound of the product's rounding."""
-    fixed = [(exact(x), term) for x, term in zip(operands, terms, strict=True) if isinstance(x, Tensor)]
+    fixed = [(to_float64(x), term) for x, term in zip(operands, terms, strict=True) if isinstance(x, Tensor)]
     moving = [(x, term) for x, term in zip(operands, terms, strict=True) if isinstance(x, Var)]
     if len(moving) != 1:
         msg = f"einsum of {len(operands)} operands, {len(moving)} of which depend on the input; expected one: multiply them two by two"
@@ -161,7 +161,7 @@ def _contracted(
     error = (
         0.0
         if not bool(moduli.any())
-        else rd.add_up(rd.mul_up(rd.gamma(roundings), length(moduli)), rd.mul_up(roundings * moduli.numel(), rd.TINY))
+        else rd.add_up(rd.mul_up(rd.gamma(roundings), frobenius_up(moduli)), rd.mul_up(roundings * moduli.numel(), rd.TINY))
     )
     return [moving[0][0], torch.einsum(equation, *(x for x, _ in fixed))], [moving[0][1], kept], error
 
@@ -209,11 +209,11 @@ def entries_of(value: object) -> Tensor | None:
     """A real number or tensor as float64; None for anything else."""
     if isinstance(value, bool | int | float):
         value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
-    return exact(value) if isinstance(value, Tensor) and not value.is_complex() else None
+    return to_float64(value) if isinstance(value, Tensor) and not value.is_complex() else None
 
 
 def _along(bias: Tensor | None, axis: int, ndim: int) -> Tensor | float:
-    return 0.0 if bias is None else exact(bias).reshape([-1 if j == axis else 1 for j in range(ndim)])
+    return 0.0 if bias is None else to_float64(bias).reshape([-1 if j == axis else 1 for j in range(ndim)])
 
 
 def most(errors: Tensor | None) -> float:
@@ -221,11 +221,11 @@ def most(errors: Tensor | None) -> float:
     return 0.0 if errors is None else float(errors.max())
 
 
-def up_to(op: Dense | Conv, errors: Tensor | None, bias: Tensor | float = 0.0, slip: float = 0.0) -> Linear:
+def up_to(op: Dense | Conv, errors: Tensor | None, bias: Tensor | float = 0.0, bias_error: float = 0.0) -> Linear:
     """The linear map whose weight is known up to `errors`: they are a map of the same kind, whose norm bounds what they change."""
     if errors is None:
-        return Linear(op, bias=bias, slip=slip)
-    return Linear(op, norm_up(replace(op, weight=errors)) if bool(errors.isfinite().all()) else math.inf, bias, slip=slip)
+        return Linear(op, bias=bias, bias_error=bias_error)
+    return Linear(op, rough_norm(replace(op, weight=errors)) if bool(errors.isfinite().all()) else math.inf, bias, bias_error=bias_error)
 
 
 @register("aten.linear")
@@ -239,17 +239,22 @@ def _linear(call: Call) -> Linear:
 def _addmm(call: Call) -> Linear:
     call.var("mat1")
     beta, alpha, weight = float(call.const("beta")), float(call.const("alpha")), call.const("mat2").mT
-    bias, errors = exact(call.const("self")) * beta, call.error_of("mat2")
-    slip = rd.add_up(rd.mul_up(most(call.error_of("self")), abs(beta)), 0.0 if beta == 1 else _slip(bias))
-    given = up_to(Dense(weight), None if errors is None else errors.mT, bias, slip)
+    bias, errors = to_float64(call.const("self")) * beta, call.error_of("mat2")
+    bias_error = rd.add_up(rd.mul_up(most(call.error_of("self")), abs(beta)), 0.0 if beta == 1 else _bias_error(bias))
+    given = up_to(Dense(weight), None if errors is None else errors.mT, bias, bias_error)
     if alpha == 1:
         return given
-    wide = exact(weight) * alpha
+    wide = to_float64(weight) * alpha
     lost = rd.mul_up(rd.TINY, float(wide.numel())) if exponent_of(weight) is not None else 0.0  # where all of them underflow
-    return Linear(Dense(wide), rd.add_up(rd.mul_up(given.error, abs(alpha)), rd.mul_up(rd.gamma(3), length(wide)), lost), bias, slip=slip)
+    return Linear(
+        Dense(wide),
+        rd.add_up(rd.mul_up(given.error, abs(alpha)), rd.mul_up(rd.gamma(3), frobenius_up(wide)), lost),
+        bias,
+        bias_error=bias_error,
+    )
 
 
-def _slip(made: Tensor | Var, roundings: int = 1, largest: float = 1.0) -> float:
+def _bias_error(made: Tensor | Var, roundings: int = 1, largest: float = 1.0) -> float:
     """How far entries made by so many products may be from the real ones; `largest` bounds the factor after one that underflows."""
     if isinstance(made, Var):
         return 0.0
@@ -338,11 +343,11 @@ def spread(call: Call, x: Var, shape: tuple[int, ...]) -> Var:
 
 
 def _times(
-    call: Call, x: Var, weight: Tensor, bias: Tensor | float = 0.0, error: float = 0.0, known: Bound | None = None, slip: float = 0.0
+    call: Call, x: Var, weight: Tensor, bias: Tensor | float = 0.0, error: float = 0.0, known: Bound | None = None, bias_error: float = 0.0
 ) -> Var:
     wide = spread(call, x, call.shape)
     lead = len(call.shape) - weight.ndim
-    return call.then(Linear(Scale(weight.reshape([1] * lead + list(weight.shape))), error, bias, known, slip), wide)
+    return call.then(Linear(Scale(weight.reshape([1] * lead + list(weight.shape))), error, bias, known, bias_error), wide)
 
 
 _ONE = Bound(1.0, 1.0, "a shift by a constant, or a change of sign")
@@ -355,8 +360,8 @@ def _add(call: Call) -> Var:
     return _summed(call, call["self"], call["other"], signs, max(most(call.error_of("self")), most(call.error_of("other"))))
 
 
-def _summed(call: Call, left: Any, right: Any, signs: tuple[float, float] = (1.0, 1.0), slip: float = 0.0) -> Var:
-    """Two values, or one and a constant known up to `slip`, each times its sign, added."""
+def _summed(call: Call, left: Any, right: Any, signs: tuple[float, float] = (1.0, 1.0), bias_error: float = 0.0) -> Var:
+    """Two values, or one and a constant known up to `bias_error`, each times its sign, added."""
     terms = [(v, s) for v, s in zip((left, right), signs, strict=True) if isinstance(v, Var)]
     constant = [entries_of(v) for v in (left, right) if not isinstance(v, Var)]
     if any(c is None for c in constant):
@@ -368,8 +373,8 @@ def _summed(call: Call, left: Any, right: Any, signs: tuple[float, float] = (1.0
         known = _ONE if abs(sign) == 1 else None
         assert constant[0] is not None
         bias = constant[0] * at
-        slip = rd.add_up(rd.mul_up(slip, abs(at)), 0.0 if abs(at) == 1 else _slip(bias))
-        return _times(call, x, torch.tensor(sign, dtype=torch.float64), bias, known=known, slip=slip)
+        bias_error = rd.add_up(rd.mul_up(bias_error, abs(at)), 0.0 if abs(at) == 1 else _bias_error(bias))
+        return _times(call, x, torch.tensor(sign, dtype=torch.float64), bias, known=known, bias_error=bias_error)
     signed = [
         v if s == 1 else _times(_shaped(call, v.shape), v, torch.tensor(s, dtype=torch.float64), known=_ONE if s == -1 else None)
         for v, s in terms
@@ -410,7 +415,7 @@ def _mul(call: Call) -> Var | Unbounded:
     if not bool((constant != 0).all()):
         return Unbounded("division by zero")
     inverse = 1.0 / constant
-    return _times(call, x, inverse, error=_slip(inverse) if errors is None else most(inverse_error(constant, errors)))
+    return _times(call, x, inverse, error=_bias_error(inverse) if errors is None else most(inverse_error(constant, errors)))
 
 
 def _by(call: Call, rule: Callable[[Call], Any], op: str, left: Any, right: Any) -> Any:
@@ -429,16 +434,16 @@ def _by(call: Call, rule: Callable[[Call], Any], op: str, left: Any, right: Any)
 def _addc(call: Call) -> Var:
     factors = _by(call, _mul, "aten.mul" if "mul" in call.op else "aten.div", call["tensor1"], call["tensor2"])
     added = _by(call, _mul, "aten.mul", factors, call.const("value"))
-    return _summed(call, call["self"], added, slip=_slip(added, 2, abs(float(call.const("value")))))
+    return _summed(call, call["self"], added, bias_error=_bias_error(added, 2, abs(float(call.const("value")))))
 
 
 @register("aten.lerp")
 def _lerp(call: Call) -> Var:
     weight, x = cast("Tensor", entries_of(call.const("weight"))), call["self"]  # real: complex values are refused before
     keep = 1.0 - weight
-    kept = _times(call, x, keep, error=_slip(keep)) if isinstance(x, Var) else exact(x) * keep
+    kept = _times(call, x, keep, error=_bias_error(keep)) if isinstance(x, Var) else to_float64(x) * keep
     moved = _by(call, _mul, "aten.mul", call["end"], weight)
-    return _summed(call, kept, moved, slip=rd.add_up(_slip(kept, 2), _slip(moved)))
+    return _summed(call, kept, moved, bias_error=rd.add_up(_bias_error(kept, 2), _bias_error(moved)))
 
 
 @register("aten.neg")

@@ -15,6 +15,7 @@ from gramlip.network.graph import (
     Program,
     arguments,
     evaluate,
+    in_float64,
     is_random,
     module_path,
     op_name,
@@ -22,7 +23,6 @@ from gramlip.network.graph import (
     reads_memory,
     shape_of,
     tensors,
-    widened,
 )
 from gramlip.network.rules.piecewise_linear import Entrywise, entrywise, merged
 from gramlip.network.rules.registry import PATTERNS, Call, Known, Var, find
@@ -163,7 +163,7 @@ class _Lowering:
                 raise UnsupportedError(msg)
             value = self._values[n]
             if n is shaped and isinstance(value, Var):
-                return torch.zeros((), dtype=widened(n.meta["val"].dtype)).expand(value.shape)
+                return torch.zeros((), dtype=in_float64(n.meta["val"].dtype)).expand(value.shape)
             return value
 
         return resolve
@@ -225,7 +225,7 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var
         raise UnsupportedError(msg)
     result = rule(call)
     if isinstance(result, View | Lipschitz | Slice | Linear) and op.rsplit(".", 1)[0] in PICKS and len(call.vars) == 1:
-        return call.then(replace(result, pick=call.run), *call.vars)
+        return call.then(replace(result, copy_entries=call.run), *call.vars)
     if isinstance(result, Var | tuple):
         return result
     if isinstance(result, int | float):
@@ -271,7 +271,7 @@ def _constant(node: fx.Node, call: Call, resolve: Callable[[fx.Node], object]) -
         raise UnsupportedError(msg)
 
     def read(n: fx.Node) -> Any:
-        return widened(resolve(n))
+        return in_float64(resolve(n))
 
     try:
         with torch.no_grad():

@@ -18,7 +18,7 @@ from torch import Tensor
 from gramlip.network.rules.registry import Call, Var
 from gramlip.network.steps import Slope, Unbounded
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import exact
+from gramlip.numerics.precision import to_float64
 
 KNOTS = 64  # of one curve
 EACH = 512  # different constants of a value's entries, each with a curve of its own
@@ -223,7 +223,7 @@ class Entrywise:
 
 def aligned(values: Sequence[Entrywise]) -> list[list[Curve]]:
     """For each different entry the curves of all the values there."""
-    held = torch.broadcast_tensors(*(exact(c) for v in values for c in v.constants))
+    held = torch.broadcast_tensors(*(to_float64(c) for v in values for c in v.constants))
     rows = torch.stack([c.reshape(-1) for c in held], 1).unique(dim=0).tolist() if held else [[]]
     if len(rows) > EACH:
         raise NotACurveError

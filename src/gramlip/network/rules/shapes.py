@@ -14,9 +14,9 @@ from torch import Tensor
 from gramlip.errors import UnsupportedError
 from gramlip.network.rules.piecewise_linear import IDENTITY, Entrywise, NotACurveError, steepness
 from gramlip.network.rules.registry import Call, Var, register
-from gramlip.network.steps import Join, Linear, Lines, Lipschitz, Pad, Shortcut, Slice, Step, Unbounded, View
+from gramlip.network.steps import Join, Linear, Lipschitz, Pad, RowLayout, Shortcut, Slice, Step, Unbounded, View
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import exact
+from gramlip.numerics.precision import to_float64
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv
 
@@ -63,13 +63,13 @@ def _view(call: Call) -> Var | View:
         msg = f"a view of the bits as {call['dtype']}, which jumps"
         raise UnsupportedError(msg)
     flat = call.op.split(".")[1] in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "ravel")
-    return call.vars[0] if flat and call.vars[0].shape == call.shape else View(flat, _lines(call))
+    return call.vars[0] if flat and call.vars[0].shape == call.shape else View(flat, _row_layout(call))
 
 
 LARGEST = 2**20  # entries of a value whose rows are followed through views
 
 
-def _lines(call: Call) -> Lines:
+def _row_layout(call: Call) -> RowLayout:
     """Which lines of the result are parts of rows of the one variable, read off by giving the call the rows' numbers."""
     x = call.vars[0]
     if len(call.vars) > 1 or len(x.shape) < 2 or len(call.shape) < 2 or math.prod(x.shape) > LARGEST:
@@ -88,11 +88,13 @@ def _parts(call: Call) -> Lipschitz:
     constants = between([v for v in call.args.values() if isinstance(v, Tensor)])
     parted = call.op.split(".")[1] in ("split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "chunk", "unbind", "tensor_split")
     upper = rd.sqrt_up(float(max(1, _widest(call))))
-    lines = _lines(call) if parted else ""
-    return Lipschitz(upper, "entries kept, sorted or compared", same_range=True, others=constants, lines=lines, side=_side(call))
+    row_layout = _row_layout(call) if parted else ""
+    return Lipschitz(
+        upper, "entries kept, sorted or compared", same_range=True, others=constants, row_layout=row_layout, extremum=_extremum(call)
+    )
 
 
-def _side(call: Call) -> tuple[int, tuple[int, ...]] | None:
+def _extremum(call: Call) -> tuple[int, tuple[int, ...]] | None:
     """Whether the entries are the largest or the least of two or more, and along which axes: of pairs of two values along none."""
     sign = {"amax": 1, "max": 1, "maximum": 1, "amin": -1, "min": -1, "minimum": -1}.get(call.op.split(".")[1])
     if sign is None:
@@ -114,9 +116,9 @@ def _getitem(call: Call) -> Lipschitz | Var:
         msg = "a normalisation's mean or scale as a value, which no rule covers"
         raise UnsupportedError(msg)
     alike = call.vars[0].shape == call.shape  # what is known of rows is known for the shape of the first result
-    copied = getattr(call.steps[call.vars[0].step].what, "pick", None) is not None
-    pick = operator.itemgetter(call.args["1"]) if copied else None
-    return Lipschitz(1.0, "one of several results", same_range=True, lines="rows" if alike else "", pick=pick)
+    copied = getattr(call.steps[call.vars[0].step].what, "copy_entries", None) is not None
+    copy_entries = operator.itemgetter(call.args["1"]) if copied else None
+    return Lipschitz(1.0, "one of several results", same_range=True, row_layout="rows" if alike else "", copy_entries=copy_entries)
 
 
 @register("aten.slice", "aten.narrow")
@@ -147,7 +149,7 @@ def _selection(x: Var, rows: Tensor, stride: list[int]) -> Linear:
 @register("aten.select")
 def _select(call: Call) -> Lipschitz:
     call.const("index")
-    return Lipschitz(1.0, "a selection of entries", same_range=True, lines=_lines(call))
+    return Lipschitz(1.0, "a selection of entries", same_range=True, row_layout=_row_layout(call))
 
 
 def _most(index: Tensor, size: int) -> int:
@@ -201,7 +203,7 @@ def _where(call: Call) -> Lipschitz:
 
 def between(values: Sequence[Any]) -> tuple[float, float] | None:
     """The least interval with the entries of all constants among the values, None without one."""
-    held = [exact(torch.as_tensor(v)) for v in values if not isinstance(v, Var)]
+    held = [to_float64(torch.as_tensor(v)) for v in values if not isinstance(v, Var)]
     ends = [float(end) for v in held if v.numel() for end in (v.min(), v.max())]
     return (min(ends), max(ends)) if ends else None
 
@@ -320,8 +322,8 @@ def _mates(one: Step, other: Step) -> bool:
     a, b = one.what, other.what
     if sorted(one.sources) != sorted(other.sources):
         return False
-    if isinstance(a, Lipschitz) and isinstance(b, Lipschitz) and a.side is not None and b.side is not None:
-        return a.side[0] == -b.side[0] and a.side[1] == b.side[1]
+    if isinstance(a, Lipschitz) and isinstance(b, Lipschitz) and a.extremum is not None and b.extremum is not None:
+        return a.extremum[0] == -b.extremum[0] and a.extremum[1] == b.extremum[1]
     return {one.op, other.op} == {"aten.sin.default", "aten.cos.default"}
 
 
@@ -336,4 +338,4 @@ def _origin(call: Call, v: Var) -> int:
 def _is_value(steps: Sequence[Step], at: int) -> bool:
     """Whether the step takes the values, not the places, from what the largest or least entries are found with."""
     found = steps[steps[at].sources[0]].what if steps[at].op == "getitem" else None
-    return getattr(found, "side", None) is not None and not isinstance(steps[at].what, Unbounded)
+    return getattr(found, "extremum", None) is not None and not isinstance(steps[at].what, Unbounded)

@@ -16,7 +16,7 @@ from gramlip.network.rules.registry import Call, Var, pattern, register
 from gramlip.network.steps import Linear, Lipschitz, Product, Slope, Step, Unbounded
 from gramlip.norm.bound import bound
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import exact
+from gramlip.numerics.precision import to_float64
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Scale
 
@@ -103,30 +103,30 @@ def _batch_norm(call: Call) -> Linear | Unbounded | Lipschitz | Var:
     if training or mean is None:
         msg = "batch norm in training mode depends on the whole batch; expected evaluation mode: type model.eval()"
         raise UnsupportedError(msg)
-    spread = exact(var) + float(call.const("eps"))
+    spread = to_float64(var) + float(call.const("eps"))
     if not bool((spread > 0).all()):
         return Unbounded("batch norm divides by a running variance plus eps that is not positive")
-    gain = (1.0 if call.const("weight") is None else exact(call.const("weight"))) / spread.sqrt()
-    bias, moved = torch.zeros_like(gain) if call.const("bias") is None else exact(call.const("bias")), exact(mean) * gain
+    gain = (1.0 if call.const("weight") is None else to_float64(call.const("weight"))) / spread.sqrt()
+    bias, moved = torch.zeros_like(gain) if call.const("bias") is None else to_float64(call.const("bias")), to_float64(mean) * gain
     none = call.const("weight") is not None and not bool(call.const("weight").any())
     error = 0.0 if none else rd.add_up(rd.mul_up(rd.gamma(5), float(gain.abs().max())), rd.TINY)
     # what is left of the bias may be small beside its rounding; a gain that was flushed moves the mean by more than TINY
-    slip = rd.add_up(
-        rd.mul_up(rd.gamma(8), float((bias.abs() + moved.abs()).max())), rd.mul_up(rd.TINY, 2.0 + float(exact(mean).abs().max()))
+    bias_error = rd.add_up(
+        rd.mul_up(rd.gamma(8), float((bias.abs() + moved.abs()).max())), rd.mul_up(rd.TINY, 2.0 + float(to_float64(mean).abs().max()))
     )
     shape = [-1 if j == 1 else 1 for j in range(len(call.shape))]
-    return Linear(Scale(gain.reshape(shape)), error, (bias - moved).reshape(shape), slip=slip)
+    return Linear(Scale(gain.reshape(shape)), error, (bias - moved).reshape(shape), bias_error=bias_error)
 
 
 def normalised(call: Call, x: Var, count: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Lipschitz | Unbounded | Var:
     """Normalisation of groups of `count` entries to variance 1, then a gain: docs/network.md#normalisation."""
-    top = 1.0 if weight is None else rd.add_up(float(exact(weight).abs().max()), most(call.error_of("weight")))
+    top = 1.0 if weight is None else rd.add_up(float(to_float64(weight).abs().max()), most(call.error_of("weight")))
     if eps <= 0:
         return Unbounded("normalisation without eps has no finite constant near constant inputs")
     upper = rd.up(rd.mul_up(top, rd.up(1.0 / rd.sqrt_down(eps)))) if count > 1 else 0.0
     reach = rd.sqrt_up(float(count))
     because = f"normalisation of {count} entries: at most 1/sqrt(eps) = {1 / math.sqrt(eps):.6g}"
-    shift = 0.0 if bias is None else rd.add_up(float(exact(bias).abs().max()), most(call.error_of("bias")))
+    shift = 0.0 if bias is None else rd.add_up(float(to_float64(bias).abs().max()), most(call.error_of("bias")))
     edge = rd.add_up(rd.mul_up(top, reach), shift)
     row = rd.add_up(rd.mul_up(top, reach), rd.mul_up(reach, shift)) if x.shape[-1] == count else math.inf
     return Lipschitz(upper, f"{because}, times the largest gain {top:.6g}", (-edge, edge), row=row)
@@ -218,7 +218,7 @@ def _shifted(call: Call, at: int) -> tuple[int | None, float]:
     if isinstance(what, Linear) and isinstance(what.op, Scale) and what.op.weight.numel() == 1 and float(what.op.weight) == 1.0:
         bias = torch.as_tensor(what.bias, dtype=torch.float64)
         source = call.steps[at].sources[0]
-        known = bias.numel() == 1 and what.slip == what.error == 0.0 and 1e-200 < float(bias) < math.inf
+        known = bias.numel() == 1 and what.bias_error == what.error == 0.0 and 1e-200 < float(bias) < math.inf
         if known and call.steps[source].shape == shape:
             return source, float(bias)
     return None, 0.0

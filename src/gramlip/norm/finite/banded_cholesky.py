@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gramlip.norm.finite.layer import Layer, start_like
+from gramlip.norm.finite.layer import FiniteLayer, start_like
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.cholesky import shift
 
 FRESH = 3  # other start vectors that are tried before the interval stays wider than asked for
 
 
-def banded(layer: Layer, tap_norm_sums: Sequence[float], rtol: float, best: int, lower: float, x: Tensor) -> tuple[float, float, str]:
+def banded(layer: FiniteLayer, tap_norm_sums: Sequence[float], rtol: float, best: int, lower: float, x: Tensor) -> tuple[float, float, str]:
     """Both ends, group by group, from a vector x of the group `best` with its quotient `lower`; wider than `rtol` where rounding is."""
     top, floor, factorizations, width = lower, 0.0, 0, rtol * 0.98
     for group, tap_norm_sum in enumerate(tap_norm_sums):
@@ -54,7 +54,7 @@ class Certificate:
     done on the CPU wherever the layer is: the theorem on its error is one on LAPACK.
     """
 
-    def __init__(self, layer: Layer, group: int) -> None:
+    def __init__(self, layer: FiniteLayer, group: int) -> None:
         """The rows' products; `cost` estimates the operations of one factorisation with its preparation."""
         self.layer, self.group = layer, group
         m, n = layer.shape[1:3]

@@ -22,7 +22,7 @@ from gramlip.norm.symbol.padding_theorems import PADDING
 from gramlip.norm.symbol.polyphase import grouped, polyphase
 from gramlip.numerics import cholesky as cert
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import widen
+from gramlip.numerics.precision import scaled_float64
 from gramlip.numerics.segmented import integers, pieces
 from gramlip.operators.geometry import Axis, axes, index_map
 from gramlip.operators.linear_maps import Conv
@@ -59,7 +59,7 @@ def upper_side(op: Conv, exponent: int, tap_norm_sums: Sequence[float], supremum
 
     def least(weight: Tensor, tap_norm_sum: float) -> tuple[float, tuple[int, ...]]:
         """The square of the bound of one group, from the best set of axes."""
-        kernel = cache(lambda: widen(weight, exponent)[0].cpu())  # where a term is small enough to be formed
+        kernel = cache(lambda: scaled_float64(weight, exponent)[0].cpu())  # where a term is small enough to be formed
         terms = {chosen: term(kernel, weight.shape[0], tap_norm_sum, chosen) for chosen in _subsets(padded) if chosen}
         found: list[tuple[float, tuple[int, ...]]] = []
         for added in _subsets(padded):

@@ -17,7 +17,7 @@ from gramlip.norm.search.lower import Peak
 from gramlip.norm.symbol.polyphase import grouped
 from gramlip.numerics import precision
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import full_products, widen
+from gramlip.numerics.precision import full_products, scaled_float64
 from gramlip.operators.geometry import axes, index_map
 from gramlip.operators.linear_maps import Conv
 
@@ -31,7 +31,7 @@ SINGLE_PRODUCTS = 1 << 21  # where the layer multiplies so many numbers
 READS = 1 << 29  # places that an index map may have
 
 
-class Layer:
+class FiniteLayer:
     """One group's finite linear map, scaled by `2**-exponent`: the convolution, or the one whose adjoint it is.
 
     Inputs and outputs are matrices with a row for each position and a column for each channel, in float64 or, where no proof
@@ -74,7 +74,7 @@ class Layer:
 
     def kernel(self, group: int) -> Tensor:
         """The exact float64 kernel of one group, (m, n, *k)."""
-        return widen(self.source[group], self.exponent)[0]
+        return scaled_float64(self.source[group], self.exponent)[0]
 
     def _pieces(self, group: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Rows of the kernel, (r, taps n), in turn: at once where it is kept."""
@@ -91,7 +91,7 @@ class Layer:
         part = self.source[group, rows]
         exact = dtype == self.dtype or abs(self.exponent) > 60 or part.dtype != dtype
         part = part.flatten(2).mT.flatten(1)
-        return widen(part, self.exponent)[0].to(dtype) if exact else part * 2.0**-self.exponent
+        return scaled_float64(part, self.exponent)[0].to(dtype) if exact else part * 2.0**-self.exponent
 
     def forward(self, x: Tensor, group: int) -> Tensor:
         """The layer on x (positions, n), zeros where a tap reads padding: (output positions, m)."""
@@ -235,7 +235,7 @@ def sample(op: Conv) -> tuple[Conv, tuple[str, ...]]:
         small = replace(op, input_size=sizes, padding_mode="zeros")
 
 
-def wave(peak: Peak, layer: Layer, group: int) -> Tensor:
+def wave(peak: Peak, layer: FiniteLayer, group: int) -> Tensor:
     """A start for the layer's own power steps: the best block's singular vector on a plane wave under a sine window.
 
     The vector lives on the inputs, split into the phases of a stride, or on the outputs where the blocks were flipped.
@@ -266,11 +266,11 @@ def wave(peak: Peak, layer: Layer, group: int) -> Tensor:
     return x if bool(x.any()) else start_like(layer, x)  # taps that read padding alone leave nothing
 
 
-def _blank(layer: Layer) -> Tensor:
+def _blank(layer: FiniteLayer) -> Tensor:
     return torch.zeros(math.prod(layer.sizes), layer.shape[2], dtype=layer.dtype, device=layer.device)
 
 
-def start_like(layer: Layer, x: Tensor, number: int = 0) -> Tensor:
+def start_like(layer: FiniteLayer, x: Tensor, number: int = 0) -> Tensor:
     """A deterministic start vector of the shape of x, another one for each number."""
     i = torch.arange(1, x.numel() + 1, dtype=torch.float64, device=x.device)
     v = 0.3 + 0.5 * (i * (0.754877666 + 0.1 * number)).frac() * torch.where((i * i * (0.569840291 + 0.1 * number)).frac() < 0.5, -3.0, 2.0)
@@ -286,12 +286,12 @@ def small(op: Conv) -> bool:
     return math.prod(op.weight.shape[:2]) * math.prod(outputs) * max(math.prod(sizes), math.prod(taps)) <= ENTRIES
 
 
-def rounded(layer: Layer, group: int, tap_norm_sum: float) -> tuple[Tensor, float]:
+def rounded(layer: FiniteLayer, group: int, tap_norm_sum: float) -> tuple[Tensor, float]:
     """The matrix of one group, unscaled, and a bound of the norm of its error: zero where no two taps of an output read one input.
 
     `tap_norm_sum` bounds `sum_p ||K_p||_F`, unscaled too. docs/rounding.md#r8-the-matrix-of-a-layer.
     """
-    kernel = widen(layer.source[group], 0)[0].flatten(2).permute(2, 0, 1)  # exact, denormals too
+    kernel = scaled_float64(layer.source[group], 0)[0].flatten(2).permute(2, 0, 1)  # exact, denormals too
     taps, m, n = kernel.shape
     outputs, inputs = math.prod(layer.outputs), math.prod(layer.sizes)
     reads = layer.reads.reshape(outputs, taps)

@@ -16,7 +16,7 @@ from gramlip.errors import InputError
 from gramlip.norm.symbol.polyphase import Symbol, blocks, grid, symbol, transform
 from gramlip.numerics import sums
 from gramlip.numerics.gram_iteration import gram_norm, reals
-from gramlip.numerics.precision import real_dtype, wide
+from gramlip.numerics.precision import in_norm_precision, real_dtype
 from gramlip.numerics.sums import gram, norm
 from gramlip.operators.geometry import apply
 from gramlip.operators.linear_maps import Conv, Dense, Ints
@@ -102,7 +102,7 @@ def conv_gram_norm(
         raise InputError(msg)
     options = (padding_mode, dilation, groups, transposed, output_padding)
     parts, *geometry = _geometry(tuple(weight.shape), input_size, stride, padding, options)
-    kernel, scale = _scaled(wide(weight))
+    kernel, scale = _scaled(in_norm_precision(weight))
     sym = Symbol(kernel.reshape(parts, weight.shape[0] // parts, *weight.shape[1:]), *geometry)
     return (_symbol_gram_norm(sym, n_iter) * scale[0] * scale[1]).to(real_dtype(weight))
 

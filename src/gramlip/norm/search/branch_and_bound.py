@@ -28,14 +28,14 @@ from gramlip.norm.symbol.gram_symbol import GramSymbol
 from gramlip.numerics import cholesky as cert
 from gramlip.numerics import eigenvalue_bounds
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.segmented import Flags, Ints, Reals, integers, leading, named, on, pieces, smallest
+from gramlip.numerics.segmented import Flags, Ints, Reals, integers, leading, named, on, pieces, segment_min
 
 BUDGET = 4e12  # real operations after which the search stops with what it has proved
 REFINE = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)  # resolutions of the first cells, of which the cheapest is taken
 PEAK = 0.2  # parts of the torus so small may be left to the refinement
 LEVELS = 6  # halvings that this estimate looks ahead
 SPREAD = 0.6180339887498949  # multiples of the golden ratio fall evenly into the unit interval
-AGAIN = 64  # corners of a sweep that are looked at once more for a higher peak
+SECOND_LOOKS = 64  # corners of a sweep that are looked at once more for a higher peak
 RISEN = 0.25  # parts of the width by which a lower side that rises is worth another look at the same cells
 WIDER = (1.00001, 1.0001, 1.001, 1.005, 1.02, 1.05, 1.1, 1.25, 2.0)  # multiples of a target beyond the budget; those wider than it count
 CELLS = 1 << 20  # that may be left at a time, for the memory they take
@@ -179,7 +179,7 @@ class BranchAndBound:
         """Test the corners of the cells that are left, and leave those cells that have a corner where the proof fails."""
         names, back = named(self.lattice.corner_keys(state.cells))
         below = self._corner_thresholds(state.cells, taps, targets.norms()[self.items[state.cells[0]]])
-        least = smallest(len(names), back.ravel(), below.repeat(back.shape[1]))
+        least = segment_min(len(names), back.ravel(), below.repeat(back.shape[1]))
         passed: Flags = look_up(state.proved, names) <= least
         test = (~passed & (least > 0)).nonzero()[0]
         passed[test] = self.prove_blocks(names[test], least[test])
@@ -232,7 +232,7 @@ class BranchAndBound:
             good = [self._factorised(self.cache.blocks(keys[left[part]]), target[part], noise[part]) for part in parts]
             left = left[~torch.cat(good).cpu().numpy()]
             if len(left):
-                self.lower.raise_lower(keys[left[:: 1 + len(left) // AGAIN]], STEPS)
+                self.lower.raise_lower(keys[left[:: 1 + len(left) // SECOND_LOOKS]], STEPS)
                 rising = bool((self.lower.best > before).any())
         return not len(left)
 
@@ -265,8 +265,8 @@ class BranchAndBound:
                 good = self._factorised(blocks, thresholds[left], noise[left], single=True).cpu().numpy()
                 passed[left] = good
                 blocks, left = take(blocks, (~good).nonzero()[0]), left[~good]
-            spare = self.cache.owned(blocks)
-            passed[left] = self._factorised(blocks, thresholds[left], noise[left], single=single, spare=spare).cpu().numpy()
+            overwrite = self.cache.owned(blocks)
+            passed[left] = self._factorised(blocks, thresholds[left], noise[left], single=single, overwrite=overwrite).cpu().numpy()
         return passed, settled
 
     def _single_precision(self) -> tuple[bool, bool]:

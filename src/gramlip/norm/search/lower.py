@@ -19,7 +19,7 @@ from gramlip.norm.symbol.polyphase import symbols
 from gramlip.numerics import cholesky as cert
 from gramlip.numerics import eigenvalue_bounds
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.segmented import Complexes, Flags, Ints, Reals, integers, largest, leading, named, on, pieces
+from gramlip.numerics.segmented import Complexes, Flags, Ints, Reals, integers, leading, named, on, pieces, segment_max
 
 # ---- in one pass ---------------------------------------------------------------------------------------------------------
 #
@@ -43,7 +43,7 @@ class Corners:
         cells = lattice.cells(fine, np.zeros(1, dtype=np.int64), least=True)
         self.keys, back = named(lattice.corner_keys(cells))
         loss = lattice.slack(lattice.half_widths(cells)) / lattice.spread
-        self.loss = largest(len(self.keys), back.ravel(), loss.repeat(back.shape[1]))
+        self.loss = segment_max(len(self.keys), back.ravel(), loss.repeat(back.shape[1]))
         self.waves = on(device, waves(lattice.decode(self.keys)[1], lattice.sizes, tap_positions(span)))
 
 
@@ -298,13 +298,13 @@ class LowerBounds:
 
     def least_norms(self) -> Reals:
         """What rounding lets be told from zero, for each layer."""
-        return largest(len(self.best), self.items, 2 * np.sqrt(self.noise))
+        return segment_max(len(self.best), self.items, 2 * np.sqrt(self.noise))
 
     def attainable_rtol(self) -> Reals:
         """The least relative width of an interval that rounding lets be proved, for each layer: docs/rounding.md#the-least-width."""
         c = self.symbol.side
         lost = 2 * cert.shift(c) + rd.gamma(16.0 * (c + 4)) * c**0.5
-        noise = largest(len(self.best), self.items, 2 * self.noise)
+        noise = segment_max(len(self.best), self.items, 2 * self.noise)
         least = np.expm1(np.log1p(lost + noise / self.best.clip(min=1e-300)) / 2) + self.lattice.finest
         return np.where(self.best > 0, 1.05 * least, 0.0)
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from gramlip.errors import InputError
-from gramlip.numerics.segmented import Complexes, Flags, Ints, Reals, integers, named, pieces, smallest
+from gramlip.numerics.segmented import Complexes, Flags, Ints, Reals, integers, named, pieces, segment_min
 
 START = 8  # cells a side to start from, for each unit of degree
 AT_ONCE = 1 << 16  # cells whose corners are worked out together
@@ -195,4 +195,4 @@ def look_up(table: Thresholds, keys: Ints) -> Reals:
 def merge(table: Thresholds, new: Thresholds) -> Thresholds:
     """The table with new entries, the least of each key."""
     names, back = named(np.concatenate([table[0], new[0]]))
-    return names, smallest(len(names), back, np.concatenate([table[1], new[1]]))
+    return names, segment_min(len(names), back, np.concatenate([table[1], new[1]]))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gramlip.norm.symbol.padding_theorems import PADDING
 from gramlip.numerics import precision
-from gramlip.numerics.precision import exponent_of, widen
+from gramlip.numerics.precision import exponent_of, scaled_float64
 from gramlip.numerics.segmented import Ints
 from gramlip.operators.geometry import axes
 from gramlip.operators.linear_maps import Conv, Dense
@@ -229,7 +229,7 @@ class TallKernel:
             part = polyphase(part, 3 + j, stride)
         part = part.transpose(1, 2) if self.flipped else part
         part = (part.flatten(3) if self.span else part[..., None]).movedim(-1, 1)
-        wide = widen(part.contiguous(), self.exponent)[0]
+        wide = scaled_float64(part.contiguous(), self.exponent)[0]
         return wide.conj().resolve_conj() if self.flipped and self.is_complex else wide
 
 
