@@ -598,7 +598,7 @@ def test_blocks_that_are_used_up_are_proved_alike(monkeypatch: pytest.MonkeyPatc
         kept = g.clone()
         assert cert.cholesky(kept, top * factor, noise).tolist() == [proved] * 3
         assert torch.equal(kept, g)
-        assert cert.cholesky(kept, top * factor, noise, spare=True).tolist() == [proved] * 3
+        assert cert.cholesky(kept, top * factor, noise, overwrite=True).tolist() == [proved] * 3
 
 
 @pytest.mark.parametrize("entry", [0.1, 0.3, 0.7])

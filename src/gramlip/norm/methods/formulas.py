@@ -107,7 +107,6 @@ def conv_gram_norm(
     return (_symbol_gram_norm(sym, n_iter) * scale[0] * scale[1]).to(real_dtype(weight))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[reportUntypedFunctionDecorator]
 def _geometry(shape: tuple[int, ...], input_size: Any, stride: Any, padding: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
     """Groups, and strides, points, square, exact and because of the `Symbol`: numbers, which compiled code takes as they are."""
     placeholder = torch.ones((), device="cpu").expand(shape)  # a geometry needs no values
@@ -117,6 +116,10 @@ def _geometry(shape: tuple[int, ...], input_size: Any, stride: Any, padding: Any
     op = Conv(placeholder, input_size, stride, padding, *options)
     sym = symbol(op)
     return op.groups, sym.strides, sym.points, sym.square, sym.exact, sym.because
+
+
+# torch.compiler.assume_constant_result sets this too, but imports the compiler for it: most of a second at each import of gramlip
+_geometry._dynamo_marked_constant = True  # type: ignore[reportFunctionMemberAccess,attr-defined]
 
 
 def _scaled(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
