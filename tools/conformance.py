@@ -11,8 +11,7 @@ from torch import nn
 
 import gramlip
 from gramlip.errors import InputError
-from gramlip.testing.cases import KERNELS, TRAPS, cases
-from gramlip.testing.conformance import VERDICTS, Conformance, Row, conformance
+from gramlip.testing.cases import KERNELS, TRAPS, VERDICTS, Conformance, Row, cases, conformance
 
 Norm = Callable[[nn.Module, tuple[int, ...]], Any]
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import gramlip as gl
 from gramlip.cli import main
 from gramlip.lab import bench
-from gramlip.lab import timing as measure
+from gramlip.lab import compare as measure
 from gramlip.lab.bench import contenders
 from gramlip.lab.bench import result as counting
 from gramlip.lab.bench.contenders import he

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gramlip.errors import InputError
-from gramlip.nn.norms import Norms, weight_of
+from gramlip.nn.monitor import Norms, weight_of
 from gramlip.nn.parametrize import Where, layers, operator, positive, real, shrunk
 from gramlip.nn.tracker import Tracker
 from gramlip.norm.bound import check_rtol

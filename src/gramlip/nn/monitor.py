@@ -1,16 +1,121 @@
-"""`Monitor`: the norms and stable ranks of a network's layers as numbers to log, at a small fraction of a training step."""
+"""`Norms`: the tracked norms of a network's layers, for penalty, cap and `Monitor`, which gives them as numbers to log."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gramlip.nn.norms import Norms, weight_of
-from gramlip.nn.parametrize import evaluating
-from gramlip.nn.tracker import Tracker
+from gramlip import distributed
+from gramlip.errors import InputError
+from gramlip.nn.norm_op import NormGeometry
+from gramlip.nn.parametrize import Where, evaluating, in_eval_mode, layers, operator, real
+from gramlip.nn.tracker import Tracker, plainly
+from gramlip.operators.interval import Bound
+from gramlip.operators.linear_maps import Ints
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A layer's weight as it is now."""
+    return cast("Tensor", module.weight)
+
+
+class Norms(nn.Module):
+    """Lower estimates of the norms of a network's linear and convolution layers for every input size, tracked from call to call.
+
+    Args:
+        model: the network. Its layers are those that it has now, and their weights are read at every call.
+        example: an input that one forward pass runs on to learn input sizes (they decide how strides split), or None.
+        every: calls between two searches over all frequencies; 1 searches at every call.
+        steps: tracking steps per call.
+        peaks: frequencies followed in each group.
+        torus: grid points per axis in a search.
+        where: keep only layers for which `where(path, module)` holds.
+        shared: each of several ranks has its share of the layers.
+    """
+
+    calls: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any = None,
+        *,
+        every: int = 50,
+        steps: int = 1,
+        peaks: int = 8,
+        torus: int = 8,
+        where: Where | None = None,
+        shared: bool = False,
+    ) -> None:
+        super().__init__()
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in (every, steps, peaks)):
+            msg = f"every={every!r}, steps={steps!r}, peaks={peaks!r} were given; expected integers of at least 1"
+            raise InputError(msg)
+        self.every = every
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        with in_eval_mode(model):  # reading a normalised weight moves nothing
+            self._layers = tuple(layers(model, example, where))
+            found = [(path, module, operator(module, "weight", size)) for path, module, size in self._layers]
+            if shared:
+                found = [found[i] for i in distributed.share([distributed.cost(op) for *_, op in found])]
+            alike: dict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)
+            for path, module, op in found:
+                real(op, type(self).__name__)
+                if weight_of(module).is_meta:
+                    msg = (
+                        f"{path} is on the meta device; expected weights with values: type model.to_empty(device='cpu') and load them first"
+                    )
+                    raise InputError(msg)
+                weight = op.weight
+                alike[NormGeometry.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
+            self.trackers = nn.ModuleList(
+                Tracker(plan, [weight_of(module) for _, module in group], steps, peaks) for (plan, *_), group in alike.items()
+            )
+        self._paths = [path for group in alike.values() for path, _ in group]
+        self._tracked = tuple(module for group in alike.values() for _, module in group)
+
+    def sigmas(self) -> dict[str, Tensor]:
+        """One tracking step: {path: norm estimate, a scalar with its graph}; a search where it is due."""
+        due, first, values = self._due(int(self.calls)), 0, []
+        for tracker, weights in self.tracked():
+            values += tracker(weights, [i - first for i in due if first <= i < first + len(tracker)])
+            first += len(tracker)
+        plainly(self._count, self.calls)
+        return dict(zip(self._paths, values, strict=True))
+
+    def tracked(self) -> Iterator[tuple[Tracker, list[Tensor]]]:
+        """Each tracker with the weights of its layers as they are now."""
+        modules = iter(self._tracked)
+        for tracker in cast("list[Tracker]", list(self.trackers)):
+            yield tracker, [weight_of(module) for module in islice(modules, len(tracker))]
+
+    def _count(self, calls: Tensor) -> tuple[Tensor]:
+        self.calls += 1
+        return (calls.clone(),)
+
+    def _due(self, call: int) -> list[int]:
+        """The layers that a call searches: all at first, then each once in `every` calls, as evenly as it goes."""
+        count = len(self._paths)
+        if call == 0:
+            return list(range(count))
+        return [i % count for i in range(call * count // self.every, (call + 1) * count // self.every)]
+
+    def certify(self, rtol: float = 1e-2) -> dict[str, Bound]:
+        """{path: interval that holds}, for the input sizes of the example, by `gramlip.bound`; work is shared over the ranks."""
+        sized: list[tuple[nn.Module, Ints | None]] = [(module, size) for _, module, size in self._layers]
+        with in_eval_mode(nn.ModuleList(module for _, module, _ in self._layers)):
+            found = distributed.bounds(sized, rtol=rtol)
+        return {path: b for (path, *_), b in zip(self._layers, found, strict=True)}
+
+
+# ---- monitor -------------------------------------------------------------------------------------------------------------
+#
+# `Monitor`: the norms and stable ranks of a network's layers as numbers to log, at a small fraction of a training step.
 
 
 class Monitor(Norms):

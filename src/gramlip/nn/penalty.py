@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gramlip import distributed
 from gramlip.errors import InputError
-from gramlip.nn.norms import Norms
+from gramlip.nn.monitor import Norms
 from gramlip.nn.parametrize import positive
 
 

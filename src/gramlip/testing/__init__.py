@@ -6,8 +6,7 @@ framework. Documented with results in docs/conformance.md.
 
 from __future__ import annotations
 
-from gramlip.testing.cases import KERNELS, TRAPS, Case, cases, weight
-from gramlip.testing.conformance import Conformance, Row, conformance
+from gramlip.testing.cases import KERNELS, TRAPS, Case, Conformance, Row, cases, conformance, weight
 from gramlip.testing.oracle import as_module, matrix, norm, oracle, torch_layer
 
 __all__ = [

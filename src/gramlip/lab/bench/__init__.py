@@ -12,7 +12,7 @@ import torch
 from gramlip.errors import InputError
 from gramlip.lab.bench import contenders
 from gramlip.lab.bench.result import Options, Result, Row, rates
-from gramlip.lab.timing import WARM_UP, environment
+from gramlip.lab.compare import WARM_UP, environment
 
 __all__ = ["ROWS", "Options", "Result", "bench"]
 

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from gramlip.lab.timing import Timing, interleaved
+from gramlip.lab.compare import Timing, interleaved
 from gramlip.norm import certify as engine
 from gramlip.norm.search.branch_and_bound import BranchAndBound
 from gramlip.norm.symbol.gram_symbol import GramSymbol, SharedProductsInSingle, SquaresInSingle

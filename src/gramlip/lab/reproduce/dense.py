@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gramlip.lab.compare import timed
 from gramlip.lab.reproduce.run import Experiment, Options, Row, Task, markdown, pick
-from gramlip.lab.timing import timed
 from gramlip.norm.methods.formulas import Gram_iteration_naive, Lip_dense, Power_iteration
 from gramlip.reports.pictures import figure, look
 

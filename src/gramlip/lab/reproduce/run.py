@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gramlip.errors import InputError
-from gramlip.lab.timing import WARM_UP, environment, timed
+from gramlip.lab.compare import WARM_UP, environment, timed
 from gramlip.norm.methods import METHODS
 from gramlip.operators.linear_maps import Conv
 from gramlip.reports.output import write_whole
