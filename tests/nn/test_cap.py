@@ -144,3 +144,11 @@ def test_what_cannot_be_capped_is_refused_and_nothing_changed() -> None:
             call(net(), -1)
         with pytest.raises(gl.InputError, match="has no layer"):
             call(nn.ReLU())
+
+
+@pytest.mark.parametrize("call", [gnn.Cap, gnn.cap_, gnn.Monitor, gnn.LipschitzPenalty, gnn.spectral_norm_])
+def test_what_no_rule_covers_is_named_where_the_model_was_given(call: object) -> None:
+    model = nn.ModuleDict({"e": nn.Embedding(4, 4), "l": nn.Linear(3, 3)})
+    with pytest.warns(UserWarning, match=r"^e\.weight: no linear") as caught:
+        call(model)  # type: ignore[operator]
+    assert caught[0].filename == __file__

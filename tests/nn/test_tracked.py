@@ -415,6 +415,20 @@ def test_a_model_built_on_the_meta_device() -> None:
         assert torch.equal(model(x), source(x))
 
 
+def test_inference_first_and_training_then(x: torch.Tensor) -> None:
+    with torch.device("meta"):
+        model = net()
+    gnn.spectral_norm_(model, (3, 8, 8)).to_empty(device="cpu").load_state_dict(gnn.spectral_norm_(net(), (3, 8, 8)).state_dict())
+    with torch.inference_mode():
+        first = model.eval()(x)
+        model.train()(x)
+    twin = copy.deepcopy(model)
+    for m in (model, twin):
+        m.train()(x).square().sum().backward()
+    assert torch.equal(tracked(model[0]).tracker.vector, tracked(twin[0]).tracker.vector)
+    torch.testing.assert_close(model.eval()(x), first, rtol=1e-2, atol=1e-2)
+
+
 def test_nan_is_seen_and_forgotten() -> None:
     layer = gnn.spectral_norm(filled("conv"))
     layer.weight = torch.full(stored(layer).shape, math.nan)

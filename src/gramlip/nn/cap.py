@@ -121,7 +121,7 @@ def cap_(
     """
     check_rtol(rtol)
     goal, uses = positive("target", target), dict[int, list[tuple[str, nn.Module, Any]]]()
-    for path, module, size in layers(model, example, where):
+    for path, module, size in layers(model, example, where, stacklevel=3):
         _refuse(path, module)
         uses.setdefault(id(weight_of(module)), []).append((path, module, size))
     made: list[tuple[Tensor, Tensor]] = []

@@ -60,7 +60,7 @@ def evaluating(model: nn.Module) -> Generator[None, None, None]:
 Where = Callable[[str, nn.Module], bool]
 
 
-def layers(model: nn.Module, example: Any, where: Where | None) -> list[tuple[str, nn.Module, Ints | None]]:
+def layers(model: nn.Module, example: Any, where: Where | None, stacklevel: int = 4) -> list[tuple[str, nn.Module, Ints | None]]:
     """The linear layers that a forward pass of `example` uses, with their input sizes; None where sizes differ or none is given.
 
     Other tensors of two axes or more are named in a warning, unless `where` chooses: nothing is left out silently.
@@ -89,7 +89,7 @@ def layers(model: nn.Module, example: Any, where: Where | None) -> list[tuple[st
             f"{', '.join(left)}: no linear or convolution layer, so not among the layers; for a matrix type "
             "gramlip.nn.spectral_norm(module, name), or where=lambda path, module: True to leave them out knowingly"
         )
-        warnings.warn(msg, stacklevel=4)
+        warnings.warn(msg, stacklevel=stacklevel)  # the line of the user's that names the model
     if example is None:
         return [(path, module, None) for path, module in found.items()]
     sizes: dict[str, set[tuple[int, ...]]] = {path: set() for path in found}
