@@ -68,7 +68,7 @@ def page(report: Report) -> str:
     """The page as one string of HTML; every number in it is rounded outward, heat maps are samples and say so.
 
     >>> from gramlip.operators.interval import Bound
-    >>> "<!doctype html>" in page(Report("w", (Layer("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix")),)))
+    >>> "<!doctype html>" in page(Report("w", (LayerRow("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix")),)))
     True
     """
     maps = [(row, grid) for row in report.layers if (grid := sampled(row)) is not None]
