@@ -31,6 +31,17 @@ class UnsupportedError(TypeError):
     """
 
 
+def check_integers(least: int, **values: object) -> None:
+    """InputError that names the first of the values which is no integer of at least `least`.
+
+    >>> check_integers(1, steps=3, peaks=2)
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            msg = f"{name}={value!r} was given; expected an integer of at least {least}"
+            raise InputError(msg)
+
+
 class Terminated(SystemExit):
     """The process was asked to end while training, which ends its epoch first; the exit code is that of SIGTERM."""
 

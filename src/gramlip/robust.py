@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramlip.errors import InputError
+from gramlip.errors import InputError, check_integers
 from gramlip.nn.parametrize import evaluating, in_eval_mode
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
@@ -305,9 +305,7 @@ def attacked_accuracy(
     except ImportError as error:
         msg = 'attacks need foolbox, which is not installed; expected the extra: type pip install "gramlip[attack]"'
         raise InputError(msg) from error
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in (steps, restarts)):
-        msg = f"steps={steps}, restarts={restarts} were given; expected integers of at least 1"
-        raise InputError(msg)
+    check_integers(1, steps=steps, restarts=restarts)
     if len(numbers(eps)) != 1 or not 0 <= (radius := numbers(eps)[0]) < math.inf:
         msg = f"eps={eps!r} was given; expected one radius of at least 0 in pixels of [0, 1], such as 36/255"
         raise InputError(msg)

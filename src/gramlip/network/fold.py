@@ -6,7 +6,9 @@ Each fold is done in float64 and carries, in `Linear.error`, an upper bound of t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -65,13 +67,15 @@ def _names(inner: Step, outer: Step, made: Linear) -> str:
 
 def _chain(step: Step, inner: Step, network: Network) -> Linear | None:
     """Two steps as one; None where they are no one operator, or where its entries overflow."""
+    return _finite(lambda: _one(step, inner, network))
+
+
+def _finite(make: Callable[[], Linear | None]) -> Linear | None:
+    """The folded map; None where its entries or its error overflow."""
     try:
-        return _finite(_one(step, inner, network))
-    except InputError:
+        made = make()
+    except InputError:  # an operator takes finite entries alone
         return None
-
-
-def _finite(made: Linear | None) -> Linear | None:
     return made if made is not None and made.error < math.inf and bool(made.op.weight.isfinite().all()) else None
 
 
@@ -193,13 +197,15 @@ def _branches(step: Step, network: Network, users: list[list[int]], ends: set[in
                 maps.append(inner.what)
                 gone.append(s)
         if len(maps) == 2:
-            try:
-                op = _added(maps[0].op, maps[1].op, network.steps[base].shape)
-            except InputError:  # an overflow in the sum
-                return None
-            made = None if op is None else _finite(maps[0].plus(maps[1], op))
+            made = _finite(partial(_sum, *maps, network.steps[base].shape))
             return None if made is None else (made, base, gone)
     return None
+
+
+def _sum(one: Linear, other: Linear, shape: Shape) -> Linear | None:
+    """The sum of two linear maps of one value as one."""
+    op = _added(one.op, other.op, shape)
+    return None if op is None else one.plus(other, op)
 
 
 def _added(a: Op, b: Op, shape: Shape) -> Op | None:

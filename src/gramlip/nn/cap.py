@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from gramlip.errors import InputError
 from gramlip.nn.monitor import Norms, weight_of
 from gramlip.nn.parametrize import Where, layers, operator, positive, real, shrunk
-from gramlip.nn.tracker import Tracker
 from gramlip.norm.bound import check_rtol
 
 
@@ -59,9 +58,8 @@ class Cap(Norms):
         super().__init__(model, example, every=every, peaks=peaks, torus=torus, where=where)
         for path, module, _ in self._layers:
             _refuse(path, module)
-        trackers = cast("list[Tracker]", list(self.trackers))
         # what is not attained is made up for, so that the bound that holds for the padding comes down to the target
-        self._stretch = [math.sqrt(tracker.plan.square) / tracker.plan.attained for tracker in trackers for _ in range(len(tracker))]
+        self._stretch = [math.sqrt(plan.square) / plan.attained for plan in self.plans]
 
     @torch.no_grad()
     def forward(self, *of_a_hook: Any) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gramlip import distributed
-from gramlip.errors import InputError
+from gramlip.errors import InputError, check_integers
 from gramlip.nn.norm_op import NormGeometry
 from gramlip.nn.parametrize import Where, evaluating, in_eval_mode, layers, operator, real
 from gramlip.nn.tracker import Tracker, plainly
@@ -53,9 +53,7 @@ class Norms(nn.Module):
         shared: bool = False,
     ) -> None:
         super().__init__()
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in (every, steps, peaks)):
-            msg = f"every={every!r}, steps={steps!r}, peaks={peaks!r} were given; expected integers of at least 1"
-            raise InputError(msg)
+        check_integers(1, every=every, steps=steps, peaks=peaks)
         self.every = every
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         with in_eval_mode(model):  # reading a normalised weight moves nothing
@@ -93,6 +91,11 @@ class Norms(nn.Module):
         modules = iter(self._tracked)
         for tracker in cast("list[Tracker]", list(self.trackers)):
             yield tracker, [weight_of(module) for module in islice(modules, len(tracker))]
+
+    @property
+    def plans(self) -> list[NormGeometry]:
+        """The geometry of each layer, in the order of `sigmas`."""
+        return [tracker.plan for tracker in cast("list[Tracker]", list(self.trackers)) for _ in range(len(tracker))]
 
     def _count(self, calls: Tensor) -> tuple[Tensor]:
         self.calls += 1
@@ -162,8 +165,7 @@ class Monitor(Norms):
         with evaluating(nn.ModuleList(self._tracked)):  # reading a normalised weight moves nothing
             sigmas = torch.stack([sigma.to(torch.float64) for sigma in self.sigmas().values()])
             sizes = [torch.linalg.vector_norm(weight_of(module).detach(), dtype=torch.float64) for module in self._tracked]
-        trackers = cast("list[Tracker]", list(self.trackers))
-        attained = [tracker.plan.attained for tracker in trackers for _ in range(len(tracker))]
+        attained = [plan.attained for plan in self.plans]
         ranks = (torch.stack(sizes) / sigmas * sigmas.new_tensor(attained)).square()  # a ratio of zeros is no number
         both = zip(self._paths, *torch.stack([sigmas, ranks]).tolist(), strict=True)
         return {path: {"sigma": sigma, "stable_rank": rank} for path, sigma, rank in both}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gramlip.errors import InputError, UnsupportedError
+from gramlip.errors import InputError, UnsupportedError, check_integers
 from gramlip.nn.norm_op import NormGeometry, replicated
 from gramlip.nn.parametrize import Normalised, attach, each, operator, positive, real
 from gramlip.nn.tracker import Tracker, plainly
@@ -125,9 +125,7 @@ def spectral_rescaling(module: M, name: str = "weight", *, input_size: Ints | No
     >>> bound(spectral_rescaling(nn.Conv2d(3, 8, 3, padding=1)), rtol=1e-3).upper <= 1.001
     True
     """
-    if isinstance(n_iter, bool) or not isinstance(n_iter, int) or n_iter < 1:
-        msg = f"n_iter={n_iter!r} was given; expected an integer of at least 1"
-        raise InputError(msg)
+    check_integers(1, n_iter=n_iter)
     op = operator(module, name, input_size)
     real(op, "spectral_rescaling")
     plan = NormGeometry.of(op)
@@ -346,7 +344,7 @@ def spectral_norm(
     Args:
         module: `nn.Linear`, `nn.Conv*d`, `nn.ConvTranspose*d`, or registered with `gramlip.describe`.
         name: the tensor to normalise; other than "weight" it must be a matrix.
-        n_power_iterations: accepted so that the import can be exchanged; nothing here iterates on stored vectors.
+        n_power_iterations: accepted so that the import can be exchanged; the tracked form takes one step a call.
         eps: accepted likewise; no epsilon is added.
         dim: accepted likewise; the norm does not depend on which axis comes first.
         input_size: spatial size of the input; None holds for every size.
@@ -374,10 +372,7 @@ def spectral_norm(
     True
     """
     del n_power_iterations, eps, dim
-    for key, value in (("n_iter", n_iter), ("every", every)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            msg = f"{key}={value!r} was given; expected an integer of at least 1"
-            raise InputError(msg)
+    check_integers(1, n_iter=n_iter, every=every)
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0.0 <= margin < 1.0:
         msg = f"margin={margin!r} was given; expected a share of the target in [0, 1), such as 0.01"
         raise InputError(msg)

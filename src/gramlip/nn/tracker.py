@@ -106,7 +106,7 @@ class Tracker(nn.Module):
             return torch.linalg.vector_norm(_image(one, probes[:, None]), dim=(1, 2, 3)), scale
 
     def _followed(self, kernels: Tensor, due: list[int], watch: bool, still: bool) -> tuple[Tensor, ...]:
-        """`follow` on the plain tensors below any transform; one opaque operation where code is compiled."""
+        """`follow` or `look` on the plain tensors below any transform; one opaque operation where code is compiled."""
         if torch.compiler.is_compiling():
             state = (self.frequency, self.vector, self.height)
             if still:
@@ -114,7 +114,7 @@ class Tracker(nn.Module):
             return tuple(torch.ops.gramlip.follow(kernels, *state, due, watch, self.key))
         if kernels.is_meta:
             return _shapes(kernels, self.vector, self.height)
-        return plainly(lambda plain: self.follow(plain, due, watch, still), kernels)
+        return plainly(lambda plain: self.look(plain, watch) if still else self.follow(plain, due, watch), kernels)
 
     @torch.no_grad()
     def search(self, weights: Sequence[Tensor]) -> None:
@@ -129,11 +129,10 @@ class Tracker(nn.Module):
         stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
         return stacked.reshape(*stacked.shape[:3], -1).to(self.frequency.dtype)
 
-    def follow(self, kernels: Tensor, due: Sequence[int], watch: bool, still: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def follow(self, kernels: Tensor, due: Sequence[int], watch: bool) -> tuple[Tensor, Tensor, Tensor]:
         """One call on plain kernels: the group (L,) with each layer's highest peak, its D(w) v as probes over the scale, and the scale."""
-        if still:
-            return self.with_state(*(t.clone() for t in (self.frequency, self.vector, self.height)))._still(kernels, watch)
-        scale, scaled = (found := self._scale(kernels)), _Scaled(kernels, 1 / found)
+        scale = self._scale(kernels)
+        scaled = _Scaled(kernels, 1 / scale)
         self._search(kernels, scale, due)
         heights = self.frequency.new_zeros(())
         for i in range(self.steps):
@@ -145,7 +144,7 @@ class Tracker(nn.Module):
         return self._probes(kernels, scale, heights)
 
     def _jumped(self, before: Tensor, scale: Tensor) -> list[int]:
-        """The layers whose estimate differs by more than `JUMP` from that of the last call; what waits for a GPU is not asked."""
+        """The layers whose estimate differs by more than `JUMP` from that of the last call."""
         now = before.reshape(len(self), -1).amax(-1) * scale[:: self.plan.groups]
         same = (now <= self.height * JUMP) & (now * JUMP >= self.height)
         return [] if bool(same.all()) else (~same).nonzero()[:, 0].tolist()
@@ -171,15 +170,17 @@ class Tracker(nn.Module):
         twin._buffers = self._buffers | {"frequency": frequency, "vector": vector, "height": height}
         return twin
 
-    def _still(self, kernels: Tensor, watch: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The probes without a step; where it watches, of a search for layers whose estimate is not that of the last call."""
+    def look(self, kernels: Tensor, watch: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """What `follow` returns, without a step and on a copy of the state; where it watches, layers that jumped are searched there."""
+        twin = self.with_state(self.frequency.clone(), self.vector.clone(), self.height.clone())
         scale = self._scale(kernels)
-        values = self._values(_Scaled(kernels, 1 / scale), self.frequency, torch.view_as_complex(self.vector))
+        scaled = _Scaled(kernels, 1 / scale)
+        values = self._values(scaled, self.frequency, torch.view_as_complex(self.vector))
         if watch and (jumped := self._jumped(values, scale)):
-            self._search(kernels, scale, jumped)
+            twin._search(kernels, scale, jumped)
             for _ in range(SEARCH_STEPS):  # no later call goes on from here
-                values = self._step(_Scaled(kernels, 1 / scale))[1]
-        return self._probes(kernels, scale, values)
+                values = twin._step(scaled)[1]
+        return twin._probes(kernels, scale, values)
 
     def _search(self, kernels: Tensor, scale: Tensor, which: Sequence[int]) -> None:
         """Find the peaks of some layers afresh, by power iteration at every point of the grid.
@@ -292,7 +293,7 @@ def _follow(
     kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], watch: bool, key: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Tracker.follow` as one operation, on the state that is given."""
-    return _TRACKERS[key].with_state(frequency, vector, height).follow(kernels, due, watch, still=False)
+    return _TRACKERS[key].with_state(frequency, vector, height).follow(kernels, due, watch)
 
 
 @_follow.register_fake
@@ -304,8 +305,8 @@ def _(
 
 @torch.library.custom_op("gramlip::look", mutates_args=())
 def _look(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, watch: bool, key: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same where the state stands still: a function of its inputs, which an audit takes for a constant."""
-    return _TRACKERS[key].with_state(frequency, vector, height).follow(kernels, [], watch, still=True)
+    """`Tracker.look` as one operation: a function of its inputs, which an audit takes for a constant."""
+    return _TRACKERS[key].with_state(frequency, vector, height).look(kernels, watch)
 
 
 @_look.register_fake

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramlip.errors import InputError
+from gramlip.errors import InputError, check_integers
 from gramlip.numerics.precision import in_norm_precision, real_dtype, without_autocast
 from gramlip.numerics.sums import gram, norm
 
@@ -113,6 +113,17 @@ class _GramNormForward(_GramNorm):
             return (reals(_slope(blocks, value, ctx.n_iter)) * reals(tangents[0])).sum(-1)
 
 
+def check_matrices(name: str, x: object) -> None:
+    """InputError for what is no tensor (..., m, n) of real or complex floating-point matrices."""
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        msg = f"{name} of {kind} was given; expected a tensor of real or complex floating-point matrices: type {name}.double()"
+        raise InputError(msg)
+    if x.ndim < 2 or 0 in x.shape[-2:]:
+        msg = f"{name} has shape {tuple(x.shape)}; expected (..., m, n) with m and n of at least 1"
+        raise InputError(msg)
+
+
 def gram_norm(blocks: Tensor, n_iter: int = 6) -> Tensor:
     """Upper bound (in exact arithmetic) of the spectral norm of each matrix, differentiable.
 
@@ -135,15 +146,7 @@ def gram_norm(blocks: Tensor, n_iter: int = 6) -> Tensor:
     >>> gram_norm(torch.diag(torch.tensor([3.0, 4.0])), n_iter=8).item()
     4.0
     """
-    if isinstance(n_iter, bool) or not isinstance(n_iter, int) or n_iter < 1:
-        msg = f"n_iter={n_iter!r} was given; expected an integer of at least 1"
-        raise InputError(msg)
-    if not isinstance(blocks, Tensor) or not (blocks.is_floating_point() or blocks.is_complex()):
-        kind = blocks.dtype if isinstance(blocks, Tensor) else type(blocks).__name__
-        msg = f"blocks of {kind} were given; expected a tensor of real or complex floating-point matrices: type blocks.double()"
-        raise InputError(msg)
-    if blocks.ndim < 2 or 0 in blocks.shape[-2:]:
-        msg = f"blocks has shape {tuple(blocks.shape)}; expected (..., m, n) with m and n of at least 1"
-        raise InputError(msg)
+    check_integers(1, n_iter=n_iter)
+    check_matrices("blocks", blocks)
     function = _GramNorm if torch.compiler.is_compiling() else _GramNormForward
     return function.apply(in_norm_precision(blocks), n_iter).to(real_dtype(blocks))  # type: ignore[no-any-return]

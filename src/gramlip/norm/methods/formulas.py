@@ -12,10 +12,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from gramlip.errors import InputError
+from gramlip.errors import InputError, check_integers
 from gramlip.norm.symbol.polyphase import Symbol, blocks, grid, symbol, transform
 from gramlip.numerics import sums
-from gramlip.numerics.gram_iteration import gram_norm, reals
+from gramlip.numerics.gram_iteration import check_matrices, gram_norm, reals
 from gramlip.numerics.precision import in_norm_precision, real_dtype
 from gramlip.numerics.sums import gram, norm
 from gramlip.operators.geometry import apply
@@ -270,16 +270,8 @@ def _direction(x: Tensor) -> Tensor:
 
 
 def _check(G: Tensor, Niter: int) -> None:
-    if not isinstance(G, Tensor) or not (G.is_floating_point() or G.is_complex()):
-        kind = G.dtype if isinstance(G, Tensor) else type(G).__name__
-        msg = f"{kind} was given; expected a tensor of real or complex floating-point matrices: type G.double()"
-        raise InputError(msg)
-    if G.ndim < 2 or 0 in G.shape[-2:]:
-        msg = f"G has shape {tuple(G.shape)}; expected (..., m, n) with m and n of at least 1"
-        raise InputError(msg)
-    if isinstance(Niter, bool) or not isinstance(Niter, int) or Niter < 0:
-        msg = f"Niter={Niter!r} was given; expected an integer of at least 0"
-        raise InputError(msg)
+    check_matrices("G", G)
+    check_integers(0, Niter=Niter)
 
 
 # ---- raw taps ------------------------------------------------------------------------------------------------------------
