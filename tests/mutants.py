@@ -23,7 +23,7 @@ from gramlip.network.rules import shapes as joins
 from gramlip.network.rules import statistics
 from gramlip.network.steps import Pad, Slope
 from gramlip.nn import parametrize, tracker
-from gramlip.norm import bound, certify, methods
+from gramlip.norm import certify, methods
 from gramlip.norm.finite import banded_cholesky, boundary_terms
 from gramlip.norm.methods import formulas
 from gramlip.norm.search import branch_and_bound
@@ -31,9 +31,7 @@ from gramlip.norm.symbol import frequency_cells, padding_theorems, polyphase
 from gramlip.norm.symbol.padding_theorems import PADDING, Circle
 from gramlip.numerics import cholesky, eigenvalue_bounds, gram_iteration, sums
 from gramlip.numerics import rounding as rd
-from gramlip.operators import convert, describe, geometry
-from gramlip.operators import given as example
-from gramlip.operators import given as wrappers
+from gramlip.operators import describe, geometry, given
 from gramlip.operators.geometry import Axis
 from gramlip.reports import checkpoint
 from gramlip.reports.checkpoint import Entry, Stored
@@ -198,12 +196,12 @@ def frobenius_as_a_lower_bound(patch: pytest.MonkeyPatch) -> None:
 
 def max_pooling_as_one(patch: pytest.MonkeyPatch) -> None:
     """Overlapping windows forgotten."""
-    right = bound.describe
+    right = methods.describe
 
     def wrong(x: Any, *args: Any, **options: Any) -> Any:
         return gl.Bound(1.0, 1.0, "max pooling") if isinstance(x, nn.MaxPool2d) else right(x, *args, **options)
 
-    patch.setattr(bound, "describe", wrong)
+    patch.setattr(methods, "describe", wrong)
 
 
 def one_output_of_one_input(patch: pytest.MonkeyPatch) -> None:
@@ -587,7 +585,7 @@ def sparse_matrices_hold() -> None:
 
 def lists_rounded(patch: pytest.MonkeyPatch) -> None:
     """Integers in a list rounded to float64."""
-    patch.setattr(convert, "_numbers", lambda cells, name: cells.astype(np.float64))
+    patch.setattr(given, "_numbers", lambda cells, name: cells.astype(np.float64))
 
 
 def lists_are_exact() -> None:
@@ -614,7 +612,7 @@ def scales_are_no_layers() -> None:
 
 def hooks_of_wrappers_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A wrapper taken off with the hook that doubles what it returns."""
-    patch.setattr(wrappers, "hooks", lambda module: [])
+    patch.setattr(given, "hooks", lambda module: [])
 
 
 def hooks_of_wrappers_count() -> None:
@@ -628,7 +626,7 @@ def hooks_of_wrappers_count() -> None:
 
 def shapes_in_the_default_dtype(patch: pytest.MonkeyPatch) -> None:
     """A shape taken as an example of float32, whatever the model computes in."""
-    patch.setattr(example, "_like", lambda model: torch.empty(0))
+    patch.setattr(given, "_like", lambda model: torch.empty(0))
 
 
 def shapes_take_the_dtype_of_the_model() -> None:
@@ -636,8 +634,8 @@ def shapes_take_the_dtype_of_the_model() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         model = nn.Linear(3, 2).to(dtype)
         program = torch.export.export(model, (torch.zeros(1, 3, dtype=dtype),))
-        for given in (model, program):
-            assert example.example_inputs(given, (3,))[0].dtype == dtype
+        for source in (model, program):
+            assert given.example_inputs(source, (3,))[0].dtype == dtype
 
 
 def no_jump_is_noticed(patch: pytest.MonkeyPatch) -> None:

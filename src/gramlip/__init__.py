@@ -7,8 +7,7 @@ from gramlip import distributed, nn, robust
 from gramlip import rules as rules  # the public face of network.rules
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network.audit import audit
-from gramlip.norm.bound import bound
-from gramlip.norm.methods import METHODS
+from gramlip.norm.methods import METHODS, bound
 from gramlip.norm.methods.formulas import conv_gram_norm
 from gramlip.numerics.gram_iteration import gram_norm
 from gramlip.operators.describe import describe

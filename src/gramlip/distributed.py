@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gramlip.norm.bound import bound
+from gramlip.norm.methods import bound
 from gramlip.operators.describe import describe
 from gramlip.operators.given import is_flat, is_sharded, unwrapped
 from gramlip.operators.interval import Bound

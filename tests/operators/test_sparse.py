@@ -162,7 +162,7 @@ def test_a_linear_operator_is_formed_where_one_side_is_small(dtype: Any, monkeyp
         assert (found.lower, found.upper) == (expected.lower, expected.upper)
         assert "LinearOperator, of what it returns for unit vectors (assumed linear)" in found.because
         with monkeypatch.context() as patch:
-            patch.setattr("gramlip.operators.convert.SIDE", 50)
+            patch.setattr("gramlip.operators.given.SIDE", 50)
             found = gl.bound(operator(matrix))
             assert (found.lower, found.upper) == (expected.lower, expected.upper)
 
@@ -178,7 +178,7 @@ def test_linear_operators_that_nothing_bounds_from_above(monkeypatch: pytest.Mon
     endless = LinearOperator((10**6, 10**6), matvec=lambda x: x, dtype=np.float64)
     with pytest.raises(gl.InputError, match=r"shows no entries.*type its matrix"):
         gl.bound(endless)
-    monkeypatch.setattr("gramlip.operators.convert.SIDE", 5)
+    monkeypatch.setattr("gramlip.operators.given.SIDE", 5)
     with pytest.raises(gl.InputError, match="without an adjoint"):
         gl.bound(operator(np.ones((3, 9)), adjoint=False))
     with pytest.raises(gl.InputError, match="NaN or infinite"):

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from gramlip.errors import InputError
-from gramlip.norm.bound import bound
-from gramlip.norm.methods import METHODS
+from gramlip.norm.methods import METHODS, bound
 from gramlip.operators.linear_maps import Conv, Dense
 from gramlip.reports.pictures import figure, look
 from gramlip.reports.report import aligned, finite, printable

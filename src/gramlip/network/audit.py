@@ -19,7 +19,7 @@ from gramlip.network.lower_bound import Stretch, function, stretch
 from gramlip.network.ranges import capped
 from gramlip.network.rules import Lowered, lower
 from gramlip.network.steps import Attention, Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded
-from gramlip.norm.bound import check_rtol
+from gramlip.norm.methods import check_rtol
 from gramlip.numerics import rounding as rd
 from gramlip.operators.given import GATHER, example_inputs, is_sharded, unwrapped
 from gramlip.operators.interval import Bound, decimals

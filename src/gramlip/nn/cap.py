@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gramlip.errors import InputError
 from gramlip.nn.monitor import Norms, weight_of
 from gramlip.nn.parametrize import Where, layers, operator, positive, real, shrunk
-from gramlip.norm.bound import check_rtol
+from gramlip.norm.methods import check_rtol
 
 
 class Cap(Norms):

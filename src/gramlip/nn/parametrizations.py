@@ -15,7 +15,7 @@ from gramlip.errors import InputError, UnsupportedError, check_integers
 from gramlip.nn.norm_op import NormGeometry, replicated
 from gramlip.nn.parametrize import Normalised, attach, each, operator, positive, real
 from gramlip.nn.tracker import Tracker, plainly
-from gramlip.norm.bound import bound
+from gramlip.norm.methods import bound
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import real_dtype, without_autocast
 from gramlip.operators.describe import describe

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.norm.bound import bound, check_rtol
+from gramlip.norm.methods import bound, check_rtol
 from gramlip.operators.describe import describe
 from gramlip.operators.given import example_inputs, is_wrapper, unwrapped
 from gramlip.operators.linear_maps import Conv, Dense, Ints

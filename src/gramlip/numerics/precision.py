@@ -10,6 +10,9 @@ from torch import Tensor
 
 from gramlip.errors import InputError
 
+# The dtypes of weights that are bounded.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128)
+
 # ---- settings ------------------------------------------------------------------------------------------------------------
 #
 # What the global settings make of float32 products: they are read, never changed, and no proof rests on them.

@@ -21,9 +21,19 @@ from torch.nn.utils.weight_norm import WeightNorm
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import exponent_of, on_cpu, to_float64
-from gramlip.operators.convert import formed, held, is_array_like, is_linear_operator, is_sparse, sparse_tensor
 from gramlip.operators.geometry import Axis, index_map
-from gramlip.operators.given import hooked, hooks, is_wrapper, unwrapped
+from gramlip.operators.given import (
+    formed,
+    held,
+    hooked,
+    hooks,
+    is_array_like,
+    is_linear_operator,
+    is_sparse,
+    is_wrapper,
+    sparse_tensor,
+    unwrapped,
+)
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import SPARSE, Conv, Dense, Diagonal, Ints, Operator, Separable, Sparse, checked
 

@@ -14,12 +14,12 @@ from torch.masked import MaskedTensor
 from torch.nn.parameter import is_lazy
 
 from gramlip.errors import InputError
-from gramlip.operators.convert import as_tensor, is_array_like, is_sparse
+from gramlip.numerics.precision import DTYPES
+from gramlip.operators.given import as_tensor, is_array_like, is_sparse
 
 Ints = int | Sequence[int]
 Shape = tuple[int, ...]
 MODES = ("circular", "reflect", "replicate", "zeros")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128)
 SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 EIGHT_BITS = tuple(kind for name, kind in vars(torch).items() if name.startswith("float8_"))  # the same for each version of torch
 

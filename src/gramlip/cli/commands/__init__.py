@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from gramlip.norm.bound import WIDEST, check_rtol
+from gramlip.norm.methods import WIDEST, check_rtol
 
 # ---- commands ------------------------------------------------------------------------------------------------------------
 #

@@ -21,9 +21,8 @@ from gramlip.lab.reproduce.convolutions import convolutions
 from gramlip.lab.training.recipes import MODELS
 from gramlip.nn import LipschitzPenalty
 from gramlip.nn.parametrize import layers
-from gramlip.norm.bound import bound
 from gramlip.norm.certify import certify_all
-from gramlip.norm.methods import METHODS
+from gramlip.norm.methods import METHODS, bound
 from gramlip.norm.methods.formulas import Lip_conv, operator_gram_norm
 from gramlip.operators.describe import describe
 from gramlip.operators.interval import Bound

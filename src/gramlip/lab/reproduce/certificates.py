@@ -13,8 +13,7 @@ import torch
 
 from gramlip.errors import InputError
 from gramlip.lab.reproduce.run import Experiment, Options, Row, Task, markdown, pick
-from gramlip.norm.bound import bound
-from gramlip.norm.methods import METHODS
+from gramlip.norm.methods import METHODS, bound
 from gramlip.operators.linear_maps import Conv, Dense
 from gramlip.reports.pictures import figure
 from gramlip.testing import KERNELS, Case

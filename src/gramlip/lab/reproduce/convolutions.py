@@ -14,8 +14,7 @@ from torch import Tensor
 
 from gramlip.errors import InputError
 from gramlip.lab.reproduce.run import Choice, Experiment, Options, Row, Task, markdown, measured, pick, title
-from gramlip.norm.bound import bound
-from gramlip.norm.methods import METHODS
+from gramlip.norm.methods import METHODS, bound
 from gramlip.operators.linear_maps import Conv
 from gramlip.reports.checkpoint import read
 from gramlip.reports.pictures import figure, look

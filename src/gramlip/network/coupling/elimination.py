@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gramlip.network.coupling.circulant import Link
-from gramlip.network.coupling.linear_forms import System, size_of, sizes_of
+from gramlip.network.coupling.linear_forms import Link, System, size_of, sizes_of
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.cholesky import cholesky
 

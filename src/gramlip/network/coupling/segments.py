@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from gramlip.network.compose import compose
-from gramlip.network.coupling.circulant import Alias, Circulant, NotCirculantError, Pooled, circulant
 from gramlip.network.coupling.elimination import MultiplierSearch, Piece, certificate, cost, improve, reached, system_cost
-from gramlip.network.coupling.linear_forms import Entries, system
+from gramlip.network.coupling.linear_forms import Alias, Circulant, Entries, NotCirculantError, Pooled, circulant, system
 from gramlip.network.steps import Input, Join, Linear, Network, Slice, Slope, Step, Sum, View
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64

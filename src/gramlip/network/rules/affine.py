@@ -16,7 +16,7 @@ from gramlip.network.rules.activations import gated, quotient
 from gramlip.network.rules.registry import Call, Var, register
 from gramlip.network.running_errors import inverse_error
 from gramlip.network.steps import Attention, Linear, Lipschitz, Product, Step, Sum, Unbounded, View, rough_norm
-from gramlip.norm.bound import bound
+from gramlip.norm.methods import bound
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import exponent_of, to_float64
 from gramlip.numerics.rounding import frobenius_up

@@ -14,7 +14,7 @@ from gramlip.errors import UndefinedError, UnsupportedError
 from gramlip.network.rules.affine import most
 from gramlip.network.rules.registry import Call, Var, pattern, register
 from gramlip.network.steps import Linear, Lipschitz, Product, Slope, Step, Unbounded
-from gramlip.norm.bound import bound
+from gramlip.norm.methods import bound
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.operators.interval import Bound
