@@ -16,6 +16,7 @@ from gramlip.network.coupling import coupled, total
 from gramlip.network.fold import fold
 from gramlip.network.graph import Program, export, reads_memory, undisturbed
 from gramlip.network.lower_bound import Stretch, function, stretch
+from gramlip.network.local import Region, region, restricted
 from gramlip.network.ranges import capped
 from gramlip.network.rules import Lowered, lower
 from gramlip.network.steps import Attention, Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded
@@ -55,7 +56,7 @@ def check_model(model: object) -> None:
         raise InputError(msg)
 
 
-def check_options(assume: object, domain: object, rtol: float, effort: object, seed: object, strict: object) -> None:
+def check_options(assume: object, rtol: float, effort: object, seed: object, strict: object) -> None:
     """The options of `audit`, as its docstring has them."""
     check_rtol(rtol)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
@@ -71,11 +72,6 @@ def check_options(assume: object, domain: object, rtol: float, effort: object, s
         if not _finite(value) or value < 0:
             msg = f"assume={name}={value!r} was given; expected a finite constant of at least 0 such as {name}=1.0"
             raise InputError(msg)
-    if domain is not None and not (
-        isinstance(domain, Sequence) and len(domain) == 2 and all(map(_finite, domain)) and domain[0] < domain[1]
-    ):
-        msg = f"domain={domain!r} was given; expected two finite numbers, the lower first: type a tuple such as (0.0, 1.0)"
-        raise InputError(msg)
     if not _finite(effort):
         msg = f"effort={effort!r} was given; expected a finite number such as 1.0"
         raise InputError(msg)
@@ -106,6 +102,7 @@ _NEEDS_DOMAIN = {
     Product: "a product of two values that depend on the input has no finite constant without a domain: pass domain=(low, high)",
     Attention: "dot-product attention has no finite constant (arXiv 2006.04710) without a domain: pass domain=(low, high)",
 }
+Domain = tuple[float, float] | tuple[Tensor, Tensor]
 Example = Tensor | Sequence[Tensor] | Sequence[int]
 
 
@@ -132,7 +129,9 @@ def audit(
     *,
     rtol: float = 1e-2,
     assume: Mapping[str, float] | None = None,
-    domain: tuple[float, float] | None = None,
+    domain: Domain | None = None,
+    at: Tensor | Sequence[Tensor] | None = None,
+    radius: float | None = None,
     data: Tensor | None = None,
     seed: int = 0,
     effort: float = 1.0,
@@ -152,7 +151,9 @@ def audit(
         example: input tensor(s) with their batch axis, or the shape of one sample, in the model's dtype and on its device.
         rtol: relative width asked of each layer's interval.
         assume: Lipschitz constants to believe, by module path, node or operation name; each stands in the report.
-        domain: (low, high), where every entry of the input lies; makes products of activations finite.
+        domain: (low, high), two numbers or tensors that broadcast to the input: the constant is that of inputs between them.
+        at: an input, and
+        radius: the l2 distance from it of the inputs that the constant holds for; with a domain, of those in both.
         data: samples (k, *sample) from which the search for the lower side starts.
         seed: of that search.
         effort: of the search for coupled bounds; 0 takes closed forms, a negative number plain composition.
@@ -173,7 +174,7 @@ def audit(
     """
     model = unwrapped(model) if isinstance(model, nn.Module) else model
     check_model(model)
-    check_options(assume, domain, rtol, effort, seed, strict)
+    check_options(assume, rtol, effort, seed, strict)
     tensors = inputs(model, example)
     check_inputs(tensors)
     program = export(model, tensors)
@@ -182,11 +183,13 @@ def audit(
         calls = "; ".join(lowered.unsupported)
         msg = f"{type(model).__name__} has {len(lowered.unsupported)} calls that no rule can bound; expected rules for all of them: {calls}"
         raise UnsupportedError(msg)
-    network = fold(capped(lowered.network, domain))
+    area = region([tuple(t.shape) for t in tensors], domain, at, radius)
+    local = None if area is None else restricted(lowered.network, area)
+    network = fold(capped(lowered.network, None) if local is None else local.network)
     found, seconds = _constants(network, rtol, progress)
     composed = compose(network, found)
     upper, because = _whole(network, found, composed, effort)
-    below = _lower_side(program, lowered, tensors, data, domain, seed)
+    below = _lower_side(program, lowered, tensors, data, area, seed)
     if below.value > upper:
         _contradicted(lowered.assumed, below, upper)
     weights = f"; computed weights are those that float64 gives where they {', '.join(lowered.taken)}" if lowered.taken else ""
@@ -262,7 +265,7 @@ def _lower_side(
     lowered: Lowered,
     tensors: tuple[Tensor, ...],
     data: Tensor | None,
-    domain: tuple[float, float] | None,
+    area: Region | None,
     seed: int,
 ) -> Stretch:
     if any(write.refusal for write in program.writes.values()) or any(map(reads_memory, program.nodes)):
@@ -276,7 +279,7 @@ def _lower_side(
         msg = f"data {given} was given; expected a tensor of finite samples of shape {shapes[0]}, stacked along the first axis"
         raise InputError(msg)
     weights = {n: (value, error) for n, error in lowered.errors.items() if isinstance(value := lowered.computed[n], Tensor)}
-    return stretch(function(program, shapes, lowered.computed), size, data=data, domain=domain, seed=seed, weights=weights)
+    return stretch(function(program, shapes, lowered.computed), size, data=data, points=area, seed=seed, weights=weights)
 
 
 def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float], composed: Composition) -> tuple[LayerRow, ...]:

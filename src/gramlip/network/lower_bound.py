@@ -132,7 +132,43 @@ def sway(run: Function, x: Tensor, along: Tensor, weights: Weights) -> float:
     return TIMES * sum(moves) if all(map(math.isfinite, moves)) else math.inf
 
 
-def secant(run: Function, x: Tensor, v: Tensor, lo: float, hi: float, signs: torch.Generator, weights: Weights) -> tuple[float, Tensor]:
+class Points(Protocol):
+    """A convex set of flat inputs."""
+
+    def inside(self, flat: Tensor) -> Tensor:
+        """The vector moved into the set."""
+        ...
+
+    def drawn(self, generator: torch.Generator) -> Tensor:
+        """A random point of the set."""
+        ...
+
+    def scale(self, x: Tensor) -> float:
+        """The length of the longest steps from a point."""
+        ...
+
+
+class Everywhere:
+    """All inputs."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._drawn = size, 0
+
+    def inside(self, flat: Tensor) -> Tensor:
+        """The vector itself."""
+        return flat
+
+    def drawn(self, generator: torch.Generator) -> Tensor:
+        """A normally distributed vector, of one standard deviation after the other."""
+        self._drawn += 1
+        return torch.randn(self._size, generator=generator, dtype=torch.float64) * SCALES[(self._drawn - 1) % len(SCALES)]
+
+    def scale(self, x: Tensor) -> float:
+        """The length of the vector, or 1."""
+        return max(float(torch.linalg.vector_norm(x)), 1.0)
+
+
+def secant(run: Function, x: Tensor, v: Tensor, points: Points, signs: torch.Generator, weights: Weights) -> tuple[float, Tensor]:
     """The largest quotient `|f(x + t v) - f(x)| / |t v|` over some t of both signs, less rounding, and the best point reached.
 
     A quotient of two concrete points is at most the Lipschitz constant, whatever happens between them: no Jacobian of
@@ -141,9 +177,9 @@ def secant(run: Function, x: Tensor, v: Tensor, lo: float, hi: float, signs: tor
     best, where, image = 0.0, x, None
     base = run(x)
     room = noise(run, x, base, signs, weights)
-    scale = max(float(torch.linalg.vector_norm(x)), 1.0)
+    scale = points.scale(x)
     for step in (sign * 10.0**exponent for sign in (1, -1) for exponent in (-4, -2, -1, 0)):
-        y = (x + scale * step * v).clamp(lo, hi)
+        y = points.inside(x + scale * step * v)
         gap, there = float(torch.linalg.vector_norm(y - x)), run(y)
         if gap > 0:
             value = (float(torch.linalg.vector_norm(there - base)) - 2 * room) / gap
@@ -161,7 +197,7 @@ def stretch(
     size: int,
     *,
     data: Tensor | None = None,
-    domain: tuple[float, float] | None = None,
+    points: Points | None = None,
     seed: int = 0,
     starts: int = 3,
     rounds: int = 3,
@@ -173,8 +209,8 @@ def stretch(
     Args:
         run: from `function`.
         size: entries of its input.
-        data: points (k, size) to start from; else uniform in the domain, or normal with standard deviations in `SCALES`.
-        domain: interval of each input entry.
+        data: points (k, size) to start from; else random points of the set, or normal ones with standard deviations in `SCALES`.
+        points: the set of inputs; all of them where there is none.
         seed: of the random numbers; the result depends on it and on nothing else.
         starts: number of starting points.
         rounds: power iterations a start, each at the best point that the one before reached.
@@ -182,22 +218,19 @@ def stretch(
         weights: computed weights that are known up to errors, and these.
     """
     generator, signs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-    lo, hi = domain or (-math.inf, math.inf)
+    points = points or Everywhere(size)
     best, found = 0.0, "no point stretched"
     for start in range(starts):
-        noise = torch.randn(size, generator=generator, dtype=torch.float64)
         if data is not None:
-            x = data[start % len(data)].double().reshape(-1) + 1e-6 * noise
-        elif domain is not None:
-            x = lo + (hi - lo) * torch.rand(size, generator=generator, dtype=torch.float64)
+            x = data[start % len(data)].double().reshape(-1) + 1e-6 * torch.randn(size, generator=generator, dtype=torch.float64)
         else:
-            x = noise * SCALES[start % len(SCALES)]
+            x = points.drawn(generator)
         v = torch.randn(size, generator=generator, dtype=torch.float64)
-        v, x = v / torch.linalg.vector_norm(v), x.clamp(lo, hi)
+        v, x = v / torch.linalg.vector_norm(v), points.inside(x)
         for i in range(rounds):
             v = direction(run, x, v, steps)
             with torch.no_grad():
-                value, x = secant(run, x, v, lo, hi, signs, weights or {})
+                value, x = secant(run, x, v, points, signs, weights or {})
             if value > best:
                 best, found = value, f"start {start}, round {i}"
     origin = "data" if data is not None else "random points"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,13 +125,25 @@ def _underflow(op: Op, roundings: float) -> float:
     return rough_norm(replace(op, weight=torch.full_like(op.weight, roundings * rd.TINY, dtype=torch.float64)))
 
 
+class OnInterval(NamedTuple):
+    """What an entrywise function does on an interval of each entry: all its slopes are in [low, high], all its values in [least, most]."""
+
+    low: Tensor
+    high: Tensor
+    least: Tensor
+    most: Tensor
+
+
+Within = Callable[[Tensor, Tensor], OnInterval]
+
+
 @dataclass(frozen=True, eq=False)
 class Slope:
     """An entrywise function whose slopes lie in [low, high]; tensors where channels differ, broadcast to the shape.
 
     `image` is an interval that all its values lie in, `at_zero` an interval that its value at 0 lies in; `reach` gives an
-    interval for its values from one for its arguments. `sharp` says that no smaller interval holds all slopes (up to 2**-40
-    of it): only then is its constant known from below too.
+    interval for its values from one for its arguments, `within` slopes and values from an interval for each argument. `sharp`
+    says that no smaller interval holds all slopes (up to 2**-40 of it): only then is its constant known from below too.
     """
 
     low: float | Tensor
@@ -141,6 +153,7 @@ class Slope:
     at_zero: tuple[float, float] = (0.0, 0.0)
     reach: Callable[[float, float], tuple[float, float]] | None = None
     sharp: bool = False
+    within: Within | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +164,8 @@ class Lipschitz:
     `others`, or between; `row` is at least the l2 norm of the result's rows along the last axis; `row_layout` and
     `copy_entries` as in `View`.
     `extremum` is 1 for the largest and -1 for the least entries of groups of two or more, and says along which axes they lie.
+    `within` gives the constant and the values from an interval for each entry of the one source; `monotone`, exactly the map
+    itself, where it rises in every entry of it.
     """
 
     upper: float
@@ -165,6 +180,8 @@ class Lipschitz:
     row_layout: RowLayout = ""
     copy_entries: CopyEntries | None = None
     extremum: tuple[int, tuple[int, ...]] | None = None
+    within: Callable[[Tensor, Tensor], tuple[float, Tensor, Tensor]] | None = None
+    monotone: CopyEntries | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,5 @@
+"""Local constants: on a box or in a ball of inputs. docs/local.md."""
+
+from gramlip.network.local.intervals import Region as Region
+from gramlip.network.local.intervals import region as region
+from gramlip.network.local.intervals import restricted as restricted
