@@ -16,7 +16,7 @@ from gramlip.network.coupling import coupled, total
 from gramlip.network.fold import fold
 from gramlip.network.graph import Program, export, reads_memory, undisturbed
 from gramlip.network.lower_bound import Stretch, function, stretch
-from gramlip.network.local import Region, region, restricted
+from gramlip.network.local import Region, jacobian, region, restricted
 from gramlip.network.ranges import capped
 from gramlip.network.rules import Lowered, lower
 from gramlip.network.steps import Attention, Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded
@@ -189,6 +189,8 @@ def audit(
     found, seconds = _constants(network, rtol, progress)
     composed = compose(network, found)
     upper, because = _whole(network, found, composed, effort)
+    if local is not None and (entrywise := jacobian(network, composed)) < upper:
+        upper, because = entrywise, "bounds of the Jacobian's entries on the set"
     below = _lower_side(program, lowered, tensors, data, area, seed)
     if below.value > upper:
         _contradicted(lowered.assumed, below, upper)

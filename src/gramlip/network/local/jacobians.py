@@ -1,0 +1,234 @@
+"""Bounds of the Jacobian's entries on a set: its rows carried backward through restricted slopes. docs/local.md#jacobians."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gramlip.network.compose import Composition
+from gramlip.network.local.intervals import terms
+from gramlip.network.steps import Input, Join, Linear, Lipschitz, Network, Pad, Slice, Slope, Step, Sum, View
+from gramlip.norm.certify import certify_all
+from gramlip.numerics import rounding as rd
+from gramlip.numerics.precision import to_float64
+from gramlip.operators.geometry import apply
+from gramlip.operators.linear_maps import Conv, Dense
+
+ENTRIES = 2**25  # of the rows at all values together, from the results back
+ALL = 2**25  # and from the arguments of all activations back
+LARGEST = 1e120  # product of the constants above 1, up to which nothing that underflows counts
+LOST = 1e-150  # is added for what does
+
+# ---- linear steps on rows --------------------------------------------------------------------------------------------------
+
+Action = Callable[[list[Tensor], bool], Tensor]
+
+
+def action(network: Network, i: int) -> tuple[tuple[int, ...], Action] | None:
+    """What a linear step does to a batch of values, or with the moduli of its weights, and the steps that it reads; None for others.
+
+    The parts of a split are taken from the value that was split.
+    """
+    step = network.steps[i]
+    what, shapes = step.what, [network.steps[s].shape for s in step.sources]
+    if isinstance(what, Linear) and not what.op.weight.is_complex():
+        return step.sources, lambda xs, moduli: _linear(what, xs[0], moduli)
+    copied = getattr(what, "copy_entries", None)
+    if copied is not None:
+        before = network.steps[step.sources[0]]
+        inner = getattr(before.what, "copy_entries", None) if step.op == "getitem" else None
+        sources = before.sources if inner is not None else step.sources
+        probe = torch.zeros(network.steps[sources[0]].shape, dtype=torch.float64)
+        whole: Callable[[Tensor], Tensor] = copied if inner is None else lambda x: copied(inner(x))
+        made = whole(probe)
+        if not isinstance(made, Tensor) or tuple(made.shape) != step.shape:
+            return None
+        return sources, lambda xs, _: torch.func.vmap(whole)(xs[0])
+    if isinstance(what, View) and what.flat:
+        return step.sources, lambda xs, _: xs[0].reshape(-1, *step.shape)
+    if isinstance(what, Sum):
+        return step.sources, lambda xs, _: _sum(xs, step)
+    if isinstance(what, Join):
+        return step.sources, lambda xs, _: torch.cat(xs, what.axis + 1)
+    if isinstance(what, Slice):
+        kept = (slice(None),) * (what.axis + 1) + (slice(what.start, what.stop, what.step),)
+        return step.sources, lambda xs, _: xs[0][kept]
+    if isinstance(what, Pad):
+        pads = [p for pair in reversed(what.pairs) for p in pair]
+        mode = "constant" if what.mode == "zeros" else what.mode
+        return step.sources, lambda xs, _: torch.nn.functional.pad(xs[0].flatten(0, 1), pads, mode=mode).reshape(-1, *step.shape)
+    del shapes
+    return None
+
+
+def _linear(what: Linear, x: Tensor, moduli: bool) -> Tensor:
+    op = replace(what.op, weight=to_float64(what.op.weight).abs()) if moduli else what.op
+    return apply(op, x.flatten(0, 1)).unflatten(0, (-1, x.shape[1])) if isinstance(op, Conv) else apply(op, x)
+
+
+def _sum(xs: Sequence[Tensor], step: Step) -> Tensor:
+    ndim = len(step.shape)
+    wide = [x.reshape(len(x), *(1,) * (ndim + 1 - x.ndim), *x.shape[1:]) for x in xs]
+    return torch.stack([x.expand(len(x), *step.shape) for x in wide]).sum(0)
+
+
+def _adjoint(network: Network, i: int, reads: Sequence[int], act: Action, rows: Tensor, moduli: bool) -> list[Tensor]:
+    """Rows of the result as rows of what the step reads."""
+    what = network.steps[i].what
+    if isinstance(what, Linear) and isinstance(what.op, Dense):
+        weight = to_float64(what.op.weight)
+        return [rows @ (weight.abs() if moduli else weight)]
+    given = [torch.zeros(len(rows), *network.steps[s].shape, dtype=torch.float64, requires_grad=True) for s in reads]
+    with torch.enable_grad():
+        made = act(given, moduli)
+    return list(torch.autograd.grad(made, given, rows))
+
+
+# ---- rows carried backward -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rows:
+    """Rows of the derivative by a value: `centre` with the middle slopes, its computation with all moduli, and what the slopes may add."""
+
+    centre: Tensor
+    moduli: Tensor
+    spread: Tensor | None
+
+    def __add__(self, other: Rows) -> Rows:
+        spread = None if self.spread is None or other.spread is None else self.spread + other.spread
+        return Rows(self.centre + other.centre, self.moduli + other.moduli, spread)
+
+    def most(self, gamma: float) -> Tensor:
+        """At least the moduli of all rows' entries."""
+        size = self.centre.abs() + gamma * self.moduli
+        return (size if self.spread is None else size + self.spread) * (1.0 + gamma)
+
+
+class Sweeps:
+    """A restricted network with its slopes as middles and half widths, and rows carried backward through it."""
+
+    def __init__(self, network: Network, composed: Composition) -> None:
+        self.network = network
+        self.lips = composed.lips
+        self.actions = [action(network, i) for i in range(len(network.steps))]
+        self.middle, self.half = dict[int, Tensor](), dict[int, Tensor]()
+        for i, step in enumerate(network.steps):
+            if isinstance(step.what, Slope) and math.isfinite(composed.lips[i]):
+                low, high = (torch.as_tensor(end, dtype=torch.float64).expand(step.shape) for end in (step.what.low, step.what.high))
+                self.middle[i] = low + (high - low) / 2
+                half = torch.maximum(high - self.middle[i], self.middle[i] - low)
+                self.half[i] = torch.where(half > 0, half * (1 + 2.0**-50) + rd.TINY, 0.0)
+        users = max(map(len, network.users()))
+        counts = [terms(s.what.op) if isinstance(s.what, Linear) else len(s.sources) for s in network.steps]
+        self.gamma = rd.gamma(8.0 * sum(count + users + 8 for count in counts))
+
+    def back(self, ends: Sequence[int], spread: bool) -> dict[int, Rows]:
+        """The rows of the given values, joined, by every value that they depend on."""
+        sizes = [math.prod(self.network.steps[i].shape) for i in ends]
+        eye, found = torch.eye(sum(sizes), dtype=torch.float64), dict[int, Rows]()
+        for i, part in zip(ends, eye.split(sizes, 1), strict=True):
+            rows = part.reshape(-1, *self.network.steps[i].shape)
+            own = Rows(rows, rows, torch.zeros_like(rows) if spread else None)
+            found[i] = found[i] + own if i in found else own
+        for i in range(max(ends), -1, -1):
+            if i in found:
+                for source, rows in self._through(i, found[i]):
+                    found[source] = found[source] + rows if source in found else rows
+        return found
+
+    def _through(self, i: int, rows: Rows) -> list[tuple[int, Rows]]:
+        step, act = self.network.steps[i], self.actions[i]
+        if i in self.middle:
+            middle, half = self.middle[i], self.half[i]
+            size = rows.most(self.gamma) * half
+            spread = None if rows.spread is None else rows.spread * middle.abs() + size
+            return [(step.sources[0], Rows(rows.centre * middle, rows.moduli * middle.abs(), spread))]
+        if act is None:
+            return []
+        reads, apply_to = act
+        parts = [rows.centre, rows.moduli] + ([] if rows.spread is None else [rows.spread])
+        made = [_adjoint(self.network, i, reads, apply_to, part, moduli=k > 0) for k, part in enumerate(parts)]
+        return [(s, Rows(made[0][j], made[1][j], made[2][j] if rows.spread is not None else None)) for j, s in enumerate(reads)]
+
+    def stray(self, i: int) -> float:
+        """What the derivative of a value may be off by in norm where its step is no product of known entries."""
+        step = self.network.steps[i]
+        if isinstance(step.what, Input) or i in self.middle:
+            return 0.0
+        if self.actions[i] is None:
+            return self.lips[i]
+        return rd.mul_up(step.what.error, self.lips[step.sources[0]]) if isinstance(step.what, Linear) else 0.0
+
+
+def _norm(matrix: Tensor) -> float:
+    """A quick upper bound of the norm of a matrix of moduli: the root of the largest row sum times the largest column sum."""
+    rows = matrix.flatten(1)
+    size = float(rows.sum(0).max() * rows.sum(1).max())
+    return rd.mul_up(rd.sqrt_up(size), 1.0 + rd.gamma(float(rows.numel()) + 8.0))
+
+
+def jacobian(network: Network, composed: Composition) -> float:
+    """Upper bound of the norm of the Jacobian on the set that the slopes are restricted to; infinite where it is not followed."""
+    sizes = [math.prod(step.shape) for step in network.steps]
+    rows = sum(sizes[i] for i in network.outputs)
+    growth = math.prod(max(1.0, l) for l in composed.lips if l < math.inf)
+    if rows * sum(sizes) > ENTRIES or not growth < LARGEST or composed.upper in {0.0, math.inf}:
+        return math.inf
+    with torch.no_grad():
+        sweeps = Sweeps(network, composed)
+        slopes = [size for i, size in enumerate(sizes) if i in sweeps.middle]
+        return _of_all(sweeps) if (sum(slopes) + rows) * sum(sizes) <= ALL else _of_results(sweeps)
+
+
+def _of_results(sweeps: Sweeps) -> float:
+    """Rows of the results with everything that the slopes may add: theorem L3."""
+    found = sweeps.back(sweeps.network.outputs, spread=True)
+    far = [rd.mul_up(_norm(rows.most(sweeps.gamma)), stray) for i, rows in found.items() if (stray := sweeps.stray(i))]
+    ends = [i for i, step in enumerate(sweeps.network.steps) if isinstance(step.what, Input) and i in found]
+    if not ends:
+        return rd.add_up(*far)
+    centre, moduli, spread = (torch.cat([getattr(found[i], name).flatten(1) for i in ends], 1) for name in ("centre", "moduli", "spread"))
+    return _total(centre, (spread + sweeps.gamma * moduli) * (1.0 + sweeps.gamma), far)
+
+
+def _of_all(sweeps: Sweeps) -> float:
+    """Rows of the arguments of every activation first, then of the results, by telescoping: theorem L4."""
+    network, gamma = sweeps.network, sweeps.gamma
+    inputs = [i for i, step in enumerate(network.steps) if isinstance(step.what, Input)]
+    size: dict[int, Tensor] = {}  # the moduli of the rows of each activation's argument, at most
+    rest: dict[int, float] = {}
+    centre, spread, far = torch.zeros(0), torch.zeros(0), list[float]()
+    for target in [*sorted(sweeps.middle), -1]:
+        found = sweeps.back(network.outputs if target == -1 else network.steps[target].sources, spread=False)
+        first = next(iter(found.values())).centre
+        shape = len(first), sum(math.prod(network.steps[i].shape) for i in inputs)
+        columns = [(found[i].centre.flatten(1), found[i].moduli.flatten(1)) if i in found else None for i in inputs]
+        widths = [math.prod(network.steps[i].shape) for i in inputs]
+        blank = [torch.zeros(shape[0], width, dtype=torch.float64) for width in widths]
+        centre = torch.cat([b if c is None else c[0] for c, b in zip(columns, blank, strict=True)], 1)
+        spread = gamma * torch.cat([b if c is None else c[1] for c, b in zip(columns, blank, strict=True)], 1)
+        far = list[float]()
+        for i, rows in found.items():
+            most = rows.most(gamma).flatten(1)
+            if i in sweeps.half and bool(sweeps.half[i].any()):
+                scaled = most * sweeps.half[i].reshape(-1)
+                spread += scaled @ size[i]
+                far.append(rd.mul_up(_norm(scaled), rest[i]))
+            if stray := sweeps.stray(i):
+                far.append(rd.mul_up(_norm(most), stray))
+        spread *= 1.0 + gamma
+        if target != -1:
+            size[target], rest[target] = (centre.abs() + spread) * (1.0 + gamma), rd.add_up(*far)
+    return _total(centre, spread, far)
+
+
+def _total(centre: Tensor, spread: Tensor, far: Sequence[float]) -> float:
+    """The norm of all matrices within `spread` of the centre, entry by entry, and then within `far` in norm."""
+    top = (centre.abs() + spread) * (1.0 + 2.0**-50)
+    norms = [float(b.upper) for b in certify_all([Dense(centre), Dense(spread), Dense(top)], rtol=1e-6)]
+    return rd.add_up(min(rd.add_up(norms[0], norms[1]), norms[2]), *far, LOST)
