@@ -14,11 +14,9 @@ from gramlip.errors import InputError
 from gramlip.network.ranges import INF, Range, capped_step, quick_norm, range_of
 from gramlip.network.steps import (
     Attention,
-    Input,
     Join,
     Linear,
     Lipschitz,
-    Network,
     Pad,
     Product,
     Slice,
@@ -110,8 +108,8 @@ def region(shapes: Sequence[Shape], domain: object, at: object, radius: object) 
         msg = "an input outside of the domain was given; expected at=x inside of domain=(low, high)"
         raise InputError(msg)
     pairs = list(zip(low, centre, high, strict=True))
-    low = tuple(torch.maximum(lo, _down(c - radius)) for lo, c, _ in pairs)
-    high = tuple(torch.minimum(hi, _up(c + radius)) for _, c, hi in pairs)
+    low = tuple(torch.maximum(lo, round_down(c - radius)) for lo, c, _ in pairs)
+    high = tuple(torch.minimum(hi, round_up(c + radius)) for _, c, hi in pairs)
     return Region(low, high, centre, float(radius))
 
 
@@ -168,44 +166,28 @@ class Value:
     far: float = INF
 
 
-def _down(x: Tensor) -> Tensor:
+def round_down(x: Tensor) -> Tensor:
+    """Below every real number that rounds to x."""
     return x - (x.abs() * 2.0**-52 + rd.TINY)
 
 
-def _up(x: Tensor) -> Tensor:
+def round_up(x: Tensor) -> Tensor:
+    """Above every real number that rounds to x."""
     return x + (x.abs() * 2.0**-52 + rd.TINY)
 
 
-@dataclass(frozen=True)
-class Local:
-    """A network on a set of inputs: its steps restricted to it, and what is known of the value of each."""
-
-    area: Region
-    network: Network
-    values: list[Value]
-
-
-def restricted(network: Network, area: Region) -> Local:
-    """The network with slopes, constants and caps on a set of inputs, entry by entry, and what is known of each value there."""
-    steps, known = list[Step](), list[Value]()
-    inputs = iter(range(len(area.low)))
-    for step in network.steps:
-        sources, shapes = [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources]
-        made, value = (step, _input(area, next(inputs))) if isinstance(step.what, Input) else _followed(step, sources, shapes)
-        steps.append(made)
-        known.append(value)
-    return Local(area, Network(steps, network.outputs), known)
-
-
-def _input(area: Region, i: int) -> Value:
+def given(area: Region, i: int) -> Value:
+    """The i-th input."""
     low, high = area.low[i], area.high[i]
-    whole = _whole(low, high, Range(-INF, INF, INF, INF), tuple(low.shape))
-    if area.centre is None:
+    whole = whole_of(low, high, Range(-INF, INF, INF, INF), tuple(low.shape))
+    centre = low + (high - low) / 2 if area.centre is None else area.centre[i]
+    if not bool(centre.isfinite().all()):
         return Value(low, high, whole)
-    return Value(low, high, whole, (area.centre[i], area.centre[i]), area.radius)
+    far = frobenius_up(round_up(torch.maximum(high - centre, centre - low)))
+    return Value(low, high, whole, (centre, centre), min(far, area.radius))
 
 
-def _followed(step: Step, sources: Sequence[Value], shapes: Sequence[Shape]) -> tuple[Step, Value]:
+def followed(step: Step, sources: Sequence[Value], shapes: Sequence[Shape]) -> tuple[Step, Value]:
     """A step on the set, and its value."""
     made = capped_step(restrict(step, sources), [v.whole for v in sources], shapes)
     whole = range_of(made, [v.whole for v in sources], shapes, None)
@@ -216,9 +198,9 @@ def _followed(step: Step, sources: Sequence[Value], shapes: Sequence[Shape]) -> 
         far = distance(made, [v.far for v in sources])
         if isinstance(low, Tensor):
             reach = _reach(made, sources, far)
-            low, high = torch.maximum(low, _down(middle[0] - reach)), torch.minimum(high, _up(middle[1] + reach))
+            low, high = torch.maximum(low, round_down(middle[0] - reach)), torch.minimum(high, round_up(middle[1] + reach))
     if isinstance(low, Tensor):
-        whole = _whole(low, high, whole, made.shape)
+        whole = whole_of(low, high, whole, made.shape)
     return made, Value(low, high, whole, middle, far)
 
 
@@ -234,7 +216,7 @@ def _bounds(step: Step, sources: Sequence[tuple[Entries, Entries]], whole: Range
     return found[0].clamp_min(whole.low), found[1].clamp_max(whole.high)
 
 
-def _whole(low: Tensor, high: Tensor, before: Range, shape: Shape) -> Range:
+def whole_of(low: Tensor, high: Tensor, before: Range, shape: Shape) -> Range:
     """The interval of all entries and the norms of rows and columns, where the entries know them better."""
     size = torch.maximum(low.abs(), high.abs())
     if not bool(size.isfinite().all()):
@@ -296,7 +278,7 @@ def _(what: Linear, step: Step, sources: Sequence[tuple[Tensor, Tensor]]) -> tup
     low, high = sources[0]
     known = low.isfinite() & high.isfinite()
     mid, half = torch.where(known, low + (high - low) / 2, 0.0), torch.where(known, (high - low) / 2, 0.0)
-    half = torch.where(known & (half > 0), _up(_up(half)) + mid.abs() * 2.0**-51, half)
+    half = torch.where(known & (half > 0), round_up(round_up(half)) + mid.abs() * 2.0**-51, half)
     if what.op.weight.is_complex():
         return None
     op, moduli = what.op, replace(what.op, weight=to_float64(what.op.weight).abs())
@@ -350,7 +332,7 @@ def _(what: Pad, step: Step, sources: Sequence[tuple[Tensor, Tensor]]) -> tuple[
 def _(what: Sum, step: Step, sources: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
     low, high = sources[0]
     for a, b in sources[1:]:
-        low, high = _down(low + a), _up(high + b)
+        low, high = round_down(low + a), round_up(high + b)
     return low, high
 
 
@@ -373,14 +355,14 @@ def _(what: Product, step: Step, sources: Sequence[tuple[Tensor, Tensor]]) -> tu
     if what.kind == "matrix":
         return _matrix_product((a, b), (c, d)) if a.shape[-1] == c.shape[-2] else None
     ends = torch.stack([x * y for x in (a, b) for y in (c, d)]).nan_to_num(0.0, INF, -INF)
-    low, high = _down(ends.amin(0)), _up(ends.amax(0))
+    low, high = round_down(ends.amin(0)), round_up(ends.amax(0))
     return (low.clamp_min(0.0), high) if step.sources[0] == step.sources[1] else (low, high)
 
 
 def _matrix_product(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
     if not all(bool(end.isfinite().all()) for pair in (left, right) for end in pair):
         return None
-    (a, r), (b, s) = (((lo + hi) / 2, _up((hi - lo) / 2) + (lo.abs() + hi.abs()) * 2.0**-50) for lo, hi in (left, right))
+    (a, r), (b, s) = (((lo + hi) / 2, round_up((hi - lo) / 2) + (lo.abs() + hi.abs()) * 2.0**-50) for lo, hi in (left, right))
     spread = a.abs() @ s + r @ (b.abs() + s)
     room = rd.gamma(8.0 * (a.shape[-1] + 8)) * (a.abs() @ b.abs() + spread) + (a.shape[-1] + 8) * rd.TINY
     return a @ b - spread - room, a @ b + spread + room
@@ -434,4 +416,4 @@ def _reach(step: Step, sources: Sequence[Value], far: float) -> Tensor | float:
             lines = squares.sqrt() * (top * (1.0 + rd.gamma(terms(op) + 32.0))) + top * terms(op) * 2.0**-500
     if lines is None:
         return far
-    return _up(lines * sources[0].far + rd.mul_up(what.error, sources[0].far))
+    return round_up(lines * sources[0].far + rd.mul_up(what.error, sources[0].far))

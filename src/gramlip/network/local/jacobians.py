@@ -3,90 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gramlip.network.compose import Composition
-from gramlip.network.local.intervals import terms
-from gramlip.network.steps import Input, Join, Linear, Lipschitz, Network, Pad, Slice, Slope, Step, Sum, View
+from gramlip.network.local.relaxations import action, adjoint, roundings
+from gramlip.network.steps import Input, Linear, Network, Slope
 from gramlip.norm.certify import certify_all
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.precision import to_float64
-from gramlip.operators.geometry import apply
-from gramlip.operators.linear_maps import Conv, Dense
+from gramlip.operators.linear_maps import Dense
 
 ENTRIES = 2**25  # of the rows at all values together, from the results back
 ALL = 2**25  # and from the arguments of all activations back
 LARGEST = 1e120  # product of the constants above 1, up to which nothing that underflows counts
 LOST = 1e-150  # is added for what does
-
-# ---- linear steps on rows --------------------------------------------------------------------------------------------------
-
-Action = Callable[[list[Tensor], bool], Tensor]
-
-
-def action(network: Network, i: int) -> tuple[tuple[int, ...], Action] | None:
-    """What a linear step does to a batch of values, or with the moduli of its weights, and the steps that it reads; None for others.
-
-    The parts of a split are taken from the value that was split.
-    """
-    step = network.steps[i]
-    what, shapes = step.what, [network.steps[s].shape for s in step.sources]
-    if isinstance(what, Linear) and not what.op.weight.is_complex():
-        return step.sources, lambda xs, moduli: _linear(what, xs[0], moduli)
-    copied = getattr(what, "copy_entries", None)
-    if copied is not None:
-        before = network.steps[step.sources[0]]
-        inner = getattr(before.what, "copy_entries", None) if step.op == "getitem" else None
-        sources = before.sources if inner is not None else step.sources
-        probe = torch.zeros(network.steps[sources[0]].shape, dtype=torch.float64)
-        whole: Callable[[Tensor], Tensor] = copied if inner is None else lambda x: copied(inner(x))
-        made = whole(probe)
-        if not isinstance(made, Tensor) or tuple(made.shape) != step.shape:
-            return None
-        return sources, lambda xs, _: torch.func.vmap(whole)(xs[0])
-    if isinstance(what, View) and what.flat:
-        return step.sources, lambda xs, _: xs[0].reshape(-1, *step.shape)
-    if isinstance(what, Sum):
-        return step.sources, lambda xs, _: _sum(xs, step)
-    if isinstance(what, Join):
-        return step.sources, lambda xs, _: torch.cat(xs, what.axis + 1)
-    if isinstance(what, Slice):
-        kept = (slice(None),) * (what.axis + 1) + (slice(what.start, what.stop, what.step),)
-        return step.sources, lambda xs, _: xs[0][kept]
-    if isinstance(what, Pad):
-        pads = [p for pair in reversed(what.pairs) for p in pair]
-        mode = "constant" if what.mode == "zeros" else what.mode
-        return step.sources, lambda xs, _: torch.nn.functional.pad(xs[0].flatten(0, 1), pads, mode=mode).reshape(-1, *step.shape)
-    del shapes
-    return None
-
-
-def _linear(what: Linear, x: Tensor, moduli: bool) -> Tensor:
-    op = replace(what.op, weight=to_float64(what.op.weight).abs()) if moduli else what.op
-    return apply(op, x.flatten(0, 1)).unflatten(0, (-1, x.shape[1])) if isinstance(op, Conv) else apply(op, x)
-
-
-def _sum(xs: Sequence[Tensor], step: Step) -> Tensor:
-    ndim = len(step.shape)
-    wide = [x.reshape(len(x), *(1,) * (ndim + 1 - x.ndim), *x.shape[1:]) for x in xs]
-    return torch.stack([x.expand(len(x), *step.shape) for x in wide]).sum(0)
-
-
-def _adjoint(network: Network, i: int, reads: Sequence[int], act: Action, rows: Tensor, moduli: bool) -> list[Tensor]:
-    """Rows of the result as rows of what the step reads."""
-    what = network.steps[i].what
-    if isinstance(what, Linear) and isinstance(what.op, Dense):
-        weight = to_float64(what.op.weight)
-        return [rows @ (weight.abs() if moduli else weight)]
-    given = [torch.zeros(len(rows), *network.steps[s].shape, dtype=torch.float64, requires_grad=True) for s in reads]
-    with torch.enable_grad():
-        made = act(given, moduli)
-    return list(torch.autograd.grad(made, given, rows))
-
 
 # ---- rows carried backward -------------------------------------------------------------------------------------------------
 
@@ -115,7 +48,7 @@ class Sweeps:
     def __init__(self, network: Network, composed: Composition) -> None:
         self.network = network
         self.lips = composed.lips
-        self.actions = [action(network, i) for i in range(len(network.steps))]
+        self.actions = [action(network.steps, i) for i in range(len(network.steps))]
         self.middle, self.half = dict[int, Tensor](), dict[int, Tensor]()
         for i, step in enumerate(network.steps):
             if isinstance(step.what, Slope) and math.isfinite(composed.lips[i]):
@@ -123,9 +56,7 @@ class Sweeps:
                 self.middle[i] = low + (high - low) / 2
                 half = torch.maximum(high - self.middle[i], self.middle[i] - low)
                 self.half[i] = torch.where(half > 0, half * (1 + 2.0**-50) + rd.TINY, 0.0)
-        users = max(map(len, network.users()))
-        counts = [terms(s.what.op) if isinstance(s.what, Linear) else len(s.sources) for s in network.steps]
-        self.gamma = rd.gamma(8.0 * sum(count + users + 8 for count in counts))
+        self.gamma = rd.gamma(roundings(network.steps))
 
     def back(self, ends: Sequence[int], spread: bool) -> dict[int, Rows]:
         """The rows of the given values, joined, by every value that they depend on."""
@@ -150,10 +81,9 @@ class Sweeps:
             return [(step.sources[0], Rows(rows.centre * middle, rows.moduli * middle.abs(), spread))]
         if act is None:
             return []
-        reads, apply_to = act
         parts = [rows.centre, rows.moduli] + ([] if rows.spread is None else [rows.spread])
-        made = [_adjoint(self.network, i, reads, apply_to, part, moduli=k > 0) for k, part in enumerate(parts)]
-        return [(s, Rows(made[0][j], made[1][j], made[2][j] if rows.spread is not None else None)) for j, s in enumerate(reads)]
+        made = [adjoint(self.network.steps, i, act, part, moduli=k > 0) for k, part in enumerate(parts)]
+        return [(s, Rows(made[0][j], made[1][j], made[2][j] if rows.spread is not None else None)) for j, s in enumerate(act[0])]
 
     def stray(self, i: int) -> float:
         """What the derivative of a value may be off by in norm where its step is no product of known entries."""

@@ -249,9 +249,16 @@ def _smooth(name: str, value: Entries, slope: Entries, turns: Turns = (), valley
 def _kinked(value: Entries, knots: Sequence[float], slopes: Sequence[float]) -> Within:
     """A piecewise linear function with these slopes between its knots."""
     places = torch.tensor(knots, dtype=torch.float64)
-    every = torch.tensor(slopes, dtype=torch.float64)
-    turns = [(t, s) for i, t in enumerate(knots) for s in slopes[i : i + 2]]
-    return on_interval(value, lambda x: every[torch.bucketize(x, places)], turns, knots)
+    values = on_interval(value, torch.zeros_like, valleys=knots)
+
+    def on(a: Tensor, b: Tensor) -> OnInterval:
+        first, last = torch.bucketize(a, places, right=True), torch.bucketize(b, places)
+        low, high = torch.full_like(a, INF), torch.full_like(a, -INF)
+        for piece, s in enumerate(slopes):
+            low, high = _held(low, high, (first <= piece) & (piece <= torch.maximum(first, last)), torch.tensor(s, dtype=torch.float64))
+        return OnInterval(low, high, *values(a, b)[2:])
+
+    return on
 
 
 def _wave(shift: float) -> Within:
