@@ -138,12 +138,25 @@ Within = Callable[[Tensor, Tensor], OnInterval]
 
 
 @dataclass(frozen=True, eq=False)
+class Drift:
+    """How the derivatives of an entrywise function move with the network's input x in a set around c, entry by entry.
+
+    They are `base + rows @ (x - c)` up to `loose`, with `rows @ (x - c)` at most `reach` in modulus.
+    """
+
+    base: Tensor
+    rows: Tensor
+    reach: Tensor
+    loose: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Slope:
     """An entrywise function whose slopes lie in [low, high]; tensors where channels differ, broadcast to the shape.
 
     `image` is an interval that all its values lie in, `at_zero` an interval that its value at 0 lies in; `reach` gives an
-    interval for its values from one for its arguments, `within` slopes and values from an interval for each argument. `sharp`
-    says that no smaller interval holds all slopes (up to 2**-40 of it): only then is its constant known from below too.
+    interval for its values from one for its arguments, `within` slopes and values from an interval for each argument. `drift`
+    says how its derivatives move with the network's input, where that is known to be in a set. `sharp` says that no smaller interval holds all slopes (up to 2**-40 of it): only then is its constant known from below too.
     """
 
     low: float | Tensor
@@ -154,6 +167,7 @@ class Slope:
     reach: Callable[[float, float], tuple[float, float]] | None = None
     sharp: bool = False
     within: Within | None = None
+    drift: Drift | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,6 +54,23 @@ class Region:
         """Entries of all inputs together."""
         return sum(t.numel() for t in self.low)
 
+    @property
+    def halves(self) -> Tensor:
+        """How far each entry of the flat input is from the centre, at most."""
+        low, high = _flat(self.low), _flat(self.high)
+        centre = low + (high - low) / 2 if self.centre is None else _flat(self.centre)
+        return round_up(torch.maximum(high - centre, centre - low))
+
+    @property
+    def far(self) -> float:
+        """The l2 distance from the centre, at most."""
+        return min(self.radius, frobenius_up(self.halves))
+
+    def span(self, rows: Tensor) -> Tensor:
+        """The largest moduli of linear functions of the input less the centre, whose coefficients are along the last axis."""
+        box = (rows.abs() @ self.halves) * (1.0 + rd.gamma(float(rows.shape[-1]) + 8.0))
+        return torch.minimum(box, row_norms_up(rows) * self.radius * (1.0 + 2.0**-50)) if self.radius < INF else box
+
     def inside(self, flat: Tensor) -> Tensor:
         """The flat vector moved into the set: into the box, then along the line to the centre."""
         flat = flat.clamp(_flat(self.low), _flat(self.high))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gramlip.network.compose import Composition
+from gramlip.network.local.intervals import Region
 from gramlip.network.local.relaxations import action, adjoint, roundings
-from gramlip.network.steps import Input, Linear, Network, Slope
+from gramlip.network.steps import Drift, Input, Linear, Network, Slope
 from gramlip.norm.certify import certify_all
 from gramlip.numerics import rounding as rd
 from gramlip.operators.linear_maps import Dense
@@ -49,11 +50,13 @@ class Sweeps:
         self.network = network
         self.lips = composed.lips
         self.actions = [action(network.steps, i) for i in range(len(network.steps))]
-        self.middle, self.half = dict[int, Tensor](), dict[int, Tensor]()
+        self.middle, self.half, self.drift = dict[int, Tensor](), dict[int, Tensor](), dict[int, Drift]()
         for i, step in enumerate(network.steps):
             if isinstance(step.what, Slope) and math.isfinite(composed.lips[i]):
                 low, high = (torch.as_tensor(end, dtype=torch.float64).expand(step.shape) for end in (step.what.low, step.what.high))
                 self.middle[i] = low + (high - low) / 2
+                if step.what.drift is not None:
+                    self.drift[i], self.middle[i] = step.what.drift, step.what.drift.base
                 half = torch.maximum(high - self.middle[i], self.middle[i] - low)
                 self.half[i] = torch.where(half > 0, half * (1 + 2.0**-50) + rd.TINY, 0.0)
         self.gamma = rd.gamma(roundings(network.steps))
@@ -85,6 +88,17 @@ class Sweeps:
         made = [adjoint(self.network.steps, i, act, part, moduli=k > 0) for k, part in enumerate(parts)]
         return [(s, Rows(made[0][j], made[1][j], made[2][j] if rows.spread is not None else None)) for j, s in enumerate(act[0])]
 
+    def columns(self, found: dict[int, Rows]) -> tuple[Tensor, Tensor]:
+        """The rows by all inputs, flat and joined: with the middle slopes, and with all moduli."""
+        count = len(next(iter(found.values())).centre)
+        ends = [i for i, step in enumerate(self.network.steps) if isinstance(step.what, Input)]
+        blank = [torch.zeros(count, math.prod(self.network.steps[i].shape), dtype=torch.float64) for i in ends]
+        sides = [
+            [getattr(found[i], name).flatten(1) if i in found else b for i, b in zip(ends, blank, strict=True)]
+            for name in ("centre", "moduli")
+        ]
+        return torch.cat(sides[0], 1), torch.cat(sides[1], 1)
+
     def stray(self, i: int) -> float:
         """What the derivative of a value may be off by in norm where its step is no product of known entries."""
         step = self.network.steps[i]
@@ -102,17 +116,17 @@ def _norm(matrix: Tensor) -> float:
     return rd.mul_up(rd.sqrt_up(size), 1.0 + rd.gamma(float(rows.numel()) + 8.0))
 
 
-def jacobian(network: Network, composed: Composition) -> float:
+def jacobian(network: Network, composed: Composition, area: Region) -> float:
     """Upper bound of the norm of the Jacobian on the set that the slopes are restricted to; infinite where it is not followed."""
     sizes = [math.prod(step.shape) for step in network.steps]
     rows = sum(sizes[i] for i in network.outputs)
-    growth = math.prod(max(1.0, l) for l in composed.lips if l < math.inf)
+    growth = math.prod(max(1.0, lip) for lip in composed.lips if lip < math.inf)
     if rows * sum(sizes) > ENTRIES or not growth < LARGEST or composed.upper in {0.0, math.inf}:
         return math.inf
     with torch.no_grad():
         sweeps = Sweeps(network, composed)
         slopes = [size for i, size in enumerate(sizes) if i in sweeps.middle]
-        return _of_all(sweeps) if (sum(slopes) + rows) * sum(sizes) <= ALL else _of_results(sweeps)
+        return _of_all(sweeps, area) if (sum(slopes) + rows) * sum(sizes) <= ALL else _of_results(sweeps)
 
 
 def _of_results(sweeps: Sweeps) -> float:
@@ -126,35 +140,56 @@ def _of_results(sweeps: Sweeps) -> float:
     return _total(centre, (spread + sweeps.gamma * moduli) * (1.0 + sweeps.gamma), far)
 
 
-def _of_all(sweeps: Sweeps) -> float:
-    """Rows of the arguments of every activation first, then of the results, by telescoping: theorem L4."""
-    network, gamma = sweeps.network, sweeps.gamma
-    inputs = [i for i, step in enumerate(network.steps) if isinstance(step.what, Input)]
-    size: dict[int, Tensor] = {}  # the moduli of the rows of each activation's argument, at most
-    rest: dict[int, float] = {}
-    centre, spread, far = torch.zeros(0), torch.zeros(0), list[float]()
-    for target in [*sorted(sweeps.middle), -1]:
-        found = sweeps.back(network.outputs if target == -1 else network.steps[target].sources, spread=False)
-        first = next(iter(found.values())).centre
-        shape = len(first), sum(math.prod(network.steps[i].shape) for i in inputs)
-        columns = [(found[i].centre.flatten(1), found[i].moduli.flatten(1)) if i in found else None for i in inputs]
-        widths = [math.prod(network.steps[i].shape) for i in inputs]
-        blank = [torch.zeros(shape[0], width, dtype=torch.float64) for width in widths]
-        centre = torch.cat([b if c is None else c[0] for c, b in zip(columns, blank, strict=True)], 1)
-        spread = gamma * torch.cat([b if c is None else c[1] for c, b in zip(columns, blank, strict=True)], 1)
-        far = list[float]()
-        for i, rows in found.items():
-            most = rows.most(gamma).flatten(1)
-            if i in sweeps.half and bool(sweeps.half[i].any()):
-                scaled = most * sweeps.half[i].reshape(-1)
-                spread += scaled @ size[i]
-                far.append(rd.mul_up(_norm(scaled), rest[i]))
-            if stray := sweeps.stray(i):
-                far.append(rd.mul_up(_norm(most), stray))
-        spread *= 1.0 + gamma
-        if target != -1:
-            size[target], rest[target] = (centre.abs() + spread) * (1.0 + gamma), rd.add_up(*far)
-    return _total(centre, spread, far)
+@dataclass(frozen=True)
+class Known:
+    """The derivative of the argument of an activation: `centre`, computed with `moduli`, up to `spread`, and up to `rest` in norm."""
+
+    centre: Tensor
+    moduli: Tensor
+    spread: Tensor
+    rest: float
+
+
+def _of_all(sweeps: Sweeps, area: Region) -> float:
+    """Rows of the arguments of every activation first, then of the results, by telescoping: theorems L4 and L5."""
+    known: dict[int, Known] = {}
+    for target in sorted(sweeps.middle):
+        centre, moduli, third, spread, far = _telescoped(sweeps, sweeps.network.steps[target].sources, known)
+        spread = spread if third is None else spread + area.span(third)
+        known[target] = Known(centre, moduli, spread * (1.0 + sweeps.gamma), rd.add_up(*far))
+    centre, _, third, spread, far = _telescoped(sweeps, sweeps.network.outputs, known)
+    if third is None:
+        return _total(centre, spread, far)
+    turned = area.span(third)
+    unfolded = [third.flatten(1), third.movedim(1, 0).flatten(1), third.movedim(2, 0).flatten(1)]
+    least = min(float(b.upper) for b in certify_all([Dense(m) for m in (*unfolded, turned / area.far)], rtol=1e-6))
+    apart = _total(centre, spread, [*far, rd.mul_up(rd.mul_up(least, 1.0 + 2.0**-50), area.far)])
+    return min(apart, _total(centre, (turned + spread) * (1.0 + 2.0**-50), far))
+
+
+def _telescoped(sweeps: Sweeps, ends: Sequence[int], known: dict[int, Known]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, list[float]]:
+    """Rows by the input: with the middle slopes, and with all moduli; what is linear in the input; what is left, by entries and in norm."""
+    gamma, found = sweeps.gamma, sweeps.back(ends, spread=False)
+    centre, moduli = sweeps.columns(found)
+    spread, third, far = gamma * moduli, None, list[float]()
+    for i, rows in found.items():
+        most = rows.most(gamma).flatten(1)
+        if stray := sweeps.stray(i):
+            far.append(rd.mul_up(_norm(most), stray))
+        if i not in known:
+            continue
+        inner, drift, half = known[i], sweeps.drift.get(i), sweeps.half[i].reshape(-1)
+        if inner.rest:
+            far.append(rd.mul_up(_norm(most * half), inner.rest))
+        size = inner.centre.abs() + inner.spread
+        if drift is None:
+            spread = spread + (most * half) @ size
+            continue
+        one = torch.einsum("tn,nj,nl->tjl", rows.centre.flatten(1), inner.centre, drift.rows)
+        third = one if third is None else third + one
+        spread = spread + (most * drift.loose) @ size + (most * drift.reach) @ inner.spread
+        spread = spread + 8.0 * gamma * (rows.moduli.flatten(1) * drift.reach) @ inner.moduli
+    return centre, moduli, third, spread * (1.0 + gamma), far
 
 
 def _total(centre: Tensor, spread: Tensor, far: Sequence[float]) -> float:
