@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from gramlip.network.steps import (
     Join,
     Linear,
     Lipschitz,
+    OnInterval,
     Pad,
     Product,
     Slice,
@@ -262,16 +263,26 @@ def restrict(step: Step, sources: Sequence[Value]) -> Step:
         upper = upper if upper < what.upper else what.upper
         return replace(step, what=replace(what, upper=upper, image=image, because=f"{what.because}; {upper:.6g} on the given inputs"))
     if isinstance(what, Unbounded) and what.within is not None and low.numel() <= EACH and tuple(low.shape) == step.shape:
-        made = [what.within(a, b) for a, b in zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)]
-        slopes = [s for s in made if s is not None]
-        if len(slopes) < len(made):
+        on = _each(what.within, low, high)
+        if on is None:
             return step
-        ends = [torch.tensor([float(s.low), float(s.high), *s.image], dtype=torch.float64) for s in slopes]
-        parts = [part.reshape(low.shape) for part in torch.stack(ends, 1)]
-        image = float(parts[2].min()), float(parts[3].max())
-        whole = Slope(parts[0], parts[1], f"{step.op.split('.')[1]} on an interval of each entry", image, (-INF, INF))
-        return replace(step, what=replace(whole, within=lambda a, b: (*parts,)))  # type: ignore[arg-type,return-value]
+        image = float(on.least.min()), float(on.most.max())
+        because = f"{step.op.split('.')[1]} on an interval of each entry"
+        return replace(step, what=Slope(on.low, on.high, because, image, (-INF, INF), within=partial(_within, what.within, on)))
     return step
+
+
+def _each(within: Callable[[float, float], Slope | None], low: Tensor, high: Tensor) -> OnInterval | None:
+    """The slopes and values of a function of numbers for each entry; None where they have no finite bound."""
+    made = [within(a, b) for a, b in zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)]
+    ends = [torch.tensor([float(s.low), float(s.high), *s.image], dtype=torch.float64) for s in made if s is not None]
+    return OnInterval(*(part.reshape(low.shape) for part in torch.stack(ends, 1))) if len(ends) == len(made) else None
+
+
+def _within(within: Callable[[float, float], Slope | None], known: OnInterval, low: Tensor, high: Tensor) -> OnInterval:
+    """The same on smaller intervals; what is known, where there are too many of them."""
+    found = _each(within, low, high) if low.numel() <= EACH else None
+    return known if found is None else found
 
 
 def _restricted_slope(what: Slope, low: Tensor, high: Tensor) -> Slope:

@@ -21,7 +21,7 @@ INF = math.inf
 BUDGET = 2**26  # entries of rows, at all values together, that intervals are tightened with
 THIRD = 2**24  # entries of the derivatives of a value's slopes by its input, twice
 TOGETHER = 2**23  # of them at a time
-FINE = 64  # and its derivative
+FINE = 256  # and its derivative
 CELLS = 16  # pieces of an interval, on either side of 0, on which an activation is compared with a line
 
 # ---- linear steps on rows --------------------------------------------------------------------------------------------------
