@@ -207,8 +207,10 @@ def given(area: Region, i: int) -> Value:
 
 def followed(step: Step, sources: Sequence[Value], shapes: Sequence[Shape]) -> tuple[Step, Value]:
     """A step on the set, and its value."""
-    made = capped_step(restrict(step, sources), [v.whole for v in sources], shapes)
-    whole = range_of(made, [v.whole for v in sources], shapes, None)
+    wholes = [v.whole for v in sources]
+    made = capped_step(restrict(step, sources), wholes, shapes)
+    # slopes on the set say nothing of the way from 0 to it, which ranges go: they read the step as it was
+    whole = range_of(made if isinstance(step.what, Unbounded) else capped_step(step, wholes, shapes), wholes, shapes, None)
     low, high = _bounds(made, [(v.low, v.high) for v in sources], whole)
     middle, far = None, INF
     if all(v.middle is not None for v in sources) and sources:
