@@ -97,7 +97,7 @@ def dilation_ignored(axis: Axis, right: Callable[[Axis], Circle]) -> Circle:
 
 def multiplicity_dropped(axis: Axis, right: Callable[[Axis], Circle]) -> Circle:
     """Outputs, or inputs, that are repeated by the padding counted once."""
-    return replace(right(axis), square=1)
+    return replace(right(axis), norm_squared=1)
 
 
 def polyphase_where_the_stride_does_not_divide(axis: Axis, right: Callable[[Axis], Circle]) -> Circle:
@@ -154,7 +154,7 @@ def cosine_factor_dropped(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(sym: polyphase.Symbol, torus: int = 32) -> tuple[list[int], float, str]:
         sides, _, because = right(sym, torus)
-        return sides, math.sqrt(sym.square), because
+        return sides, math.sqrt(sym.padding_norm_squared), because
 
     for module in (polyphase, formulas):
         if hasattr(module, "grid"):
