@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from gramlip.network.effort import Effort
 from gramlip.network.graph import Program, evaluate, in_float64, op_name
 from gramlip.numerics import rounding as rd
 
@@ -62,6 +63,16 @@ def function(program: Program, shapes: Sequence[tuple[int, ...]], computed: Mapp
         return torch.cat([values[n].reshape(-1).double() for n in program.outputs])
 
     return run
+
+
+def chosen(run: Function, base: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Function:
+    """The function of some entries of its input, the others as in `base`, to some of its result."""
+
+    def part(flat: Tensor, /, moved: torch.Generator | None = None, given: Mapping[fx.Node, Tensor] | None = None) -> Tensor:
+        value = run(flat if inputs is None else torch.where(inputs, flat, base), moved, given)
+        return value if outputs is None else value[outputs]
+
+    return part
 
 
 def _moved(value: Any, signs: torch.Generator | None) -> Any:
@@ -195,6 +206,7 @@ def secant(run: Function, x: Tensor, v: Tensor, points: Points, signs: torch.Gen
 def stretch(
     run: Function,
     size: int,
+    effort: Effort,
     *,
     data: Tensor | None = None,
     points: Points | None = None,
@@ -209,6 +221,7 @@ def stretch(
     Args:
         run: from `function`.
         size: entries of its input.
+        effort: whose time ends the search, but for its first round.
         data: points (k, size) to start from; else random points of the set, or normal ones with standard deviations in `SCALES`.
         points: the set of inputs; all of them where there is none.
         seed: of the random numbers; the result depends on it and on nothing else.
@@ -220,7 +233,10 @@ def stretch(
     generator, signs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     points = points or Everywhere(size)
     best, found = 0.0, "no point stretched"
-    for start in range(starts):
+    names = [f"start {start}" for start in range(starts)]
+    for start in effort.shown("lower side", names):
+        if start and effort.over:
+            continue
         if data is not None:
             x = data[start % len(data)].double().reshape(-1) + 1e-6 * torch.randn(size, generator=generator, dtype=torch.float64)
         else:

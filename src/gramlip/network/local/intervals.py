@@ -210,7 +210,7 @@ def followed(step: Step, sources: Sequence[Value], shapes: Sequence[Shape]) -> t
     wholes = [v.whole for v in sources]
     made = capped_step(restrict(step, sources), wholes, shapes)
     # slopes on the set say nothing of the way from 0 to it, which ranges go: they read the step as it was
-    whole = range_of(made if isinstance(step.what, Unbounded) else capped_step(step, wholes, shapes), wholes, shapes, None)
+    whole = range_of(made if isinstance(step.what, Unbounded) else capped_step(step, wholes, shapes), wholes, shapes)
     low, high = _bounds(made, [(v.low, v.high) for v in sources], whole)
     middle, far = None, INF
     if all(v.middle is not None for v in sources) and sources:

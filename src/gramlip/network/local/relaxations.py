@@ -1,4 +1,4 @@
-"""Linear relaxations: values as linear functions of the input plus what activations deviate, carried backward. docs/local.md#relaxations."""
+"""Linear relaxations: values as linear functions of the input, and what activations deviate from them. docs/local.md#relaxations."""
 
 from __future__ import annotations
 
