@@ -17,7 +17,7 @@ from gramlip.network.coupling import coupled, total
 from gramlip.network.effort import Effort, Watch
 from gramlip.network.fold import fold
 from gramlip.network.graph import Program, export, reads_memory, undisturbed
-from gramlip.network.local import Region, jacobian, region, restricted
+from gramlip.network.local import Region, derivative, region, restricted
 from gramlip.network.lower_bound import Stretch, chosen, function, stretch
 from gramlip.network.ranges import capped
 from gramlip.network.rules import Lowered, lower
@@ -308,13 +308,11 @@ def _coupling(whole: Whole, effort: Effort) -> Upper | None:
 
 
 def _jacobian(whole: Whole, effort: Effort) -> Upper | None:
-    if whole.area is None:
+    found = None if whole.area is None else derivative(whole.network, whole.composed, whole.area)
+    if found is None or whole.area is None:
         return None
-    because = "bounds of the Jacobian's entries on the set (docs/local.md)"
-    return Upper(
-        jacobian(whole.network, whole.composed, whole.area),
-        f"{because} against {decimals(whole.composed.upper, upward=True)} by composition",
-    )
+    against = f"{decimals(whole.composed.upper, upward=True)} by composition"
+    return Upper(found.norm(whole.area), f"bounds of the Jacobian's entries on the set, against {against}")
 
 
 PLAIN = "product of layers, sum at residuals, root of squares at joins"
