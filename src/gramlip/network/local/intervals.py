@@ -410,7 +410,7 @@ def _(what: Attention, step: Step, sources: Sequence[tuple[Tensor, Tensor]]) -> 
 
 
 def distance(step: Step, sources: Sequence[float]) -> float:
-    """How far a value is from that at the centre, at most, from how far its sources are from theirs. docs/local.md#distances."""
+    """How far a value is from that at the centre, at most, from how far its sources are from theirs. docs/local.md#intervals."""
     what, far = step.what, rd.hypot_up(sources)
     if far == INF:
         return INF

@@ -160,7 +160,7 @@ def _between(least: Tensor, most: Tensor, falls: Tensor, rises: Tensor, knots: T
 
 
 def drift(what: Slope, argument: Value, rows: Tensor, stray: tuple[Tensor, Tensor], reach: Tensor) -> Drift | None:
-    """The derivatives of an activation as linear functions of the input, where its argument is one up to `stray`: theorem L5.
+    """The derivatives of an activation as linear functions of the input, where its argument is one up to `stray`: theorem L6.
 
     `rows @ (x - c)` is at most `reach` in modulus.
     """
