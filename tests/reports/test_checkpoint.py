@@ -367,11 +367,10 @@ def test_quantised_weights_are_named_with_the_scale_beside_them(kind, tmp_path):
     torch.save(state, path) if kind == "pt" else save_file(state, path)
     source = Weights(str(path), read(path))
     kept, out = source.sort()
-    assert sorted(kept) == ["f.scale", "last.weight"]
+    assert sorted(kept) == ["b.weight", "f.scale", "last.weight"]
     reasons = {row.name: row.reason for row in out if row.is_weight}
-    assert set(reasons) == {"a.weight", "b.weight", "c.weight", "d.qweight", "e.weight"}
+    assert set(reasons) == {"a.weight", "c.weight", "d.qweight", "e.weight"}
     assert "float8_e4m3fn entries, to be multiplied by the scale beside them, weight_scale_inv: audit the model" in reasons["a.weight"]
-    assert "float8_e5m2 entries, to be multiplied by the scale beside them, weight_scale:" in reasons["b.weight"]
     assert "no scale beside them such as weight_scale: if they are the weights themselves, type gramlip.bound" in reasons["c.weight"]
     assert ("scales:" in reasons["d.qweight"], "SCB:" in reasons["e.weight"]) == (True, True)
     scales = {row.name for row in out if row.reason == "the scale of a quantised weight"}
@@ -379,6 +378,44 @@ def test_quantised_weights_are_named_with_the_scale_beside_them(kind, tmp_path):
     report = str(source.audit())
     assert "weight_scale_inv" in report.partition("weights without a bound")[2]
     assert len(source.audit().above(100.0)) == len(reasons)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "blocks"),
+    [
+        ((6, 4), (), (6, 4)),
+        ((6, 4), (1,), (6, 4)),
+        ((6, 4), (6,), (1, 4)),
+        ((6, 4), (6, 1), (1, 4)),
+        ((6, 4), (1, 4), (6, 1)),
+        ((200, 130), (2, 2), (128, 128)),
+        ((64, 96), (4, 6), (16, 16)),
+        ((256, 128), (2, 1), (128, 128)),
+    ],
+)
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_8_bit_weights_are_bounded_times_their_scale(shape, scale, blocks, kind):
+    codes = (4 * torch.randn(shape)).to(kind)
+    factors = torch.rand(scale) + 0.5
+    report = Weights("x", read_bytes(save({"a.weight": codes, "a.weight_scale_inv": factors}))).audit(rtol=1e-4)
+    truth = codes.double()
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            at = (i // blocks[0], j // blocks[1])
+            truth[i, j] *= float(factors.reshape(-1)[0] if factors.numel() == 1 else factors.reshape(-(-shape[0] // blocks[0]), -1)[at])
+    norm = float(torch.linalg.matrix_norm(truth, 2))
+    assert norm / (1 + 1e-4) <= report.layers[0].lower <= norm <= report.layers[0].upper <= norm * (1 + 1e-4)
+    assert f"{str(kind).removeprefix('torch.')} codes times weight_scale_inv" in report.layers[0].bound.because
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale"), [((200, 130), (3, 2)), ((6, 4), (4,)), ((6, 4), (2, 2)), ((2, 6, 4), (2, 1, 1))]
+)
+def test_a_scale_whose_shape_does_not_say_how_it_multiplies(shape, scale):
+    state = {"a.weight": torch.ones(shape).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(scale), "w": torch.eye(2)}
+    kept, out = Weights("x", read_bytes(save(state))).sort()
+    assert kept == ["w"]
+    assert [row.name for row in out if row.is_weight] == ["a.weight"]
 
 
 def test_a_file_of_quantised_weights_alone_names_their_scale(tmp_path):

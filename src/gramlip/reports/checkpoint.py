@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from glob import escape
+from hashlib import blake2b
 from math import prod
+from pathlib import Path
 from time import perf_counter
 
+import torch
+from torch import Tensor
+
+from gramlip.distributed import gathered, ranked, share
 from gramlip.errors import InputError
 from gramlip.norm.certify import TOGETHER, certify_all
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense, checked
-from gramlip.reports.readers import Entry, Stored
+from gramlip.reports.output import write_whole
+from gramlip.reports.readers import Entries, Entry, Stored
 from gramlip.reports.report import LayerRow, LeftOut, Report
 
 NOTES = (
@@ -67,10 +79,15 @@ class Weights:
         left_out += [LeftOut(name, (), "state of training") for name in self.stored.skipped]
         return kept, tuple(left_out)
 
+    @cached_property
+    def entries(self) -> Entries:
+        """The stored tensors, 8-bit codes times the scale beside them where its shape says how."""
+        return {name: _rescaled(name, self.stored.entries) for name in self.stored.entries}
+
     def operator(self, name: str) -> Dense | Conv:
         """The operator that dominates the layer of this tensor: a matrix, or a stride-1 ungrouped convolution of every size."""
         try:
-            weight = checked(self.stored.entries[name].load(), name)
+            weight = checked(self.entries[name].load(), name)
         except InputError as error:
             msg = f"{self.target}: {error}"
             raise InputError(msg) from error
@@ -81,43 +98,139 @@ class Weights:
         for name in self.sort()[0]:
             yield name, self.operator(name)
 
-    def audit(self, *, rtol: float = 1e-2, watch: Watch = iter) -> Report:
+    def audit(self, *, rtol: float = 1e-2, watch: Watch = iter, journal: Path | None = None) -> Report:
         """The report: for each linear map an interval with `upper` at least the layer's norm; `watch` may show progress.
+
+        Ranks of a process group share the work by its estimated cost, and all get the report. With a `journal` what is done is kept there
+        as it is done, and what stands in it is not done again.
 
         Proof that the operator dominates the layer: docs/weights-alone.md.
 
         Raises:
-            InputError: NaN or infinite entries, an axis of size zero, nothing to bound.
+            InputError: NaN or infinite entries, an axis of size zero, nothing to bound, a journal of another checkpoint.
         """
         kept, left_out = self.sort()
-        for name in kept:  # all of them before the work starts
-            self.operator(name)
-        rows: dict[str, LayerRow] = {}
-        for name in watch(kept):
-            if name not in rows:
-                rows |= self._rows(self._alike(name, kept), rtol)
-        return Report(self.target, tuple(rows[name] for name in kept), left_out, notes=(*NOTES, *self.stored.notes))
+        groups = self._groups(kept)
+        done, error = dict[str, LayerRow](), None
+        try:
+            kept_before = None if journal is None else Journal(journal, self._fingerprint(kept, rtol), ranked())
+        except Exception as caught:  # whatever it is, it is raised again, on every rank
+            kept_before, error = None, caught
+        for part in gathered({} if kept_before is None else kept_before.rows, error):
+            done |= part
+        mine = [groups[i] for i in share([self._cost(group) for group in groups])]
+        try:
+            ahead = self._checked([name for group in mine for name in group], done, kept_before)
+            places = {name: group for group in mine for name in group}
+            for name in watch(ahead):
+                if name not in done:
+                    rows = self._rows(places[name], rtol)
+                    if kept_before is not None:
+                        kept_before.add(rows, {name: self._digest(name) for name in rows})
+                    done |= rows
+        except Exception as caught:  # as above
+            error = caught
+        for part in gathered(done, error):
+            done |= part
+        return Report(self.target, tuple(done[name] for name in kept), left_out, notes=(*NOTES, *self.stored.notes))
 
-    def _alike(self, name: str, kept: list[str]) -> list[str]:
-        """The tensors that are bounded together with this one: those of its shape, where it is small."""
-        shape = self.stored.entries[name].shape
-        if prod(shape) > TOGETHER:
-            return [name]
-        return [other for other in kept if self.stored.entries[other].shape == shape]
+    def _checked(self, names: list[str], done: Mapping[str, LayerRow], journal: Journal | None) -> list[str]:
+        """What is still to do; all tensors are looked at before the work starts, and those in the journal must be the ones of then."""
+        for name in names:
+            self.operator(name)
+            if journal is not None and name in done and name in journal.digests and journal.digests[name] != self._digest(name):
+                msg = f"{journal.path} is of another {self.target}: {name} has changed; expected the same weights: type a new --resume FILE"
+                raise InputError(msg)
+        return [name for name in names if name not in done]
+
+    def _groups(self, kept: list[str]) -> list[list[str]]:
+        """The tensors that are bounded together: those of one shape, where they are small, 64 at a time."""
+        groups: dict[object, list[list[str]]] = {}
+        for name in kept:
+            shape = self.entries[name].shape
+            alike = groups.setdefault(shape if prod(shape) <= TOGETHER else name, [[]])
+            if len(alike[-1]) == 64:
+                alike.append([])
+            alike[-1].append(name)
+        return [group for alike in groups.values() for group in alike]
+
+    def _cost(self, group: list[str]) -> float:
+        m, n, *k = self.entries[group[0]].shape
+        return float(len(group) * m * n * min(m, n) * prod(k))
+
+    def _fingerprint(self, kept: list[str], rtol: float) -> dict[str, object]:
+        """What a journal belongs to."""
+        files = [[file.name, found.st_size, found.st_mtime_ns] for file in self.stored.files for found in (file.stat(),)]
+        tensors = [[name, list(self.entries[name].shape), self.entries[name].dtype] for name in kept]
+        digest = blake2b(json.dumps(tensors).encode(), digest_size=16).hexdigest()
+        return {"target": self.target, "rtol": rtol, "files": files, "tensors": digest}
+
+    def _digest(self, name: str) -> str:
+        weight = self.operator(name).weight.detach().contiguous()
+        return blake2b(weight.reshape(-1).view(torch.uint8).numpy().data, digest_size=16).hexdigest()
 
     def _rows(self, names: list[str], rtol: float) -> dict[str, LayerRow]:
         start = perf_counter()
         ops = [self.operator(name) for name in names]
         bounds = certify_all(ops, rtol=rtol)
         seconds = (perf_counter() - start) / len(names)
-        return {name: _row(name, op, found, seconds) for name, op, found in zip(names, ops, bounds, strict=True)}
+        parts = zip(names, ops, bounds, strict=True)
+        return {name: _row(name, op, found, seconds, self.entries[name].because) for name, op, found in parts}
 
 
-def _row(name: str, op: Dense | Conv, found: Bound, seconds: float) -> LayerRow:
-    if isinstance(op, Conv):
-        found = Bound(found.lower, found.upper, f"{found.because}; {DOMINATES}")
+def _row(name: str, op: Dense | Conv, found: Bound, seconds: float, made: str) -> LayerRow:
+    because = "; ".join([found.because, *([DOMINATES] if isinstance(op, Conv) else []), *([made] if made else [])])
     kind = "Dense" if isinstance(op, Dense) else f"Conv{op.dims}d"
-    return LayerRow(name, kind, tuple(op.weight.shape), None, found, seconds)
+    return LayerRow(name, kind, tuple(op.weight.shape), None, Bound(found.lower, found.upper, because), seconds)
+
+
+class Journal:
+    """Rows that are done, in a file of one line for each group of them: whole, or the line is cut, and counts for nothing.
+
+    Each rank writes a file of its own and reads all of them.
+
+    Raises:
+        InputError: the file is of another checkpoint, or of another width.
+    """
+
+    def __init__(self, path: Path, fingerprint: dict[str, object], rank: int) -> None:
+        self.path = path.with_name(f"{path.name}.{rank}") if rank else path
+        self.rows: dict[str, LayerRow] = {}
+        self.digests: dict[str, str] = {}
+        header = {"gramlip journal": 1, **fingerprint}
+        for file in [path, *sorted(path.parent.glob(f"{escape(path.name)}.[0-9]*"))]:
+            if file.is_file() and file.stat().st_size:
+                self._read(file, header)
+        if not self.path.is_file() or not self.path.stat().st_size:
+            write_whole(self.path, json.dumps(header) + "\n")
+
+    def _read(self, file: Path, header: dict[str, object]) -> None:
+        whole, _, cut = file.read_bytes().rpartition(b"\n")
+        try:
+            found, *groups = [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            msg = f"--resume {file} is damaged ({error}); expected the lines that --resume wrote: type a new name"
+            raise InputError(msg) from None
+        if found != header:
+            changed = ", ".join(key for key in header if found.get(key) != header[key])
+            msg = f"--resume {file} was written for another audit ({changed} changed); expected the same files and width: type a new name"
+            raise InputError(msg)
+        for group in groups:
+            for row in group:
+                upper = math.inf if row["upper"] is None else row["upper"]
+                bound = Bound(row["lower"], upper, row["because"])
+                self.rows[row["name"]] = LayerRow(row["name"], row["op"], tuple(row["weight_shape"]), None, bound, row["seconds"])
+                self.digests[row["name"]] = row["digest"]
+        if cut and file == self.path:
+            os.truncate(file, len(whole) + 1)
+
+    def add(self, rows: Mapping[str, LayerRow], digests: Mapping[str, str]) -> None:
+        """Keep rows that were done together; when this returns they are on the disk."""
+        line = json.dumps([row.to_dict() | {"digest": digests[name]} for name, row in rows.items()], allow_nan=False)
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def left_out_of(name: str, entries: Mapping[str, Entry], scales: Mapping[str, str]) -> LeftOut | None:
@@ -131,7 +244,7 @@ def left_out_of(name: str, entries: Mapping[str, Entry], scales: Mapping[str, st
     for reason in (entries[name].out, _parametrized(name, entries), _no_map(name, entries)):
         if reason is not None:
             return LeftOut(name, shape, reason[0], reason[1])
-    if dtype not in _FLOATS:
+    if dtype not in _FLOATS and _rescaled(name, entries) is entries[name]:
         return LeftOut(name, shape, _quantised(name, entries), True)
     if len(shape) > 5:
         return LeftOut(name, shape, f"{len(shape)} axes: no convolution of 1 to 3 dimensions", True)
@@ -146,6 +259,36 @@ def _scales(name: str, entries: Mapping[str, Entry]) -> list[str]:
         return []
     beside = (f"{stem}{dot}{form.format(leaf)}" for form in _SCALES)
     return [scale for scale in beside if scale in entries and prod(entries[scale].shape) < prod(entry.shape)]
+
+
+def _rescaled(name: str, entries: Mapping[str, Entry]) -> Entry:
+    """An 8-bit weight times the one scale beside it: a number, one for each row or column, or one for each block of 2^k x 2^k."""
+    entry, scales = entries[name], _scales(name, entries)
+    if not entry.dtype.startswith("float8") or len(scales) != 1 or len(entry.shape) != 2:
+        return entry
+    scale, leaf = entries[scales[0]], scales[0].rpartition(".")[2]
+    if scale.dtype not in _FLOATS[:4] or "weight" not in leaf:
+        return entry
+    sizes = scale.shape if len(scale.shape) == 2 else (*scale.shape, 1) if len(scale.shape) == 1 else (1, 1)
+    blocks = [_block(count, of) for count, of in zip(sizes, entry.shape, strict=True)]
+    if None in blocks:
+        return entry
+    rows, columns = (block or 1 for block in blocks)
+
+    def load() -> Tensor:
+        factors = scale.load().double().reshape(sizes).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        return entry.load().double() * factors[: entry.shape[0], : entry.shape[1]]  # exact: 4 bits of a code times 24 of a scale
+
+    blocked = "" if sizes[0] in (1, entry.shape[0]) and sizes[1] in (1, entry.shape[1]) else f" in blocks of {rows}x{columns}"
+    return Entry(entry.shape, "float64", load, f"{entry.dtype} codes times {leaf}{blocked}")
+
+
+def _block(count: int, of: int) -> int | None:
+    """How many entries of an axis share a scale: all, one each, or the one power of two that makes so many blocks."""
+    if count in (1, of):
+        return of // count
+    powers = [1 << k for k in range(4, 10) if -(-of // (1 << k)) == count]
+    return powers[0] if len(powers) == 1 else None
 
 
 def _quantised(name: str, entries: Mapping[str, Entry]) -> str:

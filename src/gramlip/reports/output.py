@@ -92,6 +92,7 @@ def watched(items: Sequence[T]) -> Iterable[T]:
 OURS = {
     "--json": re.compile(rb'\{\s+"schema": 1,\s+"(target|header)": '),
     "--html": re.compile(rb'<!doctype html>\s+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="gramlip">'),
+    "--resume": re.compile(rb'\{"gramlip journal": 1, '),
     "--plot": re.compile(rb"\x89PNG|%PDF|<\?xml"),
 }
 """Option -> how a file begins that it wrote before, and may write again."""

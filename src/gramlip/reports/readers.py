@@ -196,7 +196,7 @@ def keras(path: Path) -> Stored:
     entries: Entries = {}
     skipped: dict[str, None] = {}
     for dataset in datasets:
-        parts = [part.removesuffix(":0") for part in dataset.name.strip("/").split("/")]
+        parts: list[str] = [part.removesuffix(":0") for part in dataset.name.strip("/").split("/")]
         if parts[0] in ("optimizer", "optimizer_weights"):
             skipped[parts[0]] = None
         else:
@@ -205,17 +205,17 @@ def keras(path: Path) -> Stored:
     return Stored(entries, tuple(skipped))
 
 
-def _classes(config: str | bytes) -> dict[str, str]:
+def _classes(text: str | bytes) -> dict[str, str]:
     """The class of each layer by its name, from a model's configuration."""
     found: dict[str, str] = {}
-    ahead: list[Any] = [json.loads(config)]
+    ahead: list[Any] = [json.loads(text)]
     while ahead:
         value = ahead.pop()
         if isinstance(value, dict):
             inner = cast("dict[str, Any]", value)
-            name = (inner.get("config") or {}).get("name") if isinstance(inner.get("config"), dict) else None
-            if isinstance(name, str) and isinstance(kind := inner.get("class_name"), str):
-                found[name] = str(kind)
+            config = inner.get("config")
+            if isinstance(config, dict) and "name" in config and "class_name" in inner:
+                found[str(cast("Any", config["name"]))] = str(inner["class_name"])
             ahead += inner.values()
         elif isinstance(value, list):
             ahead += cast("list[Any]", value)
