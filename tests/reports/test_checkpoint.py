@@ -408,9 +408,7 @@ def test_8_bit_weights_are_bounded_times_their_scale(shape, scale, blocks, kind)
     assert f"{str(kind).removeprefix('torch.')} codes times weight_scale_inv" in report.layers[0].bound.because
 
 
-@pytest.mark.parametrize(
-    ("shape", "scale"), [((200, 130), (3, 2)), ((6, 4), (4,)), ((6, 4), (2, 2)), ((2, 6, 4), (2, 1, 1))]
-)
+@pytest.mark.parametrize(("shape", "scale"), [((200, 130), (3, 2)), ((6, 4), (4,)), ((6, 4), (2, 2)), ((2, 6, 4), (2, 1, 1))])
 def test_a_scale_whose_shape_does_not_say_how_it_multiplies(shape, scale):
     state = {"a.weight": torch.ones(shape).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(scale), "w": torch.eye(2)}
     kept, out = Weights("x", read_bytes(save(state))).sort()
