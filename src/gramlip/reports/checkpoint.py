@@ -21,6 +21,7 @@ from torch import Tensor
 from gramlip.distributed import gathered, ranked, share
 from gramlip.errors import InputError
 from gramlip.norm.certify import TOGETHER, certify_all
+from gramlip.numerics import rounding as rd
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense, checked
 from gramlip.reports.output import write_whole
@@ -86,12 +87,19 @@ class Weights:
 
     def operator(self, name: str) -> Dense | Conv:
         """The operator that dominates the layer of this tensor: a matrix, or a stride-1 ungrouped convolution of every size."""
+        return self._mapped(name)[0]
+
+    def _mapped(self, name: str) -> tuple[Dense | Conv, Callable[[Bound], Bound]]:
+        """The operator, and what its interval says of the tensor: the same, but for a product that is never formed."""
+        factors = self.entries[name].factors
         try:
-            weight = checked(self.entries[name].load(), name)
+            if factors is None:
+                return _map(checked(self.entries[name].load(), name)), lambda found: found
+            left, right = (checked(factor.load(), name).double() for factor in factors[:2])
         except InputError as error:
             msg = f"{self.target}: {error}"
             raise InputError(msg) from error
-        return Dense(weight) if weight.ndim == 2 else Conv(weight)
+        return low_rank(left, right, factors[2])
 
     def operators(self) -> Iterator[tuple[str, Dense | Conv]]:
         """Every linear map by name, read one at a time."""
@@ -166,22 +174,82 @@ class Weights:
         return {"rtol": rtol, "files": files, "tensors": digest}
 
     def _digest(self, name: str) -> str:
-        weight = self.operator(name).weight.detach().contiguous()
-        return blake2b(weight.reshape(-1).view(torch.uint8).numpy().data, digest_size=16).hexdigest()
+        entry, digest = self.entries[name], blake2b(digest_size=16)
+        for part in entry.factors[:2] if entry.factors is not None else (entry,):
+            digest.update(part.load().detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def _rows(self, names: list[str], rtol: float) -> dict[str, LayerRow]:
         start = perf_counter()
-        ops = [self.operator(name) for name in names]
-        bounds = certify_all(ops, rtol=rtol)
+        maps = [self._mapped(name) for name in names]
+        bounds = certify_all([op for op, _ in maps], rtol=rtol)
         seconds = (perf_counter() - start) / len(names)
-        parts = zip(names, ops, bounds, strict=True)
-        return {name: _row(name, op, found, seconds, self.entries[name].because) for name, op, found in parts}
+        parts = zip(names, maps, bounds, strict=True)
+        return {name: _row(name, op, says(found), seconds, self.entries[name]) for name, (op, says), found in parts}
 
 
-def _row(name: str, op: Dense | Conv, found: Bound, seconds: float, made: str) -> LayerRow:
-    because = "; ".join([found.because, *([DOMINATES] if isinstance(op, Conv) else []), *([made] if made else [])])
+def _map(weight: Tensor) -> Dense | Conv:
+    return Dense(weight) if weight.ndim == 2 else Conv(weight)
+
+
+def _row(name: str, op: Dense | Conv, found: Bound, seconds: float, entry: Entry) -> LayerRow:
+    because = "; ".join([found.because, *([DOMINATES] if isinstance(op, Conv) else []), *([entry.because] if entry.because else [])])
     kind = "Dense" if isinstance(op, Dense) else f"Conv{op.dims}d"
-    return LayerRow(name, kind, tuple(op.weight.shape), None, Bound(found.lower, found.upper, because), seconds)
+    return LayerRow(name, kind, entry.shape, None, Bound(found.lower, found.upper, because), seconds)
+
+
+# ---- products that are never formed --------------------------------------------------------------------------------------
+
+_UNDERFLOW = 2.0**-950  # more than 2^70 products that were flushed to zero can add up to
+
+
+def low_rank(left: Tensor, right: Tensor, scale: float) -> tuple[Dense | Conv, Callable[[Bound], Bound]]:
+    """A small operator in place of `scale B A`, and the interval of the product from its own: docs/weights-alone.md#adapters.
+
+    Args:
+        left: B, (m, r) in float64.
+        right: A, (r, n, *k) in float64.
+        scale: the number that multiplies them.
+    """
+    root = rd.sqrt_up(float(prod(right.shape[2:])))
+    if not bool(left.any()) or not bool(right.any()) or scale == 0.0:
+        return _map(right.new_zeros(1, 1, *right.shape[2:])), lambda _: Bound(0.0, 0.0, "a factor is zero")
+    small, residual, skew = _triangular(left)
+    if right.ndim == 2:
+        other, other_residual, other_skew = _triangular(right.T)
+        other = other.T
+    else:
+        other, other_residual, other_skew = right.flatten(1), 0.0, 0.0
+    size, other_size = rd.frobenius_up(left), rd.frobenius_up(right)
+    core = small @ other
+    rounding = rd.add_up(rd.mul_up(rd.gamma(len(other) + 1), rd.mul_up(rd.frobenius_up(small), rd.frobenius_up(other))), _UNDERFLOW)
+    rest = rd.mul_up(root, rd.add_up(rd.mul_up(residual, other_size), rd.mul_up(rd.add_up(size, residual), other_residual)))
+    rounding = rd.mul_up(root, rounding)
+
+    def says(found: Bound) -> Bound:
+        spread = rd.mul_up(rd.sqrt_up(rd.add_up(1.0, skew)), rd.sqrt_up(rd.add_up(1.0, other_skew)))
+        upper = rd.add_up(rd.mul_up(spread, rd.add_up(float(found.upper), rounding)), rest)
+        shrunk = rd.mul_down(rd.sqrt_down(max(0.0, rd.down(1.0 - skew))), rd.sqrt_down(max(0.0, rd.down(1.0 - other_skew))))
+        lower = rd.down(rd.mul_down(shrunk, max(0.0, rd.down(found.lower - rounding))) - rest)
+        because = f"{found.because}; {PRODUCT}"
+        return Bound(max(0.0, rd.mul_down(abs(scale), max(0.0, lower))), rd.mul_up(abs(scale), upper), because)
+
+    return _map(core if right.ndim == 2 else core.reshape(len(core), *right.shape[1:])), says
+
+
+PRODUCT = "scale B A through the triangular factors of B and A^T, rounding included (docs/weights-alone.md)"
+
+
+def _triangular(tall: Tensor) -> tuple[Tensor, float, float]:
+    """R of tall = Q R, an upper bound of the norm of what Q R leaves, and one of the norm of Q^T Q - 1."""
+    q, r = torch.linalg.qr(tall)
+    span, size = float(r.shape[0]), rd.frobenius_up(q)
+    left = rd.frobenius_up(tall - q @ r)
+    residual = rd.add_up(left, rd.mul_up(rd.gamma(span + 2), rd.add_up(rd.mul_up(size, rd.frobenius_up(r)), rd.frobenius_up(tall))))
+    gram = q.T @ q
+    gram.diagonal().sub_(1.0)
+    skew = rd.add_up(rd.frobenius_up(gram), rd.mul_up(rd.gamma(len(tall) + 2.0), rd.add_up(rd.mul_up(size, size), span)))
+    return r, rd.add_up(residual, _UNDERFLOW), rd.add_up(skew, _UNDERFLOW)
 
 
 class Journal:

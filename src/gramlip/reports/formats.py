@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -266,7 +267,7 @@ def _distributed(path: Path) -> Stored:
     try:
         state = cast("dict[str, Any]", unpickled(path).value.state)
         places = {
-            (at["fqn"], tuple(at["offset"] or ())): info.state for index, info in state["storage_data"].items() for at in (index.state,)
+            (at["fqn"], tuple(at.get("offset") or ())): info.state for index, info in state["storage_data"].items() for at in (index.state,)
         }
         paths = {name: tuple(map(str, parts)) for name, parts in (state.get("planner_data") or {}).items()}
         skipped: dict[str, None] = {}
@@ -328,6 +329,71 @@ def _deepspeed(path: Path) -> Stored:
     raise InputError(msg)
 
 
+def _adapter(path: Path) -> Stored:
+    """A folder of PEFT's LoRA: for each layer the change `scale B A` of its weight, as two factors that are never multiplied out."""
+    weights = next((file for name in ("safetensors", "bin") if (file := path.with_name(f"adapter_model.{name}")).is_file()), None)
+    if weights is None:
+        msg = f"{path.parent} has an adapter_config.json, but no adapter_model.safetensors; expected both: save the adapter again"
+        raise InputError(msg)
+    stored = _file(weights)
+    try:
+        config = cast("dict[str, Any]", json.loads(path.read_bytes()))
+        other = [key for key, value in config.items() if value and (key.startswith("use_") or key in _CHANGED) and key != "use_rslora"]
+        if config.get("peft_type") != "LORA" or other:
+            msg = f"{path} is of type {config.get('peft_type')} {' '.join(other)}; expected LORA, whose change of a weight is a product: "
+            msg += "type package.module:callable, which merges it"
+            raise InputError(msg)
+        entries: Entries = {}
+        for name, entry in stored.entries.items():
+            name = name.removeprefix("base_model.model.")
+            found = re.fullmatch(r"(.+)\.lora_(A|B)((?:\.\w+)?)\.weight", name)
+            if found is None:
+                table = "lora_embedding_" in name
+                entries[name] = replace(entry, out=("the change of an embedding, no map of the input", False)) if table else entry
+            elif found[2] == "A":
+                pair = stored.entries.get(f"{_before(stored, name)}{found[1]}.lora_B{found[3]}.weight")
+                entries[f"{found[1]}{found[3]}"] = _change(entry, pair, _scale(config, found[1], entry.shape[0]))
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        msg = f"{path} cannot be read as the configuration of an adapter ({line(error)}); expected what save_pretrained writes"
+        raise InputError(msg) from None
+    note = "Each row is the change scale B A that the adapter adds to a layer's weight, not the sum of both."
+    return Stored(entries, stored.skipped, (*stored.notes, note), (path, weights))
+
+
+_CHANGED = ("velora_config", "monteclora_config", "kasa_config")
+
+
+def _before(stored: Stored, name: str) -> str:
+    return "base_model.model." if f"base_model.model.{name}" in stored.entries else ""
+
+
+def _scale(config: dict[str, Any], layer: str, rank: int) -> float:
+    """PEFT's factor: alpha / r, or alpha / sqrt(r); a pattern names a layer by the end of its name."""
+    patterns = cast("dict[str, Any]", config.get("alpha_pattern") or {})
+    strange = [pattern for pattern in patterns if not re.fullmatch(r"[\w.]+", pattern)]
+    if strange:
+        msg = f"alpha_pattern has {strange[0]!r}; expected names of layers"
+        raise ValueError(msg)
+    alphas = [alpha for pattern, alpha in patterns.items() if layer == pattern or layer.endswith(f".{pattern}")]
+    alpha = float((alphas or [config["lora_alpha"]])[0])
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _change(right: Entry, left: Entry | None, scale: float) -> Entry:
+    """The product of B (m, r), or (m, r, 1, ...), and A (r, n, *k)."""
+    if left is None or len(left.shape) < 2 or left.shape[1] != right.shape[0] or prod(left.shape[2:]) != 1 or len(right.shape) > 5:
+        return replace(right, out=("a factor of a change whose other one does not fit", True))
+
+    def load() -> Tensor:
+        product = left.load().double().flatten(1) @ right.load().double().flatten(1)
+        return (scale * product).reshape(left.shape[0], *right.shape[1:])
+
+    flat = Entry((left.shape[0], left.shape[1]), left.dtype, lambda: left.load().flatten(1))
+    return Entry((left.shape[0], *right.shape[1:]), "float64", load, factors=(flat, right, scale))
+
+
 # ---- the formats ---------------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +436,7 @@ FORMATS: dict[str, Format] = {
 """What a file of weights can be -> its reader; the first that fits reads it."""
 
 FOLDERS: dict[str, Callable[[Path], Stored]] = {
+    "adapter_config.json": _adapter,
     "*.safetensors.index.json": _file,
     "model.safetensors": _file,
     "*.bin.index.json": _file,

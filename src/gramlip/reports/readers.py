@@ -34,7 +34,8 @@ class Entry:
     """A stored tensor: its shape and dtype are known, its values are read by `load`.
 
     `because` says how the numbers were made, where they are not those of the file; `out` why the reader knows this to be no map, or none
-    whose norm the numbers give, and whether it is a weight.
+    whose norm the numbers give, and whether it is a weight. Where the tensor is `factors[2] B A`, B (m, r) and A (r, n, *k), these are
+    its factors, and `load` forms it.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +43,7 @@ class Entry:
     load: Callable[[], Tensor]
     because: str = ""
     out: tuple[str, bool] | None = None
+    factors: tuple[Entry, Entry, float] | None = None
 
     @staticmethod
     def of(tensor: Tensor | StoredTensor) -> Entry:
