@@ -276,7 +276,7 @@ def _distributed(path: Path) -> Stored:
             where = paths.get(name) or (name,)
             if _TRAINING.search(where[0].partition(".")[0]):
                 skipped[where[0].partition(".")[0]] = None
-            elif "chunks" in held.state:
+            elif "chunks" in (held.state or {}):
                 entries[where] = _pieces(path, name, held.state, places)
     except Exception as error:  # a damaged file can raise anything
         msg = f"{path} cannot be read as the metadata of a distributed checkpoint ({line(error)}); expected what dcp.save writes"
