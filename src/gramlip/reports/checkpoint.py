@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from gramlip.distributed import gathered, ranked, share
-from gramlip.errors import InputError
+from gramlip.errors import InputError, out_of_memory
 from gramlip.norm.certify import TOGETHER, certify_all
 from gramlip.numerics import rounding as rd
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense, checked
 from gramlip.reports.output import write_whole
-from gramlip.reports.readers import Entries, Entry, Stored
+from gramlip.reports.readers import Entries, Entry, Stored, line
 from gramlip.reports.report import LayerRow, LeftOut, Report
 
 NOTES = (
@@ -94,8 +94,8 @@ class Weights:
         factors = self.entries[name].factors
         try:
             if factors is None:
-                return _map(checked(self.entries[name].load(), name)), lambda found: found
-            left, right = (checked(factor.load(), name).double() for factor in factors[:2])
+                return _map(_loaded(self.entries[name], name)), lambda found: found
+            left, right = (_loaded(factor, name).double() for factor in factors[:2])
         except InputError as error:
             msg = f"{self.target}: {error}"
             raise InputError(msg) from error
@@ -188,6 +188,19 @@ class Weights:
         return {name: _row(name, op, says(found), seconds, self.entries[name]) for name, (op, says), found in parts}
 
 
+def _loaded(entry: Entry, name: str) -> Tensor:
+    try:
+        weight = entry.load()
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can raise anything when its numbers are read
+        if out_of_memory(error):
+            raise
+        msg = f"{name} cannot be read ({line(error)}); expected a whole file: fetch or save it again"
+        raise InputError(msg) from error
+    return checked(weight, name)
+
+
 def _map(weight: Tensor) -> Dense | Conv:
     return Dense(weight) if weight.ndim == 2 else Conv(weight)
 
@@ -275,7 +288,7 @@ class Journal:
     def _read(self, file: Path, header: dict[str, object]) -> None:
         whole, _, cut = file.read_bytes().rpartition(b"\n")
         try:
-            found, *groups = [json.loads(line) for line in whole.splitlines()]
+            found, *groups = [json.loads(text) for text in whole.splitlines()]
         except ValueError as error:
             msg = f"--resume {file} is damaged ({error}); expected the lines that --resume wrote: type a new name"
             raise InputError(msg) from None
@@ -294,9 +307,9 @@ class Journal:
 
     def add(self, rows: Mapping[str, LayerRow], digests: Mapping[str, str]) -> None:
         """Keep rows that were done together; when this returns they are on the disk."""
-        line = json.dumps([row.to_dict() | {"digest": digests[name]} for name, row in rows.items()], allow_nan=False)
+        text = json.dumps([row.to_dict() | {"digest": digests[name]} for name, row in rows.items()], allow_nan=False)
         with self.path.open("a") as file:
-            file.write(line + "\n")
+            file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
 

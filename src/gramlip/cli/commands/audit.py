@@ -13,7 +13,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from gramlip import __version__
-from gramlip.cli.commands import Commands, assumption, effort, interval, limit, shape, tolerance
+from gramlip.cli.commands import Commands, assumption, effort, interval, limit, seconds, shape, tolerance
 from gramlip.distributed import joined, ranked
 from gramlip.errors import InputError
 from gramlip.numerics import rounding as rd
@@ -50,9 +50,9 @@ def _cases(report: Report, limit: Limit) -> list[tuple[str, str, str, float]]:
     if report.network is not None:
         rows.append(("network", str(report.network), float(report.network.upper), 0.0))
     cases: list[tuple[str, str, str, float]] = []
-    for name, known, upper, seconds in rows:
+    for name, known, upper, took in rows:
         over = limit is not None and not upper <= limit
-        cases.append((printable(name), printable(known), f"upper {decimals(upper, upward=True)} above {limit}" if over else "", seconds))
+        cases.append((printable(name), printable(known), f"upper {decimals(upper, upward=True)} above {limit}" if over else "", took))
     return cases
 
 
@@ -63,8 +63,8 @@ def junit(reports: Sequence[Report], limit: Limit) -> str:
         cases = _cases(report, limit)
         target, wrong = printable(report.target), sum(bool(problem) for _, _, problem, _ in cases)
         suite = ElementTree.SubElement(root, "testsuite", name=target, tests=str(len(cases)), failures=str(wrong), errors="0")
-        for name, known, problem, seconds in cases:
-            case = ElementTree.SubElement(suite, "testcase", classname=target, name=name, time=f"{seconds:.3f}")
+        for name, known, problem, took in cases:
+            case = ElementTree.SubElement(suite, "testcase", classname=target, name=name, time=f"{took:.3f}")
             if problem:
                 ElementTree.SubElement(case, "failure", message=problem).text = known
             else:
@@ -123,6 +123,7 @@ def _model_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--effort", type=effort, default=1.0, metavar="E", help="search for coupled bounds (default 1; 0: closed forms; -1: none)"
     )
+    parser.add_argument("--time-limit", type=seconds, metavar="S", help="seconds after which nothing more is searched for (default: none)")
 
 
 def add_audit(subparsers: _SubParsersAction[Any]) -> None:
@@ -142,7 +143,7 @@ def source_of(target: str, args: Namespace) -> Source:
     """The source that a target names, with the options that only a model has."""
     source = resolve(target, args.input)
     if isinstance(source, Model):
-        return replace(source, options=Options(dict(args.assume), args.domain, effort=args.effort))
+        return replace(source, options=Options(dict(args.assume), args.domain, effort=args.effort, time_limit=args.time_limit))
     if args.assume or args.domain is not None:
         msg = f"{target} holds weights alone; expected a model for --assume and --domain: type package.module:callable"
         raise InputError(msg)
