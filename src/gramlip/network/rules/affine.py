@@ -19,7 +19,7 @@ from gramlip.network.steps import Attention, Linear, Lipschitz, Product, Step, S
 from gramlip.norm.methods import bound
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import exponent_of, to_float64
-from gramlip.numerics.rounding import frobenius_up
+from gramlip.numerics.rounding import frobenius_up, row_norms_up
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense, Scale
 
@@ -179,9 +179,26 @@ def _matrices(weight: Tensor, w: str, x: Var | Tensor, v: str, result: str, erro
     )
     rows, columns = _size(weight, w, new), _size(weight, w, inner)
     matrices = weight.permute([w.index(c) for c in shared + new + inner]).reshape(-1, rows, columns)
-    top = rd.add_up(max(float(bound(Dense(m), rtol=1e-6).upper) for m in matrices), error)
+    top = rd.add_up(largest(matrices), error)
     count = _size(x, v, "".join(c for c in v if c not in w and c not in result))
     return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(count))), "einsum with a constant: the largest of its matrices")
+
+
+def largest(matrices: Tensor) -> float:
+    """Upper bound of the largest norm among matrices (count, m, n); complex ones as real ones of twice the size.
+
+    The norms are taken in the order of the Frobenius norms, until none that is left can be larger.
+    """
+    if matrices.is_complex():
+        matrices = matrices.resolve_conj()
+        re, im = matrices.real, matrices.imag
+        matrices = torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2)
+    sizes, top = row_norms_up(to_float64(matrices).flatten(1)).tolist(), 0.0
+    for size, i in sorted(((size, i) for i, size in enumerate(sizes)), reverse=True):
+        if size <= top:
+            break
+        top = max(top, min(size, float(bound(Dense(matrices[i]), rtol=1e-6).upper)))
+    return top
 
 
 def _product(call: Call, pair: tuple[Var, Var], terms: tuple[str, str], result: str) -> Var:
@@ -290,15 +307,18 @@ def _product_of(call: Call, left: Any, right: Any) -> Linear | Var | Lipschitz:
         return up_to(Dense(constant.mT.detach()), None if errors is None else errors.mT)
     if constant.ndim == 2 and len(right.shape) == 1:
         return up_to(Dense(constant.detach()), errors)
-    # a batch of matrices: the largest of them, applied to each slice
+    return matrix_product(call, left, right, 0.0 if errors is None else up_to(Dense(errors.reshape(1, -1)), errors.reshape(1, -1)).error)
+
+
+def matrix_product(call: Call, left: Var | Tensor, right: Var | Tensor, lost: float = 0.0) -> Lipschitz:
+    """A batch of constant matrices, known up to an error: the largest of them, applied to each slice; a vector meets all of them."""
+    constant, variable = (right, left) if isinstance(left, Var) else (left, right)
+    assert isinstance(constant, Tensor)
     matrices = constant.detach().reshape(-1, *constant.shape[-2:]) if constant.ndim >= 2 else constant.detach()[None, None]
-    parts = [bound(Dense(m), rtol=1e-6) for m in matrices]
-    variable = left if isinstance(left, Var) else right
     batch, own = (call.shape[:-1], 1) if len(variable.shape) == 1 else (call.shape[:-2], math.prod(variable.shape[:-2]))
-    spread = max(1, math.prod(batch) // max(1, own))  # a vector meets all of the matrices
-    lost = 0.0 if errors is None else up_to(Dense(errors.reshape(1, -1)), errors.reshape(1, -1)).error
-    top = rd.add_up(max(float(b.upper) for b in parts), lost)
-    return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(spread))), "matrix product with a constant")
+    repeats = max(1, math.prod(batch) // max(1, own))
+    top = rd.add_up(largest(matrices), lost)
+    return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(repeats))), "matrix product with a constant")
 
 
 @register("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
@@ -354,7 +374,8 @@ _ONE = Bound(1.0, 1.0, "a shift by a constant, or a change of sign")
 
 
 @register("aten.add", "aten.sub", "aten.rsub")
-def _add(call: Call) -> Var:
+def added(call: Call) -> Var:
+    """A sum or a difference of two values, or of one and a constant."""
     alpha = float(call.args.get("alpha", 1))
     signs = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[call.op.split(".")[1].rstrip("_")]
     return _summed(call, call["self"], call["other"], signs, max(most(call.error_of("self")), most(call.error_of("other"))))

@@ -24,6 +24,7 @@ from gramlip.network.graph import (
     shape_of,
     tensors,
 )
+from gramlip.network.rules.fourier import complex_value, keep_half
 from gramlip.network.rules.piecewise_linear import Entrywise, entrywise, merged
 from gramlip.network.rules.registry import PATTERNS, Call, Known, Var, find
 from gramlip.network.rules.shapes import PICKS
@@ -135,12 +136,12 @@ class _Lowering:
             return value
         if not call.vars:
             return _constant(node, call, resolve)
-        _check(node, call)
+        _check(call)
         plain = call.op.startswith(("aten.", "getitem")) and not is_random(node) and not any(tensors(v) for v in call.args.values())
         text = f"{call.op} {call.args}" if plain else ""
         if text in self._known.values:  # the same call of the same value again
             return self._known.values[text]
-        curve = entrywise(call)
+        curve = None if _is_complex(node) else entrywise(call)
         value = _made(node, call, curve)
         if call.unasked:
             self._known.taken.add(f"go into {call.op}")
@@ -149,6 +150,7 @@ class _Lowering:
                 self._known.curves[value.step] = curve
             if text:
                 self._known.values[text] = value
+            keep_half(call, value)
         return value
 
     def _resolver(self, node: fx.Node) -> Callable[[fx.Node], object]:
@@ -210,7 +212,7 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var
     if curve is not None and (step := merged(call, curve)) is not None:
         curve.rely(call)
         return call.then(step, curve.base)
-    for pattern in PATTERNS.get(op.rsplit(".", 1)[0].rstrip("_"), ()):
+    for pattern in () if _is_complex(node) else PATTERNS.get(op.rsplit(".", 1)[0].rstrip("_"), ()):
         if (value := pattern(call)) is not None:
             return value
     rule = find(op)
@@ -223,7 +225,7 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var
     if rule is None:
         msg = f"{op} has no rule: type @gramlip.rules.register({op!r}) on a function (call) -> constant, or --assume {call.name}=1.0"
         raise UnsupportedError(msg)
-    result = rule(call)
+    result = complex_value(call) if _is_complex(node) else rule(call)
     if isinstance(result, View | Lipschitz | Slice | Linear) and op.rsplit(".", 1)[0] in PICKS and len(call.vars) == 1:
         return call.then(replace(result, copy_entries=call.run), *call.vars)
     if isinstance(result, Var | tuple):
@@ -233,14 +235,16 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var
     return call.then(result, *call.vars)
 
 
+def _is_complex(node: fx.Node) -> bool:
+    """Whether the call reads or makes complex values."""
+    return any(t.is_complex() for n in (node, *node.all_input_nodes) for t in tensors(n.meta.get("val")))
+
+
 _WEIGHTS = ("weight", "bias", "running_mean", "running_var", "negative_slope")  # what may not be infinite; a mask may
 
 
-def _check(node: fx.Node, call: Call) -> None:
-    """Refuse what no rule is meant for: complex values, values without entries, constants that are no numbers."""
-    if any(t.is_complex() for t in tensors(node.meta.get("val"))):
-        msg = f"{call.op} gives complex values, which no rule covers; expected real ones"
-        raise UnsupportedError(msg)
+def _check(call: Call) -> None:
+    """Refuse what no rule is meant for: values without entries, constants that are no numbers."""
     if any(0 in shape for shape in (call.shape, *(v.shape for v in call.vars))):
         msg = f"{call.op} of values without entries, which no rule covers"
         raise UnsupportedError(msg)

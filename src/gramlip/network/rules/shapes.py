@@ -31,7 +31,7 @@ _SAME = _aten(
 )
 _VIEWS = _aten(
     "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT squeeze unsqueeze movedim moveaxis swapaxes swapdims "
-    "flip fliplr flipud rot90 roll ravel pixel_shuffle pixel_unshuffle channel_shuffle view_as reshape_as"
+    "flip fliplr flipud rot90 roll ravel pixel_shuffle pixel_unshuffle channel_shuffle view_as reshape_as fft_fftshift fft_ifftshift"
 )
 _PARTS = _aten(
     "split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split diagonal narrow_copy "
@@ -203,7 +203,10 @@ def _where(call: Call) -> Lipschitz:
 
 def between(values: Sequence[Any]) -> tuple[float, float] | None:
     """The least interval with the entries of all constants among the values, None without one."""
-    held = [to_float64(torch.as_tensor(v)) for v in values if not isinstance(v, Var)]
+    tensors = [torch.as_tensor(v) for v in values if not isinstance(v, Var)]
+    if any(t.is_complex() for t in tensors):
+        return -math.inf, math.inf
+    held = [to_float64(t) for t in tensors]
     ends = [float(end) for v in held if v.numel() for end in (v.min(), v.max())]
     return (min(ends), max(ends)) if ends else None
 
