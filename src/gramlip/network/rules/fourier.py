@@ -56,9 +56,10 @@ class Half:
 
 def _half(call: Call) -> Half | None:
     """What is known of the result where it is made from one half spectrum, or from several of one signal; None elsewhere."""
-    halves = [call.known.halves.get(v.step) for v in call.vars]
-    given = [half for half in halves if half is not None]
     packet = call.op.rsplit(".", 1)[0]
+    read = [call["src"]] if packet == "aten.copy" else call.vars
+    halves = [call.known.halves.get(v.step) if isinstance(v, Var) else None for v in read]
+    given = [half for half in halves if half is not None]
     if not given or len(given) < len(halves) or len({(h.origin, h.length) for h in given}) > 1:
         return None
     if packet in PICKS and len(given) == 1:
@@ -67,7 +68,8 @@ def _half(call: Call) -> Half | None:
         return _assigned(call)
     if packet in ("aten.pad", "aten.constant_pad_nd"):
         return _padded(call, given[0])
-    return given[0] if packet == "aten.neg" else None
+    kept = packet == "aten.neg" or (packet == "aten.copy" and read[0].shape == call.shape)
+    return given[0] if kept else None
 
 
 def _frequencies(shape: Sequence[int]) -> Tensor:
@@ -175,7 +177,7 @@ _COPY = (
     *PICKS,
     *(f"aten.{name}" for name in "cat concat concatenate stack hstack vstack dstack where masked_fill triu tril sum neg".split()),
     *(f"aten.{name}" for name in "pad constant_pad_nd clone contiguous detach alias lift_fresh_copy mean cumsum".split()),
-    *(f"aten.{name}" for name in "scatter_add index_add index_put scatter index_copy im2col unfold dropout".split()),
+    *(f"aten.{name}" for name in "scatter_add index_add index_put scatter index_copy copy fill zero unfold dropout".split()),
     "getitem",
     Put.OP,
 )

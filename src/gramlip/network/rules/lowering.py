@@ -87,19 +87,18 @@ class _Lowering:
 
     def add_call(self, node: fx.Node) -> None:
         """The steps of a call; where no rule covers it, unbounded ones, and the reason."""
-        write = self._program.writes.get(node)
-        changed = [node] if write is None else [node, *write.targets, *write.shared]
+        refused = self._program.refused.get(node)
         try:
-            if write is not None and write.refusal:
-                msg = f"{op_name(node)}: {write.refusal}"
+            if refused is not None:
+                msg = f"{op_name(node)}: {refused.reason}"
                 raise UnsupportedError(msg)
-            self._values |= dict.fromkeys(changed, self._value(node))
+            self._values[node] = self._value(node)
         except UndefinedError as error:
             msg = f"{place(node)}, in {module_path(node)}: {error}"
             raise InputError(msg) from error
         except (UnsupportedError, InputError) as error:
             self._unsupported.append(f"{place(node)}, in {module_path(node)}: {error}")
-            for n in changed:
+            for n in (node, *(refused.spoiled if refused else ())):
                 self._values[n] = self._new(n, Step(Unbounded("no rule"), (), shape_of(n), module_path(node), op_name(node), place(node)))
 
     def done(self) -> Lowered:
@@ -188,8 +187,8 @@ def _depends(value: object) -> bool:
 def _needed(program: Program) -> set[fx.Node]:
     """The calls that the outputs depend on, in-place calls on what they read included."""
     writers: dict[fx.Node, list[fx.Node]] = {}
-    for node, write in program.writes.items():
-        for n in (*write.targets, *write.shared):
+    for node, refused in program.refused.items():
+        for n in refused.spoiled:
             writers.setdefault(n, []).append(node)
     seen, stack = set[fx.Node](), list(program.outputs)
     while stack:
@@ -203,10 +202,6 @@ def _needed(program: Program) -> set[fx.Node]:
 def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var, ...]:
     """The value of a call: as a curve where several come together, by a pattern, or by its rule."""
     op, dtype = call.op, call.dtype
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and schema.is_mutable and not isinstance(next(iter(call.args.values())), Var):
-        msg = f"{op} writes into a weight or buffer"
-        raise UnsupportedError(msg)
     if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
         return call.then(Unbounded(f"{op.removeprefix('aten.')} gives integers or truth values, which jump"), *call.vars)
     if curve is not None and (step := merged(call, curve)) is not None:
@@ -261,14 +256,6 @@ def _constant(node: fx.Node, call: Call, resolve: Callable[[fx.Node], object]) -
     """The value of a call on weights alone, as float64 computes it from them: docs/network.md#computed-weights."""
     if is_random(node):
         msg = f"{call.op} draws random numbers: expected a function of the input alone"
-        raise UnsupportedError(msg)
-    schema = getattr(node.target, "_schema", None)
-    if call.op == "aten.detach_.default":  # on a constant written in the code; changes no value
-        if "self" in call.inexact:
-            call.known.errors[node] = call.inexact["self"]
-        return next(iter(call.args.values()))
-    if schema is not None and schema.is_mutable:
-        msg = f"{call.op} writes into a weight or buffer"
         raise UnsupportedError(msg)
     if reads_memory(node):
         msg = f"{call.op} reads places or bits of memory instead of numbers; expected indexing, unfold or arithmetic"

@@ -22,7 +22,7 @@ from gramlip.operators.linear_maps import Shape
 class Put:
     """`value` written into `base`: `codes` has for each entry of the result the number of the entry of `value`, or -1 to keep its own."""
 
-    OP: ClassVar[str] = "gramlip.put"
+    OP: ClassVar[str] = "put"
     base: Var | Tensor
     value: Var | Tensor
     codes: Tensor
@@ -79,6 +79,18 @@ def _most(numbers: Tensor) -> int:
 @register(Put.OP)
 def _put(call: Call) -> Var:
     return Put.of(call).made(call)
+
+
+@register("aten.copy", "aten.fill", "aten.zero")
+def _copy(call: Call) -> Var | Lipschitz:
+    """All entries replaced: what was there before does not count."""
+    new = call.args.get("src", call.args.get("value", 0.0))
+    if isinstance(new, Var):
+        wide = spread(call, new, call.shape)
+        turned = call.dtype is not None and not call.dtype.is_complex and call.op.startswith("aten.copy")
+        return call.then(Lipschitz(1.0, "a copy", same_range=turned), wide)
+    low, high = between([new]) or (0.0, 0.0)
+    return Lipschitz(0.0, "a constant", (low, high))
 
 
 # ---- the operations of torch ---------------------------------------------------------------------------------------------
