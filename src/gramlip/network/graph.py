@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import OutputKind
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -287,6 +288,11 @@ _CELLS = (
     torch.ops.aten.cosine_similarity.default,
 )
 RECURRENT = (*_LAYERS, *_CELLS)  # calls that are taken apart as torch itself defines them
+_APART = {
+    f"aten.{name}"
+    for name in "kron tensordot outer ger inner diff trapezoid gradient meshgrid cartesian_prod column_stack chain_matmul "
+    "linalg_multi_dot linalg_vecdot linalg_norm linalg_matrix_norm pairwise_distance".split()
+}  # calls that torch itself writes as others, for each of which there is a rule
 _SCOPES = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}  # calls of a part of the graph, and where it stands
 
 
@@ -436,11 +442,34 @@ def _copied(module: fx.GraphModule, graph: fx.Graph, values: dict[fx.Node, Any])
             given = map_arg(node.args[part + 1 :], values.__getitem__)
             places = [n for n in inside.graph.nodes if n.op == "placeholder"]
             values[node] = _copied(inside, graph, dict(zip(places, given, strict=True)))
+        elif node.op == "call_function" and op_name(node).rsplit(".", 1)[0] in _APART:
+            values[node] = _apart(node, graph, values)
         elif node.target is operator.getitem and isinstance(values[node.args[0]], tuple):
             values[node] = values[node.args[0]][node.args[1]]
         elif node not in values:
             values[node] = graph.node_copy(node, values.__getitem__)
     return ()
+
+
+def _apart(node: fx.Node, graph: fx.Graph, values: dict[fx.Node, Any]) -> Any:
+    """A call written into the graph as the calls that torch itself makes of it."""
+    read = node.all_input_nodes
+
+    def run(*given: Tensor) -> Any:
+        place = dict(zip(read, given, strict=True)).__getitem__
+        return node.target(*map_arg(node.args, place), **map_arg(node.kwargs, place))  # type: ignore[operator]
+
+    held = [n.meta["val"] for n in read]
+    with held[0].fake_mode:
+        traced = make_fx(run, tracing_mode="fake")(*held)
+    inside = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), (values[n] for n in read), strict=True))
+    for n in traced.graph.nodes:
+        if n.op == "output":
+            return map_arg(n.args[0], inside.__getitem__)
+        if n not in inside:
+            inside[n] = graph.node_copy(n, inside.__getitem__)
+            inside[n].meta |= {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
+    return None
 
 
 def place(node: fx.Node) -> str:

@@ -72,9 +72,11 @@ def _scores(call: Call, weights: Var) -> tuple[int, int, float] | None:
 @register("aten.scaled_dot_product_attention")
 def _attention(call: Call) -> Var:
     q, k, v = (call.var(n) for n in ("query", "key", "value"))
-    if float(call.const("dropout_p")) > 0 or call.args.get("enable_gqa"):
-        msg = "attention with dropout or grouped queries, which no rule covers"
+    if float(call.const("dropout_p")) > 0:
+        msg = f"{call.op} with dropout is random; expected evaluation mode: type model.eval()"
         raise UnsupportedError(msg)
+    if call.args.get("enable_gqa"):
+        k, v = (_grouped(call, x, q.shape[-3]) for x in (k, v))
     if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
         msg = f"attention of shapes {q.shape}, {k.shape} and {v.shape}; expected equal axes before the last two"
         raise UnsupportedError(msg)
@@ -83,6 +85,54 @@ def _attention(call: Call) -> Var:
     scale = call.const("scale")
     factor = rd.up(1 / rd.sqrt_down(q.shape[-1])) if scale is None else abs(float(scale))
     return call.then(Attention(factor, empty=empty), q, k, v)
+
+
+def _grouped(call: Call, x: Var, heads: int) -> Var:
+    """Each head repeated for the queries that share it."""
+    times = heads // x.shape[-3]
+    what = Lipschitz(rd.sqrt_up(float(times)), f"each head repeated {times} times", same_range=True, row_layout="rows")
+    return x if times == 1 else call.then(what, x, shape=(*x.shape[:-3], heads, *x.shape[-2:]))
+
+
+@register("aten.linalg_cross", "aten.cross")
+def _cross(call: Call) -> Var:
+    """With a fixed vector v linear, of norm |v|; of two values the difference of two products of entries."""
+    first = "self" if "self" in call.args else "input"
+    dim = call.args.get("dim")
+    axis = call.shape.index(3) if dim is None else int(dim)
+    sides = [(call[name], call.error_of(name)) for name in (first, "other")]
+    for fixed, errors in sides:
+        if isinstance(fixed, Tensor):
+            vectors = to_float64(fixed).abs() + (0.0 if errors is None else errors)
+            longest = float(row_norms_up(vectors.broadcast_to(call.shape).movedim(axis, -1).reshape(-1, 3)).max())
+            x = call.vars[0]
+            return call.then(Lipschitz(longest, "a cross product with fixed vectors: the longest of them"), spread(call, x, call.shape))
+    a, b = (spread(call, v, call.shape) for v, _ in sides)
+    (a1, b1), (a2, b2) = ([call.then(View(), x) for x in (a, b)] for _ in (1, 2))  # turned by one place, and by two
+    minus = _times(call, call.then(Product("entries"), a2, b1), torch.tensor(-1.0, dtype=torch.float64), known=_ONE)
+    return call.then(Sum((1, 1)), call.then(Product("entries"), a1, b2), minus)
+
+
+@register("aten.bilinear")
+def _bilinear(call: Call) -> Var:
+    """`x W_k y + b_k`: for a fixed side a batch of matrices, else the matrices W_k y, linear in y, times x."""
+    x, y, weight = call["input1"], call["input2"], call.const("weight").detach()
+    (outputs, m, n), batch = weight.shape, call.shape[:-1]
+    if isinstance(x, Var) and isinstance(y, Var):
+        errors = call.error_of("weight")
+        dense = up_to(Dense(weight.reshape(outputs * m, n)), None if errors is None else errors.reshape(outputs * m, n))
+        matrices = call.then(View(True), call.then(dense, y, shape=(*batch, outputs * m)), shape=(*batch, outputs, m))
+        column = call.then(View(True), x, shape=(*batch, m, 1))
+        value = call.then(View(True), product(replace(call, shape=(*batch, outputs, 1)), matrices, column))
+    else:
+        terms = ("...i,kij,...j->...ki", y) if isinstance(x, Var) else ("...j,kij,...i->...kj", x)
+        wide, fixed = to_float64(weight), to_float64(terms[1])
+        equation = "kij,...j->...ki" if isinstance(x, Var) else "kij,...i->...kj"
+        error = frobenius_up(torch.einsum(equation, wide.abs(), fixed.abs()))
+        made = matrix_product(call, torch.einsum(equation, wide, fixed), call.vars[0], rd.mul_up(rd.gamma(m + n + 4.0), error))
+        value = call.then(made, call.vars[0])
+    bias = call.const("bias")
+    return value if bias is None else _summed(call, value, to_float64(bias), bias_error=most(call.error_of("bias")))
 
 
 # ---- einsum --------------------------------------------------------------------------------------------------------------

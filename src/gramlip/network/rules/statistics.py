@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -52,17 +53,36 @@ def _cumsum(call: Call) -> Lipschitz:
 
 @register("aten.linalg_vector_norm", "aten.norm")
 def _norm(call: Call) -> Lipschitz:
-    if call.args.get("ord", call.args.get("p")) not in (2, 2.0, None):
-        msg = f"{call.op} of another order than 2, which no rule covers"
+    x, order = call.var("self"), call.args.get("ord", call.args.get("p"))
+    order = 2.0 if order is None else float(order)
+    count = math.prod(x.shape) // max(1, math.prod(call.shape))
+    if order < 1:
+        msg = f"{call.op} of order {order:g}, which has unbounded slopes; expected an order of at least 1"
         raise UnsupportedError(msg)
-    x = call.var("self")
-    root = math.sqrt(math.prod(x.shape) // max(1, math.prod(call.shape)))
+    root = math.sqrt(count)
+    upper = 1.0 if order >= 2 else rd.up(count ** (1 / order - 0.5) * (1 + SLACK))
 
     def reach(low: float, high: float) -> tuple[float, float]:
         least, most = max(low, -high, 0.0), max(-low, high)
         return least * root * (1 - SLACK), most * root * (1 + SLACK) + rd.TINY
 
+    if order != 2:
+        return Lipschitz(upper, f"the norm of order {order:g} of {count} entries", (0.0, math.inf))
     return Lipschitz(1.0, "the l2 norm is 1-Lipschitz", reach=reach)
+
+
+@register("aten.cdist")
+def _distances(call: Call) -> Lipschitz:
+    """All distances of two sets of points: a point is in as many of them as the other set has points."""
+    order = float(call.const("p"))
+    if order < 1:
+        msg = f"{call.op} of order {order:g}; expected an order of at least 1"
+        raise UnsupportedError(msg)
+    one, other = call["x1"], call["x2"]
+    counts = [shape[-2] * math.prod(call.shape[:-2]) // math.prod(x.shape[:-2]) for x, shape in ((one, other.shape), (other, one.shape))]
+    most = sum(count for x, count in zip((one, other), counts, strict=True) if isinstance(x, Var))
+    wider = 1.0 if order >= 2 else one.shape[-1] ** (1 / order - 0.5) * (1 + SLACK)
+    return Lipschitz(rd.mul_up(rd.sqrt_up(float(most)), wider), f"distances, each point in {max(counts)} of them", (0.0, math.inf))
 
 
 @register("aten.std", "aten.std_mean", "aten.var", "aten.var_mean")
@@ -388,6 +408,27 @@ def _bicubic(call: Call) -> Lipschitz:
         return low - over - rounding, high + over + rounding
 
     return Lipschitz(upper, "bicubic interpolation: one matrix for each axis", reach=reach)
+
+
+@register("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
+def _grid_sample(call: Call) -> Lipschitz:
+    """At fixed places linear, the same map for every channel: Schur's test on the moduli of its entries."""
+    x, grid = call.var("input"), call["grid"]
+    if isinstance(grid, Var):
+        msg = f"{call.op} at places that depend on the input moves between entries as different as the input may be; expected a fixed grid"
+        raise UnsupportedError(msg)
+    sizes, wide = x.shape[2:], to_float64(grid)
+    given = {**call.args, "grid": wide}
+    upper = 0.0
+    for sample in wide.split(1):
+        rows, columns = torch.zeros(math.prod(sample.shape[1:-1]), dtype=torch.float64), list[Tensor]()
+        for part in torch.eye(math.prod(sizes), dtype=torch.float64).split(max(1, 2**22 // max(1, len(rows)))):
+            batch = sample.expand(len(part), *sample.shape[1:])
+            moduli = replace(call, args={**given, "grid": batch}).run(part.reshape(-1, 1, *sizes)).reshape(len(part), -1).abs()
+            rows, columns = rows + moduli.sum(0), [*columns, moduli.sum(1)]
+        upper = max(upper, rd.sqrt_up(rd.mul_up(float(rows.max()), float(torch.cat(columns).max()))))
+    slack = 1.0 + rd.gamma(64.0 * (math.prod(sizes) + math.prod(wide.shape[1:-1]))) + rd.interpolated(max(sizes))
+    return Lipschitz(rd.mul_up(upper, slack), "samples at fixed places: Schur's test on the moduli of its entries")
 
 
 def _one_channel(shape: Sequence[int], dims: int) -> list[int]:
