@@ -132,7 +132,9 @@ class _Functional:
         later = [
             n
             for n in self._nodes[: self._order[node]]
-            if n not in targets and self._maybe[n] & own and (n in self._outputs or any(self._order[u] > self._order[node] for u in n.users))
+            if n not in targets
+            and self._maybe[n] & own
+            and (n in self._outputs or any(self._order[u] > self._order[node] for u in n.users))
         ]
         if _schema(node).arguments[0].alias_info is None or targets != [node.args[0]]:
             return "it writes into a list or by out=; expected the call out of place"
@@ -290,8 +292,25 @@ _CELLS = (
 RECURRENT = (*_LAYERS, *_CELLS)  # calls that are taken apart as torch itself defines them
 _APART = {
     f"aten.{name}"
-    for name in "kron tensordot outer ger inner diff trapezoid gradient meshgrid cartesian_prod column_stack chain_matmul "
-    "linalg_multi_dot linalg_vecdot linalg_norm linalg_matrix_norm pairwise_distance".split()
+    for name in [
+        "kron",
+        "tensordot",
+        "outer",
+        "ger",
+        "inner",
+        "diff",
+        "trapezoid",
+        "gradient",
+        "meshgrid",
+        "cartesian_prod",
+        "column_stack",
+        "chain_matmul",
+        "linalg_multi_dot",
+        "linalg_vecdot",
+        "linalg_norm",
+        "linalg_matrix_norm",
+        "pairwise_distance",
+    ]
 }  # calls that torch itself writes as others, for each of which there is a rule
 _SCOPES = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}  # calls of a part of the graph, and where it stands
 

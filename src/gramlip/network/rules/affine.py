@@ -144,7 +144,7 @@ def _letters(call: Call, operands: Sequence[Var | Tensor]) -> tuple[list[str], s
     """The indices of each operand and of the result, the ellipsis spelled out.
 
     Raises:
-        UnsupportedError: an index that an operand has twice, or whose sizes differ.
+        UnsupportedError: an index that the result has twice.
     """
     left, arrow, result = call["equation"].replace(" ", "").partition("->")
     terms = left.split(",")
@@ -154,13 +154,34 @@ def _letters(call: Call, operands: Sequence[Var | Tensor]) -> tuple[list[str], s
     terms = [term.replace("...", stand[len(stand) - n :]) for term, n in zip(terms, hidden, strict=True)]
     once = "".join(sorted(c for c in set("".join(terms)) if "".join(terms).count(c) == 1 and c not in stand))
     result = result.replace("...", stand) if arrow else stand + once
+    if len(set(result)) < len(result):
+        msg = f"einsum {call['equation']!r} with an index twice in its result, which no rule covers"
+        raise UnsupportedError(msg)
+    return terms, result
+
+
+def _plain(call: Call, operands: Sequence[Var | Tensor], terms: Sequence[str]) -> tuple[list[Var | Tensor], list[str]]:
+    """Each index once in an operand, by its diagonal, and everywhere of one size, by repeats."""
     sizes: dict[str, int] = {}
     for x, term in zip(operands, terms, strict=True):
-        doubled = len(set(term)) < len(term) or any(sizes.setdefault(c, n) != n for c, n in zip(term, x.shape, strict=True))
-        if doubled or len(set(result)) < len(result):
-            msg = f"einsum {call['equation']!r} with an index twice in one operand or broadcast, which no rule covers"
-            raise UnsupportedError(msg)
-    return terms, result
+        for c, n in zip(term, x.shape, strict=True):
+            sizes[c] = max(n, sizes.get(c, 1))
+    found: list[tuple[Var | Tensor, str]] = []
+    for x, term in zip(operands, terms, strict=True):
+        own = "".join(dict.fromkeys(term))
+        shape, alike = tuple(sizes[c] for c in own), all(n == sizes[c] for c, n in zip(term, x.shape, strict=True))
+        if own == term and alike:
+            found.append((x, term))
+        elif isinstance(x, Tensor):
+            found.append((torch.einsum(f"{term}->{own}", x).expand(shape), own))
+        else:
+            picked = (
+                x
+                if own == term
+                else call.then(Lipschitz(1.0, "a diagonal", same_range=True), x, shape=tuple(x.shape[term.index(c)] for c in own))
+            )
+            found.append((spread(call, picked, shape), own))
+    return [x for x, _ in found], [term for _, term in found]
 
 
 def _viewed(call: Call, x: Var, term: str, groups: Sequence[str], shape: tuple[int, ...]) -> Var:
@@ -174,12 +195,14 @@ def _size(x: Var | Tensor, term: str, letters: str) -> int:
 
 
 @register("aten.einsum")
-def _einsum(call: Call) -> Var | Lipschitz:
+def _einsum(call: Call) -> Var:
     operands: list[Var | Tensor] = list(call["tensors"])
-    terms, result = _letters(call, operands)
+    given, result = _letters(call, operands)
+    operands, terms = _plain(call, operands, given)
     if len(operands) == 1:
         count = _size(operands[0], terms[0], "".join(c for c in terms[0] if c not in result))
-        return Lipschitz(rd.sqrt_up(float(count)), f"sums over {count} entries: the root of their number")
+        assert isinstance(operands[0], Var)
+        return call.then(Lipschitz(rd.sqrt_up(float(count)), f"sums over {count} entries: the root of their number"), operands[0])
     error = 0.0
     if len(operands) > 2:
         operands, terms, error = _contracted(call, operands, terms, result)
@@ -190,7 +213,8 @@ def _einsum(call: Call) -> Var | Lipschitz:
     assert isinstance(constant[0], Tensor)
     if len(call["tensors"]) == 2:
         error = sum(frobenius_up(e) if bool(e.isfinite().all()) else math.inf for e in tensors(call.error_of("tensors")))
-    return _matrices(constant[0], constant[1], variable[0], variable[1], result, error)
+    assert isinstance(variable[0], Var)
+    return call.then(_matrices(constant[0], constant[1], variable[0], variable[1], result, error), variable[0])
 
 
 def _contracted(

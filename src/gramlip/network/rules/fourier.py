@@ -18,7 +18,7 @@ from gramlip.network.rules.affine import added, largest, matrix_product, spread
 from gramlip.network.rules.placements import Put
 from gramlip.network.rules.registry import Call, Var, find, register
 from gramlip.network.rules.shapes import PICKS
-from gramlip.network.steps import Lipschitz, Shortcut, Unbounded, What
+from gramlip.network.steps import Lipschitz, Shortcut, Unbounded
 from gramlip.numerics import rounding as rd
 
 ROUNDED = 1.0 + 2.0**-48  # the modulus of a complex number errs by a few units
@@ -98,8 +98,10 @@ def _padded(call: Call, half: Half) -> Half | None:
 def _assigned(call: Call) -> Half | None:
     """After some entries are put among zeros, or among those of another half, at their own frequencies."""
     put = Put.of(call)
-    if not isinstance(put.value, Var) or not put.once or not torch.equal(
-        _frequencies(put.value.shape).reshape(-1)[put.codes[put.placed]], _frequencies(call.shape)[put.placed]
+    if (
+        not isinstance(put.value, Var)
+        or not put.once
+        or not torch.equal(_frequencies(put.value.shape).reshape(-1)[put.codes[put.placed]], _frequencies(call.shape)[put.placed])
     ):
         return None
     half = call.known.halves[put.value.step]
@@ -175,9 +177,29 @@ def _stft(call: Call) -> Lipschitz:
 
 _COPY = (
     *PICKS,
-    *(f"aten.{name}" for name in "cat concat concatenate stack hstack vstack dstack where masked_fill triu tril sum neg".split()),
-    *(f"aten.{name}" for name in "pad constant_pad_nd clone contiguous detach alias lift_fresh_copy mean cumsum".split()),
-    *(f"aten.{name}" for name in "scatter_add index_add index_put scatter index_copy copy fill zero unfold dropout".split()),
+    *(
+        f"aten.{name}"
+        for name in [
+            "cat",
+            "concat",
+            "concatenate",
+            "stack",
+            "hstack",
+            "vstack",
+            "dstack",
+            "where",
+            "masked_fill",
+            "triu",
+            "tril",
+            "sum",
+            "neg",
+        ]
+    ),
+    *(f"aten.{name}" for name in ["pad", "constant_pad_nd", "clone", "contiguous", "detach", "alias", "lift_fresh_copy", "mean", "cumsum"]),
+    *(
+        f"aten.{name}"
+        for name in ["scatter_add", "index_add", "index_put", "scatter", "index_copy", "copy", "fill", "zero", "unfold", "dropout"]
+    ),
     "getitem",
     Put.OP,
 )
@@ -233,22 +255,23 @@ def _scaled(call: Call) -> Var:
     if divides and not bool(moduli.min() > 1e-300):
         return call.then(Unbounded("division by zero"), x)
     own = rd.mul_up(1.0 / float(moduli.min()) if divides else float(moduli.max()), ROUNDED)
-    made = call.then(Lipschitz(rd.add_up(own, rd.TINY) if own else 0.0, "a complex factor: its largest modulus"), spread(call, x, call.shape))
+    made = call.then(
+        Lipschitz(rd.add_up(own, rd.TINY) if own else 0.0, "a complex factor: its largest modulus"), spread(call, x, call.shape)
+    )
     half = call.known.halves.get(x.step)
     if half is not None and x.shape == call.shape:
         call.known.halves[made.step] = half.mixed(own)
     return made
 
 
-def _einsum(call: Call) -> What | Var:
-    made = _as_given(call)
-    value = made if isinstance(made, Var) else call.then(made, *call.vars)
+def _einsum(call: Call) -> Var:
+    value: Var = _as_given(call)
     half = call.known.halves.get(call.vars[0].step) if len(call.vars) == 1 else None
     terms, arrow, result = call["equation"].replace(" ", "").partition("->")
-    at = next(i for i, v in enumerate(call["tensors"]) if isinstance(v, Var))
-    own = terms.split(",")[at]
-    if half is not None and arrow and own[-1:] == result[-1:] and own[-1:].isalpha() and isinstance(made, Lipschitz):
-        call.known.halves[value.step] = half.mixed(made.upper)
+    own = terms.split(",")[next(i for i, v in enumerate(call["tensors"]) if isinstance(v, Var))]
+    what, sources = call.steps[value.step].what, call.steps[value.step].sources
+    if half is not None and arrow and own[-1:] == result[-1:] != "." and sources == (call.vars[0].step,) and isinstance(what, Lipschitz):
+        call.known.halves[value.step] = half.mixed(what.upper)
     return value
 
 

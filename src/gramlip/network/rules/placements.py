@@ -13,7 +13,7 @@ from gramlip.errors import UnsupportedError
 from gramlip.network.rules.affine import added, spread
 from gramlip.network.rules.registry import Call, Var, register
 from gramlip.network.rules.shapes import between
-from gramlip.network.steps import Lipschitz, View
+from gramlip.network.steps import Lipschitz
 from gramlip.numerics import rounding as rd
 from gramlip.operators.linear_maps import Shape
 
@@ -214,8 +214,11 @@ def _accumulated(call: Call, value: Any) -> Var:
         return added(replace(call, op="aten.add", args={"self": base, "other": moved, "alpha": 1}))
     most = float(_run(call, torch.zeros(call.shape, dtype=torch.float64), ones, **({"alpha": 1} if "alpha" in call.args else {})).max())
     what = Lipschitz(
-        rd.mul_up(rd.sqrt_up(most), alpha), f"sums of at most {most:.0f} entries: the root of their number", same_range=True,
-        others=(0.0, 0.0), times=float(call.args.get("alpha", 1)) * most,
+        rd.mul_up(rd.sqrt_up(most), alpha),
+        f"sums of at most {most:.0f} entries: the root of their number",
+        same_range=True,
+        others=(0.0, 0.0),
+        times=float(call.args.get("alpha", 1)) * most,
     )
     placed = call.then(what, value)
     if not isinstance(base, Var) and not bool(base.any()):
