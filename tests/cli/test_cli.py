@@ -319,4 +319,4 @@ def test_a_progress_bar_only_on_a_terminal(capsys, monkeypatch, terminal):
     assert list(output.watched(["a", "b"])) == ["a", "b"]
     out, err = capsys.readouterr()
     assert out == ""
-    assert ("layer" in err) == terminal
+    assert ("b 0/2" in err) == terminal

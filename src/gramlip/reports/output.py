@@ -84,9 +84,13 @@ def aside() -> Generator[None, None, None]:
 
 
 def watched(items: Sequence[T]) -> Iterable[T]:
-    """The items behind a progress bar on standard error, where that is a terminal."""
+    """The items behind a progress bar on standard error, where that is a terminal; what is a name is shown as it comes."""
     shown = sys.stderr is not None and sys.stderr.isatty()  # pyright: ignore[reportUnnecessaryComparison]
-    return tqdm(items, file=sys.stderr, disable=not shown, leave=False, unit="layer")
+    bar = tqdm(items, file=sys.stderr, disable=not shown, leave=False, bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}]")
+    for item in bar:
+        if isinstance(item, str):
+            bar.set_description_str(printable(item))
+        yield item
 
 
 OURS = {
