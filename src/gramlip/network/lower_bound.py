@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from gramlip.network.effort import Effort
 from gramlip.network.graph import Program, evaluate, in_float64, op_name
@@ -132,11 +133,13 @@ def quotient(run: Function, x: Tensor, y: Tensor, signs: torch.Generator, weight
 # The search for a pair: power steps at a point give a direction, steps of several lengths along it the next point.
 
 SCALES = (1.0, 0.1, 3.0)  # of the random points where no domain is given: a normalisation is steepest near constant inputs
-STARTS = 3
+STARTS = 6
 STEPS = 4  # power steps a round
 LENGTHS = (1e-2, 0.1, -0.1, 1.0, -1.0)  # of the steps along its last direction, relative to the point
-ROUNDS = 6  # from the best start, at effort 1, unless
-PATIENCE = 2  # of them in a row
+PASSES = 3 * STEPS + len(LENGTHS) + 2  # of the network forward that a round takes as long as
+BUDGET = 3e12  # multiplications and additions that they may take at effort 1; then there are fewer starts and
+ROUNDS = 8  # from the best of them, unless
+PATIENCE = 3  # of them in a row
 BETTER = 1.003  # do not raise the quotient so much
 NEAR = 0.9  # of what the search promised in the model's own precision, or else it is repeated in float64
 CROP = 64  # entries an axis; larger inputs are searched on a part of that size first
@@ -207,6 +210,13 @@ class Ascent:
         return best
 
 
+def operations(run: Function, x: Tensor) -> int:
+    """Multiplications and additions of one pass."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run(x)
+    return counter.get_total_flops()
+
+
 def window(shapes: Sequence[Shape]) -> tuple[slice, ...] | None:
     """The middle part of an input of more than `CROP` entries an axis, all channels; None where there is nothing to cut."""
     if len(shapes) != 1 or not 3 <= len(shapes[0]) <= 5 or max(shapes[0][2:]) <= CROP:
@@ -217,11 +227,11 @@ def window(shapes: Sequence[Shape]) -> tuple[slice, ...] | None:
 
 @dataclass(frozen=True)
 class Search:
-    """The search for a pair: `build` gives the network for inputs of given shapes in a type, `point` the start of a number."""
+    """The search for a pair: `build` gives the network for inputs of given shapes in a type, `starts` are points and directions."""
 
     build: Callable[[Sequence[Shape], torch.dtype], Function]
     shapes: Sequence[Shape]
-    point: Callable[[int], Tensor]
+    starts: Sequence[tuple[Tensor, Tensor]]
     domain: tuple[float, float]
     weights: Weights
     signs: torch.Generator
@@ -229,12 +239,21 @@ class Search:
 
     def best(self, wide: torch.dtype) -> Pair:
         """The best pair that is met in a precision, of a part of a large input first."""
-        rounds = round(ROUNDS * max(1.0, self.effort.amount))
         ascent, part = self._ascent(self.shapes, wide), window(self.shapes)
-        pair = None if part is None or wide == torch.float64 else self._on_part(ascent, part, rounds)
-        if pair is None:
-            return ascent.on(self._begun(ascent, self.point), rounds, self.effort)
-        return ascent.on(pair, min(rounds, 2), self.effort)
+        pair = None if part is None or wide == torch.float64 else self._on_part(ascent, part)
+        return self._from(ascent, self.starts) if pair is None else ascent.on(pair, 1, self.effort)
+
+    def _from(self, ascent: Ascent, starts: Sequence[tuple[Tensor, Tensor]]) -> Pair:
+        """The best pair of a round from each start, and of rounds from the best of these."""
+        amount = max(1.0, self.effort.amount)
+        rounds = BUDGET * amount / (PASSES * max(1, operations(ascent.run, starts[0][0].to(ascent.wide))))
+        starts = starts[: max(1, int(min(rounds, 1e6) / 2))]
+        found: list[Pair] = []
+        for i in self.effort.shown("lower side", [f"start {n}" for n in range(len(starts))]):
+            if not found or not self.effort.over:
+                x, v = starts[i]
+                found.append(ascent.round(x.clamp(*self.domain), v))
+        return ascent.on(max(found, key=lambda p: p.value), int(min(ROUNDS * amount, max(1.0, rounds / 2))), self.effort)
 
     def _ascent(self, shapes: Sequence[Shape], wide: torch.dtype) -> Ascent:
         run = self.build(shapes, wide)
@@ -244,16 +263,7 @@ class Search:
 
         return Ascent(run, wide, self.domain, room)
 
-    def _begun(self, ascent: Ascent, point: Callable[[int], Tensor]) -> Pair:
-        """The best pair of a round from each start."""
-        found: list[Pair] = []
-        for number in self.effort.shown("lower side", [f"start {n}" for n in range(STARTS)]):
-            if not found or not self.effort.over:
-                x = point(number)
-                found.append(ascent.round(x.clamp(*self.domain), torch.randn(len(x), generator=self.signs, dtype=torch.float64)))
-        return max(found, key=lambda p: p.value)
-
-    def _on_part(self, ascent: Ascent, part: tuple[slice, ...], rounds: int) -> Pair | None:
+    def _on_part(self, ascent: Ascent, part: tuple[slice, ...]) -> Pair | None:
         """The best pair that differs within a part of the input; None where the network takes no smaller inputs, or stretches none."""
         shape = self.shapes[0]
 
@@ -263,10 +273,10 @@ class Search:
         sides = (*shape[:2], *(s.stop - s.start for s in part[2:]))
         inner = self._ascent([sides], ascent.wide)
         try:
-            found = inner.on(self._begun(inner, lambda n: cut(self.point(n))), rounds, self.effort)
+            found = self._from(inner, [(cut(x), cut(v)) for x, v in self.starts])
         except (RuntimeError, IndexError, ValueError, TypeError):  # what torch raises where sizes do not fit: the whole input then
             return None
-        x = self.point(0).to(ascent.wide).clamp(*self.domain)
+        x = self.starts[0][0].to(ascent.wide).clamp(*self.domain)
         x.reshape(shape)[part] = found.x.reshape(sides)
         move = torch.zeros_like(x)
         move.reshape(shape)[part] = (found.y - found.x).reshape(sides)
@@ -298,20 +308,20 @@ def stretch(
         seed: of the random numbers; the result depends on it and on nothing else, as long as time is not up.
         weights: computed weights that are known up to errors, and these.
     """
-    size = sum(map(math.prod, shapes))
-
-    def point(number: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed + number)
-        noise = torch.randn(size, generator=generator, dtype=torch.float64)
+    size, generator = sum(map(math.prod, shapes)), torch.Generator().manual_seed(seed)
+    starts: list[tuple[Tensor, Tensor]] = []
+    for number in range(STARTS):
+        x = torch.randn(size, generator=generator, dtype=torch.float64)
         if data is not None:
-            return data[number % len(data)].detach().double().reshape(-1) + 1e-6 * noise
-        if domain is not None:
-            return domain[0] + (domain[1] - domain[0]) * torch.rand(size, generator=generator, dtype=torch.float64)
-        return noise * SCALES[number % len(SCALES)]
-
+            x = data[number % len(data)].detach().double().reshape(-1) + 1e-6 * x
+        elif domain is not None:
+            x = domain[0] + (domain[1] - domain[0]) * torch.rand(size, generator=generator, dtype=torch.float64)
+        else:
+            x = x * SCALES[number % len(SCALES)]
+        starts.append((x, torch.randn(size, generator=generator, dtype=torch.float64)))
     lo, hi = domain or (-math.inf, math.inf)
     signs = torch.Generator().manual_seed(seed)
-    search = Search(build, shapes, point, (lo, hi), weights or {}, signs, effort)
+    search = Search(build, shapes, starts, (lo, hi), weights or {}, signs, effort)
     exact, value = build(shapes, torch.float64), 0.0
     for precision in (torch.float32, torch.float64):
         if precision == torch.float32 and (wide == torch.float64 or not full_products()):
