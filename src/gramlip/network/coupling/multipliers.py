@@ -259,38 +259,46 @@ class Barrier:
         m.diagonal(dim1=-2, dim2=-1)[:] += torch.cat([y[:1].expand(self.x), weights])
         return m
 
-    def derivatives(self, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient and Hessian of -log det M, from M's Cholesky factor, by rho and the multipliers."""
-        g = torch.cholesky_inverse(factor)
-        u = self.queries @ g
-        w = _squares(u @ self.queries.mH)
-        diagonal = g.diagonal(dim1=-2, dim2=-1).real.sum(0)
-        n = int(self.variable.max()) + 1
-        gradient, hessian = torch.zeros(n + 1, dtype=torch.float64), torch.zeros(n + 1, n + 1, dtype=torch.float64)
-        own = diagonal[self.x :] - (u * self.queries.conj()).real.sum((0, -1))
-        gradient[0], gradient[1:] = -diagonal[: self.x].sum(), -_grouped(own, self.variable, n)
-        across = _squares(u[:, :, self.x :])
-        h = _squares(g[:, self.x :, self.x :]) - across - across.mT + w
-        hessian[1:, 1:] = _grouped(_grouped(h, self.variable, n).mT, self.variable, n)
-        hessian[0, 0] = _squares(g[:, : self.x, : self.x]).sum()
-        mixed = _squares(g[:, self.x :, : self.x]).sum(-1) - _squares(u[:, :, : self.x]).sum(-1)
-        hessian[0, 1:] = hessian[1:, 0] = _grouped(mixed, self.variable, n)
-        return gradient, hessian
+    def direction(self, dy: Tensor) -> Tensor:
+        """What M gains with `dy`."""
+        weights = dy[1:][self.variable]
+        m = -(self.queries.mH @ (weights[:, None] * self.queries))
+        m.diagonal(dim1=-2, dim2=-1)[:] += torch.cat([dy[:1].expand(self.x), weights])
+        return m
+
+    def traces(self, s: Tensor) -> Tensor:
+        """The traces of the products of Hermitian matrices with what M gains with each variable."""
+        diagonal = s.diagonal(dim1=-2, dim2=-1).real.sum(0)
+        own = diagonal[self.x :] - ((self.queries @ s) * self.queries.conj()).real.sum((0, -1))
+        return torch.cat([diagonal[: self.x].sum()[None], _grouped(own, self.variable, self.count)])
+
+    def products(self, one: Tensor, other: Tensor) -> Tensor:
+        """The traces of `T_i one T_j other` for Hermitian matrices, T_i being what M gains with variable i."""
+        x, q = self.x, self.queries
+        u, v = q @ one, q @ other
+        across = _product(u[:, :, x:], v[:, :, x:])
+        own = _product(one[:, x:, x:], other[:, x:, x:]) - across - across.mT + _product(u @ q.mH, v @ q.mH)
+        full = torch.empty(self.count + 1, self.count + 1, dtype=torch.float64)
+        full[1:, 1:] = _grouped(_grouped(own, self.variable, self.count).mT, self.variable, self.count)
+        full[0, 0] = _product(one[:, :x, :x], other[:, :x, :x]).sum()
+        mixed = _product(one[:, x:, :x], other[:, x:, :x]).sum(-1) - _product(u[:, :, :x], v[:, :, :x]).sum(-1)
+        full[0, 1:] = full[1:, 0] = _grouped(mixed, self.variable, self.count)
+        return full
+
+    @property
+    def count(self) -> int:
+        """How many multipliers there are."""
+        return int(self.variable.max()) + 1
 
     def logarithms(self, y: Tensor) -> Logarithms:
         """The multipliers at `y`, in the system's own units."""
         logs = y[1:][self.variable].log() + self.units
         return {k: logs[first:last] for k, first, last in self.places}
 
-    def cost(self) -> float:
-        """Multiplications of one Newton step, roughly."""
-        f, n, z = (float(s) for s in self.queries.shape)
-        return f * (2 * z**3 + 2 * n * z * z + n * n * z) + n**3
 
-
-def _squares(t: Tensor) -> Tensor:
-    """Squared moduli, summed over the frequencies."""
-    return (t.real.square() + t.imag.square() if t.is_complex() else t.square()).sum(0)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """The real part of `a conj(b)` entry by entry, summed over the frequencies."""
+    return (a.real * b.real + a.imag * b.imag if a.is_complex() else a * b).sum(0)
 
 
 def _grouped(t: Tensor, numbers: Tensor, n: int) -> Tensor:
@@ -324,33 +332,64 @@ def newton_cost(system: System) -> float:
     return system.frequencies * (2 * z**3 + 2 * n * z * z + n * n * z) + n**3
 
 
-def centres(system: System, logarithms: Logarithms, steps: int) -> Iterator[Logarithms]:
-    """Multipliers at ever later points of the central path, from feasible ones, within so many Newton steps."""
-    start_at = _bound_logarithm(system, logarithms)
-    if not math.isfinite(start_at) or not any(len(v) for v in logarithms.values()):
+def newton(system: System, logarithms: Logarithms, steps: int) -> Iterator[Logarithms]:
+    """Better and better multipliers from feasible ones, within so many steps of a primal-dual method (HKM, with a corrector)."""
+    size = _bound_logarithm(system, logarithms)
+    if not math.isfinite(size) or not any(len(v) for v in logarithms.values()):
         return
-    barrier = Barrier.of(system, logarithms, start_at)
-    y = torch.ones(1 + int(barrier.variable.max()) + 1, dtype=torch.float64)
-    y[0], y[1:] = 1.5, 1.001
-    size = float(barrier.queries.shape[0] * barrier.queries.shape[-1])
-    factor = _factor(barrier, y)
-    t = size
-    for _ in range(steps):
+    barrier = Barrier.of(system, logarithms, size)
+    y = torch.ones(1 + barrier.count, dtype=torch.float64)
+    y[0] = 1.5
+    wanted = torch.zeros_like(y)
+    wanted[0] = 1.0  # of the traces of X, which tend to those of the optimum's dual
+    m = barrier.matrix(y)
+    factor = _factor(m)
+    dual = torch.empty(0)
+    for i in range(steps):
         if factor is None:
             return
-        gradient, hessian = barrier.derivatives(factor)
-        gradient[0] += t
-        lower, info = torch.linalg.cholesky_ex(hessian)
+        inverse = torch.cholesky_inverse(factor)
+        if i == 0:
+            dual = inverse / barrier.traces(inverse)[0]
+        mu = float(_product(dual, m).sum()) / (m.shape[0] * m.shape[-1])
+        lower, info = torch.linalg.cholesky_ex(barrier.products(dual, inverse))
         if bool(info) or not bool(lower.isfinite().all()):
             return
-        step = -torch.cholesky_solve(gradient[:, None], lower)[:, 0]
-        decrement = float((-gradient @ step).clamp_min(0.0).sqrt())
-        y, factor = _moved(barrier, y, step, t, decrement)
-        if decrement < CENTRED:
-            yield barrier.logarithms(y)
-            if size / t < GAP * float(y[0]):
-                return
-            t *= GROWTH
+
+        def solve(sigma: float, correction: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+            """The step of y, of M and of X towards products `sigma mu`."""
+            goal = sigma * mu * inverse - correction
+            dy = torch.cholesky_solve((barrier.traces(goal) - wanted)[:, None], lower)[:, 0]
+            dm = barrier.direction(dy)
+            dx = goal - dual - dual @ dm @ inverse
+            return dy, dm, 0.5 * (dx + dx.mH)
+
+        dy, dm, dx = solve(0.0, 0.0)
+        along, across = _longest(m, dm), _longest(dual, dx)
+        after = float(_product(dual + across * dx, m + along * dm).sum()) / (m.shape[0] * m.shape[-1])
+        correction = dx @ dm @ inverse
+        dy, dm, dx = solve(min(1.0, max(after / mu, 0.0)) ** 3 if after > 0 else 0.0, 0.5 * (correction + correction.mH))
+        along, across = _longest(m, dm), _longest(dual, dx)
+        y, dual = y + along * dy, dual + across * dx
+        m = barrier.matrix(y)
+        factor = _factor(m)
+        if DEBUG: print(i, "mu", mu, "rho", float(y[0]), along, across)
+        yield barrier.logarithms(y)
+        if float(_product(dual, m).sum()) < GAP * float(y[0]):
+            return
+
+
+DEBUG = False
+
+
+def _longest(matrix: Tensor, step: Tensor) -> float:
+    """Nearly the longest part of a step, at most all of it, that leaves a positive definite matrix so; and a little less."""
+    length = 1.0
+    for _ in range(60):
+        if not bool(torch.linalg.cholesky_ex(matrix + length * step)[1].any()):
+            return length if length == 1.0 else 0.95 * length
+        length *= 0.85
+    return 0.0
 
 
 def _bound_logarithm(system: System, logarithms: Logarithms) -> float:
@@ -366,22 +405,6 @@ def _bound_logarithm(system: System, logarithms: Logarithms) -> float:
     return math.log(top) + form.exponent * math.log(4.0) if top > 0 else math.inf
 
 
-def _factor(barrier: Barrier, y: Tensor) -> Tensor | None:
-    factor, info = torch.linalg.cholesky_ex(barrier.matrix(y))
-    return factor if not bool(info.any()) and bool((y > 0).all()) else None
-
-
-def _moved(barrier: Barrier, y: Tensor, step: Tensor, t: float, decrement: float) -> tuple[Tensor, Tensor | None]:
-    """The point after a Newton step, as long as it may be: half of what leaves the domain or does not go down."""
-
-    def value(point: Tensor, factor: Tensor) -> float:
-        return t * float(point[0]) - 2.0 * float(factor.diagonal(dim1=-2, dim2=-1).real.log().sum())
-
-    before = _factor(barrier, y)
-    length = 1.0
-    for _ in range(30):
-        factor = _factor(barrier, y + length * step)
-        if factor is not None and before is not None and value(y + length * step, factor) <= value(y, before) - 0.1 * length * decrement**2 + 1e-9 * t:
-            return y + length * step, factor
-        length *= 0.5
-    return y, before
+def _factor(matrix: Tensor) -> Tensor | None:
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return None if bool(info.any()) else factor

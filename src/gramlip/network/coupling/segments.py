@@ -10,7 +10,7 @@ from itertools import pairwise
 from gramlip.network.compose import compose
 from gramlip.network.coupling.elimination import Piece, cost, narrowed, system_cost, transposed
 from gramlip.network.coupling.linear_forms import Alias, Circulant, Entries, NotCirculantError, Pooled, System, circulant, system
-from gramlip.network.coupling.multipliers import MultiplierSearch, centres, certificate, closed_logarithms, improve, newton_cost, proved, reached
+from gramlip.network.coupling.multipliers import MultiplierSearch, certificate, closed_logarithms, improve, newton, newton_cost, proved, reached
 from gramlip.network.steps import Input, Join, Linear, Network, Slice, Slope, Step, Sum, View
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
