@@ -16,6 +16,7 @@ from torch import Tensor
 from gramlip.network.coupling.linear_forms import Form, Link, Slopes, System, size_of, sizes_of
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.cholesky import cholesky, shift
+from gramlip.numerics.precision import to_float64
 
 FLOOR = 1e-250  # forms below it are given up: underflow would be above the bounds of rounding
 LIFTS = (1.0, 1.0 + 1e-9, 1.0 + 1e-6, 1.001, 1.03, 1.3, 2.0, 5.0)  # multipliers that a factorisation refuses are raised by these
@@ -266,14 +267,8 @@ def narrowed(system: System) -> System:
     if not readers or sum(sizes) >= len(system.channels[0]):
         return system
     wide = torch.cat([r.blocks[0].expand(system.frequencies, -1, -1) for r in readers], -2)
-    gram = wide @ wide.mH
-    size, error, c = sizes_of(wide), rd.hypot_up(r.errors[0] for r in readers), float(sum(sizes))
-    noise = 2.0 * error * size + error * error + rd.gamma(16.0 * (wide.shape[-1] + 4)) * size.square()
-    trace = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1)
-    room = noise + rd.gamma(32.0 * (c + 4)) * (trace + c * noise)  # what a factorisation may lose: docs/rounding.md#r3-cholesky
-    gram.diagonal(dim1=-2, dim2=-1).add_(room[:, None])
-    factor, info = torch.linalg.cholesky_ex(gram)
-    if bool(info.any()) or not bool(factor.isfinite().all()):
+    factor = _gram_root(wide @ wide.mH, sizes_of(wide), rd.hypot_up(r.errors[0] for r in readers), wide.shape[-1])
+    if factor is None:
         return system
     parts = iter(factor.split(sizes, -2))
 
@@ -285,6 +280,28 @@ def narrowed(system: System) -> System:
     queries, output = [narrow(q) for q in system.queries], narrow(system.output)
     assert output is not None
     return replace(system, queries=queries, output=output, channels=[torch.arange(sum(sizes)), *system.channels[1:]])
+
+
+def narrowed_matrix(weight: Tensor, error: float) -> Tensor | None:
+    """A square matrix R with `R R* >= W W*` for every W within `error` of a wide weight; None where that cannot be had."""
+    gram = torch.zeros(len(weight), len(weight), dtype=torch.float64)
+    for columns in weight.detach().split(1024, 1):  # the whole weight in double could be too much
+        part = to_float64(columns)
+        gram += part @ part.mT
+    size = torch.sqrt(gram.trace() * (1 + rd.gamma(4.0 * weight.numel())))
+    root = _gram_root(gram[None], size[None], error, weight.shape[1])
+    return None if root is None else root[0]
+
+
+def _gram_root(gram: Tensor, size: Tensor, error: float, columns: int) -> Tensor | None:
+    """R (F, c, c) with `R R* >= Z Z*` for every Z within `error` of a matrix of that `size`, whose Gram matrix was computed."""
+    c = float(gram.shape[-1])
+    noise = 2.0 * error * size + error * error + rd.gamma(16.0 * (columns + 4)) * size.square()
+    trace = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1)
+    room = noise + rd.gamma(32.0 * (c + 4)) * (trace + c * noise)  # what a factorisation may lose: docs/rounding.md#r3-cholesky
+    gram.diagonal(dim1=-2, dim2=-1).add_(room[:, None])
+    factor, info = torch.linalg.cholesky_ex(gram)
+    return factor if not bool(info.any()) and bool(factor.isfinite().all()) else None
 
 
 # ---- runs of pieces ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from gramlip.network.steps import Join, Linear, Network, Slice, Slope, Step, Sum
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.operators.geometry import matrix_of
-from gramlip.operators.linear_maps import Conv, Scale, Shape
+from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
 
 
 def sizes_of(matrix: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Form:
         size, blocks, errors = size_of(matrix), dict[int, Tensor](), dict[int, float]()
         for a, block in self.blocks.items():
             if self.errors[a] == 0.0 and _is_identity(block):  # nothing to multiply, nothing to round
-                blocks[a], errors[a] = matrix.expand(len(block), -1, -1), error
+                blocks[a], errors[a] = matrix, error
                 continue
             blocks[a] = matrix @ block
             own = size_of(block)
@@ -248,6 +248,8 @@ class Entries:
     def linear(self, i: int, step: Step, what: Linear) -> tuple[Tensor, float, bool, bool]:
         """Matrix, its error, whether it reads outside the value's extent, and whether zeros outside stay zeros."""
         op, shape, error = what.op, self.shapes[step.sources[0]], 0.0
+        if isinstance(op, Dense) and math.prod(shape) == shape[-1]:
+            return to_float64(op.weight.detach())[None], what.error, False, True
         if isinstance(op, Conv):  # entries in which taps meet may cancel: docs/rounding.md#r8-the-matrix-of-a-layer
             moduli = matrix_of(replace(op, weight=op.weight.detach().abs()), shape)
             error = rd.mul_up(rd.gamma(8.0 * (math.prod(op.weight.shape[2:]) + 8)), size_of(moduli[None]))

@@ -212,15 +212,14 @@ def improve(run: Sequence[Piece], search: MultiplierSearch, steps: int, rate: fl
 # ---- Newton steps --------------------------------------------------------------------------------------------------------
 #
 # The whole system at once: with every value as a form of z = (input, w), M(rho, l) = rho |x|^2 + sum l_i (|w_i|^2 - |q_i|^2) - |output|^2
-# is positive semidefinite where the norm is at most sqrt(rho). Its barrier -log det M is minimised along with t rho, for growing t.
+# is positive semidefinite where the norm is at most sqrt(rho). A primal-dual method makes rho small: X, positive definite as M is, tends
+# to a matrix with X M = 0 and with traces of X times what M gains by each variable of 1 for rho and 0 for the multipliers.
 
-GAP = 5e-4  # relative, of rho: what is left where the search ends
-GROWTH = 10.0  # of t from one centre to the next
-CENTRED = 0.3  # Newton decrement of what is near enough to the centre
+GAP = 2e-3  # relative, of rho: what is left where the search ends
 
 
 @dataclass
-class Barrier:
+class Program:
     """The program in units of a start: `rho` and the multipliers are 1 there. `w` entries of z follow the `x` first ones."""
 
     queries: Tensor
@@ -231,7 +230,7 @@ class Barrier:
     places: list[tuple[int, int, int]]  # anchor, and its first and last + 1 entry among w
 
     @staticmethod
-    def of(system: System, logarithms: Logarithms, rho: float) -> Barrier:
+    def of(system: System, logarithms: Logarithms, rho: float) -> Program:
         """The program of a system, around feasible multipliers; `rho` is the logarithm of their bound, squared."""
         x = len(system.channels[0])
         places, variable, total, count = list[tuple[int, int, int]](), list[Tensor](), 0, 0
@@ -250,7 +249,7 @@ class Barrier:
         units = torch.cat([logarithms[k] for k, _, _ in places])
         q = torch.cat([queries[k][:, system.slopes[k].on] for k, _, _ in places], -2)
         scale = torch.cat([torch.full((x,), -0.5 * rho, dtype=torch.float64), -0.5 * units]).exp()
-        return Barrier((0.5 * units).exp()[:, None] * q * scale, output * scale, x, torch.cat(variable), units, places)
+        return Program((0.5 * units).exp()[:, None] * q * scale, output * scale, x, torch.cat(variable), units, places)
 
     def matrix(self, y: Tensor) -> Tensor:
         """M at `y`: rho, and the multipliers."""
@@ -329,57 +328,72 @@ def newton_cost(system: System) -> float:
     """Multiplications of one Newton step, roughly."""
     n = float(sum(len(slopes.on) for slopes in system.slopes[1:]))
     z = n + len(system.channels[0])
-    return system.frequencies * (2 * z**3 + 2 * n * z * z + n * n * z) + n**3
+    return system.frequencies * (6 * z**3 + 4 * n * z * z + 2 * n * n * z) + n**3
 
 
 def newton(system: System, logarithms: Logarithms, steps: int) -> Iterator[Logarithms]:
     """Better and better multipliers from feasible ones, within so many steps of a primal-dual method (HKM, with a corrector)."""
-    size = _bound_logarithm(system, logarithms)
-    if not math.isfinite(size) or not any(len(v) for v in logarithms.values()):
+    rho = _bound_logarithm(system, logarithms)
+    if not math.isfinite(rho) or not logarithms:
         return
-    barrier = Barrier.of(system, logarithms, size)
-    y = torch.ones(1 + barrier.count, dtype=torch.float64)
-    y[0] = 1.5
-    wanted = torch.zeros_like(y)
-    wanted[0] = 1.0  # of the traces of X, which tend to those of the optimum's dual
-    m = barrier.matrix(y)
-    factor = _factor(m)
-    dual = torch.empty(0)
-    for i in range(steps):
-        if factor is None:
+    at = Iterate.first(Program.of(system, logarithms, rho))
+    for _ in range(steps):
+        at = None if at is None else at.next()
+        if at is None:
             return
-        inverse = torch.cholesky_inverse(factor)
-        if i == 0:
-            dual = inverse / barrier.traces(inverse)[0]
-        mu = float(_product(dual, m).sum()) / (m.shape[0] * m.shape[-1])
-        lower, info = torch.linalg.cholesky_ex(barrier.products(dual, inverse))
+        yield at.program.logarithms(at.y)
+        if at.gap < GAP * float(at.y[0]):
+            return
+
+
+@dataclass
+class Iterate:
+    """Variables y, M there, the inverse of M, and the dual matrix X."""
+
+    program: Program
+    y: Tensor
+    m: Tensor
+    inverse: Tensor
+    dual: Tensor
+
+    @staticmethod
+    def first(program: Program) -> Iterate | None:
+        """A little inside; X a multiple of the inverse."""
+        y = torch.ones(1 + program.count, dtype=torch.float64)
+        y[0] = 1.5
+        m = program.matrix(y)
+        inverse = _inverse(m)
+        return None if inverse is None else Iterate(program, y, m, inverse, inverse / program.traces(inverse)[0])
+
+    @property
+    def gap(self) -> float:
+        """The trace of X M."""
+        return float(_product(self.dual, self.m).sum())
+
+    def next(self) -> Iterate | None:
+        """The point after one step; None where numbers fail."""
+        lower, info = torch.linalg.cholesky_ex(self.program.products(self.dual, self.inverse))
         if bool(info) or not bool(lower.isfinite().all()):
-            return
+            return None
+        size = self.gap
+        _, dm, dx = self._step(lower, torch.zeros_like(self.m))
+        left = float(_product(self.dual + _longest(self.dual, dx) * dx, self.m + _longest(self.m, dm) * dm).sum()) / size
+        correction = dx @ (dm @ self.inverse)
+        mean = min(max(left, 0.0), 1.0) ** 3 * size / (self.m.shape[0] * self.m.shape[-1])
+        dy, dm, dx = self._step(lower, mean * self.inverse - 0.5 * (correction + correction.mH))
+        y = self.y + _longest(self.m, dm) * dy
+        m = self.program.matrix(y)
+        inverse = _inverse(m)
+        return None if inverse is None else Iterate(self.program, y, m, inverse, self.dual + _longest(self.dual, dx) * dx)
 
-        def solve(sigma: float, correction: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-            """The step of y, of M and of X towards products `sigma mu`."""
-            goal = sigma * mu * inverse - correction
-            dy = torch.cholesky_solve((barrier.traces(goal) - wanted)[:, None], lower)[:, 0]
-            dm = barrier.direction(dy)
-            dx = goal - dual - dual @ dm @ inverse
-            return dy, dm, 0.5 * (dx + dx.mH)
-
-        dy, dm, dx = solve(0.0, 0.0)
-        along, across = _longest(m, dm), _longest(dual, dx)
-        after = float(_product(dual + across * dx, m + along * dm).sum()) / (m.shape[0] * m.shape[-1])
-        correction = dx @ dm @ inverse
-        dy, dm, dx = solve(min(1.0, max(after / mu, 0.0)) ** 3 if after > 0 else 0.0, 0.5 * (correction + correction.mH))
-        along, across = _longest(m, dm), _longest(dual, dx)
-        y, dual = y + along * dy, dual + across * dx
-        m = barrier.matrix(y)
-        factor = _factor(m)
-        if DEBUG: print(i, "mu", mu, "rho", float(y[0]), along, across)
-        yield barrier.logarithms(y)
-        if float(_product(dual, m).sum()) < GAP * float(y[0]):
-            return
-
-
-DEBUG = False
+    def _step(self, lower: Tensor, goal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The steps of y, of M and of X: to first order, X M becomes `goal` M, and the traces of X what they should be."""
+        rest = self.program.traces(goal)
+        rest[0] -= 1.0
+        dy = torch.cholesky_solve(rest[:, None], lower)[:, 0]
+        dm = self.program.direction(dy)
+        dx = goal - self.dual - self.dual @ (dm @ self.inverse)
+        return dy, dm, 0.5 * (dx + dx.mH)
 
 
 def _longest(matrix: Tensor, step: Tensor) -> float:
@@ -390,6 +404,11 @@ def _longest(matrix: Tensor, step: Tensor) -> float:
             return length if length == 1.0 else 0.95 * length
         length *= 0.85
     return 0.0
+
+
+def _inverse(matrix: Tensor) -> Tensor | None:
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return None if bool(info.any()) else torch.cholesky_inverse(factor)
 
 
 def _bound_logarithm(system: System, logarithms: Logarithms) -> float:
@@ -403,8 +422,3 @@ def _bound_logarithm(system: System, logarithms: Logarithms) -> float:
         return math.inf
     top = float(torch.linalg.eigvalsh(form.matrix)[:, -1].max())
     return math.log(top) + form.exponent * math.log(4.0) if top > 0 else math.inf
-
-
-def _factor(matrix: Tensor) -> Tensor | None:
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    return None if bool(info.any()) else factor
