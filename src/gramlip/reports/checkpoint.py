@@ -8,7 +8,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from math import prod
@@ -25,7 +25,8 @@ from gramlip.errors import InputError, first_line
 from gramlip.norm.certify import TOGETHER, certify_all
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense, checked
-from gramlip.reports.report import LayerRow, LeftOut, Report, printable
+from gramlip.reports.report import LayerRow, LeftOut, Report
+from gramlip.reports.text import printable
 
 # ---- safe readers --------------------------------------------------------------------------------------------------------
 #
@@ -127,15 +128,26 @@ def check_file(path: Path) -> None:
         raise InputError(msg)
 
 
-def read_bytes(data: bytes) -> Stored:
-    """The tensors of a safetensors file that is in memory."""
-    return Stored({name: Entry.of(tensor) for name, tensor in sorted(load_bytes(data).items())})
+def read_bytes(data: bytes, order: Sequence[str] = ()) -> Stored:
+    """The tensors of a safetensors file that is in memory: first those that `order` names, in that order."""
+    tensors = load_bytes(data)
+    names = [*(name for name in order if name in tensors), *in_order(set(tensors).difference(order))]
+    return Stored({name: Entry.of(tensors[name]) for name in names})
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names with their numbers as numbers: safetensors sorts by the alphabet, where layer 10 stands before layer 2.
+
+    >>> in_order(["layers.10.weight", "layers.2.weight"])
+    ['layers.2.weight', 'layers.10.weight']
+    """
+    return sorted(names, key=lambda name: [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)])
 
 
 def _safetensors(path: Path) -> Entries:
     try:
         file: Any = safe_open(path, framework="pt")  # stays open: the values are read when asked for
-        names: list[str] = list(file.keys())
+        names = in_order(file.keys())
         slices: dict[str, Any] = {name: file.get_slice(name) for name in names}
         dtypes: dict[str, str] = {name: s.get_dtype() for name, s in slices.items()}
         shapes: dict[str, tuple[int, ...]] = {name: tuple(s.get_shape()) for name, s in slices.items()}
@@ -318,11 +330,10 @@ def _line(error: Exception) -> str:
 # Weights alone, without their model: which tensor is a linear map, which is left out and why, and the audit of them.
 
 NOTES = (
-    "From the weights alone: 2 axes are a matrix, 3 to 5 axes a convolution kernel (channels, channels, *kernel).",
-    "upper holds for every input size, stride, dilation, number of groups, and for the transposed layer. lower is that of the stride-1 "
-    "ungrouped convolution over all input sizes: a layer with a stride, groups or a small input may lie below it.",
-    "Assumed: padding with zeros, or circular padding of at most kernel - 1 in all on each axis. "
-    "Reflect and replicate padding may exceed upper.",
+    "from weights alone: upper holds for every input size, stride, dilation and number of groups, and for the transposed layer; "
+    "lower is that of the layer with stride 1 and without groups, over all input sizes",
+    "assumed: padding with zeros, or circular padding of at most kernel - 1 in all on each axis; reflect and replicate padding may "
+    "exceed upper",
 )
 DOMINATES = (
     "stride-1 ungrouped operator: dominates every stride, dilation, grouping and the transpose (docs/weights-alone.md), "
@@ -500,7 +511,7 @@ def _no_map(name: str, entries: Mapping[str, Entry]) -> tuple[str, bool] | None:
     elif _BIAS.search(leaf):
         reason = "a bias: added, stretches nothing"
     elif axes == 1:
-        reason = "one axis: the scale of a normalisation" if leaf in ("weight", "gamma", "scale") else "one axis: no matrix"
+        reason = "the scale of a normalisation: one axis" if leaf in ("weight", "gamma", "scale") else "a vector: no matrix"
     elif (bias is not None and bias.shape == entry.shape) or (leaf == "weight" and _NORM.search(module)):
         reason = "the scale of a normalisation, entry by entry"
     elif _TABLE.search(leaf) or (axes == 2 and bias is None and _EMBEDDING.fullmatch(module if leaf == "weight" else leaf)):
