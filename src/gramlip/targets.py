@@ -47,6 +47,7 @@ class Options:
     domain: tuple[float, float] | None = None
     seed: int = 0
     effort: float = 1.0
+    time_limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Model:
                 domain=o.domain,
                 seed=o.seed,
                 effort=o.effort,
+                time_limit=o.time_limit,
                 target=self.target,
                 progress=watch,
             )

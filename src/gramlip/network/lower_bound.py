@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from gramlip.network.effort import Effort
 from gramlip.network.graph import Program, evaluate, in_float64, op_name
 from gramlip.numerics import rounding as rd
 
@@ -159,6 +160,7 @@ def secant(run: Function, x: Tensor, v: Tensor, lo: float, hi: float, signs: tor
 def stretch(
     run: Function,
     size: int,
+    effort: Effort,
     *,
     data: Tensor | None = None,
     domain: tuple[float, float] | None = None,
@@ -173,6 +175,7 @@ def stretch(
     Args:
         run: from `function`.
         size: entries of its input.
+        effort: whose time ends the search, but for its first round.
         data: points (k, size) to start from; else uniform in the domain, or normal with standard deviations in `SCALES`.
         domain: interval of each input entry.
         seed: of the random numbers; the result depends on it and on nothing else.
@@ -184,7 +187,10 @@ def stretch(
     generator, signs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     lo, hi = domain or (-math.inf, math.inf)
     best, found = 0.0, "no point stretched"
-    for start in range(starts):
+    names = [f"start {start}" for start in range(starts)]
+    for start in effort.shown("lower side", names):
+        if start and effort.over:
+            continue
         noise = torch.randn(size, generator=generator, dtype=torch.float64)
         if data is not None:
             x = data[start % len(data)].double().reshape(-1) + 1e-6 * noise

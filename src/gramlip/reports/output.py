@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TextIO, TypeVar
@@ -83,17 +83,13 @@ def aside() -> Generator[None, None, None]:
                 os.close(kept)
 
 
-def watched(items: Sequence[T], phase: str = "layers") -> Iterable[T]:
-    """The items behind a progress bar on standard error that names the phase and the item, if that is a terminal."""
-    if sys.stderr is None or not sys.stderr.isatty():  # pyright: ignore[reportUnnecessaryComparison]
-        return items
-    return _shown(tqdm(items, desc=phase, file=sys.stderr, leave=False, unit="layer", dynamic_ncols=True))
-
-
-def _shown(bar: tqdm[T]) -> Iterator[T]:
+def watched(items: Sequence[T]) -> Iterable[T]:
+    """The items behind a progress bar on standard error, where that is a terminal; what is a name is shown as it comes."""
+    shown = sys.stderr is not None and sys.stderr.isatty()  # pyright: ignore[reportUnnecessaryComparison]
+    bar = tqdm(items, file=sys.stderr, disable=not shown, leave=False, bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}]")
     for item in bar:
         if isinstance(item, str):
-            bar.set_postfix_str(shortened(printable(item), 40))
+            bar.set_description_str(shortened(printable(item), 60))
         yield item
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from gramlip.cli.commands import Commands, assumption, effort, examples, interval, limit, shape, tolerance
+from gramlip.cli.commands import Commands, assumption, effort, examples, interval, limit, seconds, shape, tolerance
 from gramlip.errors import InputError
 from gramlip.reports.output import check_outputs, emit, note, watched, write_whole
 from gramlip.reports.pictures import page
@@ -53,6 +53,7 @@ def add_audit(subparsers: _SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--effort", type=effort, default=1.0, metavar="E", help="search for coupled bounds (default 1; 0: closed forms; -1: none)"
     )
+    parser.add_argument("--time-limit", type=seconds, metavar="S", help="seconds after which nothing more is searched for (default: none)")
     parser.add_argument("--verbose", action="store_true", help="print the reasons of every row and every name that is left out")
     parser.add_argument("--fail-above", type=limit, metavar="X", help="exit 1 unless every upper side is at most X")
     parser.set_defaults(run=run_audit)
@@ -63,7 +64,7 @@ def run_audit(args: Namespace) -> int:
     files = check_outputs({name: getattr(args, name[2:]) for name in FORMATS})
     source = resolve(args.target, args.input)
     if isinstance(source, Model):
-        source = replace(source, options=Options(dict(args.assume), args.domain, effort=args.effort))
+        source = replace(source, options=Options(dict(args.assume), args.domain, effort=args.effort, time_limit=args.time_limit))
     elif args.assume or args.domain is not None:
         msg = f"{args.target} holds weights alone; expected a model for --assume and --domain: type package.module:callable"
         raise InputError(msg)
