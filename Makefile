@@ -2,6 +2,7 @@
 # make test   formatter, linter, type checker and the whole test suite
 # make test-integrations  gramlip beside packages that it does not need (integrations/), in a venv of their own
 # make docs   builds the site into site/: warnings are errors, links are checked, nothing is asked of the network after the first time
+# make wheel  builds the wheel into dist/ and runs the command line from it, with its runtime dependencies alone
 # make bench  measures, about half an hour of both cores, and fills docs/performance.md
 # make clean  removes what these made
 #
@@ -19,7 +20,7 @@ DOCS_READY := .venv-docs/.ready
 # One thread for each test worker: more of them wait for each other.
 ONE := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-integrations docs bench clean
+.PHONY: demo test test-integrations docs wheel bench clean
 
 demo: $(READY)
 	@$(BIN)/gramlip audit demo
@@ -38,6 +39,9 @@ test-integrations: $(BESIDE_READY)
 docs: $(DOCS_READY)
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --quiet --strict
 	@echo "site/index.html"
+
+wheel:
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" tools/wheel.sh
 
 bench: $(READY)
 	@$(BIN)/gramlip bench --full --json benchmarks/results/bench-cpu.json
