@@ -71,6 +71,9 @@ class LeftOut:
         return {"name": self.name, "weight_shape": list(self.weight_shape), "reason": self.reason, "is_weight": self.is_weight}
 
 
+VACUOUS = 1e4  # the upper side over the lower, from where the interval says little
+
+
 @dataclass(frozen=True)
 class Report:
     """The answer of an audit: `print` it for a table, `text(verbose=True)` for every reason, `to_dict` or `to_json` for a program.
@@ -120,6 +123,25 @@ class Report:
         if self.network is not None:
             rows.append(("the network", float(self.network.upper)))
         return [f"{name} (upper {decimals(upper, upward=True)})" for name, upper in rows if not upper <= limit]
+
+    @property
+    def advice(self) -> str:
+        """Where the upper side is more than `VACUOUS` times the lower: which steps make it so, and what narrows it; else nothing."""
+        whole = self.network
+        if whole is None or not 0.0 < VACUOUS * whole.lower < float(whole.upper) < math.inf:
+            return ""
+        shared = [row for row in self.layers if row.share is not None and row.share > 0.0]
+        weight = (lambda row: row.share) if shared else (lambda row: row.upper)
+        most = sorted(shared or [row for row in self.layers if 1.0 < row.upper < math.inf], key=weight, reverse=True)[:3]
+        shown = [
+            f"{short_name(row.name)} ({f'{100 * row.share:.0f} %' if row.share is not None else decimals(row.upper, upward=True)})"
+            for row in most
+        ]
+        times = decimals(float(whole.upper) / whole.lower, upward=True, digits=2)
+        return (
+            f"the upper side is {times} times the lower and says little; it comes most from {', '.join(shown)}; "
+            "narrower: around one input (--at FILE --radius R), on a domain (--domain LOW,HIGH), or more --effort"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types, schema 1."""
@@ -309,7 +331,8 @@ def _summary(report: Report, screen: Screen) -> list[str]:
     weights = [row for row in report.left_out if row.is_weight]
     rest = Counter(row.reason.split(": ")[0] for row in report.left_out if row not in unbounded and row not in weights)
     facts = [
-        ("largest shares", "bold", shares),
+        ("largest shares", "bold", "" if report.advice else shares),
+        ("wide", "yellow", report.advice),
         ("no finite constant", "red", _few([f"{row.name}, {row.reason}" for row in unbounded])),
         ("weights without a bound", "red", _few([f"{row.name} ({row.reason})" for row in weights])),
         ("no rule", "red", _few(list(report.unsupported))),
