@@ -1,4 +1,4 @@
-"""Constants around an input against what is sampled and what others return: `python experiments/local.py`; fills the table of docs/local.md."""
+"""Constants around an input, against what is sampled and what others return: `python experiments/local.py`; fills docs/local.md."""
 
 from __future__ import annotations
 

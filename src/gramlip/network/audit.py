@@ -18,7 +18,7 @@ from gramlip.network.effort import Effort, Watch
 from gramlip.network.fold import fold
 from gramlip.network.graph import Program, export, reads_memory, undisturbed
 from gramlip.network.local import Region, derivative, region, restricted
-from gramlip.network.lower_bound import Stretch, chosen, function, stretch
+from gramlip.network.lower_bound import Function, Stretch, chosen, function, stretch
 from gramlip.network.ranges import capped
 from gramlip.network.rules import Lowered, lower
 from gramlip.network.steps import Attention, Input, Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded, selected
@@ -392,10 +392,17 @@ def _lower_side(
     seed: int,
     effort: Effort,
 ) -> Stretch:
-    if any(write.refusal for write in program.writes.values()) or any(map(reads_memory, program.nodes)):
+    if program.refused or any(map(reads_memory, program.nodes)):
         return Stretch(0.0, "no lower side: what an in-place call overwrites, or what is read from memory by place, is not followed")
+
     shapes = [tuple(t.shape) for t in tensors]
     size = sum(t.numel() for t in tensors)
+
+    def build(given: Sequence[Shape], wide: torch.dtype) -> Function:
+        run = function(program, given, lowered.computed, wide)
+        base = torch.zeros(sum(map(math.prod, given)), dtype=torch.float64)
+        return chosen(run, base if area is None or list(given) != shapes else area.inside(base), part.inputs, part.outputs)
+
     if data is not None and not (
         isinstance(data, Tensor) and data.ndim and len(data) and data[0].numel() == size and data.isfinite().all()
     ):
@@ -403,9 +410,10 @@ def _lower_side(
         msg = f"data {given} was given; expected a tensor of finite samples of shape {shapes[0]}, stacked along the first axis"
         raise InputError(msg)
     weights = {n: (value, error) for n, error in lowered.errors.items() if isinstance(value := lowered.computed[n], Tensor)}
-    base = torch.zeros(size, dtype=torch.float64) if area is None else area.inside(torch.zeros(size, dtype=torch.float64))
-    run = chosen(function(program, shapes, lowered.computed), base, part.inputs, part.outputs)
-    return stretch(run, size, effort, data=data, points=area, seed=seed, weights=weights)
+    held = [t for t in (*tensors, *program.constants.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+    around = area is not None and area.centre is not None  # differences of close points need all digits
+    wide = torch.float64 if around or any(t.dtype == torch.float64 for t in held) else torch.float32
+    return stretch(build, shapes, effort, wide=wide, data=data, points=area, seed=seed, weights=weights)
 
 
 def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float], composed: Composition) -> tuple[LayerRow, ...]:

@@ -74,19 +74,22 @@ class Region:
 
     def inside(self, flat: Tensor) -> Tensor:
         """The flat vector moved into the set: into the box, then along the line to the centre."""
-        flat = flat.clamp(_flat(self.low), _flat(self.high))
-        if self.centre is None:
-            return flat
-        centre = _flat(self.centre)
-        far = float(torch.linalg.vector_norm(flat - centre))
-        most = self.radius * (1 - 2.0**-30)
-        return flat if far <= most else centre + (flat - centre) * (most / far)
+        inner = flat.double().clamp(_flat(self.low), _flat(self.high))
+        if self.centre is not None:
+            centre = _flat(self.centre)
+            far, most = float(torch.linalg.vector_norm(inner - centre)), self.radius * (1 - 2.0**-30)
+            inner = inner if far <= most else centre + (inner - centre) * (most / far)
+        return inner.to(flat.dtype)
 
-    def drawn(self, generator: torch.Generator) -> Tensor:
-        """A random point of the set."""
+    def drawn(self, normal: Tensor, number: int) -> Tensor:
+        """A point of the set: the corner of the box that the signs say, or a point on the way to it, moved into the ball."""
         low, high = _flat(self.low), _flat(self.high)
-        unit = torch.rand(len(low), generator=generator, dtype=torch.float64)
-        return self.inside(low + (high - low) * unit)
+        return self.inside(low + (high - low) * torch.sigmoid((4.0, 0.5)[number % 2] * normal))
+
+    def cut(self, part: tuple[slice, ...]) -> Region:
+        """The set for a part of the one input."""
+        centre = None if self.centre is None else (self.centre[0][part],)
+        return Region((self.low[0][part],), (self.high[0][part],), centre, self.radius)
 
     def scale(self, x: Tensor) -> float:
         """The length of the longest steps from a point: twice the radius, else the diagonal of the box."""
