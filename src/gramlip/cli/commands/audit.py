@@ -167,12 +167,12 @@ def source_of(target: str, args: Namespace) -> Source:
     source = resolve(target, args.input)
     if isinstance(source, Model):
         at = None if args.at is None else read_input(args.at)
-        part = {"at": at, "radius": args.radius, "inputs": args.inputs, "outputs": args.outputs}
-        return replace(source, options=Options(dict(args.assume), args.domain, effort=args.effort, time_limit=args.time_limit, **part))
+        options = Options(dict(args.assume), args.domain, effort=args.effort, time_limit=args.time_limit)
+        return replace(source, options=replace(options, at=at, radius=args.radius, inputs=args.inputs, outputs=args.outputs))
     given = [name for name in ("domain", "at", "radius", "inputs", "outputs") if getattr(args, name) is not None]
     if args.assume or given:
-        options = " and ".join(f"--{name}" for name in (["assume"] if args.assume else []) + given)
-        msg = f"{target} holds weights alone; expected a model for {options}: type package.module:callable"
+        named = " and ".join(f"--{name}" for name in (["assume"] if args.assume else []) + given)
+        msg = f"{target} holds weights alone; expected a model for {named}: type package.module:callable"
         raise InputError(msg)
     return source
 

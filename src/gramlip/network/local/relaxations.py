@@ -180,7 +180,7 @@ def drift(what: Slope, argument: Value, rows: Tensor, stray: tuple[Tensor, Tenso
     base, turned = (under + over) / 2, bend.reshape(-1, 1) * rows
     reach = bend.reshape(-1).abs() * reach * (1 + 2.0**-48)
     loose = round_up((over - under) / 2).reshape(-1) + room.reshape(-1) + 2.0**-48 * reach
-    return Drift(base, turned, reach, loose) if bool((loose < 0.7 * ((what.high - what.low) / 2).reshape(-1)).any()) else None
+    return Drift(base, turned, reach, loose) if bool((loose < 0.35 * (torch.as_tensor(what.high) - what.low).reshape(-1)).any()) else None
 
 
 # ---- values relaxed --------------------------------------------------------------------------------------------------------
