@@ -270,7 +270,7 @@ def test_from_chosen_inputs_to_chosen_outputs() -> None:
         jacobian = torch.autograd.functional.jacobian(model, x)[0, :, 0][[1, 2]][:, [0, 3]]
         assert float(torch.linalg.matrix_norm(jacobian, 2)) <= report.upper
         assert report.lower <= report.upper <= gl.audit(model, x, effort=0.0, **options).upper * (1 + 1e-6)
-        assert "2 of 5 inputs; 2 of 4 outputs" in str(report)
+        assert "2 of 5 inputs; 2 of 4 outputs" in str(report.network.because)
     linear = nn.Linear(3, 2, bias=False).double()
     part = float(linear.weight[1, 2].detach().abs())
     assert gl.audit(linear, (3,), inputs=[2], outputs=[1]).upper == pytest.approx(part, rel=1e-5)
@@ -326,10 +326,12 @@ def test_slopes_and_values_on_random_intervals(name: str) -> None:
     xs = low + (high - low) * parts
     ys = call(xs)
     slopes = ys.diff(dim=0) / xs.diff(dim=0)
-    assert bool((on.low - 1e-9 <= slopes).all())
-    assert bool((slopes <= on.high + 1e-9).all())
-    assert bool((on.least <= ys + 1e-12).all())
-    assert bool((ys <= on.most + 1e-12).all())
+    room = 1e-12 * ys.abs().amax(0) / (high - low) * 200 + 1e-9 + (1e-6 if name == "softplus" else 0.0)
+    assert bool((on.low - room <= slopes).all())
+    assert bool((slopes <= on.high + room).all())
+    jump = 1e-8 if name == "softplus" else 1e-12  # of torch's own function, which becomes the identity at 20
+    assert bool((on.least <= ys + jump).all())
+    assert bool((ys <= on.most + jump).all())
     narrow = slice(200, None)
     assert float((on.high - on.low)[narrow].mean()) < 0.5 * float(torch.as_tensor(step.what.high)) + 1e-9
 
@@ -347,12 +349,9 @@ def test_radii_around_each_image_hold_against_points_and_are_never_smaller() -> 
     for x, label, radius in zip(xs[1:], labels[1:], found.radii[1:], strict=True):
         around = points(x[None], float(radius), 200, 5)
         assert bool((model(around).argmax(1) == label).all())
-        margin = model(x[None])[0, label] - model(x[None])[0].topk(2).values[1]
+        logits = model(x[None])[0].detach()
         slope = torch.autograd.functional.jacobian(model, x[None])[0, :, 0]
-        nearest = min(
-            float((model(x[None])[0, label] - model(x[None])[0, j]) / (slope[label] - slope[j]).norm()) for j in range(4) if j != label
-        )
-        assert float(margin) >= 0
+        nearest = min(float((logits[label] - logits[j]) / (slope[label] - slope[j]).norm()) for j in range(4) if j != label)
         assert float(radius) <= nearest * (1 + 1e-9)
 
 

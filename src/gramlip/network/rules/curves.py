@@ -182,7 +182,7 @@ WITHIN: dict[str, Within] = {
     "log_sigmoid": _smooth("log_sigmoid", F.logsigmoid, lambda x: torch.sigmoid(-x)),
     "hardsigmoid": on_interval(
         F.hardsigmoid,
-        lambda x: torch.where(x.abs() < 3, SLOPES["hardsigmoid"][1], 0.0),
+        lambda x: (x.abs() < 3).double() * SLOPES["hardsigmoid"][1],
         [(t, s) for t in (-3.0, 3.0) for s in (0.0, SLOPES["hardsigmoid"][1])],
         slack=SLACK,
         within=(SLOPES["hardsigmoid"][:2], (0.0, 1.0)),
