@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from gramlip.demo import DemoNet
 from gramlip.errors import InputError, first_line
 from gramlip.network.audit import Example, audit, steps_of
 from gramlip.network.graph import silent
@@ -253,7 +254,9 @@ def _weights(target: str, inputs: Shape | None) -> Source:
     if target in DEMOS:
         if Path(target).exists():
             note(f"{target} is the package's own network; the file of that name is not read: type ./{target} for it")
-        return Weights(target, read_bytes((resources.files("gramlip") / "data" / f"{target}.safetensors").read_bytes()))
+        with torch.device("meta"):
+            order = list(DemoNet().state_dict())
+        return Weights(target, read_bytes((resources.files("gramlip") / "data" / f"{target}.safetensors").read_bytes(), order))
     return Weights(target, read(Path(target)))
 
 
