@@ -20,7 +20,7 @@ from gramlip.norm.certify import certify_all
 from gramlip.norm.methods import METHODS, bound
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense
-from gramlip.reports.checkpoint import read
+from gramlip.reports.formats import read
 
 # ---- convolutions --------------------------------------------------------------------------------------------------------
 #
