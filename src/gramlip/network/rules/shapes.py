@@ -218,7 +218,7 @@ def _widest(call: Call) -> int:
     return max(math.prod(call.shape) // math.prod(v.shape) for v in call.vars)
 
 
-@register("aten.embedding", "aten.max_unpool2d", "aten.max_unpool3d", "aten.bucketize", "aten.searchsorted")
+@register("aten.embedding", "aten.max_unpool2d", "aten.max_unpool3d")
 def _by_places(call: Call) -> Unbounded:
     return Unbounded(
         f"{call.op.split('.')[1]} by places that depend on the input jumps; expected the parts before and after it audited alone"
