@@ -71,10 +71,17 @@ def _scores(call: Call, weights: Var) -> tuple[int, int, float] | None:
 
 @register("aten.scaled_dot_product_attention")
 def _attention(call: Call) -> Var:
-    q, k, v = (call.var(n) for n in ("query", "key", "value"))
+    q, k, v = (call[n] for n in ("query", "key", "value"))
     if float(call.const("dropout_p")) > 0:
         msg = f"{call.op} with dropout is random; expected evaluation mode: type model.eval()"
         raise UnsupportedError(msg)
+    scale = call.const("scale")
+    factor = rd.up(1 / rd.sqrt_down(q.shape[-1])) if scale is None else abs(float(scale))
+    if isinstance(k, Tensor) and isinstance(v, Tensor):  # a matrix, a softmax of rows and another matrix
+        sides = [largest(x.detach().reshape(-1, *x.shape[-2:])) for x in (k, v)]
+        upper = rd.mul_up(rd.mul_up(factor, sides[0]), rd.mul_up(0.5, sides[1]))
+        return call.then(Lipschitz(upper, "attention to fixed keys and values: half the product of their norms"), q)
+    q, k, v = (_still(call, x) if isinstance(x, Tensor) else x for x in (q, k, v))
     if call.args.get("enable_gqa"):
         k, v = (_grouped(call, x, q.shape[-3]) for x in (k, v))
     if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
@@ -82,9 +89,15 @@ def _attention(call: Call) -> Var:
         raise UnsupportedError(msg)
     mask = call.const("attn_mask")
     empty = isinstance(mask, Tensor) and bool(((~mask if mask.dtype == torch.bool else mask == -math.inf).all(-1)).any())
-    scale = call.const("scale")
-    factor = rd.up(1 / rd.sqrt_down(q.shape[-1])) if scale is None else abs(float(scale))
     return call.then(Attention(factor, empty=empty), q, k, v)
+
+
+def _still(call: Call, fixed: Tensor) -> Var:
+    """A constant as a value that does not move."""
+    wide = to_float64(fixed)
+    row = float(row_norms_up(wide.reshape(-1, wide.shape[-1])).max())
+    what = Lipschitz(0.0, "a constant", (float(wide.min()), float(wide.max())), row=row)
+    return call.then(what, call.vars[0], shape=tuple(wide.shape))
 
 
 def _grouped(call: Call, x: Var, heads: int) -> Var:
