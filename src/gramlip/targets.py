@@ -24,8 +24,10 @@ from gramlip.network.graph import silent
 from gramlip.network.steps import Linear
 from gramlip.operators.given import program_inputs
 from gramlip.operators.linear_maps import Conv, Dense
-from gramlip.reports.checkpoint import Watch, Weights, check_file, read, read_bytes
+from gramlip.reports.checkpoint import Watch, Weights
+from gramlip.reports.formats import check_file, read
 from gramlip.reports.output import aside, note
+from gramlip.reports.readers import read_bytes
 from gramlip.reports.report import Report
 
 # ---- models --------------------------------------------------------------------------------------------------------------

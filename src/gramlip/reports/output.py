@@ -94,8 +94,11 @@ def watched(items: Sequence[T]) -> Iterable[T]:
 
 
 OURS = {
-    "--json": re.compile(rb'\{\s+"schema": 1,\s+"(target|header)": '),
+    "--json": re.compile(rb'\{\s+"schema": 1,\s+"(target|header|reports)": '),
     "--html": re.compile(rb'<!doctype html>\s+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="gramlip">'),
+    "--junit": re.compile(rb'<\?xml version="1.0" encoding="utf-8"\?>\s+<testsuites name="gramlip audit"'),
+    "--sarif": re.compile(rb'\{\s+"\$schema": "https://json.schemastore.org/sarif-2.1.0.json",\s+"version": "2.1.0",'),
+    "--resume": re.compile(rb'\{"gramlip journal": 1, '),
     "--plot": re.compile(rb"\x89PNG|%PDF|<\?xml"),
 }
 """Option -> how a file begins that it wrote before, and may write again."""
