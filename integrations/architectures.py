@@ -77,12 +77,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "GPT-2": Architecture(
         "transformers", lambda: of_words(t.GPT2Model(t.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=16, **WORDS))), (6, 16)
     ),
-    "Llama": Architecture(
-        "transformers", lambda: of_words(t.LlamaModel(t.LlamaConfig(num_key_value_heads=1, **WORDS, **SMALL))), (6, 16)
-    ),
-    "Qwen2": Architecture(
-        "transformers", lambda: of_words(t.Qwen2Model(t.Qwen2Config(num_key_value_heads=1, **WORDS, **SMALL))), (6, 16)
-    ),
+    "Llama": Architecture("transformers", lambda: of_words(t.LlamaModel(t.LlamaConfig(num_key_value_heads=1, **WORDS, **SMALL))), (6, 16)),
+    "Qwen2": Architecture("transformers", lambda: of_words(t.Qwen2Model(t.Qwen2Config(num_key_value_heads=1, **WORDS, **SMALL))), (6, 16)),
     "T5 encoder": Architecture(
         "transformers",
         lambda: of_words(t.T5EncoderModel(t.T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2))),
@@ -117,8 +113,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda: Applied(
             t.Wav2Vec2Model(
                 t.Wav2Vec2Config(
-                    vocab_size=20, conv_dim=[8, 8], conv_stride=[5, 2], conv_kernel=[10, 3], num_conv_pos_embeddings=4,
-                    num_conv_pos_embedding_groups=2, **SMALL,
+                    vocab_size=20,
+                    conv_dim=[8, 8],
+                    conv_stride=[5, 2],
+                    conv_kernel=[10, 3],
+                    num_conv_pos_embeddings=4,
+                    num_conv_pos_embedding_groups=2,
+                    **SMALL,
                 )
             ),
             lambda m, x: m(x)[0],
@@ -132,7 +133,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         "diffusers",
         lambda: Applied(
             d.DiTTransformer2DModel(
-                num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8, norm_num_groups=4, num_embeds_ada_norm=10
+                num_attention_heads=2,
+                attention_head_dim=8,
+                in_channels=4,
+                num_layers=1,
+                sample_size=8,
+                norm_num_groups=4,
+                num_embeds_ada_norm=10,
             ),
             lambda m, x: m(x, timestep=torch.tensor([1]), class_labels=torch.tensor([1])).sample,
         ),
@@ -146,9 +153,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "U-Net": Architecture("monai", lambda: nets.UNet(channels=(4, 8), strides=(2,), num_res_units=1, **PLANES), (1, 16, 16)),
     "attention U-Net": Architecture("monai", lambda: nets.AttentionUnet(channels=(4, 8), strides=(2,), **PLANES), (1, 16, 16)),
     "SegResNet": Architecture("monai", lambda: nets.SegResNet(init_filters=8, blocks_down=(1, 1), blocks_up=(1,), **PLANES), (1, 16, 16)),
-    "DenseNet": Architecture(
-        "monai", lambda: nets.DenseNet(init_features=4, growth_rate=2, block_config=(1, 1), **PLANES), (1, 32, 32)
-    ),
+    "DenseNet": Architecture("monai", lambda: nets.DenseNet(init_features=4, growth_rate=2, block_config=(1, 1), **PLANES), (1, 32, 32)),
     "DynUNet": Architecture("monai", lambda: nets.DynUNet(2, 1, 2, [3] * 3, [1, 2, 2], [2, 2], filters=[4, 8, 8]), (1, 16, 16)),
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-
 from architectures import ARCHITECTURES, audited
 
 ON_A_DOMAIN = {"RegNet", "attention U-Net"}

@@ -309,8 +309,8 @@ OVERLOADS: dict[str, str] = {
     "float": "copy",
     "Dict_Tensor": "copy",
     "Scalar_Tensor": "remainder",
-    "Tensor": "remainder floor_divide fmod copy fill add clamp clamp_max clamp_min clip div index lerp masked_fill mul narrow pow repeat_interleave rsub slice sort split sub "
-    "true_divide unsafe_split",
+    "Tensor": "remainder floor_divide fmod copy fill add clamp clamp_max clamp_min clip div index lerp masked_fill mul narrow pow "
+    "repeat_interleave rsub slice sort split sub true_divide unsafe_split",
     "Scalar": "remainder floor_divide fmod fill add div lerp masked_fill mul norm pow rsub sub true_divide where",
     "Tensor_mode": "div",
     "Scalar_mode": "div",

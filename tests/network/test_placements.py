@@ -188,7 +188,11 @@ def test_samples_of_a_fixed_grid(name: str, mode: str, padding: str) -> None:
 @pytest.mark.parametrize("order", [1.0, 1.5, 2.0, 3.0, float("inf")])
 def test_norms_of_any_order_and_distances(order: float) -> None:
     points = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
-    for call in (lambda x: torch.linalg.vector_norm(x, order, -1), lambda x: torch.cdist(x, points, order), lambda x: torch.cdist(x, 2 * x, order)):
+    for call in (
+        lambda x: torch.linalg.vector_norm(x, order, -1),
+        lambda x: torch.cdist(x, points, order),
+        lambda x: torch.cdist(x, 2 * x, order),
+    ):
         upper = gl.audit(Map(call).eval(), (5, 3), effort=-1).upper
         for seed in range(10):
             x = torch.randn(1, 5, 3, generator=torch.Generator().manual_seed(seed))

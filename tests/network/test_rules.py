@@ -222,7 +222,10 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "never softplus": (lambda x: F.softplus(x, 1.0, -1e4), r"jumps by 1e\+04"),
     "out": (lambda x: torch.mul(x, 3.0, out=torch.empty_like(x)), r"writes into a list or by out="),
     "complex slopes": (lambda x: torch.view_as_real(torch.tanh(x.to(torch.complex64))), "tanh.default of complex values"),
-    "complex layers": (lambda x: torch.view_as_real(F.conv1d(2 * x.to(torch.complex64), 1j * torch.ones(1, 4, 1))), "conv1d.default of complex values"),
+    "complex layers": (
+        lambda x: torch.view_as_real(F.conv1d(2 * x.to(torch.complex64), 1j * torch.ones(1, 4, 1))),
+        "conv1d.default of complex values",
+    ),
 }
 
 

@@ -52,7 +52,8 @@ def put(base: Tensor, value: Tensor, codes: Tensor) -> Tensor:
 class Functional:
     """A graph without in-place calls but those that are refused: what is given and returned, and constants that were added.
 
-    `given` has the new placeholders by the old ones; `hidden` is true where a value that lies in changed memory shares it without torch's schema saying so.
+    `given` has the new placeholders by the old ones; `hidden` is true where a value lies in memory that changes and
+    torch's schema does not say that it shares it.
     """
 
     nodes: list[fx.Node]
@@ -558,7 +559,7 @@ def is_random(node: fx.Node) -> bool:
 # docs/network.md#computed-weights.
 
 _VIEWS = ("aten.view.default", "aten._unsafe_view.default", "aten.view_as.default")
-_SAME = ("aten.detach.default", "aten.detach_.default")
+_SAME = ("aten.detach.default",)
 _MEMORY = ("aten.as_strided", "aten.view.dtype", "aten.set_")  # and what begins so
 
 

@@ -129,23 +129,26 @@ def _cross(call: Call) -> Var:
 @register("aten.bilinear")
 def _bilinear(call: Call) -> Var:
     """`x W_k y + b_k`: for a fixed side a batch of matrices, else the matrices W_k y, linear in y, times x."""
-    x, y, weight = call["input1"], call["input2"], call.const("weight").detach()
-    (outputs, m, n), batch = weight.shape, call.shape[:-1]
-    if isinstance(x, Var) and isinstance(y, Var):
-        errors = call.error_of("weight")
-        dense = up_to(Dense(weight.reshape(outputs * m, n)), None if errors is None else errors.reshape(outputs * m, n))
-        matrices = call.then(View(True), call.then(dense, y, shape=(*batch, outputs * m)), shape=(*batch, outputs, m))
-        column = call.then(View(True), x, shape=(*batch, m, 1))
-        value = call.then(View(True), product(replace(call, shape=(*batch, outputs, 1)), matrices, column))
-    else:
-        terms = ("...i,kij,...j->...ki", y) if isinstance(x, Var) else ("...j,kij,...i->...kj", x)
-        wide, fixed = to_float64(weight), to_float64(terms[1])
-        equation = "kij,...j->...ki" if isinstance(x, Var) else "kij,...i->...kj"
-        error = frobenius_up(torch.einsum(equation, wide.abs(), fixed.abs()))
-        made = matrix_product(call, torch.einsum(equation, wide, fixed), call.vars[0], rd.mul_up(rd.gamma(m + n + 4.0), error))
-        value = call.then(made, call.vars[0])
-    bias = call.const("bias")
+    x, y, bias = call["input1"], call["input2"], call.const("bias")
+    value = _both(call, x, y) if isinstance(x, Var) and isinstance(y, Var) else _one_side(call)
     return value if bias is None else _summed(call, value, to_float64(bias), bias_error=most(call.error_of("bias")))
+
+
+def _both(call: Call, x: Var, y: Var) -> Var:
+    weight, errors, batch = call.const("weight").detach(), call.error_of("weight"), call.shape[:-1]
+    outputs, m, n = weight.shape
+    dense = up_to(Dense(weight.reshape(outputs * m, n)), None if errors is None else errors.reshape(outputs * m, n))
+    matrices = call.then(View(True), call.then(dense, y, shape=(*batch, outputs * m)), shape=(*batch, outputs, m))
+    column = call.then(View(True), x, shape=(*batch, m, 1))
+    return call.then(View(True), product(replace(call, shape=(*batch, outputs, 1)), matrices, column))
+
+
+def _one_side(call: Call) -> Var:
+    weight, x = to_float64(call.const("weight")), call.vars[0]
+    fixed, equation = (call["input2"], "kij,...j->...ki") if x is call["input1"] else (call["input1"], "kij,...i->...kj")
+    matrices = torch.einsum(equation, weight, to_float64(fixed))
+    lost = frobenius_up(torch.einsum(equation, weight.abs(), to_float64(fixed).abs()))
+    return call.then(matrix_product(call, matrices, x, rd.mul_up(rd.gamma(float(sum(weight.shape))), lost)), x)
 
 
 # ---- einsum --------------------------------------------------------------------------------------------------------------
@@ -460,12 +463,14 @@ def _times(
 _ONE = Bound(1.0, 1.0, "a shift by a constant, or a change of sign")
 
 
-@register("aten.add", "aten.sub", "aten.rsub")
 def added(call: Call) -> Var:
     """A sum or a difference of two values, or of one and a constant."""
     alpha = float(call.args.get("alpha", 1))
-    signs = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[call.op.split(".")[1].rstrip("_")]
+    signs = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[call.op.split(".")[1]]
     return _summed(call, call["self"], call["other"], signs, max(most(call.error_of("self")), most(call.error_of("other"))))
+
+
+register("aten.add", "aten.sub", "aten.rsub")(added)
 
 
 def _summed(call: Call, left: Any, right: Any, signs: tuple[float, float] = (1.0, 1.0), bias_error: float = 0.0) -> Var:

@@ -207,7 +207,7 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var
     if curve is not None and (step := merged(call, curve)) is not None:
         curve.rely(call)
         return call.then(step, curve.base)
-    for pattern in () if _is_complex(node) else PATTERNS.get(op.rsplit(".", 1)[0].rstrip("_"), ()):
+    for pattern in () if _is_complex(node) else PATTERNS.get(op.rsplit(".", 1)[0], ()):
         if (value := pattern(call)) is not None:
             return value
     rule = find(op)

@@ -194,7 +194,7 @@ def _repeat(call: Call) -> Lipschitz | Var:
 @register("aten.where", "aten.masked_fill")
 def _where(call: Call) -> Lipschitz:
     if isinstance(call["condition" if "where" in call.op else "mask"], Var):
-        msg = f"{call.op} chooses by values that depend on the input, and may jump where the choice changes; expected a clamp or an activation"
+        msg = f"{call.op} chooses by values that depend on the input, which may jump where it changes; expected a clamp or an activation"
         raise UnsupportedError(msg)
     chosen = [call.args["self"], call.args["other" if "where" in call.op else "value"]]
     upper = rd.sqrt_up(float(_widest(call)))
