@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from gramlip.network.effort import Effort
-from gramlip.network.graph import Program, evaluate, in_float64, op_name
+from gramlip.network.graph import Program, evaluate, in_float64
+from gramlip.network.in_place import op_name
 from gramlip.numerics import rounding as rd
 
 MARGIN = 2.0**-20  # relative; covers the rounding of the difference of two results, of their distance and of the quotient

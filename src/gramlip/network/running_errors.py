@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn.functional import pad
 
-from gramlip.network.graph import arguments, evaluate, op_name, tensors
+from gramlip.network.graph import arguments, evaluate
+from gramlip.network.in_place import op_name, tensors
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 

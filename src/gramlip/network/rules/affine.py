@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gramlip.errors import UnsupportedError
-from gramlip.network.graph import tensors
+from gramlip.network.in_place import tensors
 from gramlip.network.rules.activations import gated, quotient
 from gramlip.network.rules.registry import Call, Var, register
 from gramlip.network.running_errors import inverse_error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.network.graph import tensors
+from gramlip.network.in_place import tensors
 from gramlip.network.steps import Step, Sum, View, What
 from gramlip.operators.linear_maps import Shape
 
