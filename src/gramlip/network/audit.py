@@ -18,7 +18,7 @@ from gramlip.network.effort import Effort, Watch
 from gramlip.network.fold import fold
 from gramlip.network.graph import Program, export, undisturbed
 from gramlip.network.in_place import reads_memory
-from gramlip.network.lower_bound import Stretch, function, stretch
+from gramlip.network.lower_bound import Function, Stretch, function, stretch
 from gramlip.network.ranges import capped
 from gramlip.network.rules import Lowered, lower
 from gramlip.network.steps import Attention, Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded
@@ -326,6 +326,10 @@ def _lower_side(
 ) -> Stretch:
     if program.refused or any(map(reads_memory, program.nodes)):
         return Stretch(0.0, "no lower side: what an in-place call overwrites, or what is read from memory by place, is not followed")
+
+    def build(shapes: Sequence[Shape], wide: torch.dtype) -> Function:
+        return function(program, shapes, lowered.computed, wide)
+
     shapes = [tuple(t.shape) for t in tensors]
     size = sum(t.numel() for t in tensors)
     if data is not None and not (
@@ -335,7 +339,9 @@ def _lower_side(
         msg = f"data {given} was given; expected a tensor of finite samples of shape {shapes[0]}, stacked along the first axis"
         raise InputError(msg)
     weights = {n: (value, error) for n, error in lowered.errors.items() if isinstance(value := lowered.computed[n], Tensor)}
-    return stretch(function(program, shapes, lowered.computed), size, effort, data=data, domain=domain, seed=seed, weights=weights)
+    held = [t for t in (*tensors, *program.constants.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in held) else torch.float32
+    return stretch(build, shapes, effort, wide=wide, data=data, domain=domain, seed=seed, weights=weights)
 
 
 def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float], composed: Composition) -> tuple[LayerRow, ...]:

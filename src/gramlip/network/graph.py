@@ -292,19 +292,25 @@ _VIEWS = ("aten.view.default", "aten._unsafe_view.default", "aten.view_as.defaul
 _SAME = ("aten.detach.default",)
 
 
-def in_float64(value: Any) -> Any:
-    """Floating numbers of any type, or a floating type, in float64 (complex128): the numbers themselves, denormal ones too."""
+def in_float64(value: Any, wide: torch.dtype = torch.float64) -> Any:
+    """Floating numbers of any type, or a floating type, in float64 (complex128): the numbers themselves, denormal ones too.
+
+    In `wide` where the numbers need not be the model's own.
+    """
     if isinstance(value, torch.dtype):
-        return torch.complex128 if value.is_complex else torch.float64 if value.is_floating_point else value
-    if not isinstance(value, Tensor) or value.dtype == in_float64(value.dtype):
+        return wide.to_complex() if value.is_complex else wide if value.is_floating_point else value
+    if not isinstance(value, Tensor) or value.dtype == in_float64(value.dtype, wide):
         return value
-    return scaled_float64(value.detach(), 0)[0]
+    return scaled_float64(value.detach(), 0)[0] if wide == torch.float64 else value.detach().to(in_float64(value.dtype, wide))
 
 
-def evaluate(node: fx.Node, resolve: Callable[[fx.Node], Any]) -> Any:
-    """The call's result in float64, for arguments in float64; without the choices that torch makes for speed or by memory."""
-    args: tuple[Any, ...] = tuple(map(in_float64, map_arg(node.args, resolve)))
-    kwargs: dict[str, Any] = {k: in_float64(v) for k, v in map_arg(node.kwargs, resolve).items()}
+def evaluate(node: fx.Node, resolve: Callable[[fx.Node], Any], wide: torch.dtype = torch.float64) -> Any:
+    """The call's result in float64, for arguments in float64; without the choices that torch makes for speed or by memory.
+
+    All of it in `wide` where it is only to be near.
+    """
+    args: tuple[Any, ...] = tuple(in_float64(a, wide) for a in map_arg(node.args, resolve))
+    kwargs: dict[str, Any] = {k: in_float64(v, wide) for k, v in map_arg(node.kwargs, resolve).items()}
     name, held = op_name(node), getattr(node.meta.get("val"), "dtype", None)
     if name in _SAME:  # derivatives go through: the function is that of its values
         return args[0]
@@ -313,14 +319,14 @@ def evaluate(node: fx.Node, resolve: Callable[[fx.Node], Any]) -> Any:
     if name in _IN_PLACE_OF and (result := _IN_PLACE_OF[name](*args, **kwargs)) is not None:
         return result
     if name == "aten.rms_norm.default" and (*args, None, None)[3] is None and kwargs.get("eps") is None:
-        wide = torch.float64 if held == torch.float64 else torch.float32  # torch takes eps from the type
-        kwargs, args = kwargs | {"eps": torch.finfo(wide).eps}, args[:3]
+        own = torch.float64 if held == torch.float64 else torch.float32  # torch takes eps from the type
+        kwargs, args = kwargs | {"eps": torch.finfo(own).eps}, args[:3]
     if not node.all_input_nodes and isinstance(held, torch.dtype) and held.is_floating_point:  # `linspace`, `full`: of no type in float64
-        kwargs |= {"dtype": torch.float64} if any(a.name == "dtype" for a in node.target._schema.arguments) else {}  # type: ignore[union-attr]
+        kwargs |= {"dtype": wide} if any(a.name == "dtype" for a in node.target._schema.arguments) else {}  # type: ignore[union-attr]
     if name.startswith(("aten.empty", "aten.new_empty")):  # what is there before anything was written is nothing to rely on
-        return torch.zeros(shape_of(node), dtype=in_float64(held))
+        return torch.zeros(shape_of(node), dtype=in_float64(held, wide))
     result = node.target(*args, **kwargs)  # type: ignore[operator]
-    return result.to(in_float64(result.dtype)) if isinstance(result, Tensor) else result
+    return result.to(in_float64(result.dtype, wide)) if isinstance(result, Tensor) else result
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *others: Any, **options: Any) -> Tensor:
