@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip.network import compose, lower_bound, running_errors
+from gramlip.network import compose, in_place, lower_bound, running_errors
+from gramlip.network.rules import fourier, statistics
 from gramlip.network.rules import shapes as joins
-from gramlip.network.rules import statistics
 from gramlip.network.steps import Pad, Slope
 from gramlip.nn import parametrize, tracker
 from gramlip.norm import certify, methods
@@ -39,6 +39,7 @@ from gramlip.reports import checkpoint, formats
 from gramlip.reports.readers import Entry, Stored
 from gramlip.rules import Call
 from test_formats import test_products_of_two_vectors_exactly
+from test_fourier import test_a_spectrum_of_an_even_signal_read_as_another_length
 from test_network_steps import (
     Applied,
     test_a_choice_between_branches_has_no_lower_side,
@@ -46,6 +47,7 @@ from test_network_steps import (
     test_replicate_padding_by_50_repeats_the_error_51_times,
 )
 from test_network_weights import check_cancelling, check_shifts
+from test_placements import over_what_is_read, test_an_audit_is_not_below_the_matrix_and_not_far_above
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
 from test_search import test_a_layer_that_is_given_up_leaves_the_others_in_the_search
 from test_sums import test_norms_of_many_equal_entries, test_products_of_many_rows
@@ -526,6 +528,16 @@ def steepest_of_the_curves(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(joins, "steepness", lambda values: max(abs(v.step().high) for v in values))
 
 
+def mirrors_of_another_length(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N15 where the last frequency of an even signal is one of a pair in the result."""
+    patch.setattr(fourier, "_meets_itself", lambda half, size, points: False)
+
+
+def views_left_as_they_were(patch: pytest.MonkeyPatch) -> None:
+    """A view that is read after its memory has changed, with what it held before."""
+    patch.setattr(in_place._Functional, "_present", lambda self, node: self._now[node])
+
+
 def sums_as_means(patch: pytest.MonkeyPatch) -> None:
     """Theorem N13 (a) for a value less its sum."""
     right = statistics._reduces
@@ -717,6 +729,10 @@ MUTANTS: dict[str, Mutant] = {
         any_two_functions_as_a_pair, _stretches(lambda x: torch.cat([torch.sin(x), torch.tanh(x)], 1), math.sqrt(2) * (1 - 1e-9))
     ),
     "N12: the steepest curve": Mutant(steepest_of_the_curves, _stretches(lambda x: torch.cat([x, torch.relu(x)], 1), math.sqrt(2))),
+    "N15: a mirror in a pair": Mutant(mirrors_of_another_length, lambda: test_a_spectrum_of_an_even_signal_read_as_another_length(8)),
+    "a view of what was": Mutant(
+        views_left_as_they_were, lambda: test_an_audit_is_not_below_the_matrix_and_not_far_above(over_what_is_read)
+    ),
     "N13: a sum for a mean": Mutant(sums_as_means, _stretches(lambda x: x - x.sum(1, keepdim=True), 3.0)),
     "grid n for zero padding": Mutant(_rule("zeros", grid_n_for_zeros), _on(theorem, "circular-grid-n7-for-zeros")),
     "unknown size taken as k": Mutant(_rule("zeros", size_taken_as_k), _on(every_size, "circular-grid-n7-for-zeros")),
