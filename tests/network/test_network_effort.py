@@ -37,6 +37,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_more_effort_never_gives_a_larger_upper_side(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "BUDGET", 1e8)
+    monkeypatch.setattr(segments, "NEWTON", 3e9)
     build, shape = NETWORKS[name]
     torch.manual_seed(0)
     model = models.settled(build(), torch.zeros(1, *shape))
