@@ -323,7 +323,7 @@ def _lower_side(
     seed: int,
     effort: Effort,
 ) -> Stretch:
-    if any(write.refusal for write in program.writes.values()) or any(map(reads_memory, program.nodes)):
+    if program.refused or any(map(reads_memory, program.nodes)):
         return Stretch(0.0, "no lower side: what an in-place call overwrites, or what is read from memory by place, is not followed")
 
     def build(shapes: Sequence[Shape], wide: torch.dtype) -> Function:

@@ -62,9 +62,6 @@ def function(program: Program, shapes: Sequence[Shape], computed: Mapping[fx.Nod
         for node, part, shape in zip(program.inputs, _moved(flat, moved).split(sizes), shapes, strict=True):
             values[node] = part.reshape(shape)
         for node in calls:
-            write = program.writes.get(node)
-            for target in write.targets if write else ():  # it may be a leaf or shared: a copy is overwritten, which later calls read
-                values[target] = values[target].clone()
             values[node] = _moved(evaluate(node, values.__getitem__, wide), moved)
         return torch.cat([values[n].reshape(-1).to(wide) for n in program.outputs])
 

@@ -84,6 +84,11 @@ class NormGeometry:
         """The polyphase kernel (groups, m, n, *k) of a weight; linear."""
         return kernel(weight, self.groups, self.strides)
 
+    def columns(self, shape: Sequence[int]) -> Tensor:
+        """Which column of the plain weight (groups, m, -1) each column (n, *k) of the polyphase kernel is; -1 where it is zero."""
+        numbers = torch.arange(math.prod(shape[1:])).reshape(1, *shape[1:]) + 1
+        return self.kernel(numbers.expand(self.groups, *shape[1:]))[0, 0] - 1
+
     def sigma(self, weight: Tensor, n_iter: int = 6) -> Tensor:
         """Upper bound (up to rounding) of the layer's norm, a scalar tensor with its gradient; float32 at least.
 
