@@ -10,7 +10,16 @@ from itertools import pairwise
 from gramlip.network.compose import compose
 from gramlip.network.coupling.elimination import Piece, cost, narrowed, narrowed_matrix, system_cost, transposed
 from gramlip.network.coupling.linear_forms import Alias, Circulant, Entries, NotCirculantError, Pooled, System, circulant, system
-from gramlip.network.coupling.multipliers import MultiplierSearch, certificate, closed_logarithms, improve, newton, newton_cost, proved, reached
+from gramlip.network.coupling.multipliers import (
+    MultiplierSearch,
+    certificate,
+    closed_logarithms,
+    improve,
+    newton,
+    newton_cost,
+    proved,
+    reached,
+)
 from gramlip.network.steps import Input, Join, Linear, Network, Slice, Slope, Step, Sum, View
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
@@ -113,7 +122,8 @@ def _narrow_input(inside: Network) -> Network:
         return inside
     steps = [replace(inside.steps[0], shape=inside.steps[at].shape)]
     steps.append(replace(inside.steps[at], what=Linear(Dense(narrow)), sources=(0,), shortcut=None))
-    steps += [s.moved(lambda x: x - at + 1) for s in inside.steps[at + 1 :]]
+    fewer = at - 1
+    steps += [s.moved(lambda x: x - fewer) for s in inside.steps[at + 1 :]]
     return Network(steps, (len(steps) - 1,))
 
 
@@ -134,7 +144,8 @@ def _torus(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at
 def _alone(network: Network, first: int, last: int) -> SegmentPlan | None:
     piece = _entries_piece(network, first, last)
     run = [] if piece is None else [piece]
-    return SegmentPlan(first, last, run, []) if any(len(piece.system.queries) > 1 for piece in run) else None
+    several = sum(isinstance(step.what, Linear) for step in network.steps[first + 1 : last + 1]) > 1
+    return SegmentPlan(first, last, run, []) if several or any(len(piece.system.queries) > 1 for piece in run) else None
 
 
 def _entries_piece(network: Network, first: int, last: int, *, linked: bool = False) -> Piece | None:
@@ -312,9 +323,9 @@ def _alone_coupled(system: System, effort: float) -> float:
     closed = [closed_logarithms(side) for side in sides]
     upper = min(math.inf if found is None else proved(side, found) for side, found in zip(sides, closed, strict=True))
     at = min(range(len(sides)), key=lambda i: newton_cost(sides[i]))
-    steps = int(effort * NEWTON / newton_cost(sides[at]))
-    if closed[at] is not None and steps >= 1:
-        for better in newton(sides[at], closed[at], min(steps, int(effort * MOST))):
+    start, steps = closed[at], int(effort * min(MOST, NEWTON / newton_cost(sides[at])))
+    if start is not None:
+        for better in newton(sides[at], start, steps):
             upper = min(upper, proved(sides[at], better))
     return upper
 
