@@ -683,17 +683,12 @@ def slopes_in_their_old_order(patch: pytest.MonkeyPatch) -> None:
 
 
 def slopes_of_each_layer_count() -> None:
-    """One wide layer of slopes, then one that passes little: whichever comes first, one bound is exact."""
-    eye = torch.eye(2, dtype=torch.float64)
-    weights = [
-        torch.tensor([[1.0, 0.0], [0.0, 0.1]], dtype=torch.float64),
-        eye,
-        torch.tensor([[0.1, 0.0], [0.0, 1.0]], dtype=torch.float64),
-    ]
-    wide, narrow = (0.0 * eye[0], eye[0] + eye[1]), (0.0 * eye[0], torch.tensor([1.0, 0.01], dtype=torch.float64))
-    other = (0.0 * eye[0], torch.tensor([0.01, 1.0], dtype=torch.float64))
-    for ends in ([wide, narrow], [narrow, wide], [narrow, other], [other, narrow]):
-        assert steepest(weights, ends) * (1 - 1e-12) <= upper_of(network_of(weights, ends), 0.0)
+    """What the first entry of the input takes is passed on by the first layer's first entry and by the second layer's second."""
+    first, last = (torch.tensor(entries, dtype=torch.float64).diag() for entries in ((1.0, 0.1), (0.1, 1.0)))
+    weights = [first, torch.eye(2, dtype=torch.float64).flip(0), last]
+    zero, high = torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 0.01], dtype=torch.float64)
+    ends = [(zero, high), (zero, high.flip(0))]
+    assert steepest(weights, ends) * (1 - 1e-12) <= upper_of(network_of(weights, ends), 0.0)
 
 
 def errors_of_wide_matrices_dropped(patch: pytest.MonkeyPatch) -> None:

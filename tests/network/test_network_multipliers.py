@@ -300,8 +300,8 @@ def test_narrow_matrices_are_above_wide_ones_whatever_stands_before_them() -> No
 @pytest.mark.parametrize("build", ["dense", "convolutions"])
 def test_more_effort_is_never_worse(build: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
-    monkeypatch.setattr(segments, "NEWTON", 2e6)
-    monkeypatch.setattr(segments, "BUDGET", 1e8)
+    monkeypatch.setattr(segments, "NEWTON", 1e7)
+    monkeypatch.setattr(segments, "STEPS", 16)
     if build == "dense":
         model: nn.Module = nn.Sequential(nn.Linear(9, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 5)).eval()
         shape: tuple[int, ...] = (9,)
