@@ -20,6 +20,7 @@ from gramlip.network.coupling.multipliers import (
     proved,
     reached,
 )
+from gramlip.network.effort import Effort
 from gramlip.network.steps import Input, Join, Linear, Network, Slice, Slope, Step, Sum, View
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
@@ -263,25 +264,26 @@ class Segment:
     because: str
 
 
-def coupled(network: Network, constants: Sequence[Bound], effort: float = 1.0) -> list[Segment] | None:
+def coupled(network: Network, constants: Sequence[Bound], effort: Effort | None = None) -> list[Segment] | None:
     """The segments of a network with one input and one output, or None; the product of their `upper` bounds the whole.
 
     Args:
         network: folded steps.
         constants: of each step, as `compose` takes them.
-        effort: how much search; 0 tries closed forms alone.
+        effort: how much search; an amount of 0 tries closed forms alone.
     """
     if len(network.outputs) != 1 or sum(isinstance(s.what, Input) for s in network.steps) != 1 or len(network.steps) < 2:
         return None
-    cuts = cuts_of(network)
+    cuts, effort = cuts_of(network), effort or Effort()
     if cuts is None:
         return None
     segments: list[Segment] = []
-    at = 0
-    while at < len(cuts) - 1:
-        found = plan(network, constants, cuts, at)
+    names = [f"{network.steps[c + 1].name} to {network.steps[d].name}" for c, d in pairwise(cuts)]
+    for at in effort.shown("coupling", names):
+        if segments and segments[-1].last > cuts[at]:
+            continue  # taken into the segment before
+        found = None if effort.over else plan(network, constants, cuts, at)
         segments.append(_bounded(network, constants, cuts[at], cuts[at + 1] if found is None else found.last, found, effort))
-        at = cuts.index(segments[-1].last)
     return segments
 
 
@@ -306,7 +308,7 @@ def cuts_of(network: Network) -> list[int] | None:
     return cuts
 
 
-def _coupled(found: SegmentPlan, effort: float) -> float:
+def _coupled(found: SegmentPlan, effort: Effort) -> float:
     """The least proved bound: of closed forms, and of what the searches that the effort allows come to; more effort only adds some."""
     if len(found.run) == 1:
         upper = _alone_coupled(found.run[0].system, effort)
@@ -317,24 +319,26 @@ def _coupled(found: SegmentPlan, effort: float) -> float:
     return min(upper, _searched(found, effort))
 
 
-def _alone_coupled(system: System, effort: float) -> float:
+def _alone_coupled(system: System, effort: Effort) -> float:
     """Of one piece, from both sides: multipliers in closed form, then Newton steps on the side with the narrower input."""
     sides = [narrowed(side) for side in (system, transposed(system)) if side is not None]
     closed = [closed_logarithms(side) for side in sides]
     upper = min(math.inf if found is None else proved(side, found) for side, found in zip(sides, closed, strict=True))
     at = min(range(len(sides)), key=lambda i: newton_cost(sides[i]))
-    start, steps = closed[at], int(effort * min(MOST, NEWTON / newton_cost(sides[at])))
+    start, steps = closed[at], int(effort.amount * min(MOST, NEWTON / newton_cost(sides[at])))
     if start is not None:
         for better in newton(sides[at], start, steps):
             upper = min(upper, proved(sides[at], better))
+            if effort.over:
+                break
     return upper
 
 
-def _searched(found: SegmentPlan, effort: float) -> float:
+def _searched(found: SegmentPlan, effort: Effort) -> float:
     """By gradient steps, in rounds of which each takes twice as many as the one before, from the best choice met so far."""
     upper, met = math.inf, [MultiplierSearch.closed(found.run)]
     for size in ROUNDS:
-        if sum(s for s in ROUNDS if s <= size) > effort:
+        if sum(s for s in ROUNDS if s <= size) > effort.amount or effort.over:
             break
         for pieces, share in zip([*found.searches, found.run], SHARES if found.searches else (1.0,), strict=True):
             steps = int(size * min(STEPS, share * BUDGET / max(cost(pieces), 1e6)))
@@ -346,7 +350,7 @@ def _searched(found: SegmentPlan, effort: float) -> float:
     return upper
 
 
-def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, found: SegmentPlan | None, effort: float) -> Segment:
+def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, found: SegmentPlan | None, effort: Effort) -> Segment:
     own = [Bound(1.0, 1.0, "input"), *constants[first + 1 : last + 1]]
     composed = compose(part(network, first, last), own).upper
     if found is None:
