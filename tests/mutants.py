@@ -21,9 +21,8 @@ from torch import Tensor, nn
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
 from gramlip.network import compose, in_place, lower_bound, running_errors
-from gramlip.network.rules import fourier, statistics
-from gramlip.network import compose, lower_bound, running_errors
 from gramlip.network.coupling import elimination, linear_forms, segments
+from gramlip.network.rules import fourier, statistics
 from gramlip.network.rules import shapes as joins
 from gramlip.network.steps import Pad, Slope
 from gramlip.nn import parametrize, tracker
