@@ -16,7 +16,8 @@ from gramlip.network.compose import Composition, compose, constants, kind
 from gramlip.network.coupling import coupled, total
 from gramlip.network.effort import Effort, Watch
 from gramlip.network.fold import fold
-from gramlip.network.graph import Program, export, reads_memory, undisturbed
+from gramlip.network.graph import Program, export, undisturbed
+from gramlip.network.in_place import reads_memory
 from gramlip.network.local import Region, derivative, region, restricted
 from gramlip.network.lower_bound import Function, Stretch, chosen, function, stretch
 from gramlip.network.ranges import capped

@@ -349,7 +349,7 @@ def gated(call: Call, x: Var, gate: Var) -> Slope | None:
 
 def _is_relu6(step: Step) -> bool:
     """Whether it clips to [0, 6]; a clamp between tensors has an image too, which holds those of all its entries."""
-    clips = step.op.split(".")[1].rstrip("_") in ("relu6", "hardtanh", "clamp", "clip")
+    clips = step.op.split(".")[1] in ("relu6", "hardtanh", "clamp", "clip")
     return clips and isinstance(step.what, Slope) and (step.what.image, step.what.at_zero) == ((0.0, 6.0), (0.0, 0.0))
 
 

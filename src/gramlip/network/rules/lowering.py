@@ -10,20 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from gramlip.errors import InputError, UndefinedError, UnsupportedError, first_line
-from gramlip.network.graph import (
-    RECURRENT,
-    Program,
-    arguments,
-    evaluate,
-    in_float64,
-    is_random,
-    module_path,
-    op_name,
-    place,
-    reads_memory,
-    shape_of,
-    tensors,
-)
+from gramlip.network.graph import RECURRENT, Program, arguments, evaluate, in_float64, is_random, module_path, place
+from gramlip.network.in_place import op_name, reads_memory, shape_of, tensors
 from gramlip.network.rules.fourier import complex_value, keep_half
 from gramlip.network.rules.piecewise_linear import Entrywise, entrywise, merged
 from gramlip.network.rules.registry import PATTERNS, Call, Known, Var, find
@@ -207,7 +195,7 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var
     if curve is not None and (step := merged(call, curve)) is not None:
         curve.rely(call)
         return call.then(step, curve.base)
-    for pattern in () if _is_complex(node) else PATTERNS.get(op.rsplit(".", 1)[0].rstrip("_"), ()):
+    for pattern in () if _is_complex(node) else PATTERNS.get(op.rsplit(".", 1)[0], ()):
         if (value := pattern(call)) is not None:
             return value
     rule = find(op)
