@@ -19,6 +19,7 @@ from gramlip.cli import main
 from gramlip.errors import InputError
 from gramlip.network.graph import export
 from gramlip.network.local import region, restricted
+from gramlip.network.local.relaxations import line
 from gramlip.network.rules import lower
 from gramlip.network.steps import Slope
 from gramlip.targets import read_input
@@ -334,6 +335,25 @@ def test_slopes_and_values_on_random_intervals(name: str) -> None:
     assert bool((ys <= on.most + jump).all())
     narrow = slice(200, None)
     assert float((on.high - on.low)[narrow].mean()) < 0.5 * float(torch.as_tensor(step.what.high)) + 1e-9
+
+
+@pytest.mark.parametrize("name", SMOOTH_OR_KINKED)
+def test_an_activation_stays_within_its_line(name: str) -> None:
+    call = SMOOTH_OR_KINKED[name]
+    (step,) = [s for s in lower(export(Map(call).eval(), (torch.zeros(1, 1, dtype=torch.float64),))).network.steps if s.sources]
+    assert isinstance(step.what, Slope)
+    generator = torch.Generator().manual_seed(1)
+    low, high = (6 * (torch.rand(2, 300, generator=generator, dtype=torch.float64) - 0.5)).sort(0)[0]
+    at = low + (high - low) * torch.rand(300, generator=generator, dtype=torch.float64)
+    found = line(step.what, low, high, (at, at))
+    assert found is not None
+    xs = low + (high - low) * torch.linspace(0, 1, 201, dtype=torch.float64)[:, None]
+    left = call(xs) - call(at) - found.slope * (xs - at)
+    assert bool((found.low - 1e-12 <= left).all())
+    assert bool((left <= found.high + 1e-12).all())
+    assert float((found.high - left.amax(0)).mean()) < 0.05 * float((xs[-1] - xs[0]).mean())
+    if name == "relu":  # the triangle
+        assert float((found.high - left.amax(0)).max()) < 1e-11
 
 
 def test_radii_around_each_image_hold_against_points_and_are_never_smaller() -> None:
