@@ -43,6 +43,8 @@ PICKS = {
     *_aten("slice narrow select index index_select gather expand expand_as broadcast_to repeat tile repeat_interleave"),
 }
 """Operations that copy entries, of one value that depends on the input."""
+RISING = {*_aten("amax amin msort"), *(f"aten.{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in (1, 2, 3))}
+"""Operations that choose entries by comparing them: what they give rises with every entry, and is computed exactly."""
 
 
 @register(*_SAME)
