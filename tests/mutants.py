@@ -755,8 +755,8 @@ def narrow_matrices() -> None:
 
 MUTANTS: dict[str, Mutant] = {
     "N6: slopes from zero": Mutant(slopes_from_zero, check_slopes_at_their_ends),
-    "N14: slopes in their old order": Mutant(slopes_in_their_old_order, slopes_of_each_layer_count),
-    "N15: errors of wide matrices dropped": Mutant(errors_of_wide_matrices_dropped, narrow_matrices),
+    "N24: slopes in their old order": Mutant(slopes_in_their_old_order, slopes_of_each_layer_count),
+    "N25: errors of wide matrices dropped": Mutant(errors_of_wide_matrices_dropped, narrow_matrices),
     "squares one after the other": Mutant(squares_one_after_the_other, test_norms_of_many_equal_entries),
     "products one after the other": Mutant(products_one_after_the_other, test_products_of_many_rows),
     "error behind a padding": Mutant(error_behind_a_padding, test_replicate_padding_by_50_repeats_the_error_51_times),
