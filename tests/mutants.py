@@ -470,10 +470,10 @@ def error_behind_a_padding(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Pad, "repeats", lambda self, shape: 1)
 
 
-def one_padding_for_both_sides(patch: pytest.MonkeyPatch) -> None:
-    """A transposed convolution cropped by the first padding on both sides."""
+def paddings_on_the_other_sides(patch: pytest.MonkeyPatch) -> None:
+    """A transposed convolution cropped on each side by the other's padding."""
     right = geometry._transposed
-    patch.setattr(geometry, "_transposed", lambda op, w, x: right(replace(op, padding=[(lo, lo) for lo, _ in op.padding]), w, x))
+    patch.setattr(geometry, "_transposed", lambda op, w, x: right(replace(op, padding=[(hi, lo) for lo, hi in op.padding]), w, x))
 
 
 def branches_as_blocks(patch: pytest.MonkeyPatch) -> None:
@@ -755,13 +755,13 @@ def narrow_matrices() -> None:
 
 MUTANTS: dict[str, Mutant] = {
     "N6: slopes from zero": Mutant(slopes_from_zero, check_slopes_at_their_ends),
-    "N14: slopes in their old order": Mutant(slopes_in_their_old_order, slopes_of_each_layer_count),
-    "N15: errors of wide matrices dropped": Mutant(errors_of_wide_matrices_dropped, narrow_matrices),
+    "N24: slopes in their old order": Mutant(slopes_in_their_old_order, slopes_of_each_layer_count),
+    "N25: errors of wide matrices dropped": Mutant(errors_of_wide_matrices_dropped, narrow_matrices),
     "squares one after the other": Mutant(squares_one_after_the_other, test_norms_of_many_equal_entries),
     "products one after the other": Mutant(products_one_after_the_other, test_products_of_many_rows),
     "error behind a padding": Mutant(error_behind_a_padding, test_replicate_padding_by_50_repeats_the_error_51_times),
-    "one padding for both sides of a transposed layer": Mutant(
-        one_padding_for_both_sides, test_a_coupled_transposed_convolution_keeps_the_side_that_is_not_padded
+    "paddings of a transposed layer on the other sides": Mutant(
+        paddings_on_the_other_sides, test_a_coupled_transposed_convolution_keeps_the_side_that_is_not_padded
     ),
     "branches as blocks": Mutant(branches_as_blocks, test_a_choice_between_branches_has_no_lower_side),
     "slopes of a range as attained": Mutant(slopes_of_a_range_as_attained, a_range_claims_nothing_below),

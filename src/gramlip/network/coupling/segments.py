@@ -155,7 +155,9 @@ def _torus(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at
 def _alone(network: Network, first: int, last: int) -> SegmentPlan | None:
     piece = _entries_piece(network, first, last)
     several = sum(isinstance(step.what, Linear) for step in network.steps[first + 1 : last + 1]) > 1
-    return SegmentPlan(first, last, lambda: [piece], []) if piece is not None and (several or len(piece.system.queries) > 1) else None
+    if piece is None or not (several or len(piece.system.queries) > 1):
+        return None
+    return SegmentPlan(first, last, lambda: [piece], [])
 
 
 def _entries_piece(network: Network, first: int, last: int, *, linked: bool = False) -> Piece | None:
@@ -360,10 +362,9 @@ def _alone_coupled(system: System, effort: Effort) -> float:
     closed = [closed_logarithms(side) for side in sides]
     upper = min(math.inf if found is None else proved(side, found) for side, found in zip(sides, closed, strict=True))
     at = min(range(len(sides)), key=lambda i: newton_cost(sides[i]))
-    begun = closed[at]
-    steps = int(effort.amount * NEWTON / newton_cost(sides[at]))
-    if begun is not None and steps >= 1:
-        for better in newton(sides[at], begun, min(steps, int(effort.amount * MOST))):
+    start, steps = closed[at], int(effort.amount * min(MOST, NEWTON / newton_cost(sides[at])))
+    if start is not None:
+        for better in newton(sides[at], start, steps):
             upper = min(upper, proved(sides[at], better))
             if effort.over:
                 break
