@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network.compose import Composition, compose, constants, kind
-from gramlip.network.coupling import coupled, total
+from gramlip.network.coupling import coupled
 from gramlip.network.fold import fold
 from gramlip.network.graph import Program, export, reads_memory, undisturbed
+from gramlip.network.linear_stretches import linear_stretches
 from gramlip.network.lower_bound import Stretch, function, stretch
 from gramlip.network.ranges import capped
 from gramlip.network.rules import Lowered, lower
-from gramlip.network.steps import Attention, Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded
+from gramlip.network.steps import Attention, Linear, Network, Pad, Product, Shortcut, Slope, Step, Sum, Unbounded
 from gramlip.norm.methods import check_rtol
 from gramlip.numerics import rounding as rd
 from gramlip.operators.given import GATHER, example_inputs, is_sharded, unwrapped
@@ -184,8 +185,9 @@ def audit(
         raise UnsupportedError(msg)
     network = fold(capped(lowered.network, domain))
     found, seconds = _constants(network, rtol, progress)
-    composed = compose(network, found)
-    upper, because = _whole(network, found, composed, effort)
+    ways = linear_stretches(network, found, rtol)
+    composed = compose(network, found, ways)
+    upper, because = _whole(network, found, composed, ways, effort)
     below = _lower_side(program, lowered, tensors, data, domain, seed)
     if below.value > upper:
         _contradicted(lowered.assumed, below, upper)
@@ -211,13 +213,18 @@ def _contradicted(assumed: Sequence[str], below: Stretch, upper: float) -> None:
     raise ArithmeticError(msg)
 
 
-def _whole(network: Network, constants: Sequence[Bound], composed: Composition, effort: float) -> tuple[float, str]:
-    """The better of composition and coupling, and why."""
-    plain = "product of layers, sum at residuals, root of squares at joins"
-    segments = coupled(network, constants, effort) if effort >= 0 else None
-    if segments is None or not (upper := total(segments)) < composed.upper:
-        return composed.upper, plain
-    return upper, "; ".join([f"{plain} ({decimals(composed.upper, upward=True)})", *(s.because for s in segments if s.because)])
+def _whole(
+    network: Network, constants: Sequence[Bound], composed: Composition, ways: Mapping[int, Sequence[Shortcut]], effort: float
+) -> tuple[float, str]:
+    """Composition, where coupled segments are shortcuts too, and why."""
+    plain, short = "product of layers, sum at residuals, root of squares at joins", dict(ways)
+    for segment in (coupled(network, constants, effort) or ()) if effort >= 0 else ():
+        if segment.because:
+            way = Shortcut((segment.upper,), (segment.first,), segment.because)
+            short[segment.last] = [*short.get(segment.last, ()), way]
+    whole = compose(network, constants, short)
+    without = f"{plain} ({decimals(composed.upper, upward=True)})" if whole.upper < composed.upper else plain
+    return whole.upper, "; ".join([without, *whole.because])
 
 
 @undisturbed()

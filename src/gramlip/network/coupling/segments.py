@@ -93,7 +93,12 @@ def _torus(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at
 def _alone(network: Network, first: int, last: int) -> SegmentPlan | None:
     piece = _entries_piece(network, first, last)
     run = [] if piece is None else [piece]
-    return SegmentPlan(first, last, run, []) if any(len(piece.system.queries) > 1 for piece in run) else None
+    return SegmentPlan(first, last, run, []) if run and _several(network, first, last) else None
+
+
+def _several(network: Network, first: int, last: int) -> bool:
+    """Whether there is more in the run than one operator, whose own constant is its norm."""
+    return sum(isinstance(s.what, Linear | Slope | Sum | Join) for s in network.steps[first + 1 : last + 1]) > 1
 
 
 def _entries_piece(network: Network, first: int, last: int) -> Piece | None:
@@ -136,7 +141,7 @@ def _linked(network: Network, constants: Sequence[Bound], cuts: Sequence[int], a
         return None
     if reached == last:
         reached = _tail(network, constants, cuts, end, runs, ends[-1])
-    return SegmentPlan(first, reached, runs[0], runs[1:]) if any(len(piece.system.queries) > 1 for piece in runs[0]) else None
+    return SegmentPlan(first, reached, runs[0], runs[1:]) if _several(network, first, reached) else None
 
 
 def _small(torus: Circulant) -> bool:

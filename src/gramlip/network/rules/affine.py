@@ -15,7 +15,7 @@ from gramlip.network.graph import tensors
 from gramlip.network.rules.activations import gated, quotient
 from gramlip.network.rules.registry import Call, Var, register
 from gramlip.network.running_errors import inverse_error
-from gramlip.network.steps import Attention, Linear, Lipschitz, Product, Step, Sum, Unbounded, View, rough_norm
+from gramlip.network.steps import Attention, Linear, LinearAction, Lipschitz, Product, Step, Sum, Unbounded, View, rough_norm
 from gramlip.norm.methods import bound
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import exponent_of, to_float64
@@ -45,7 +45,13 @@ def _spread(call: Call, x: Var, shape: tuple[int, ...]) -> Var:
     if x.shape == shape:
         return x
     repeats = math.prod(shape) // math.prod(x.shape)
-    return call.then(Lipschitz(rd.sqrt_up(float(repeats)), f"each matrix repeated {repeats} times", same_range=True), x, shape=shape)
+    return call.then(_copies(shape, repeats, f"each matrix repeated {repeats} times"), x, shape=shape)
+
+
+def _copies(shape: tuple[int, ...], repeats: int, because: str) -> Lipschitz:
+    """Broadcasting to a shape."""
+    root = rd.sqrt_up(float(repeats))
+    return Lipschitz(root, because, same_range=True, linear=LinearAction(lambda value: value.expand(shape), root))
 
 
 def _unviewed(call: Call, step: Step) -> Step:
@@ -129,7 +135,8 @@ def _einsum(call: Call) -> Var | Lipschitz:
     terms, result = _letters(call, operands)
     if len(operands) == 1:
         count = _size(operands[0], terms[0], "".join(c for c in terms[0] if c not in result))
-        return Lipschitz(rd.sqrt_up(float(count)), f"sums over {count} entries: the root of their number")
+        root = rd.sqrt_up(float(count))
+        return Lipschitz(root, f"sums over {count} entries: the root of their number", linear=call.linear(root))
     error = 0.0
     if len(operands) > 2:
         operands, terms, error = _contracted(call, operands, terms, result)
@@ -140,7 +147,15 @@ def _einsum(call: Call) -> Var | Lipschitz:
     assert isinstance(constant[0], Tensor)
     if len(call["tensors"]) == 2:
         error = sum(frobenius_up(e) if bool(e.isfinite().all()) else math.inf for e in tensors(call.error_of("tensors")))
-    return _matrices(constant[0], constant[1], variable[0], variable[1], result, error)
+    made, count = _matrices(constant[0], constant[1], variable[0], variable[1], result, error)
+    if len(call["tensors"]) > 2:
+        return made
+    return replace(made, linear=call.linear(_moduli(call, made.upper), rd.mul_up(error, count)))
+
+
+def _moduli(call: Call, upper: float) -> float:
+    """Upper bound of the norm of the moduli of a linear map of norm `upper`: that of Frobenius is at most the root of its rank times it."""
+    return rd.mul_up(upper, rd.sqrt_up(float(min(math.prod(call.vars[0].shape), math.prod(call.shape)))))
 
 
 def _contracted(
@@ -166,8 +181,11 @@ def _contracted(
     return [moving[0][0], torch.einsum(equation, *(x for x, _ in fixed))], [moving[0][1], kept], error
 
 
-def _matrices(weight: Tensor, w: str, x: Var | Tensor, v: str, result: str, error: float) -> Lipschitz:
-    """The largest of the constant's matrices, one for each index that all three share; sums over what only the variable has."""
+def _matrices(weight: Tensor, w: str, x: Var | Tensor, v: str, result: str, error: float) -> tuple[Lipschitz, float]:
+    """The largest of the constant's matrices, one for each index that all three share; sums over what only the variable has.
+
+    With it the root of how many of the variable's entries are summed so.
+    """
     if any(c not in v and c not in result for c in w):
         msg = f"einsum sums the constant over {w!r} alone; expected the sum taken before"
         raise UnsupportedError(msg)
@@ -180,8 +198,8 @@ def _matrices(weight: Tensor, w: str, x: Var | Tensor, v: str, result: str, erro
     rows, columns = _size(weight, w, new), _size(weight, w, inner)
     matrices = weight.permute([w.index(c) for c in shared + new + inner]).reshape(-1, rows, columns)
     top = rd.add_up(max(float(bound(Dense(m), rtol=1e-6).upper) for m in matrices), error)
-    count = _size(x, v, "".join(c for c in v if c not in w and c not in result))
-    return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(count))), "einsum with a constant: the largest of its matrices")
+    root = rd.sqrt_up(float(_size(x, v, "".join(c for c in v if c not in w and c not in result))))
+    return Lipschitz(rd.mul_up(top, root), "einsum with a constant: the largest of its matrices"), root
 
 
 def _product(call: Call, pair: tuple[Var, Var], terms: tuple[str, str], result: str) -> Var:
@@ -298,7 +316,8 @@ def _product_of(call: Call, left: Any, right: Any) -> Linear | Var | Lipschitz:
     spread = max(1, math.prod(batch) // max(1, own))  # a vector meets all of the matrices
     lost = 0.0 if errors is None else up_to(Dense(errors.reshape(1, -1)), errors.reshape(1, -1)).error
     top = rd.add_up(max(float(b.upper) for b in parts), lost)
-    return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(spread))), "matrix product with a constant")
+    upper, error = rd.mul_up(top, rd.sqrt_up(float(spread))), rd.mul_up(lost, rd.sqrt_up(float(spread)))
+    return Lipschitz(upper, "matrix product with a constant", linear=call.linear(_moduli(call, upper), error))
 
 
 @register("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
@@ -338,8 +357,7 @@ def spread(call: Call, x: Var, shape: tuple[int, ...]) -> Var:
     if x.shape == shape:
         return x
     repeats = math.prod(shape) // math.prod(x.shape)
-    what = Lipschitz(rd.sqrt_up(float(repeats)), f"each entry repeated {repeats} times", same_range=True)
-    return call.then(what, x, shape=shape)
+    return call.then(_copies(shape, repeats, f"each entry repeated {repeats} times"), x, shape=shape)
 
 
 def _times(
