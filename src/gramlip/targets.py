@@ -24,8 +24,10 @@ from gramlip.network.graph import silent
 from gramlip.network.steps import Linear
 from gramlip.operators.given import program_inputs
 from gramlip.operators.linear_maps import Conv, Dense
-from gramlip.reports.checkpoint import Watch, Weights, check_file, read, read_bytes
+from gramlip.reports.checkpoint import Watch, Weights
+from gramlip.reports.formats import check_file, read
 from gramlip.reports.output import aside, note
+from gramlip.reports.readers import read_bytes
 from gramlip.reports.report import Report
 
 # ---- models --------------------------------------------------------------------------------------------------------------
@@ -46,6 +48,7 @@ class Options:
     domain: tuple[float, float] | None = None
     seed: int = 0
     effort: float = 1.0
+    time_limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Model:
                 domain=o.domain,
                 seed=o.seed,
                 effort=o.effort,
+                time_limit=o.time_limit,
                 target=self.target,
                 progress=watch,
             )

@@ -118,7 +118,7 @@ def test_an_input_shape_says_nothing_about_weights_alone(model, capsys):
     assert "holds weights alone" in refused(capsys, "audit", model, "--input", "3,32,32")
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["audit"], ["audit", "a", "b"], ["audit", "a", "--nonsense"]])
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["audit"], ["audit", "a", "--nonsense"]])
 def test_wrong_usage_is_one_line(capsys, argv):
     assert "--help" in refused(capsys, *argv)
 
@@ -319,4 +319,4 @@ def test_a_progress_bar_only_on_a_terminal(capsys, monkeypatch, terminal):
     assert list(output.watched(["a", "b"])) == ["a", "b"]
     out, err = capsys.readouterr()
     assert out == ""
-    assert ("layer" in err) == terminal
+    assert ("b 0/2" in err) == terminal

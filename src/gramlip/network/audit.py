@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network.compose import Composition, compose, constants, kind
 from gramlip.network.coupling import coupled
+from gramlip.network.effort import Effort, Watch
 from gramlip.network.fold import fold
 from gramlip.network.graph import Program, export, reads_memory, undisturbed
 from gramlip.network.linear_stretches import linear_stretches
@@ -56,7 +58,7 @@ def check_model(model: object) -> None:
         raise InputError(msg)
 
 
-def check_options(assume: object, domain: object, rtol: float, effort: object, seed: object, strict: object) -> None:
+def check_options(assume: object, domain: object, rtol: float, effort: object, time_limit: object, seed: object, strict: object) -> None:
     """The options of `audit`, as its docstring has them."""
     check_rtol(rtol)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
@@ -79,6 +81,9 @@ def check_options(assume: object, domain: object, rtol: float, effort: object, s
         raise InputError(msg)
     if not _finite(effort):
         msg = f"effort={effort!r} was given; expected a finite number such as 1.0"
+        raise InputError(msg)
+    if time_limit is not None and not (_finite(time_limit) and time_limit >= 0):  # type: ignore[operator]
+        msg = f"time_limit={time_limit!r} was given; expected seconds, at least 0, such as 60.0, or None"
         raise InputError(msg)
 
 
@@ -137,9 +142,10 @@ def audit(
     data: Tensor | None = None,
     seed: int = 0,
     effort: float = 1.0,
+    time_limit: float | None = None,
     strict: bool = True,
     target: str | None = None,
-    progress: Callable[[list[str]], Iterable[str]] | None = None,
+    progress: Watch | None = None,
 ) -> Report:
     """Report with an interval for the l2 Lipschitz constant L of the network: `report.lower <= L <= report.upper`.
 
@@ -156,10 +162,11 @@ def audit(
         domain: (low, high), where every entry of the input lies; makes products of activations finite.
         data: samples (k, *sample) from which the search for the lower side starts.
         seed: of that search.
-        effort: of the search for coupled bounds; 0 takes closed forms, a negative number plain composition.
+        effort: of the search for smaller upper sides; 0 takes closed forms, a negative number plain composition.
+        time_limit: seconds after which nothing more is searched for; composition is always finished.
         strict: False reports calls without a rule as unbounded instead of raising; they stand in `report.unsupported`.
         target: title of the report.
-        progress: wraps the list of names that is iterated over, such as `tqdm`.
+        progress: wraps the list of names of each phase, which is iterated over, such as `tqdm`.
 
     Raises:
         UnsupportedError: operations without a rule, all of them at once with their place in the source.
@@ -174,25 +181,25 @@ def audit(
     """
     model = unwrapped(model) if isinstance(model, nn.Module) else model
     check_model(model)
-    check_options(assume, domain, rtol, effort, seed, strict)
+    check_options(assume, domain, rtol, effort, time_limit, seed, strict)
+    search = Effort(effort, time_limit, progress)
     tensors = inputs(model, example)
     check_inputs(tensors)
-    program = export(model, tensors)
-    lowered = lower(program, assume)
+    program, lowered = _lowered(model, tensors, assume, search)
     if lowered.unsupported and strict:
         calls = "; ".join(lowered.unsupported)
         msg = f"{type(model).__name__} has {len(lowered.unsupported)} calls that no rule can bound; expected rules for all of them: {calls}"
         raise UnsupportedError(msg)
     network = fold(capped(lowered.network, domain))
-    found, seconds = _constants(network, rtol, progress)
-    ways = linear_stretches(network, found, rtol)
+    found, seconds = _constants(network, rtol, search)
+    ways = linear_stretches(network, found, rtol, search)
     composed = compose(network, found, ways)
-    upper, because = _whole(network, found, composed, ways, effort)
-    below = _lower_side(program, lowered, tensors, data, domain, seed)
-    if below.value > upper:
-        _contradicted(lowered.assumed, below, upper)
-    weights = f"; computed weights are those that float64 gives where they {', '.join(lowered.taken)}" if lowered.taken else ""
-    whole = Bound(below.value, upper, f"{because}{weights}; {below.because}")
+    above = _upper_side(Whole(network, found, ways, composed), search)
+    below = _lower_side(program, lowered, tensors, data, domain, seed, search)
+    if below.value > above.value:
+        _contradicted(lowered.assumed, below, above.value)
+    weights = [f"computed weights are those that float64 gives where they {', '.join(lowered.taken)}"] if lowered.taken else []
+    whole = Bound(below.value, above.value, "; ".join([above.because, *search.said, *weights, below.because]))
     return Report(
         target or type(model).__name__,
         _rows(network, found, seconds, composed),
@@ -213,18 +220,70 @@ def _contradicted(assumed: Sequence[str], below: Stretch, upper: float) -> None:
     raise ArithmeticError(msg)
 
 
-def _whole(
-    network: Network, constants: Sequence[Bound], composed: Composition, ways: Mapping[int, Sequence[Shortcut]], effort: float
-) -> tuple[float, str]:
-    """Composition, where coupled segments are shortcuts too, and why."""
-    plain, short = "product of layers, sum at residuals, root of squares at joins", dict(ways)
-    for segment in (coupled(network, constants, effort) or ()) if effort >= 0 else ():
+@dataclass(frozen=True)
+class Whole:
+    """What the upper side is looked for of: the folded steps, the constant of each of them, shortcuts to values, and all of it composed."""
+
+    network: Network
+    constants: Sequence[Bound]
+    ways: Mapping[int, Sequence[Shortcut]]
+    composed: Composition
+
+
+@dataclass(frozen=True)
+class Upper:
+    """An upper side of the whole network, and why."""
+
+    value: float
+    because: str
+
+
+def _composition(whole: Whole, effort: Effort) -> Upper:
+    return Upper(whole.composed.upper, "; ".join([PLAIN, *whole.composed.because]))
+
+
+def _coupling(whole: Whole, effort: Effort) -> Upper | None:
+    segments = coupled(whole.network, whole.constants, effort)
+    if segments is None:
+        return None
+    ways = {i: list(some) for i, some in whole.ways.items()}
+    for segment in segments:
         if segment.because:
-            way = Shortcut((segment.upper,), (segment.first,), segment.because)
-            short[segment.last] = [*short.get(segment.last, ()), way]
-    whole = compose(network, constants, short)
-    without = f"{plain} ({decimals(composed.upper, upward=True)})" if whole.upper < composed.upper else plain
-    return whole.upper, "; ".join([without, *whole.because])
+            ways.setdefault(segment.last, []).append(Shortcut((segment.upper,), (segment.first,), segment.because))
+    together = compose(whole.network, whole.constants, ways)
+    plain = f"{PLAIN} ({decimals(whole.composed.upper, upward=True)})"
+    return Upper(together.upper, "; ".join([plain, *together.because]))
+
+
+PLAIN = "product of layers, sum at residuals, root of squares at joins"
+WAYS: dict[str, Callable[[Whole, Effort], Upper | None]] = {"composition": _composition, "coupling": _coupling}
+"""Name -> an upper side of the whole, None where it has none; composition comes first and is always finished."""
+
+
+def _upper_side(whole: Whole, effort: Effort) -> Upper:
+    """The smallest of all ways that the effort allows; of equal ones the first."""
+    best = Upper(math.inf, PLAIN)
+    for name, way in WAYS.items():
+        if name != "composition" and (effort.amount < 0 or best.value in {0.0, math.inf}):
+            continue
+        if name != "composition" and effort.over:
+            effort.say(f"{name} not begun: the time was up")
+            continue
+        found = way(whole, effort)
+        if found is not None and (found.value < best.value or name == "composition"):
+            best = found
+    return best
+
+
+def _lowered(
+    model: nn.Module | torch.export.ExportedProgram, tensors: tuple[Tensor, ...], assume: Mapping[str, float] | None, effort: Effort
+) -> tuple[Program, Lowered]:
+    """The model's calls, and its steps."""
+    program: Program | None = None
+    for _ in effort.shown("export", [""]):
+        program = export(model, tensors)
+    assert program is not None
+    return program, lower(program, assume)
 
 
 @undisturbed()
@@ -234,7 +293,7 @@ def steps_of(model: nn.Module | torch.export.ExportedProgram, example: Example) 
     return fold(lower(export(model, inputs(model, example))).network)
 
 
-def _constants(network: Network, rtol: float, progress: Callable[[list[str]], Iterable[str]] | None) -> tuple[list[Bound], list[float]]:
+def _constants(network: Network, rtol: float, effort: Effort) -> tuple[list[Bound], list[float]]:
     steps = network.steps
     shapes = [[steps[s].shape for s in step.sources] for step in steps]
     alike: dict[object, list[int]] = {}
@@ -243,8 +302,7 @@ def _constants(network: Network, rtol: float, progress: Callable[[list[str]], It
         alike.setdefault(i if own is None else own, []).append(i)
     groups = {min(group): group for group in alike.values()}
     found: dict[int, tuple[Bound, float]] = {}
-    names = [step.name for step in steps]
-    for i, _ in zip(range(len(steps)), progress(names) if progress else names, strict=True):
+    for i in effort.shown("layers", [step.name for step in steps]):
         group = groups.get(i, [])
         begin = time.perf_counter()
         bounds = _bounds([(steps[j], shapes[j]) for j in group], rtol)
@@ -271,8 +329,9 @@ def _lower_side(
     data: Tensor | None,
     domain: tuple[float, float] | None,
     seed: int,
+    effort: Effort,
 ) -> Stretch:
-    if any(write.refusal for write in program.writes.values()) or any(map(reads_memory, program.nodes)):
+    if program.refused or any(map(reads_memory, program.nodes)):
         return Stretch(0.0, "no lower side: what an in-place call overwrites, or what is read from memory by place, is not followed")
     shapes = [tuple(t.shape) for t in tensors]
     size = sum(t.numel() for t in tensors)
@@ -283,7 +342,7 @@ def _lower_side(
         msg = f"data {given} was given; expected a tensor of finite samples of shape {shapes[0]}, stacked along the first axis"
         raise InputError(msg)
     weights = {n: (value, error) for n, error in lowered.errors.items() if isinstance(value := lowered.computed[n], Tensor)}
-    return stretch(function(program, shapes, lowered.computed), size, data=data, domain=domain, seed=seed, weights=weights)
+    return stretch(function(program, shapes, lowered.computed), size, effort, data=data, domain=domain, seed=seed, weights=weights)
 
 
 def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float], composed: Composition) -> tuple[LayerRow, ...]:

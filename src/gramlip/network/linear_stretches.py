@@ -15,6 +15,7 @@ from torch.func import vjp, vmap
 from torch.nn import functional as F
 
 from gramlip.network.compose import SMALL, coefficients
+from gramlip.network.effort import Effort
 from gramlip.network.steps import (
     Join,
     Linear,
@@ -135,7 +136,7 @@ def _joined(parts: Sequence[Stretch]) -> Stretch:
     return Stretch(parts[0].first, parts[-1].last, tuple(i for part in parts for i in part.inside))
 
 
-def linear_stretches(network: Network, constants: Sequence[Bound], rtol: float) -> dict[int, list[Shortcut]]:
+def linear_stretches(network: Network, constants: Sequence[Bound], rtol: float, effort: Effort | None = None) -> dict[int, list[Shortcut]]:
     """For values that are linear in an earlier one, the certified norm of the matrix between them, where that can be formed.
 
     From each end the longest stretch that can be paid for is taken, then the longest one before it.
@@ -145,11 +146,13 @@ def linear_stretches(network: Network, constants: Sequence[Bound], rtol: float) 
         for step, own in zip(network.steps, constants, strict=True)
     ]
     found: dict[int, list[Shortcut]] = {}
-    left = TOTAL
-    for parts in stretches(network, actions):
-        end = len(parts)
+    left, effort = TOTAL, effort or Effort()
+    ends = [parts for parts in stretches(network, actions) if _gains(network, _joined(parts))]
+    for k in effort.shown("linear stretches", [network.steps[parts[-1].last].name for parts in ends]):
+        parts, end = ends[k], len(ends[k])
         while end > 0:
-            start = next((a for a in range(end) if _pays(network, _joined(parts[a:end])) and left > 0), end)
+            affordable = left > 0 and not effort.over
+            start = next((a for a in range(end) if affordable and _pays(network, _joined(parts[a:end]))), end)
             way = None
             if start < end:
                 form = Matrices(network, actions, constants, _joined(parts[start:end]))
@@ -161,11 +164,16 @@ def linear_stretches(network: Network, constants: Sequence[Bound], rtol: float) 
     return found
 
 
+def _gains(network: Network, stretch: Stretch) -> bool:
+    """Whether the norm of the whole may be less than the product of its parts."""
+    return sum(_mixes(network.steps[i]) for i in stretch.inside) > 1
+
+
 def _pays(network: Network, stretch: Stretch) -> bool:
-    """Whether there is anything to gain, and one side of the matrix, or what of it is one sample's, is small enough."""
+    """Whether there is anything to gain, and one side of the matrix, or what of it is one sample's, may be small enough."""
     sides = [network.steps[i].shape for i in (stretch.first, stretch.last)]
     least = min(math.prod(s) // math.prod(s[:2]) if len(s) > 2 else s[-1] if s else 1 for s in sides)
-    return sum(_mixes(network.steps[i]) for i in stretch.inside) > 1 and least <= SIDE
+    return _gains(network, stretch) and least <= SIDE
 
 
 # ---- matrices ------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from gramlip.network.effort import Effort
 from gramlip.network.graph import Program, evaluate, in_float64, op_name
 from gramlip.numerics import rounding as rd
 
@@ -55,9 +56,6 @@ def function(program: Program, shapes: Sequence[tuple[int, ...]], computed: Mapp
         for node, part, shape in zip(program.inputs, _moved(flat, moved).split(sizes), shapes, strict=True):
             values[node] = part.reshape(shape)
         for node in calls:
-            write = program.writes.get(node)
-            for target in write.targets if write else ():  # it may be a leaf or shared: a copy is overwritten, which later calls read
-                values[target] = values[target].clone()
             values[node] = _moved(evaluate(node, values.__getitem__), moved)
         return torch.cat([values[n].reshape(-1).double() for n in program.outputs])
 
@@ -159,6 +157,7 @@ def secant(run: Function, x: Tensor, v: Tensor, lo: float, hi: float, signs: tor
 def stretch(
     run: Function,
     size: int,
+    effort: Effort,
     *,
     data: Tensor | None = None,
     domain: tuple[float, float] | None = None,
@@ -173,6 +172,7 @@ def stretch(
     Args:
         run: from `function`.
         size: entries of its input.
+        effort: whose time ends the search, but for its first round.
         data: points (k, size) to start from; else uniform in the domain, or normal with standard deviations in `SCALES`.
         domain: interval of each input entry.
         seed: of the random numbers; the result depends on it and on nothing else.
@@ -184,7 +184,10 @@ def stretch(
     generator, signs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     lo, hi = domain or (-math.inf, math.inf)
     best, found = 0.0, "no point stretched"
-    for start in range(starts):
+    names = [f"start {start}" for start in range(starts)]
+    for start in effort.shown("lower side", names):
+        if start and effort.over:
+            continue
         noise = torch.randn(size, generator=generator, dtype=torch.float64)
         if data is not None:
             x = data[start % len(data)].double().reshape(-1) + 1e-6 * noise

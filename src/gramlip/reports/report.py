@@ -73,6 +73,9 @@ class LeftOut:
         return {"name": self.name, "weight_shape": list(self.weight_shape), "reason": self.reason, "is_weight": self.is_weight}
 
 
+VACUOUS = 1e4  # the upper side over the lower, from where the interval says little
+
+
 @dataclass(frozen=True)
 class Report:
     """The answer of an audit: `print` it for a table, `to_dict` or `to_json` it for a program.
@@ -123,6 +126,24 @@ class Report:
             rows.append(("the network", float(self.network.upper)))
         return [f"{name} (upper {decimals(upper, upward=True)})" for name, upper in rows if not upper <= limit]
 
+    @property
+    def advice(self) -> str:
+        """Where the upper side is more than `VACUOUS` times the lower: which steps make it so, and what narrows it; else nothing."""
+        whole = self.network
+        if whole is None or not 0.0 < VACUOUS * whole.lower < float(whole.upper) < math.inf:
+            return ""
+        shared = [row for row in self.layers if row.share is not None and row.share > 0.0]
+        weight = (lambda row: row.share) if shared else (lambda row: row.upper)
+        most = sorted(shared or [row for row in self.layers if 1.0 < row.upper < math.inf], key=weight, reverse=True)[:3]
+        shown = [
+            f"{row.name} ({f'{100 * row.share:.0f} %' if row.share is not None else decimals(row.upper, upward=True)})" for row in most
+        ]
+        times = decimals(float(whole.upper) / whole.lower, upward=True, digits=2)
+        return (
+            f"the upper side is {times} times the lower and says little; it comes most from {', '.join(shown)}; "
+            "narrower: around one input (--at FILE --radius R), on a domain (--domain LOW,HIGH), or more --effort"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types, schema 1."""
         return {
@@ -168,6 +189,8 @@ class Report:
             interval, width, why = shown(self.network)
             rows.append(("network", "", "", "", interval, width, *share(None), why))
         parts = ["\n".join([self.target, *(_wrapped(note) for note in self.notes)]), aligned(rows, right=(5, 6) if shared else (5,))]
+        if self.advice:
+            parts.append(_wrapped(self.advice))
         if marks:
             parts.append("\n".join(f"{mark} {part}" for part, mark in marks.items()))
         for title, is_weight in (("weights without a bound", True), ("left out", False)):

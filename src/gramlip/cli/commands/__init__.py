@@ -145,6 +145,22 @@ def effort(text: str) -> float:
     return value
 
 
+def seconds(text: str) -> float:
+    """A time, at least 0.
+
+    >>> seconds("30")
+    30.0
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        msg = f"{text!r} was given; expected seconds, at least 0, such as 30"
+        raise ArgumentTypeError(msg)
+    return value
+
+
 def folder(text: str) -> Path:
     """A folder's name, not empty.
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 from gramlip.network.compose import compose
 from gramlip.network.coupling.elimination import MultiplierSearch, Piece, certificate, cost, improve, reached, system_cost
 from gramlip.network.coupling.linear_forms import Alias, Circulant, Entries, NotCirculantError, Pooled, circulant, system
+from gramlip.network.effort import Effort
 from gramlip.network.steps import Input, Join, Linear, Network, Slice, Slope, Step, Sum, View
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
@@ -210,25 +211,26 @@ class Segment:
     because: str
 
 
-def coupled(network: Network, constants: Sequence[Bound], effort: float = 1.0) -> list[Segment] | None:
+def coupled(network: Network, constants: Sequence[Bound], effort: Effort | None = None) -> list[Segment] | None:
     """The segments of a network with one input and one output, or None; the product of their `upper` bounds the whole.
 
     Args:
         network: folded steps.
         constants: of each step, as `compose` takes them.
-        effort: how much search; 0 tries closed forms alone.
+        effort: how much search; an amount of 0 tries closed forms alone.
     """
     if len(network.outputs) != 1 or sum(isinstance(s.what, Input) for s in network.steps) != 1 or len(network.steps) < 2:
         return None
-    cuts = cuts_of(network)
+    cuts, effort = cuts_of(network), effort or Effort()
     if cuts is None:
         return None
     segments: list[Segment] = []
-    at = 0
-    while at < len(cuts) - 1:
-        found = plan(network, constants, cuts, at)
+    names = [f"{network.steps[c + 1].name} to {network.steps[d].name}" for c, d in pairwise(cuts)]
+    for at in effort.shown("coupling", names):
+        if segments and segments[-1].last > cuts[at]:
+            continue  # taken into the segment before
+        found = None if effort.over else plan(network, constants, cuts, at)
         segments.append(_bounded(network, constants, cuts[at], cuts[at + 1] if found is None else found.last, found, effort))
-        at = cuts.index(segments[-1].last)
     return segments
 
 
@@ -253,11 +255,11 @@ def cuts_of(network: Network) -> list[int] | None:
     return cuts
 
 
-def _coupled(found: SegmentPlan, effort: float) -> float:
+def _coupled(found: SegmentPlan, effort: Effort) -> float:
     """The proved bound of the best choice met: closed forms, then searches that go on from it, on coarse tori, then on the true one."""
     met = [MultiplierSearch.closed(found.run)]
     for pieces, share in zip([*found.searches, found.run], SHARES if found.searches else (1.0,), strict=True):
-        steps = int(effort * min(STEPS, share * BUDGET / max(cost(pieces), 1e6)))
+        steps = int(effort.amount * min(STEPS, share * BUDGET / max(cost(pieces), 1e6)))
         if steps >= LEAST:
             met.append(improve(pieces, met[-1], steps))
     for choice in sorted(met, key=lambda m: reached(found.run, m)) if len(met) > 1 else met:
@@ -267,7 +269,7 @@ def _coupled(found: SegmentPlan, effort: float) -> float:
     return math.inf
 
 
-def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, found: SegmentPlan | None, effort: float) -> Segment:
+def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, found: SegmentPlan | None, effort: Effort) -> Segment:
     own = [Bound(1.0, 1.0, "input"), *constants[first + 1 : last + 1]]
     composed = compose(part(network, first, last), own).upper
     if found is None:

@@ -313,7 +313,8 @@ def _threshold(call: Call) -> Slope | Unbounded:
     return _clip(level, INF)
 
 
-@register("aten.hardshrink", "aten.sign", "aten.round", "aten.floor", "aten.ceil", "aten.trunc", "aten.heaviside", "aten.frac")
+@register("aten.hardshrink", "aten.sign", "aten.round", "aten.floor", "aten.ceil", "aten.trunc", "aten.heaviside", "aten.frac", "aten.fmod")
+@register("aten.remainder", "aten.floor_divide")
 def _jump(call: Call) -> Unbounded:
     return Unbounded(f"{call.op.split('.')[1]} jumps")
 

@@ -24,6 +24,7 @@ from gramlip.network.graph import (
     shape_of,
     tensors,
 )
+from gramlip.network.rules.fourier import complex_value, keep_half
 from gramlip.network.rules.piecewise_linear import Entrywise, entrywise, merged
 from gramlip.network.rules.registry import PATTERNS, Call, Known, Var, find
 from gramlip.network.rules.shapes import PICKS
@@ -86,19 +87,18 @@ class _Lowering:
 
     def add_call(self, node: fx.Node) -> None:
         """The steps of a call; where no rule covers it, unbounded ones, and the reason."""
-        write = self._program.writes.get(node)
-        changed = [node] if write is None else [node, *write.targets, *write.shared]
+        refused = self._program.refused.get(node)
         try:
-            if write is not None and write.refusal:
-                msg = f"{op_name(node)}: {write.refusal}"
+            if refused is not None:
+                msg = f"{op_name(node)}: {refused.reason}"
                 raise UnsupportedError(msg)
-            self._values |= dict.fromkeys(changed, self._value(node))
+            self._values[node] = self._value(node)
         except UndefinedError as error:
             msg = f"{place(node)}, in {module_path(node)}: {error}"
             raise InputError(msg) from error
         except (UnsupportedError, InputError) as error:
             self._unsupported.append(f"{place(node)}, in {module_path(node)}: {error}")
-            for n in changed:
+            for n in (node, *(refused.spoiled if refused else ())):
                 self._values[n] = self._new(n, Step(Unbounded("no rule"), (), shape_of(n), module_path(node), op_name(node), place(node)))
 
     def done(self) -> Lowered:
@@ -135,12 +135,12 @@ class _Lowering:
             return value
         if not call.vars:
             return _constant(node, call, resolve)
-        _check(node, call)
+        _check(call)
         plain = call.op.startswith(("aten.", "getitem")) and not is_random(node) and not any(tensors(v) for v in call.args.values())
         text = f"{call.op} {call.args}" if plain else ""
         if text in self._known.values:  # the same call of the same value again
             return self._known.values[text]
-        curve = entrywise(call)
+        curve = None if _is_complex(node) else entrywise(call)
         value = _made(node, call, curve)
         if call.unasked:
             self._known.taken.add(f"go into {call.op}")
@@ -149,6 +149,7 @@ class _Lowering:
                 self._known.curves[value.step] = curve
             if text:
                 self._known.values[text] = value
+            keep_half(call, value)
         return value
 
     def _resolver(self, node: fx.Node) -> Callable[[fx.Node], object]:
@@ -186,8 +187,8 @@ def _depends(value: object) -> bool:
 def _needed(program: Program) -> set[fx.Node]:
     """The calls that the outputs depend on, in-place calls on what they read included."""
     writers: dict[fx.Node, list[fx.Node]] = {}
-    for node, write in program.writes.items():
-        for n in (*write.targets, *write.shared):
+    for node, refused in program.refused.items():
+        for n in refused.spoiled:
             writers.setdefault(n, []).append(node)
     seen, stack = set[fx.Node](), list(program.outputs)
     while stack:
@@ -201,16 +202,12 @@ def _needed(program: Program) -> set[fx.Node]:
 def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var, ...]:
     """The value of a call: as a curve where several come together, by a pattern, or by its rule."""
     op, dtype = call.op, call.dtype
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and schema.is_mutable and not isinstance(next(iter(call.args.values())), Var):
-        msg = f"{op} writes into a weight or buffer"
-        raise UnsupportedError(msg)
     if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
         return call.then(Unbounded(f"{op.removeprefix('aten.')} gives integers or truth values, which jump"), *call.vars)
     if curve is not None and (step := merged(call, curve)) is not None:
         curve.rely(call)
         return call.then(step, curve.base)
-    for pattern in PATTERNS.get(op.rsplit(".", 1)[0].rstrip("_"), ()):
+    for pattern in () if _is_complex(node) else PATTERNS.get(op.rsplit(".", 1)[0].rstrip("_"), ()):
         if (value := pattern(call)) is not None:
             return value
     rule = find(op)
@@ -223,7 +220,7 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var
     if rule is None:
         msg = f"{op} has no rule: type @gramlip.rules.register({op!r}) on a function (call) -> constant, or --assume {call.name}=1.0"
         raise UnsupportedError(msg)
-    result = rule(call)
+    result = complex_value(call) if _is_complex(node) else rule(call)
     if isinstance(result, View | Lipschitz | Slice | Linear) and op.rsplit(".", 1)[0] in PICKS and len(call.vars) == 1:
         return call.then(replace(result, copy_entries=call.run), *call.vars)
     if isinstance(result, Var | tuple):
@@ -233,14 +230,16 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var
     return call.then(result, *call.vars)
 
 
+def _is_complex(node: fx.Node) -> bool:
+    """Whether the call reads or makes complex values."""
+    return any(t.is_complex() for n in (node, *node.all_input_nodes) for t in tensors(n.meta.get("val")))
+
+
 _WEIGHTS = ("weight", "bias", "running_mean", "running_var", "negative_slope")  # what may not be infinite; a mask may
 
 
-def _check(node: fx.Node, call: Call) -> None:
-    """Refuse what no rule is meant for: complex values, values without entries, constants that are no numbers."""
-    if any(t.is_complex() for t in tensors(node.meta.get("val"))):
-        msg = f"{call.op} gives complex values, which no rule covers; expected real ones"
-        raise UnsupportedError(msg)
+def _check(call: Call) -> None:
+    """Refuse what no rule is meant for: values without entries, constants that are no numbers."""
     if any(0 in shape for shape in (call.shape, *(v.shape for v in call.vars))):
         msg = f"{call.op} of values without entries, which no rule covers"
         raise UnsupportedError(msg)
@@ -257,14 +256,6 @@ def _constant(node: fx.Node, call: Call, resolve: Callable[[fx.Node], object]) -
     """The value of a call on weights alone, as float64 computes it from them: docs/network.md#computed-weights."""
     if is_random(node):
         msg = f"{call.op} draws random numbers: expected a function of the input alone"
-        raise UnsupportedError(msg)
-    schema = getattr(node.target, "_schema", None)
-    if call.op == "aten.detach_.default":  # on a constant written in the code; changes no value
-        if "self" in call.inexact:
-            call.known.errors[node] = call.inexact["self"]
-        return next(iter(call.args.values()))
-    if schema is not None and schema.is_mutable:
-        msg = f"{call.op} writes into a weight or buffer"
         raise UnsupportedError(msg)
     if reads_memory(node):
         msg = f"{call.op} reads places or bits of memory instead of numbers; expected indexing, unfold or arithmetic"

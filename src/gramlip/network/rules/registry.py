@@ -28,11 +28,12 @@ class Var:
 class Known:
     """What is kept from call to call: curves (`piecewise_linear`) by the number of the step, and values by what was called.
 
-    `errors` are those of computed weights (`running_errors`); `taken` says which of them come or go where errors are not followed.
+    `halves` are what is known of half spectra (`fourier`); `errors` are those of computed weights (`running_errors`); `taken` says which of them come or go where errors are not followed.
     """
 
     curves: dict[int, Any] = field(default_factory=dict[int, Any])
     values: dict[str, Var] = field(default_factory=dict[str, Var])
+    halves: dict[int, Any] = field(default_factory=dict[int, Any])
     errors: dict[fx.Node, Any] = field(default_factory=dict[fx.Node, Any])
     taken: set[str] = field(default_factory=set[str])
 
@@ -141,9 +142,10 @@ class Call:
     def linear(self, moduli: float, error: float | None = None, shifted: bool = False) -> LinearAction | None:
         """The call as a linear map of its variables, less what it makes of zeros where it is `shifted`: see `LinearAction`.
 
-        None where its constants have errors of which `error` says nothing.
+        None where its constants have errors of which `error` says nothing, or are complex.
         """
-        if (self.inexact and error is None) or not moduli < math.inf:
+        imaginary = any(t.is_complex() for value in self.args.values() for t in tensors(value))
+        if (self.inexact and error is None) or imaginary or not moduli < math.inf:
             return None
         run = self.run if not shifted else lambda *values: self.run(*values) - self.run(*map(torch.zeros_like, values))
         return LinearAction(run, moduli, error or 0.0)
