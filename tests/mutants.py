@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip.network import compose, lower_bound, running_errors
+from gramlip.network import compose, fold, linear_stretches, lower_bound, running_errors
 from gramlip.network.rules import shapes as joins
 from gramlip.network.rules import statistics
 from gramlip.network.steps import Pad, Slope
@@ -36,6 +36,7 @@ from gramlip.operators.geometry import Axis
 from gramlip.reports import checkpoint
 from gramlip.reports.checkpoint import Entry, Stored
 from gramlip.rules import Call
+from test_linear_stretches import exact as affine_norm
 from test_network_steps import (
     Applied,
     test_a_choice_between_branches_has_no_lower_side,
@@ -661,7 +662,32 @@ def caps_are_certified() -> None:
         assert gl.bound(layer).upper <= 0.1
 
 
+def half_of_a_result_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """Every other entry of a linear stretch taken for one that reads nothing."""
+    right = linear_stretches.Matrices._parts
+
+    def parts(self: linear_stretches.Matrices) -> tuple[Tensor, Tensor]:
+        source, target = right(self)
+        return source, torch.where(torch.arange(len(target)) % 2 == 0, target, -1)
+
+    patch.setattr(linear_stretches.Matrices, "_parts", parts)
+
+
+def affine_models_hold() -> None:
+    """Channels that a convolution mixes."""
+    torch.manual_seed(0)
+    mixing = nn.Sequential(nn.Conv1d(2, 2, 3, padding=1), nn.AvgPool1d(2))
+    assert gl.audit(mixing.eval(), (2, 8), effort=-1).upper >= affine_norm(mixing, (2, 8)) * (1 - 1e-12)
+
+
+def slopes_of_the_first_term(patch: pytest.MonkeyPatch) -> None:
+    """A sum of entrywise functions with the slopes of one of them."""
+    patch.setattr(fold, "_added_up", lambda terms, sign: terms[0])
+
+
 MUTANTS: dict[str, Mutant] = {
+    "N14: half of a result": Mutant(half_of_a_result_forgotten, affine_models_hold),
+    "slopes of the first term of a sum": Mutant(slopes_of_the_first_term, _stretches(lambda x: x + torch.tanh(x), 1.99)),
     "squares one after the other": Mutant(squares_one_after_the_other, test_norms_of_many_equal_entries),
     "products one after the other": Mutant(products_one_after_the_other, test_products_of_many_rows),
     "error behind a padding": Mutant(error_behind_a_padding, test_replicate_padding_by_50_repeats_the_error_51_times),
