@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from gramlip.demo import DemoNet
 from gramlip.errors import InputError, first_line
 from gramlip.network.audit import Example, audit, steps_of
 from gramlip.network.graph import silent
@@ -205,12 +206,11 @@ def from_hub(target: str, inputs: Shape | None) -> Weights:
     if inputs is not None:
         msg = f"--input was given, but {target} names weights alone, bounded for every input size; expected no --input"
         raise InputError(msg)
-    folder = snapshot(target, target.partition(":")[2], ["*.safetensors", "*.safetensors.index.json"])
-    files = [*sorted(folder.glob("*.safetensors.index.json")), *sorted(folder.glob("*.safetensors"))]
-    if not files:
-        msg = f"{target} holds no .safetensors file; expected weights in that format"
-        raise InputError(msg)
-    return Weights(target, read(files[0]))
+    repository, beside = target.partition(":")[2], ["*.index.json", "adapter_config.json"]
+    folder = snapshot(target, repository, ["*.safetensors", *beside])
+    if not any(folder.glob("*.safetensors")):
+        folder = snapshot(target, repository, ["*.bin", *beside])
+    return Weights(target, read(folder))
 
 
 def snapshot(target: str, repository: str, patterns: list[str], kind: str = "model") -> Path:
@@ -254,7 +254,9 @@ def _weights(target: str, inputs: Shape | None) -> Source:
     if target in DEMOS:
         if Path(target).exists():
             note(f"{target} is the package's own network; the file of that name is not read: type ./{target} for it")
-        return Weights(target, read_bytes((resources.files("gramlip") / "data" / f"{target}.safetensors").read_bytes()))
+        with torch.device("meta"):
+            order = list(DemoNet().state_dict())
+        return Weights(target, read_bytes((resources.files("gramlip") / "data" / f"{target}.safetensors").read_bytes(), order))
     return Weights(target, read(Path(target)))
 
 

@@ -213,7 +213,7 @@ class Matrices:
         names = [self.network.steps[i].name for i in self.stretch.inside if _mixes(self.network.steps[i])]
         shape = "x".join(map(str, matrices[0].shape))
         text = (
-            f"{', '.join(dict.fromkeys(names))} are one linear map (theorem N14): {decimals(upper, upward=True)}, from its matrix {shape}"
+            f"{', '.join(dict.fromkeys(names))} are one linear map (theorem N18): {decimals(upper, upward=True)}, from its matrix {shape}"
         )
         return Shortcut((upper,), (self.stretch.first,), text)
 

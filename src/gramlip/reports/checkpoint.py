@@ -29,11 +29,10 @@ from gramlip.reports.readers import Entries, Entry, Stored, line
 from gramlip.reports.report import LayerRow, LeftOut, Report
 
 NOTES = (
-    "From the weights alone: 2 axes are a matrix, 3 to 5 axes a convolution kernel (channels, channels, *kernel).",
-    "upper holds for every input size, stride, dilation, number of groups, and for the transposed layer. lower is that of the stride-1 "
-    "ungrouped convolution over all input sizes: a layer with a stride, groups or a small input may lie below it.",
-    "Assumed: padding with zeros, or circular padding of at most kernel - 1 in all on each axis. "
-    "Reflect and replicate padding may exceed upper.",
+    "from weights alone: upper holds for every input size, stride, dilation and number of groups, and for the transposed layer; "
+    "lower is that of the layer with stride 1 and without groups, over all input sizes",
+    "assumed: padding with zeros, or circular padding of at most kernel - 1 in all on each axis; reflect and replicate padding may "
+    "exceed upper",
 )
 DOMINATES = (
     "stride-1 ungrouped operator: dominates every stride, dilation, grouping and the transpose (docs/weights-alone.md), "
@@ -422,7 +421,7 @@ def _no_map(name: str, entries: Mapping[str, Entry]) -> tuple[str, bool] | None:
     elif _BIAS.search(leaf):
         reason = "a bias: added, stretches nothing"
     elif axes == 1:
-        reason = "one axis: the scale of a normalisation" if leaf in ("weight", "gamma", "scale") else "one axis: no matrix"
+        reason = "the scale of a normalisation: one axis" if leaf in ("weight", "gamma", "scale") else "a vector: no matrix"
     elif (bias is not None and bias.shape == entry.shape) or (leaf == "weight" and _NORM.search(module)):
         reason = "the scale of a normalisation, entry by entry"
     elif _TABLE.search(leaf) or (axes == 2 and bias is None and _EMBEDDING.fullmatch(module if leaf == "weight" else leaf)):

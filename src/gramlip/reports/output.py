@@ -14,7 +14,7 @@ from typing import TextIO, TypeVar
 from tqdm import tqdm
 
 from gramlip.errors import InputError
-from gramlip.reports.report import printable
+from gramlip.reports.text import printable, shortened
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ def watched(items: Sequence[T]) -> Iterable[T]:
     bar = tqdm(items, file=sys.stderr, disable=not shown, leave=False, bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}]")
     for item in bar:
         if isinstance(item, str):
-            bar.set_description_str(printable(item))
+            bar.set_description_str(shortened(printable(item), 60))
         yield item
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.torch import load as load_bytes
 from torch import Tensor
 
 from gramlip.errors import InputError, first_line
-from gramlip.reports.report import printable
+from gramlip.reports.text import printable
 from gramlip.reports.unpickle import StoredTensor
 
 _DTYPES = {
@@ -82,16 +82,27 @@ def extra(path: Path, package: str, name: str) -> Any:
 # ---- safetensors ---------------------------------------------------------------------------------------------------------
 
 
-def read_bytes(data: bytes) -> Stored:
-    """The tensors of a safetensors file that is in memory."""
-    return Stored({name: Entry.of(tensor) for name, tensor in sorted(load_bytes(data).items())})
+def read_bytes(data: bytes, order: Sequence[str] = ()) -> Stored:
+    """The tensors of a safetensors file that is in memory: first those that `order` names, in that order."""
+    tensors = load_bytes(data)
+    names = [*(name for name in order if name in tensors), *in_order(set(tensors).difference(order))]
+    return Stored({name: Entry.of(tensors[name]) for name in names})
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names with their numbers as numbers: safetensors sorts by the alphabet, where layer 10 stands before layer 2.
+
+    >>> in_order(["layers.10.weight", "layers.2.weight"])
+    ['layers.2.weight', 'layers.10.weight']
+    """
+    return sorted(names, key=lambda name: [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)])
 
 
 def safetensors(path: Path) -> Stored:
     """A safetensors file; its values are read from the map of the file when asked for."""
     try:
         file: Any = safe_open(path, framework="pt")  # stays open: the values are read when asked for
-        names: list[str] = list(file.keys())
+        names = in_order(file.keys())
         slices: dict[str, Any] = {name: file.get_slice(name) for name in names}
         dtypes: dict[str, str] = {name: s.get_dtype() for name, s in slices.items()}
         shapes: dict[str, tuple[int, ...]] = {name: tuple(s.get_shape()) for name, s in slices.items()}

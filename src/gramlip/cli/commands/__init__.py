@@ -10,7 +10,7 @@ from argparse import (
     ArgumentTypeError,
     _SubParsersAction,  # pyright: ignore[reportPrivateUsage]
 )
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,6 +24,15 @@ from gramlip.norm.methods import WIDEST, check_rtol
 # What a module of commands has.
 
 Commands: TypeAlias = dict[str, Callable[["_SubParsersAction[Any]"], None]]
+
+
+def examples(meaning: Mapping[str, str]) -> str:
+    """The end of a command's help: what can be typed, and what it does.
+
+    >>> examples({"gramlip audit demo": "every layer of the demo"}).splitlines()
+    ['examples:', '  gramlip audit demo', '      every layer of the demo']
+    """
+    return "\n".join(["examples:", *(f"  {typed}\n      {what}" for typed, what in meaning.items())])
 
 
 # ---- types of options ----------------------------------------------------------------------------------------------------

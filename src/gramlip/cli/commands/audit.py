@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from argparse import ArgumentParser, Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from gramlip import __version__
-from gramlip.cli.commands import Commands, assumption, effort, interval, limit, seconds, shape, tolerance
+from gramlip.cli.commands import Commands, assumption, effort, examples, interval, limit, seconds, shape, tolerance
 from gramlip.distributed import joined, ranked
 from gramlip.errors import InputError
 from gramlip.numerics import rounding as rd
@@ -21,7 +22,8 @@ from gramlip.operators.interval import Bound, decimals
 from gramlip.reports.checkpoint import Weights
 from gramlip.reports.output import check_output, check_outputs, emit, note, watched, write_whole
 from gramlip.reports.pictures import page
-from gramlip.reports.report import Report, aligned, finite, printable
+from gramlip.reports.report import Report, finite
+from gramlip.reports.text import Screen, aligned, printable
 from gramlip.targets import Model, Options, Source, resolve
 
 Limit = Decimal | None
@@ -128,13 +130,29 @@ def _model_options(parser: ArgumentParser) -> None:
 
 def add_audit(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("audit", help="an interval for every layer, and for the network where the model is known")
+    parser = subparsers.add_parser(
+        "audit",
+        help="an interval for every layer, and for the network where the model is known",
+        description="Prove an interval for the norm of every layer and, where the model is known, for its Lipschitz constant.",
+        epilog=examples(
+            {
+                "gramlip audit demo": "a small trained network that ships with the package",
+                "gramlip audit model.safetensors --rtol 1e-3": "every layer of a file of weights, each interval at most 0.1% wide",
+                "gramlip audit package.module:make --input 3,224,224": "the model that make() returns: layers and network",
+                "gramlip audit model.safetensors --fail-above 10": "exit code 1 unless every layer is proved to be at most 10",
+                "gramlip audit model.safetensors --json - --rtol 1e-4": "the report as JSON, alone on standard output",
+                "gramlip audit model.safetensors --resume audit.journal": "goes on where an interrupted audit stopped",
+                "gramlip audit demo demo-regularised --verbose": "two targets, with every reason and every tensor that is left out",
+            }
+        ),
+    )
     parser.add_argument("targets", nargs="+", metavar="TARGET", help=TARGET)
     _model_options(parser)
     names = {"--json": "JSON", "--html": "a page", "--junit": "JUnit's XML", "--sarif": "SARIF"}
     for name in FORMATS:
         parser.add_argument(name, metavar="FILE", help=f"write the report as {names[name]}; - for standard output, alone")
     parser.add_argument("--resume", metavar="JOURNAL", help="keep what is done in this file, layer by layer, and go on from there")
+    parser.add_argument("--verbose", action="store_true", help="print the reasons of every row and every name that is left out")
     parser.add_argument("--fail-above", type=limit, metavar="X", help="exit 1 unless every upper side is at most X")
     parser.set_defaults(run=run_audit)
 
@@ -180,7 +198,8 @@ def run_audit(args: Namespace) -> int:
             if path is not None:
                 write_whole(path, texts[name])
         alone = [name for name, path in files.items() if path is None]
-        emit(texts[alone[0]] if alone else "\n\n".join(f"{report}" for report in reports) + "\n")
+        screen = Screen.of(sys.stdout)
+        emit(texts[alone[0]] if alone else "\n\n".join(report.text(screen, verbose=args.verbose) for report in reports) + "\n")
         if above:
             note(f"above {args.fail_above}: {', '.join(above)}")
     return 1 if above else 0
@@ -191,7 +210,16 @@ def run_audit(args: Namespace) -> int:
 
 def add_diff(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("diff", help="the intervals of two targets side by side, and how much each layer grew")
+    parser = subparsers.add_parser(
+        "diff",
+        help="the intervals of two targets side by side, and how much each layer grew",
+        epilog=examples(
+            {
+                "gramlip diff before.safetensors after.safetensors": "the layers of two files",
+                "gramlip diff gramlip.demo:demo gramlip.demo:demo_regularised --input 3,32,32": "two models, with their networks",
+            }
+        ),
+    )
     parser.add_argument("a", metavar="A", help=TARGET)
     parser.add_argument("b", metavar="B", help="the same, later")
     _model_options(parser)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gramlip import robust
-from gramlip.cli.commands import Commands, count, device, folder, shape, tolerance, whole
+from gramlip.cli.commands import Commands, count, device, examples, folder, shape, tolerance, whole
 from gramlip.errors import InputError, first_line, out_of_memory
 from gramlip.lab.compare import compare, error_against_time
 from gramlip.lab.reproduce import EXPERIMENTS, Options, reproduce
@@ -42,7 +42,14 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 def add_bench(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
     parser = subparsers.add_parser(
-        "bench", help="certified intervals against the published method and the machine's limit, timed in one run"
+        "bench",
+        help="certified intervals against the published method and the machine's limit, timed in one run",
+        epilog=examples(
+            {
+                "gramlip bench --quick": "small layers, in seconds",
+                "gramlip bench --full --json bench.json": "every row, also those that take minutes, and a file of the result",
+            }
+        ),
     )
     parser.add_argument("rows", nargs="*", metavar="ROW", help="some of the rows (default: all); an unknown name lists them")
     parser.add_argument("--quick", action="store_true", help="small layers that take seconds, to see that it works")
@@ -85,7 +92,17 @@ def run_bench(args: Namespace) -> int:
 
 def add_compare(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("compare", help="every method on every layer: value, side of the truth, error, time")
+    parser = subparsers.add_parser(
+        "compare",
+        help="every method on every layer: value, side of the truth, error, time",
+        epilog=examples(
+            {
+                "gramlip compare demo": "every method on every layer of the demo",
+                "gramlip compare demo --methods gram,power --circular 32": "two methods, each layer as circular at input size 32",
+                "gramlip compare model.safetensors --plot compare.png": "error against time as a picture; needs gramlip[plots]",
+            }
+        ),
+    )
     parser.add_argument("target", metavar="TARGET", help="as for audit")
     parser.add_argument("--input", type=shape, metavar="3,224,224", help="shape of the model's input without the batch")
     parser.add_argument("--circular", type=count, metavar="N", help="take each convolution as circular, stride 1, at input size N")
@@ -147,7 +164,16 @@ def _circular(operators: Iterable[tuple[str, Dense | Conv]], size: int) -> Itera
 
 def add_reproduce(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("reproduce", help="run an experiment of the paper: table, figure and summary in a folder")
+    parser = subparsers.add_parser(
+        "reproduce",
+        help="run an experiment of the paper: table, figure and summary in a folder",
+        epilog=examples(
+            {
+                "gramlip reproduce dense --quick": "a small version, in seconds, into runs/dense",
+                "gramlip reproduce resnet18 --weights resnet18.pth --out runs/pretrained": "the layers of torchvision's ResNet-18",
+            }
+        ),
+    )
     titles = "; ".join(f"{name}: {experiment.title}" for name, experiment in EXPERIMENTS.items())
     parser.add_argument("experiment", choices=list(EXPERIMENTS), metavar="EXPERIMENT", help=titles.replace("%", "%%"))
     parser.add_argument(
@@ -194,7 +220,16 @@ def eps(text: str) -> float:
 
 def add_certify(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("certify", help="certified accuracy of a classifier of 32x32 images on CIFAR-10")
+    parser = subparsers.add_parser(
+        "certify",
+        help="certified accuracy of a classifier of 32x32 images on CIFAR-10",
+        epilog=examples(
+            {
+                "gramlip certify runs/small --data cifar10": "a folder that gramlip train finished",
+                "gramlip certify gramlip.demo:demo --data cifar10 --samples 500 --eps 36/255 1": "500 images, two radii",
+            }
+        ),
+    )
     parser.add_argument("target", metavar="TARGET", help="a folder that gramlip train finished, or package.module:callable")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of CIFAR-10's parquet files, or uoft-cs/cifar10")
     parser.add_argument(
@@ -290,7 +325,16 @@ def _model(target: str, normalised: bool) -> tuple[nn.Module, tuple[float, ...],
 
 def add_train(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("train", help="train a recipe and certify what comes out; needs the extra gramlip[train]")
+    parser = subparsers.add_parser(
+        "train",
+        help="train a recipe and certify what comes out; needs the extra gramlip[train]",
+        epilog=examples(
+            {
+                "gramlip train small --data cifar10 --out runs/small": "a small network, minutes on a CPU; the same command goes on",
+                "gramlip train small-penalised --data cifar10 --out runs/two --set epochs=2": "with a penalty, for two epochs",
+            }
+        ),
+    )
     parser.add_argument("recipe", metavar="RECIPE", help="such as resnet18-penalised or small-normalised; an unknown name lists them all")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of CIFAR-10's parquet files, or uoft-cs/cifar10 for the hub's")
     parser.add_argument(
