@@ -15,8 +15,8 @@ from gramlip.network.compose import Composition, compose, constants, kind
 from gramlip.network.coupling import coupled, total
 from gramlip.network.fold import fold
 from gramlip.network.graph import Program, export, reads_memory, undisturbed
-from gramlip.network.lower_bound import Stretch, function, stretch
 from gramlip.network.local import Region, jacobian, region, restricted
+from gramlip.network.lower_bound import Stretch, function, stretch
 from gramlip.network.ranges import capped
 from gramlip.network.rules import Lowered, lower
 from gramlip.network.steps import Attention, Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded
