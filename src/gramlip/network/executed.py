@@ -93,7 +93,8 @@ _TF32 = "float32 products are cut short by a setting (TF32 or bfloat16)"
 _REDUCED = "sums of half precision may be kept in half precision by a setting"
 _RESTORE = {
     _TF32: 'type torch.set_float32_matmul_precision("highest") and torch.backends.cudnn.allow_tf32 = False',
-    _REDUCED: "type torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False (and allow_bf16_..., allow_fp16_accumulation)",
+    _REDUCED: "set allow_fp16_reduced_precision_reduction, allow_bf16_reduced_precision_reduction and allow_fp16_accumulation of "
+    "torch.backends.cuda.matmul to False",
 }
 
 
@@ -326,30 +327,33 @@ def _layer_norm(call: Execution) -> Tensor:
 
 def _normalised(call: Execution, x: Operand, dims: tuple[int, ...], eps: float) -> Tensor:
     """`(x - mean) / sqrt(var + eps) * weight + bias` of rows: docs/execution.md#normalisation."""
-    number = call.arithmetic
+    number, count = call.arithmetic, math.prod(x.size.shape[d] for d in dims)
+    root, moved = _inverse_deviation(x, dims, eps, number)
+    mean = x.size.mean(dims, keepdim=True) * ROOM
+    apart, off = x.size + mean, number.gamma(count + 16.0) * mean
+    lost = (off + 2.0 * number.unit * apart) * (root + moved) + apart * moved
+    scale, shift = (None if call.args[name] is None else call.operand(name) for name in ("weight", "bias"))
+    normal = (apart * root).clamp_max(math.sqrt(count)) + lost
+    if scale is not None:
+        lost = lost * scale.size + normal * scale.error + 2.0 * number.unit * normal * scale.size
+    if shift is not None:
+        lost = lost + shift.error + number.unit * shift.size
+    return lost + number.unit * (call.size + lost) + 8.0 * number.tiny * (1.0 + root)
+
+
+def _inverse_deviation(x: Operand, dims: tuple[int, ...], eps: float, number: Arithmetic) -> tuple[Tensor, Tensor]:
+    """At least `1 / sqrt(var + eps)` of rows, by how far they are from constant at the least, and what rounding changes in it."""
     assert x.low is not None
     assert x.high is not None
     count = math.prod(x.size.shape[d] for d in dims)
     middle, half = (x.low + x.high) / 2, (x.high - x.low) / 2 * ROOM
     spread = (middle - middle.mean(dims, keepdim=True)).square().sum(dims, keepdim=True).sqrt() / ROOM
     deviation = (spread - half.square().sum(dims, keepdim=True).sqrt() * ROOM).clamp_min(0.0) / math.sqrt(count)
-    gamma = number.gamma(count + 16.0)
-    squares = x.size.square().mean(dims, keepdim=True) * ROOM
-    off = gamma * x.size.mean(dims, keepdim=True)  # of the mean
-    error = 8.0 * gamma * squares  # of the variance, by whichever formula
+    error = 8.0 * number.gamma(count + 16.0) * x.size.square().mean(dims, keepdim=True) * ROOM  # of the variance, by whichever formula
     least = deviation.square() / ROOM + eps
-    left = least - error
     root = least.rsqrt() * ROOM
-    moved = torch.where(left > 0, left.clamp_min(rd.TINY).rsqrt() - root / ROOM, math.inf) + 8.0 * number.unit * root
-    apart = x.size + x.size.mean(dims, keepdim=True)
-    lost = (off + 2.0 * number.unit * apart) * (root + moved) + apart * moved
-    scale, shift = (None if call.args[name] is None else call.operand(name) for name in ("weight", "bias"))
-    normal = torch.minimum(apart * root, torch.tensor(math.sqrt(count), dtype=torch.float64)) + lost
-    if scale is not None:
-        lost = lost * scale.size + normal * scale.error + 2.0 * number.unit * normal * scale.size
-    if shift is not None:
-        lost = lost + shift.error + number.unit * shift.size
-    return lost + number.unit * (call.size + lost) + 8.0 * number.tiny * (1.0 + root)
+    moved = torch.where(error < least, (least - error).clamp_min(rd.TINY).rsqrt() - root / ROOM, math.inf)
+    return root, moved + 8.0 * number.unit * root
 
 
 def _group_norm(call: Execution) -> Tensor:
@@ -484,8 +488,7 @@ def carried(call: Execution) -> Any:
         x, y, scale = _summands(call)
         if call.name == "rsub":
             x, y = y, x
-        total = sum((factor * z.error for factor, z in ((1.0, x), (scale, y)) if z.depends), torch.zeros(()))
-        return total
+        return sum((factor * z.error for factor, z in ((1.0, x), (scale, y)) if z.depends), torch.zeros(()))
     if call.name == "div":
         y = call.operand("other")
         return call.operand("self").error / (y.size - y.error)

@@ -21,7 +21,9 @@ from gramlip.network.ranges import INF, Range, capped_step
 from gramlip.network.rules import Lowered, lower
 from gramlip.network.steps import Input, Linear, Network, Slope, Step
 from gramlip.numerics import rounding as rd
+from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import frobenius_up, row_norms_up
+from gramlip.operators.geometry import apply
 from gramlip.operators.given import unwrapped
 from gramlip.operators.interval import Bound, decimals
 
@@ -95,9 +97,7 @@ def execution_error(
     check_inputs(given)
     area = region([tuple(t.shape) for t in given], domain, at, radius)
     if area is None:
-        msg = (
-            "no set of inputs was given, and rounding grows with what is rounded; expected one: type domain=(0.0, 1.0) or at=x, radius=0.25"
-        )
+        msg = "no set of inputs was given, and rounding grows with the numbers; expected one: type domain=(0.0, 1.0) or at=x, radius=0.25"
         raise InputError(msg)
     program = export(model, given)
     numbers = arithmetic(given[0].dtype if dtype is None else dtype, sums)
@@ -115,17 +115,12 @@ def _check(program: Program, lowered: Lowered) -> None:
             refused.append(f"{place(node)}: {op_name(node)} has no rule for its rounding")
         if node in lowered.places and _cast(program, node):
             refused.append(f"{place(node)}: {op_name(node)} changes the dtype; expected a program in one dtype")
-        if node in lowered.computed and any(t.is_floating_point() for t in tensors(lowered.computed[node])) and _is_read(node, lowered):
-            refused.append(
-                f"{place(node)}: {op_name(node)} computes a weight, rounded; expected plain weights: type gramlip.nn.remove(model)"
-            )
+        if node in lowered.computed and any(user in lowered.places for user in node.users):
+            if any(t.is_floating_point() for t in tensors(lowered.computed[node])):
+                refused.append(f"{place(node)}: {op_name(node)} computes a weight; expected plain weights: type gramlip.nn.remove(model)")
     if refused:
         msg = f"{len(refused)} calls whose rounding no rule can bound; expected rules for all of them: {'; '.join(dict.fromkeys(refused))}"
         raise UnsupportedError(msg)
-
-
-def _is_read(node: fx.Node, lowered: Lowered) -> bool:
-    return any(user in lowered.places for user in node.users)
 
 
 def _cast(program: Program, node: fx.Node) -> bool:
@@ -220,10 +215,8 @@ class _Propagation:
         norms, factors = [self._norms[s] for s in step.sources], coefficients(self._steps[i])
         joined = rd.hypot_up(norms) if factors is None else rd.add_up(*map(rd.mul_up, factors, norms))
         self._norms[i] = rd.mul_up(float(own.upper), joined)
-        low = self._exact[i].low
-        self._errors[i] = (
-            [torch.full_like(t, self._norms[i]) for t in low] if not isinstance(low, Tensor) else torch.full_like(low, self._norms[i])
-        )
+        low, every = self._exact[i].low, self._norms[i]
+        self._errors[i] = torch.full_like(low, every) if isinstance(low, Tensor) else [torch.full_like(t, every) for t in low]
 
     def _wide(self, i: int) -> Value:
         """Intervals of a value that hold it in both runs."""
@@ -235,12 +228,16 @@ class _Propagation:
         return Value(low, high, whole_of(low, high, Range(-INF, INF, INF, INF), tuple(low.shape)))
 
     def _by_step(self, i: int) -> Tensor:
-        """Errors through an entrywise function by its slopes; in other steps their norm."""
+        """Errors through an entrywise function by its slopes, through a linear map by its moduli; in other steps their norm."""
         step, before = self._steps[i], self._network.steps[i].sources
-        if isinstance(step.what, Slope) and len(before) == 1 and isinstance(self._errors[before[0]], Tensor):
-            steepest = torch.maximum(*(torch.as_tensor(end, dtype=torch.float64).abs() for end in (step.what.low, step.what.high)))
-            return self._errors[before[0]] * steepest * ROOM
-        return torch.full(step.shape, self._norms[i], dtype=torch.float64)
+        what, every = step.what, torch.full(step.shape, self._norms[i], dtype=torch.float64)
+        if len(before) != 1 or not isinstance(error := self._errors[before[0]], Tensor):
+            return every
+        if isinstance(what, Slope):
+            return error * torch.maximum(*(torch.as_tensor(end, dtype=torch.float64).abs() for end in (what.low, what.high))) * ROOM
+        if isinstance(what, Linear) and not what.op.weight.is_complex():
+            return apply(replace(what.op, weight=to_float64(what.op.weight).abs()), error) * ROOM + what.error * self._norms[before[0]]
+        return every
 
     def _call(self, node: fx.Node) -> Execution:
         def operand(n: fx.Node) -> Any:
@@ -274,13 +271,13 @@ class _Propagation:
         added: dict[int, Tensor] = {}
         for i, rows in found.items():
             most, step = rows.most(sweeps.gamma).flatten(1), network.steps[i]
-            blocked = sweeps.actions[i] is None and i not in sweeps.middle and not isinstance(step.what, Input)
-            own = self._errors[i] if blocked else self._rounded.get(i)
-            if own is None:
-                own = torch.zeros(step.shape, dtype=torch.float64)
-            if not isinstance(own, Tensor):
+            if not isinstance(self._errors[i], Tensor):
                 return None, ()
-            added[i] = most @ own.reshape(-1) * ROOM
+            blocked = sweeps.actions[i] is None and i not in sweeps.middle and not isinstance(step.what, Input)
+            own = self._errors[i] if blocked else self._rounded.get(i, torch.zeros(step.shape, dtype=torch.float64))
+            added[i] = (most @ own.reshape(-1) * ROOM).nan_to_num(INF, INF)
+            if blocked:
+                added[i] = torch.minimum(added[i], (row_norms_up(most) * self._norms[i]).nan_to_num(INF, INF))
             if isinstance(step.what, Linear) and step.what.error:
                 stray = rd.mul_up(step.what.error, self._norms[step.sources[0]])
                 added[i] = added[i] + row_norms_up(most) * stray

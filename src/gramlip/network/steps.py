@@ -316,7 +316,7 @@ class Network:
 
 
 def numbering(steps: Sequence[Step | None], outputs: Sequence[int], moved: Mapping[int, int]) -> dict[int, int]:
-    """New numbers of the steps that these outputs depend on, and of all inputs; `moved` maps a dropped step to the one that stands for it."""
+    """New numbers of the inputs and of what these outputs depend on; `moved` maps a dropped step to the one that stands for it."""
     alive, stack = set[int](), [_final(i, moved) for i in outputs]
     while stack:
         i = stack.pop()
