@@ -218,10 +218,8 @@ def _clamped(call: Execution) -> Tensor:
 
 
 def _leaky(call: Execution) -> Tensor:
-    slopes = [x.error * call.operands[0].size for x in call.operands[1:]]
-    if slopes and slopes[0].ndim != call.size.ndim:
-        slopes = [call.operands[1].error.amax() * call.operands[0].size]
-    return _rounded(3.0)(call) + sum(slopes, torch.zeros(()))
+    own = sum((x.error.amax() * call.operands[0].size for x in call.operands[1:]), torch.zeros(()))
+    return _rounded(3.0)(call) + own
 
 
 def _rounded(times: float) -> Rule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from gramlip.errors import InputError, UnsupportedError
+from gramlip.network.audit import check_inputs, check_model, inputs
 from gramlip.network.compose import coefficients, compose, constants
 from gramlip.network.executed import ROOM, RULES, Arithmetic, Execution, Operand, arithmetic, carried, constant
-from gramlip.network.graph import Program, arguments, export, op_name, place, tensors, undisturbed
+from gramlip.network.fold import fold
+from gramlip.network.graph import Program, arguments, export, module_path, op_name, place, tensors, undisturbed
 from gramlip.network.local import Region, region, restricted
 from gramlip.network.local.intervals import Value, restrict, whole_of
 from gramlip.network.local.jacobians import Sweeps
@@ -89,8 +91,6 @@ def execution_error(
     >>> 0.0 < error.upper < 1e-5
     True
     """
-    from gramlip.network.audit import check_inputs, check_model, inputs
-
     model = unwrapped(model) if isinstance(model, nn.Module) else model
     check_model(model)
     given = inputs(model, example)
@@ -115,9 +115,9 @@ def _check(program: Program, lowered: Lowered) -> None:
             refused.append(f"{place(node)}: {op_name(node)} has no rule for its rounding")
         if node in lowered.places and _cast(program, node):
             refused.append(f"{place(node)}: {op_name(node)} changes the dtype; expected a program in one dtype")
-        if node in lowered.computed and any(user in lowered.places for user in node.users):
-            if any(t.is_floating_point() for t in tensors(lowered.computed[node])):
-                refused.append(f"{place(node)}: {op_name(node)} computes a weight; expected plain weights: type gramlip.nn.remove(model)")
+        read = node in lowered.computed and any(user in lowered.places for user in node.users)
+        if read and any(t.is_floating_point() for t in tensors(lowered.computed[node])):
+            refused.append(f"{place(node)}: {op_name(node)} computes a weight; expected plain weights: type gramlip.nn.remove(model)")
     if refused:
         msg = f"{len(refused)} calls whose rounding no rule can bound; expected rules for all of them: {'; '.join(dict.fromkeys(refused))}"
         raise UnsupportedError(msg)
@@ -143,14 +143,8 @@ class _Propagation:
         self._steps, self._constants = list[Step](), list[Bound]()
         self._errors, self._norms, self._rounded = dict[int, Any](), dict[int, float](), dict[int, Tensor]()
         self._at: dict[fx.Node, Any] = {}
-        self._linear = self._norms_of_layers()
-
-    def _norms_of_layers(self) -> dict[int, Bound]:
-        """Those of all linear steps, which are searched together."""
-        steps = self._network.steps
-        some = [i for i, step in enumerate(steps) if isinstance(step.what, Linear)]
-        found = constants([steps[i] for i in some], [[steps[s].shape for s in steps[i].sources] for i in some], RTOL)
-        return dict(zip(some, found, strict=True))
+        self._fresh: dict[int, Any] = {}  # errors that arose since the last value that folding leaves
+        self._linear, self._folded = _norms_of(self._network), _folded(self._network)
 
     def bound(self) -> ExecutionError:
         """The least of the three bounds: docs/execution.md#theorem."""
@@ -158,6 +152,8 @@ class _Propagation:
             if node in self._places:
                 self._at[node] = self._places[node]
                 self._execute(node)
+                if any(i is not None and not self._norms[i] < INF for i in _flat(self._at[node])):
+                    return self._without(node)
                 write = self._program.writes.get(node)
                 self._at |= dict.fromkeys([*write.targets, *write.shared] if write else (), self._at[node])
         ends = self._network.outputs
@@ -171,6 +167,12 @@ class _Propagation:
         whole = min(rd.hypot_up(norms), frobenius_up(torch.cat([e.reshape(-1) for e in entries])))
         return ExecutionError(whole, tuple(entries), self._because(), shares)
 
+    def _without(self, node: fx.Node) -> ExecutionError:
+        """No bound, since the rounding of a call has none on the set."""
+        outputs = tuple(torch.full(self._network.steps[i].shape, INF, dtype=torch.float64) for i in self._network.outputs)
+        reason = f"{module_path(node)}: {op_name(node)} may overflow, or divide by what rounding does not tell from zero"
+        return ExecutionError(INF, outputs, f"{reason}; {self._because()}")
+
     def _because(self) -> str:
         sums = "" if self._numbers.sums == self._numbers.dtype else f", sums in {str(self._numbers.sums).removeprefix('torch.')}"
         text = str(self._numbers.dtype).removeprefix("torch.")
@@ -182,8 +184,8 @@ class _Propagation:
         """The steps of a call, and the error of its value."""
         last = max((i for i in _flat(self._at[node]) if i is not None), default=-1)
         begin = len(self._steps)
-        while len(self._steps) <= last:
-            self._follow(len(self._steps))
+        for i in range(begin, last + 1):
+            self._follow(i)
         if node.op != "call_function" or last < begin:  # an input, a value known before, or one that no output reads
             return
         call = self._call(node)
@@ -191,13 +193,25 @@ class _Propagation:
         if not isinstance(came, Tensor) and came is not None:  # parts of a value
             self._errors[last] = [part.abs() * ROOM for part in came]
             return
-        came = self._by_step(last) if came is None else came.abs() * ROOM
+        came = self._by_step(last, self._errors) if came is None else came.abs() * ROOM
         came = came.clamp_max(self._norms[last]).broadcast_to(self._network.steps[last].shape)
         call = replace(call, size=_moduli(self._exact[last]) + came)
         lost = (RULES[call.name](call) * ROOM).broadcast_to(came.shape).nan_to_num(INF, INF)
         lost = torch.where(call.size + lost <= self._numbers.largest, lost, INF)
         self._rounded[last], self._errors[last] = lost, came + lost
         self._norms[last] = min(rd.add_up(self._norms[last], frobenius_up(lost)), frobenius_up(self._errors[last]))
+        self._fold(last, lost)
+
+    def _fold(self, i: int, lost: Tensor) -> None:
+        """The norm at a linear step that ends others of its kind by the norm of their product: docs/execution.md#theorem."""
+        before, fresh = self._network.steps[i].sources, torch.zeros_like(lost)
+        if isinstance(self._network.steps[i].what, Linear) and before[0] in self._fresh:
+            fresh = self._by_step(i, self._fresh)
+        self._fresh[i] = fresh + lost
+        if i in self._folded:
+            source, own = self._folded[i]
+            whole = rd.add_up(rd.mul_up(own, self._norms[source]), frobenius_up(self._fresh[i]))
+            self._norms[i] = min(self._norms[i], whole)
 
     def _follow(self, i: int) -> None:
         """A step where both the exact and the executed arguments are, and what it makes of their errors in norm."""
@@ -227,11 +241,11 @@ class _Propagation:
         low, high = value.low - error * ROOM, value.high + error * ROOM
         return Value(low, high, whole_of(low, high, Range(-INF, INF, INF, INF), tuple(low.shape)))
 
-    def _by_step(self, i: int) -> Tensor:
+    def _by_step(self, i: int, errors: Mapping[int, Any]) -> Tensor:
         """Errors through an entrywise function by its slopes, through a linear map by its moduli; in other steps their norm."""
         step, before = self._steps[i], self._network.steps[i].sources
         what, every = step.what, torch.full(step.shape, self._norms[i], dtype=torch.float64)
-        if len(before) != 1 or not isinstance(error := self._errors[before[0]], Tensor):
+        if len(before) != 1 or not isinstance(error := errors[before[0]], Tensor):
             return every
         if isinstance(what, Slope):
             return error * torch.maximum(*(torch.as_tensor(end, dtype=torch.float64).abs() for end in (what.low, what.high))) * ROOM
@@ -285,6 +299,23 @@ class _Propagation:
         worst = int(whole.argmax())
         first = sorted(added, key=lambda i: -float(added[i][worst]))[:3]
         return whole, tuple((network.steps[i].name, float(added[i][worst])) for i in first)
+
+
+def _norms_of(network: Network) -> dict[int, Bound]:
+    """Norms of all linear steps, which are searched together."""
+    steps = network.steps
+    some = [i for i, step in enumerate(steps) if isinstance(step.what, Linear)]
+    found = constants([steps[i] for i in some], [[steps[s].shape for s in steps[i].sources] for i in some], RTOL)
+    return dict(zip(some, found, strict=True))
+
+
+def _folded(network: Network) -> dict[int, tuple[int, float]]:
+    """For linear steps that end others of their kind, which no one else reads: the value that the first one reads, and the norm of all."""
+    named = Network([replace(step, place=str(i)) for i, step in enumerate(network.steps)], network.outputs)
+    whole = fold(named)
+    place = [int(step.place) for step in whole.steps]
+    norms = _norms_of(whole)
+    return {place[i]: (place[whole.steps[i].sources[0]], float(norm.upper)) for i, norm in norms.items()}
 
 
 def _flat(found: Any) -> Iterator[Any]:
