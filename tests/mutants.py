@@ -6,6 +6,7 @@ with the mutant in place.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip.network import compose, lower_bound, running_errors
+from gramlip.network import compose, executed, execution, lower_bound, running_errors
 from gramlip.network.rules import shapes as joins
 from gramlip.network.rules import statistics
 from gramlip.network.steps import Pad, Slope
@@ -36,6 +37,7 @@ from gramlip.operators.geometry import Axis
 from gramlip.reports import checkpoint
 from gramlip.reports.checkpoint import Entry, Stored
 from gramlip.rules import Call
+from test_execution import test_the_worst_order_of_a_sum_is_covered, test_weights_that_the_format_does_not_hold_count
 from test_network_steps import (
     Applied,
     test_a_choice_between_branches_has_no_lower_side,
@@ -661,7 +663,44 @@ def caps_are_certified() -> None:
         assert gl.bound(layer).upper <= 0.1
 
 
+def errors_pass_through_functions() -> None:
+    """A steep function after a layer whose sum errs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 1, bias=False), nn.ReLU())
+    nn.init.constant_(model[0].weight, 1.0)
+    found = gl.execution_error(model, (64,), dtype=torch.bfloat16, domain=(0.5, 1.0))
+    x = torch.rand(64, 64).to(torch.bfloat16) / 2 + 0.5
+    off = (copy.deepcopy(model).to(torch.bfloat16)(x).double() - model.double()(x.double())).detach().abs().max()
+    assert float(off) <= found.largest
+
+
+def weights_of_the_program_as_they_are(patch: pytest.MonkeyPatch) -> None:
+    """The program's weights taken for those of the function."""
+    right = executed.constant
+
+    def wrong(value: Any, arithmetic: Any) -> executed.Operand:
+        made = right(value, arithmetic)
+        return replace(made, error=torch.zeros_like(made.error))
+
+    patch.setattr(execution, "constant", wrong)
+
+
+def sums_rounded_once(patch: pytest.MonkeyPatch) -> None:
+    """A sum of many products that costs one rounding of its result."""
+    patch.setattr(executed.Arithmetic, "gamma", lambda self, terms: 0.0)
+
+
+def errors_end_at_functions(patch: pytest.MonkeyPatch) -> None:
+    """Errors that no function passes on."""
+    right = execution._Propagation._by_step
+    patch.setattr(execution._Propagation, "_by_step", lambda self, i, errors: right(self, i, errors) * 0.0)
+    patch.setattr(execution._Propagation, "_by_rows", lambda self: (None, ()))
+
+
 MUTANTS: dict[str, Mutant] = {
+    "execution: weights as they are": Mutant(weights_of_the_program_as_they_are, test_weights_that_the_format_does_not_hold_count),
+    "execution: sums rounded once": Mutant(sums_rounded_once, test_the_worst_order_of_a_sum_is_covered),
+    "execution: errors end at functions": Mutant(errors_end_at_functions, errors_pass_through_functions),
     "squares one after the other": Mutant(squares_one_after_the_other, test_norms_of_many_equal_entries),
     "products one after the other": Mutant(products_one_after_the_other, test_products_of_many_rows),
     "error behind a padding": Mutant(error_behind_a_padding, test_replicate_padding_by_50_repeats_the_error_51_times),
