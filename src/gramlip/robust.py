@@ -1,6 +1,7 @@
 """Certified robustness: from the margins of a classifier and its Lipschitz constant to l2 radii, in pixels of [0, 1].
 
-Proofs: docs/training.md#certify. The constant is proved in floating point; the logits are taken as the model computes them.
+Proofs: docs/training.md#certify. The constant is proved in floating point; the logits are taken as the model computes
+them, or with what rounding may have done to them (`executed=True`, docs/execution.md).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gramlip.errors import InputError, check_integers
+from gramlip.network.execution import ExecutionError, execution_error
 from gramlip.nn.parametrize import evaluating, in_eval_mode
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
@@ -80,6 +82,7 @@ def radii(
     *,
     std: float | Sequence[float] = 1.0,
     last: nn.Linear | Tensor | None = None,
+    execution: float | Tensor | ExecutionError = 0.0,
 ) -> Tensor:
     """Certified l2 radii (batch,), float64: no input closer than that, in pixels, gets another label.
 
@@ -92,6 +95,8 @@ def radii(
         std: what the input normalisation outside the network divides by; 1 where the network takes pixels.
         last: the network's final linear layer: each pair of classes then has its own constant, `||w_y - w_j||` times `lipschitz`,
             instead of `sqrt(2)` times that of the whole network.
+        execution: bounds of how far each logit of the program that runs is from the real one, by `gramlip.execution_error`: the radii
+            are then of the program, for inputs of the set that the bounds hold for. With 0 the logits are taken for real numbers.
 
     Raises:
         InputError: shapes or numbers that cannot be used.
@@ -112,13 +117,26 @@ def radii(
         msg = f"{given} was given for {logits.shape[1]} classes; expected integers from 0 to {logits.shape[1] - 1}"
         raise InputError(msg)
     logits, labels = to_float64(logits), labels.long()
-    gaps = logits.gather(1, labels[:, None]) - logits
+    gaps = _less_rounding(logits.gather(1, labels[:, None]) - logits, labels, execution)
     if last is None:
         slopes, units = torch.full_like(gaps, rd.sqrt_up(2.0)), torch.ones_like(gaps)
     else:
         slopes, units = (part[labels] for part in _pairs(last, logits))
     least = _quotients(gaps, slopes, units, constant(lipschitz, std)).scatter(1, labels[:, None], torch.inf).amin(1)
     return torch.where((least > 0) & logits.isfinite().all(1), least, 0.0)
+
+
+def _less_rounding(gaps: Tensor, labels: Tensor, execution: float | Tensor | ExecutionError) -> Tensor:
+    """Margins of which nothing is left that rounding can take: the errors of both logits, here and at the other input."""
+    given = execution.outputs[0] if isinstance(execution, ExecutionError) and len(execution.outputs) == 1 else execution
+    off = tensor("execution", given).to(torch.float64)
+    if off.numel() not in (1, gaps.shape[1]) or bool((off < 0).any() | off.isnan().any()):
+        msg = f"execution={execution!r} was given for {gaps.shape[1]} classes; expected bounds of at least 0: type gl.execution_error(...)"
+        raise InputError(msg)
+    off = off.reshape(-1).expand(gaps.shape[1]).to(gaps.device)
+    if not bool(off.any()):
+        return gaps
+    return gaps - gaps.abs() * 2.0**-50 - 2.0 * (off[labels][:, None] + off) * (1.0 + 2.0**-50)
 
 
 def _quotients(gaps: Tensor, slopes: Tensor, units: Tensor, scale: float) -> Tensor:
@@ -212,6 +230,8 @@ def certify(
     *,
     std: float | Sequence[float] = 1.0,
     last: nn.Linear | Tensor | None = None,
+    executed: bool = False,
+    domain: tuple[Any, Any] | None = None,
 ) -> Certified:
     """Clean and certified accuracy: the share of samples that are right and stay right at every distance up to `eps`.
 
@@ -222,9 +242,13 @@ def certify(
         eps: radii in pixels of [0, 1].
         std: as for `radii`.
         last: as for `radii`.
+        executed: take what rounding may do to the logits off the margins, so that the radii are those of the program that runs, for
+            inputs in `domain`.
+        domain: (low, high) of what the loader gives and of what it may be changed to, numbers or tensors that broadcast to a sample.
 
     Raises:
         InputError: no samples, or numbers that cannot be used.
+        UnsupportedError: `executed` of a model with calls whose rounding no rule bounds.
 
     >>> model = nn.Linear(2, 2, bias=False)
     >>> _ = nn.init.eye_(model.weight)
@@ -235,10 +259,12 @@ def certify(
     if not wanted or any(not 0 <= e < math.inf for e in wanted):
         msg = f"eps={eps!r} was given; expected radii of at least 0 in pixels of [0, 1], such as 36/255"
         raise InputError(msg)
-    found, right = [], 0
+    found, right, error = [], 0, None
     for inputs, labels in _batches(loader):
         logits, truth = tensor("logits", logits_of(model, inputs)), labels.to(_device(model))
-        found.append(radii(logits, truth, lipschitz, std=std, last=last).cpu())
+        if executed and error is None:
+            error = _execution(model, inputs[:1], domain)
+        found.append(radii(logits, truth, lipschitz, std=std, last=last, execution=error or 0.0).cpu())
         right += int(((logits.argmax(1) == truth) & logits.isfinite().all(1)).sum())  # the argmax of NaN is no answer
     if not found:
         msg = "the loader gave no batch; expected at least one (inputs, labels)"
@@ -247,8 +273,20 @@ def certify(
     shares = {e: float((every > e).double().mean()) for e in wanted}
     pairs = "the pairwise norms of the last layer's rows" if last is not None else "sqrt(2)"
     most = decimals(constant(lipschitz, std), upward=True)
-    because = f"margin over {pairs} times the constant {most} for pixels; logits as the model computes them"
+    rounding = "logits as the model computes them"
+    if error is not None:
+        rounding = f"less {decimals(4 * error.largest, upward=True)} for the rounding of both programs ({error.because})"
+    because = f"margin over {pairs} times the constant {most} for pixels; {rounding}"
     return Certified(right / len(every), shares, every, because)
+
+
+def _execution(model: nn.Module, sample: Tensor, domain: tuple[Any, Any] | None) -> ExecutionError:
+    """What rounding may do to the logits of a sample of the domain."""
+    if domain is None:
+        msg = "executed=True was given without a domain; expected where inputs lie: type domain=(0.0, 1.0) for pixels"
+        raise InputError(msg)
+    with in_eval_mode(model):
+        return execution_error(model, sample.to(_device(model)), domain=domain)
 
 
 def certified_accuracy(
