@@ -45,7 +45,7 @@ def theorem(case: Case) -> None:
     kernel = sym.kernel.to(torch.complex128)
     exponent = math.frexp(float(kernel.abs().amax()))[1]
     kernel = kernel * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2)
-    factor, lines = math.sqrt(sym.square), []
+    factor, lines = math.sqrt(sym.padding_norm_squared), []
     for points, degree in zip(sym.points, sym.degrees, strict=True):
         side = points or max(1, math.ceil(24 * degree))
         factor /= 1.0 if points else math.cos(math.pi * degree / side)

@@ -99,7 +99,7 @@ def dilation_ignored(axis: Axis, right: Callable[[Axis], Circle]) -> Circle:
 
 def multiplicity_dropped(axis: Axis, right: Callable[[Axis], Circle]) -> Circle:
     """Outputs, or inputs, that are repeated by the padding counted once."""
-    return replace(right(axis), square=1)
+    return replace(right(axis), norm_squared=1)
 
 
 def polyphase_where_the_stride_does_not_divide(axis: Axis, right: Callable[[Axis], Circle]) -> Circle:
@@ -156,7 +156,7 @@ def cosine_factor_dropped(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(sym: polyphase.Symbol, torus: int = 32) -> tuple[list[int], float, str]:
         sides, _, because = right(sym, torus)
-        return sides, math.sqrt(sym.square), because
+        return sides, math.sqrt(sym.padding_norm_squared), because
 
     for module in (polyphase, formulas):
         if hasattr(module, "grid"):
@@ -188,7 +188,7 @@ def first_group_only(patch: pytest.MonkeyPatch) -> None:
 def power_iteration_as_a_bound(patch: pytest.MonkeyPatch) -> None:
     """The lower side sold as an upper bound."""
     patch.setattr(branch_and_bound.BranchAndBound, "prove_blocks", lambda self, keys, thresholds: np.ones(len(keys), dtype=np.bool_))
-    patch.setattr(branch_and_bound.Targets, "asked", lambda self: np.sqrt(self._lower.best))
+    patch.setattr(branch_and_bound.Targets, "at_asked_width", lambda self: np.sqrt(self._lower.best))
 
 
 def frobenius_as_a_lower_bound(patch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def one_layer_ends_all(patch: pytest.MonkeyPatch) -> None:
         self: branch_and_bound.BranchAndBound, cells: frequency_cells.Cells, targets: branch_and_bound.Targets
     ) -> frequency_cells.Cells:
         left = right(self, cells, targets)
-        return left if len(left[0]) == len(cells[0]) else frequency_cells.pick(left, slice(0))
+        return left if len(left[0]) == len(cells[0]) else frequency_cells.select(left, slice(0))
 
     patch.setattr(branch_and_bound.BranchAndBound, "_without_given_up", wrong)
 

@@ -7,18 +7,25 @@ from contextlib import redirect_stdout
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+import cli_reference
 import gramlip
 import gramlip.rules
 from gramlip.cli import main, parser
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.M | re.S)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#([\w-]+))?\)")
+
+
+def identity(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def blocks(document: Path) -> list[tuple[str, str]]:
@@ -36,7 +43,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=identity)
 def test_code_prints_what_is_shown(document):
     names: dict[str, object] = {"__name__": document.stem}
     found = [*blocks(document), ("", "")]
@@ -48,7 +55,59 @@ def test_code_prints_what_is_shown(document):
             assert printed.getvalue() == (shown if after == "text" else ""), f"{document.name}:\n{code}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def shape_of(text: str) -> list[str]:
+    """The words of an output, numbers apart: their last digits are those of the machine."""
+    return re.sub(r"\d[\d.e+-]*", "#", text).split()
+
+
+def test_readme_shows_what_the_command_prints(capsys):
+    shown = [text for kind, text in blocks(README) if kind == "console" and text.count("\n") > text.count("$ ")]
+    assert len(shown) == 1
+    for text in shown:
+        command, _, output = text.partition("\n")
+        assert main(command.split()[2:]) == 0
+        assert shape_of(output) == shape_of(capsys.readouterr().out), command
+
+
+def test_readme_is_read_in_a_minute():
+    lines = README.read_text().splitlines()
+    assert len(lines) < 120
+    titles = [line[3:] for line in lines if line.startswith("## ")]
+    assert titles == ["Install", "Ten lines of Python", "One command", "Which tool when", "What is proved", "Read on"]
+
+
+WIDE = {  # pages from before the limit: python tools/wrap_docs.py docs/PAGE.md, and strike it off this list
+    *("architecture", "command-line", "conformance", "extending", "finite", "methods", "network", "performance", "reproduction"),
+    *("rounding", "theory", "training", "weights-alone"),
+}
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d.stem not in WIDE or d.parent.name != "docs"], ids=identity)
+def test_lines_of_prose_fit_a_window(document):
+    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
+    long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
+    assert long == [], f"type python tools/wrap_docs.py {identity(document)}"
+
+
+def test_the_site_has_every_page_and_nothing_else():
+    pages = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1])
+    assert sorted(pages) == [str(document.relative_to(ROOT / "docs")) for document in DOCUMENTS[1:]]
+
+
+def test_tutorials_show_the_pictures_that_their_code_draws():
+    for page in (ROOT / "docs" / "tutorials").glob("*.md"):
+        drawn = any(re.search(r"^figure, ", code, re.M) for kind, code in blocks(page) if kind == "python")
+        assert drawn == (f"(../pictures/{page.stem}.svg)" in page.read_text()), page.name
+    for picture in (ROOT / "docs" / "pictures").iterdir():
+        assert ElementTree.parse(picture).getroot().tag.endswith("svg")
+        assert any(f"pictures/{picture.name}" in document.read_text() for document in DOCUMENTS), picture.name
+
+
+def test_the_reference_of_the_command_line_is_that_of_the_parser():
+    assert (ROOT / "docs" / "reference" / "cli.md").read_text() == cli_reference.reference()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=identity)
 def test_links_lead_somewhere(document):
     prose = CODE.sub("", document.read_text())
     for target, anchor in LINK.findall(prose):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,6 +18,8 @@ from gramlip.operators.describe import describe
 from gramlip.operators.given import is_flat, is_sharded, unwrapped
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense, Ints, Operator
+
+T = TypeVar("T")
 
 
 def world() -> int:
@@ -29,7 +34,7 @@ def share(costs: Sequence[float], ranks: int | None = None, rank: int | None = N
     ([1, 0], [2, 3])
     """
     ranks = world() if ranks is None else ranks
-    rank = (dist.get_rank() if ranks > 1 else 0) if rank is None else rank
+    rank = ranked() if rank is None else rank
     load = [0.0] * ranks
     shares: list[list[int]] = [[] for _ in range(ranks)]
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -77,15 +82,38 @@ def bounds(items: Sequence[Any], **options: Any) -> list[Bound]:
                 done[i] = op if isinstance(op, Bound) else bound(op, **options)
             except Exception as caught:  # whatever it is, it is raised again, on every rank
                 error = caught
-    every: list[Any] = [(done, error)]
+    merged = {i: b for part in gathered(done, error) for i, b in part.items()}
+    return [merged[i] for i in range(len(pairs))]
+
+
+def gathered(value: T, error: Exception | None = None) -> list[T]:
+    """What every rank has, in their order, on every rank; the first error that any of them met is raised on all."""
+    every: list[Any] = [(value, error)]
     if world() > 1:
         every = [None] * world()
-        dist.all_gather_object(every, (done, error))
+        dist.all_gather_object(every, (value, error))
     for _, failure in every:
         if failure is not None:
             raise failure
-    merged = {i: b for part, _ in every for i, b in part.items()}
-    return [merged[i] for i in range(len(pairs))]
+    return [value for value, _ in every]
+
+
+def ranked() -> int:
+    """This rank; 0 where no process group is initialised."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+@contextmanager
+def joined() -> Generator[None, None, None]:
+    """The ranks that `torchrun` started form a group, over gloo since reports are gathered on the CPU; nothing where there are none."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available() or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timedelta(days=30))  # a rank waits as long as another works
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _gathered(x: Any, input_size: Ints | None) -> Operator | Bound:

@@ -18,14 +18,17 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from gramlip.demo import DemoNet
 from gramlip.errors import InputError, first_line
 from gramlip.network.audit import Example, audit, steps_of
 from gramlip.network.graph import silent
 from gramlip.network.steps import Linear
 from gramlip.operators.given import program_inputs
 from gramlip.operators.linear_maps import Conv, Dense
-from gramlip.reports.checkpoint import Watch, Weights, check_file, read, read_bytes
+from gramlip.reports.checkpoint import Watch, Weights
+from gramlip.reports.formats import check_file, read
 from gramlip.reports.output import aside, note
+from gramlip.reports.readers import read_bytes
 from gramlip.reports.report import Report
 
 # ---- models --------------------------------------------------------------------------------------------------------------
@@ -46,6 +49,7 @@ class Options:
     domain: tuple[float, float] | None = None
     seed: int = 0
     effort: float = 1.0
+    time_limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Model:
                 domain=o.domain,
                 seed=o.seed,
                 effort=o.effort,
+                time_limit=o.time_limit,
                 target=self.target,
                 progress=watch,
             )
@@ -250,7 +255,9 @@ def _weights(target: str, inputs: Shape | None) -> Source:
     if target in DEMOS:
         if Path(target).exists():
             note(f"{target} is the package's own network; the file of that name is not read: type ./{target} for it")
-        return Weights(target, read_bytes((resources.files("gramlip") / "data" / f"{target}.safetensors").read_bytes()))
+        with torch.device("meta"):
+            order = list(DemoNet().state_dict())
+        return Weights(target, read_bytes((resources.files("gramlip") / "data" / f"{target}.safetensors").read_bytes(), order))
     return Weights(target, read(Path(target)))
 
 

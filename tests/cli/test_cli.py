@@ -12,7 +12,7 @@ from torch import nn
 
 import gramlip as gl
 from gramlip import targets
-from gramlip.cli import commands, main
+from gramlip.cli import commands, main, parser
 from gramlip.reports import output
 
 RUN = [sys.executable, "-c", "import sys; from gramlip.cli import main; sys.exit(main())"]
@@ -48,7 +48,9 @@ def test_the_table_names_every_layer_and_what_is_left_out(model, capsys):
     assert err == ""
     assert "0.weight" in out
     assert "3.weight" in out
-    assert "running statistics of a normalisation: 1.num_batches_tracked, 1.running_mean, 1.running_var" in out
+    assert "3 x running statistics of a normalisation" in out
+    assert main(["audit", str(model), "--verbose"]) == 0
+    assert "running statistics of a normalisation: 1.num_batches_tracked, 1.running_mean, 1.running_var" in capsys.readouterr().out
 
 
 def test_json_on_standard_output_is_json_alone_and_true(model, capsys):
@@ -118,7 +120,7 @@ def test_an_input_shape_says_nothing_about_weights_alone(model, capsys):
     assert "holds weights alone" in refused(capsys, "audit", model, "--input", "3,32,32")
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["audit"], ["audit", "a", "b"], ["audit", "a", "--nonsense"]])
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["audit"], ["audit", "a", "--nonsense"]])
 def test_wrong_usage_is_one_line(capsys, argv):
     assert "--help" in refused(capsys, *argv)
 
@@ -319,4 +321,32 @@ def test_a_progress_bar_only_on_a_terminal(capsys, monkeypatch, terminal):
     assert list(output.watched(["a", "b"])) == ["a", "b"]
     out, err = capsys.readouterr()
     assert out == ""
-    assert ("layer" in err) == terminal
+    assert ("b 0/2" in err) == terminal
+
+
+def test_the_audit_of_the_demo_fits_a_screen_in_the_order_of_the_model(capsys):
+    assert main(["audit", "demo"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert len(lines) <= 24
+    rows = [line.split()[0] for line in lines[3:11]]
+    assert rows[0] == "stem.conv.weight"
+    assert rows[-1] == "head.weight"
+
+
+def test_the_layers_of_a_file_stand_in_the_order_of_their_numbers(tmp_path, capsys):
+    save_file({f"layers.{i}.weight": torch.eye(2) for i in range(12)}, tmp_path / "x.safetensors")
+    assert main(["audit", str(tmp_path / "x.safetensors"), "--json", "-"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)["layers"]] == [f"layers.{i}.weight" for i in range(12)]
+
+
+def subparsers():
+    return next(action.choices for action in parser()._actions if isinstance(action.choices, dict))
+
+
+@pytest.mark.parametrize("name", sorted(subparsers()))
+def test_every_command_has_examples_that_it_understands(name):
+    typed = [line.split()[1:] for line in (subparsers()[name].epilog or "").splitlines() if line.startswith("  gramlip ")]
+    assert typed
+    for words in typed:
+        assert parser().parse_args(words).run

@@ -20,6 +20,7 @@ from gramlip import Bound, bound
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network.audit import audit
 from gramlip.network.coupling import segments
+from gramlip.network.effort import Effort
 from test_rules import Map
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -579,7 +580,7 @@ def test_segments_multiply_to_the_whole() -> None:
     model = models.settled(models.DnCNN(3, 4), torch.zeros(1, 1, 6, 6))
     network = fold(lower(export(model, (torch.zeros(1, 1, 6, 6),))).network)
     own = constants(network.steps, [[network.steps[x].shape for x in s.sources] for s in network.steps])
-    found = segments.coupled(network, own, effort=0.0)
+    found = segments.coupled(network, own, Effort(0.0))
     assert found is not None
     assert segments.total(found) <= 1.0001 * audit(model, (1, 6, 6), effort=0).upper
     assert steepest(model, (1, 6, 6)) <= segments.total(found)

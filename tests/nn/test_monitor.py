@@ -91,3 +91,34 @@ def test_a_constructor_that_moves_nothing_and_refusals() -> None:
     with pytest.raises(gl.UnsupportedError, match="Monitor"):
         gnn.Monitor(nn.Linear(2, 2, dtype=torch.complex64))
     assert list(gnn.Monitor(net(), where=lambda path, _: path == "4")()) == ["4"]
+
+
+def test_certificates_in_turns_and_what_is_written() -> None:
+    class Writer:
+        def __init__(self) -> None:
+            self.rows: list[tuple[str, float, int]] = []
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            self.rows.append((name, value, step))
+
+    monitor, writer = gnn.Monitor(net(), (3, 8, 8), certify_every=2), Writer()
+    assert set(monitor()["0"]) == {"sigma", "stable_rank"}
+    written = monitor.log(writer, step=3)
+    assert writer.rows == [(name, value, 3) for name, value in written.items()]
+    assert set(written) == {f"{name}/{path}" for path in "024" for name in ("sigma", "stable_rank", "lower", "upper")}
+    assert written["upper/2"] == gl.bound(monitor._tracked[1], (8, 8)).upper
+    calls = int(monitor.calls)
+    with pytest.raises(gl.InputError, match="of type int was given; expected a SummaryWriter"):
+        monitor.log(3, step=4)
+    assert int(monitor.calls) == calls  # nothing was read
+    with pytest.raises(gl.InputError, match="certify_every=0"):
+        gnn.Monitor(net(), certify_every=0)
+
+
+def test_callbacks_name_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gnn.callbacks, "find_spec", lambda name: None)
+    for verb, package in ((gnn.callbacks._lightning_monitor, "lightning"), (gnn.callbacks._trainer_monitor, "transformers")):
+        with pytest.raises(gl.InputError, match=f"type pip install {package}"):
+            verb.__wrapped__()
+    with pytest.raises(AttributeError, match="no attribute 'KerasMonitor'"):
+        gnn.KerasMonitor  # noqa: B018

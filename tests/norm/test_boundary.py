@@ -54,7 +54,7 @@ def test_bound_holds_at_the_size_and_for_every_size(geometry: tuple, mode: str) 
         for found in (gl.bound(op, finite=False), gl.bound(every)):
             assert float(found.upper) >= truth * (1 - ROUNDING), (kernel, found)
         zero = gl.Conv(op.weight, stride=op.stride, padding=op.padding, dilation=op.dilation)
-        product = math.sqrt(symbol(op).square) * float(gl.bound(zero).upper)
+        product = math.sqrt(symbol(op).padding_norm_squared) * float(gl.bound(zero).upper)
         assert float(gl.bound(op, finite=False).upper) <= product * 1.02
 
 
@@ -119,7 +119,7 @@ def test_dense_kernels_stay_far_below_the_product(channels: int, taps: int, mode
     op = gl.Conv(weight, 10, 1, taps // 2, mode)
     found, supremum = gl.bound(op, finite=False), float(gl.bound(gl.Conv(weight, None, 1, taps // 2)).upper)
     assert found.lower <= oracle(op) <= float(found.upper) <= 1.65 * supremum
-    assert math.sqrt(symbol(op).square) >= 2.0
+    assert math.sqrt(symbol(op).padding_norm_squared) >= 2.0
     assert "theorem 12" in found.because
 
 
@@ -173,7 +173,7 @@ def test_the_ends_of_every_size_are_among_those_that_are_formed(axis: tuple[int,
     _, stride, _, before, after = axis
     every = Axis(None, None, *axis)
     formed = _ends(every, mode) or []
-    square = PADDING[mode](every).square
+    square = PADDING[mode](every).norm_squared
     least = max(before, after) + 1 if mode == "reflect" else 1
     for n in range(max(least, every.span - before - after), 5 * (before + after + every.span + stride)):
         outputs = (n + before + after - every.span) // stride + 1
@@ -231,7 +231,7 @@ def test_a_single_input_under_replicate_padding() -> None:
             weight = Case(kernel, (2, 2, taps), dtype=torch.float64).weight()
             op = gl.Conv(weight, 1, stride, ((before, after),), "replicate", dilation)
             sym, truth = symbol(op), oracle(op)
-            factor = math.sqrt(sym.square)
+            factor = math.sqrt(sym.padding_norm_squared)
             still = replace(op, padding_mode="zeros", input_size=None)
             assert truth <= factor * float(gl.bound(still).upper) * (1 + ROUNDING)
             assert float(gl.bound(replace(op, input_size=None)).upper) >= truth * (1 - ROUNDING)

@@ -94,4 +94,5 @@ def test_pictures(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_notebooks_show_reports_and_bounds(report: Report) -> None:
     assert "&lt;b&gt;" in report._repr_html_()
-    assert Bound(1.0, 2.0, "<i>given")._repr_html_() == "<code>[1, 2]  &lt;i&gt;given</code>"
+    shown = Bound(1.0, 2.0, "<i>given")._repr_html_()
+    assert shown == "<details><summary><code>[1, 2]</code></summary><ul><li>&lt;i&gt;given</li></ul></details>"

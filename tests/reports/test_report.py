@@ -1,11 +1,15 @@
+import io
 import json
 import math
+import re
 from decimal import Decimal
 
 import pytest
+from torch import nn
 
 import gramlip as gl
-from gramlip.reports.report import LayerRow, LeftOut, Report, aligned, printable
+from gramlip.reports.report import LayerRow, LeftOut, Report, proof_name
+from gramlip.reports.text import Screen, aligned, printable
 
 INF = math.inf
 
@@ -47,23 +51,106 @@ def test_infinity_is_null_and_json_stays_standard():
 def test_printed_decimals_are_rounded_outward():
     lower, upper = 1.23456712, 1.23456789
     text = str(Report("x", (row(lower=lower, upper=upper),)))
-    assert "[1.23456, 1.23457]" in text
+    assert "[1.2345, 1.2346]" in text
 
 
-def test_every_row_and_every_name_left_out_is_in_the_text():
-    report = Report("x", tuple(row(f"l{i}") for i in range(3)), (LeftOut("b", (3,), "a bias"), LeftOut("q", (3, 3), "quantised", True)))
-    lines = str(report).splitlines()
-    assert all(any(line.startswith(f"l{i} ") for line in lines) for i in range(3))
-    assert lines.index("weights without a bound") < lines.index("left out")
-    assert "  a bias: b" in lines
-    assert "  quantised: q" in lines
+LEFT_OUT = (LeftOut("b", (3,), "a bias"), LeftOut("c", (3,), "a bias"), LeftOut("q", (3, 3), "quantised", True))
+
+
+def test_a_report_is_short_and_a_verbose_one_names_everything():
+    report = Report("x", tuple(row(f"l{i}") for i in range(3)), LEFT_OUT)
+    short, long = str(report).splitlines(), report.text(verbose=True).splitlines()
+    assert all(any(line.startswith(f"l{i} ") for line in lines) for i in range(3) for lines in (short, long))
+    assert "left out: 2 x a bias" in short
+    assert "weights without a bound: q (quantised)" in short
+    assert long.index("weights without a bound") < long.index("left out")
+    assert "  a bias: b, c" in long
+    assert "  quantised: q" in long
 
 
 def test_a_shared_reason_is_said_once_and_a_single_one_in_its_row():
-    lines = str(Report("x", (row("a", because="same; one"), row("b", because="same; two"), row("c", because="same")))).splitlines()
-    assert "[1] same" in lines
-    assert any(line.endswith("[1] one") for line in lines)
+    report = Report("x", (row("a", because="same; one"), row("b", because="same; two"), row("c", because="same")))
+    lines = report.text(verbose=True).split("reasons\n")[1].splitlines()
+    assert "  [1] same" in lines
+    assert "    [1] one" in lines
     assert sum("same" in line for line in lines) == 1
+
+
+def test_a_module_that_is_called_twice_has_its_reasons_twice():
+    text = Report("x", (row("a", because="one"), row("a", because="two"))).text(verbose=True)
+    assert "    one" in text.splitlines()
+    assert "    two" in text.splitlines()
+
+
+LONG = Report(
+    "x" * 30,
+    tuple(row(f"model.decoder.layers.{i}.self_attention.in_proj + model.decoder.layers.{i}.norm", lower=0.0, upper=INF) for i in range(3)),
+    (LeftOut("step", (), "unbounded: no constant without a domain (file.py:3)"), *LEFT_OUT),
+    gl.Bound(1.0, 123456.7, "product of layers"),
+    ("a note of many words " * 12,),
+    tuple(f"call {i}" for i in range(9)),
+)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
+@pytest.mark.parametrize("verbose", [False, True])
+def test_no_line_is_wider_than_the_window(width, verbose):
+    plain = LONG.text(Screen(width), verbose=verbose)
+    assert max(map(len, plain.splitlines())) <= width or verbose  # verbose text holds names whole
+    coloured = LONG.text(Screen(width, colour=True), verbose=verbose)
+    assert coloured != plain
+    assert re.sub(r"\x1b\[\d+m", "", coloured).replace(" \n", "\n") == plain
+
+
+def test_numbers_that_people_read():
+    lines = LONG.text().splitlines()
+    assert any("[1, 123460]" in line and "123457x" in line for line in lines)
+    assert "no rule: call 0; call 1; call 2; and 6 more" in lines
+    assert any(line.startswith("no finite constant: step, unbounded: no constant") for line in lines)
+    assert "model.decoder.layers.0.self_attention.in_proj + model.decoder.layers.0.norm" in LONG.text(verbose=True)
+
+
+def test_every_proof_of_a_layer_has_a_short_name():
+    """No reason is cut: a new way to prove a norm needs a name in the table."""
+    known = re.compile(r"(every size|this size|circulant|circular|matrix) \((thm \d+|R\d+)\)|a matrix")
+    layers = [nn.Linear(3, 4)]
+    for mode in ("zeros", "circular", "reflect", "replicate"):
+        layers += [nn.Conv2d(2, 2, 3, padding=1, padding_mode=mode), nn.Conv1d(2, 2, 3, stride=2, padding=1, padding_mode=mode)]
+    for layer in layers:
+        sizes = (None,) if isinstance(layer, nn.Linear) else (None, 4, 40)
+        for size in sizes:
+            bound = gl.bound(layer, input_size=size)
+            assert known.fullmatch(proof_name(bound.because)), bound.because
+
+
+class Window(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_colour_is_for_terminals_that_want_it(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "72")
+    assert Screen.of(Window()) == Screen(72, colour=True)
+    assert Screen.of(io.StringIO()) == Screen.of(None) == Screen(None, colour=False)
+    monkeypatch.setenv("COLUMNS", "9")
+    assert Screen.of(Window()).width == 40
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not Screen.of(Window()).colour
+    monkeypatch.setenv("NO_COLOR", "")
+    monkeypatch.setenv("TERM", "dumb")
+    assert not Screen.of(Window()).colour
+
+
+def test_a_notebook_shows_a_table_and_the_reasons_behind_a_click():
+    html = Report("<x>", (row("<b>", because="one; <two>"),), LEFT_OUT, gl.Bound(1.0, 2.0, "chain"))._repr_html_()
+    assert "&lt;x&gt;" in html
+    assert "<b>" not in html.split("<table>")[1]
+    assert "<li>one</li><li>&lt;two&gt;</li>" in html
+    assert "<td style='text-align:left'>network</td>" in html
+    assert "left out: 2 x a bias" in html
+    assert "<details>" in gl.Bound(1.0, 2.0, "one; two")._repr_html_()
 
 
 def test_columns_are_aligned():
@@ -73,8 +160,9 @@ def test_columns_are_aligned():
 
 def test_names_cannot_drive_the_terminal():
     report = Report("x\x1b[2J", (row("a\n\x1b[31mb"),), (LeftOut("c\rd", (1,), "one axis"),))
-    assert "\x1b" not in str(report)
-    assert "\r" not in str(report)
+    for text in (str(report), report.text(Screen(50), verbose=True), report._repr_html_()):
+        assert "\x1b" not in text
+        assert "\r" not in text
     assert printable("\x1b") == "\\x1b"
     assert printable("größe λ") == "größe λ"
 

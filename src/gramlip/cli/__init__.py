@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from gramlip import __version__
 from gramlip.cli import commands
-from gramlip.cli.commands import Commands
+from gramlip.cli.commands import Commands, examples
 from gramlip.errors import InputError, Terminated, UnsupportedError, first_line, out_of_memory
 from gramlip.reports.output import note, settle
 from gramlip.startup import ready
@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
     """Errors of usage are one line, like all others; options are written in full, and `-1,2` is a value."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options, allow_abbrev=False)
+        super().__init__(**options, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         self._negative_number_matcher = re.compile(r"-[.\d]")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -39,7 +39,18 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The parser with every command of `gramlip.cli.commands`."""
-    top = _Parser(prog="gramlip", description="How much a layer or a network can stretch its input, as an interval with a proof.")
+    top = _Parser(
+        prog="gramlip",
+        description="How much a layer or a network can stretch its input, as an interval with a proof.",
+        epilog=examples(
+            {
+                "gramlip audit demo": "the layers of a small trained network that ships with the package",
+                "gramlip audit model.safetensors": "the layers of a file of weights",
+                "gramlip audit gramlip.demo:demo --input 3,32,32": "a whole model: its layers and its Lipschitz constant",
+                "gramlip audit --help": "the options of a command, with examples",
+            }
+        ),
+    )
     top.add_argument("--version", action="version", version=f"gramlip {__version__}")
     subparsers = top.add_subparsers(metavar="COMMAND", required=True)
     found: Commands = {}

@@ -20,7 +20,8 @@ from gramlip.errors import InputError
 from gramlip.norm.methods import METHODS, bound
 from gramlip.operators.linear_maps import Conv, Dense
 from gramlip.reports.pictures import figure, look
-from gramlip.reports.report import aligned, finite, printable
+from gramlip.reports.report import finite
+from gramlip.reports.text import aligned, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network.compose import Composition, compose, constants, kind
 from gramlip.network.coupling import coupled, total
+from gramlip.network.effort import Effort, Watch
 from gramlip.network.fold import fold
 from gramlip.network.graph import Program, export, reads_memory, undisturbed
-from gramlip.network.local import Region, jacobian, region, restricted
-from gramlip.network.lower_bound import Stretch, function, stretch
+from gramlip.network.local import Region, derivative, region, restricted
+from gramlip.network.lower_bound import Function, Stretch, chosen, function, stretch
 from gramlip.network.ranges import capped
 from gramlip.network.rules import Lowered, lower
-from gramlip.network.steps import Attention, Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded
+from gramlip.network.steps import Attention, Input, Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded, selected
 from gramlip.norm.methods import check_rtol
 from gramlip.numerics import rounding as rd
 from gramlip.operators.given import GATHER, example_inputs, is_sharded, unwrapped
@@ -56,7 +58,7 @@ def check_model(model: object) -> None:
         raise InputError(msg)
 
 
-def check_options(assume: object, rtol: float, effort: object, seed: object, strict: object) -> None:
+def check_options(assume: object, rtol: float, effort: object, time_limit: object, seed: object, strict: object) -> None:
     """The options of `audit`, as its docstring has them."""
     check_rtol(rtol)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
@@ -75,10 +77,62 @@ def check_options(assume: object, rtol: float, effort: object, seed: object, str
     if not _finite(effort):
         msg = f"effort={effort!r} was given; expected a finite number such as 1.0"
         raise InputError(msg)
+    if time_limit is not None and not (_finite(time_limit) and time_limit >= 0):  # type: ignore[operator]
+        msg = f"time_limit={time_limit!r} was given; expected seconds, at least 0, such as 60.0, or None"
+        raise InputError(msg)
 
 
 def _finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which entries of the input change and which of the result count, as truth values; None where all do."""
+
+    inputs: Tensor | None
+    outputs: Tensor | None
+
+    def said(self) -> list[str]:
+        """Which, in words."""
+        pairs = (("inputs", self.inputs), ("outputs", self.outputs))
+        return [f"{int(kept.sum())} of {len(kept)} {name}" for name, kept in pairs if kept is not None]
+
+
+def _taken(lowered: Lowered) -> list[str]:
+    return [f"computed weights are those that float64 gives where they {', '.join(lowered.taken)}"] if lowered.taken else []
+
+
+def _restricted(network: Network, area: Region | None, part: Part) -> Network:
+    """The folded steps on a set of inputs, from and to the chosen entries."""
+    known = capped(network) if area is None else restricted(network, area).network
+    return fold(selected(known, part.inputs, part.outputs))
+
+
+def _part(network: Network, inputs: Sequence[int] | None, outputs: Sequence[int] | None) -> Part:
+    sizes = [math.prod(step.shape) for step in network.steps]
+    counts = (
+        sum(n for n, step in zip(sizes, network.steps, strict=True) if isinstance(step.what, Input)),
+        sum(sizes[i] for i in network.outputs),
+    )
+    return Part(entries("inputs", inputs, counts[0]), entries("outputs", outputs, counts[1]))
+
+
+def entries(name: str, given: Sequence[int] | None, count: int) -> Tensor | None:
+    """The entries of these numbers, as truth values; a number below 0 counts from the end.
+
+    Raises:
+        InputError: no integers, none of them, or numbers that the value does not have.
+    """
+    if given is None:
+        return None
+    numbers = list(given) if isinstance(given, Sequence | range) else None
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or not -count <= n < count for n in numbers):  # type: ignore[reportUnnecessaryIsInstance]
+        msg = f"{name}={given!r} was given; expected numbers of the {count} entries, flattened: type a list such as [0, 2]"
+        raise InputError(msg)
+    kept = torch.zeros(count, dtype=torch.bool)
+    kept[torch.tensor(numbers)] = True
+    return kept
 
 
 # ---- audit ---------------------------------------------------------------------------------------------------------------
@@ -106,7 +160,7 @@ Domain = tuple[float, float] | tuple[Tensor, Tensor]
 Example = Tensor | Sequence[Tensor] | Sequence[int]
 
 
-def inputs(model: nn.Module | torch.export.ExportedProgram, example: Example) -> tuple[Tensor, ...]:
+def tensors_of(model: nn.Module | torch.export.ExportedProgram, example: Example) -> tuple[Tensor, ...]:
     """The example as real tensors; a shape stands for one sample."""
     items = example_inputs(model, example, real=True)
     for t in items:
@@ -132,12 +186,15 @@ def audit(
     domain: Domain | None = None,
     at: Tensor | Sequence[Tensor] | None = None,
     radius: float | None = None,
+    inputs: Sequence[int] | None = None,
+    outputs: Sequence[int] | None = None,
     data: Tensor | None = None,
     seed: int = 0,
     effort: float = 1.0,
+    time_limit: float | None = None,
     strict: bool = True,
     target: str | None = None,
-    progress: Callable[[list[str]], Iterable[str]] | None = None,
+    progress: Watch | None = None,
 ) -> Report:
     """Report with an interval for the l2 Lipschitz constant L of the network: `report.lower <= L <= report.upper`.
 
@@ -154,12 +211,15 @@ def audit(
         domain: (low, high), two numbers or tensors that broadcast to the input: the constant is that of inputs between them.
         at: an input, and
         radius: the l2 distance from it of the inputs that the constant holds for; with a domain, of those in both.
+        inputs: numbers of the entries of the flat input that change, the others staying what they are; None is all of them.
+        outputs: numbers of the entries of the flat result that count; None is all of them.
         data: samples (k, *sample) from which the search for the lower side starts.
         seed: of that search.
-        effort: of the search for coupled bounds; 0 takes closed forms, a negative number plain composition.
+        effort: of the search for smaller upper sides; 0 takes closed forms, a negative number plain composition.
+        time_limit: seconds after which nothing more is searched for; composition is always finished.
         strict: False reports calls without a rule as unbounded instead of raising; they stand in `report.unsupported`.
         target: title of the report.
-        progress: wraps the list of names that is iterated over, such as `tqdm`.
+        progress: wraps the list of names of each phase, which is iterated over, such as `tqdm`.
 
     Raises:
         UnsupportedError: operations without a rule, all of them at once with their place in the source.
@@ -174,28 +234,26 @@ def audit(
     """
     model = unwrapped(model) if isinstance(model, nn.Module) else model
     check_model(model)
-    check_options(assume, rtol, effort, seed, strict)
-    tensors = inputs(model, example)
+    check_options(assume, rtol, effort, time_limit, seed, strict)
+    search = Effort(effort, time_limit, progress)
+    tensors = tensors_of(model, example)
     check_inputs(tensors)
-    program = export(model, tensors)
-    lowered = lower(program, assume)
+    program, lowered = _lowered(model, tensors, assume, search)
     if lowered.unsupported and strict:
         calls = "; ".join(lowered.unsupported)
         msg = f"{type(model).__name__} has {len(lowered.unsupported)} calls that no rule can bound; expected rules for all of them: {calls}"
         raise UnsupportedError(msg)
     area = region([tuple(t.shape) for t in tensors], domain, at, radius)
-    local = None if area is None else restricted(lowered.network, area)
-    network = fold(capped(lowered.network, None) if local is None else local.network)
-    found, seconds = _constants(network, rtol, progress)
+    part = _part(lowered.network, inputs, outputs)
+    network = _restricted(lowered.network, area, part)
+    found, seconds = _constants(network, rtol, search)
     composed = compose(network, found)
-    upper, because = _whole(network, found, composed, effort)
-    if local is not None and (entrywise := jacobian(network, composed)) < upper:
-        upper, because = entrywise, "bounds of the Jacobian's entries on the set"
-    below = _lower_side(program, lowered, tensors, data, area, seed)
-    if below.value > upper:
-        _contradicted(lowered.assumed, below, upper)
-    weights = f"; computed weights are those that float64 gives where they {', '.join(lowered.taken)}" if lowered.taken else ""
-    whole = Bound(below.value, upper, f"{because}{weights}; {below.because}")
+    above = _upper_side(Whole(network, found, composed, area), search)
+    below = _lower_side(program, lowered, tensors, data, area, part, seed, search)
+    if below.value > above.value:
+        _contradicted(lowered.assumed, below, above.value)
+    said = [*([] if area is None else [str(area)]), *part.said(), above.because, *search.said, *_taken(lowered), below.because]
+    whole = Bound(below.value, above.value, "; ".join(said))
     return Report(
         target or type(model).__name__,
         _rows(network, found, seconds, composed),
@@ -216,23 +274,86 @@ def _contradicted(assumed: Sequence[str], below: Stretch, upper: float) -> None:
     raise ArithmeticError(msg)
 
 
-def _whole(network: Network, constants: Sequence[Bound], composed: Composition, effort: float) -> tuple[float, str]:
-    """The better of composition and coupling, and why."""
-    plain = "product of layers, sum at residuals, root of squares at joins"
-    segments = coupled(network, constants, effort) if effort >= 0 else None
-    if segments is None or not (upper := total(segments)) < composed.upper:
-        return composed.upper, plain
-    return upper, "; ".join([f"{plain} ({decimals(composed.upper, upward=True)})", *(s.because for s in segments if s.because)])
+@dataclass(frozen=True)
+class Whole:
+    """What the upper side is looked for of: the folded steps, the constant of each of them, and all of them composed.
+
+    `area` is the set of inputs that it is meant for, None for all of them.
+    """
+
+    network: Network
+    constants: Sequence[Bound]
+    composed: Composition
+    area: Region | None
+
+
+@dataclass(frozen=True)
+class Upper:
+    """An upper side of the whole network, and why."""
+
+    value: float
+    because: str
+
+
+def _composition(whole: Whole, effort: Effort) -> Upper:
+    return Upper(whole.composed.upper, PLAIN)
+
+
+def _coupling(whole: Whole, effort: Effort) -> Upper | None:
+    segments = coupled(whole.network, whole.constants, effort)
+    if segments is None:
+        return None
+    plain = f"{PLAIN} ({decimals(whole.composed.upper, upward=True)})"
+    return Upper(total(segments), "; ".join([plain, *(s.because for s in segments if s.because)]))
+
+
+def _jacobian(whole: Whole, effort: Effort) -> Upper | None:
+    found = None if whole.area is None else derivative(whole.network, whole.composed, whole.area)
+    if found is None or whole.area is None:
+        return None
+    against = f"{decimals(whole.composed.upper, upward=True)} by composition"
+    return Upper(found.norm(whole.area), f"bounds of the Jacobian's entries on the set, against {against}")
+
+
+PLAIN = "product of layers, sum at residuals, root of squares at joins"
+WAYS: dict[str, Callable[[Whole, Effort], Upper | None]] = {"composition": _composition, "jacobian": _jacobian, "coupling": _coupling}
+"""Name -> an upper side of the whole, None where it has none; composition comes first and is always finished."""
+
+
+def _upper_side(whole: Whole, effort: Effort) -> Upper:
+    """The smallest of all ways that the effort allows; of equal ones the first."""
+    best = Upper(math.inf, PLAIN)
+    for name, way in WAYS.items():
+        if name != "composition" and (effort.amount < 0 or best.value in {0.0, math.inf}):
+            continue
+        if name != "composition" and effort.over:
+            effort.say(f"{name} not begun: the time was up")
+            continue
+        found = way(whole, effort)
+        if found is not None and (found.value < best.value or name == "composition"):
+            best = found
+    return best
+
+
+def _lowered(
+    model: nn.Module | torch.export.ExportedProgram, tensors: tuple[Tensor, ...], assume: Mapping[str, float] | None, effort: Effort
+) -> tuple[Program, Lowered]:
+    """The model's calls, and its steps."""
+    program: Program | None = None
+    for _ in effort.shown("export", [""]):
+        program = export(model, tensors)
+    assert program is not None
+    return program, lower(program, assume)
 
 
 @undisturbed()
 def steps_of(model: nn.Module | torch.export.ExportedProgram, example: Example) -> Network:
     """The folded steps of a model; calls without a rule are unbounded steps."""
     model = unwrapped(model) if isinstance(model, nn.Module) else model
-    return fold(lower(export(model, inputs(model, example))).network)
+    return fold(lower(export(model, tensors_of(model, example))).network)
 
 
-def _constants(network: Network, rtol: float, progress: Callable[[list[str]], Iterable[str]] | None) -> tuple[list[Bound], list[float]]:
+def _constants(network: Network, rtol: float, effort: Effort) -> tuple[list[Bound], list[float]]:
     steps = network.steps
     shapes = [[steps[s].shape for s in step.sources] for step in steps]
     alike: dict[object, list[int]] = {}
@@ -241,8 +362,7 @@ def _constants(network: Network, rtol: float, progress: Callable[[list[str]], It
         alike.setdefault(i if own is None else own, []).append(i)
     groups = {min(group): group for group in alike.values()}
     found: dict[int, tuple[Bound, float]] = {}
-    names = [step.name for step in steps]
-    for i, _ in zip(range(len(steps)), progress(names) if progress else names, strict=True):
+    for i in effort.shown("layers", [step.name for step in steps]):
         group = groups.get(i, [])
         begin = time.perf_counter()
         bounds = _bounds([(steps[j], shapes[j]) for j in group], rtol)
@@ -268,12 +388,21 @@ def _lower_side(
     tensors: tuple[Tensor, ...],
     data: Tensor | None,
     area: Region | None,
+    part: Part,
     seed: int,
+    effort: Effort,
 ) -> Stretch:
-    if any(write.refusal for write in program.writes.values()) or any(map(reads_memory, program.nodes)):
+    if program.refused or any(map(reads_memory, program.nodes)):
         return Stretch(0.0, "no lower side: what an in-place call overwrites, or what is read from memory by place, is not followed")
+
     shapes = [tuple(t.shape) for t in tensors]
     size = sum(t.numel() for t in tensors)
+
+    def build(given: Sequence[Shape], wide: torch.dtype) -> Function:
+        run = function(program, given, lowered.computed, wide)
+        base = torch.zeros(sum(map(math.prod, given)), dtype=torch.float64)
+        return chosen(run, base if area is None or list(given) != shapes else area.inside(base), part.inputs, part.outputs)
+
     if data is not None and not (
         isinstance(data, Tensor) and data.ndim and len(data) and data[0].numel() == size and data.isfinite().all()
     ):
@@ -281,7 +410,10 @@ def _lower_side(
         msg = f"data {given} was given; expected a tensor of finite samples of shape {shapes[0]}, stacked along the first axis"
         raise InputError(msg)
     weights = {n: (value, error) for n, error in lowered.errors.items() if isinstance(value := lowered.computed[n], Tensor)}
-    return stretch(function(program, shapes, lowered.computed), size, data=data, points=area, seed=seed, weights=weights)
+    held = [t for t in (*tensors, *program.constants.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+    around = area is not None and area.centre is not None  # differences of close points need all digits
+    wide = torch.float64 if around or any(t.dtype == torch.float64 for t in held) else torch.float32
+    return stretch(build, shapes, effort, wide=wide, data=data, points=area, seed=seed, weights=weights)
 
 
 def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float], composed: Composition) -> tuple[LayerRow, ...]:

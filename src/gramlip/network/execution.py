@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.network.audit import check_inputs, check_model, inputs
+from gramlip.network.audit import check_inputs, check_model, tensors_of
 from gramlip.network.compose import coefficients, compose, constants
 from gramlip.network.executed import ROOM, RULES, Arithmetic, Execution, Operand, arithmetic, carried, constant
 from gramlip.network.fold import fold
@@ -93,7 +93,7 @@ def execution_error(
     """
     model = unwrapped(model) if isinstance(model, nn.Module) else model
     check_model(model)
-    given = inputs(model, example)
+    given = tensors_of(model, example)
     check_inputs(given)
     area = region([tuple(t.shape) for t in given], domain, at, radius)
     if area is None:
@@ -154,8 +154,6 @@ class _Propagation:
                 self._execute(node)
                 if any(i is not None and not self._norms[i] < INF for i in _flat(self._at[node])):
                     return self._without(node)
-                write = self._program.writes.get(node)
-                self._at |= dict.fromkeys([*write.targets, *write.shared] if write else (), self._at[node])
         ends = self._network.outputs
         shapes = [self._network.steps[i].shape for i in ends]
         norms = [self._norms[i] for i in ends]

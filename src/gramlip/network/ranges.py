@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gramlip.network.steps import (
     Attention,
-    Input,
     Join,
     Linear,
     Lipschitz,
@@ -51,23 +50,20 @@ class Range:
         return max(abs(self.low), abs(self.high))
 
 
-def capped(network: Network, domain: tuple[float, float] | None) -> Network:
-    """The network with what ranges know: caps of products and attention, slopes on an interval of functions too steep without one.
-
-    `domain` holds every entry of the input.
-    """
+def capped(network: Network) -> Network:
+    """The network with what ranges know: caps of products and attention, slopes on an interval of functions too steep without one."""
     known: list[Range] = []
     steps: list[Step] = []
     for step in network.steps:
         sources, shapes = [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources]
         steps.append(capped_step(step, sources, shapes))
-        known.append(range_of(steps[-1], sources, shapes, domain))
+        known.append(range_of(steps[-1], sources, shapes))
     return Network(steps, network.outputs)
 
 
-def range_of(step: Step, sources: Sequence[Range], shapes: Sequence[Shape], domain: tuple[float, float] | None) -> Range:
+def range_of(step: Step, sources: Sequence[Range], shapes: Sequence[Shape]) -> Range:
     """What is known of a step's value from its sources' ranges and shapes."""
-    low, high, row = _range(step, sources, shapes, domain)
+    low, high, row = _range(step, sources, shapes)
     ways = _row_layout(step.what, sources, row), _of_entries(max(abs(low), abs(high)), step.shape)
     row, column = (min(lines) for lines in zip(*ways, strict=True))
     return Range(max(low, -row, -column), min(high, row, column), row, column)
@@ -112,10 +108,8 @@ def cap_of(what: Product, r: Range, shape: Shape) -> float:
     return min(INF if line == INF else rd.mul_up(rd.sqrt_up(float(count)), line) for count, line in ways)
 
 
-def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape], domain: tuple[float, float] | None) -> tuple[float, float, float]:
+def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape]) -> tuple[float, float, float]:
     what = step.what
-    if isinstance(what, Input):
-        return (*(domain or (-INF, INF)), INF)
     if not sources:
         return -INF, INF, INF
     low, high = min(r.low for r in sources), max(r.high for r in sources)

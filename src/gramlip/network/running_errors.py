@@ -219,7 +219,7 @@ _COPIES = _names(
     "permute transpose t numpy_T mT squeeze unsqueeze movedim moveaxis swapaxes swapdims flip fliplr flipud rot90 roll ravel view_as "
     "reshape_as split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split diagonal diag "
     "diag_embed narrow_copy slice narrow select index index_select gather expand expand_as broadcast_to repeat tile repeat_interleave "
-    "unfold embedding cat concat concatenate stack hstack vstack dstack triu tril pixel_shuffle pixel_unshuffle channel_shuffle getitem"
+    "unfold embedding cat concat concatenate stack hstack vstack dstack triu tril pixel_shuffle pixel_unshuffle channel_shuffle getitem put copy"
 )
 """Operations whose errors are what they make of the arguments' errors."""
 _BOUNDS: dict[str, Rule] = {

@@ -138,12 +138,26 @@ Within = Callable[[Tensor, Tensor], OnInterval]
 
 
 @dataclass(frozen=True, eq=False)
+class Drift:
+    """How the derivatives of an entrywise function move with the network's input x in a set around c, entry by entry.
+
+    They are `base + rows @ (x - c)` up to `loose`, with `rows @ (x - c)` at most `reach` in modulus.
+    """
+
+    base: Tensor
+    rows: Tensor
+    reach: Tensor
+    loose: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Slope:
     """An entrywise function whose slopes lie in [low, high]; tensors where channels differ, broadcast to the shape.
 
     `image` is an interval that all its values lie in, `at_zero` an interval that its value at 0 lies in; `reach` gives an
-    interval for its values from one for its arguments, `within` slopes and values from an interval for each argument. `sharp`
-    says that no smaller interval holds all slopes (up to 2**-40 of it): only then is its constant known from below too.
+    interval for its values from one for its arguments, `within` slopes and values from an interval for each argument, and
+    `drift` says how its derivatives move with the network's input, where that is in a set. `sharp` says that no smaller
+    interval holds all slopes (up to 2**-40 of it): only then is its constant known from below too.
     """
 
     low: float | Tensor
@@ -154,6 +168,7 @@ class Slope:
     reach: Callable[[float, float], tuple[float, float]] | None = None
     sharp: bool = False
     within: Within | None = None
+    drift: Drift | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -345,3 +360,28 @@ def renumbered(steps: Sequence[Step | None], outputs: Sequence[int], moved: Mapp
         assert step is not None
         fresh.append(step.moved(lambda s: number[_final(s, moved)]))
     return Network(fresh, tuple(number[_final(i, moved)] for i in outputs))
+
+
+def selected(network: Network, inputs: Tensor | None, outputs: Tensor | None) -> Network:
+    """The network from some entries of its inputs, joined and flat, to some of its results: those that are True; None is all."""
+    steps, number = list[Step](), dict[int, int]()
+    for i, step in enumerate(network.steps):
+        steps.append(step.moved(number.__getitem__))
+        number[i] = len(steps) - 1
+        if inputs is not None and isinstance(step.what, Input):
+            kept, inputs = inputs.tensor_split([math.prod(step.shape)])
+            steps.append(_kept(len(steps) - 1, step, kept, "inputs"))
+            number[i] = len(steps) - 1
+    ends = [number[i] for i in network.outputs]
+    for j, i in enumerate(network.outputs if outputs is not None else ()):
+        assert outputs is not None
+        kept, outputs = outputs.tensor_split([math.prod(network.steps[i].shape)])
+        steps.append(_kept(ends[j], network.steps[i], kept, "outputs"))
+        ends[j] = len(steps) - 1
+    return Network(steps, tuple(ends))
+
+
+def _kept(source: int, step: Step, kept: Tensor, name: str) -> Step:
+    """The entries of a value that are kept, and zero for the others."""
+    what = Linear(Scale(kept.double().reshape(step.shape)))
+    return Step(what, (source,), step.shape, name, f"the {name} chosen")

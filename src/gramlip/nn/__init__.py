@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from gramlip.nn import callbacks
 from gramlip.nn.cap import Cap, cap_
 from gramlip.nn.monitor import Monitor
 from gramlip.nn.parametrizations import Residual, spectral_norm, spectral_norm_, spectral_rescaling, spectral_rescaling_
@@ -21,3 +24,8 @@ __all__ = [
     "spectral_rescaling",
     "spectral_rescaling_",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`LightningMonitor` and `TrainerMonitor`, whose base classes stand in packages that are imported when they are asked for."""
+    return getattr(callbacks, name)

@@ -126,12 +126,14 @@ class Monitor(Norms):
 
     `monitor()` returns {path: {"sigma": ..., "stable_rank": ...}} of floats: a lower estimate of the layer's norm for every input size,
     tracked from call to call, and `||W||_F^2 / max ||D(w)||^2` with it, which for a matrix is its stable rank and for a convolution
-    that of its operator, by position of the (strided) output. `monitor.certify(rtol)` gives the intervals that hold.
+    that of its operator, by position of the (strided) output. `monitor.certify(rtol)` gives the intervals that hold; with
+    `certify_every=k` every k-th call adds them as "lower" and "upper". `monitor.log(writer, step)` writes what a call returns.
 
     Args:
         model: the network. Its layers are those that it has now, and their weights are read at every call, in eval mode.
         example: an input, a tuple of them, or the shape of one sample, that one forward pass runs on; None holds for every size.
-        every: calls between two searches of a layer over all frequencies.
+        every: calls between two searches of a layer over all frequencies; 1 where calls are many training steps apart.
+        certify_every: calls between two certificates; None for none.
         where: keep only layers for which `where(path, module)` holds.
         peaks: frequencies followed in each group.
         torus: grid points per axis in a search.
@@ -154,11 +156,14 @@ class Monitor(Norms):
         example: Any = None,
         every: int = 50,
         *,
+        certify_every: int | None = None,
         where: Callable[[str, nn.Module], bool] | None = None,
         peaks: int = 8,
         torus: int = 8,
     ) -> None:
+        check_integers(1, certify_every=1 if certify_every is None else certify_every)
         super().__init__(model, example, every=every, peaks=peaks, torus=torus, where=where)
+        self.certify_every = certify_every
 
     def forward(self) -> dict[str, dict[str, float]]:
         """{path: its numbers}, after one tracking step."""
@@ -168,4 +173,39 @@ class Monitor(Norms):
         attained = [plan.attained for plan in self.plans]
         ranks = (torch.stack(sizes) / sigmas * sigmas.new_tensor(attained)).square()  # a ratio of zeros is no number
         both = zip(self._paths, *torch.stack([sigmas, ranks]).tolist(), strict=True)
-        return {path: {"sigma": sigma, "stable_rank": rank} for path, sigma, rank in both}
+        found = {path: {"sigma": sigma, "stable_rank": rank} for path, sigma, rank in both}
+        if self.certify_every is not None and int(self.calls) % self.certify_every == 0:
+            for path, interval in self.certify().items():
+                found[path] |= {"lower": float(interval.lower), "upper": float(interval.upper)}
+        return found
+
+    def log(self, *writers: Any, step: int) -> dict[str, float]:
+        """Read the norms once and write them as scalars `sigma/PATH`, `stable_rank/PATH`; what was written is returned.
+
+        Args:
+            *writers: each a TensorBoard `SummaryWriter`, a W&B run (or `wandb` itself), or a logger of Lightning.
+            step: the training step.
+
+        Raises:
+            InputError: a writer of another kind.
+        """
+        ways = [_way(writer) for writer in writers]
+        found = {f"{name}/{path}".rstrip("/"): value for path, numbers in self().items() for name, value in numbers.items()}
+        for write in ways:
+            write(found, step)
+        return found
+
+
+def _way(writer: Any) -> Callable[[dict[str, float], int], object]:
+    """How a writer takes numbers; it is known by its method, so that none of these packages is imported."""
+    if callable(getattr(writer, "add_scalar", None)):
+        return lambda found, step: [writer.add_scalar(name, value, step) for name, value in found.items()]
+    if callable(getattr(writer, "log_metrics", None)):
+        return lambda found, step: writer.log_metrics(found, step=step)
+    if callable(getattr(writer, "log", None)):
+        return lambda found, step: writer.log(found, step=step)
+    msg = (
+        f"a writer of type {type(writer).__name__} was given; expected a SummaryWriter, a W&B run, or a logger of Lightning: "
+        "type monitor() for the numbers, and write them yourself"
+    )
+    raise InputError(msg)

@@ -60,7 +60,7 @@ class NormGeometry:
             return NormGeometry(1, (), (), 1, 1.0, 1.0, "a matrix")
         sym = symbol(op)
         strides = tuple(PADDING[op.padding_mode](axis).stride for axis in axes(op))
-        grid, factor, because = [], math.sqrt(sym.square), sym.because
+        grid, factor, because = [], math.sqrt(sym.padding_norm_squared), sym.because
         for points, degree in zip(sym.points, sym.degrees, strict=True):
             side = torus * max(1, math.ceil(degree)) if degree else 1
             if points is not None and points <= side:
@@ -70,11 +70,24 @@ class NormGeometry:
             if degree:
                 factor /= math.cos(math.pi * degree / side)
                 because += f"; {side}-point grid with the cosine factor"
-        return NormGeometry(op.groups, strides, tuple(grid), sym.square, factor, math.sqrt(sym.square) if sym.exact else 1.0, because)
+        return NormGeometry(
+            op.groups,
+            strides,
+            tuple(grid),
+            sym.padding_norm_squared,
+            factor,
+            math.sqrt(sym.padding_norm_squared) if sym.exact else 1.0,
+            because,
+        )
 
     def kernel(self, weight: Tensor) -> Tensor:
         """The polyphase kernel (groups, m, n, *k) of a weight; linear."""
         return kernel(weight, self.groups, self.strides)
+
+    def columns(self, shape: Sequence[int]) -> Tensor:
+        """Which column of the plain weight (groups, m, -1) each column (n, *k) of the polyphase kernel is; -1 where it is zero."""
+        numbers = torch.arange(math.prod(shape[1:])).reshape(1, *shape[1:]) + 1
+        return self.kernel(numbers.expand(self.groups, *shape[1:]))[0, 0] - 1
 
     def sigma(self, weight: Tensor, n_iter: int = 6) -> Tensor:
         """Upper bound (up to rounding) of the layer's norm, a scalar tensor with its gradient; float32 at least.

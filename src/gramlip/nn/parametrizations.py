@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from gramlip.errors import InputError, UnsupportedError, check_integers
 from gramlip.nn.norm_op import NormGeometry, replicated
 from gramlip.nn.parametrize import Normalised, attach, each, operator, positive, real
-from gramlip.nn.tracker import Tracker, plainly
+from gramlip.nn.tracker import Tracker
 from gramlip.norm.methods import bound
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import real_dtype, without_autocast
@@ -245,26 +245,26 @@ class TrackedSpectralNorm(Normalised):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The normalised weight, of the same shape and dtype; the norm is estimated in float32 at least, whatever autocast says."""
-        (value,), (unit,) = self.tracker.scaled([weight], self._due(), watch=True, still=not self.training)
-        with without_autocast(weight):
-            sigma = value.to(torch.float64) * unit * math.sqrt(self.tracker.plan.square)
-            scale = self.target * (1.0 - self.margin) / torch.where(sigma == 0, 1.0, sigma)  # what is no number stays one that is seen
-            most = 1.0 if self.soft else torch.finfo(value.dtype).max  # weights of denormals alone stay finite
-            scale = scale.clamp_max(most).to(value.dtype)
-            sharded = replicated(weight)
-            return (weight * (scale if sharded is None else sharded[1](scale))).to(weight.dtype)
+        (value,), (unit,) = self.tracker.scaled([weight], self._due(), still=not self.training)
+        goal = self.target * (1.0 - self.margin) / math.sqrt(self.tracker.plan.square)
+        most = 1.0 if self.soft else torch.finfo(value.dtype).max  # weights of denormals alone stay finite
+        # Zero stays zero, and what is no number stays one that is seen.
+        scale = (goal / torch.where(value == 0, 1.0, value) / unit).clamp_max(most)
+        sharded = replicated(weight)
+        return (weight * (scale if sharded is None else sharded[1](scale))).to(weight.dtype)
 
     def _due(self) -> list[int]:
         """The one layer where a search is due, which each call in training counts; code that is compiled searches when it jumps."""
         if not self.training or torch.compiler.is_compiling() or self.calls.is_meta:
             return []
         self._at += 1
-        plainly(self._count, self.calls)
         return [0] if self._at % self.every == 0 else []
 
-    def _count(self, calls: Tensor) -> tuple[Tensor]:
-        self.calls.fill_(self._at)
-        return (calls.clone(),)
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """The count is written where it is read: a call in training has no time for it."""
+        if not self.calls.is_meta:
+            self.calls.fill_(self._at)
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """A state of torch's own `spectral_norm`, or of the stateless form, leaves the estimate to be searched afresh."""

@@ -49,11 +49,12 @@ class Tracker(nn.Module):
         super().__init__()
         self.plan, self.steps, self.count = plan, steps, len(weights)
         first = _full(weights[0].detach())
-        shape, options = plan.kernel(first).shape, dict[str, Any](dtype=real_dtype(first), device=first.device)
-        batch, peaks = self.count * plan.groups, min(peaks, math.prod(plan.grid) // 2 + 1)
-        self._taps, self._fixed = tuple(shape[3:]), dict[torch.device, tuple[Tensor, Tensor, Tensor]]()
-        self.register_buffer("frequency", torch.zeros(batch, peaks, len(self._taps), **options))
-        self.register_buffer("vector", torch.zeros(batch, peaks, shape[2], 2, **options))
+        options = dict[str, Any](dtype=real_dtype(first), device=first.device)
+        self._columns, self._fixed = plan.columns(first.shape), dict[tuple[torch.device, torch.dtype], _Constants]()
+        self._inputs = math.prod(first.shape[1:])
+        (n, *taps), batch, peaks = self._columns.shape, self.count * plan.groups, min(peaks, math.prod(plan.grid) // 2 + 1)
+        self.register_buffer("frequency", torch.zeros(batch, peaks, len(taps), **options))
+        self.register_buffer("vector", torch.zeros(batch, peaks, n, 2, **options))
         self.register_buffer("height", torch.zeros(self.count, **options))
         self.key = _keep(self)
 
@@ -73,96 +74,134 @@ class Tracker(nn.Module):
                 buffer.zero_()
         return self
 
-    def _constants(self) -> tuple[Tensor, Tensor, Tensor]:
-        """On the device of the state: the taps' positions, the grid's points in turns, and a fixed direction to search from."""
-        device = self.frequency.device
-        if device not in self._fixed:
-            options, n = dict[str, Any](dtype=self.frequency.dtype, device=device), self.vector.shape[2]
-            axes = [torch.arange(k, **options) - (k - 1) / 2 for k in self._taps]  # centred: a phase of D(w), which changes no norm
+    def _constants(self) -> _Constants:
+        """What the geometry fixes, on the device and in the precision of the state."""
+        key = device, _ = self.frequency.device, self.frequency.dtype
+        if key not in self._fixed:
+            options, (n, *taps) = dict[str, Any](dtype=self.frequency.dtype, device=device), self._columns.shape
+            axes = [torch.arange(k, **options) - (k - 1) / 2 for k in taps]  # centred: a phase of D(w), which changes no norm
             half = [torch.arange(n if j + 1 < len(axes) else n // 2 + 1, device=device) for j, n in enumerate(self.plan.grid)]
             start = unit(torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).flatten()).reshape(n, 2)
-            turns = _product(half, {"dtype": torch.int64, "device": device})
-            self._fixed[device] = _product(axes, options), turns, torch.view_as_complex(start.to(**options))
-        return self._fixed[device]
+            phases = _phases(self._columns.flatten().to(device)) if any(s > 1 for s in self.plan.strides) else None
+            self._fixed[key] = _Constants(
+                positions := _product(axes, options),
+                -positions,
+                positions.norm(dim=-1),
+                torch.ones((), **options),
+                torch.tensor(STRIDES, **options)[:, None],
+                _product(half, {"dtype": torch.int64, "device": device}),
+                torch.view_as_complex(start.to(**options)),
+                phases,
+            )
+        return self._fixed[key]
 
-    def forward(self, weights: Sequence[Tensor], due: Sequence[int] = (), watch: bool = False, still: bool = False) -> Tensor:
+    def forward(self, weights: Sequence[Tensor], due: Sequence[int] = (), still: bool = False) -> Tensor:
         """Search for the peaks of the layers that are due, track all, then lower estimates (L,) of the norms with their graph.
+
+        Searched as well is every layer whose estimate has jumped since the last call.
 
         Args:
             weights: of the layers.
             due: the layers to search.
-            watch: search those too whose estimate has jumped since the last call.
             still: leave the state as it is: no search that is kept, no tracking step.
         """
-        values, scale = self.scaled(weights, due, watch, still)
+        if not torch.is_grad_enabled() and not still and not torch.compiler.is_compiling():
+            return self._read(weights, due)
+        values, scale = self.scaled(weights, due, still)
         return values * scale * self.plan.attained
 
-    def scaled(self, weights: Sequence[Tensor], due: Sequence[int], watch: bool, still: bool) -> tuple[Tensor, Tensor]:
-        """The same before the padding's factor, as (L,) values near one and the powers of two (L,) that they are in units of."""
+    def _read(self, weights: Sequence[Tensor], due: Sequence[int]) -> Tensor:
+        """The same without a graph, which needs no product of the kernels with the vectors that were found."""
+
+        def read(plain: Tensor) -> tuple[Tensor]:
+            self._track(plain, due)
+            return (self.height * self.plan.attained,)
+
+        with without_autocast(self.frequency):
+            return plainly(read, self.kernels(weights))[0]
+
+    def scaled(self, weights: Sequence[Tensor], due: Sequence[int], still: bool) -> tuple[Tensor, Tensor]:
+        """The same before the padding's factor, as (L,) values near one and the units (L,) that they are in."""
         with without_autocast(self.frequency):
             kernels = self.kernels(weights)
-            chosen, probes, scale = self._followed(kernels.detach(), list(due), watch, still)
+            chosen, probes, scale = self._followed(kernels.detach(), list(due), still)
             one = kernels if self.plan.groups == 1 else kernels[chosen]
-            return torch.linalg.vector_norm(_image(one, probes[:, None]), dim=(1, 2, 3)), scale
+            return torch.linalg.vector_norm(probes @ one.mT, dim=(1, 2)), scale
 
-    def _followed(self, kernels: Tensor, due: list[int], watch: bool, still: bool) -> tuple[Tensor, ...]:
+    def _followed(self, kernels: Tensor, due: list[int], still: bool) -> tuple[Tensor, ...]:
         """`follow` or `look` on the plain tensors below any transform; one opaque operation where code is compiled."""
         if torch.compiler.is_compiling():
             state = (self.frequency, self.vector, self.height)
             if still:
-                return tuple(torch.ops.gramlip.look(kernels, *state, watch, self.key))
-            return tuple(torch.ops.gramlip.follow(kernels, *state, due, watch, self.key))
+                return tuple(torch.ops.gramlip.look(kernels, *state, self.key))
+            return tuple(torch.ops.gramlip.follow(kernels, *state, due, self.key))
         if kernels.is_meta:
             return _shapes(kernels, self.vector, self.height)
-        return plainly(lambda plain: self.look(plain, watch) if still else self.follow(plain, due, watch), kernels)
+        return plainly(self.look if still else lambda plain: self.follow(plain, due), kernels)
 
     @torch.no_grad()
     def search(self, weights: Sequence[Tensor]) -> None:
         """Find the peaks of all layers afresh, outside of a call."""
         with without_autocast(self.frequency):
             kernels = self.kernels(weights)
-            self._search(kernels, self._scale(kernels), range(len(self)))
+            self._search(self._scaled(kernels), range(len(self)))
 
     def kernels(self, weights: Sequence[Tensor]) -> Tensor:
-        """The kernels (B, m, n, taps) of all layers in float32 at least, with their graph."""
-        parts = [self.plan.kernel(_full(weight)) for weight in weights]
-        stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return stacked.reshape(*stacked.shape[:3], -1).to(self.frequency.dtype)
+        """The weights (B, m, inputs * taps) of all layers in float32 at least, with their graph."""
+        parts = [_full(weight) for weight in weights]
+        stacked = torch.stack(parts) if len(parts) > 1 else parts[0]
+        return stacked.reshape(len(self) * self.plan.groups, -1, self._inputs).to(self.frequency.dtype)
 
-    def follow(self, kernels: Tensor, due: Sequence[int], watch: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """One call on plain kernels: the group (L,) with each layer's highest peak, its D(w) v as probes over the scale, and the scale."""
-        scale = self._scale(kernels)
-        scaled = _Scaled(kernels, 1 / scale)
-        self._search(kernels, scale, due)
-        heights = self.frequency.new_zeros(())
-        for i in range(self.steps):
-            before, heights = self._step(scaled)
-            if i == 0 and watch and (jumped := self._jumped(before, scale)):
-                self._search(kernels, scale, jumped)
-                heights = self._step(scaled)[1]
-        self.height.copy_(heights.reshape(len(self), -1).amax(-1) * scale[:: self.plan.groups])
-        return self._probes(kernels, scale, heights)
+    def follow(self, kernels: Tensor, due: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """One call on plain kernels: the group (L,) with each layer's highest peak, its D(w) v as probes over the unit, and the unit."""
+        return self._probes(*self._track(kernels, due))
+
+    def _track(self, kernels: Tensor, due: Sequence[int]) -> tuple[_Scaled, _Peaks]:
+        scaled = self._scaled(kernels, None if due else self.height)
+        self._search(scaled, due)
+        peaks = self._step(scaled)
+        if jumped := self._jumped(peaks.before, scaled.scale):
+            scaled = self._scaled(kernels)
+            self._search(scaled, jumped)
+            peaks = self._step(scaled)
+        for _ in range(self.steps - 1):
+            peaks = self._step(scaled)
+        self.height.copy_(self._highest(peaks.heights) * scaled.scale)
+        return scaled, peaks
+
+    def _highest(self, heights: Tensor) -> Tensor:
+        return heights.reshape(len(self), -1).amax(-1)
 
     def _jumped(self, before: Tensor, scale: Tensor) -> list[int]:
         """The layers whose estimate differs by more than `JUMP` from that of the last call."""
-        now = before.reshape(len(self), -1).amax(-1) * scale[:: self.plan.groups]
-        same = (now <= self.height * JUMP) & (now * JUMP >= self.height)
-        return [] if bool(same.all()) else (~same).nonzero()[:, 0].tolist()
+        now, last = torch.stack([self._highest(before) * scale, self.height]).tolist()
+        return [i for i, (a, b) in enumerate(zip(now, last, strict=True)) if not b / JUMP <= a <= b * JUMP]
 
-    def _probes(self, kernels: Tensor, scale: Tensor, heights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        peaks, groups = self.frequency.shape[1], self.plan.groups
-        best = heights.reshape(len(self), -1).argmax(-1)
-        chosen = best // peaks + groups * torch.arange(len(self), device=best.device)
-        vector = torch.view_as_complex(self.vector[chosen, best % peaks]) / scale[chosen, None]
-        return chosen, vector[..., None] * self._waves(self.frequency[chosen, best % peaks])[..., None, :], scale[chosen]
+    def _probes(self, scaled: _Scaled, peaks: _Peaks) -> tuple[Tensor, Tensor, Tensor]:
+        groups, count = self.plan.groups, self.frequency.shape[1]
+        best = peaks.heights.reshape(len(self), -1).argmax(-1)
+        if len(self) > 1:
+            best = best + groups * count * torch.arange(len(self), device=best.device)
+        vector, waves = (x.flatten(0, 1).index_select(0, best)[:, None] for x in (peaks.vector, peaks.waves))
+        return best // count, scaled.rows(vector, waves, 1 / scaled.scale), scaled.scale
 
-    def _scale(self, kernels: Tensor) -> Tensor:
-        """Powers of two (B,) near the largest entries of each layer: in these units no square over- or underflows."""
-        each = kernels.reshape(len(self), -1)
-        most = torch.maximum(each.amax(1), -each.amin(1))  # on a CPU five times as fast as `aminmax` or the norm
-        exponent = torch.frexp(most.nan_to_num())[1]
+    def _scaled(self, kernels: Tensor, scale: Tensor | None = None) -> _Scaled:
+        """The kernels in units of numbers (L,) near their norms, or of powers of two near their largest entries.
+
+        In these units no square over- or underflows. Estimates of the last call are such numbers, or the layer has jumped.
+        """
         widest = math.frexp(torch.finfo(kernels.dtype).max)[1] * 3 // 4  # the inverse is a number too
-        return torch.ldexp(torch.ones_like(most), exponent.clamp(-widest, widest)).repeat_interleave(self.plan.groups)
+        if scale is None:
+            each = kernels.reshape(len(self), -1)
+            most = torch.maximum(each.amax(1), -each.amin(1))  # on a CPU five times as fast as `aminmax` or the norm
+            exponent = torch.frexp(most.nan_to_num())[1]
+            scale = torch.ldexp(torch.ones_like(most), exponent.clamp(-widest, widest))
+        else:
+            scale = scale.clamp(2.0**-widest, 2.0**widest)
+        inverse = 1 / scale
+        return _Scaled(
+            kernels, scale, inverse.repeat_interleave(self.plan.groups) if self.plan.groups > 1 else inverse, self._constants().phases
+        )
 
     def with_state(self, frequency: Tensor, vector: Tensor, height: Tensor) -> Tracker:
         """A twin that works on another state."""
@@ -170,34 +209,34 @@ class Tracker(nn.Module):
         twin._buffers = self._buffers | {"frequency": frequency, "vector": vector, "height": height}
         return twin
 
-    def look(self, kernels: Tensor, watch: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """What `follow` returns, without a step and on a copy of the state; where it watches, layers that jumped are searched there."""
+    def look(self, kernels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `follow` returns, without a step and on a copy of the state; layers that jumped are searched there."""
         twin = self.with_state(self.frequency.clone(), self.vector.clone(), self.height.clone())
-        scale = self._scale(kernels)
-        scaled = _Scaled(kernels, 1 / scale)
-        values = self._values(scaled, self.frequency, torch.view_as_complex(self.vector))
-        if watch and (jumped := self._jumped(values, scale)):
-            twin._search(kernels, scale, jumped)
+        scaled, vector, waves = self._scaled(kernels), torch.view_as_complex(self.vector), self._waves(self.frequency)
+        values = torch.linalg.vector_norm(scaled.image(vector, waves), dim=(2, 3))
+        peaks = _Peaks(values, values, vector, waves)
+        if jumped := self._jumped(values, scaled.scale):
+            twin._search(scaled, jumped)
             for _ in range(SEARCH_STEPS):  # no later call goes on from here
-                values = twin._step(scaled)[1]
-        return twin._probes(kernels, scale, values)
+                peaks = twin._step(scaled)
+        return twin._probes(scaled, peaks)
 
-    def _search(self, kernels: Tensor, scale: Tensor, which: Sequence[int]) -> None:
+    def _search(self, kernels: _Scaled, which: Sequence[int]) -> None:
         """Find the peaks of some layers afresh, by power iteration at every point of the grid.
 
         What was tracked stays where it is higher.
         """
         groups = self.plan.groups
-        rows = torch.tensor([i * groups + g for i in which for g in range(groups)], dtype=torch.int64, device=kernels.device)
-        for some in rows.split(max(1, TOGETHER // (len(self._constants()[1]) * kernels[0, 0].numel()))) if which else ():
-            self._search_rows(_Scaled(kernels[some], 1 / scale[some]), some)
+        rows = torch.tensor([i * groups + g for i in which for g in range(groups)], dtype=torch.int64, device=kernels.inverse.device)
+        for some in rows.split(max(1, TOGETHER // (len(self._constants().turns) * self._columns.numel()))) if which else ():
+            self._search_rows(kernels.of(some), some)
 
     def _search_rows(self, kernels: _Scaled, rows: Tensor) -> None:
         frequency, vector = self.frequency[rows], torch.view_as_complex(self.vector[rows])
         before = self._values(kernels, frequency, vector)
         line, best = torch.arange(len(rows), device=rows.device), before.argmax(-1)
         # From what was tracked, so that no search undoes the steps before it, and a direction that is orthogonal to nothing for long.
-        found = self._peaks(kernels, unit(self._constants()[2] + vector[line, best]))
+        found = self._peaks(kernels, unit(self._constants().start + vector[line, best]))
         worse = self._values(kernels, *found).amax(-1) < before.amax(-1)
         found[0][worse, -1] = frequency[worse, best[worse]]
         found[1][worse, -1] = vector[worse, best[worse]]
@@ -208,13 +247,13 @@ class Tracker(nn.Module):
 
         The power iteration starts from `start` (B, n) at every point.
         """
-        sides, turns = torch.tensor(self.plan.grid, device=start.device), self._constants()[1]
+        sides, turns = torch.tensor(self.plan.grid, device=start.device), self._constants().turns
         points = (turns * (2 * math.pi / sides)).to(self.frequency.dtype)
         waves = self._waves(points)
         vectors = start[:, None].expand(-1, len(points), -1)
         left = points.new_zeros(())
         for _ in range(SEARCH_STEPS):
-            back = kernels.back(kernels.image(vectors, waves))
+            back = kernels.back(kernels.image(vectors, waves), waves.shape[-1])
             left, vectors = _split((back * waves.conj()[:, None]).sum(-1), vectors)
         tops, line = [], torch.arange(len(start), device=start.device)
         for _ in range(self.frequency.shape[1]):
@@ -229,52 +268,116 @@ class Tracker(nn.Module):
 
     def _waves(self, frequency: Tensor) -> Tensor:
         """exp(-i p.w): (..., taps)."""
-        angle = (frequency[..., None, :] * self._constants()[0]).sum(-1)  # no product of matrices, which settings cut short
-        return torch.polar(torch.ones_like(angle), -angle)
+        fixed = self._constants()
+        angle = (frequency[..., None, :] * fixed.turning).sum(-1)  # no product of matrices, which settings cut short
+        return torch.polar(fixed.one.expand_as(angle), angle)
 
     def _values(self, kernels: _Scaled, frequency: Tensor, vector: Tensor) -> Tensor:
         """||D(w) v||: (B, peaks)."""
-        return torch.linalg.vector_norm(kernels.image(vector, self._waves(frequency)), dim=(1, 3))
+        return torch.linalg.vector_norm(kernels.image(vector, self._waves(frequency)), dim=(2, 3))
 
-    def _step(self, kernels: _Scaled) -> tuple[Tensor, Tensor]:
-        """U from v, then w from (u, v), then v from (u, w): none of them lowers |u* D(w) v|, which is returned before and after."""
+    def _step(self, kernels: _Scaled) -> _Peaks:
+        """U from v, then w from (u, v), then v from (u, w): none of them lowers |u* D(w) v|."""
         waves, v = self._waves(self.frequency), torch.view_as_complex(self.vector)
         image = kernels.image(v, waves)
-        back = kernels.back(image)
+        back = kernels.back(image, waves.shape[-1])
         if self.frequency.shape[-1]:
-            self.frequency.copy_(self._climb((back.conj() * v[..., None]).sum(2), waves))
-            waves = self._waves(self.frequency)
+            frequency, waves = self._climb((back.conj() * v[..., None]).sum(2), waves)
+            self.frequency.copy_(frequency)
         length, v = _split((back * waves.conj()[:, :, None]).sum(-1), v)
         self.vector.copy_(torch.view_as_real(v))
-        size = torch.linalg.vector_norm(image, dim=(1, 3))
-        return size, length / torch.where(size > 0, size, 1.0)
+        size = torch.linalg.vector_norm(image, dim=(2, 3))
+        return _Peaks(size, length / size.clamp_min(torch.finfo(size.dtype).tiny), v, waves.expand(len(v), -1, -1))
 
-    def _climb(self, taps: Tensor, waves: Tensor) -> Tensor:
-        """The frequencies moved along the gradient of `|sum_p c_p exp(-i p.w)|^2`, c_p = u* K_p v, as far as it grows."""
-        terms, positions = taps * waves, self._constants()[0]
-        slope = -1j * terms @ positions.to(terms.dtype)
-        gradient = (terms.sum(-1).conj()[..., None] * slope).real
-        curvature = (terms.abs() @ positions.abs()).square().sum(-1, keepdim=True)
-        safe = gradient / torch.where(curvature > 0, curvature, 1.0)
-        safe = torch.where(safe.isfinite(), safe, 0.0)
-        tried = self.frequency[..., None, :] + safe[..., None, :] * safe.new_tensor(STRIDES)[:, None]
-        height = (taps[..., None, :] * self._waves(tried)).sum(-1).abs()
-        return tried.take_along_dim(height.argmax(-1)[..., None, None], -2)[..., 0, :]
+    def _climb(self, taps: Tensor, waves: Tensor) -> tuple[Tensor, Tensor]:
+        """The frequencies moved along the gradient of `|sum_p c_p exp(-i p.w)|^2`, c_p = u* K_p v, as far as it grows; and their waves."""
+        terms, fixed = taps * waves, self._constants()
+        slope = (terms * terms.sum(-1, keepdim=True).conj()).imag
+        gradient = (slope[..., None] * fixed.positions).sum(-2)
+        curvature = (terms.abs() * fixed.reach).sum(-1, keepdim=True).square()
+        safe = (gradient / curvature.clamp_min(torch.finfo(curvature.dtype).tiny)).nan_to_num(0.0, 0.0, 0.0)
+        tried = self.frequency[..., None, :] + safe[..., None, :] * fixed.strides
+        waves = self._waves(tried)
+        best = (taps[..., None, :] * waves).sum(-1).abs().argmax(-1)[..., None, None]
+        return tried.take_along_dim(best, -2).squeeze(-2), waves.take_along_dim(best, -2).squeeze(-2)
+
+
+class _Peaks(NamedTuple):
+    """`|u* D(w) v|` before and after a step, both (B, peaks), with the v (B, peaks, n) and the waves (B, peaks, taps) of the latter."""
+
+    before: Tensor
+    heights: Tensor
+    vector: Tensor
+    waves: Tensor
+
+
+class _Phases(NamedTuple):
+    """Where the columns of the polyphase kernel stand in the weight, which is never copied, and where its columns stand in the kernel.
+
+    Not all of the kernel's are `present`; None where they are.
+    """
+
+    there: Tensor
+    present: Tensor | None
+    back: Tensor
+
+
+def _phases(columns: Tensor) -> _Phases:
+    present = columns >= 0
+    back = columns.argsort(stable=True)[int((~present).sum()) :]
+    return _Phases(columns.clamp_min(0), None if bool(present.all()) else present, back)
+
+
+class _Constants(NamedTuple):
+    """The taps' positions, negated, how far out they are, numbers, the grid's points in turns, a fixed direction to search from."""
+
+    positions: Tensor
+    turning: Tensor
+    reach: Tensor
+    one: Tensor
+    strides: Tensor
+    turns: Tensor
+    start: Tensor
+    phases: _Phases | None
 
 
 class _Scaled(NamedTuple):
-    """Kernels (B, m, n, taps) over a power of two each; what they are multiplied by is divided, which is far smaller."""
+    """Kernels (B, m, columns) in units (L,) of each layer; what they are multiplied by is divided (B,), which is far smaller."""
 
     kernels: Tensor
+    scale: Tensor
     inverse: Tensor
+    phases: _Phases | None
+
+    def of(self, rows: Tensor) -> _Scaled:
+        """Some of the kernels."""
+        return self._replace(kernels=self.kernels[rows], inverse=self.inverse[rows])
+
+    def rows(self, vector: Tensor, waves: Tensor, inverse: Tensor) -> Tensor:
+        """What the kernel's rows are multiplied by for D(w) v: (B, 2 peaks, columns), real and imaginary parts in turn.
+
+        Args:
+            vector: (B, peaks, n).
+            waves: (..., peaks, taps).
+            inverse: of the units, (B,).
+        """
+        columns = ((vector * inverse[:, None, None])[..., None] * waves[..., None, :]).flatten(2)
+        if self.phases is not None:
+            columns = columns.index_select(-1, self.phases.back)
+        return torch.stack([columns.real, columns.imag], 2).flatten(1, 2)
 
     def image(self, vector: Tensor, waves: Tensor) -> Tensor:
-        """D(w) v, (B, m, peaks, 2), of vectors (B, peaks, n) and waves (..., peaks, taps)."""
-        return _image(self.kernels, (vector * self.inverse[:, None, None])[..., None] * waves[..., None, :])
+        """D(w) v, (B, peaks, 2, m)."""
+        return (self.rows(vector, waves, self.inverse) @ self.kernels.mT).unflatten(1, (-1, 2))
 
-    def back(self, image: Tensor) -> Tensor:
-        """K_p* u for every tap p, (B, peaks, n, taps)."""
-        return _back(self.kernels, image * self.inverse[:, None, None, None])
+    def back(self, image: Tensor, taps: int) -> Tensor:
+        """K_p* u for every tap p, (B, peaks, n, taps), complex."""
+        back = ((image * self.inverse[:, None, None, None]).flatten(1, 2) @ self.kernels).unflatten(1, (-1, 2))
+        columns = torch.complex(back[:, :, 0], back[:, :, 1])
+        if self.phases is not None:
+            columns = columns.index_select(-1, self.phases.there)
+            columns = columns if self.phases.present is None else torch.where(self.phases.present, columns, 0.0)
+        return columns.unflatten(-1, (-1, taps))
 
 
 _TRACKERS: WeakValueDictionary[int, Tracker] = WeakValueDictionary()
@@ -289,36 +392,31 @@ def _keep(tracker: Tracker) -> int:
 
 
 @torch.library.custom_op("gramlip::follow", mutates_args=("frequency", "vector", "height"))
-def _follow(
-    kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], watch: bool, key: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _follow(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], key: int) -> tuple[Tensor, Tensor, Tensor]:
     """`Tracker.follow` as one operation, on the state that is given."""
-    return _TRACKERS[key].with_state(frequency, vector, height).follow(kernels, due, watch)
+    return _TRACKERS[key].with_state(frequency, vector, height).follow(kernels, due)
 
 
 @_follow.register_fake
-def _(
-    kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], watch: bool, key: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], key: int) -> tuple[Tensor, Tensor, Tensor]:
     return _shapes(kernels, vector, height)
 
 
 @torch.library.custom_op("gramlip::look", mutates_args=())
-def _look(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, watch: bool, key: int) -> tuple[Tensor, Tensor, Tensor]:
+def _look(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, key: int) -> tuple[Tensor, Tensor, Tensor]:
     """`Tracker.look` as one operation: a function of its inputs, which an audit takes for a constant."""
-    return _TRACKERS[key].with_state(frequency, vector, height).look(kernels, watch)
+    return _TRACKERS[key].with_state(frequency, vector, height).look(kernels)
 
 
 @_look.register_fake
-def _(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, watch: bool, key: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, key: int) -> tuple[Tensor, Tensor, Tensor]:
     return _shapes(kernels, vector, height)
 
 
 def _shapes(kernels: Tensor, vector: Tensor, height: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What `Tracker.follow` returns, without values."""
-    shape = len(height), vector.shape[2], kernels.shape[-1]
-    probes = kernels.new_empty(shape, dtype=torch.promote_types(kernels.dtype, torch.complex64))
-    return kernels.new_empty(shape[0], dtype=torch.int64), probes, kernels.new_empty(shape[0])
+    layers = len(height)
+    return kernels.new_empty(layers, dtype=torch.int64), kernels.new_empty(layers, 2, kernels.shape[-1]), kernels.new_empty(layers)
 
 
 def plainly(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -360,22 +458,11 @@ def _product(axes: list[Tensor], options: dict[str, Any]) -> Tensor:
     return torch.cartesian_prod(*axes).reshape(-1, len(axes)) if axes else torch.zeros(1, 0, **options)
 
 
-def _image(kernels: Tensor, probes: Tensor) -> Tensor:
-    """D(w) v: (B, m, peaks, 2), from probes (B, peaks, n, taps)."""
-    columns = torch.view_as_real(probes.flatten(2).mT.contiguous())  # (B, n taps, peaks, 2)
-    return (kernels.flatten(2) @ columns.flatten(2)).unflatten(-1, columns.shape[2:])
-
-
-def _back(kernels: Tensor, image: Tensor) -> Tensor:
-    """K_p* u for every tap p: (B, peaks, n, taps), complex."""
-    back = (kernels.flatten(2).mT @ image.flatten(2)).unflatten(-1, image.shape[2:])
-    return torch.view_as_complex(back).mT.unflatten(-1, kernels.shape[2:])
-
-
 def _split(v: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """Lengths and unit vectors along the last axis; what has no direction, or is no number, keeps the one `before`."""
     length = norm(v)
-    return length, torch.where((length > 0)[..., None], unit(v), before).contiguous()
+    known = (length > 0) & (length < math.inf)
+    return length, torch.where(known[..., None], v / length[..., None], before)
 
 
 def _full(weight: Tensor) -> Tensor:

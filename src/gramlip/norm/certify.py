@@ -99,27 +99,27 @@ def enclosure(op: Sparse, rtol: float, certify: Callable[[Dense], Bound]) -> Bou
     """The interval, by `certify` for what is formed as a whole."""
     entries, exponent = Entries.of(op)
     m, n = op.weight.shape
-    why = f"a sparse matrix {m}x{n} with {len(entries.values)} entries"
+    reason = f"a sparse matrix {m}x{n} with {len(entries.values)} entries"
     if not len(entries.values):
-        return Bound(0.0, 0.0, f"{why}; all weights are zero")
+        return Bound(0.0, 0.0, f"{reason}; all weights are zero")
     if math.prod(entries.shape) <= ENTRIES:
-        found = certify(Dense(entries.dense(), why))
-        lower, upper, why = found.lower, float(found.upper), found.because
+        bound = certify(Dense(entries.dense(), reason))
+        lower, upper, reason = bound.lower, float(bound.upper), bound.because
     elif (gram := entries.gram()) is not None:
         error = rd.mul_up(rd.gamma(8.0 * (entries.longest + 8)), _schur(entries, 0.5))
-        found = certify(Dense(gram, f"{why}: its Gram matrix, whose entries are rounded"))
-        lower, upper = rd.sqrt_down(max(rd.down(found.lower - error), 0.0)), rd.sqrt_up(rd.add_up(float(found.upper), error))
-        why = found.because
+        bound = certify(Dense(gram, f"{reason}: its Gram matrix, whose entries are rounded"))
+        lower, upper = rd.sqrt_down(max(rd.down(bound.lower - error), 0.0)), rd.sqrt_up(rd.add_up(float(bound.upper), error))
+        reason = bound.because
     else:
         square = _schur(entries, rtol)
         upper = rd.sqrt_up(square)
         lower = _rayleigh(entries, _ascend(entries, upper, rtol), square)
         wide = "" if upper <= lower * (1 + rtol) else "; wider than asked for"
-        why = f"{why}; Schur's test on its moduli; lower side: a vector of Lanczos steps{wide}"
+        reason = f"{reason}; Schur's test on its moduli; lower side: a vector of Lanczos steps{wide}"
     if lower > upper:
-        msg = f"{why}: a vector is stretched by {lower}, beyond the bound {upper}; expected no such vector: please report this"
+        msg = f"{reason}: a vector is stretched by {lower}, beyond the bound {upper}; expected no such vector: please report this"
         raise ArithmeticError(msg)
-    return scaled(lower, upper, exponent, why)
+    return scaled(lower, upper, exponent, reason)
 
 
 def _schur(entries: Entries, rtol: float) -> float:
@@ -317,18 +317,18 @@ def _bounds(tasks: Sequence[LayerTask], search: BranchAndBound, rtol: float) -> 
     search.start(rtol, not all(task.symbol.exact for task in tasks))
     widths, ceilings = np.full(len(tasks), rtol), np.zeros(len(tasks))
     done: dict[int, Bound] = {}
-    sides: dict[int, OwnSide] = {}
+    sides: dict[int, FiniteSide] = {}
     for i, task in enumerate(tasks):
         if max(task.tap_norm_sums) == 0.0:
             done[i] = Bound(0.0, 0.0, f"{task.symbol.because}; all weights are zero")
         elif task.needs_own_side:
-            sides[i] = side = task.own_side()
+            sides[i] = side = task.finite_side()
             if side.bound is not None:
                 done[i] = side.bound
             ceilings[i], widths[i] = task.room(side.lower)
     todo = [i for i in range(len(tasks)) if i not in done]
-    for i, found in zip(todo, search.close(widths, todo, ceilings) if todo else [], strict=True):
-        done[i] = tasks[i].bound(found, sides.get(i))
+    for i, enclosure in zip(todo, search.close(widths, todo, ceilings) if todo else [], strict=True):
+        done[i] = tasks[i].bound(enclosure, sides.get(i))
     return [task.closed(done[i]) for i, task in enumerate(tasks)]
 
 
@@ -342,7 +342,7 @@ def layer_norm_sums(sym: Symbol, tap_norm_sums: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class OwnSide:
+class FiniteSide:
     """A finite layer's own lower side, the norm of its blocks when that was found, and its own interval where it has one."""
 
     lower: float
@@ -385,17 +385,17 @@ class LayerTask:
     @property
     def peak_norm(self) -> float:
         """What the best block says of the layer's norm so far."""
-        return math.sqrt(float(self.search.lower.best[self.number]) * self.symbol.square)
+        return math.sqrt(float(self.search.lower.best[self.number]) * self.symbol.padding_norm_squared)
 
     def room(self, lower: float) -> tuple[float, float]:
         """What the blocks' norm may reach for the layer's interval to close, and how close to their peak it is worth while to prove it."""
         # the width asked for is that of the layer, not of its blocks
-        ceiling = lower * (1 + self.rtol * 0.98) / math.sqrt(self.symbol.square)
+        ceiling = lower * (1 + self.rtol * 0.98) / math.sqrt(self.symbol.padding_norm_squared)
         peak = math.sqrt(float(self.search.lower.best[self.number]))
         room = ceiling / peak - 1 if peak else 0.0
         return ceiling, self.rtol / 2 if room <= 0 else min(max(room, self.rtol / 16), self.rtol / 4)
 
-    def own_side(self) -> OwnSide:
+    def finite_side(self) -> FiniteSide:
         """The lower side of a layer of given size, and its own interval where that is needed and within reach."""
         peak, start = self.peak_norm, self._finite_start()
         gap = max(peak / start.lower - 1, 0.0) if start.lower else math.inf
@@ -406,7 +406,7 @@ class LayerTask:
             msg = f"finite=True was given for an input of {self.op.sizes}; expected one whose columns fit in {limit}: type finite=False"
             raise InputError(msg)
         near = self.finite is not False and gap > self.rtol * 0.7 and whole
-        return OwnSide(start.lower, peak, self._own(start) if near and self._affordable(start) else None)
+        return FiniteSide(start.lower, peak, self._banded_bound(start) if near and self._affordable(start) else None)
 
     def _affordable(self, start: FiniteStart) -> bool:
         """Whether the finite layer's own certificate fits in memory, and in time where it was not asked for."""
@@ -441,17 +441,17 @@ class LayerTask:
         """The layer's own number of a group of the search."""
         return group - self.number * len(self.tap_norm_sums)
 
-    def bound(self, found: Enclosure, side: OwnSide | None) -> Bound:
+    def bound(self, enclosure: Enclosure, side: FiniteSide | None) -> Bound:
         """The layer's interval from its symbol's and, where its blocks bound it from above only, its own lower side."""
-        upper, reason = self._above(found)
+        upper, reason = self._above(enclosure)
         if side is not None:
             return self._from_own_side(upper, reason, side)
         if self.symbol.exact:
-            factor = math.sqrt(self.symbol.square)
-            return self._scaled(rd.mul_down(found.lower, factor if factor == 1.0 else rd.down(factor)), upper, reason)
+            factor = math.sqrt(self.symbol.padding_norm_squared)
+            return self._scaled(rd.mul_down(enclosure.lower, factor if factor == 1.0 else rd.down(factor)), upper, reason)
         assert isinstance(self.op, Conv)
         if all(s == 1 for s in self.op.strides):
-            lower, inputs = rd.ldexp_down(found.lower, self.exponent), "large inputs come as close to the supremum as one likes"
+            lower, inputs = rd.ldexp_down(enclosure.lower, self.exponent), "large inputs come as close to the supremum as one likes"
         else:
             lower, inputs = (
                 certify(replace(self.op, padding_mode="zeros"), rtol=self.rtol).lower,
@@ -463,11 +463,11 @@ class LayerTask:
                 lower, inputs = again, f"the layer itself at size {'x'.join(map(str, small.sizes or ()))}"
         return _with_lower(self._scaled(0.0, upper, reason), lower, f"lower side: {inputs}")
 
-    def _from_own_side(self, upper: float, reason: str, side: OwnSide) -> Bound:
+    def _from_own_side(self, upper: float, reason: str, side: FiniteSide) -> Bound:
         """The interval with the layer's own lower side, which is looked for again where the blocks have a higher peak since."""
         lower = side.lower
         if upper > lower * (1 + self.rtol) and self.peak_norm > side.peak * (1 + self.rtol / 8):
-            again = self.own_side()
+            again = self.finite_side()
             if again.bound is not None:
                 return again.bound
             lower = max(lower, again.lower)
@@ -482,25 +482,25 @@ class LayerTask:
             return upper, reason
         return self._above(self.search.close(width, [self.number], ceilings)[0])
 
-    def _above(self, found: Enclosure) -> tuple[float, str]:
+    def _above(self, enclosure: Enclosure) -> tuple[float, str]:
         """The layer's upper bound from the symbol's: times the padding's factor, or plus what the boundary adds; and the reason."""
-        op, square, reason = self.op, self.symbol.square, self._reason(found)
+        op, square, reason = self.op, self.symbol.padding_norm_squared, self._reason(enclosure)
         if square > 1 and isinstance(op, Conv) and op.padding_mode in ("reflect", "replicate"):
-            upper, alone, ends = upper_side(op, self.exponent, self.tap_norm_sums, found.upper)
+            upper, alone, ends = upper_side(op, self.exponent, self.tap_norm_sums, enclosure.upper)
             by_factor = f"times the factor of the padding on axes {alone}" if alone else ""
             added = "plus the boundary's share (theorem 12)" if ends else ""
             return upper, "; ".join(filter(None, (reason, added, by_factor)))
         factor = f"; times sqrt({square}), the factor of the padding" if square > 1 else ""
-        return rd.mul_up(found.upper, rd.sqrt_up(float(square))), reason + factor
+        return rd.mul_up(enclosure.upper, rd.sqrt_up(float(square))), reason + factor
 
-    def closed(self, found: Bound) -> Bound:
+    def closed(self, bound: Bound) -> Bound:
         """The tighter of two intervals, the second from the matrix of a small finite layer; it says so where it is wider than asked for."""
         op = self.op
-        if found.rtol > self.rtol and self.finite is not False and isinstance(op, Conv) and op.input_size is not None and small(op):
-            found = min(found, self._whole(FiniteLayer(op, self.exponent)), key=lambda bound: (bound.rtol, float(bound.upper)))
-        if found.rtol <= self.rtol or "asked for" in found.because:
-            return found
-        return replace(found, because=f"{found.because}; wider than asked for")
+        if bound.rtol > self.rtol and self.finite is not False and isinstance(op, Conv) and op.input_size is not None and small(op):
+            bound = min(bound, self._whole(FiniteLayer(op, self.exponent)), key=lambda b: (b.rtol, float(b.upper)))
+        if bound.rtol <= self.rtol or "asked for" in bound.because:
+            return bound
+        return replace(bound, because=f"{bound.because}; wider than asked for")
 
     def _whole(self, layer: FiniteLayer) -> Bound:
         """The interval of a finite layer's matrix, group by group."""
@@ -515,7 +515,7 @@ class LayerTask:
         entries = "whose entries are rounded (R8)" if errors[most] else "(R8)"
         return Bound(max(low, 0.0), high, f"{self._itself(layer)} {entries}, as {closed[most].because}")
 
-    def _own(self, start: FiniteStart) -> Bound:
+    def _banded_bound(self, start: FiniteStart) -> Bound:
         """The finite layer's own interval, from its block-banded certificate."""
         lower, upper, reason = banded(start.layer, self.tap_norm_sums, self.rtol, start.group, start.lower, start.vector)
         return self._scaled(lower, upper, f"{self._itself(start.layer)}, {reason}")
@@ -526,14 +526,14 @@ class LayerTask:
     def _scaled(self, lower: float, upper: float, reason: str) -> Bound:
         return scaled(lower, upper, self.exponent, reason)
 
-    def _reason(self, found: Enclosure) -> str:
+    def _reason(self, enclosure: Enclosure) -> str:
         """How the symbol's interval was found."""
-        tally, side = found.tally, self.search.symbol.side
-        ways = " and ".join(PROOF_NAMES[way] for way in sorted(tally.ways))
-        where = f"; attained at frequency ({', '.join(f'{w + 0.0:.4g}' for w in found.frequency)})" if found.frequency else ""
-        cells = " at the corners of cells (theorem 7)" if found.frequency else ""
-        group = f" of group {self._group(found.group)}" if len(self.tap_norm_sums) > 1 else ""
+        tally, side = enclosure.tally, self.search.symbol.side
+        proofs = " and ".join(PROOF_NAMES[name] for name in sorted(tally.proofs))
+        where = f"; attained at frequency ({', '.join(f'{w + 0.0:.4g}' for w in enclosure.frequency)})" if enclosure.frequency else ""
+        cells = " at the corners of cells (theorem 7)" if enclosure.frequency else ""
+        group = f" of group {self._group(enclosure.group)}" if len(self.tap_norm_sums) > 1 else ""
         together = len(self.search.lower.best)
         layers = f", {together} layers together" if together > 1 else ""
-        early = "" if found.finished else "; wider than asked for: as close as rounding and the budget allow"
-        return f"{self.symbol.because}; {ways} on {tally.blocks} blocks of {side}x{side}{cells}{where}{group}{layers}{early}"
+        early = "" if enclosure.finished else "; wider than asked for: as close as rounding and the budget allow"
+        return f"{self.symbol.because}; {proofs} on {tally.blocks} blocks of {side}x{side}{cells}{where}{group}{layers}{early}"

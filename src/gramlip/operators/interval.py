@@ -71,7 +71,10 @@ class Bound:
         return f"{interval}  {self.because}"
 
     def _repr_html_(self) -> str:
-        return f"<code>{escape(str(self))}</code>"
+        """For notebooks: the interval, with the reasons behind a click."""
+        interval = f"[{decimals(self.lower, upward=False)}, {decimals(_number(self.upper), upward=True)}]"
+        reasons = "".join(f"<li>{escape(part)}</li>" for part in self.because.split("; "))
+        return f"<details><summary><code>{interval}</code></summary><ul>{reasons}</ul></details>"
 
     def __matmul__(self, other: Bound) -> Bound:
         if not isinstance(other, Bound):

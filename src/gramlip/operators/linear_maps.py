@@ -175,10 +175,13 @@ class Conv:
     Args:
         weight: (c_out, c_in / groups, *k), or (c_in, c_out / groups, *k) when `transposed`.
         input_size: spatial size of the input, an integer for all axes or one each; None means every size.
-        stride, dilation, groups, output_padding: as in `torch.nn`.
+        stride: as in `torch.nn`, an integer for all axes or one each.
         padding: an integer, one per axis, a pair (before, after) per axis, "same" or "valid".
         padding_mode: "zeros", "circular", "reflect" or "replicate".
+        dilation: as in `torch.nn`.
+        groups: as in `torch.nn`.
         transposed: the map of `torch.nn.ConvTranspose*d`.
+        output_padding: as in `torch.nn`, of a transposed map.
 
     Raises:
         InputError: what was given, what was expected.

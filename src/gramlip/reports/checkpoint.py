@@ -1,328 +1,38 @@
-"""Weights from files: safe readers, and which tensor is a linear map. No code of a file is ever executed."""
+"""Weights without their model: which tensor is a linear map, which is left out and why, and the audit of them."""
 
 from __future__ import annotations
 
 import json
-import pickle
-import pickletools
+import math
+import os
 import re
-import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from io import BytesIO
+from functools import cached_property
+from glob import escape
+from hashlib import blake2b
 from math import prod
 from pathlib import Path
 from time import perf_counter
-from typing import IO, Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_bytes
 from torch import Tensor
 
-from gramlip.errors import InputError, first_line
+from gramlip.distributed import gathered, ranked, share
+from gramlip.errors import InputError, out_of_memory
 from gramlip.norm.certify import TOGETHER, certify_all
+from gramlip.numerics import rounding as rd
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense, checked
-from gramlip.reports.report import LayerRow, LeftOut, Report, printable
-
-# ---- safe readers --------------------------------------------------------------------------------------------------------
-#
-# Safe readers of weights: safetensors, sharded or not, and torch checkpoints. No code of a file is ever executed.
-
-_DTYPES = {
-    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool"},
-    **{f"{letter}{bits}": f"{name}{bits}" for letter, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
-    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
-    **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
-}
-_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_CONTAINERS = re.compile(
-    r"checkpoint|module|net(work)?|params|weights|((model|net)_)?state|(model_)?ema|ema_model|model|((model|net|ema|model_ema)_)?state_dict"
-)
-_DEEPEST = 100
-"""So many containers inside one another are no checkpoint: one that holds itself has no end."""
-_TRAINING = re.compile(r"optim|sched|scaler|rng|callbacks|loops|hyper_parameters", re.I)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A stored tensor: its shape and dtype are known, its values are read by `load`."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    load: Callable[[], Tensor]
-
-    @staticmethod
-    def of(tensor: Tensor) -> Entry:
-        """A tensor that is in memory already."""
-        return Entry(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), lambda: tensor.detach())
-
-
-Entries = dict[str, Entry]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """The tensors of a file by name, and the names of the parts that were passed over: the state of training."""
-
-    entries: Entries
-    skipped: tuple[str, ...] = ()
-
-
-def read(path: Path) -> Stored:
-    """The tensors of a weights file in the file's order, without containers and prefixes such as `state_dict` and `module.`.
-
-    `.safetensors`, a sharded `.safetensors.index.json`, or a torch checkpoint (zip or legacy) read with `weights_only=True`.
-
-    Raises:
-        InputError: the file is missing, corrupt, wants to run code, or holds no tensor.
-    """
-    check_file(path)
-    start, skipped = _first_bytes(path), list[str]()
-    pickled = start[8:9] != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80")
-    if path.suffix == ".json":
-        entries = _sharded(path)
-    elif path.suffix == ".safetensors" and pickled:
-        msg = f"{path} is a torch checkpoint by its content; expected safetensors: type mv {path} {path.with_suffix('.pt')}"
-        raise InputError(msg)
-    elif path.suffix == ".safetensors" or start[8:9] == b"{":
-        entries = _safetensors(path)
-    elif pickled:
-        entries = _containers(_torch(path), skipped, path)
-    else:
-        msg = f"{path} is no weights file; expected safetensors or a torch checkpoint: type torch.save(model.state_dict(), path)"
-        raise InputError(msg)
-    if not entries:
-        msg = f"{path} holds no tensor; expected the weights of a model: save model.state_dict()"
-        raise InputError(msg)
-    return Stored(_unwrapped(entries), tuple(skipped))
-
-
-def _first_bytes(path: Path) -> bytes:
-    """The start of a file, by which its format is known."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(16)
-    except FileNotFoundError:
-        msg = f"{path} does not exist; expected a weights file or a name such as demo: check the path"
-        raise InputError(msg) from None
-    except OSError as error:
-        msg = f"{path} cannot be opened ({error.strerror}); expected a weights file that can be read"
-        raise InputError(msg) from None
-    if not start:
-        msg = f"{path} is empty; expected weights, as safetensors or as torch.save writes them"
-        raise InputError(msg)
-    return start
-
-
-def check_file(path: Path) -> None:
-    """InputError for a folder, and for a pipe or a device, which would keep its reader waiting."""
-    if path.is_dir():
-        msg = f"{path} is a folder; expected a file: type for instance {path / 'model.safetensors'}"
-        raise InputError(msg)
-    if path.exists() and not path.is_file():
-        msg = f"{path} is no regular file but a pipe or a device; expected a file: write it to one first"
-        raise InputError(msg)
-
-
-def read_bytes(data: bytes) -> Stored:
-    """The tensors of a safetensors file that is in memory."""
-    return Stored({name: Entry.of(tensor) for name, tensor in sorted(load_bytes(data).items())})
-
-
-def _safetensors(path: Path) -> Entries:
-    try:
-        file: Any = safe_open(path, framework="pt")  # stays open: the values are read when asked for
-        names: list[str] = list(file.keys())
-        slices: dict[str, Any] = {name: file.get_slice(name) for name in names}
-        dtypes: dict[str, str] = {name: s.get_dtype() for name, s in slices.items()}
-        shapes: dict[str, tuple[int, ...]] = {name: tuple(s.get_shape()) for name, s in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        msg = f"{path} cannot be read as safetensors ({_line(error)}); expected a whole file: fetch or save it again"
-        raise InputError(msg) from None
-
-    def loader(name: str) -> Callable[[], Tensor]:
-        return lambda: file.get_tensor(name)
-
-    return {name: Entry(shapes[name], _DTYPES.get(dtypes[name], dtypes[name]), loader(name)) for name in names}
-
-
-def _sharded(path: Path) -> Entries:
-    """The shards of an index, whole, since loaders read them so; they lie beside it: an index cannot point anywhere else."""
-    try:
-        index: Any = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        msg = f"{path} is no JSON ({_line(error)}); expected a safetensors index with a weight_map"
-        raise InputError(msg) from None
-    shards: Any = cast("dict[str, Any]", index).get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in cast("dict[str, Any]", shards).values()):
-        msg = f"{path} has no weight_map; expected a safetensors index: {{'weight_map': {{tensor: file}}}}"
-        raise InputError(msg)
-    places = cast("dict[str, str]", shards)
-    files: dict[str, Entries] = {}
-    for shard in dict.fromkeys(places.values()):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            msg = f"{path} names the shard {shard!r}; expected a .safetensors file beside the index"
-            raise InputError(msg)
-        if not (path.parent / shard).is_file():
-            msg = f"{path} names the shard {shard}, which does not exist; expected all shards beside the index: fetch it"
-            raise InputError(msg)
-        files[shard] = _safetensors(path.parent / shard)
-    missing = [name for name, shard in places.items() if name not in files[shard]]
-    if missing:
-        msg = f"{path} places {missing[0]} in {places[missing[0]]}, which lacks it; expected the shards of this index: fetch them again"
-        raise InputError(msg)
-    entries = {name: files[shard][name] for name, shard in places.items()}
-    for shard, held in files.items():
-        for name in held:
-            if places.get(name, shard) != shard or (name not in places and name in entries):
-                raise _same_name(path, name)
-            entries[name] = held[name]
-    return entries
-
-
-def _torch(path: Path) -> Any:
-    """What `torch.load(weights_only=True)` returns; refused where it would need more than tensors and plain containers."""
-    if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 10):
-        msg = (
-            f"{path} is a pickle, and one can make torch {torch.__version__} run code (CVE-2026-24747); expected torch 2.10 or newer: "
-            f"type pip install --upgrade torch, or save the weights as safetensors"
-        )
-        raise InputError(msg)
-    try:
-        _check_sums(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        wanted = [found[1]] if found else _globals(path)
-        asks = f"it wants to run {', '.join(wanted)}" if wanted else "its pickle is none that torch.save writes"
-        msg = f"{path} was refused, unexecuted: {asks}; expected tensors alone: save model.state_dict(), or safetensors"
-        raise InputError(msg) from None
-    except Exception as error:  # a damaged file can raise anything; none of it is a defect of ours
-        msg = f"{path} cannot be read as a torch checkpoint ({_line(error)}); expected what torch.save(model.state_dict()) writes"
-        raise InputError(msg) from None
-
-
-def _check_sums(path: Path) -> None:
-    """Refuse a zip file whose records do not have their checksums: torch itself reads on."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        bad = archive.testzip()
-    if bad is not None:
-        msg = f"{path} is damaged: {bad} does not have its checksum; expected a whole file: fetch or save it again"
-        raise InputError(msg)
-
-
-def _globals(path: Path) -> list[str]:
-    """What the pickles of a file import, found by reading their instructions without following them."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return list(_imports(BytesIO(b"".join(archive.read(n) for n in archive.namelist() if n.endswith("/data.pkl")))))
-    with path.open("rb") as file:
-        return list(_imports(file))
-
-
-def _imports(stream: IO[bytes]) -> Iterator[str]:
-    strings = ["?", "?"]
-    try:
-        while True:
-            for code, arg, _ in pickletools.genops(stream):
-                if code.name in ("GLOBAL", "INST"):
-                    yield str(arg).replace(" ", ".")
-                elif code.name == "STACK_GLOBAL":
-                    yield ".".join(strings[-2:])
-                elif isinstance(arg, str):
-                    strings.append(arg)
-    except Exception:  # the end of the pickles, or what only looks like one
-        return
-
-
-def _containers(loaded: Any, skipped: list[str], file: Path) -> Entries:
-    """The tensors of a checkpoint, however nested, without the containers around them all; the state of training goes to `skipped`."""
-    found = dict[tuple[str, ...], Tensor]()
-    for path, tensor in _tensors(loaded, (), skipped, file):
-        if path in found:
-            raise _same_name(file, ".".join(path))
-        found[path] = tensor
-    outer = _outer_keys([path[:-1] for path, tensor in found.items() if tensor.ndim > 1])
-    names = {path: ".".join(path[len(outer) :] if path[: len(outer)] == outer else path) for path in found}
-    if len(set(names.values())) < len(names):
-        names = {path: ".".join(path) for path in found}
-    entries: Entries = {}
-    for path, tensor in found.items():
-        if names[path] in entries:
-            raise _same_name(file, names[path])
-        entries[names[path]] = Entry.of(tensor)
-    return entries
-
-
-def _tensors(value: Any, path: tuple[str, ...], skipped: list[str], file: Path) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """Every tensor inside of nested containers with the keys that lead to it."""
-    if isinstance(value, Tensor):
-        if value.is_nested:
-            msg = f"{file}: {'.'.join(path)} is nested, many tensors in one; expected plain ones: save what its unbind() gives"
-            raise InputError(msg)
-        yield path or ("weight",), value
-    elif isinstance(value, Mapping | list | tuple):
-        whole = cast("Mapping[Any, Any] | list[Any]", value)
-        if (path and _TRAINING.search(path[-1])) or "param_groups" in whole:
-            skipped.append(".".join(path))
-            return
-        if len(path) == _DEEPEST:
-            given = f"{file} nests more than {_DEEPEST} containers, or one that holds itself"
-            msg = f"{given}; expected a dict of tensors: save model.state_dict()"
-            raise InputError(msg)
-        for key, item in whole.items() if isinstance(whole, Mapping) else enumerate(whole):
-            yield from _tensors(item, (*path, str(key)), skipped, file)
-
-
-def _outer_keys(paths: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """The keys that all paths begin with, as long as none of them names a layer."""
-    shared = 0
-    while paths and all(path[shared : shared + 1] == paths[0][shared : shared + 1] != () for path in paths):
-        if not _CONTAINERS.fullmatch(paths[0][shared]):
-            break
-        shared += 1
-    return paths[0][:shared] if paths else ()
-
-
-def _same_name(file: Path, name: str) -> InputError:
-    return InputError(f"{file} holds two tensors of the name {name}; expected a name for each: save model.state_dict()")
-
-
-def _unwrapped(entries: Entries) -> Entries:
-    """Names without what DataParallel, torch.compile and FSDP put before them, unless two would become one."""
-    names = {name: _WRAPPERS.sub("", name) for name in entries}
-    while all(name.startswith("module.") for name, entry in zip(names.values(), entries.values(), strict=True) if len(entry.shape) > 1):
-        stripped = {old: name.removeprefix("module.") for old, name in names.items()}
-        if stripped == names:
-            break
-        names = stripped
-    return {names[old]: entry for old, entry in entries.items()} if len(set(names.values())) == len(names) else entries
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error, short, or its type."""
-    return printable(first_line(error).strip()[:160]) or type(error).__name__
-
-
-# ---- weights without their model -----------------------------------------------------------------------------------------
-#
-# Weights alone, without their model: which tensor is a linear map, which is left out and why, and the audit of them.
+from gramlip.reports.output import write_whole
+from gramlip.reports.readers import Entries, Entry, Stored, line
+from gramlip.reports.report import LayerRow, LeftOut, Report
 
 NOTES = (
-    "From the weights alone: 2 axes are a matrix, 3 to 5 axes a convolution kernel (channels, channels, *kernel).",
-    "upper holds for every input size, stride, dilation, number of groups, and for the transposed layer. lower is that of the stride-1 "
-    "ungrouped convolution over all input sizes: a layer with a stride, groups or a small input may lie below it.",
-    "Assumed: padding with zeros, or circular padding of at most kernel - 1 in all on each axis. "
-    "Reflect and replicate padding may exceed upper.",
+    "from weights alone: upper holds for every input size, stride, dilation and number of groups, and for the transposed layer; "
+    "lower is that of the layer with stride 1 and without groups, over all input sizes",
+    "assumed: padding with zeros, or circular padding of at most kernel - 1 in all on each axis; reflect and replicate padding may "
+    "exceed upper",
 )
 DOMINATES = (
     "stride-1 ungrouped operator: dominates every stride, dilation, grouping and the transpose (docs/weights-alone.md), "
@@ -331,7 +41,7 @@ DOMINATES = (
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
 _SCALES = ("{}_scale", "{}_scale_inv", "{}_scale_2", "{}_scales", "{}.scale", "{}.absmax", "scale_{}", "scale", "scales", "SCB")
 _OF = r"(?:words?|chars?|vocab|tok(?:ens?)?(?:_types?)?|segments?|(?:[a-z]+_)?pos(?:itions?|itional)?|query|label)"
-_EMBED = r"emb(?:ed|eds|edding|eddings)?"
+_EMBED = r"emb(?:d|ed|eds|edding|eddings)?"
 # The whole name: `embed` and `word_embeddings`, not `emb_proj` or `patch_embed`, which are as likely linear maps without a bias.
 _EMBEDDING = re.compile(rf"({_OF}_?)?{_EMBED}(_({_OF}|table|in))?|wte|wpe|shared", re.I)
 _TABLE = re.compile(
@@ -369,57 +79,238 @@ class Weights:
         left_out += [LeftOut(name, (), "state of training") for name in self.stored.skipped]
         return kept, tuple(left_out)
 
+    @cached_property
+    def entries(self) -> Entries:
+        """The stored tensors, 8-bit codes times the scale beside them where its shape says how."""
+        return {name: _rescaled(name, self.stored.entries) for name in self.stored.entries}
+
     def operator(self, name: str) -> Dense | Conv:
         """The operator that dominates the layer of this tensor: a matrix, or a stride-1 ungrouped convolution of every size."""
+        return self._mapped(name)[0]
+
+    def _mapped(self, name: str) -> tuple[Dense | Conv, Callable[[Bound], Bound]]:
+        """The operator, and what its interval says of the tensor: the same, but for a product that is never formed."""
+        factors = self.entries[name].factors
         try:
-            weight = checked(self.stored.entries[name].load(), name)
+            if factors is None:
+                return _map(_loaded(self.entries[name], name)), lambda found: found
+            left, right = (_loaded(factor, name).double() for factor in factors[:2])
         except InputError as error:
             msg = f"{self.target}: {error}"
             raise InputError(msg) from error
-        return Dense(weight) if weight.ndim == 2 else Conv(weight)
+        return low_rank(left, right, factors[2])
 
     def operators(self) -> Iterator[tuple[str, Dense | Conv]]:
         """Every linear map by name, read one at a time."""
         for name in self.sort()[0]:
             yield name, self.operator(name)
 
-    def audit(self, *, rtol: float = 1e-2, watch: Watch = iter) -> Report:
+    def audit(self, *, rtol: float = 1e-2, watch: Watch = iter, journal: Path | None = None) -> Report:
         """The report: for each linear map an interval with `upper` at least the layer's norm; `watch` may show progress.
+
+        Ranks of a process group share the work by its estimated cost, and all get the report. With a `journal` what is done is kept there
+        as it is done, and what stands in it is not done again.
 
         Proof that the operator dominates the layer: docs/weights-alone.md.
 
         Raises:
-            InputError: NaN or infinite entries, an axis of size zero, nothing to bound.
+            InputError: NaN or infinite entries, an axis of size zero, nothing to bound, a journal of another checkpoint.
         """
         kept, left_out = self.sort()
-        for name in kept:  # all of them before the work starts
-            self.operator(name)
-        rows: dict[str, LayerRow] = {}
-        for name in watch(kept):
-            if name not in rows:
-                rows |= self._rows(self._alike(name, kept), rtol)
-        return Report(self.target, tuple(rows[name] for name in kept), left_out, notes=NOTES)
+        groups = self._groups(kept)
+        done, error = dict[str, LayerRow](), None
+        try:
+            kept_before = None if journal is None else Journal(journal, self._fingerprint(kept, rtol), ranked())
+        except Exception as caught:  # whatever it is, it is raised again, on every rank
+            kept_before, error = None, caught
+        for part in gathered({} if kept_before is None else kept_before.rows, error):
+            done |= part
+        mine = [groups[i] for i in share([self._cost(group) for group in groups])]
+        try:
+            ahead = self._checked([name for group in mine for name in group], done, kept_before)
+            places = {name: group for group in mine for name in group}
+            for name in watch(ahead):
+                if name not in done:
+                    rows = self._rows(places[name], rtol)
+                    if kept_before is not None:
+                        kept_before.add(rows, {name: self._digest(name) for name in rows})
+                    done |= rows
+        except Exception as caught:  # as above
+            error = caught
+        for part in gathered(done, error):
+            done |= part
+        return Report(self.target, tuple(done[name] for name in kept), left_out, notes=(*NOTES, *self.stored.notes))
 
-    def _alike(self, name: str, kept: list[str]) -> list[str]:
-        """The tensors that are bounded together with this one: those of its shape, where it is small."""
-        shape = self.stored.entries[name].shape
-        if prod(shape) > TOGETHER:
-            return [name]
-        return [other for other in kept if self.stored.entries[other].shape == shape]
+    def _checked(self, names: list[str], done: Mapping[str, LayerRow], journal: Journal | None) -> list[str]:
+        """What is still to do; all tensors are looked at before the work starts, and those in the journal must be the ones of then."""
+        for name in names:
+            self.operator(name)
+            if journal is not None and name in done and name in journal.digests and journal.digests[name] != self._digest(name):
+                msg = f"{journal.path} is of another {self.target}: {name} has changed; expected the same weights: type a new --resume FILE"
+                raise InputError(msg)
+        return [name for name in names if name not in done]
+
+    def _groups(self, kept: list[str]) -> list[list[str]]:
+        """The tensors that are bounded together: those of one shape, where they are small, 64 at a time."""
+        groups: dict[object, list[list[str]]] = {}
+        for name in kept:
+            shape = self.entries[name].shape
+            alike = groups.setdefault(shape if prod(shape) <= TOGETHER else name, [[]])
+            if len(alike[-1]) == 64:
+                alike.append([])
+            alike[-1].append(name)
+        return [group for alike in groups.values() for group in alike]
+
+    def _cost(self, group: list[str]) -> float:
+        m, n, *k = self.entries[group[0]].shape
+        return float(len(group) * m * n * min(m, n) * prod(k))
+
+    def _fingerprint(self, kept: list[str], rtol: float) -> dict[str, object]:
+        """What a journal belongs to."""
+        files = [[file.name, found.st_size, found.st_mtime_ns] for file in self.stored.files for found in (file.stat(),)]
+        tensors = [[name, list(self.entries[name].shape), self.entries[name].dtype] for name in kept]
+        digest = blake2b(json.dumps(tensors).encode(), digest_size=16).hexdigest()
+        return {"rtol": rtol, "files": files, "tensors": digest}
+
+    def _digest(self, name: str) -> str:
+        entry, digest = self.entries[name], blake2b(digest_size=16)
+        for part in entry.factors[:2] if entry.factors is not None else (entry,):
+            digest.update(part.load().detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def _rows(self, names: list[str], rtol: float) -> dict[str, LayerRow]:
         start = perf_counter()
-        ops = [self.operator(name) for name in names]
-        bounds = certify_all(ops, rtol=rtol)
+        maps = [self._mapped(name) for name in names]
+        bounds = certify_all([op for op, _ in maps], rtol=rtol)
         seconds = (perf_counter() - start) / len(names)
-        return {name: _row(name, op, found, seconds) for name, op, found in zip(names, ops, bounds, strict=True)}
+        parts = zip(names, maps, bounds, strict=True)
+        return {name: _row(name, op, says(found), seconds, self.entries[name]) for name, (op, says), found in parts}
 
 
-def _row(name: str, op: Dense | Conv, found: Bound, seconds: float) -> LayerRow:
-    if isinstance(op, Conv):
-        found = Bound(found.lower, found.upper, f"{found.because}; {DOMINATES}")
+def _loaded(entry: Entry, name: str) -> Tensor:
+    try:
+        weight = entry.load()
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can raise anything when its numbers are read
+        if out_of_memory(error):
+            raise
+        msg = f"{name} cannot be read ({line(error)}); expected a whole file: fetch or save it again"
+        raise InputError(msg) from error
+    return checked(weight, name)
+
+
+def _map(weight: Tensor) -> Dense | Conv:
+    return Dense(weight) if weight.ndim == 2 else Conv(weight)
+
+
+def _row(name: str, op: Dense | Conv, found: Bound, seconds: float, entry: Entry) -> LayerRow:
+    because = "; ".join([found.because, *([DOMINATES] if isinstance(op, Conv) else []), *([entry.because] if entry.because else [])])
     kind = "Dense" if isinstance(op, Dense) else f"Conv{op.dims}d"
-    return LayerRow(name, kind, tuple(op.weight.shape), None, found, seconds)
+    return LayerRow(name, kind, entry.shape, None, Bound(found.lower, found.upper, because), seconds)
+
+
+# ---- products that are never formed --------------------------------------------------------------------------------------
+
+_UNDERFLOW = 2.0**-950  # more than 2^70 products that were flushed to zero can add up to
+
+
+def low_rank(left: Tensor, right: Tensor, scale: float) -> tuple[Dense | Conv, Callable[[Bound], Bound]]:
+    """A small operator in place of `scale B A`, and the interval of the product from its own: docs/weights-alone.md#adapters.
+
+    Args:
+        left: B, (m, r) in float64.
+        right: A, (r, n, *k) in float64.
+        scale: the number that multiplies them.
+    """
+    root = rd.sqrt_up(float(prod(right.shape[2:])))
+    if not bool(left.any()) or not bool(right.any()) or scale == 0.0:
+        return _map(right.new_zeros(1, 1, *right.shape[2:])), lambda _: Bound(0.0, 0.0, "a factor is zero")
+    small, residual, skew = _triangular(left)
+    if right.ndim == 2:
+        other, other_residual, other_skew = _triangular(right.T)
+        other = other.T
+    else:
+        other, other_residual, other_skew = right.flatten(1), 0.0, 0.0
+    size, other_size = rd.frobenius_up(left), rd.frobenius_up(right)
+    core = small @ other
+    rounding = rd.add_up(rd.mul_up(rd.gamma(len(other) + 1), rd.mul_up(rd.frobenius_up(small), rd.frobenius_up(other))), _UNDERFLOW)
+    rest = rd.mul_up(root, rd.add_up(rd.mul_up(residual, other_size), rd.mul_up(rd.add_up(size, residual), other_residual)))
+    rounding = rd.mul_up(root, rounding)
+
+    def says(found: Bound) -> Bound:
+        spread = rd.mul_up(rd.sqrt_up(rd.add_up(1.0, skew)), rd.sqrt_up(rd.add_up(1.0, other_skew)))
+        upper = rd.add_up(rd.mul_up(spread, rd.add_up(float(found.upper), rounding)), rest)
+        shrunk = rd.mul_down(rd.sqrt_down(max(0.0, rd.down(1.0 - skew))), rd.sqrt_down(max(0.0, rd.down(1.0 - other_skew))))
+        lower = rd.down(rd.mul_down(shrunk, max(0.0, rd.down(found.lower - rounding))) - rest)
+        because = f"{found.because}; {PRODUCT}"
+        return Bound(max(0.0, rd.mul_down(abs(scale), max(0.0, lower))), rd.mul_up(abs(scale), upper), because)
+
+    return _map(core if right.ndim == 2 else core.reshape(len(core), *right.shape[1:])), says
+
+
+PRODUCT = "scale B A through the triangular factors of B and A^T, rounding included (docs/weights-alone.md)"
+
+
+def _triangular(tall: Tensor) -> tuple[Tensor, float, float]:
+    """R of tall = Q R, an upper bound of the norm of what Q R leaves, and one of the norm of Q^T Q - 1."""
+    q, r = torch.linalg.qr(tall)
+    span, size = float(r.shape[0]), rd.frobenius_up(q)
+    left = rd.frobenius_up(tall - q @ r)
+    residual = rd.add_up(left, rd.mul_up(rd.gamma(span + 2), rd.add_up(rd.mul_up(size, rd.frobenius_up(r)), rd.frobenius_up(tall))))
+    gram = q.T @ q
+    gram.diagonal().sub_(1.0)
+    skew = rd.add_up(rd.frobenius_up(gram), rd.mul_up(rd.gamma(len(tall) + 2.0), rd.add_up(rd.mul_up(size, size), span)))
+    return r, rd.add_up(residual, _UNDERFLOW), rd.add_up(skew, _UNDERFLOW)
+
+
+class Journal:
+    """Rows that are done, in a file of one line for each group of them: whole, or the line is cut, and counts for nothing.
+
+    Each rank writes a file of its own and reads all of them.
+
+    Raises:
+        InputError: the file is of another checkpoint, or of another width.
+    """
+
+    def __init__(self, path: Path, fingerprint: dict[str, object], rank: int) -> None:
+        self.path = path.with_name(f"{path.name}.{rank}") if rank else path
+        self.rows: dict[str, LayerRow] = {}
+        self.digests: dict[str, str] = {}
+        header = {"gramlip journal": 1, **fingerprint}
+        for file in [path, *sorted(path.parent.glob(f"{escape(path.name)}.[0-9]*"))]:
+            if file.is_file() and file.stat().st_size:
+                self._read(file, header)
+        if not self.path.is_file() or not self.path.stat().st_size:
+            write_whole(self.path, json.dumps(header) + "\n")
+
+    def _read(self, file: Path, header: dict[str, object]) -> None:
+        whole, _, cut = file.read_bytes().rpartition(b"\n")
+        try:
+            found, *groups = [json.loads(text) for text in whole.splitlines()]
+        except ValueError as error:
+            msg = f"--resume {file} is damaged ({error}); expected the lines that --resume wrote: type a new name"
+            raise InputError(msg) from None
+        if found != header:
+            changed = ", ".join(key for key in header if found.get(key) != header[key])
+            msg = f"--resume {file} was written for another audit ({changed} changed); expected the same files and width: type a new name"
+            raise InputError(msg)
+        for group in groups:
+            for row in group:
+                upper = math.inf if row["upper"] is None else row["upper"]
+                bound = Bound(row["lower"], upper, row["because"])
+                self.rows[row["name"]] = LayerRow(row["name"], row["op"], tuple(row["weight_shape"]), None, bound, row["seconds"])
+                self.digests[row["name"]] = row["digest"]
+        if cut and file == self.path:
+            os.truncate(file, len(whole) + 1)
+
+    def add(self, rows: Mapping[str, LayerRow], digests: Mapping[str, str]) -> None:
+        """Keep rows that were done together; when this returns they are on the disk."""
+        text = json.dumps([row.to_dict() | {"digest": digests[name]} for name, row in rows.items()], allow_nan=False)
+        with self.path.open("a") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def left_out_of(name: str, entries: Mapping[str, Entry], scales: Mapping[str, str]) -> LeftOut | None:
@@ -430,10 +321,10 @@ def left_out_of(name: str, entries: Mapping[str, Entry], scales: Mapping[str, st
     shape, dtype = entries[name].shape, entries[name].dtype
     if name in scales:
         return LeftOut(name, shape, "the scale of a quantised weight")
-    for reason in (_parametrized(name, entries), _no_map(name, entries)):
+    for reason in (entries[name].out, _parametrized(name, entries), _no_map(name, entries)):
         if reason is not None:
             return LeftOut(name, shape, reason[0], reason[1])
-    if dtype not in _FLOATS:
+    if dtype not in _FLOATS and _rescaled(name, entries) is entries[name]:
         return LeftOut(name, shape, _quantised(name, entries), True)
     if len(shape) > 5:
         return LeftOut(name, shape, f"{len(shape)} axes: no convolution of 1 to 3 dimensions", True)
@@ -448,6 +339,36 @@ def _scales(name: str, entries: Mapping[str, Entry]) -> list[str]:
         return []
     beside = (f"{stem}{dot}{form.format(leaf)}" for form in _SCALES)
     return [scale for scale in beside if scale in entries and prod(entries[scale].shape) < prod(entry.shape)]
+
+
+def _rescaled(name: str, entries: Mapping[str, Entry]) -> Entry:
+    """An 8-bit weight times the one scale beside it: a number, one for each row or column, or one for each block of 2^k x 2^k."""
+    entry, scales = entries[name], _scales(name, entries)
+    if not entry.dtype.startswith("float8") or len(scales) != 1 or len(entry.shape) != 2:
+        return entry
+    scale, leaf = entries[scales[0]], scales[0].rpartition(".")[2]
+    if scale.dtype not in _FLOATS[:4] or "weight" not in leaf:
+        return entry
+    sizes = scale.shape if len(scale.shape) == 2 else (*scale.shape, 1) if len(scale.shape) == 1 else (1, 1)
+    blocks = [_block(count, of) for count, of in zip(sizes, entry.shape, strict=True)]
+    if None in blocks:
+        return entry
+    rows, columns = (block or 1 for block in blocks)
+
+    def load() -> Tensor:
+        factors = scale.load().double().reshape(sizes).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        return entry.load().double() * factors[: entry.shape[0], : entry.shape[1]]  # exact: 4 bits of a code times 24 of a scale
+
+    blocked = "" if sizes[0] in (1, entry.shape[0]) and sizes[1] in (1, entry.shape[1]) else f" in blocks of {rows}x{columns}"
+    return Entry(entry.shape, "float64", load, f"{entry.dtype} codes times {leaf}{blocked}")
+
+
+def _block(count: int, of: int) -> int | None:
+    """How many entries of an axis share a scale: all, one each, or the one power of two that makes so many blocks."""
+    if count in (1, of):
+        return of // count
+    powers = [1 << k for k in range(4, 10) if -(-of // (1 << k)) == count]
+    return powers[0] if len(powers) == 1 else None
 
 
 def _quantised(name: str, entries: Mapping[str, Entry]) -> str:
@@ -500,7 +421,7 @@ def _no_map(name: str, entries: Mapping[str, Entry]) -> tuple[str, bool] | None:
     elif _BIAS.search(leaf):
         reason = "a bias: added, stretches nothing"
     elif axes == 1:
-        reason = "one axis: the scale of a normalisation" if leaf in ("weight", "gamma", "scale") else "one axis: no matrix"
+        reason = "the scale of a normalisation: one axis" if leaf in ("weight", "gamma", "scale") else "a vector: no matrix"
     elif (bias is not None and bias.shape == entry.shape) or (leaf == "weight" and _NORM.search(module)):
         reason = "the scale of a normalisation, entry by entry"
     elif _TABLE.search(leaf) or (axes == 2 and bias is None and _EMBEDDING.fullmatch(module if leaf == "weight" else leaf)):

@@ -14,7 +14,7 @@ from typing import TextIO, TypeVar
 from tqdm import tqdm
 
 from gramlip.errors import InputError
-from gramlip.reports.report import printable
+from gramlip.reports.text import printable, shortened
 
 T = TypeVar("T")
 
@@ -84,14 +84,21 @@ def aside() -> Generator[None, None, None]:
 
 
 def watched(items: Sequence[T]) -> Iterable[T]:
-    """The items behind a progress bar on standard error, where that is a terminal."""
+    """The items behind a progress bar on standard error, where that is a terminal; what is a name is shown as it comes."""
     shown = sys.stderr is not None and sys.stderr.isatty()  # pyright: ignore[reportUnnecessaryComparison]
-    return tqdm(items, file=sys.stderr, disable=not shown, leave=False, unit="layer")
+    bar = tqdm(items, file=sys.stderr, disable=not shown, leave=False, bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}]")
+    for item in bar:
+        if isinstance(item, str):
+            bar.set_description_str(shortened(printable(item), 60))
+        yield item
 
 
 OURS = {
-    "--json": re.compile(rb'\{\s+"schema": 1,\s+"(target|header)": '),
+    "--json": re.compile(rb'\{\s+"schema": 1,\s+"(target|header|reports)": '),
     "--html": re.compile(rb'<!doctype html>\s+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="gramlip">'),
+    "--junit": re.compile(rb'<\?xml version="1.0" encoding="utf-8"\?>\s+<testsuites name="gramlip audit"'),
+    "--sarif": re.compile(rb'\{\s+"\$schema": "https://json.schemastore.org/sarif-2.1.0.json",\s+"version": "2.1.0",'),
+    "--resume": re.compile(rb'\{"gramlip journal": 1, '),
     "--plot": re.compile(rb"\x89PNG|%PDF|<\?xml"),
 }
 """Option -> how a file begins that it wrote before, and may write again."""

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
+import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 from gramlip.errors import InputError
 from gramlip.operators.interval import Bound, decimals
 from gramlip.operators.linear_maps import Operator
-
-
-def printable(text: str) -> str:
-    """The text on one line, with escapes for what a terminal would act on (names come from files of unknown origin)."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+from gramlip.reports.text import Screen, padded, printable, shortened
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,12 @@ class LeftOut:
         return {"name": self.name, "weight_shape": list(self.weight_shape), "reason": self.reason, "is_weight": self.is_weight}
 
 
+VACUOUS = 1e4  # the upper side over the lower, from where the interval says little
+
+
 @dataclass(frozen=True)
 class Report:
-    """The answer of an audit: `print` it for a table, `to_dict` or `to_json` it for a program.
+    """The answer of an audit: `print` it for a table, `text(verbose=True)` for every reason, `to_dict` or `to_json` for a program.
 
     `network` bounds the whole network, None where only weights are known. `notes` state what holds for every row.
     `unsupported` lists the calls that no rule covers, each with its place in the source; the network is unbounded then.
@@ -85,8 +86,8 @@ class Report:
     >>> print(Report("w.safetensors", (row,)))
     w.safetensors
     <BLANKLINE>
-    layer  operator  shape  input  interval  width  why
-    fc     Dense     2x3    any    [1, 1.5]   50 %  a matrix
+    layer  shape  interval  width  proof
+    fc     2x3    [1, 1.5]    50%  a matrix
     """
 
     target: str
@@ -123,6 +124,25 @@ class Report:
             rows.append(("the network", float(self.network.upper)))
         return [f"{name} (upper {decimals(upper, upward=True)})" for name, upper in rows if not upper <= limit]
 
+    @property
+    def advice(self) -> str:
+        """Where the upper side is more than `VACUOUS` times the lower: which steps make it so, and what narrows it; else nothing."""
+        whole = self.network
+        if whole is None or not 0.0 < VACUOUS * whole.lower < float(whole.upper) < math.inf:
+            return ""
+        shared = [row for row in self.layers if row.share is not None and row.share > 0.0]
+        weight = (lambda row: row.share) if shared else (lambda row: row.upper)
+        most = sorted(shared or [row for row in self.layers if 1.0 < row.upper < math.inf], key=weight, reverse=True)[:3]
+        shown = [
+            f"{short_name(row.name)} ({f'{100 * row.share:.0f} %' if row.share is not None else decimals(row.upper, upward=True)})"
+            for row in most
+        ]
+        times = decimals(float(whole.upper) / whole.lower, upward=True, digits=2)
+        return (
+            f"the upper side is {times} times the lower and says little; it comes most from {', '.join(shown)}; "
+            "narrower: around one input (--at FILE --radius R), on a domain (--domain LOW,HIGH), or more --effort"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types, schema 1."""
         return {
@@ -139,55 +159,230 @@ class Report:
         """The report as standard JSON text: no NaN or Infinity tokens; floats survive the round trip exactly."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
+    def text(self, screen: Screen | None = None, *, verbose: bool = False) -> str:
+        """The report for people: a table and a line for each thing to know; with `verbose` every reason and every name.
+
+        `screen` is where it is shown; without one the text is plain and no line of the table is cut.
+        """
+        screen = screen or Screen()
+        parts = [[screen.styled(printable(self.target), "bold")], _table(self, screen, verbose=verbose)]
+        parts += [*_verbose(self, screen)] if verbose else [_summary(self, screen)]
+        return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
     def __str__(self) -> str:
-        bounds = [row.bound for row in self.layers] + ([] if self.network is None else [self.network])
-        counts = Counter(part for b in bounds for part in _parts(b))
-        common = [part for part, n in counts.items() if n > max(1, len(bounds) / 3)]  # said once, below the table
-        marks = {part: f"[{i}]" for i, part in enumerate(common, 1)}
+        return self.text()
 
-        def shown(b: Bound) -> tuple[str, str, str]:
-            lower, upper = decimals(float(b.lower), upward=False), decimals(float(b.upper), upward=True)
-            shared = "".join(marks[part] for part in _parts(b) if part in marks)
-            own = "; ".join(part for part in _parts(b) if part not in marks)
-            return f"[{lower}, {upper}]", f"{decimals(100 * b.rtol, upward=True, digits=2)} %", f"{shared} {own}".strip()
-
-        shared = any(row.share is not None for row in self.layers)
-
-        def share(value: float | None) -> list[str]:
-            return ([""] if value is None else [f"{100 * value:.1f} %"]) if shared else []
-
-        rows = [("layer", "operator", "shape", "input", "interval", "width", *(["share"] if shared else []), "why")]
-        for row in self.layers:
-            size = "any" if row.input_size is None else _times(row.input_size)
-            interval, width, why = shown(row.bound)
-            rows.append((row.name, row.op, _times(row.weight_shape), size, interval, width, *share(row.share), why))
+    def _repr_html_(self) -> str:
+        """For notebooks: the table, with the reasons of each row behind a click."""
+        columns = _columns(self.layers, verbose=False)
+        head = "".join(f"<th style='text-align:left'>{escape(column)}</th>" for column in columns)
+        rows = [(row.bound, [_cell(column, row) for column in columns]) for row in self.layers]
         if self.network is not None:
-            interval, width, why = shown(self.network)
-            rows.append(("network", "", "", "", interval, width, *share(None), why))
-        parts = ["\n".join([self.target, *(_wrapped(note) for note in self.notes)]), aligned(rows, right=(5, 6) if shared else (5,))]
-        if marks:
-            parts.append("\n".join(f"{mark} {part}" for part, mark in marks.items()))
-        for title, is_weight in (("weights without a bound", True), ("left out", False)):
-            reasons = dict.fromkeys(row.reason for row in self.left_out if row.is_weight == is_weight)
-            names = {
-                reason: [row.name for row in self.left_out if (row.reason, row.is_weight) == (reason, is_weight)] for reason in reasons
-            }
-            if names:
-                parts.append("\n".join([title, *(_wrapped(f"{reason}: {', '.join(names[reason])}") for reason in names)]))
-        if self.unsupported:
-            parts.append("\n".join(["no rule", *(_wrapped(call) for call in self.unsupported)]))
-        return "\n".join(printable(line) for line in "\n\n".join(parts).split("\n"))
+            rows.append((self.network, [_cell(column, self.network_row()) for column in columns]))
+        lines = "".join(f"<tr>{_html_cells(bound, cells)}</tr>" for bound, cells in rows)
+        notes = "".join(f"<p>{escape(line)}</p>" for line in _summary(self, Screen()))
+        return f"<p><b>{escape(printable(self.target))}</b></p><table><tr>{head}</tr>{lines}</table>{notes}"
+
+    def network_row(self) -> LayerRow:
+        """The network as the last row of the table."""
+        return LayerRow("network", "", (), None, self._whole())
 
 
-def aligned(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
-    """The rows as text, columns two spaces apart, those in `right` aligned to the right."""
-    rows = [tuple(printable(cell) for cell in row) for row in rows]
-    widths = [max(len(row[j]) for row in rows) for j in range(len(rows[0]))]
-    cells = [[c.rjust(w) if j in right else c.ljust(w) for j, (c, w) in enumerate(zip(row, widths, strict=True))] for row in rows]
-    return "\n".join("  ".join(row).rstrip() for row in cells)
+# ---- the table -----------------------------------------------------------------------------------------------------------
+
+_PROOFS = (  # what a reason says -> its short name: which theorem carries the upper side
+    (r"whose entries are rounded|finite layer itself at size \S+ \(R8\)", "this size (R8)"),
+    (r"the finite layer itself", "this size (thm 11)"),
+    (r"supremum over all frequencies \(theorem (\d+)\)", r"every size (thm \1)"),
+    (r"restriction of a circulant", "circulant (thm 4)"),
+    (r"rows of a circulant", "circular (thm 3)"),
+    (r"\bcoupled\b", "layers coupled"),
+    (r"^product of layers", "layer by layer"),
+    (r"^averages over", "averages"),
+    (r"^a matrix; (?:Cholesky|Gram) \((?:theorems [^,]*, )?(R\d+)\)", r"matrix (\1)"),
+)
+_LONGEST_PROOF = 24
+_LEAST_NAME = 24
+_OPTIONAL = ("proof", "shape", "share")  # dropped in this order where the window is narrow
+_RIGHT = ("width", "share")
+
+
+def proof_name(because: str) -> str:
+    """A short name of a proof: of the theorem that carries it, or how its first reason begins.
+
+    >>> proof_name("softmax: at most 1/2 in the l2 norm"), proof_name("zero padding: the finite layer itself at size 8x8, ...")
+    ('softmax', 'this size (thm 11)')
+    """
+    for pattern, name in _PROOFS:
+        if (found := re.search(pattern, because)) is not None:
+            return found.expand(name)
+    return because.split("; ")[0].split(": ")[0].split(", ")[0]
+
+
+def short_name(name: str) -> str:
+    """A folded layer's name with what its parts share said once.
+
+    >>> short_name("block1.spatial.conv + block1.spatial.norm")
+    'block1.spatial.conv + .norm'
+    """
+    parts = name.split(" + ")
+    shown = parts[:1]
+    for before, part in pairwise(parts):
+        stem = before.rpartition(".")[0]
+        shown.append(part.removeprefix(stem) if stem and part.startswith(f"{stem}.") else part)
+    return " + ".join(shown)
+
+
+def relative_width(bound: Bound) -> str:
+    """How much the upper side lies above the lower one, rounded up: in per cent, or as a multiple where it is far.
+
+    >>> relative_width(Bound(1.0, 1.01, "")), relative_width(Bound(2.0, 50.0, "")), relative_width(Bound(0.0, 1.0, ""))
+    ('1.1%', '25x', '-')
+    """
+    if bound.rtol == math.inf:
+        return "-"
+    if bound.rtol >= 10:
+        return f"{math.ceil(bound.rtol + 1)}x" if bound.rtol < 1e7 else f"{decimals(bound.rtol + 1, upward=True, digits=2)}x"
+    return f"{decimals(100 * bound.rtol, upward=True, digits=2)}%" if not 0 < bound.rtol <= 1e-4 else "0.01%"
+
+
+def _number(x: float, *, upward: bool) -> str:
+    """Five digits, rounded outward, without an exponent where that is no longer."""
+    text = decimals(x, upward=upward, digits=5)
+    return f"{Decimal(text):f}" if 1e5 <= x < 1e9 else text
+
+
+def _columns(rows: Iterable[LayerRow], *, verbose: bool) -> list[str]:
+    share = ["share"] if any(row.share is not None for row in rows) else []
+    return ["layer", *(["operator"] if verbose else []), "shape", *(["input"] if verbose else []), "interval", "width", *share, "proof"]
+
+
+def _cell(column: str, row: LayerRow, *, verbose: bool = False) -> str:
+    cells = {
+        "layer": short_name(row.name),
+        "operator": row.op,
+        "shape": "x".join(map(str, row.weight_shape)) or ("" if verbose else row.op),
+        "input": ("any" if row.op else "") if row.input_size is None else "x".join(map(str, row.input_size)),
+        "interval": f"[{_number(row.lower, upward=False)}, {_number(row.upper, upward=True)}]",
+        "width": relative_width(row.bound),
+        "share": "" if row.share is None else f"{100 * row.share:.1f}%",
+        "proof": shortened(proof_name(row.bound.because), _LONGEST_PROOF),
+    }
+    return cells[column]
+
+
+def _table(report: Report, screen: Screen, *, verbose: bool) -> list[str]:
+    """The lines of the table: no wider than the screen, by fewer columns and shorter names."""
+    rows = [*report.layers, *([] if report.network is None else [report.network_row()])]
+    texts = {column: [_cell(column, row, verbose=verbose) for row in rows] for column in _columns(rows, verbose=verbose)}
+    if screen.width is not None:
+        texts = _fitted(texts, screen.width)
+    columns = list(texts)
+    heads, *body = padded([columns, *zip(*texts.values(), strict=True)], [i for i, column in enumerate(columns) if column in _RIGHT])
+    styles = [dict.fromkeys(columns, "bold"), *map(_styles, rows)]
+    lines = []
+    for cells, style in zip([heads, *body], styles, strict=True):
+        cells[-1] = cells[-1].rstrip()
+        styled = (screen.styled(cell, style.get(column, "")) for column, cell in zip(columns, cells, strict=True))
+        lines.append("  ".join(styled).rstrip())
+    return lines
+
+
+def _fitted(texts: dict[str, list[str]], width: int) -> dict[str, list[str]]:
+    """The columns that fit into the width, the names of layers shortened to what the others leave."""
+    widths = {column: max(len(column), *(len(printable(cell)) for cell in cells)) for column, cells in texts.items()}
+    kept, optional = list(texts), [column for column in _OPTIONAL if column in texts]
+
+    def room() -> int:
+        return width - sum(widths[column] + 2 for column in kept if column != "layer")
+
+    while optional and room() < min(widths["layer"], _LEAST_NAME):
+        kept.remove(optional.pop(0))
+    names = [shortened(printable(name), max(room(), 8)) for name in texts["layer"]]
+    return {column: names if column == "layer" else texts[column] for column in kept}
+
+
+def _styles(row: LayerRow) -> dict[str, str]:
+    """Column -> style: no bound in red, an interval wider than asked for in yellow, the network in bold."""
+    if row.upper == math.inf:
+        return {"interval": "red", "proof": "dim"}
+    if row.name == "network" and not row.op:
+        return {"layer": "bold", "interval": "bold", "proof": "dim"}
+    return {"width": "yellow" if "wider than asked for" in row.bound.because else "", "shape": "dim", "proof": "dim"}
+
+
+def _html_cells(bound: Bound, cells: list[str]) -> str:
+    *plain, proof = (escape(printable(cell)) for cell in cells)
+    reasons = "".join(f"<li>{escape(printable(part))}</li>" for part in _parts(bound))
+    shown = "".join(f"<td style='text-align:left'>{cell}</td>" for cell in plain)
+    return f"{shown}<td style='text-align:left'><details><summary>{proof}</summary><ul>{reasons}</ul></details></td>"
+
+
+# ---- what stands below the table -----------------------------------------------------------------------------------------
+
+_SHOWN = 3  # names, calls or nodes before "and N more"
+
+
+def _summary(report: Report, screen: Screen) -> list[str]:
+    """One line for each thing to know, wrapped."""
+    ranked = sorted((row for row in report.layers if row.share is not None), key=lambda row: -(row.share or 0.0))
+    shares = ", ".join(f"{short_name(row.name)} {100 * (row.share or 0.0):.0f}%" for row in ranked[:_SHOWN])
+    unbounded = [row for row in report.left_out if _is_unbounded(row)]
+    weights = [row for row in report.left_out if row.is_weight]
+    rest = Counter(row.reason.split(": ")[0] for row in report.left_out if row not in unbounded and row not in weights)
+    facts = [
+        ("largest shares", "bold", "" if report.advice else shares),
+        ("wide", "yellow", report.advice),
+        ("no finite constant", "red", _few([f"{row.name}, {row.reason}" for row in unbounded])),
+        ("weights without a bound", "red", _few([f"{row.name} ({row.reason})" for row in weights])),
+        ("no rule", "red", _few(list(report.unsupported))),
+        ("left out", "bold", ", ".join(f"{count} x {reason}" for reason, count in rest.most_common())),
+        *(("note", "dim", note) for note in report.notes),
+    ]
+    lines: list[str] = []
+    for title, style, text in facts:
+        if text:
+            first, *more = screen.wrapped(text, f"{title}: ")
+            lines += [screen.styled(title, style) + first[len(title) :], *more]
+    if report.left_out or report.unsupported:
+        hint = screen.wrapped("every name and every reason: --verbose, or report.text(verbose=True)")
+        lines += [screen.styled(line, "dim") for line in hint]
+    return lines
+
+
+def _is_unbounded(row: LeftOut) -> bool:
+    """A node of a network, not a tensor of a file."""
+    return row.reason.startswith("unbounded: ")
+
+
+def _few(items: list[str]) -> str:
+    more = f"; and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return "; ".join(items[:_SHOWN]) + more
+
+
+def _verbose(report: Report, screen: Screen) -> Iterable[list[str]]:
+    """Notes, the reasons of each row, and every name that is left out: a block of lines each."""
+    yield [line for note in report.notes for line in screen.wrapped(note, "  ", "    ")]
+    bounds = [(row.name, row.bound) for row in report.layers] + ([] if report.network is None else [("network", report.network)])
+    counts = Counter(part for _, bound in bounds for part in _parts(bound))
+    common = [part for part, n in counts.items() if n > max(1, len(bounds) / 3)]  # said once, after the rows
+    marks = {part: f"[{i}]" for i, part in enumerate(common, 1)}
+    reasons: list[str] = []
+    for name, bound in bounds:
+        shared = "".join(marks[part] for part in _parts(bound) if part in marks)
+        own = "; ".join(part for part in _parts(bound) if part not in marks)
+        reasons += [screen.styled(f"  {printable(name)}", "bold"), *screen.wrapped(f"{shared} {own}".strip(), "    ", "    ")]
+    yield [screen.styled("reasons", "bold"), *reasons]
+    yield [line for part, mark in marks.items() for line in screen.wrapped(f"{mark} {part}", "  ", "      ")]
+    for title, is_weight in (("weights without a bound", True), ("left out", False)):
+        names: dict[str, list[str]] = {}
+        for row in report.left_out:
+            if row.is_weight == is_weight:
+                names.setdefault(row.reason, []).append(row.name)
+        lines = [line for reason in names for line in screen.wrapped(f"{reason}: {', '.join(names[reason])}", "  ", "    ")]
+        yield [screen.styled(title, "bold"), *lines] if lines else []
+    calls = [line for call in report.unsupported for line in screen.wrapped(call, "  ", "    ")]
+    yield [screen.styled("no rule", "bold"), *calls] if calls else []
 
 
 def _interval(bound: Bound) -> dict[str, float | None]:
@@ -205,13 +400,3 @@ def finite(value: float | None) -> float | None:
 
 def _parts(bound: Bound) -> list[str]:
     return list(dict.fromkeys(bound.because.split("; ")))
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(
-        printable(text), 120, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
-    )
-
-
-def _times(sizes: tuple[int, ...]) -> str:
-    return "x".join(map(str, sizes))

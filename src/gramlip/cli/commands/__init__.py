@@ -10,7 +10,7 @@ from argparse import (
     ArgumentTypeError,
     _SubParsersAction,  # pyright: ignore[reportPrivateUsage]
 )
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,6 +24,15 @@ from gramlip.norm.methods import WIDEST, check_rtol
 # What a module of commands has.
 
 Commands: TypeAlias = dict[str, Callable[["_SubParsersAction[Any]"], None]]
+
+
+def examples(meaning: Mapping[str, str]) -> str:
+    """The end of a command's help: what can be typed, and what it does.
+
+    >>> examples({"gramlip audit demo": "every layer of the demo"}).splitlines()
+    ['examples:', '  gramlip audit demo', '      every layer of the demo']
+    """
+    return "\n".join(["examples:", *(f"  {typed}\n      {what}" for typed, what in meaning.items())])
 
 
 # ---- types of options ----------------------------------------------------------------------------------------------------
@@ -141,6 +150,22 @@ def effort(text: str) -> float:
         value = math.nan
     if not math.isfinite(value):
         msg = f"{text!r} was given; expected a finite number such as 1.0"
+        raise ArgumentTypeError(msg)
+    return value
+
+
+def seconds(text: str) -> float:
+    """A time, at least 0.
+
+    >>> seconds("30")
+    30.0
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        msg = f"{text!r} was given; expected seconds, at least 0, such as 30"
         raise ArgumentTypeError(msg)
     return value
 

@@ -1,35 +1,123 @@
-"""`gramlip audit TARGET`: an interval for every layer, and for the network where the model is known."""
+"""`gramlip audit TARGET...`: an interval for every layer, and for the network where the model is known; `gramlip diff A B`."""
 
 from __future__ import annotations
 
-from argparse import Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
-from collections.abc import Callable
+import json
+import math
+import sys
+from argparse import ArgumentParser, Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
-from gramlip.cli.commands import Commands, assumption, effort, interval, limit, shape, tolerance
+from gramlip import __version__
+from gramlip.cli.commands import Commands, assumption, effort, examples, interval, limit, seconds, shape, tolerance
+from gramlip.distributed import joined, ranked
 from gramlip.errors import InputError
-from gramlip.reports.output import check_outputs, emit, note, watched, write_whole
+from gramlip.numerics import rounding as rd
+from gramlip.operators.interval import Bound, decimals
+from gramlip.reports.checkpoint import Weights
+from gramlip.reports.output import check_output, check_outputs, emit, note, watched, write_whole
 from gramlip.reports.pictures import page
-from gramlip.reports.report import Report
-from gramlip.targets import Model, Options, resolve
+from gramlip.reports.report import Report, finite
+from gramlip.reports.text import Screen, aligned, printable
+from gramlip.targets import Model, Options, Source, resolve
 
-FORMATS: dict[str, Callable[[Report], str]] = {"--json": Report.to_json, "--html": page}
-"""Option -> how the report is written to its FILE."""
+Limit = Decimal | None
 
 
-def add_audit(subparsers: _SubParsersAction[Any]) -> None:
-    """Add the command."""
-    parser = subparsers.add_parser("audit", help="an interval for every layer, and for the network where the model is known")
-    parser.add_argument(
-        "target",
-        metavar="TARGET",
-        help="weights (.safetensors, checkpoint, demo) or a model (package.module:callable, .pt2, timm:, torchvision:, hf:)",
-    )
+def _json(reports: Sequence[Report], _: Limit) -> str:
+    if len(reports) == 1:
+        return reports[0].to_json()
+    return json.dumps({"schema": 1, "reports": [report.to_dict() for report in reports]}, indent=2, allow_nan=False) + "\n"
+
+
+def _html(reports: Sequence[Report], _: Limit) -> str:
+    if len(reports) > 1:
+        msg = f"--html was given with {len(reports)} targets; expected one of them for a page: type one TARGET"
+        raise InputError(msg)
+    return page(reports[0])
+
+
+# ---- for continuous integration ------------------------------------------------------------------------------------------
+
+
+def _cases(report: Report, limit: Limit) -> list[tuple[str, str, str, float]]:
+    """Each layer, each weight without a bound and the network: name, what is known, what is wrong with it or nothing, seconds."""
+    rows = [(row.name, str(row.bound), row.upper, row.seconds or 0.0) for row in report.layers if row.weight_shape]
+    rows += [(row.name, f"no bound: {row.reason}", math.inf, 0.0) for row in report.left_out if row.is_weight]
+    if report.network is not None:
+        rows.append(("network", str(report.network), float(report.network.upper), 0.0))
+    cases: list[tuple[str, str, str, float]] = []
+    for name, known, upper, took in rows:
+        over = limit is not None and not upper <= limit
+        cases.append((printable(name), printable(known), f"upper {decimals(upper, upward=True)} above {limit}" if over else "", took))
+    return cases
+
+
+def junit(reports: Sequence[Report], limit: Limit) -> str:
+    """JUnit's XML: a suite for each target, a case for each layer, which fails where it is not proved to be at most the limit."""
+    root = ElementTree.Element("testsuites", name="gramlip audit")
+    for report in reports:
+        cases = _cases(report, limit)
+        target, wrong = printable(report.target), sum(bool(problem) for _, _, problem, _ in cases)
+        suite = ElementTree.SubElement(root, "testsuite", name=target, tests=str(len(cases)), failures=str(wrong), errors="0")
+        for name, known, problem, took in cases:
+            case = ElementTree.SubElement(suite, "testcase", classname=target, name=name, time=f"{took:.3f}")
+            if problem:
+                ElementTree.SubElement(case, "failure", message=problem).text = known
+            else:
+                ElementTree.SubElement(case, "system-out").text = known
+    ElementTree.indent(root)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{ElementTree.tostring(root, encoding="unicode")}\n'
+
+
+_RULES = {"above-limit": "The norm is not proved to be at most the limit.", "interval": "The interval that holds the norm."}
+
+
+def sarif(reports: Sequence[Report], limit: Limit) -> str:
+    """SARIF 2.1.0: a result for each layer, an error where it is not proved to be at most the limit."""
+    results = [
+        {
+            "ruleId": "above-limit" if problem else "interval",
+            "kind": "fail" if problem else "informational" if limit is None else "pass",
+            "level": "error" if problem else "none",
+            "message": {"text": f"{name}: {'; '.join(filter(None, (problem, known)))}"},
+            "locations": [
+                {
+                    "physicalLocation": {"artifactLocation": {"uri": Path(report.target).as_posix()}},
+                    "logicalLocations": [{"fullyQualifiedName": name, "kind": "member"}],
+                }
+            ],
+        }
+        for report in reports
+        for name, known, problem, _ in _cases(report, limit)
+    ]
+    rules = [{"id": name, "shortDescription": {"text": text}} for name, text in _RULES.items()]
+    driver = {"name": "gramlip", "version": __version__, "rules": rules}
+    runs = [{"tool": {"driver": driver}, "results": results}]
+    log = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": runs}
+    return json.dumps(log, indent=2, allow_nan=False) + "\n"
+
+
+FORMATS: dict[str, Callable[[Sequence[Report], Limit], str]] = {"--json": _json, "--html": _html, "--junit": junit, "--sarif": sarif}
+"""Option -> how the reports are written to its FILE."""
+
+
+# ---- audit ---------------------------------------------------------------------------------------------------------------
+
+TARGET = (
+    "weights (.safetensors, checkpoint, .npz, .onnx, .gguf, .keras, a folder of them, demo) "
+    "or a model (package.module:callable, .pt2, timm:, torchvision:, hf:)"
+)
+
+
+def _model_options(parser: ArgumentParser) -> None:
     parser.add_argument("--input", type=shape, metavar="3,224,224", help="shape of the model's input without the batch")
     parser.add_argument("--rtol", type=tolerance, default=1e-2, metavar="R", help="relative width upper/lower - 1 to reach (default 1e-2)")
-    for name in FORMATS:
-        parser.add_argument(name, metavar="FILE", help=f"write the report as {name[2:].upper()}; - for standard output, alone")
     parser.add_argument(
         "--assume", type=assumption, action="append", default=[], metavar="NAME=L", help="believe a constant; stands in the report"
     )
@@ -37,31 +125,162 @@ def add_audit(subparsers: _SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--effort", type=effort, default=1.0, metavar="E", help="search for coupled bounds (default 1; 0: closed forms; -1: none)"
     )
+    parser.add_argument("--time-limit", type=seconds, metavar="S", help="seconds after which nothing more is searched for (default: none)")
+
+
+def add_audit(subparsers: _SubParsersAction[Any]) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "audit",
+        help="an interval for every layer, and for the network where the model is known",
+        description="Prove an interval for the norm of every layer and, where the model is known, for its Lipschitz constant.",
+        epilog=examples(
+            {
+                "gramlip audit demo": "a small trained network that ships with the package",
+                "gramlip audit model.safetensors --rtol 1e-3": "every layer of a file of weights, each interval at most 0.1% wide",
+                "gramlip audit package.module:make --input 3,224,224": "the model that make() returns: layers and network",
+                "gramlip audit model.safetensors --fail-above 10": "exit code 1 unless every layer is proved to be at most 10",
+                "gramlip audit model.safetensors --json - --rtol 1e-4": "the report as JSON, alone on standard output",
+                "gramlip audit model.safetensors --resume audit.journal": "goes on where an interrupted audit stopped",
+                "gramlip audit demo demo-regularised --verbose": "two targets, with every reason and every tensor that is left out",
+            }
+        ),
+    )
+    parser.add_argument("targets", nargs="+", metavar="TARGET", help=TARGET)
+    _model_options(parser)
+    names = {"--json": "JSON", "--html": "a page", "--junit": "JUnit's XML", "--sarif": "SARIF"}
+    for name in FORMATS:
+        parser.add_argument(name, metavar="FILE", help=f"write the report as {names[name]}; - for standard output, alone")
+    parser.add_argument("--resume", metavar="JOURNAL", help="keep what is done in this file, layer by layer, and go on from there")
+    parser.add_argument("--verbose", action="store_true", help="print the reasons of every row and every name that is left out")
     parser.add_argument("--fail-above", type=limit, metavar="X", help="exit 1 unless every upper side is at most X")
     parser.set_defaults(run=run_audit)
 
 
-def run_audit(args: Namespace) -> int:
-    """Audit, write, print; 1 where `--fail-above` is exceeded."""
-    files = check_outputs({name: getattr(args, name[2:]) for name in FORMATS})
-    source = resolve(args.target, args.input)
+def source_of(target: str, args: Namespace) -> Source:
+    """The source that a target names, with the options that only a model has."""
+    source = resolve(target, args.input)
     if isinstance(source, Model):
-        source = replace(source, options=Options(dict(args.assume), args.domain, effort=args.effort))
-    elif args.assume or args.domain is not None:
-        msg = f"{args.target} holds weights alone; expected a model for --assume and --domain: type package.module:callable"
+        return replace(source, options=Options(dict(args.assume), args.domain, effort=args.effort, time_limit=args.time_limit))
+    if args.assume or args.domain is not None:
+        msg = f"{target} holds weights alone; expected a model for --assume and --domain: type package.module:callable"
         raise InputError(msg)
-    report = source.audit(rtol=args.rtol, watch=watched)
-    for name, path in files.items():
-        if path is not None:
-            write_whole(path, FORMATS[name](report))
-    alone = [name for name, path in files.items() if path is None]
-    emit(FORMATS[alone[0]](report) if alone else f"{report}\n")
-    if args.fail_above is None:
-        return 0
-    above = report.above(args.fail_above)
-    if above:
-        note(f"above {args.fail_above}: {', '.join(above)}")
+    return source
+
+
+def _journal(args: Namespace, sources: Sequence[Source]) -> Path | None:
+    if args.resume is not None and (len(sources) > 1 or not isinstance(sources[0], Weights) or args.resume == "-"):
+        msg = f"--resume {args.resume} was given for {' '.join(args.targets)}; expected a file, and one TARGET that holds weights alone"
+        raise InputError(msg)
+    return check_output("--resume", args.resume)
+
+
+def run_audit(args: Namespace) -> int:
+    """Audit, write, print; 1 where `--fail-above` is exceeded. Of several ranks the first writes and prints."""
+    files = check_outputs({name: getattr(args, name[2:]) for name in FORMATS})
+    if len(args.targets) > 1 and args.html is not None:
+        _html([None] * len(args.targets), None)  # type: ignore[list-item]
+    with joined():
+        sources = [source_of(target, args) for target in args.targets]
+        journal = _journal(args, sources)
+        first = ranked() == 0
+        watch = watched if first else iter
+        reports = [
+            source.audit(rtol=args.rtol, watch=watch, journal=journal)
+            if isinstance(source, Weights)
+            else source.audit(rtol=args.rtol, watch=watch)
+            for source in sources
+        ]
+    above = [] if args.fail_above is None else [name for report in reports for name in report.above(args.fail_above)]
+    if first:
+        texts = {name: FORMATS[name](reports, args.fail_above) for name in files}
+        for name, path in files.items():
+            if path is not None:
+                write_whole(path, texts[name])
+        alone = [name for name, path in files.items() if path is None]
+        screen = Screen.of(sys.stdout)
+        emit(texts[alone[0]] if alone else "\n\n".join(report.text(screen, verbose=args.verbose) for report in reports) + "\n")
+        if above:
+            note(f"above {args.fail_above}: {', '.join(above)}")
     return 1 if above else 0
 
 
-COMMANDS: Commands = {"audit": add_audit}
+# ---- diff ----------------------------------------------------------------------------------------------------------------
+
+
+def add_diff(subparsers: _SubParsersAction[Any]) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "diff",
+        help="the intervals of two targets side by side, and how much each layer grew",
+        epilog=examples(
+            {
+                "gramlip diff before.safetensors after.safetensors": "the layers of two files",
+                "gramlip diff gramlip.demo:demo gramlip.demo:demo_regularised --input 3,32,32": "two models, with their networks",
+            }
+        ),
+    )
+    parser.add_argument("a", metavar="A", help=TARGET)
+    parser.add_argument("b", metavar="B", help="the same, later")
+    _model_options(parser)
+    parser.add_argument("--json", metavar="FILE", help="write the comparison as JSON; - for standard output, alone")
+    parser.set_defaults(run=run_diff)
+
+
+def ratio(a: Bound, b: Bound) -> tuple[float, float]:
+    """What b's norm over a's lies between, rounded outward; two zero maps have the ratio 1.
+
+    >>> ratio(Bound(1.0, 2.0, "a"), Bound(4.0, 4.0, "b"))
+    (1.9999999999999998, 4.000000000000001)
+    """
+    if float(a.upper) == float(b.upper) == 0.0:
+        return 1.0, 1.0
+    low = rd.down(b.lower / float(a.upper)) if 0.0 < float(a.upper) < math.inf else 0.0
+    return low, rd.up(float(b.upper) / a.lower) if a.lower > 0.0 else math.inf
+
+
+def diff(a: Report, b: Report) -> dict[str, Any]:
+    """Two reports as JSON types: layers of both with their ratio, and the names that only one of them has."""
+    before, after = ({row.name: row.bound for row in report.layers} for report in (a, b))
+    if a.network is not None and b.network is not None:
+        before["network"], after["network"] = a.network, b.network
+    sides = {name: (before[name], after[name], ratio(before[name], after[name])) for name in before if name in after}
+    rows = [
+        {"name": name, "a": [x.lower, finite(float(x.upper))], "b": [y.lower, finite(float(y.upper))], "ratio": [low, finite(high)]}
+        for name, (x, y, (low, high)) in sides.items()
+    ]
+    only = {
+        f"only_in_{side}": [name for name in own if name not in other] for side, own, other in (("a", before, after), ("b", after, before))
+    }
+    return {"schema": 1, "target": [a.target, b.target], "layers": rows, **only}
+
+
+def _shown(pair: Sequence[float | None]) -> str:
+    low, high = pair
+    return f"[{decimals(low or 0.0, upward=False)}, {decimals(math.inf if high is None else high, upward=True)}]"
+
+
+def _diff_text(found: dict[str, Any]) -> str:
+    a, b = found["target"]
+    rows = [("layer", "A", "B", "B / A"), *((row["name"], *(_shown(row[key]) for key in ("a", "b", "ratio"))) for row in found["layers"])]
+    parts = [f"A  {printable(a)}\nB  {printable(b)}", aligned(rows)]
+    parts += [printable(f"only in {side.upper()}: {', '.join(found[f'only_in_{side}'])}") for side in "ab" if found[f"only_in_{side}"]]
+    return "\n\n".join(parts) + "\n"
+
+
+def run_diff(args: Namespace) -> int:
+    """Audit both, print the table."""
+    path = check_output("--json", args.json)
+    with joined():
+        reports = [source_of(target, args).audit(rtol=args.rtol, watch=watched) for target in (args.a, args.b)]
+        first = ranked() == 0
+    found = diff(*reports)
+    text = json.dumps(found, indent=2, allow_nan=False) + "\n"
+    if first:
+        if path is not None:
+            write_whole(path, text)
+        emit(text if args.json == "-" else _diff_text(found))
+    return 0
+
+
+COMMANDS: Commands = {"audit": add_audit, "diff": add_diff}

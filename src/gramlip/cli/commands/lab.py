@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import warnings
-from argparse import ArgumentTypeError, Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
+from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from gramlip import robust
-from gramlip.cli.commands import Commands, count, device, folder, shape, tolerance, whole
-from gramlip.errors import InputError, first_line, out_of_memory
+from gramlip.cli.commands import Commands, count, device, examples, folder, shape, tolerance, whole
+from gramlip.errors import InputError, UnsupportedError, first_line, out_of_memory
 from gramlip.lab.compare import compare, error_against_time
 from gramlip.lab.reproduce import EXPERIMENTS, Options, reproduce
 from gramlip.lab.training import recipes
@@ -42,7 +42,14 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 def add_bench(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
     parser = subparsers.add_parser(
-        "bench", help="certified intervals against the published method and the machine's limit, timed in one run"
+        "bench",
+        help="certified intervals against the published method and the machine's limit, timed in one run",
+        epilog=examples(
+            {
+                "gramlip bench --quick": "small layers, in seconds",
+                "gramlip bench --full --json bench.json": "every row, also those that take minutes, and a file of the result",
+            }
+        ),
     )
     parser.add_argument("rows", nargs="*", metavar="ROW", help="some of the rows (default: all); an unknown name lists them")
     parser.add_argument("--quick", action="store_true", help="small layers that take seconds, to see that it works")
@@ -85,7 +92,17 @@ def run_bench(args: Namespace) -> int:
 
 def add_compare(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("compare", help="every method on every layer: value, side of the truth, error, time")
+    parser = subparsers.add_parser(
+        "compare",
+        help="every method on every layer: value, side of the truth, error, time",
+        epilog=examples(
+            {
+                "gramlip compare demo": "every method on every layer of the demo",
+                "gramlip compare demo --methods gram,power --circular 32": "two methods, each layer as circular at input size 32",
+                "gramlip compare model.safetensors --plot compare.png": "error against time as a picture; needs gramlip[plots]",
+            }
+        ),
+    )
     parser.add_argument("target", metavar="TARGET", help="as for audit")
     parser.add_argument("--input", type=shape, metavar="3,224,224", help="shape of the model's input without the batch")
     parser.add_argument("--circular", type=count, metavar="N", help="take each convolution as circular, stride 1, at input size N")
@@ -147,7 +164,16 @@ def _circular(operators: Iterable[tuple[str, Dense | Conv]], size: int) -> Itera
 
 def add_reproduce(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("reproduce", help="run an experiment of the paper: table, figure and summary in a folder")
+    parser = subparsers.add_parser(
+        "reproduce",
+        help="run an experiment of the paper: table, figure and summary in a folder",
+        epilog=examples(
+            {
+                "gramlip reproduce dense --quick": "a small version, in seconds, into runs/dense",
+                "gramlip reproduce resnet18 --weights resnet18.pth --out runs/pretrained": "the layers of torchvision's ResNet-18",
+            }
+        ),
+    )
     titles = "; ".join(f"{name}: {experiment.title}" for name, experiment in EXPERIMENTS.items())
     parser.add_argument("experiment", choices=list(EXPERIMENTS), metavar="EXPERIMENT", help=titles.replace("%", "%%"))
     parser.add_argument(
@@ -194,7 +220,16 @@ def eps(text: str) -> float:
 
 def add_certify(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("certify", help="certified accuracy of a classifier of 32x32 images on CIFAR-10")
+    parser = subparsers.add_parser(
+        "certify",
+        help="certified accuracy of a classifier of 32x32 images on CIFAR-10",
+        epilog=examples(
+            {
+                "gramlip certify runs/small --data cifar10": "a folder that gramlip train finished",
+                "gramlip certify gramlip.demo:demo --data cifar10 --samples 500 --eps 36/255 1": "500 images, two radii",
+            }
+        ),
+    )
     parser.add_argument("target", metavar="TARGET", help="a folder that gramlip train finished, or package.module:callable")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of CIFAR-10's parquet files, or uoft-cs/cifar10")
     parser.add_argument(
@@ -204,6 +239,12 @@ def add_certify(subparsers: _SubParsersAction[Any]) -> None:
     parser.add_argument("--normalised", action="store_true", help="the model takes pixels less CIFAR-10's mean, over its std")
     parser.add_argument("--attack", action="store_true", help="also the accuracy under attack at each radius; needs gramlip[attack]")
     parser.add_argument("--rtol", type=tolerance, default=1e-2, metavar="R", help="relative width of each layer's interval (default 1e-2)")
+    parser.add_argument(
+        "--executed",
+        action=BooleanOptionalAction,
+        default=True,
+        help="take the rounding of the program off the margins, for pixels in [0, 1] (default); --no-executed takes logits for real numbers",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output, alone")
     parser.set_defaults(run=run_certify)
 
@@ -216,7 +257,7 @@ def run_certify(args: Namespace) -> int:
     pixels = list(zip((images.float() / 255).split(500), labels.split(500), strict=True))
     with aside():
         _runs(args.target, model, recipes.normalised(pixels[0][0], mean, std))
-        found = _certified(model, [(recipes.normalised(x, mean, std), y) for x, y in pixels], tuple(images.shape[1:]), args, std)
+        found = _certified(model, [(recipes.normalised(x, mean, std), y) for x, y in pixels], args, mean, std)
         result: dict[str, Any] = {"schema": 1, "target": args.target, **found.to_dict()}
         if args.attack:
             for entry in result["certified"]:
@@ -259,11 +300,20 @@ def _runs(target: str, model: nn.Module, images: Tensor) -> None:
         raise InputError(msg) from error
 
 
-def _certified(model: nn.Module, batches: list[Any], shape: tuple[int, ...], args: Namespace, std: tuple[float, ...]) -> robust.Certified:
+def _certified(model: nn.Module, batches: list[Any], args: Namespace, mean: tuple[float, ...], std: tuple[float, ...]) -> robust.Certified:
     """By pairs of classes where the network is a chain that ends in a linear layer."""
-    if isinstance(model, nn.Sequential) and isinstance(last := model[-1], nn.Linear):
-        return robust.certify(model, batches, audit(model[:-1], shape, rtol=args.rtol), args.eps, std=std, last=last)
-    return robust.certify(model, batches, audit(model, shape, rtol=args.rtol), args.eps, std=std)
+    ends = [recipes.normalised(torch.full((1, len(std), 1, 1), end), mean, std) for end in (0.0, 1.0)]
+    shape = tuple(batches[0][0].shape[1:])
+    options: dict[str, Any] = {"std": std, "executed": args.executed, "domain": tuple(ends) if args.executed else None}
+    try:
+        if isinstance(model, nn.Sequential) and isinstance(last := model[-1], nn.Linear):
+            return robust.certify(model, batches, audit(model[:-1], shape, rtol=args.rtol), args.eps, last=last, **options)
+        return robust.certify(model, batches, audit(model, shape, rtol=args.rtol), args.eps, **options)
+    except UnsupportedError as error:
+        if not args.executed or "rounding" not in str(error):
+            raise
+        msg = f"{error}; type --no-executed for radii of real numbers"
+        raise UnsupportedError(msg) from error
 
 
 def _model(target: str, normalised: bool) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
@@ -290,7 +340,16 @@ def _model(target: str, normalised: bool) -> tuple[nn.Module, tuple[float, ...],
 
 def add_train(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("train", help="train a recipe and certify what comes out; needs the extra gramlip[train]")
+    parser = subparsers.add_parser(
+        "train",
+        help="train a recipe and certify what comes out; needs the extra gramlip[train]",
+        epilog=examples(
+            {
+                "gramlip train small --data cifar10 --out runs/small": "a small network, minutes on a CPU; the same command goes on",
+                "gramlip train small-penalised --data cifar10 --out runs/two --set epochs=2": "with a penalty, for two epochs",
+            }
+        ),
+    )
     parser.add_argument("recipe", metavar="RECIPE", help="such as resnet18-penalised or small-normalised; an unknown name lists them all")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of CIFAR-10's parquet files, or uoft-cs/cifar10 for the hub's")
     parser.add_argument(

@@ -27,7 +27,7 @@ from gramlip.norm.methods.formulas import Lip_conv, operator_gram_norm
 from gramlip.operators.describe import describe
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense
-from gramlip.reports.checkpoint import read
+from gramlip.reports.formats import read
 
 # ---- convolutions --------------------------------------------------------------------------------------------------------
 #

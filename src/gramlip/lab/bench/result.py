@@ -21,7 +21,7 @@ from gramlip.norm.symbol.gram_symbol import GramSymbol, SharedProductsInSingle, 
 from gramlip.numerics import cholesky as certificates
 from gramlip.numerics.segmented import Flags, Ints, Reals
 from gramlip.operators.interval import Bound
-from gramlip.reports.report import aligned
+from gramlip.reports.text import aligned
 
 # ---- what a certificate took ---------------------------------------------------------------------------------------------
 #

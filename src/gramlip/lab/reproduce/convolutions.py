@@ -16,7 +16,7 @@ from gramlip.errors import InputError
 from gramlip.lab.reproduce.run import Choice, Experiment, Options, Row, Task, markdown, measured, pick, title
 from gramlip.norm.methods import METHODS, bound
 from gramlip.operators.linear_maps import Conv
-from gramlip.reports.checkpoint import read
+from gramlip.reports.formats import read
 from gramlip.reports.pictures import figure, look
 
 if TYPE_CHECKING:

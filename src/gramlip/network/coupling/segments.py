@@ -8,21 +8,34 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from gramlip.network.compose import compose
-from gramlip.network.coupling.elimination import MultiplierSearch, Piece, certificate, cost, improve, reached, system_cost
-from gramlip.network.coupling.linear_forms import Alias, Circulant, Entries, NotCirculantError, Pooled, circulant, system
+from gramlip.network.coupling.elimination import Piece, cost, narrowed, narrowed_matrix, system_cost, transposed
+from gramlip.network.coupling.linear_forms import Alias, Circulant, Entries, NotCirculantError, Pooled, System, circulant, system
+from gramlip.network.coupling.multipliers import (
+    MultiplierSearch,
+    certificate,
+    closed_logarithms,
+    improve,
+    newton,
+    newton_cost,
+    proved,
+    reached,
+)
+from gramlip.network.effort import Effort
 from gramlip.network.steps import Input, Join, Linear, Network, Slice, Slope, Step, Sum, View
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.operators.interval import Bound, decimals
-from gramlip.operators.linear_maps import Conv
+from gramlip.operators.linear_maps import Conv, Dense
 
 # ---- plans ---------------------------------------------------------------------------------------------------------------
 #
 # Plans: which cuts of a network are bounded together, on what torus, and how they are linked.
 
-ENTRIES = 512  # values of at most so many entries are taken entry by entry
+ENTRIES = 512  # values of at most so many entries are taken entry by entry, whatever a torus could do
+WIDE = 4096  # and of so many where no torus can
 MEMORY = 2**24  # matrix entries that one form may take
-COST = 1e10  # multiplications of one piece's elimination that are still worth it
+COST = 1e10  # multiplications of one piece's elimination on a torus that are still worth it
+WIDE_COST = 5e11  # and entry by entry
 TOTAL = 3e10  # and of a run's
 SMALL = 1e8  # multiplications of a run of layers that is not cut
 COARSE = (3, 5)  # points an axis of the tori on which multipliers are searched for, one after the other
@@ -47,7 +60,8 @@ def part(network: Network, first: int, last: int) -> Network:
 
 def plan(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int) -> SegmentPlan | None:
     """The longest run from a cut that can be paid for; None where nothing after it can be coupled."""
-    entries, torus = _entries(network, constants, cuts, at), _torus(network, constants, cuts, at)
+    torus = _torus(network, constants, cuts, at)
+    entries = _entries(network, constants, cuts, at, ENTRIES if torus > at else WIDE)
     if entries > at and entries >= torus:
         return _alone(network, cuts[at], cuts[entries])
     return None if torus == at else _linked(network, constants, cuts, at, torus)
@@ -63,17 +77,54 @@ def _fit(network: Network, constants: Sequence[Bound], first: int, last: int) ->
     )
 
 
-def _entries(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int) -> int:
-    """The last cut up to which every value is small enough for a form of its entries."""
-    end = at
-    if math.prod(network.steps[cuts[at]].shape) > ENTRIES:
+def _entries(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int, most: int) -> int:
+    """The last cut up to which every value, but a vector that a matrix narrows at once, has at most so many entries."""
+    end, work = at, 0.0
+    if math.prod(network.steps[cuts[at]].shape) > most and _first_matrix(network, cuts[at]) is None:
         return end
     while end + 1 < len(cuts) and _fit(network, constants, cuts[end], cuts[end + 1]):
-        steps = network.steps[cuts[end] + 1 : cuts[end + 1] + 1]
-        if any(math.prod(s.shape) > ENTRIES or (isinstance(s.what, View) and not s.what.flat) for s in steps):
-            break
+        numbers = range(cuts[end] + 1, cuts[end + 1] + 1)
+        for i in numbers:
+            step, n = network.steps[i], math.prod(network.steps[i].shape)
+            wide = end == at and isinstance(step.what, View) and n == math.prod(network.steps[cuts[at]].shape)
+            if (n > most and not wide) or (isinstance(step.what, View) and not step.what.flat):
+                return end
+            sources = [math.prod(network.steps[s].shape) for s in step.sources]
+            work += 6.0 * n**3 * isinstance(step.what, Slope) + sum(float(n) * m * min(n, m) for m in sources if not wide)
+        if work > WIDE_COST:
+            return end
         end += 1
     return end
+
+
+def _first_matrix(network: Network, first: int) -> int | None:
+    """The number of the step that narrows the value `first`, a vector, by a matrix, after flat views alone; None where another reads it."""
+    users, i = network.users(), first
+    while len(users[i]) == 1:
+        i = users[i][0]
+        step = network.steps[i]
+        if isinstance(step.what, View) and step.what.flat:
+            continue
+        source, what = network.steps[step.sources[0]].shape, step.what
+        narrows = isinstance(what, Linear) and isinstance(what.op, Dense) and math.prod(source) == source[-1]
+        return i if narrows and math.prod(step.shape) < source[-1] else None
+    return None
+
+
+def _narrow_input(inside: Network) -> Network:
+    """The same network from an input no wider than its first matrix' result: docs/network.md#wide-inputs."""
+    at = _first_matrix(inside, 0)
+    if at is None:
+        return inside
+    what = inside.steps[at].what
+    assert isinstance(what, Linear)
+    narrow = narrowed_matrix(what.op.weight, what.error)
+    if narrow is None:
+        return inside
+    steps = [replace(inside.steps[0], shape=inside.steps[at].shape)]
+    steps.append(replace(inside.steps[at], what=Linear(Dense(narrow)), sources=(0,), shortcut=None))
+    steps += [s.moved(lambda x: x - at + 1) for s in inside.steps[at + 1 :]]
+    return Network(steps, (len(steps) - 1,))
 
 
 def _torus(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int) -> int:
@@ -96,10 +147,12 @@ def _alone(network: Network, first: int, last: int) -> SegmentPlan | None:
     return SegmentPlan(first, last, run, []) if any(len(piece.system.queries) > 1 for piece in run) else None
 
 
-def _entries_piece(network: Network, first: int, last: int) -> Piece | None:
+def _entries_piece(network: Network, first: int, last: int, *, linked: bool = False) -> Piece | None:
+    """The forms of the steps entry by entry; on the input itself where another piece is `linked` to it."""
     inside = part(network, first, last)
+    inside = inside if linked else _narrow_input(inside)
     piece = Piece(system(inside, Entries([s.shape for s in inside.steps])))
-    return piece if system_cost(piece.system) <= COST else None
+    return piece if system_cost(piece.system) <= WIDE_COST else None
 
 
 def _linked(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int, end: int) -> SegmentPlan | None:
@@ -155,10 +208,10 @@ def _tail(
     if end + 1 >= len(cuts) or any(r != 1 for r in tori[0].levels[-1]) or not runs[0][-1].system.output.clean:
         return cuts[end]
     pool = _pool(network, cuts[end], cuts[end + 1])
-    after = _entries(network, constants, cuts, end + 1)
+    after = _entries(network, constants, cuts, end + 1, WIDE)
     if pool is None or after == end + 1:
         return cuts[end]
-    piece = _entries_piece(network, cuts[end + 1], cuts[after])
+    piece = _entries_piece(network, cuts[end + 1], cuts[after], linked=True)
     if piece is None:
         return cuts[end]
     for pieces, torus in zip(runs, tori, strict=True):
@@ -192,6 +245,10 @@ STEPS = 150  # gradient steps of the search for multipliers at effort 1, if
 LEAST = 4  # fewer steps are not worth their start
 BUDGET = 6e10  # so many multiplications allow them,
 SHARES = (0.5, 0.3, 0.2)  # shared among the tori from the coarsest to the true one
+ROUNDS = (0.25, 0.75, 2.0, 6.0, 18.0)  # parts of that in each round of the search
+NEWTON = 3e11  # multiplications of the Newton steps at effort 1,
+MOST = 60  # and how many of these steps
+FEWEST = 6  # a piece of which fewer could be paid for takes gradient steps
 
 
 @dataclass(frozen=True)
@@ -205,25 +262,26 @@ class Segment:
     because: str
 
 
-def coupled(network: Network, constants: Sequence[Bound], effort: float = 1.0) -> list[Segment] | None:
+def coupled(network: Network, constants: Sequence[Bound], effort: Effort | None = None) -> list[Segment] | None:
     """The segments of a network with one input and one output, or None; the product of their `upper` bounds the whole.
 
     Args:
         network: folded steps.
         constants: of each step, as `compose` takes them.
-        effort: how much search; 0 tries closed forms alone.
+        effort: how much search; an amount of 0 tries closed forms alone.
     """
     if len(network.outputs) != 1 or sum(isinstance(s.what, Input) for s in network.steps) != 1 or len(network.steps) < 2:
         return None
-    cuts = cuts_of(network)
+    cuts, effort = cuts_of(network), effort or Effort()
     if cuts is None:
         return None
     segments: list[Segment] = []
-    at = 0
-    while at < len(cuts) - 1:
-        found = plan(network, constants, cuts, at)
+    names = [f"{network.steps[c + 1].name} to {network.steps[d].name}" for c, d in pairwise(cuts)]
+    for at in effort.shown("coupling", names):
+        if segments and segments[-1].last > cuts[at]:
+            continue  # taken into the segment before
+        found = None if effort.over else plan(network, constants, cuts, at)
         segments.append(_bounded(network, constants, cuts[at], cuts[at + 1] if found is None else found.last, found, effort))
-        at = cuts.index(segments[-1].last)
     return segments
 
 
@@ -248,21 +306,49 @@ def cuts_of(network: Network) -> list[int] | None:
     return cuts
 
 
-def _coupled(found: SegmentPlan, effort: float) -> float:
-    """The proved bound of the best choice met: closed forms, then searches that go on from it, on coarse tori, then on the true one."""
-    met = [MultiplierSearch.closed(found.run)]
-    for pieces, share in zip([*found.searches, found.run], SHARES if found.searches else (1.0,), strict=True):
-        steps = int(effort * min(STEPS, share * BUDGET / max(cost(pieces), 1e6)))
-        if steps >= LEAST:
-            met.append(improve(pieces, met[-1], steps))
-    for choice in sorted(met, key=lambda m: reached(found.run, m)) if len(met) > 1 else met:
-        upper = certificate(found.run, choice)
-        if upper < math.inf:
+def _coupled(found: SegmentPlan, effort: Effort) -> float:
+    """The least proved bound: of closed forms, and of what the searches that the effort allows come to; more effort only adds some."""
+    if len(found.run) == 1:
+        upper = _alone_coupled(found.run[0].system, effort)
+        if upper < math.inf and newton_cost(found.run[0].system) * FEWEST <= NEWTON:
             return upper
-    return math.inf
+    else:
+        upper = certificate(found.run, MultiplierSearch.closed(found.run))
+    return min(upper, _searched(found, effort))
 
 
-def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, found: SegmentPlan | None, effort: float) -> Segment:
+def _alone_coupled(system: System, effort: Effort) -> float:
+    """Of one piece, from both sides: multipliers in closed form, then Newton steps on the side with the narrower input."""
+    sides = [narrowed(side) for side in (system, transposed(system)) if side is not None]
+    closed = [closed_logarithms(side) for side in sides]
+    upper = min(math.inf if found is None else proved(side, found) for side, found in zip(sides, closed, strict=True))
+    at = min(range(len(sides)), key=lambda i: newton_cost(sides[i]))
+    steps = int(effort.amount * NEWTON / newton_cost(sides[at]))
+    if closed[at] is not None and steps >= 1:
+        for better in newton(sides[at], closed[at], min(steps, int(effort.amount * MOST))):
+            upper = min(upper, proved(sides[at], better))
+            if effort.over:
+                break
+    return upper
+
+
+def _searched(found: SegmentPlan, effort: Effort) -> float:
+    """By gradient steps, in rounds of which each takes twice as many as the one before, from the best choice met so far."""
+    upper, met = math.inf, [MultiplierSearch.closed(found.run)]
+    for size in ROUNDS:
+        if sum(s for s in ROUNDS if s <= size) > effort.amount or effort.over:
+            break
+        for pieces, share in zip([*found.searches, found.run], SHARES if found.searches else (1.0,), strict=True):
+            steps = int(size * min(STEPS, share * BUDGET / max(cost(pieces), 1e6)))
+            if steps >= LEAST:
+                met.append(improve(pieces, met[-1], steps))
+        if len(met) > 1:
+            met = [min(met, key=lambda m: reached(found.run, m))]
+            upper = min(upper, certificate(found.run, met[0]))
+    return upper
+
+
+def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, found: SegmentPlan | None, effort: Effort) -> Segment:
     own = [Bound(1.0, 1.0, "input"), *constants[first + 1 : last + 1]]
     composed = compose(part(network, first, last), own).upper
     if found is None:

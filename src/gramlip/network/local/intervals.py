@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from gramlip.network.steps import (
     Join,
     Linear,
     Lipschitz,
+    OnInterval,
     Pad,
     Product,
     Slice,
@@ -54,21 +55,41 @@ class Region:
         """Entries of all inputs together."""
         return sum(t.numel() for t in self.low)
 
+    @property
+    def halves(self) -> Tensor:
+        """How far each entry of the flat input is from the centre, at most."""
+        low, high = _flat(self.low), _flat(self.high)
+        centre = low + (high - low) / 2 if self.centre is None else _flat(self.centre)
+        return round_up(torch.maximum(high - centre, centre - low))
+
+    @property
+    def far(self) -> float:
+        """The l2 distance from the centre, at most."""
+        return min(self.radius, frobenius_up(self.halves))
+
+    def span(self, rows: Tensor) -> Tensor:
+        """The largest moduli of linear functions of the input less the centre, whose coefficients are along the last axis."""
+        box = (rows.abs() @ self.halves) * (1.0 + rd.gamma(float(rows.shape[-1]) + 8.0))
+        return torch.minimum(box, row_norms_up(rows) * self.radius * (1.0 + 2.0**-50)) if self.radius < INF else box
+
     def inside(self, flat: Tensor) -> Tensor:
         """The flat vector moved into the set: into the box, then along the line to the centre."""
-        flat = flat.clamp(_flat(self.low), _flat(self.high))
-        if self.centre is None:
-            return flat
-        centre = _flat(self.centre)
-        far = float(torch.linalg.vector_norm(flat - centre))
-        most = self.radius * (1 - 2.0**-30)
-        return flat if far <= most else centre + (flat - centre) * (most / far)
+        inner = flat.double().clamp(_flat(self.low), _flat(self.high))
+        if self.centre is not None:
+            centre = _flat(self.centre)
+            far, most = float(torch.linalg.vector_norm(inner - centre)), self.radius * (1 - 2.0**-30)
+            inner = inner if far <= most else centre + (inner - centre) * (most / far)
+        return inner.to(flat.dtype)
 
-    def drawn(self, generator: torch.Generator) -> Tensor:
-        """A random point of the set."""
+    def drawn(self, normal: Tensor, number: int) -> Tensor:
+        """A point of the set: the corner of the box that the signs say, or a point on the way to it, moved into the ball."""
         low, high = _flat(self.low), _flat(self.high)
-        unit = torch.rand(len(low), generator=generator, dtype=torch.float64)
-        return self.inside(low + (high - low) * unit)
+        return self.inside(low + (high - low) * torch.sigmoid((4.0, 0.5)[number % 2] * normal))
+
+    def cut(self, part: tuple[slice, ...]) -> Region:
+        """The set for a part of the one input."""
+        centre = None if self.centre is None else (self.centre[0][part],)
+        return Region((self.low[0][part],), (self.high[0][part],), centre, self.radius)
 
     def scale(self, x: Tensor) -> float:
         """The length of the longest steps from a point: twice the radius, else the diagonal of the box."""
@@ -189,8 +210,10 @@ def given(area: Region, i: int) -> Value:
 
 def followed(step: Step, sources: Sequence[Value], shapes: Sequence[Shape]) -> tuple[Step, Value]:
     """A step on the set, and its value."""
-    made = capped_step(restrict(step, sources), [v.whole for v in sources], shapes)
-    whole = range_of(made, [v.whole for v in sources], shapes, None)
+    wholes = [v.whole for v in sources]
+    made = capped_step(restrict(step, sources), wholes, shapes)
+    # slopes on the set say nothing of the way from 0 to it, which ranges go: they read the step as it was
+    whole = range_of(made if isinstance(step.what, Unbounded) else capped_step(step, wholes, shapes), wholes, shapes)
     low, high = _bounds(made, [(v.low, v.high) for v in sources], whole)
     middle, far = None, INF
     if all(v.middle is not None for v in sources) and sources:
@@ -245,16 +268,26 @@ def restrict(step: Step, sources: Sequence[Value]) -> Step:
         upper = upper if upper < what.upper else what.upper
         return replace(step, what=replace(what, upper=upper, image=image, because=f"{what.because}; {upper:.6g} on the given inputs"))
     if isinstance(what, Unbounded) and what.within is not None and low.numel() <= EACH and tuple(low.shape) == step.shape:
-        made = [what.within(a, b) for a, b in zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)]
-        slopes = [s for s in made if s is not None]
-        if len(slopes) < len(made):
+        on = _each(what.within, low, high)
+        if on is None:
             return step
-        ends = [torch.tensor([float(s.low), float(s.high), *s.image], dtype=torch.float64) for s in slopes]
-        parts = [part.reshape(low.shape) for part in torch.stack(ends, 1)]
-        image = float(parts[2].min()), float(parts[3].max())
-        whole = Slope(parts[0], parts[1], f"{step.op.split('.')[1]} on an interval of each entry", image, (-INF, INF))
-        return replace(step, what=replace(whole, within=lambda a, b: (*parts,)))  # type: ignore[arg-type,return-value]
+        image = float(on.least.min()), float(on.most.max())
+        because = f"{step.op.split('.')[1]} on an interval of each entry"
+        return replace(step, what=Slope(on.low, on.high, because, image, (-INF, INF), within=partial(_within, what.within, on)))
     return step
+
+
+def _each(within: Callable[[float, float], Slope | None], low: Tensor, high: Tensor) -> OnInterval | None:
+    """The slopes and values of a function of numbers for each entry; None where they have no finite bound."""
+    made = [within(a, b) for a, b in zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)]
+    ends = [torch.tensor([float(s.low), float(s.high), *s.image], dtype=torch.float64) for s in made if s is not None]
+    return OnInterval(*(part.reshape(low.shape) for part in torch.stack(ends, 1))) if len(ends) == len(made) else None
+
+
+def _within(within: Callable[[float, float], Slope | None], known: OnInterval, low: Tensor, high: Tensor) -> OnInterval:
+    """The same on smaller intervals; what is known, where there are too many of them."""
+    found = _each(within, low, high) if low.numel() <= EACH else None
+    return known if found is None else found
 
 
 def _restricted_slope(what: Slope, low: Tensor, high: Tensor) -> Slope:
@@ -380,7 +413,7 @@ def _(what: Attention, step: Step, sources: Sequence[tuple[Tensor, Tensor]]) -> 
 
 
 def distance(step: Step, sources: Sequence[float]) -> float:
-    """How far a value is from that at the centre, at most, from how far its sources are from theirs. docs/local.md#distances."""
+    """How far a value is from that at the centre, at most, from how far its sources are from theirs. docs/local.md#intervals."""
     what, far = step.what, rd.hypot_up(sources)
     if far == INF:
         return INF

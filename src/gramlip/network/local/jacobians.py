@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from gramlip.network.compose import Composition
+from gramlip.network.local.intervals import Region
 from gramlip.network.local.relaxations import action, adjoint, roundings
-from gramlip.network.steps import Input, Linear, Network, Slope
+from gramlip.network.steps import Drift, Input, Linear, Network, Slope
 from gramlip.norm.certify import certify_all
 from gramlip.numerics import rounding as rd
+from gramlip.numerics.rounding import row_norms_up
 from gramlip.operators.linear_maps import Dense
 
 ENTRIES = 2**25  # of the rows at all values together, from the results back
@@ -49,11 +51,13 @@ class Sweeps:
         self.network = network
         self.lips = composed.lips
         self.actions = [action(network.steps, i) for i in range(len(network.steps))]
-        self.middle, self.half = dict[int, Tensor](), dict[int, Tensor]()
+        self.middle, self.half, self.drift = dict[int, Tensor](), dict[int, Tensor](), dict[int, Drift]()
         for i, step in enumerate(network.steps):
             if isinstance(step.what, Slope) and math.isfinite(composed.lips[i]):
                 low, high = (torch.as_tensor(end, dtype=torch.float64).expand(step.shape) for end in (step.what.low, step.what.high))
                 self.middle[i] = low + (high - low) / 2
+                if step.what.drift is not None:
+                    self.drift[i], self.middle[i] = step.what.drift, step.what.drift.base
                 half = torch.maximum(high - self.middle[i], self.middle[i] - low)
                 self.half[i] = torch.where(half > 0, half * (1 + 2.0**-50) + rd.TINY, 0.0)
         self.gamma = rd.gamma(roundings(network.steps))
@@ -85,6 +89,13 @@ class Sweeps:
         made = [adjoint(self.network.steps, i, act, part, moduli=k > 0) for k, part in enumerate(parts)]
         return [(s, Rows(made[0][j], made[1][j], made[2][j] if rows.spread is not None else None)) for j, s in enumerate(act[0])]
 
+    def columns(self, found: dict[int, Rows], name: str) -> Tensor:
+        """The rows by all inputs, flat and joined: with the middle slopes, with all moduli, or what slopes may add."""
+        count = len(next(iter(found.values())).centre)
+        ends = [(i, step.shape) for i, step in enumerate(self.network.steps) if isinstance(step.what, Input)]
+        parts = [getattr(found[i], name) if i in found else torch.zeros(count, *shape, dtype=torch.float64) for i, shape in ends]
+        return torch.cat([part.flatten(1) for part in parts], 1)
+
     def stray(self, i: int) -> float:
         """What the derivative of a value may be off by in norm where its step is no product of known entries."""
         step = self.network.steps[i]
@@ -95,70 +106,108 @@ class Sweeps:
         return rd.mul_up(step.what.error, self.lips[step.sources[0]]) if isinstance(step.what, Linear) else 0.0
 
 
+# ---- the derivative on a set -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Derivative:
+    """Rows of the derivative of some values by the input x: `centre + third (x - c)` up to `spread`, entry by entry, and `far` in norm.
+
+    Each item of `far` is a matrix of moduli, whose rows are those of the values, and the norm of what it multiplies.
+    """
+
+    centre: Tensor
+    moduli: Tensor
+    third: Tensor | None
+    spread: Tensor
+    far: list[tuple[Tensor, float]]
+
+    def entries(self, area: Region) -> Tensor:
+        """How far each entry is from the centre, but for `far`."""
+        return self.spread if self.third is None else (self.spread + area.span(self.third)) * (1.0 + 2.0**-50)
+
+    def rest(self) -> float:
+        """The norm of all that is known in norm alone."""
+        return rd.add_up(LOST, *(rd.mul_up(_norm(matrix), factor) for matrix, factor in self.far))
+
+    def norm(self, area: Region) -> float:
+        """Upper bound of the norm of the derivative on the set."""
+        around, rest = self.entries(area), self.rest()
+        top = (self.centre.abs() + around) * (1.0 + 2.0**-50)
+        middle, wide, whole = _norms([self.centre, around, top])
+        ways = [rd.add_up(middle, wide), whole]
+        if self.third is not None:
+            unfolded = [self.third.movedim(k, 0).flatten(1) for k in range(3)]
+            least, spread = min(_norms(unfolded)), _norms([self.spread])[0]
+            ways.append(rd.add_up(middle, rd.mul_up(least, area.far), spread))
+        return rd.add_up(min(ways), rest)
+
+    def rows(self, area: Region) -> Tensor:
+        """Upper bounds of the norms of its rows on the set."""
+        size = row_norms_up((self.centre.abs() + self.entries(area)) * (1.0 + 2.0**-50))
+        for matrix, factor in self.far:
+            size = size + row_norms_up(matrix) * factor
+        return size * (1.0 + rd.gamma(2.0 * len(self.far) + 4.0)) + LOST
+
+
 def _norm(matrix: Tensor) -> float:
     """A quick upper bound of the norm of a matrix of moduli: the root of the largest row sum times the largest column sum."""
-    rows = matrix.flatten(1)
-    size = float(rows.sum(0).max() * rows.sum(1).max())
-    return rd.mul_up(rd.sqrt_up(size), 1.0 + rd.gamma(float(rows.numel()) + 8.0))
+    size = float(matrix.sum(0).max() * matrix.sum(1).max())
+    return rd.mul_up(rd.sqrt_up(size), 1.0 + rd.gamma(float(matrix.numel()) + 8.0))
 
 
-def jacobian(network: Network, composed: Composition) -> float:
-    """Upper bound of the norm of the Jacobian on the set that the slopes are restricted to; infinite where it is not followed."""
+def _norms(matrices: Sequence[Tensor]) -> list[float]:
+    return [float(b.upper) for b in certify_all([Dense(m) for m in matrices], rtol=1e-6)]
+
+
+def derivative(network: Network, composed: Composition, area: Region) -> Derivative | None:
+    """The derivative of the results on the set that the slopes are restricted to; None where it is not followed."""
     sizes = [math.prod(step.shape) for step in network.steps]
     rows = sum(sizes[i] for i in network.outputs)
-    growth = math.prod(max(1.0, l) for l in composed.lips if l < math.inf)
-    if rows * sum(sizes) > ENTRIES or not growth < LARGEST or composed.upper in {0.0, math.inf}:
-        return math.inf
+    growth = math.prod(max(1.0, lip) for lip in composed.lips if lip < math.inf)
+    if rows * sum(sizes) > ENTRIES or rows * area.entries > ENTRIES or not growth < LARGEST or composed.upper in {0.0, math.inf}:
+        return None
     with torch.no_grad():
         sweeps = Sweeps(network, composed)
-        slopes = [size for i, size in enumerate(sizes) if i in sweeps.middle]
-        return _of_all(sweeps) if (sum(slopes) + rows) * sum(sizes) <= ALL else _of_results(sweeps)
+        slopes = sum(size for i, size in enumerate(sizes) if i in sweeps.middle)
+        if (slopes + rows) * sum(sizes) > ALL:
+            return _of_results(sweeps)
+        known: dict[int, Derivative] = {}
+        for i in sorted(sweeps.middle):
+            made = _telescoped(sweeps, network.steps[i].sources, known)
+            rest = [] if not made.far else [(torch.ones(1, 1, dtype=torch.float64), made.rest())]
+            known[i] = Derivative(made.centre, made.moduli, None, made.entries(area) * (1.0 + sweeps.gamma), rest)
+        return _telescoped(sweeps, network.outputs, known)
 
 
-def _of_results(sweeps: Sweeps) -> float:
-    """Rows of the results with everything that the slopes may add: theorem L3."""
+def _of_results(sweeps: Sweeps) -> Derivative:
+    """Rows of the results with everything that the slopes may add: theorem L4."""
     found = sweeps.back(sweeps.network.outputs, spread=True)
-    far = [rd.mul_up(_norm(rows.most(sweeps.gamma)), stray) for i, rows in found.items() if (stray := sweeps.stray(i))]
-    ends = [i for i, step in enumerate(sweeps.network.steps) if isinstance(step.what, Input) and i in found]
-    if not ends:
-        return rd.add_up(*far)
-    centre, moduli, spread = (torch.cat([getattr(found[i], name).flatten(1) for i in ends], 1) for name in ("centre", "moduli", "spread"))
-    return _total(centre, (spread + sweeps.gamma * moduli) * (1.0 + sweeps.gamma), far)
+    centre, moduli, spread = (sweeps.columns(found, name) for name in ("centre", "moduli", "spread"))
+    far = [(rows.most(sweeps.gamma).flatten(1), stray) for i, rows in found.items() if (stray := sweeps.stray(i))]
+    return Derivative(centre, moduli, None, (spread + sweeps.gamma * moduli) * (1.0 + sweeps.gamma), far)
 
 
-def _of_all(sweeps: Sweeps) -> float:
-    """Rows of the arguments of every activation first, then of the results, by telescoping: theorem L4."""
-    network, gamma = sweeps.network, sweeps.gamma
-    inputs = [i for i, step in enumerate(network.steps) if isinstance(step.what, Input)]
-    size: dict[int, Tensor] = {}  # the moduli of the rows of each activation's argument, at most
-    rest: dict[int, float] = {}
-    centre, spread, far = torch.zeros(0), torch.zeros(0), list[float]()
-    for target in [*sorted(sweeps.middle), -1]:
-        found = sweeps.back(network.outputs if target == -1 else network.steps[target].sources, spread=False)
-        first = next(iter(found.values())).centre
-        shape = len(first), sum(math.prod(network.steps[i].shape) for i in inputs)
-        columns = [(found[i].centre.flatten(1), found[i].moduli.flatten(1)) if i in found else None for i in inputs]
-        widths = [math.prod(network.steps[i].shape) for i in inputs]
-        blank = [torch.zeros(shape[0], width, dtype=torch.float64) for width in widths]
-        centre = torch.cat([b if c is None else c[0] for c, b in zip(columns, blank, strict=True)], 1)
-        spread = gamma * torch.cat([b if c is None else c[1] for c, b in zip(columns, blank, strict=True)], 1)
-        far = list[float]()
-        for i, rows in found.items():
-            most = rows.most(gamma).flatten(1)
-            if i in sweeps.half and bool(sweeps.half[i].any()):
-                scaled = most * sweeps.half[i].reshape(-1)
-                spread += scaled @ size[i]
-                far.append(rd.mul_up(_norm(scaled), rest[i]))
-            if stray := sweeps.stray(i):
-                far.append(rd.mul_up(_norm(most), stray))
-        spread *= 1.0 + gamma
-        if target != -1:
-            size[target], rest[target] = (centre.abs() + spread) * (1.0 + gamma), rd.add_up(*far)
-    return _total(centre, spread, far)
-
-
-def _total(centre: Tensor, spread: Tensor, far: Sequence[float]) -> float:
-    """The norm of all matrices within `spread` of the centre, entry by entry, and then within `far` in norm."""
-    top = (centre.abs() + spread) * (1.0 + 2.0**-50)
-    norms = [float(b.upper) for b in certify_all([Dense(centre), Dense(spread), Dense(top)], rtol=1e-6)]
-    return rd.add_up(min(rd.add_up(norms[0], norms[1]), norms[2]), *far, LOST)
+def _telescoped(sweeps: Sweeps, ends: Sequence[int], known: dict[int, Derivative]) -> Derivative:
+    """Rows of some values, from those of the arguments of all activations before them: theorems L5 and L6."""
+    gamma, found = sweeps.gamma, sweeps.back(ends, spread=False)
+    centre, moduli = (sweeps.columns(found, name) for name in ("centre", "moduli"))
+    spread, third, far = gamma * moduli, None, list[tuple[Tensor, float]]()
+    for i, rows in found.items():
+        most = rows.most(gamma).flatten(1)
+        if stray := sweeps.stray(i):
+            far.append((most, stray))
+        if i not in known:
+            continue
+        inner, drift, half = known[i], sweeps.drift.get(i), sweeps.half[i].reshape(-1)
+        if inner.far:
+            far.append((most * half, inner.rest()))
+        size = inner.centre.abs() + inner.spread
+        if drift is None:
+            spread = spread + (most * half) @ size
+            continue
+        one = torch.einsum("tn,nj,nl->tjl", rows.centre.flatten(1), inner.centre, drift.rows)
+        third = one if third is None else third + one
+        spread = spread + (most * drift.loose) @ size + (most * drift.reach) @ inner.spread
+        spread = spread + 8.0 * gamma * (rows.moduli.flatten(1) * drift.reach) @ inner.moduli
+    return Derivative(centre, moduli, third, spread * (1.0 + gamma), far)

@@ -1,4 +1,4 @@
-"""Linear relaxations: values as linear functions of the input plus what activations deviate, carried backward. docs/local.md#relaxations."""
+"""Linear relaxations: values as linear functions of the input, and what activations deviate from them. docs/local.md#relaxations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gramlip.network.local.intervals import Region, Value, followed, given, round_down, round_up, terms, whole_of
-from gramlip.network.steps import Input, Join, Linear, Network, Pad, Slice, Slope, Step, Sum, View, What
+from gramlip.network.steps import Drift, Input, Join, Linear, Network, Pad, Slice, Slope, Step, Sum, View, What
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import row_norms_up
@@ -19,7 +19,9 @@ from gramlip.operators.linear_maps import Conv, Dense
 
 INF = math.inf
 BUDGET = 2**26  # entries of rows, at all values together, that intervals are tightened with
+THIRD = 2**24  # entries of the derivatives of a value's slopes by its input, twice
 TOGETHER = 2**23  # of them at a time
+FINE = 256  # and its derivative
 CELLS = 16  # pieces of an interval, on either side of 0, on which an activation is compared with a line
 
 # ---- linear steps on rows --------------------------------------------------------------------------------------------------
@@ -118,33 +120,67 @@ def line(what: Slope, low: Tensor, high: Tensor, middle: tuple[Tensor, Tensor]) 
     """The line with the slope of the chord, and how far the function is from it on [low, high]: theorem L2."""
     if what.within is None or not bool((low.isfinite() & high.isfinite()).all()):
         return None
-    at_zero = torch.minimum(torch.maximum(torch.zeros_like(low), low), high)
-    cells = torch.linspace(0, 1, CELLS + 1, dtype=torch.float64).reshape(-1, *(1,) * low.ndim)
-    left, right = low + (at_zero - low) * cells[:-1], at_zero + (high - at_zero) * cells
-    knots = torch.cat([left, right]).clamp(low, high)
-    knots[-1] = high
+    knots = _knots(low, high, CELLS)
     value = what.within(knots, knots)
     if value.least.shape != knots.shape:
         return None
-    ends = value.least, value.most
-    width = (high - low).clamp_min(rd.TINY)
-    slope = ((ends[1][-1] - ends[1][0]) / width).nan_to_num(0.0, 0.0, 0.0)
-    limits = (torch.as_tensor(end, dtype=torch.float64) for end in (what.low, what.high))
-    slope = torch.minimum(torch.maximum(slope, next(limits)), next(limits))
+    slope = _chord(value.most[0], value.most[-1], low, high)
+    slope = torch.minimum(torch.maximum(slope, torch.as_tensor(what.low)), torch.as_tensor(what.high))
     on = what.within(knots[:-1], knots[1:])
-    span = round_up(knots[1:] - knots[:-1])
-    room = 2.0**-48 * (slope.abs() * torch.maximum(low.abs(), high.abs()) + ends[0].abs().amax(0) + ends[1].abs().amax(0)) + 64 * rd.TINY
-    least, most = (end - slope * knots for end in ends)
     falls, rises = (slope - on.low).clamp_min(0.0), (on.high - slope).clamp_min(0.0)  # how fast f - slope z falls and rises at most
-    both = (falls + rises).clamp_min(rd.TINY)
-    lost = falls * rises * span
-    dip = torch.where(falls * rises > 0, (least[:-1] * rises + least[1:] * falls - lost) / both, INF)
-    peak = torch.where(falls * rises > 0, (most[:-1] * falls + most[1:] * rises + lost) / both, -INF)
-    room = room + 2.0**-48 * (lost / both).amax(0)
+    size = (value.least.abs() + value.most.abs()).amax(0)
+    room = 2.0**-46 * (slope.abs() * torch.maximum(low.abs(), high.abs()) + size) + 64 * rd.TINY
+    under, over = _between(value.least - slope * knots, value.most - slope * knots, falls, rises, knots)
     at, shift = what.within(*middle), torch.stack([slope * end for end in middle])
     base = at.least - shift.amax(0) - room, at.most - shift.amin(0) + room  # of f - slope z at the centre
-    under, over = torch.minimum(least.amin(0), dip.amin(0)), torch.maximum(most.amax(0), peak.amax(0))
     return Line(slope, round_down(under - room - base[1]), round_up(over + room - base[0]))
+
+
+def _knots(low: Tensor, high: Tensor, cells: int) -> Tensor:
+    """Points from low to high along a new first axis, 0 among them where it lies between: so many pieces on either side of it."""
+    at_zero = torch.minimum(torch.maximum(torch.zeros_like(low), low), high)
+    parts = torch.linspace(0, 1, cells + 1, dtype=torch.float64).reshape(-1, *(1,) * low.ndim)
+    knots = torch.cat([low + (at_zero - low) * parts[:-1], at_zero + (high - at_zero) * parts]).clamp(low, high)
+    knots[-1] = high
+    return knots
+
+
+def _chord(first: Tensor, last: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return ((last - first) / (high - low).clamp_min(rd.TINY)).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _between(least: Tensor, most: Tensor, falls: Tensor, rises: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest values of a function between knots from those at them and how fast it falls and rises."""
+    both, lost = (falls + rises).clamp_min(rd.TINY), falls * rises * round_up(knots[1:] - knots[:-1])
+    turns = falls * rises > 0
+    dip = torch.where(turns, (least[:-1] * rises + least[1:] * falls - lost) / both, INF)
+    peak = torch.where(turns, (most[:-1] * falls + most[1:] * rises + lost) / both, -INF)
+    room = 2.0**-46 * ((lost / both).amax(0) + least.abs().amax(0) + most.abs().amax(0))
+    return torch.minimum(least.amin(0), dip.amin(0)) - room, torch.maximum(most.amax(0), peak.amax(0)) + room
+
+
+def drift(what: Slope, argument: Value, rows: Tensor, stray: tuple[Tensor, Tensor], reach: Tensor) -> Drift | None:
+    """The derivatives of an activation as linear functions of the input, where its argument is one up to `stray`: theorem L6.
+
+    `rows @ (x - c)` is at most `reach` in modulus.
+    """
+    low, high = argument.low, argument.high
+    if what.within is None or argument.middle is None or not bool((low.isfinite() & high.isfinite()).all()):
+        return None
+    knots = _knots(low, high, FINE)
+    ends, on = what.within(torch.stack([low, high]), torch.stack([low, high])), what.within(knots[:-1], knots[1:])
+    if on.low.shape != knots[1:].shape:
+        return None
+    bend = _chord(ends.low[0], ends.low[1], low, high)
+    tilted = torch.stack([bend * knots[:-1], bend * knots[1:]])
+    under, over = (on.low - tilted.amax(0)).amin(0), (on.high - tilted.amin(0)).amax(0)  # of f' - bend z
+    moves = [bend * (end + far.reshape(low.shape)) for end in argument.middle for far in stray]
+    under, over = (round_down(under + torch.stack(moves).amin(0)), round_up(over + torch.stack(moves).amax(0)))
+    room = 2.0**-46 * (bend.abs() * torch.maximum(low.abs(), high.abs()) + under.abs() + over.abs()) + 64 * rd.TINY
+    base, turned = (under + over) / 2, bend.reshape(-1, 1) * rows
+    reach = bend.reshape(-1).abs() * reach * (1 + 2.0**-48)
+    loose = round_up((over - under) / 2).reshape(-1) + room.reshape(-1) + 2.0**-48 * reach
+    return Drift(base, turned, reach, loose) if bool((loose < 0.7 * ((what.high - what.low) / 2).reshape(-1)).any()) else None
 
 
 # ---- values relaxed --------------------------------------------------------------------------------------------------------
@@ -156,11 +192,11 @@ class Relaxations:
     def __init__(self, area: Region, budget: int) -> None:
         self._area, self._left = area, budget
         self._steps, self._actions = list[Step](), list[Action | None]()
-        self._lines = dict[int, Line]()
+        self._lines, self._linear = dict[int, Line](), dict[int, tuple[Tensor, tuple[Tensor, Tensor], Tensor]]()
         self._values, self._entries = list[Value](), 0
 
-    def add(self, step: Step, value: Value) -> None:
-        """One more step, with what is known of its value."""
+    def add(self, step: Step, value: Value) -> Step:
+        """One more step, with what is known of its value; the step with what lines know of its slopes."""
         i = len(self._steps)
         self._steps.append(step)
         self._values.append(value)
@@ -173,6 +209,10 @@ class Relaxations:
                 found = line(what, source.low, source.high, source.middle)
                 if found is not None:
                     self._lines[i] = found
+                if (known := self._linear.pop(step.sources[0], None)) is not None:
+                    step = replace(step, what=replace(what, drift=drift(what, source, *known)))
+                    self._steps[i] = step
+        return step
 
     def tighten(self, i: int, what: What) -> Value:
         """The value of step i, which a step is about to read, inside what lines say of it, where that pays and can be paid for."""
@@ -189,7 +229,9 @@ class Relaxations:
             return value
         self._left -= work
         parts = [self._deviation(i, some) for some in entries.split(max(1, TOGETHER // self._entries))]
-        under, over = (torch.cat(side) for side in zip(*parts, strict=True))
+        under, over, *rest, rows, reach = (torch.cat(side) for side in zip(*parts, strict=True))
+        if len(entries) == value.low.numel() and len(entries) * self._area.entries**2 <= THIRD:
+            self._linear[i] = rows, (rest[0], rest[1]), reach
         low, high = value.low.reshape(-1).clone(), value.high.reshape(-1).clone()
         middle = [end.reshape(-1)[entries] for end in value.middle]
         low[entries] = torch.maximum(low[entries], round_down(middle[0] + under))
@@ -198,8 +240,11 @@ class Relaxations:
         self._values[i] = replace(value, low=ends[0], high=ends[1], whole=whole_of(*ends, value.whole, self._steps[i].shape))
         return self._values[i]
 
-    def _deviation(self, i: int, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """How far some entries (flat numbers) of a value are below and above those at the centre: theorem L3."""
+    def _deviation(self, i: int, entries: Tensor) -> tuple[Tensor, ...]:
+        """How far some entries (flat numbers) of a value are below and above those at the centre: theorem L3.
+
+        The same without what is linear in the input, then the rows of that, and how much it is at most.
+        """
         rows = torch.zeros(len(entries), math.prod(self._steps[i].shape), dtype=torch.float64)
         rows[torch.arange(len(entries)), entries] = 1.0
         rows = rows.reshape(-1, *self._steps[i].shape)
@@ -215,9 +260,11 @@ class Relaxations:
                 continue
             under, over = self._through(j, rows, moduli, gamma, found)
             low, high = low + under, high + over
-        under, over = self._at_inputs(inputs, gamma)
-        room = gamma * (low.abs() + high.abs() + under.abs() + over.abs())
-        return round_down(low + under - room), round_up(high + over + room)
+        ends, stray, rows = self._at_inputs(inputs, gamma, len(entries))
+        low, high = low - stray - gamma * low.abs(), high + stray + gamma * high.abs()
+        room = gamma * (low.abs() + high.abs() + ends[0].abs() + ends[1].abs())
+        whole = round_down(low + ends[0] - room), round_up(high + ends[1] + room)
+        return (*whole, low, high, rows, torch.maximum(-ends[0], ends[1]))
 
     def _through(
         self, j: int, rows: Tensor, moduli: Tensor, gamma: float, found: dict[int, tuple[Tensor, Tensor]]
@@ -259,18 +306,25 @@ class Relaxations:
         size = torch.maximum(under.abs(), over.abs()).reshape(1, -1)
         return min(self._values[j].far, float(row_norms_up(size)) if bool(size.isfinite().all()) else INF)
 
-    def _at_inputs(self, inputs: list[tuple[int, Tensor, Tensor]], gamma: float) -> tuple[Tensor, Tensor]:
-        """What the rows of the inputs add: by the box, or by the ball where that is less."""
-        if not inputs:
-            return torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        ends = [_spanned(rows, moduli * gamma, *(end.reshape(-1) for end in self._apart(j))) for j, rows, moduli in inputs]
-        low, high = (torch.stack(side).sum(0) for side in zip(*ends, strict=True))
+    def _at_inputs(
+        self, inputs: list[tuple[int, Tensor, Tensor]], gamma: float, count: int
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """What the rows of the inputs give, by the box or by the ball, whichever is less; what their errors may; and the rows."""
+        zero, held = torch.zeros(count, dtype=torch.float64), {j: (rows, moduli) for j, rows, moduli in inputs}
+        low, high, stray, every, errors = zero, zero, zero, list[Tensor](), list[Tensor]()
+        for j in (j for j, step in enumerate(self._steps) if isinstance(step.what, Input)):
+            ends = [end.reshape(-1) for end in self._apart(j)]
+            blank = torch.zeros(count, len(ends[0]), dtype=torch.float64)
+            rows, moduli = held.get(j, (blank, blank))
+            under, over = _spanned(rows, blank, *ends)
+            low, high, stray = low + under, high + over, stray + torch.maximum(*_spanned(moduli * gamma, blank, *ends)[::-1])
+            every, errors = [*every, rows], [*errors, moduli]
+        rows = torch.cat(every, 1)
         if self._area.radius < INF:
-            rows = torch.cat([rows for _, rows, _ in inputs], 1)
-            moduli = torch.cat([moduli for *_, moduli in inputs], 1)
-            ball = round_up((row_norms_up(rows) + gamma * row_norms_up(moduli)) * self._area.radius)
+            ball = round_up(row_norms_up(rows) * self._area.radius)
             low, high = torch.maximum(low, -ball), torch.minimum(high, ball)
-        return low, high
+            stray = torch.minimum(stray, round_up(gamma * row_norms_up(torch.cat(errors, 1)) * self._area.radius))
+        return (low, high), stray, rows
 
 
 def _spanned(rows: Tensor, error: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,7 +362,6 @@ def restricted(network: Network, area: Region, budget: int = BUDGET) -> Local:
             for s in step.sources:
                 known[s] = lines.tighten(s, step.what)
             made, value = followed(step, [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources])
-        steps.append(made)
+        steps.append(lines.add(made, value))
         known.append(value)
-        lines.add(made, value)
     return Local(area, Network(steps, network.outputs), known)

@@ -252,7 +252,7 @@ def _kinked(value: Entries, knots: Sequence[float], slopes: Sequence[float]) -> 
     values = on_interval(value, torch.zeros_like, valleys=knots)
 
     def on(a: Tensor, b: Tensor) -> OnInterval:
-        first, last = torch.bucketize(a, places, right=True), torch.bucketize(b, places)
+        first, last = torch.bucketize(a.contiguous(), places, right=True), torch.bucketize(b.contiguous(), places)
         low, high = torch.full_like(a, INF), torch.full_like(a, -INF)
         for piece, s in enumerate(slopes):
             low, high = _held(low, high, (first <= piece) & (piece <= torch.maximum(first, last)), torch.tensor(s, dtype=torch.float64))
@@ -500,7 +500,8 @@ def _threshold(call: Call) -> Slope | Unbounded:
     return _clip(level, INF)
 
 
-@register("aten.hardshrink", "aten.sign", "aten.round", "aten.floor", "aten.ceil", "aten.trunc", "aten.heaviside", "aten.frac")
+@register("aten.hardshrink", "aten.sign", "aten.round", "aten.floor", "aten.ceil", "aten.trunc", "aten.heaviside", "aten.frac", "aten.fmod")
+@register("aten.remainder", "aten.floor_divide")
 def _jump(call: Call) -> Unbounded:
     return Unbounded(f"{call.op.split('.')[1]} jumps")
 

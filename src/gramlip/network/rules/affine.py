@@ -19,7 +19,7 @@ from gramlip.network.steps import Attention, Linear, Lipschitz, Product, Step, S
 from gramlip.norm.methods import bound
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import exponent_of, to_float64
-from gramlip.numerics.rounding import frobenius_up
+from gramlip.numerics.rounding import frobenius_up, row_norms_up
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense, Scale
 
@@ -72,9 +72,11 @@ def _scores(call: Call, weights: Var) -> tuple[int, int, float] | None:
 @register("aten.scaled_dot_product_attention")
 def _attention(call: Call) -> Var:
     q, k, v = (call.var(n) for n in ("query", "key", "value"))
-    if float(call.const("dropout_p")) > 0 or call.args.get("enable_gqa"):
-        msg = "attention with dropout or grouped queries, which no rule covers"
+    if float(call.const("dropout_p")) > 0:
+        msg = f"{call.op} with dropout is random; expected evaluation mode: type model.eval()"
         raise UnsupportedError(msg)
+    if call.args.get("enable_gqa"):
+        k, v = (_grouped(call, x, q.shape[-3]) for x in (k, v))
     if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
         msg = f"attention of shapes {q.shape}, {k.shape} and {v.shape}; expected equal axes before the last two"
         raise UnsupportedError(msg)
@@ -83,6 +85,54 @@ def _attention(call: Call) -> Var:
     scale = call.const("scale")
     factor = rd.up(1 / rd.sqrt_down(q.shape[-1])) if scale is None else abs(float(scale))
     return call.then(Attention(factor, empty=empty), q, k, v)
+
+
+def _grouped(call: Call, x: Var, heads: int) -> Var:
+    """Each head repeated for the queries that share it."""
+    times = heads // x.shape[-3]
+    what = Lipschitz(rd.sqrt_up(float(times)), f"each head repeated {times} times", same_range=True, row_layout="rows")
+    return x if times == 1 else call.then(what, x, shape=(*x.shape[:-3], heads, *x.shape[-2:]))
+
+
+@register("aten.linalg_cross", "aten.cross")
+def _cross(call: Call) -> Var:
+    """With a fixed vector v linear, of norm |v|; of two values the difference of two products of entries."""
+    first = "self" if "self" in call.args else "input"
+    dim = call.args.get("dim")
+    axis = call.shape.index(3) if dim is None else int(dim)
+    sides = [(call[name], call.error_of(name)) for name in (first, "other")]
+    for fixed, errors in sides:
+        if isinstance(fixed, Tensor):
+            vectors = to_float64(fixed).abs() + (0.0 if errors is None else errors)
+            longest = float(row_norms_up(vectors.broadcast_to(call.shape).movedim(axis, -1).reshape(-1, 3)).max())
+            x = call.vars[0]
+            return call.then(Lipschitz(longest, "a cross product with fixed vectors: the longest of them"), spread(call, x, call.shape))
+    a, b = (spread(call, v, call.shape) for v, _ in sides)
+    (a1, b1), (a2, b2) = ([call.then(View(), x) for x in (a, b)] for _ in (1, 2))  # turned by one place, and by two
+    minus = _times(call, call.then(Product("entries"), a2, b1), torch.tensor(-1.0, dtype=torch.float64), known=_ONE)
+    return call.then(Sum((1, 1)), call.then(Product("entries"), a1, b2), minus)
+
+
+@register("aten.bilinear")
+def _bilinear(call: Call) -> Var:
+    """`x W_k y + b_k`: for a fixed side a batch of matrices, else the matrices W_k y, linear in y, times x."""
+    x, y, weight = call["input1"], call["input2"], call.const("weight").detach()
+    (outputs, m, n), batch = weight.shape, call.shape[:-1]
+    if isinstance(x, Var) and isinstance(y, Var):
+        errors = call.error_of("weight")
+        dense = up_to(Dense(weight.reshape(outputs * m, n)), None if errors is None else errors.reshape(outputs * m, n))
+        matrices = call.then(View(True), call.then(dense, y, shape=(*batch, outputs * m)), shape=(*batch, outputs, m))
+        column = call.then(View(True), x, shape=(*batch, m, 1))
+        value = call.then(View(True), product(replace(call, shape=(*batch, outputs, 1)), matrices, column))
+    else:
+        terms = ("...i,kij,...j->...ki", y) if isinstance(x, Var) else ("...j,kij,...i->...kj", x)
+        wide, fixed = to_float64(weight), to_float64(terms[1])
+        equation = "kij,...j->...ki" if isinstance(x, Var) else "kij,...i->...kj"
+        error = frobenius_up(torch.einsum(equation, wide.abs(), fixed.abs()))
+        made = matrix_product(call, torch.einsum(equation, wide, fixed), call.vars[0], rd.mul_up(rd.gamma(m + n + 4.0), error))
+        value = call.then(made, call.vars[0])
+    bias = call.const("bias")
+    return value if bias is None else _summed(call, value, to_float64(bias), bias_error=most(call.error_of("bias")))
 
 
 # ---- einsum --------------------------------------------------------------------------------------------------------------
@@ -94,7 +144,7 @@ def _letters(call: Call, operands: Sequence[Var | Tensor]) -> tuple[list[str], s
     """The indices of each operand and of the result, the ellipsis spelled out.
 
     Raises:
-        UnsupportedError: an index that an operand has twice, or whose sizes differ.
+        UnsupportedError: an index that the result has twice.
     """
     left, arrow, result = call["equation"].replace(" ", "").partition("->")
     terms = left.split(",")
@@ -104,13 +154,34 @@ def _letters(call: Call, operands: Sequence[Var | Tensor]) -> tuple[list[str], s
     terms = [term.replace("...", stand[len(stand) - n :]) for term, n in zip(terms, hidden, strict=True)]
     once = "".join(sorted(c for c in set("".join(terms)) if "".join(terms).count(c) == 1 and c not in stand))
     result = result.replace("...", stand) if arrow else stand + once
+    if len(set(result)) < len(result):
+        msg = f"einsum {call['equation']!r} with an index twice in its result, which no rule covers"
+        raise UnsupportedError(msg)
+    return terms, result
+
+
+def _plain(call: Call, operands: Sequence[Var | Tensor], terms: Sequence[str]) -> tuple[list[Var | Tensor], list[str]]:
+    """Each index once in an operand, by its diagonal, and everywhere of one size, by repeats."""
     sizes: dict[str, int] = {}
     for x, term in zip(operands, terms, strict=True):
-        doubled = len(set(term)) < len(term) or any(sizes.setdefault(c, n) != n for c, n in zip(term, x.shape, strict=True))
-        if doubled or len(set(result)) < len(result):
-            msg = f"einsum {call['equation']!r} with an index twice in one operand or broadcast, which no rule covers"
-            raise UnsupportedError(msg)
-    return terms, result
+        for c, n in zip(term, x.shape, strict=True):
+            sizes[c] = max(n, sizes.get(c, 1))
+    found: list[tuple[Var | Tensor, str]] = []
+    for x, term in zip(operands, terms, strict=True):
+        own = "".join(dict.fromkeys(term))
+        shape, alike = tuple(sizes[c] for c in own), all(n == sizes[c] for c, n in zip(term, x.shape, strict=True))
+        if own == term and alike:
+            found.append((x, term))
+        elif isinstance(x, Tensor):
+            found.append((torch.einsum(f"{term}->{own}", x).expand(shape), own))
+        else:
+            picked = (
+                x
+                if own == term
+                else call.then(Lipschitz(1.0, "a diagonal", same_range=True), x, shape=tuple(x.shape[term.index(c)] for c in own))
+            )
+            found.append((spread(call, picked, shape), own))
+    return [x for x, _ in found], [term for _, term in found]
 
 
 def _viewed(call: Call, x: Var, term: str, groups: Sequence[str], shape: tuple[int, ...]) -> Var:
@@ -124,12 +195,14 @@ def _size(x: Var | Tensor, term: str, letters: str) -> int:
 
 
 @register("aten.einsum")
-def _einsum(call: Call) -> Var | Lipschitz:
+def _einsum(call: Call) -> Var:
     operands: list[Var | Tensor] = list(call["tensors"])
-    terms, result = _letters(call, operands)
+    given, result = _letters(call, operands)
+    operands, terms = _plain(call, operands, given)
     if len(operands) == 1:
         count = _size(operands[0], terms[0], "".join(c for c in terms[0] if c not in result))
-        return Lipschitz(rd.sqrt_up(float(count)), f"sums over {count} entries: the root of their number")
+        assert isinstance(operands[0], Var)
+        return call.then(Lipschitz(rd.sqrt_up(float(count)), f"sums over {count} entries: the root of their number"), operands[0])
     error = 0.0
     if len(operands) > 2:
         operands, terms, error = _contracted(call, operands, terms, result)
@@ -140,7 +213,8 @@ def _einsum(call: Call) -> Var | Lipschitz:
     assert isinstance(constant[0], Tensor)
     if len(call["tensors"]) == 2:
         error = sum(frobenius_up(e) if bool(e.isfinite().all()) else math.inf for e in tensors(call.error_of("tensors")))
-    return _matrices(constant[0], constant[1], variable[0], variable[1], result, error)
+    assert isinstance(variable[0], Var)
+    return call.then(_matrices(constant[0], constant[1], variable[0], variable[1], result, error), variable[0])
 
 
 def _contracted(
@@ -179,9 +253,26 @@ def _matrices(weight: Tensor, w: str, x: Var | Tensor, v: str, result: str, erro
     )
     rows, columns = _size(weight, w, new), _size(weight, w, inner)
     matrices = weight.permute([w.index(c) for c in shared + new + inner]).reshape(-1, rows, columns)
-    top = rd.add_up(max(float(bound(Dense(m), rtol=1e-6).upper) for m in matrices), error)
+    top = rd.add_up(largest(matrices), error)
     count = _size(x, v, "".join(c for c in v if c not in w and c not in result))
     return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(count))), "einsum with a constant: the largest of its matrices")
+
+
+def largest(matrices: Tensor) -> float:
+    """Upper bound of the largest norm among matrices (count, m, n); complex ones as real ones of twice the size.
+
+    The norms are taken in the order of the Frobenius norms, until none that is left can be larger.
+    """
+    if matrices.is_complex():
+        matrices = matrices.resolve_conj()
+        re, im = matrices.real, matrices.imag
+        matrices = torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2)
+    sizes, top = row_norms_up(to_float64(matrices).flatten(1)).tolist(), 0.0
+    for size, i in sorted(((size, i) for i, size in enumerate(sizes)), reverse=True):
+        if size <= top:
+            break
+        top = max(top, min(size, float(bound(Dense(matrices[i]), rtol=1e-6).upper)))
+    return top
 
 
 def _product(call: Call, pair: tuple[Var, Var], terms: tuple[str, str], result: str) -> Var:
@@ -290,15 +381,18 @@ def _product_of(call: Call, left: Any, right: Any) -> Linear | Var | Lipschitz:
         return up_to(Dense(constant.mT.detach()), None if errors is None else errors.mT)
     if constant.ndim == 2 and len(right.shape) == 1:
         return up_to(Dense(constant.detach()), errors)
-    # a batch of matrices: the largest of them, applied to each slice
+    return matrix_product(call, left, right, 0.0 if errors is None else up_to(Dense(errors.reshape(1, -1)), errors.reshape(1, -1)).error)
+
+
+def matrix_product(call: Call, left: Var | Tensor, right: Var | Tensor, lost: float = 0.0) -> Lipschitz:
+    """A batch of constant matrices, known up to an error: the largest of them, applied to each slice; a vector meets all of them."""
+    constant, variable = (right, left) if isinstance(left, Var) else (left, right)
+    assert isinstance(constant, Tensor)
     matrices = constant.detach().reshape(-1, *constant.shape[-2:]) if constant.ndim >= 2 else constant.detach()[None, None]
-    parts = [bound(Dense(m), rtol=1e-6) for m in matrices]
-    variable = left if isinstance(left, Var) else right
     batch, own = (call.shape[:-1], 1) if len(variable.shape) == 1 else (call.shape[:-2], math.prod(variable.shape[:-2]))
-    spread = max(1, math.prod(batch) // max(1, own))  # a vector meets all of the matrices
-    lost = 0.0 if errors is None else up_to(Dense(errors.reshape(1, -1)), errors.reshape(1, -1)).error
-    top = rd.add_up(max(float(b.upper) for b in parts), lost)
-    return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(spread))), "matrix product with a constant")
+    repeats = max(1, math.prod(batch) // max(1, own))
+    top = rd.add_up(largest(matrices), lost)
+    return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(repeats))), "matrix product with a constant")
 
 
 @register("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
@@ -354,7 +448,8 @@ _ONE = Bound(1.0, 1.0, "a shift by a constant, or a change of sign")
 
 
 @register("aten.add", "aten.sub", "aten.rsub")
-def _add(call: Call) -> Var:
+def added(call: Call) -> Var:
+    """A sum or a difference of two values, or of one and a constant."""
     alpha = float(call.args.get("alpha", 1))
     signs = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[call.op.split(".")[1].rstrip("_")]
     return _summed(call, call["self"], call["other"], signs, max(most(call.error_of("self")), most(call.error_of("other"))))

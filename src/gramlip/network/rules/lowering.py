@@ -24,6 +24,7 @@ from gramlip.network.graph import (
     shape_of,
     tensors,
 )
+from gramlip.network.rules.fourier import complex_value, keep_half
 from gramlip.network.rules.piecewise_linear import Entrywise, entrywise, merged
 from gramlip.network.rules.registry import PATTERNS, Call, Known, Pattern, Var, find
 from gramlip.network.rules.shapes import PICKS, RISING
@@ -44,7 +45,7 @@ class Lowered:
 
     `errors` are those of the computed values that have any and are read with the input; `taken` says where values are taken as float64
     gives them, without the error of its rounding. `places` are the numbers of the steps that make the values of calls, lists of such
-    where a call makes several; a call that overwrites a value leaves that value's own number as it is.
+    where a call makes several.
     """
 
     network: Network
@@ -80,29 +81,27 @@ class _Lowering:
     def __init__(self, program: Program, assume: Mapping[str, float], literal: bool) -> None:
         self._program, self._assume, self._literal = program, assume, literal
         self._values: dict[fx.Node, object] = dict(program.constants)
-        self._steps, self._known, self._made = list[Step](), Known(), dict[fx.Node, object]()
+        self._steps, self._known = list[Step](), Known()
         self._unused, self._assumed, self._unsupported = set(assume), list[str](), list[str]()
 
     def add_input(self, node: fx.Node) -> None:
         """One of the network's inputs."""
-        self._values[node] = self._made[node] = self._new(node, Step(Input(), (), shape_of(node), node.name, "input"))
+        self._values[node] = self._new(node, Step(Input(), (), shape_of(node), node.name, "input"))
 
     def add_call(self, node: fx.Node) -> None:
         """The steps of a call; where no rule covers it, unbounded ones, and the reason."""
-        write = self._program.writes.get(node)
-        changed = [node] if write is None else [node, *write.targets, *write.shared]
+        refused = self._program.refused.get(node)
         try:
-            if write is not None and write.refusal:
-                msg = f"{op_name(node)}: {write.refusal}"
+            if refused is not None:
+                msg = f"{op_name(node)}: {refused.reason}"
                 raise UnsupportedError(msg)
-            self._made[node] = self._value(node)
-            self._values |= dict.fromkeys(changed, self._made[node])
+            self._values[node] = self._value(node)
         except UndefinedError as error:
             msg = f"{place(node)}, in {module_path(node)}: {error}"
             raise InputError(msg) from error
         except (UnsupportedError, InputError) as error:
             self._unsupported.append(f"{place(node)}, in {module_path(node)}: {error}")
-            for n in changed:
+            for n in (node, *(refused.spoiled if refused else ())):
                 self._values[n] = self._new(n, Step(Unbounded("no rule"), (), shape_of(n), module_path(node), op_name(node), place(node)))
 
     def done(self) -> Lowered:
@@ -120,7 +119,7 @@ class _Lowering:
         errors = {n: e for n, e in self._known.errors.items() if n in read and isinstance(e, Tensor)}
         network = renumbered(self._steps, ends, {})
         number = numbering(self._steps, ends, {})
-        places = {n: place for n, v in self._made.items() if (place := _places(v, number)) is not None}
+        places = {n: place for n, v in self._values.items() if _depends(v) and (place := _places(v, number)) is not None}
         return Lowered(network, self._unsupported, self._assumed, computed, errors, sorted(self._known.taken), places)
 
     def _new(self, node: fx.Node, step: Step) -> Var:
@@ -141,13 +140,14 @@ class _Lowering:
             return value
         if not call.vars:
             return _constant(node, call, resolve)
-        _check(node, call)
+        _check(call)
         plain = call.op.startswith(("aten.", "getitem")) and not is_random(node) and not any(tensors(v) for v in call.args.values())
         text = f"{call.op} {call.args}" if plain else ""
         if text in self._known.values:  # the same call of the same value again
             return self._known.values[text]
-        curve = None if self._literal else entrywise(call)
-        value = _made(node, call, curve, () if self._literal else PATTERNS.get(call.op.rsplit(".", 1)[0].rstrip("_"), ()))
+        alone = self._literal or _is_complex(node)
+        curve = None if alone else entrywise(call)
+        value = _made(node, call, curve, () if alone else PATTERNS.get(call.op.rsplit(".", 1)[0].rstrip("_"), ()))
         if call.unasked:
             self._known.taken.add(f"go into {call.op}")
         if isinstance(value, Var) and value not in call.vars:
@@ -155,6 +155,7 @@ class _Lowering:
                 self._known.curves[value.step] = curve
             if text:
                 self._known.values[text] = value
+            keep_half(call, value)
         return value
 
     def _resolver(self, node: fx.Node) -> Callable[[fx.Node], object]:
@@ -199,8 +200,8 @@ def _depends(value: object) -> bool:
 def _needed(program: Program) -> set[fx.Node]:
     """The calls that the outputs depend on, in-place calls on what they read included."""
     writers: dict[fx.Node, list[fx.Node]] = {}
-    for node, write in program.writes.items():
-        for n in (*write.targets, *write.shared):
+    for node, refused in program.refused.items():
+        for n in refused.spoiled:
             writers.setdefault(n, []).append(node)
     seen, stack = set[fx.Node](), list(program.outputs)
     while stack:
@@ -214,10 +215,6 @@ def _needed(program: Program) -> set[fx.Node]:
 def _made(node: fx.Node, call: Call, curve: Entrywise | None, patterns: Sequence[Pattern]) -> Var | tuple[Var, ...]:
     """The value of a call: as a curve where several come together, by a pattern, or by its rule."""
     op, dtype = call.op, call.dtype
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and schema.is_mutable and not isinstance(next(iter(call.args.values())), Var):
-        msg = f"{op} writes into a weight or buffer"
-        raise UnsupportedError(msg)
     if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
         return call.then(Unbounded(f"{op.removeprefix('aten.')} gives integers or truth values, which jump"), *call.vars)
     if curve is not None and (step := merged(call, curve)) is not None:
@@ -236,8 +233,7 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None, patterns: Sequence
     if rule is None:
         msg = f"{op} has no rule: type @gramlip.rules.register({op!r}) on a function (call) -> constant, or --assume {call.name}=1.0"
         raise UnsupportedError(msg)
-    result = rule(call)
-    return _written(call, result)
+    return _written(call, complex_value(call) if _is_complex(node) else rule(call))
 
 
 def _written(call: Call, result: What | Var | tuple[Var, ...] | float) -> Var | tuple[Var, ...]:
@@ -254,14 +250,16 @@ def _written(call: Call, result: What | Var | tuple[Var, ...] | float) -> Var | 
     return call.then(result, *call.vars)
 
 
+def _is_complex(node: fx.Node) -> bool:
+    """Whether the call reads or makes complex values."""
+    return any(t.is_complex() for n in (node, *node.all_input_nodes) for t in tensors(n.meta.get("val")))
+
+
 _WEIGHTS = ("weight", "bias", "running_mean", "running_var", "negative_slope")  # what may not be infinite; a mask may
 
 
-def _check(node: fx.Node, call: Call) -> None:
-    """Refuse what no rule is meant for: complex values, values without entries, constants that are no numbers."""
-    if any(t.is_complex() for t in tensors(node.meta.get("val"))):
-        msg = f"{call.op} gives complex values, which no rule covers; expected real ones"
-        raise UnsupportedError(msg)
+def _check(call: Call) -> None:
+    """Refuse what no rule is meant for: values without entries, constants that are no numbers."""
     if any(0 in shape for shape in (call.shape, *(v.shape for v in call.vars))):
         msg = f"{call.op} of values without entries, which no rule covers"
         raise UnsupportedError(msg)
@@ -278,14 +276,6 @@ def _constant(node: fx.Node, call: Call, resolve: Callable[[fx.Node], object]) -
     """The value of a call on weights alone, as float64 computes it from them: docs/network.md#computed-weights."""
     if is_random(node):
         msg = f"{call.op} draws random numbers: expected a function of the input alone"
-        raise UnsupportedError(msg)
-    schema = getattr(node.target, "_schema", None)
-    if call.op == "aten.detach_.default":  # on a constant written in the code; changes no value
-        if "self" in call.inexact:
-            call.known.errors[node] = call.inexact["self"]
-        return next(iter(call.args.values()))
-    if schema is not None and schema.is_mutable:
-        msg = f"{call.op} writes into a weight or buffer"
         raise UnsupportedError(msg)
     if reads_memory(node):
         msg = f"{call.op} reads places or bits of memory instead of numbers; expected indexing, unfold or arithmetic"

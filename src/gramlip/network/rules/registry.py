@@ -28,11 +28,12 @@ class Var:
 class Known:
     """What is kept from call to call: curves (`piecewise_linear`) by the number of the step, and values by what was called.
 
-    `errors` are those of computed weights (`running_errors`); `taken` says which of them come or go where errors are not followed.
+    `halves` are what is known of half spectra (`fourier`); `errors` are those of computed weights (`running_errors`); `taken` says which of them come or go where errors are not followed.
     """
 
     curves: dict[int, Any] = field(default_factory=dict[int, Any])
     values: dict[str, Var] = field(default_factory=dict[str, Var])
+    halves: dict[int, Any] = field(default_factory=dict[int, Any])
     errors: dict[fx.Node, Any] = field(default_factory=dict[fx.Node, Any])
     taken: set[str] = field(default_factory=set[str])
 

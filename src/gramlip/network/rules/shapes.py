@@ -31,7 +31,7 @@ _SAME = _aten(
 )
 _VIEWS = _aten(
     "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT squeeze unsqueeze movedim moveaxis swapaxes swapdims "
-    "flip fliplr flipud rot90 roll ravel pixel_shuffle pixel_unshuffle channel_shuffle view_as reshape_as"
+    "flip fliplr flipud rot90 roll ravel pixel_shuffle pixel_unshuffle channel_shuffle view_as reshape_as fft_fftshift fft_ifftshift"
 )
 _PARTS = _aten(
     "split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split diagonal narrow_copy "
@@ -169,9 +169,9 @@ def _index_select(call: Call) -> Lipschitz:
 
 @register("aten.index")
 def _index(call: Call) -> Lipschitz:
-    x, indices = call.var("self"), call.const("indices")
+    x, indices = call["self"], call.const("indices")
     if any(isinstance(i, Var) for i in indices):
-        msg = "indexing with values that depend on the input jumps"
+        msg = f"{call.op} by indices that depend on the input jumps; expected the parts before and after it audited each by itself"
         raise UnsupportedError(msg)
     numbers = torch.arange(math.prod(x.shape)).reshape(x.shape)
     picked = torch.ops.aten.index.Tensor(numbers, list(indices))
@@ -195,7 +195,9 @@ def _repeat(call: Call) -> Lipschitz | Var:
 
 @register("aten.where", "aten.masked_fill")
 def _where(call: Call) -> Lipschitz:
-    call.const("condition" if "where" in call.op else "mask")
+    if isinstance(call["condition" if "where" in call.op else "mask"], Var):
+        msg = f"{call.op} chooses by values that depend on the input, and may jump where the choice changes; expected a clamp or an activation"
+        raise UnsupportedError(msg)
     chosen = [call.args["self"], call.args["other" if "where" in call.op else "value"]]
     upper = rd.sqrt_up(float(_widest(call)))
     if all(isinstance(value, Var) for value in chosen):
@@ -205,7 +207,10 @@ def _where(call: Call) -> Lipschitz:
 
 def between(values: Sequence[Any]) -> tuple[float, float] | None:
     """The least interval with the entries of all constants among the values, None without one."""
-    held = [to_float64(torch.as_tensor(v)) for v in values if not isinstance(v, Var)]
+    tensors = [torch.as_tensor(v) for v in values if not isinstance(v, Var)]
+    if any(t.is_complex() for t in tensors):
+        return -math.inf, math.inf
+    held = [to_float64(t) for t in tensors]
     ends = [float(end) for v in held if v.numel() for end in (v.min(), v.max())]
     return (min(ends), max(ends)) if ends else None
 
@@ -213,6 +218,13 @@ def between(values: Sequence[Any]) -> tuple[float, float] | None:
 def _widest(call: Call) -> int:
     """The most repeats by broadcasting among the variables."""
     return max(math.prod(call.shape) // math.prod(v.shape) for v in call.vars)
+
+
+@register("aten.embedding", "aten.max_unpool2d", "aten.max_unpool3d", "aten.bucketize", "aten.searchsorted")
+def _by_places(call: Call) -> Unbounded:
+    return Unbounded(
+        f"{call.op.split('.')[1]} by places that depend on the input jumps; expected the parts before and after it audited alone"
+    )
 
 
 @register("aten.triu", "aten.tril")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -53,17 +55,36 @@ def _cumsum(call: Call) -> Lipschitz:
 
 @register("aten.linalg_vector_norm", "aten.norm")
 def _norm(call: Call) -> Lipschitz:
-    if call.args.get("ord", call.args.get("p")) not in (2, 2.0, None):
-        msg = f"{call.op} of another order than 2, which no rule covers"
+    x, order = call.var("self"), call.args.get("ord", call.args.get("p"))
+    order = 2.0 if order is None else float(order)
+    count = math.prod(x.shape) // max(1, math.prod(call.shape))
+    if order < 1:
+        msg = f"{call.op} of order {order:g}, which has unbounded slopes; expected an order of at least 1"
         raise UnsupportedError(msg)
-    x = call.var("self")
-    root = math.sqrt(math.prod(x.shape) // max(1, math.prod(call.shape)))
+    root = math.sqrt(count)
+    upper = 1.0 if order >= 2 else rd.up(count ** (1 / order - 0.5) * (1 + SLACK))
 
     def reach(low: float, high: float) -> tuple[float, float]:
         least, most = max(low, -high, 0.0), max(-low, high)
         return least * root * (1 - SLACK), most * root * (1 + SLACK) + rd.TINY
 
+    if order != 2:
+        return Lipschitz(upper, f"the norm of order {order:g} of {count} entries", (0.0, math.inf))
     return Lipschitz(1.0, "the l2 norm is 1-Lipschitz", reach=reach)
+
+
+@register("aten.cdist")
+def _distances(call: Call) -> Lipschitz:
+    """All distances of two sets of points: a point is in as many of them as the other set has points."""
+    order = float(call.const("p"))
+    if order < 1:
+        msg = f"{call.op} of order {order:g}; expected an order of at least 1"
+        raise UnsupportedError(msg)
+    one, other = call["x1"], call["x2"]
+    counts = [shape[-2] * math.prod(call.shape[:-2]) // math.prod(x.shape[:-2]) for x, shape in ((one, other.shape), (other, one.shape))]
+    most = sum(count for x, count in zip((one, other), counts, strict=True) if isinstance(x, Var))
+    wider = 1.0 if order >= 2 else one.shape[-1] ** (1 / order - 0.5) * (1 + SLACK)
+    return Lipschitz(rd.mul_up(rd.sqrt_up(float(most)), wider), f"distances, each point in {max(counts)} of them", (0.0, math.inf))
 
 
 @register("aten.std", "aten.std_mean", "aten.var", "aten.var_mean")
@@ -418,6 +439,61 @@ def _bicubic(call: Call) -> Lipschitz:
         return low - over - rounding, high + over + rounding
 
     return Lipschitz(upper, "bicubic interpolation: one matrix for each axis", reach=reach)
+
+
+@register("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
+def _grid_sample(call: Call) -> Lipschitz:
+    """At fixed places linear, the same map for every channel: Schur's test on the moduli of its entries."""
+    if isinstance(call["grid"], Var):
+        msg = f"{call.op} at places that depend on the input moves between entries as different as the input may be; expected a fixed grid"
+        raise UnsupportedError(msg)
+    part = replace(call, args={**call.args, "grid": to_float64(call["grid"])})
+    sums = {0: _smooth_sums, 1: _nearest_sums, 2: _cubic_sums}[int(call.const("interpolation_mode"))]
+    rows, columns = sums(part, call.var("input").shape)
+    points = max(call.shape[0] * math.prod(call.shape[2:]), math.prod(call.var("input").shape[2:]))
+    lost = 2.0**-44 * (max(call.var("input").shape[2:]) + 1.0)  # of each entry, as its place is rounded: docs/rounding.md#fixed-maps
+    most = [rd.mul_up(rd.add_up(side, lost * points), 1.0 + rd.gamma(64.0 * points)) for side in (rows, columns)]
+    return Lipschitz(rd.sqrt_up(rd.mul_up(*most)), "samples at fixed places: Schur's test on the moduli of its entries")
+
+
+def _smooth_sums(call: Call, shape: Sequence[int]) -> tuple[float, float]:
+    """The largest row and column sum of a map with nonnegative entries."""
+    ones = torch.ones(shape[0], 1, *shape[2:], dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        rows: Tensor = call.run(ones)
+        (columns,) = torch.autograd.grad(rows.sum(), ones)
+    return float(rows.detach().max()), float(columns.max())
+
+
+def _nearest_sums(call: Call, shape: Sequence[int]) -> tuple[float, float]:
+    """The same of a map that copies entries; a place between two of them counts for both."""
+    count, axes = math.prod(shape[2:]), len(shape) - 2
+    numbers = (torch.arange(shape[0] * count, dtype=torch.float64) + 1.0).reshape(shape[0], 1, *shape[2:])
+    pairs = list[Tensor]()
+    for signs in itertools.product((-1.0, 1.0), repeat=axes):
+        moved = call["grid"] + 2.0**-30 * torch.tensor(signs, dtype=torch.float64)
+        taken = replace(call, args={**call.args, "grid": moved}).run(numbers).long().reshape(-1)
+        pairs.append(torch.arange(len(taken)) * (shape[0] * count + 1) + taken)
+    pair = torch.cat(pairs).unique()
+    pair = pair[pair % (shape[0] * count + 1) > 0]  # 0 is read outside
+    sides = pair // (shape[0] * count + 1), pair % (shape[0] * count + 1)
+    return tuple(float(side.bincount().max()) if len(side) else 0.0 for side in sides)  # type: ignore[return-value]
+
+
+def _cubic_sums(call: Call, shape: Sequence[int]) -> tuple[float, float]:
+    """The same of the moduli, from every entry by itself."""
+    size, rows, columns = math.prod(shape[2:]), 0.0, 0.0
+    if size > 4096:
+        msg = f"bicubic samples of an input of shape {tuple(shape)}; expected at most 4096 places"
+        raise UnsupportedError(msg)
+    for sample in call["grid"].split(1):
+        total = torch.zeros(())
+        for part in torch.eye(size, dtype=torch.float64).split(256):
+            given = {**call.args, "grid": sample.expand(len(part), *sample.shape[1:])}
+            moduli = replace(call, args=given).run(part.reshape(-1, 1, *shape[2:])).reshape(len(part), -1).abs()
+            total, columns = total + moduli.sum(0), max(columns, float(moduli.sum(1).max()))
+        rows = max(rows, float(total.max()))
+    return rows, columns
 
 
 def _one_channel(shape: Sequence[int], dims: int) -> list[int]:

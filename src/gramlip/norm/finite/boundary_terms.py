@@ -42,7 +42,7 @@ def upper_side(op: Conv, exponent: int, tap_norm_sums: Sequence[float], supremum
     """
     geometry = axes(op)
     parts = [_ends(axis, op.padding_mode) for axis in geometry]
-    squares = [1 if part == [] else PADDING[op.padding_mode](axis).square for axis, part in zip(geometry, parts, strict=True)]
+    squares = [1 if part == [] else PADDING[op.padding_mode](axis).norm_squared for axis, part in zip(geometry, parts, strict=True)]
     padded = [j for j in range(op.dims) if parts[j] != []]
 
     def term(kernel: Callable[[], Tensor], m: int, tap_norm_sum: float, chosen: tuple[int, ...]) -> float | None:

@@ -160,7 +160,7 @@ def frobenius_bound(op: Dense | Conv) -> float:
     sym = symbol(op)
     kernel = sym.kernel.detach().flatten(1)
     taps = math.prod(sym.kernel.shape[3:])
-    return math.sqrt(sym.square * taps) * float(torch.linalg.vector_norm(kernel, dim=1).max())
+    return math.sqrt(sym.padding_norm_squared * taps) * float(torch.linalg.vector_norm(kernel, dim=1).max())
 
 
 def roundings(op: Dense | Conv) -> float:

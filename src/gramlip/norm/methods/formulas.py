@@ -115,7 +115,7 @@ def _geometry(shape: tuple[int, ...], input_size: Any, stride: Any, padding: Any
         padding = [((span - 1) // 2, span - 1 - (span - 1) // 2) for span in spans]
     op = Conv(placeholder, input_size, stride, padding, *options)
     sym = symbol(op)
-    return op.groups, sym.strides, sym.points, sym.square, sym.exact, sym.because
+    return op.groups, sym.strides, sym.points, sym.padding_norm_squared, sym.exact, sym.because
 
 
 # torch.compiler.assume_constant_result sets this too, but imports the compiler for it: most of a second at each import of gramlip
@@ -283,7 +283,7 @@ def frobenius(op: Dense | Conv) -> Tensor:
     """`sqrt(taps) ||K||_F`, by Cauchy and Schwarz over the taps; the Frobenius norm of a matrix."""
     sym = symbol(op)
     norms = norm(sym.kernel.flatten(1))
-    return math.sqrt(sym.square * math.prod(sym.kernel.shape[3:])) * norms.amax()
+    return math.sqrt(sym.padding_norm_squared * math.prod(sym.kernel.shape[3:])) * norms.amax()
 
 
 def torch_reshaped(op: Dense | Conv) -> Tensor:
@@ -302,7 +302,7 @@ def singla2021(op: Dense | Conv, n_iter: int | None = None) -> Tensor:
     """
     sym = symbol(op)
     dims = sym.kernel.ndim - 3
-    factor = math.sqrt(sym.square * math.prod(sym.kernel.shape[3:]))
+    factor = math.sqrt(sym.padding_norm_squared * math.prod(sym.kernel.shape[3:]))
     least = None
     for sides in product((True, False), repeat=dims):
         rows = [1, *(3 + j for j in range(dims) if sides[j])]
@@ -322,14 +322,14 @@ def norm2toep(op: Dense | Conv, n_iter: int = 3) -> Tensor:
     """
     sym = symbol(op)
     kernel = sym.kernel if sym.kernel.shape[1] >= sym.kernel.shape[2] else sym.kernel.transpose(1, 2)
-    return math.sqrt(sym.square) * _row_sum(kernel, n_iter)
+    return math.sqrt(sym.padding_norm_squared) * _row_sum(kernel, n_iter)
 
 
 def aol(op: Dense | Conv) -> Tensor:
     """The largest of `sqrt(sum |K* K|)` over the input channels, which is what AOL divides each channel by."""
     sym = symbol(op)
     flipped = isinstance(op, Conv) and op.transposed
-    return math.sqrt(sym.square) * _row_sum(sym.kernel.transpose(1, 2) if flipped else sym.kernel, 1)
+    return math.sqrt(sym.padding_norm_squared) * _row_sum(sym.kernel.transpose(1, 2) if flipped else sym.kernel, 1)
 
 
 def tensor_norm(op: Dense | Conv, n_iter: int = 30, starts: int = 4) -> Tensor:
@@ -352,7 +352,7 @@ def tensor_norm(op: Dense | Conv, n_iter: int = 30, starts: int = 4) -> Tensor:
                     value = norm(image, image.ndim)
                     factors[axis] = _unit(image.conj())
             best = torch.maximum(best, value.cpu().to(best.dtype))
-    return math.sqrt(sym.square * math.prod(shape[2:])) * best
+    return math.sqrt(sym.padding_norm_squared * math.prod(shape[2:])) * best
 
 
 def top_singular_value(matrices: Tensor) -> Tensor:
@@ -454,7 +454,7 @@ def delattre2023(op: Dense | Conv, n_iter: int = 6) -> Tensor:
         return Lip_dense(op.weight, n_iter)
     sym = symbol(replace(op, stride=1))
     matrices = transform(sym.kernel, [p for p in sym.points if p is not None])
-    return math.sqrt(sym.square) * Lip_dense(matrices, n_iter).amax()
+    return math.sqrt(sym.padding_norm_squared) * Lip_dense(matrices, n_iter).amax()
 
 
 def sedghi2019(op: Dense | Conv) -> Tensor:
@@ -482,7 +482,7 @@ def araujo2021(op: Dense | Conv, samples: int = 50) -> Tensor:
     waves = transform(unit, [samples] * len(sides)).flatten(0, -3)[..., 0]  # (points, taps)
     products = products.to(waves.dtype)
     squares = ((waves @ products) * waves.conj()).real.sum(-1)
-    return math.sqrt(sym.square) * oversampling(sides, samples) * squares.amax().clamp(min=0).sqrt()
+    return math.sqrt(sym.padding_norm_squared) * oversampling(sides, samples) * squares.amax().clamp(min=0).sqrt()
 
 
 def is_circular(op: Dense | Conv) -> bool:

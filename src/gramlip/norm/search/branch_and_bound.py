@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gramlip.norm.search.lower import STEPS, BlockCache, LowerBounds, Tally, take
-from gramlip.norm.symbol.frequency_cells import Cells, Lattice, Thresholds, joined, look_up, merge, pick
+from gramlip.norm.symbol.frequency_cells import Cells, Lattice, Thresholds, joined, look_up, merge, select
 from gramlip.norm.symbol.gram_symbol import GramSymbol
 from gramlip.numerics import cholesky as cert
 from gramlip.numerics import eigenvalue_bounds
@@ -59,31 +59,31 @@ class Targets:
     A multiple beyond 1 means that the width asked for cannot be had, an infinite one that the layer is given up. Targets never fall.
     """
 
-    def __init__(self, lower: LowerBounds, rtol: float | Reals, floor: Reals, chosen: Sequence[int]) -> None:
-        """For the `chosen` layers; a norm of `floor` is good enough for each."""
-        self._lower, self._floor, self.chosen = lower, floor, list(chosen)
+    def __init__(self, lower: LowerBounds, rtol: float | Reals, floor: Reals, layers: Sequence[int]) -> None:
+        """For the given `layers`; a norm of `floor` is good enough for each."""
+        self._lower, self._floor, self.layers = lower, floor, list(layers)
         self.width = np.maximum(rtol, lower.attainable_rtol())  # closer is asked for in vain
         self._narrow = self.width > rtol
         self.multiple = np.ones(len(lower.best))
 
-    def asked(self) -> Reals:
+    def at_asked_width(self) -> Reals:
         """The targets without their multiples."""
         return np.maximum(np.sqrt(self._lower.best) * (1 + self.width * 0.98), self._floor)
 
     def norms(self) -> Reals:
         """The targets."""
-        return self.asked() * self.multiple
+        return self.at_asked_width() * self.multiple
 
     def min_relative_gap(self) -> float:
         """The least relative distance of these layers' targets from their lower sides: what factorisations are to tell."""
-        return float((self.asked()[self.chosen] / np.sqrt(self._lower.best[self.chosen]).clip(min=1e-300) - 1).min())
+        return float((self.at_asked_width()[self.layers] / np.sqrt(self._lower.best[self.layers]).clip(min=1e-300) - 1).min())
 
-    def widen(self, items: Ints) -> None:
+    def take_next_multiple(self, items: Ints) -> None:
         """The next of the multiples for these layers; infinite behind the last one."""
         wider, least = np.array([*WIDER, math.inf]), np.maximum(self.multiple, 1 + self.width)[items]
         self.multiple[items] = wider[np.searchsorted(wider, least, side="right").clip(max=len(WIDER))]
 
-    def widen_a_little(self, items: Ints) -> None:
+    def add_a_little(self, items: Ints) -> None:
         """Add a part of the width to the multiples of these layers, in steps that grow with what they add up to."""
         self.multiple[items] += np.maximum(self.width[items], self.multiple[items] - 1) / 4
 
@@ -98,7 +98,7 @@ class ProofState:
 
     cells: Cells
     allowed: float  # operations after which targets become wider
-    proved: Thresholds = field(default_factory=lambda: (integers([]), np.zeros(0)))
+    proved_thresholds: Thresholds = field(default_factory=lambda: (integers([]), np.zeros(0)))
     steps: int = STEPS  # Krylov steps on corners that fail
     tested: int = 0  # corners that were tested in the last round
 
@@ -149,12 +149,12 @@ class BranchAndBound:
             self.floor = np.maximum(self.floor, ceiling)
         every = range(len(self.lower.best))
         targets = Targets(self.lower, rtol, self.floor, every if only is None else only)
-        swept = self.symbol.fine is not None and len(targets.chosen) == len(every) and self._swept(targets)
+        swept = self.symbol.fine is not None and len(targets.layers) == len(every) and self._swept(targets)
         if not swept and self.lower.too_long:
             targets.multiple[:] = math.inf
         elif not swept:
             self._prove(targets)
-        return [self._enclosure(i, targets) for i in targets.chosen]
+        return [self._enclosure(i, targets) for i in targets.layers]
 
     def _prove(self, targets: Targets) -> None:
         """Raise targets, and split cells, until no cell is left."""
@@ -170,27 +170,27 @@ class BranchAndBound:
                 self._raise_and_split(state, targets, failed)
 
     def _groups(self, targets: Targets, taps: Reals | None) -> Ints:
-        """The groups of the chosen layers in which a target may be exceeded."""
+        """The groups of the layers to prove in which a target may be exceeded."""
         groups = self.lower.nonzero()
-        groups = self.lower.reaching(groups[np.isin(self.items[groups], targets.chosen)])
-        return groups if taps is None else groups[~self._flat(groups, taps, targets.asked()[self.items[groups]])]
+        groups = self.lower.reaching(groups[np.isin(self.items[groups], targets.layers)])
+        return groups if taps is None else groups[~self._flat(groups, taps, targets.at_asked_width()[self.items[groups]])]
 
     def _test_corners(self, state: ProofState, targets: Targets, taps: Reals | None) -> FailedCorners:
         """Test the corners of the cells that are left, and leave those cells that have a corner where the proof fails."""
         names, back = named(self.lattice.corner_keys(state.cells))
         below = self._corner_thresholds(state.cells, taps, targets.norms()[self.items[state.cells[0]]])
         least = segment_min(len(names), back.ravel(), below.repeat(back.shape[1]))
-        passed: Flags = look_up(state.proved, names) <= least
+        passed: Flags = look_up(state.proved_thresholds, names) <= least
         test = (~passed & (least > 0)).nonzero()[0]
         passed[test] = self.prove_blocks(names[test], least[test])
-        state.proved = merge(state.proved, (names[passed], least[passed]))
-        state.cells = pick(state.cells, np.flatnonzero((~passed[back]).any(-1)))
+        state.proved_thresholds = merge(state.proved_thresholds, (names[passed], least[passed]))
+        state.cells = select(state.cells, np.flatnonzero((~passed[back]).any(-1)))
         failed = test[~passed[test]]
         return FailedCorners(names[failed], least[failed], len(test))
 
     def _widen_targets(self, state: ProofState, targets: Targets) -> None:
         """Beyond the budget: wider targets from wider cells for the layers that are left, then what needs no frequency."""
-        targets.widen(np.unique(self.items[state.cells[0]]))
+        targets.take_next_multiple(np.unique(self.items[state.cells[0]]))
         state.cells = self._without_given_up(state.cells, targets)
         state.allowed = self.limit = self.tally.operations + self.budget / 8
         if not self.lattice.listed:
@@ -198,7 +198,7 @@ class BranchAndBound:
 
     def _without_given_up(self, cells: Cells, targets: Targets) -> Cells:
         """The cells of the layers that are still searched: a layer without a target left is bounded by its taps alone."""
-        return pick(cells, np.isfinite(targets.multiple[self.items[cells[0]]]))
+        return select(cells, np.isfinite(targets.multiple[self.items[cells[0]]]))
 
     def _raise_and_split(self, state: ProofState, targets: Targets, failed: FailedCorners) -> None:
         """Look for higher peaks at the corners that failed, and split the cells of the layers whose lower side did not rise."""
@@ -209,12 +209,12 @@ class BranchAndBound:
         if (best > before).any():
             self.min_relative_gap = targets.min_relative_gap()
         rose = (best > before * (1 + self.min_relative_gap * RISEN))[self.items[state.cells[0]]]  # may pass as they are
-        state.cells = joined(pick(state.cells, rose), self.lattice.split(pick(state.cells, ~rose)))
+        state.cells = joined(select(state.cells, rose), self.lattice.split(select(state.cells, ~rose)))
         if state.count == count and (before == best).all():  # nothing left to split, and no better vector
             if state.steps < self.symbol.side:
                 state.steps *= 2
             else:
-                targets.widen_a_little(np.unique(self.items[state.cells[0]]))
+                targets.add_a_little(np.unique(self.items[state.cells[0]]))
 
     def _swept(self, targets: Targets) -> bool:
         """Whether all corners of a sweep are proved to be so far below the targets that nothing between them exceeds them.
@@ -223,10 +223,10 @@ class BranchAndBound:
         """
         keys, corners = self.lower.coarse, self.lower.corners
         left, loss, rising = np.arange(len(keys)), np.tile(corners.loss, self.symbol.groups), True
-        self.tally.ways.add("Cholesky")
+        self.tally.proofs.add("Cholesky")
         while len(left) and rising:
             before, group = self.lower.best.copy(), left // len(corners.keys)
-            target = np.maximum(targets.asked()[self.items[group]] * (1 - loss[left] * (1 + 1e-14)), 0.0) ** 2 * (1 - 1e-15)
+            target = np.maximum(targets.at_asked_width()[self.items[group]] * (1 - loss[left] * (1 + 1e-14)), 0.0) ** 2 * (1 - 1e-15)
             noise = self.lower.noise[group]
             parts = pieces(len(left), self.symbol.chunk())
             good = [self._factorised(self.cache.blocks(keys[left[part]]), target[part], noise[part]) for part in parts]
@@ -242,23 +242,23 @@ class BranchAndBound:
         tried = settled = 0
         for part in pieces(len(keys), self.symbol.chunk()):
             # the moments are tried for as long as they settle one block in eight, and where a factorisation costs more
-            tries = 8 * settled >= tried and not self.symbol.parallel
-            done[part], by_moments = self._prove_piece(keys[part], thresholds[part], tries)
-            tried, settled = tried + tries * len(done[part]), settled + by_moments
+            try_moments = 8 * settled >= tried and not self.symbol.parallel
+            done[part], by_moments = self._prove_piece(keys[part], thresholds[part], try_moments)
+            tried, settled = tried + try_moments * len(done[part]), settled + by_moments
             if self.tally.operations > self.limit:
                 break
         return done
 
-    def _prove_piece(self, keys: Ints, thresholds: Reals, tries: bool) -> tuple[Flags, int]:
+    def _prove_piece(self, keys: Ints, thresholds: Reals, try_moments: bool) -> tuple[Flags, int]:
         """Where a threshold is proved for a few blocks, and how many of them two moments settled, if they are tried at all."""
         noise = self.lower.noise[self.lattice.groups(keys)]
-        passed, blocks = self._by_moments(keys, thresholds, noise) if tries else (np.zeros(len(keys), dtype=np.bool_), None)
+        passed, blocks = self._by_moments(keys, thresholds, noise) if try_moments else (np.zeros(len(keys), dtype=np.bool_), None)
         left = (~passed).nonzero()[0]
         settled = len(keys) - len(left)
         if settled:
-            self.tally.ways.add("Gram")
+            self.tally.proofs.add("Gram")
         if len(left):
-            self.tally.ways.add("Cholesky")
+            self.tally.proofs.add("Cholesky")
             single, first = self._single_precision()
             blocks = self.cache.blocks(keys[left]) if blocks is None else take(blocks, left)
             if first:
@@ -311,12 +311,12 @@ class BranchAndBound:
         assert self.symbol.taps is not None
         room = target_norm * target_norm * (1 - 1e-15) - 2 * taps[groups].sum(-1) * (1 + 1e-12)
         done: Flags = room > self.lower.best[self.items[groups]]
-        chosen = done.nonzero()[0]
-        if len(chosen):
-            zero = self.symbol.taps.zero[on(self.symbol.device, groups[chosen])]
-            done[chosen] = good = self._factorised(zero, room[chosen], self.lower.noise[groups[chosen]]).cpu().numpy()
+        possible = done.nonzero()[0]
+        if len(possible):
+            zero = self.symbol.taps.zero[on(self.symbol.device, groups[possible])]
+            done[possible] = good = self._factorised(zero, room[possible], self.lower.noise[groups[possible]]).cpu().numpy()
             if good.any():
-                self.tally.ways.add("tap bound")
+                self.tally.proofs.add("tap bound")
         return done
 
     def _first_cells(self, groups: Ints, target_norm: Reals) -> Cells:
@@ -330,7 +330,7 @@ class BranchAndBound:
 
     def _open(self, groups: Ints, targets: Targets) -> Cells:
         """The first cells. Targets take the least multiple for which the blocks to test are predicted to stay within the budget."""
-        target_norm = targets.asked()
+        target_norm = targets.at_asked_width()
         if self.symbol.fine is not None or self.lattice.listed or not len(groups):
             return self._first_cells(groups, target_norm)
         each = len(groups) * (self.symbol.operations + (4 / 3) * self.symbol.side**3)
@@ -396,7 +396,7 @@ class BranchAndBound:
         sign = -1 if peak.flipped else 1
         frequency = tuple(math.remainder(sign * turn, 2 * math.pi) for turn in peak.frequency)
         if math.isinf(targets.multiple[item]):
-            self.tally.ways.add("sum of taps")
+            self.tally.proofs.add("sum of taps")
             upper = max((self.symbol.crude(g) for g, owner in enumerate(self.items.tolist()) if owner == item), default=0.0)
         else:
             upper = float(targets.norms()[item])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gramlip.norm.symbol.autocorrelation import tap_positions
-from gramlip.norm.symbol.frequency_cells import Lattice, Thresholds, merge, pick, waves
+from gramlip.norm.symbol.frequency_cells import Lattice, Thresholds, merge, select, waves
 from gramlip.norm.symbol.gram_symbol import GramSymbol
 from gramlip.norm.symbol.polyphase import symbols
 from gramlip.numerics import cholesky as cert
@@ -129,7 +129,7 @@ class Tally:
     gram_steps: int = 0
     matvecs: int = 0
     operations: float = 0.0
-    ways: set[str] = field(default_factory=set[str])
+    proofs: set[str] = field(default_factory=set[str])
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class LowerBounds:
         affordable = budget / (2 if self.lattice.listed else 8)
         self.too_long = len(cells[0]) * max(math.prod(self.symbol.span) * 1e3, self.symbol.operations) > affordable
         if self.too_long:
-            cells = pick(cells, slice(None, None, 1 + len(cells[0]) // 8))
+            cells = select(cells, slice(None, None, 1 + len(cells[0]) // 8))
         steps = STEPS if self.lattice.active else DENSE_STEPS
         self.coarse = np.unique(self.lattice.corner_keys(cells))
         self.cache.keep(self.coarse)
@@ -398,16 +398,16 @@ class LowerBounds:
             if not len(items):
                 return
             before = self.best[items]
-            near = self._steps_uphill(items, STRIDES if rtol <= 1e-3 else STRIDES[:1])
+            near = self._ascent_keys(items, STRIDES if rtol <= 1e-3 else STRIDES[:1])
             self.raise_lower(near, STEPS, self.best_vectors(near))
             items = items[self.best[items] > before * (1 + rtol * 0.1)]
 
-    def _steps_uphill(self, items: Ints, strides: tuple[float, ...]) -> Ints:
+    def _ascent_keys(self, items: Ints, strides: tuple[float, ...]) -> Ints:
         """Keys near the ends of Newton steps up `|u* D(w) v|^2` from the best frequency of each layer, and of multiples of them."""
         group, index = self.lattice.decode(self.where[items])
         turn = 2 * math.pi / np.array(self.lattice.sizes)
         coefficients, positions = self.symbol.polynomial(group, index, self.lattice.sizes, self.vectors[on(self.symbol.device, items)])
-        step = uphill(coefficients, positions, index * turn) / turn - index
+        step = newton_ascent(coefficients, positions, index * turn) / turn - index
         return np.unique(np.concatenate([self._keys_near(group, index + stride * step) for stride in strides]))
 
     def _keys_near(self, group: Ints, point: Reals) -> Ints:
@@ -450,7 +450,7 @@ def newton_step(value: Complexes, first: Complexes, second: Complexes) -> Reals:
     return step
 
 
-def uphill(coefficients: Complexes, positions: Ints, w: Reals) -> Reals:
+def newton_ascent(coefficients: Complexes, positions: Ints, w: Reals) -> Reals:
     """From each w (I, axes) a few safeguarded steps up `|sum_p coefficients_p exp(-i p.w)|^2`; taps p are `positions` (taps, axes)."""
     polynomial = Polynomial(coefficients, positions)
     now = polynomial.at(w)

@@ -146,7 +146,7 @@ class Lattice:
         return group, lo, hi
 
 
-def pick(cells: Cells, which: Ints | Flags | slice) -> Cells:
+def select(cells: Cells, which: Ints | Flags | slice) -> Cells:
     """These of the cells."""
     group, lo, hi = cells
     return group[which], lo[which], hi[which]

@@ -16,11 +16,11 @@ from gramlip.operators.geometry import Axis, index_map
 
 @dataclass(frozen=True)
 class Circle:
-    """What an axis became; `exact` where the bound is attained, `square` the factor's square (an integer)."""
+    """What an axis became; `exact` where the bound is attained, `norm_squared` is the factor of the norm, squared (an integer)."""
 
     points: int | None
     stride: int
-    square: int
+    norm_squared: int
     exact: bool
     because: str
 

@@ -22,14 +22,14 @@ class Symbol:
     """A layer as the matrix trigonometric polynomial `D(w) = sum_p K[..., p] exp(-i p.w)`.
 
     `kernel` is (groups, m, n, *k): polyphase for a stride, alias-free, real or complex; it is made from `plain`, the kernel
-    without phases, and `strides` when it is read. The layer's norm is at most `sqrt(square) max_w ||D(w)||` over the
+    without phases, and `strides` when it is read. The layer's norm is at most `sqrt(padding_norm_squared) max_w ||D(w)||` over the
     grid of `points[j]` equidistant frequencies on axis j, all of them where None.
     """
 
     plain: Tensor
     strides: tuple[int, ...]
     points: tuple[int | None, ...]
-    square: int
+    padding_norm_squared: int
     exact: bool
     because: str
 
@@ -90,7 +90,7 @@ def symbol(op: Dense | Conv) -> Symbol:
         reasons.append(f"largest of {op.groups} groups (theorem 5)")
     if op.transposed:
         reasons.append("a transposed convolution is the adjoint of a convolution (theorem 5)")
-    square = math.prod(c.square for c in circles)
+    square = math.prod(c.norm_squared for c in circles)
     exact = all(c.exact for c in circles)
     strides = tuple(c.stride for c in circles)
     return Symbol(grouped(op), strides, tuple(c.points for c in circles), square, exact, "; ".join(reasons))
@@ -128,7 +128,7 @@ def blocks(op: Dense | Conv, torus: int = 32) -> Blocks:
 
 def grid(sym: Symbol, torus: int = 32) -> tuple[list[int], float, str]:
     """The points of each axis, the factor from their largest block to the operator's norm, and why."""
-    sides, factor, because = [], math.sqrt(sym.square), sym.because
+    sides, factor, because = [], math.sqrt(sym.padding_norm_squared), sym.because
     for points, degree in zip(sym.points, sym.degrees, strict=True):
         side = points if points is not None else torus * max(1, math.ceil(degree / 2)) if degree else 1
         sides.append(side)

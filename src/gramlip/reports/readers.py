@@ -1,0 +1,310 @@
+"""Tensors of a file by name, and the readers of safetensors, NumPy, Keras, GGUF and ONNX. Those of other libraries are extras."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_bytes
+from torch import Tensor
+
+from gramlip.errors import InputError, first_line
+from gramlip.reports.text import printable
+from gramlip.reports.unpickle import StoredTensor
+
+_DTYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool"},
+    **{f"{letter}{bits}": f"{name}{bits}" for letter, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
+    **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stored tensor: its shape and dtype are known, its values are read by `load`.
+
+    `because` says how the numbers were made, where they are not those of the file; `out` why the reader knows this to be no map, or none
+    whose norm the numbers give, and whether it is a weight. Where the tensor is `factors[2] B A`, B (m, r) and A (r, n, *k), these are
+    its factors, and `load` forms it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], Tensor]
+    because: str = ""
+    out: tuple[str, bool] | None = None
+    factors: tuple[Entry, Entry, float] | None = None
+
+    @staticmethod
+    def of(tensor: Tensor | StoredTensor) -> Entry:
+        """A tensor that is in memory already, or one that is read from its file when asked for."""
+        load = tensor.load if isinstance(tensor, StoredTensor) else tensor.detach
+        return Entry(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), load)
+
+
+Entries = dict[str, Entry]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of a file by name, the parts that were passed over (the state of training), and what the report is to say of the file."""
+
+    entries: Entries
+    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+
+def line(error: Exception) -> str:
+    """The first line of an error, short, or its type."""
+    return printable(first_line(error).strip()[:160]) or type(error).__name__
+
+
+def extra(path: Path, package: str, name: str) -> Any:
+    """A package that reads a format, or one line that says how to get it."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        msg = f"{path} needs {package}, which cannot be imported ({error}); expected it installed: type pip install gramlip[{name}]"
+        raise InputError(msg) from None
+
+
+# ---- safetensors ---------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(data: bytes, order: Sequence[str] = ()) -> Stored:
+    """The tensors of a safetensors file that is in memory: first those that `order` names, in that order."""
+    tensors = load_bytes(data)
+    names = [*(name for name in order if name in tensors), *in_order(set(tensors).difference(order))]
+    return Stored({name: Entry.of(tensors[name]) for name in names})
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names with their numbers as numbers: safetensors sorts by the alphabet, where layer 10 stands before layer 2.
+
+    >>> in_order(["layers.10.weight", "layers.2.weight"])
+    ['layers.2.weight', 'layers.10.weight']
+    """
+    return sorted(names, key=lambda name: [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)])
+
+
+def safetensors(path: Path) -> Stored:
+    """A safetensors file; its values are read from the map of the file when asked for."""
+    try:
+        file: Any = safe_open(path, framework="pt")  # stays open: the values are read when asked for
+        names = in_order(file.keys())
+        slices: dict[str, Any] = {name: file.get_slice(name) for name in names}
+        dtypes: dict[str, str] = {name: s.get_dtype() for name, s in slices.items()}
+        shapes: dict[str, tuple[int, ...]] = {name: tuple(s.get_shape()) for name, s in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        msg = f"{path} cannot be read as safetensors ({line(error)}); expected a whole file: fetch or save it again"
+        raise InputError(msg) from None
+
+    def loader(name: str) -> Callable[[], Tensor]:
+        return lambda: file.get_tensor(name)
+
+    return Stored({name: Entry(shapes[name], _DTYPES.get(dtypes[name], dtypes[name]), loader(name)) for name in names})
+
+
+# ---- arrays of NumPy -----------------------------------------------------------------------------------------------------
+
+CHANNELS_LAST = "a kernel of 3 axes: no convolution by its name alone, and the norm depends on which axes are inputs"
+
+
+def kernel(entry: Entry) -> Entry:
+    """A kernel (*k, c_in, c_out) as Keras and Flax have it, in torch's order; one of 3 axes may be a projection to heads as well."""
+    if len(entry.shape) < 3:
+        return entry
+    if len(entry.shape) == 3:
+        return Entry(entry.shape, entry.dtype, entry.load, out=(CHANNELS_LAST, True))
+    return _channels_first(entry)
+
+
+def _channels_first(entry: Entry) -> Entry:
+    axes = len(entry.shape)
+    order = (axes - 1, axes - 2, *range(axes - 2))
+    return Entry(tuple(entry.shape[i] for i in order), entry.dtype, lambda: entry.load().permute(order).contiguous())
+
+
+def numpy_file(path: Path) -> Stored:
+    """A `.npy` file, or the members of a `.npz`; pickled objects among them are left out, unread."""
+    try:
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                return Stored({"weight": _array(file, lambda: np.load(path, allow_pickle=False))})
+        entries: Entries = {}
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                with archive.open(member) as file:
+                    name = member.removesuffix(".npy")
+                    found = _array(file, _member(path, name))
+                    entries[name.replace("/", ".")] = kernel(found) if name.rpartition("/")[2] == "kernel" else found
+        return Stored(entries)
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        msg = f"{path} cannot be read as arrays of NumPy ({line(error)}); expected what numpy.savez writes: save it again"
+        raise InputError(msg) from None
+
+
+def _member(path: Path, name: str) -> Callable[[], Any]:
+    def load() -> Any:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive[name]
+
+    return load
+
+
+def _array(file: Any, load: Callable[[], Any]) -> Entry:
+    """An array of which only the header is read."""
+    version = np.lib.format.read_magic(file)
+    reads = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = reads(file)
+    return of_array(tuple(map(int, shape)), dtype, load)
+
+
+def of_array(shape: tuple[int, ...], dtype: Any, load: Callable[[], Any]) -> Entry:
+    """An array of NumPy as an entry."""
+    if dtype.kind not in "biufc" or dtype.char in "gG":
+        return Entry(shape, str(dtype), lambda: torch.empty(0), out=(f"{dtype} entries: no numbers of a weight", False))
+
+    def tensor() -> Tensor:
+        values = load()
+        return torch.from_numpy(np.array(values, dtype.newbyteorder("="), order="C"))
+
+    return Entry(shape, str(dtype.newbyteorder("=").name), tensor)
+
+
+# ---- Keras ---------------------------------------------------------------------------------------------------------------
+
+_CONV = re.compile(r"(Separable)?Conv(olution)?[123]D(Transpose)?|(separable_)?conv[123]d(_transpose)?", re.I)
+_DEPTHWISE = re.compile(r"Depthwise_?Conv[12]?D?|depthwise_kernel", re.I)
+
+
+def keras(path: Path) -> Stored:
+    """A `.keras` archive or an HDF5 file of weights: every dataset; kernels of convolutions in torch's order of axes."""
+    h5py = extra(path, "h5py", "keras")
+    try:
+        source: Any = path
+        classes: dict[str, str] = {}
+        if zipfile.is_zipfile(path):
+            archive = zipfile.ZipFile(path)  # stays open: the values are read when asked for
+            source = archive.open("model.weights.h5")
+            classes = _classes(archive.read("config.json")) if "config.json" in archive.namelist() else {}
+        file = h5py.File(source, "r")
+        classes |= _classes(file.attrs.get("model_config", "{}"))
+        datasets: list[Any] = []
+        file.visititems(lambda _, item: datasets.append(item) if isinstance(item, h5py.Dataset) else None)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        msg = f"{path} cannot be read as weights of Keras ({line(error)}); expected what model.save writes: save it again"
+        raise InputError(msg) from None
+    entries: Entries = {}
+    skipped: dict[str, None] = {}
+    for dataset in datasets:
+        parts: list[str] = [part.removesuffix(":0") for part in dataset.name.strip("/").split("/")]
+        if parts[0] in ("optimizer", "optimizer_weights"):
+            skipped[parts[0]] = None
+        else:
+            found = of_array(tuple(dataset.shape), dataset.dtype, lambda dataset=dataset: dataset[()])
+            entries[".".join(parts)] = _keras_entry(parts, [classes.get(part, part) for part in parts], found)
+    return Stored(entries, tuple(skipped))
+
+
+def _classes(text: str | bytes) -> dict[str, str]:
+    """The class of each layer by its name, from a model's configuration."""
+    found: dict[str, str] = {}
+    ahead: list[Any] = [json.loads(text)]
+    while ahead:
+        value = ahead.pop()
+        if isinstance(value, dict):
+            inner = cast("dict[str, Any]", value)
+            config = inner.get("config")
+            if isinstance(config, dict) and "name" in config and "class_name" in inner:
+                found[str(cast("Any", config["name"]))] = str(inner["class_name"])
+            ahead += inner.values()
+        elif isinstance(value, list):
+            ahead += cast("list[Any]", value)
+    return found
+
+
+def _keras_entry(parts: list[str], kinds: list[str], entry: Entry) -> Entry:
+    """The layer's class, or its name where that is not told, says what the axes are."""
+    plain = [re.sub(r"_\d+$", "", kind) for kind in kinds]
+    if any(re.fullmatch(r"(?:\w*_)?embeddings?", part, re.I) for part in (*plain, parts[-1])):
+        return Entry(
+            entry.shape, entry.dtype, entry.load, out=("an embedding: rows that are looked up or added, no map of the input", False)
+        )
+    depthwise = any(_DEPTHWISE.fullmatch(part) for part in plain) or (
+        parts[-1] == "0" and any(part.lower().startswith("separable") for part in plain)
+    )
+    if depthwise and len(entry.shape) > 2:
+        axes = len(entry.shape)
+        order, size = (axes - 2, axes - 1, *range(axes - 2)), (entry.shape[-2] * entry.shape[-1], 1, *entry.shape[:-2])
+        return Entry(size, entry.dtype, lambda: entry.load().permute(order).reshape(size))
+    if len(entry.shape) > 2 and any(_CONV.fullmatch(part) for part in plain):
+        return _channels_first(entry)
+    if len(entry.shape) > 2:
+        return Entry(entry.shape, entry.dtype, entry.load, out=(f"{plain[-2 if len(plain) > 1 else -1]}: its axes are not known", True))
+    return entry
+
+
+# ---- GGUF and ONNX -------------------------------------------------------------------------------------------------------
+
+
+def gguf(path: Path) -> Stored:
+    """A GGUF file; what is quantised is dequantised by the package `gguf`, and named."""
+    package = extra(path, "gguf", "gguf")
+    try:
+        tensors: list[Any] = package.GGUFReader(path).tensors
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        msg = f"{path} cannot be read as GGUF ({line(error)}); expected a whole file: fetch it again"
+        raise InputError(msg) from None
+    plain = {"F64": "float64", "F32": "float32", "F16": "float16", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
+
+    def entry(tensor: Any) -> Entry:
+        kind, shape = tensor.tensor_type.name, tuple(int(n) for n in reversed(tensor.shape))
+
+        def load() -> Tensor:
+            values = tensor.data if kind in plain else package.dequantize(tensor.data, tensor.tensor_type)
+            return torch.from_numpy(np.array(values)).reshape(shape)
+
+        made = "" if kind in (*plain, "BF16") else f"dequantised from {kind} to float32 by gguf"
+        return Entry(shape, plain.get(kind, "float32"), load, made)
+
+    return Stored({tensor.name: entry(tensor) for tensor in tensors})
+
+
+def onnx(path: Path) -> Stored:
+    """The initializers of an ONNX model, their data beside it too; those that nodes only look up or use entry by entry are no maps."""
+    package = extra(path, "onnx", "onnx")
+    try:
+        graph = package.load(str(path), load_external_data=False).graph
+    except Exception as error:  # protobuf's own errors have no common type
+        msg = f"{path} cannot be read as ONNX ({line(error)}); expected a whole model: export it again"
+        raise InputError(msg) from None
+    used: dict[str, set[str]] = {}
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            used.setdefault(name, set()).add(node.op_type if i or node.op_type != "Gather" else "Gather's rows")
+
+    def entry(held: Any) -> Entry:
+        dtype = package.helper.tensor_dtype_to_np_dtype(held.data_type)
+        found = of_array(tuple(held.dims), dtype, lambda: package.numpy_helper.to_array(held, str(path.parent)))
+        ops = used.get(held.name, set())
+        if len(held.dims) > 1 and ops and ops <= {*_ENTRYWISE, "Gather's rows"}:
+            reason = f"used by {' and '.join(sorted(ops))} alone: no map of the input"
+            return Entry(found.shape, found.dtype, found.load, out=(reason, False))
+        return found
+
+    return Stored({held.name: entry(held) for held in graph.initializer})
+
+
+_ENTRYWISE = ("Add", "Sub", "Mul", "Div", "Where", "Pow", "PRelu", "Max", "Min", "Equal", "Less", "Greater", "BatchNormalization")
