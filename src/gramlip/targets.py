@@ -206,12 +206,11 @@ def from_hub(target: str, inputs: Shape | None) -> Weights:
     if inputs is not None:
         msg = f"--input was given, but {target} names weights alone, bounded for every input size; expected no --input"
         raise InputError(msg)
-    folder = snapshot(target, target.partition(":")[2], ["*.safetensors", "*.safetensors.index.json"])
-    files = [*sorted(folder.glob("*.safetensors.index.json")), *sorted(folder.glob("*.safetensors"))]
-    if not files:
-        msg = f"{target} holds no .safetensors file; expected weights in that format"
-        raise InputError(msg)
-    return Weights(target, read(files[0]))
+    repository, beside = target.partition(":")[2], ["*.index.json", "adapter_config.json"]
+    folder = snapshot(target, repository, ["*.safetensors", *beside])
+    if not any(folder.glob("*.safetensors")):
+        folder = snapshot(target, repository, ["*.bin", *beside])
+    return Weights(target, read(folder))
 
 
 def snapshot(target: str, repository: str, patterns: list[str], kind: str = "model") -> Path:

@@ -115,7 +115,7 @@ class Tracker(nn.Module):
 
         def read(plain: Tensor) -> tuple[Tensor]:
             self._track(plain, due)
-            return (self.height * self.plan.attained,)
+            return (self.last(),)
 
         with without_autocast(self.frequency):
             return plainly(read, self.kernels(weights))[0]
@@ -138,6 +138,10 @@ class Tracker(nn.Module):
         if kernels.is_meta:
             return _shapes(kernels, self.vector, self.height)
         return plainly(self.look if still else lambda plain: self.follow(plain, due), kernels)
+
+    def last(self) -> Tensor:
+        """The estimates (L,) of the last call."""
+        return self.height * self.plan.attained
 
     @torch.no_grad()
     def search(self, weights: Sequence[Tensor]) -> None:

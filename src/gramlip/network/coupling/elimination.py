@@ -1,64 +1,59 @@
 """Anchors eliminated one at a time: from a form of the segment's output down to a quadratic form of its input.
 
-For `u = D q` with `0 <= D <= 1` diagonal, any diagonal `L >= 0` gives `u* L (q - u) >= 0`; adding it twice and maximising
-over u leaves `H + B* (2 L - H_uu)^-1 B`. docs/network.md#elimination, arXiv 2404.04375 for chains.
+For `v = C q + R w` with `|w| <= |q|` entry by entry (slopes within R of C), any diagonal `L >= 0` gives `q* L q - w* L w >= 0`;
+adding it and maximising over w leaves a form of q. docs/network.md#elimination, arXiv 2404.04375 for chains.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from gramlip.network.coupling.linear_forms import Link, System, size_of, sizes_of
+from gramlip.network.coupling.linear_forms import Form, Link, Slopes, System, size_of, sizes_of
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.cholesky import cholesky
+from gramlip.numerics.cholesky import cholesky, shift
+from gramlip.numerics.precision import to_float64
 
 FLOOR = 1e-250  # forms below it are given up: underflow would be above the bounds of rounding
-LIFTS = 24  # multipliers that a factorisation refuses are raised so many times, by a tenth each
+LIFTS = (1.0, 1.0 + 1e-9, 1.0 + 1e-6, 1.001, 1.03, 1.3, 2.0, 5.0)  # multipliers that a factorisation refuses are raised by these
 
-
-@dataclass
-class Choice:
-    """Multipliers of one anchor, free of scale: `shape` (one logarithm a multiplier) and `excess` (one number).
-
-    The multipliers are `exp(shape)` times the least number that could do, times `1 + 2 exp(excess)`.
-    """
-
-    shape: Tensor
-    excess: Tensor
-
-    def weights(self, own: Tensor, channels: Tensor, steps: int) -> Tensor:
-        """The multipliers (n,) for the anchor's own block (F, n, n); nothing is proved here."""
-        shape = self.shape.exp()[channels]
-        root = shape.rsqrt()
-        least = power_estimate(root[:, None] * own * root, steps).clamp_min(FLOOR)
-        return shape * least * (0.5 + self.excess.exp())
-
-
-Choices = dict[int, Choice]
+Weigh = Callable[[int, Tensor, int], Tensor]  # anchor, its own block (F, n, n) and the exponent of the form -> multipliers (n,)
 
 
 @dataclass
 class Quadratic:
-    """A Hermitian form (F, n, n) over the anchors `live`, in that order."""
+    """A Hermitian form (F, n, n) over the anchors `live`, in that order: `4**exponent` times the matrix."""
 
     live: list[int]
     matrix: Tensor
+    exponent: int = 0
+
+    def normalised(self) -> Quadratic:
+        """The same form with entries of size 1: no overflow and no underflow, however long the run."""
+        held = self.matrix.detach()
+        held = torch.view_as_real(held.resolve_conj()) if held.is_complex() else held
+        top = float(torch.linalg.vector_norm(held, math.inf)) if held.numel() else 0.0
+        if not FLOOR < top < math.inf:
+            return self
+        doublings = math.frexp(top)[1] // 2
+        return replace(self, matrix=self.matrix * 4.0**-doublings, exponent=self.exponent + doublings)
 
 
-def raised(live: list[int], matrix: Tensor, noise: Tensor | float) -> Quadratic:
-    """A form at least as large as any within `noise` in norm of `matrix`: what is known up to noise is replaced by what is above it."""
-    matrix = 0.5 * (matrix + matrix.mH)
+def raised(form: Quadratic, noise: Tensor | float) -> Quadratic:
+    """A form at least as large as any within `noise` in norm: what is known up to noise is replaced by what is above it."""
+    matrix = 0.5 * (form.matrix + form.matrix.mH)
+    if not matrix.numel():
+        return form
     room = (noise + rd.gamma(8) * (sizes_of(matrix.detach()) + noise)) * (1 + 1e-9)
     matrix.diagonal(dim1=-2, dim2=-1).add_(room[:, None])
-    return Quadratic(live, matrix)
+    return replace(form, matrix=matrix)
 
 
-def start(system: System, terminal: Tensor | None = None) -> Quadratic:
+def start(system: System, terminal: Quadratic | None = None) -> Quadratic:
     """The form `|output|^2`, or `output* terminal output` for a positive semidefinite form (F, m, m) of the output."""
     live = sorted(system.output.blocks)
     wide = torch.cat([system.output.blocks[a].expand(system.frequencies, -1, -1) for a in live], -1)
@@ -71,8 +66,9 @@ def start(system: System, terminal: Tensor | None = None) -> Quadratic:
         rd.mul_up(unit, rd.mul_up(size, size)),
     )
     if terminal is None:
-        return raised(live, wide.mH @ wide, noise)
-    return raised(live, wide.mH @ (terminal @ wide), noise * sizes_of(terminal.detach()))
+        return raised(Quadratic(live, wide.mH @ wide), noise).normalised()
+    form = Quadratic(live, wide.mH @ (terminal.matrix @ wide), terminal.exponent)
+    return raised(form, noise * sizes_of(terminal.matrix.detach())).normalised()
 
 
 def order(system: System) -> Iterator[int]:
@@ -80,78 +76,74 @@ def order(system: System) -> Iterator[int]:
     return iter(range(len(system.queries) - 1, 0, -1))
 
 
-@dataclass
-class Split:
-    """A form split at its last anchor: `rest` over `live`, `pair` (n_k, rest) and `own` (n_k, n_k), with the query `rows` (n_k, rest)."""
-
-    live: list[int]
-    rest: Tensor
-    pair: Tensor
-    own: Tensor
-    rows: Tensor
-    error: float
+def pulled(system: System, form: Quadratic, k: int) -> tuple[Tensor, Tensor]:
+    """`R H_vv R` and `R H_v` of the last anchor's entries that are not linear."""
+    slopes = system.slopes[k]
+    rows = form.matrix.shape[-1] - len(slopes.centre) + slopes.on
+    radius = slopes.radius[slopes.on]
+    b = radius[:, None] * form.matrix[:, rows, :]
+    return b[:, :, rows] * radius, b
 
 
-def split(system: System, form: Quadratic, k: int) -> Split:
-    """The form widened by the anchors of query k, which it may not hold yet."""
+def everywhere(slopes: Slopes, weights: Tensor) -> Tensor:
+    """Multipliers of all entries of an anchor: zero where it is linear."""
+    return torch.zeros_like(slopes.centre).index_put((slopes.on,), weights)
+
+
+def query_rows(system: System, k: int, live: list[int]) -> tuple[Tensor, float]:
+    """The query of anchor k as one matrix (F, n, m) on the anchors `live`, and a bound of its error."""
+    query, n = system.queries[k], len(system.channels[k])
+    assert query is not None
+    like = system.output.blocks[next(iter(system.output.blocks))]
+    rows = [query.blocks[a] if a in query.blocks else like.new_zeros(1, n, len(system.channels[a])) for a in live]
+    wide = torch.cat([r.expand(system.frequencies, -1, -1) for r in rows], -1) if rows else like.new_zeros(system.frequencies, n, 0)
+    return wide, rd.hypot_up(query.errors.values())
+
+
+def after(system: System, form: Quadratic, k: int) -> list[int]:
+    """The anchors that are left when the last one, k, is replaced by its query."""
     query = system.queries[k]
     assert query is not None
-    f = system.frequencies
-    live = sorted({*form.live[:-1], *query.blocks})
-    sizes = [len(system.channels[a]) for a in live]
-    n = len(system.channels[k])
-    rows = [
-        query.blocks[a].expand(f, -1, -1) if a in query.blocks else form.matrix.new_zeros(f, n, s) for a, s in zip(live, sizes, strict=True)
-    ]
-    error = rd.hypot_up(query.errors.values())
-    old = form.matrix.shape[-1] - n
-    rest, pair = form.matrix[:, :old, :old], form.matrix[:, old:, :old]
-    if live != form.live[:-1]:
+    return sorted({*form.live[:-1], *query.blocks})
+
+
+def substituted(system: System, form: Quadratic, k: int, weights: Tensor) -> Quadratic:
+    """`C q` in the place of the last anchor, and `q* L q` added, for multipliers of all its entries."""
+    live, centre = after(system, form, k), system.slopes[k].centre
+    rows, _ = query_rows(system, k, live)
+    old = form.matrix.shape[-1] - len(centre)
+    middle = centre[:, None] * form.matrix[:, old:, old:] * centre + torch.diag(weights)
+    matrix = rows.mH @ (middle @ rows)
+    if old:
+        sizes = [len(system.channels[a]) for a in live]
         at = torch.cat([torch.full((s,), a in form.live[:-1]) for a, s in zip(live, sizes, strict=True)]).nonzero()[:, 0]
-        every, total = torch.arange(f)[:, None, None], sum(sizes)
-        rest = form.matrix.new_zeros(f, total, total).index_put((every, at[:, None], at), rest)
-        pair = form.matrix.new_zeros(f, n, total).index_put((every, torch.arange(n)[:, None], at), pair)
-    return Split(live, rest, pair, form.matrix[:, old:, old:], torch.cat(rows, -1) if rows else pair, error)
+        every = torch.arange(len(matrix))[:, None, None]
+        cross = torch.zeros_like(matrix).index_copy(1, at, form.matrix[:, :old, old:] @ (centre[:, None] * rows))
+        rest = torch.zeros_like(matrix).index_put((every, at[:, None], at), form.matrix[:, :old, :old])
+        matrix = matrix + cross + cross.mH + rest
+    return Quadratic(live, matrix, form.exponent)
 
 
-def power_estimate(own: Tensor, steps: int) -> Tensor:
-    """Nearly the largest eigenvalue over all frequencies, from power steps; its gradient is that of the vector found."""
-    with torch.no_grad():
-        v = own.abs().sum(-1, keepdim=True).to(own.dtype) + 1e-300
-        for _ in range(steps):
-            v = own @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(1e-300))
-        v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(1e-300)
-        best = int((v.mH @ (own @ v)).real.argmax())
-    return (v[best].mH @ (own[best] @ v[best])).real[0, 0]
-
-
-def closed_form(system: System) -> Choices:
-    """One multiplier an anchor, the largest eigenvalue of its own block: ECLipsE-Fast where the segment is a chain."""
-    found = Choices()
-    for k in order(system):
-        count = int(system.channels[k].max()) + 1
-        excess = torch.tensor(max(system.ratios[k] - 0.5, 1e-3), dtype=torch.float64).log()
-        found[k] = Choice(torch.zeros(count, dtype=torch.float64), excess)
-    return found
-
-
-def eliminated(system: System, form: Quadratic, choices: Choices) -> Quadratic | None:
+def eliminated(system: System, form: Quadratic, weigh: Weigh) -> Quadratic | None:
     """The form of the input alone, in plain floating point; None where a step was not positive definite."""
     for k in order(system):
         if k not in form.live:
             continue
-        parts = split(system, form, k)
-        weights = choices[k].weights(parts.own, system.channels[k], 12)
-        inner = torch.diag(2.0 * weights).to(parts.own.dtype) - parts.own
-        factor, info = torch.linalg.cholesky_ex(inner)
-        if bool(info.any()):
-            return None
-        root = torch.linalg.solve_triangular(factor, parts.pair + weights[:, None] * parts.rows, upper=False)
-        form = Quadratic(parts.live, parts.rest + root.mH @ root)
+        slopes = system.slopes[k]
+        weights = torch.zeros_like(slopes.centre)
+        if len(slopes.on):
+            own, b = pulled(system, form, k)
+            chosen = weigh(k, own, form.exponent)
+            factor, info = torch.linalg.cholesky_ex(torch.diag(chosen).to(own.dtype) - own)
+            if bool(info.any()):
+                return None
+            root = torch.linalg.solve_triangular(factor, b, upper=False)
+            form, weights = replace(form, matrix=form.matrix + root.mH @ root), everywhere(slopes, chosen)
+        form = substituted(system, form, k, weights).normalised()
     return form
 
 
-def certified(system: System, form: Quadratic, choices: Choices) -> Quadratic | None:
+def certified(system: System, form: Quadratic, weigh: Weigh) -> Quadratic | None:
     """A form of the input that is proved to be above: every rounding is bounded a posteriori. None where the proof fails.
 
     No eigenvalue or solution of a system is trusted. docs/network.md#certificate.
@@ -159,59 +151,159 @@ def certified(system: System, form: Quadratic, choices: Choices) -> Quadratic | 
     for k in order(system):
         if k not in form.live:
             continue
-        parts = split(system, form, k)
-        proved = _multiplied(parts, choices[k], system.channels[k])
-        if proved is None:
-            return None
-        weights, inner, least = proved
-        b = parts.pair + weights[:, None] * parts.rows
-        x = torch.linalg.solve(inner, b)
-        cross = x.mH @ b
-        residual = b - inner @ x
-        matrix = parts.rest + cross + cross.mH - x.mH @ (inner @ x)
-        sizes = [sizes_of(t) for t in (x, b, inner, parts.rows)]
-        unit = rd.gamma(16.0 * (len(weights) + matrix.shape[-1] + 8))
-        off = float(weights.max()) * parts.error + unit * (sizes[1] + float(weights.max()) * sizes[3])
-        gap = sizes_of(residual) + unit * (sizes[1] + sizes[2] * sizes[0]) + off
-        slack = unit * (2 * sizes[0] * sizes[1] + sizes[0].square() * sizes[2] + sizes_of(parts.rest))
-        form = raised(parts.live, matrix, (2 * sizes[0] * off + slack + gap.square() / least) * (1 + 1e-9))
+        slopes = system.slopes[k]
+        weights = torch.zeros_like(slopes.centre)
+        if len(slopes.on):
+            own, b = pulled(system, form, k)
+            proved = _multiplied(own, weigh(k, own, form.exponent))
+            if proved is None:
+                return None
+            form, weights = _maximised(form, own, b, proved), everywhere(slopes, proved.weights)
+        form = _replaced(system, form, k, weights).normalised()
     return form
 
 
-def _multiplied(parts: Split, choice: Choice, channels: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Multipliers, `2 L - H_uu` and a proved lower bound of its least eigenvalue; multipliers that are too small are raised."""
-    weights = choice.weights(parts.own, channels, 60)
-    for _ in range(LIFTS):
-        inner = torch.diag(2.0 * weights).to(parts.own.dtype) - parts.own
-        least = _least_eigenvalue(inner)
-        if least is not None:
-            return weights, inner, least
-        weights = weights * 1.1
+@dataclass
+class Proved:
+    """Multipliers L, the Cholesky factor of `S = L - R H R`, a proved lower bound of its least eigenvalue, and its size."""
+
+    weights: Tensor
+    inner: Tensor
+    factor: Tensor
+    least: Tensor
+    size: Tensor
+
+
+def _multiplied(own: Tensor, weights: Tensor) -> Proved | None:
+    """What is proved for these multipliers; those that are too small are raised."""
+    size = sizes_of(own)
+    for lift in LIFTS:
+        lifted = weights * lift
+        if not bool(lifted.isfinite().all()):
+            return None
+        inner = torch.diag(lifted).to(own.dtype) - own
+        factor, info = torch.linalg.cholesky_ex(inner)
+        if bool(info.any()):
+            continue
+        top = (lifted.max() + size) * (1 + 1e-9)
+        guess = 0.5 / sizes_of(torch.cholesky_inverse(factor))
+        turned = torch.diag_embed(top[:, None].expand(-1, len(weights))).to(own.dtype) - inner
+        # lambda_1(top I - S) <= top - guess proves that S >= guess; each entry of S is right up to a few units.
+        if bool((guess > 0).all()) and bool(cholesky(turned, top - guess, rd.gamma(16) * top).all()):
+            return Proved(lifted, inner, factor, guess, top)
     return None
 
 
-def _least_eigenvalue(matrix: Tensor) -> Tensor | None:
-    """A proved positive lower bound of the least eigenvalue of each matrix; None where there is none."""
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if bool(info.any()):
-        return None
-    guess = 0.5 / sizes_of(torch.cholesky_inverse(factor))
-    top = sizes_of(matrix)
-    # lambda_1(top I - M) <= top - guess proves that M >= guess.
-    turned = torch.diag_embed(top[:, None].expand(-1, matrix.shape[-1])).to(matrix.dtype) - matrix
-    return guess if bool(cholesky(turned, top - guess, rd.gamma(4) * top).all()) else None
+def _maximised(form: Quadratic, own: Tensor, b: Tensor, proved: Proved) -> Quadratic:
+    """A form above `H + B* S^-1 B`, from `X = S^-1 B` as computed: X* B + B* X - X* S X, and what the residual leaves."""
+    x = torch.cholesky_solve(b, proved.factor)
+    cross = x.mH @ b
+    image = proved.inner @ x
+    residual = b - image
+    matrix = form.matrix + cross + cross.mH - x.mH @ image
+    sizes = [sizes_of(t) for t in (x, b, form.matrix)]
+    unit = rd.gamma(16.0 * (b.shape[-1] + b.shape[-2] + 8))
+    gap = sizes_of(residual) + unit * (2 * sizes[1] + proved.size * sizes[0])
+    slack = unit * (4 * sizes[0] * sizes[1] + sizes[0].square() * proved.size + sizes[2])
+    return raised(replace(form, matrix=matrix), (slack + gap.square() / proved.least) * (1 + 1e-9))
+
+
+def _replaced(system: System, form: Quadratic, k: int, weights: Tensor) -> Quadratic:
+    """A form above `substituted`: its rounding and the query's error bounded."""
+    live, centre = after(system, form, k), float(system.slopes[k].centre.abs().max())
+    rows, error = query_rows(system, k, live)
+    size, most, whole = sizes_of(rows) if rows.numel() else torch.zeros(len(rows)), float(weights.max()), sizes_of(form.matrix)
+    unit = rd.gamma(16.0 * (rows.shape[-1] + form.matrix.shape[-1] + 8))
+    rest = 1.0 if len(form.live) > 1 else 0.0
+    reach = rest + centre * size  # the norm of the map to the form's own anchors
+    noise = unit * (reach.square() * whole + most * size.square())
+    noise = noise + 2.0 * error * (centre * whole * reach + most * size) + error * error * (centre * centre * whole + most)
+    return raised(substituted(system, form, k, weights), noise * (1 + 1e-9))
 
 
 def root_of(form: Quadratic) -> float:
     """Upper bound of the root of the largest eigenvalue over all frequencies; infinite where the proof fails."""
     if not form.live:
         return 0.0
+    if not bool(form.matrix.isfinite().all()):
+        return math.inf
     tops = torch.linalg.eigvalsh(form.matrix)[:, -1].clamp_min(0.0)
-    for slack in (1e-9, 1e-6, 1e-3):
+    for slack in (1e-12 + 4 * shift(form.matrix.shape[-1]), 1e-6, 1e-3):
         threshold = tops.max() * (1 + slack)
         if bool((threshold > FLOOR) and cholesky(form.matrix.clone(), threshold.expand(len(tops)).clone(), torch.zeros_like(tops)).all()):
-            return rd.sqrt_up(rd.mul_up(float(threshold), 1 + 1e-12))
-    return float("inf")
+            root = rd.sqrt_up(rd.mul_up(float(threshold), 1 + 1e-12))
+            return rd.up(math.ldexp(root, form.exponent)) if -900 < math.frexp(root)[1] + form.exponent < 900 else math.inf
+    return math.inf
+
+
+# ---- the same system, otherwise -------------------------------------------------------------------------------------------
+#
+# Two systems of the same norm: the adjoint, and one whose input is no wider than what reads it.
+
+
+def transposed(system: System) -> System | None:
+    """The adjoint of a system, whose norm it has: docs/network.md#directions. None where no value depends on the input."""
+    last = len(system.queries)
+    queries: list[Form | None] = [None]
+    readers = [*system.queries[1:], system.output]  # of anchors 1, 2, ..., and the output, which becomes anchor 0
+    if not any(r is not None and 0 in r.blocks for r in readers):
+        return None
+    for k in [*order(system), 0]:
+        blocks, errors = dict[int, Tensor](), dict[int, float]()
+        for i, reader in enumerate(readers, start=1):
+            if reader is not None and k in reader.blocks:
+                blocks[last - i], errors[last - i] = reader.blocks[k].mH, reader.errors[k]
+        queries.append(Form(blocks, errors, True))
+    output = queries.pop()
+    assert output is not None
+    width = next(iter(system.output.blocks.values())).shape[-2]
+    channels = [torch.arange(width), *reversed(system.channels[1:])]
+    ones = torch.ones(width, dtype=torch.float64)
+    return System(queries, channels, output, system.frequencies, [Slopes.between(ones, ones), *reversed(system.slopes[1:])])
+
+
+def narrowed(system: System) -> System:
+    """A system of no smaller norm whose input is no wider than what reads it: docs/network.md#wide-inputs."""
+    readers = [r for r in [*system.queries[1:], system.output] if r is not None and 0 in r.blocks]
+    sizes = [r.blocks[0].shape[-2] for r in readers]
+    if not readers or sum(sizes) >= len(system.channels[0]):
+        return system
+    wide = torch.cat([r.blocks[0].expand(system.frequencies, -1, -1) for r in readers], -2)
+    factor = _gram_root(wide @ wide.mH, sizes_of(wide), rd.hypot_up(r.errors[0] for r in readers), wide.shape[-1])
+    if factor is None:
+        return system
+    parts = iter(factor.split(sizes, -2))
+
+    def narrow(reader: Form | None) -> Form | None:
+        if reader is None or 0 not in reader.blocks:
+            return reader
+        return Form({**reader.blocks, 0: next(parts)}, {**reader.errors, 0: 0.0}, reader.clean)
+
+    queries, output = [narrow(q) for q in system.queries], narrow(system.output)
+    assert output is not None
+    return replace(system, queries=queries, output=output, channels=[torch.arange(sum(sizes)), *system.channels[1:]])
+
+
+def narrowed_matrix(weight: Tensor, error: float) -> Tensor | None:
+    """A square matrix R with `R R* >= W W*` for every W within `error` of a wide weight; None where that cannot be had."""
+    gram = torch.zeros(len(weight), len(weight), dtype=torch.float64)
+    for columns in weight.detach().split(1024, 1):  # the whole weight in double could be too much
+        part = to_float64(columns)
+        gram += part @ part.mT
+    size = torch.sqrt(gram.trace() * (1 + rd.gamma(4.0 * weight.numel())))
+    root = _gram_root(gram[None], size[None], error, weight.shape[1])
+    return None if root is None else root[0]
+
+
+def _gram_root(gram: Tensor, size: Tensor, error: float, columns: int) -> Tensor | None:
+    """R (F, c, c) with `R R* >= Z Z*` for every Z within `error` of a matrix of that `size`, whose Gram matrix was computed."""
+    c = float(gram.shape[-1])
+    noise = 2.0 * error * size + error * error + rd.gamma(16.0 * (columns + 4)) * size.square()
+    trace = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1)
+    room = noise + rd.gamma(32.0 * (c + 4)) * (trace + c * noise)  # what a factorisation may lose: docs/rounding.md#r3-cholesky
+    gram.diagonal(dim1=-2, dim2=-1).add_(room[:, None])
+    factor, info = torch.linalg.cholesky_ex(gram)
+    return factor if not bool(info.any()) and bool(factor.isfinite().all()) else None
 
 
 # ---- runs of pieces ------------------------------------------------------------------------------------------------------
@@ -227,108 +319,24 @@ class Piece:
     link: Link | None = None
 
 
-@dataclass
-class MultiplierSearch:
-    """What a search may choose: multipliers of each piece's anchors, and the power of each link's weights."""
-
-    choices: list[Choices]
-    powers: list[Tensor]
-
-    @staticmethod
-    def closed(run: Sequence[Piece]) -> MultiplierSearch:
-        """Multipliers in closed form."""
-        return MultiplierSearch([closed_form(piece.system) for piece in run], [torch.tensor(1.0, dtype=torch.float64) for _ in run])
-
-    def variables(self) -> list[Tensor]:
-        """All tensors."""
-        return [t for choices in self.choices for c in choices.values() for t in (c.shape, c.excess)] + self.powers
-
-    def copy(self) -> MultiplierSearch:
-        """The same values, detached."""
-
-        def own(t: Tensor) -> Tensor:
-            return t.detach().clone()
-
-        copied = [{k: Choice(own(c.shape), own(c.excess)) for k, c in choices.items()} for choices in self.choices]
-        return MultiplierSearch(copied, [own(p) for p in self.powers])
+Eliminate = Callable[[System, Quadratic, Weigh], Quadratic | None]
 
 
-def objective(run: Sequence[Piece], search: MultiplierSearch) -> Tensor | None:
-    """Smooth maximum over the frequencies of the logarithm of the input's form, in plain floating point; None where it fails."""
-    terminal, logarithm = None, 0.0
-    form = None
-    for piece, choices, power in zip(reversed(run), reversed(search.choices), reversed(search.powers), strict=True):
+def descend(run: Sequence[Piece], powers: Sequence[Tensor], weigh: Sequence[Weigh], eliminate: Eliminate) -> Quadratic | None:
+    """The form of the run's input, by `eliminated` or by `certified`; None where it fails."""
+    form: Quadratic | None = None
+    for piece, power, choose in zip(reversed(run), reversed(powers), reversed(weigh), strict=True):
+        terminal = None
         if form is not None:
+            if not form.live:
+                return form
             assert piece.link is not None
-            terminal = piece.link(form.matrix, power)[0]
-            scale = float(terminal.detach().abs().max().clamp_min(1e-250))
-            terminal, logarithm = terminal / scale, logarithm + math.log(scale)
-        form = eliminated(piece.system, start(piece.system, terminal), choices)
+            matrix, noise = piece.link(form.matrix, power)
+            terminal = raised(Quadratic([], matrix, form.exponent), noise).normalised()
+        form = eliminate(piece.system, start(piece.system, terminal), choose)
         if form is None:
             return None
-    assert form is not None
-    top = torch.linalg.eigvalsh(form.matrix)[:, -1].clamp_min(1e-300).log()
-    return torch.logsumexp(40.0 * top, 0) / 40.0 + logarithm
-
-
-def reached(run: Sequence[Piece], search: MultiplierSearch) -> float:
-    """The objective as a number, to rank choices by; infinite where it fails."""
-    with torch.no_grad():
-        value = objective(run, search)
-    return math.inf if value is None or math.isnan(float(value)) else float(value)
-
-
-def improve(run: Sequence[Piece], search: MultiplierSearch, steps: int, rate: float = 0.1) -> MultiplierSearch:
-    """Choices after gradient steps on their logarithms, the best met; never worse than those given."""
-    best, now, least = search.copy(), search.copy(), math.inf
-    for t in now.variables():
-        t.requires_grad_()
-    optimiser = torch.optim.Adam(now.variables(), lr=rate)
-    for i in range(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = rate * (1.0 - i / steps)
-        value = objective(run, now)
-        if value is None or not math.isfinite(float(value.detach())):
-            with torch.no_grad():
-                for t, good in zip(now.variables(), best.variables(), strict=True):
-                    t.copy_(good)
-                for choices in now.choices:
-                    for choice in choices.values():
-                        choice.excess.add_(0.2)  # back to the best, a little inside
-            rate *= 0.5
-            optimiser = torch.optim.Adam(now.variables(), lr=rate)
-            continue
-        size = float(value.detach())
-        if size < least:
-            least, best = size, now.copy()
-        optimiser.zero_grad()
-        value.backward()  # type: ignore[reportUnknownMemberType]
-        optimiser.step()
-    return best
-
-
-def certificate(run: Sequence[Piece], search: MultiplierSearch) -> float:
-    """A proved upper bound of the run's Lipschitz constant for these choices; infinite where the proof fails."""
-    terminal, doublings = None, 0
-    form = None
-    with torch.no_grad():
-        for piece, choices, power in zip(reversed(run), reversed(search.choices), reversed(search.powers), strict=True):
-            if form is not None:
-                assert piece.link is not None
-                matrix, noise = piece.link(form.matrix, power)
-                above = raised([], matrix, noise).matrix
-                exponent = 2 * (math.frexp(float(above.abs().max()))[1] // 2)  # forms of size 1: no underflow, however long the run
-                terminal, doublings = above * 2.0**-exponent, doublings + exponent // 2
-            form = certified(piece.system, start(piece.system, terminal), choices)
-            if form is None:
-                return math.inf
-            if not form.live:
-                return 0.0
-    assert form is not None
-    root = root_of(form)
-    if root == math.inf or not -900 < math.frexp(root)[1] + doublings < 900:
-        return math.inf
-    return rd.up(math.ldexp(root, doublings))
+    return form
 
 
 def cost(run: Sequence[Piece]) -> float:
@@ -343,6 +351,9 @@ def system_cost(system: System) -> float:
         if k in live:
             query = system.queries[k]
             assert query is not None
+            n = float(len(system.channels[k]))
+            old = float(sum(len(system.channels[a]) for a in live - {k}))
             live = (live - {k}) | set(query.blocks)
-            work += system.frequencies * float(sum(len(system.channels[a]) for a in live) + len(system.channels[k])) ** 3
+            new = float(sum(len(system.channels[a]) for a in live))
+            work += system.frequencies * (n**3 + (n + old) ** 2 * n + n * n * new + n * new * new + n * old * new)
     return work

@@ -1,7 +1,7 @@
 """Linear forms: each value of a segment as matrices acting on its anchors, in float64, with a bound of their rounding.
 
-An anchor is the segment's input or a vector `u = D q` with `D` diagonal, entries in [0, 1], and `q` the form of an earlier
-value. `Entries` gives one matrix; `Circulant` one for each frequency of the coarsest grid of a common torus, where a value of
+An anchor is the segment's input or a vector `v = D q` with `D` diagonal, entries within a radius of a centre, and `q` the form of an
+earlier value. `Entries` gives one matrix; `Circulant` one for each frequency of the coarsest grid of a common torus, where a value of
 level r has r^d phases: entry r m + j of an axis is phase j at m. Strides divide the level.
 docs/network.md#forms, docs/network.md#circulant-forms.
 """
@@ -22,11 +22,17 @@ from gramlip.network.steps import Join, Linear, Network, Slice, Slope, Step, Sum
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.operators.geometry import matrix_of
-from gramlip.operators.linear_maps import Conv, Scale, Shape
+from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
 
 
 def sizes_of(matrix: Tensor) -> Tensor:
-    """Upper bounds of the norms of the matrices with their entries' moduli: Frobenius, or Schur's root of rows times columns."""
+    """Upper bounds of the norms of the matrices with their entries' moduli: Frobenius, or Schur's root of rows times columns.
+
+    Of complex matrices, which there are many of, Frobenius alone: moduli would take longer than a factorisation.
+    """
+    if matrix.is_complex():
+        parts = torch.view_as_real(matrix.resolve_conj())
+        return torch.linalg.vector_norm(parts, dim=(-3, -2, -1)) * (1.0 + rd.gamma(2.0 * matrix.shape[-1] * matrix.shape[-2] + 16.0))
     moduli = matrix.abs()
     schur = (moduli.sum(-1).amax(-1) * moduli.sum(-2).amax(-1)).sqrt()
     terms = float(matrix.shape[-1] * matrix.shape[-2])
@@ -53,6 +59,9 @@ class Form:
         """The form after a linear map known up to `error`."""
         size, blocks, errors = size_of(matrix), dict[int, Tensor](), dict[int, float]()
         for a, block in self.blocks.items():
+            if self.errors[a] == 0.0 and _is_identity(block):  # nothing to multiply, nothing to round
+                blocks[a], errors[a] = matrix, error
+                continue
             blocks[a] = matrix @ block
             own = size_of(block)
             rounding = rd.mul_up(rd.gamma(8.0 * (block.shape[-2] + 4)), rd.mul_up(size, own))
@@ -80,19 +89,44 @@ class Form:
         return Form(blocks, errors, self.clean and other.clean)
 
 
+def _is_identity(block: Tensor) -> bool:
+    n = block.shape[-1]
+    return block.shape == (1, n, n) and int(block.count_nonzero()) == n and bool((block.diagonal(dim1=-2, dim2=-1) == 1).all())
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Of each entry of an anchor: its slope is within `radius` of `centre`; the radius is 0 where the entry is linear."""
+
+    centre: Tensor
+    radius: Tensor
+
+    @staticmethod
+    def between(low: Tensor, high: Tensor) -> Slopes:
+        """The slopes in [low, high], the radius rounded upward; exactly 0 where both are the same."""
+        centre = 0.5 * (low + high)
+        radius = torch.maximum(high - centre, centre - low)
+        above = torch.nextafter(radius, torch.full_like(radius, math.inf)).clamp_min(rd.TINY)
+        return Slopes(centre, torch.where(low == high, 0.0, above))
+
+    @cached_property
+    def on(self) -> Tensor:
+        """The entries that are not linear."""
+        return (self.radius > 0).nonzero()[:, 0]
+
+
 @dataclass
 class System:
-    """A segment: anchor 0 is its input; anchor k > 0 is `D q[k]`; `output` is the value whose size is asked for.
+    """A segment: anchor 0 is its input; anchor k > 0 is `D q[k]` with `slopes[k]`; `output` is the value whose size is asked for.
 
     `channels[k]` gives, for each entry of anchor k, the number of its multiplier (entries that share one commute with shifts).
-    `ratios[k]` is where a search for the multiplier starts, against the largest eigenvalue of the anchor's own block.
     """
 
     queries: list[Form | None]
     channels: list[Tensor]
     output: Form
     frequencies: int
-    ratios: list[float]
+    slopes: list[Slopes]
 
 
 class Maps(Protocol):
@@ -144,11 +178,12 @@ class SystemBuilder:
         self._maps = maps
         self._forms: list[Form] = [maps.identity(0)]
         self._queries: list[Form | None] = [None]
-        self._channels, self._ratios = [maps.channels(0)], [1.0]
+        self._channels = [maps.channels(0)]
+        self._slopes = [Slopes.between(*(torch.ones(len(self._channels[0]), dtype=torch.float64),) * 2)]
 
     def built(self) -> System:
         """The system whose output is the last value."""
-        return System(self._queries, self._channels, self._forms[-1], self._maps.frequencies, self._ratios)
+        return System(self._queries, self._channels, self._forms[-1], self._maps.frequencies, self._slopes)
 
     def add(self, i: int, step: Step) -> None:
         """The form of the value of step i."""
@@ -168,10 +203,10 @@ class SystemBuilder:
             form = sources[0]
         self._forms.append(form)
 
-    def _anchor(self, i: int, query: Form, ratio: float = 1.0) -> Form:
-        """A new anchor `u = D q` for value i: its form is the identity on it."""
+    def _anchor(self, i: int, query: Form, slopes: Slopes) -> Form:
+        """A new anchor `v = D q` for value i: its form is the identity on it."""
         self._queries.append(query)
-        self._ratios.append(ratio)
+        self._slopes.append(slopes)
         self._channels.append(self._maps.channels(i))
         number = len(self._queries) - 1
         return Form({number: self._maps.identity(i).blocks[0]}, {number: 0.0}, True)
@@ -180,20 +215,18 @@ class SystemBuilder:
         matrix, error, needs_clean, keeps = self._maps.linear(i, step, what)
         at = step.sources[0]
         if needs_clean and not self._forms[at].clean:
-            self._forms[at] = self._anchor(at, self._forms[at])  # the crop between two layers is a diagonal of zeros and ones
+            crop = [self._maps.factors(at, end) for end in (0.0, 1.0)]  # between two layers: a diagonal of zeros and ones
+            self._forms[at] = self._anchor(at, self._forms[at], Slopes.between(crop[0], crop[1]))
         source = self._forms[at]
         return source.mapped(matrix, error, source.clean and keeps)
 
     def _activation(self, i: int, source: Form, what: Slope) -> Form:
-        """`low q + (high - low) u` with the anchor `u = D q`."""
+        """The anchor itself, or the source times the slopes where all of them are known."""
         low, high = (self._maps.factors(i, end) for end in self._maps.slopes(what))
-        rest = high - low
-        # On a multiple of the identity the best multiplier for slopes [low, high] is high / (high - low) of it.
-        best = float((high / rest.clamp_min(1e-12)).max())
-        u = self._anchor(i, source, min(max(best, 0.51), 1.0))
-        value = u.scaled(rest) if bool((rest != 1).any()) else u
-        total = value + source.scaled(low) if bool((low != 0).any()) else value
-        return Form(total.blocks, total.errors, True)  # D may be chosen so that the value vanishes outside
+        slopes = Slopes.between(low, high)
+        if len(slopes.on) == 0:
+            return source.scaled(slopes.centre)
+        return self._anchor(i, source, slopes)  # D may be chosen so that the value vanishes outside
 
 
 def block_of(m: int, n: int, rows: Tensor, columns: Tensor) -> Tensor:
@@ -221,6 +254,8 @@ class Entries:
     def linear(self, i: int, step: Step, what: Linear) -> tuple[Tensor, float, bool, bool]:
         """Matrix, its error, whether it reads outside the value's extent, and whether zeros outside stay zeros."""
         op, shape, error = what.op, self.shapes[step.sources[0]], 0.0
+        if isinstance(op, Dense) and math.prod(shape) == shape[-1]:
+            return to_float64(op.weight.detach())[None], what.error, False, True
         if isinstance(op, Conv):  # entries in which taps meet may cancel: docs/rounding.md#r8-the-matrix-of-a-layer
             moduli = matrix_of(replace(op, weight=op.weight.detach().abs()), shape)
             error = rd.mul_up(rd.gamma(8.0 * (math.prod(op.weight.shape[2:]) + 8)), size_of(moduli[None]))

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 
 from gramlip.network.compose import compose
-from gramlip.network.coupling.elimination import MultiplierSearch, Piece, certificate, cost, improve, reached, system_cost
-from gramlip.network.coupling.linear_forms import Alias, Circulant, Entries, NotCirculantError, Pooled, circulant, system
+from gramlip.network.coupling.elimination import Piece, cost, narrowed, narrowed_matrix, system_cost, transposed
+from gramlip.network.coupling.linear_forms import Alias, Circulant, Entries, Link, NotCirculantError, Pooled, System, circulant, system
+from gramlip.network.coupling.multipliers import (
+    MultiplierSearch,
+    certificate,
+    closed_logarithms,
+    improve,
+    newton,
+    newton_cost,
+    proved,
+    reached,
+)
 from gramlip.network.effort import Effort
 from gramlip.network.steps import Input, Join, Linear, Network, Slice, Slope, Step, Sum, View
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.operators.interval import Bound, decimals
-from gramlip.operators.linear_maps import Conv
+from gramlip.operators.linear_maps import Conv, Dense
 
 # ---- plans ---------------------------------------------------------------------------------------------------------------
 #
 # Plans: which cuts of a network are bounded together, on what torus, and how they are linked.
 
-ENTRIES = 512  # values of at most so many entries are taken entry by entry
+ENTRIES = 512  # values of at most so many entries are taken entry by entry, whatever a torus could do
+WIDE = 4096  # and of so many where no torus can
 MEMORY = 2**24  # matrix entries that one form may take
-COST = 1e10  # multiplications of one piece's elimination that are still worth it
+COST = 1e10  # multiplications of one piece's elimination on a torus that are still worth it
+WIDE_COST = 5e11  # and entry by entry
 TOTAL = 3e10  # and of a run's
 SMALL = 1e8  # multiplications of a run of layers that is not cut
 COARSE = (3, 5)  # points an axis of the tori on which multipliers are searched for, one after the other
@@ -31,12 +44,21 @@ COARSE = (3, 5)  # points an axis of the tori on which multipliers are searched 
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """Steps `first` < i <= `last`, the pieces that prove a bound of them, and runs of smaller ones of the same form for the search."""
+    """Steps `first` < i <= `last`, the pieces that prove a bound of them, and runs of smaller ones of the same form for the search.
+
+    The pieces are made when they are first asked for; `cost` is in multiplications of one elimination.
+    """
 
     first: int
     last: int
-    run: list[Piece]
+    made: Callable[[], list[Piece]]
     searches: list[list[Piece]]
+    cost: float = 0.0
+
+    @cached_property
+    def run(self) -> list[Piece]:
+        """The pieces that prove the bound."""
+        return self.made()
 
 
 def part(network: Network, first: int, last: int) -> Network:
@@ -48,7 +70,8 @@ def part(network: Network, first: int, last: int) -> Network:
 
 def plan(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int) -> SegmentPlan | None:
     """The longest run from a cut that can be paid for; None where nothing after it can be coupled."""
-    entries, torus = _entries(network, constants, cuts, at), _torus(network, constants, cuts, at)
+    torus = _torus(network, constants, cuts, at)
+    entries = _entries(network, constants, cuts, at, ENTRIES if torus > at else WIDE)
     if entries > at and entries >= torus:
         return _alone(network, cuts[at], cuts[entries])
     return None if torus == at else _linked(network, constants, cuts, at, torus)
@@ -64,17 +87,54 @@ def _fit(network: Network, constants: Sequence[Bound], first: int, last: int) ->
     )
 
 
-def _entries(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int) -> int:
-    """The last cut up to which every value is small enough for a form of its entries."""
-    end = at
-    if math.prod(network.steps[cuts[at]].shape) > ENTRIES:
+def _entries(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int, most: int) -> int:
+    """The last cut up to which every value, but a vector that a matrix narrows at once, has at most so many entries."""
+    end, work = at, 0.0
+    if math.prod(network.steps[cuts[at]].shape) > most and _first_matrix(network, cuts[at]) is None:
         return end
     while end + 1 < len(cuts) and _fit(network, constants, cuts[end], cuts[end + 1]):
-        steps = network.steps[cuts[end] + 1 : cuts[end + 1] + 1]
-        if any(math.prod(s.shape) > ENTRIES or (isinstance(s.what, View) and not s.what.flat) for s in steps):
-            break
+        numbers = range(cuts[end] + 1, cuts[end + 1] + 1)
+        for i in numbers:
+            step, n = network.steps[i], math.prod(network.steps[i].shape)
+            wide = end == at and isinstance(step.what, View) and n == math.prod(network.steps[cuts[at]].shape)
+            if (n > most and not wide) or (isinstance(step.what, View) and not step.what.flat):
+                return end
+            sources = [math.prod(network.steps[s].shape) for s in step.sources]
+            work += 6.0 * n**3 * isinstance(step.what, Slope) + sum(float(n) * m * min(n, m) for m in sources if not wide)
+        if work > WIDE_COST:
+            return end
         end += 1
     return end
+
+
+def _first_matrix(network: Network, first: int) -> int | None:
+    """The number of the step that narrows the value `first`, a vector, by a matrix, after flat views alone; None where another reads it."""
+    users, i = network.users(), first
+    while len(users[i]) == 1:
+        i = users[i][0]
+        step = network.steps[i]
+        if isinstance(step.what, View) and step.what.flat:
+            continue
+        source, what = network.steps[step.sources[0]].shape, step.what
+        narrows = isinstance(what, Linear) and isinstance(what.op, Dense) and math.prod(source) == source[-1]
+        return i if narrows and math.prod(step.shape) < source[-1] else None
+    return None
+
+
+def _narrow_input(inside: Network) -> Network:
+    """The same network from an input no wider than its first matrix' result: docs/network.md#wide-inputs."""
+    at = _first_matrix(inside, 0)
+    if at is None:
+        return inside
+    what = inside.steps[at].what
+    assert isinstance(what, Linear)
+    narrow = narrowed_matrix(what.op.weight, what.error)
+    if narrow is None:
+        return inside
+    steps = [replace(inside.steps[0], shape=inside.steps[at].shape)]
+    steps.append(replace(inside.steps[at], what=Linear(Dense(narrow)), sources=(0,), shortcut=None))
+    steps += [s.moved(lambda x: x - at + 1) for s in inside.steps[at + 1 :]]
+    return Network(steps, (len(steps) - 1,))
 
 
 def _torus(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int) -> int:
@@ -93,14 +153,67 @@ def _torus(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at
 
 def _alone(network: Network, first: int, last: int) -> SegmentPlan | None:
     piece = _entries_piece(network, first, last)
-    run = [] if piece is None else [piece]
-    return SegmentPlan(first, last, run, []) if any(len(piece.system.queries) > 1 for piece in run) else None
+    return SegmentPlan(first, last, lambda: [piece], []) if piece is not None and len(piece.system.queries) > 1 else None
 
 
-def _entries_piece(network: Network, first: int, last: int) -> Piece | None:
+def _entries_piece(network: Network, first: int, last: int, *, linked: bool = False) -> Piece | None:
+    """The forms of the steps entry by entry; on the input itself where another piece is `linked` to it."""
     inside = part(network, first, last)
+    inside = inside if linked else _narrow_input(inside)
     piece = Piece(system(inside, Entries([s.shape for s in inside.steps])))
-    return piece if system_cost(piece.system) <= COST else None
+    return piece if system_cost(piece.system) <= WIDE_COST else None
+
+
+@dataclass
+class _Runs:
+    """A run as it grows: on each torus of `sizes`, of which the last is the true one, whose pieces are made when they are asked for."""
+
+    sizes: list[tuple[int, ...]]
+    searches: list[list[Piece]]
+    true: list[tuple[Network, Circulant]] = field(default_factory=list[tuple[Network, Circulant]])
+    links: list[Link | None] = field(default_factory=list["Link | None"])
+    tail: list[Piece] = field(default_factory=list[Piece])
+    tori: list[Circulant] = field(default_factory=list[Circulant])
+    cost: float = 0.0
+
+    def add(self, inside: Network, levels: Sequence[tuple[int, ...]]) -> bool:
+        """A piece more, if it can be paid for."""
+        base = tuple(math.gcd(*(level[j] for level in levels)) for j in range(len(self.sizes[0])))
+        levels = [tuple(r // b for r, b in zip(level, base, strict=True)) for level in levels]
+        shapes = [s.shape for s in inside.steps]
+        tori = [Circulant(shapes, levels, tuple(n * b for n, b in zip(points, base, strict=True))) for points in self.sizes]
+        if not _small(tori[-1]):
+            return False
+        pieces = [Piece(system(inside, torus)) for torus in tori[:-1]]
+        work = system_cost(pieces[0].system) * tori[-1].frequencies / tori[0].frequencies
+        self.cost += work
+        if work > COST or self.cost > TOTAL:
+            return False
+        if self.tori:
+            joints = [Alias(torus, torus.levels[0], end, end.levels[-1]) for torus, end in zip(tori, self.tori, strict=True)]
+            self.link(joints)
+        self.searches = [[*run, piece] for run, piece in zip(self.searches, pieces, strict=True)]
+        self.true.append((inside, tori[-1]))
+        self.links.append(None)
+        self.tori = tori
+        return True
+
+    def link(self, joints: Sequence[Link]) -> None:
+        """How what comes next reaches the last piece, on each torus."""
+        self.links[-1] = joints[-1]
+        for run, joint in zip(self.searches, joints[:-1], strict=True):
+            run[-1].link = joint
+
+    def close(self, pool: tuple[float, float], tail: Piece) -> None:
+        """A mean over all places, and what follows it."""
+        # the torus of the search is smaller than the layer: the same factor as on the true one
+        self.link([Pooled(torus, math.prod(self.tori[-1].points), *pool) for torus in self.tori])
+        self.tail = [tail]
+        self.searches = [[*run, tail] for run in self.searches]
+
+    def made(self) -> list[Piece]:
+        """The pieces on the true torus."""
+        return [*(Piece(system(inside, torus), link) for (inside, torus), link in zip(self.true, self.links, strict=True)), *self.tail]
 
 
 def _linked(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int, end: int) -> SegmentPlan | None:
@@ -108,64 +221,38 @@ def _linked(network: Network, constants: Sequence[Bound], cuts: Sequence[int], a
     first, last = cuts[at], cuts[end]
     whole = circulant(part(network, first, last))
     marks = [first, *(c for c in cuts[at + 1 : end] if isinstance(network.steps[c].what, Slope)), last]
-    if _small(whole) and system_cost(system(part(network, first, last), whole)) <= SMALL:
+    sizes = [tuple(min(n, most) for n in whole.points) for most in COARSE]
+    rough = Circulant(whole.shapes, whole.levels, sizes[0])
+    if _small(whole) and system_cost(system(part(network, first, last), rough)) * whole.frequencies / rough.frequencies <= SMALL:
         marks = [first, last]  # no link, nothing lost at strides
-    sizes = [whole.points, *(tuple(min(n, most) for n in whole.points) for most in COARSE)]
-    runs: list[list[Piece]] = [[] for _ in sizes]
-    ends: list[list[Circulant]] = []
-    total, reached = 0.0, first
+    runs, reached = _Runs([*sizes, whole.points], [[] for _ in sizes]), first
     for one, other in pairwise(marks):
-        inside = part(network, one, other)
-        levels = whole.levels[one - first : other - first + 1]
-        base = tuple(math.gcd(*(level[j] for level in levels)) for j in range(len(whole.points)))
-        levels = [tuple(r // b for r, b in zip(level, base, strict=True)) for level in levels]
-        shapes = [s.shape for s in inside.steps]
-        tori = [Circulant(shapes, levels, tuple(n * b for n, b in zip(points, base, strict=True))) for points in sizes]
-        if not _small(tori[0]):
+        if not runs.add(part(network, one, other), whole.levels[one - first : other - first + 1]):
             break
-        forms = system(inside, tori[0])
-        total += system_cost(forms)
-        if system_cost(forms) > COST or total > TOTAL:
-            break
-        for j, (run, torus) in enumerate(zip(runs, tori, strict=True)):
-            if run:
-                run[-1].link = Alias(torus, torus.levels[0], ends[-1][j], ends[-1][j].levels[-1])
-            run.append(Piece(forms if j == 0 else system(inside, torus)))
-        ends.append(tori)
         reached = other
-    if not ends:
+    if not any(len(piece.system.queries) > 1 for piece in runs.searches[0]):
         return None
     if reached == last:
-        reached = _tail(network, constants, cuts, end, runs, ends[-1])
-    return SegmentPlan(first, reached, runs[0], runs[1:]) if any(len(piece.system.queries) > 1 for piece in runs[0]) else None
+        reached = _tail(network, constants, cuts, end, runs)
+    return SegmentPlan(first, reached, runs.made, runs.searches, runs.cost)
 
 
 def _small(torus: Circulant) -> bool:
     return torus.frequencies * max(torus.rows(i) for i in range(len(torus.shapes))) ** 2 <= MEMORY
 
 
-def _tail(
-    network: Network,
-    constants: Sequence[Bound],
-    cuts: Sequence[int],
-    end: int,
-    runs: list[list[Piece]],
-    tori: list[Circulant],
-) -> int:
+def _tail(network: Network, constants: Sequence[Bound], cuts: Sequence[int], end: int, runs: _Runs) -> int:
     """A mean over all places and what follows it, taken into the run; the number of its last step."""
-    if end + 1 >= len(cuts) or any(r != 1 for r in tori[0].levels[-1]) or not runs[0][-1].system.output.clean:
+    if end + 1 >= len(cuts) or any(r != 1 for r in runs.tori[0].levels[-1]) or not runs.searches[0][-1].system.output.clean:
         return cuts[end]
     pool = _pool(network, cuts[end], cuts[end + 1])
-    after = _entries(network, constants, cuts, end + 1)
+    after = _entries(network, constants, cuts, end + 1, WIDE)
     if pool is None or after == end + 1:
         return cuts[end]
-    piece = _entries_piece(network, cuts[end + 1], cuts[after])
+    piece = _entries_piece(network, cuts[end + 1], cuts[after], linked=True)
     if piece is None:
         return cuts[end]
-    for pieces, torus in zip(runs, tori, strict=True):
-        # the torus of the search is smaller than the layer: the same factor as on the true one
-        pieces[-1].link = Pooled(torus, math.prod(tori[0].points), *pool)
-        pieces.append(piece)
+    runs.close(pool, piece)
     return cuts[after]
 
 
@@ -191,8 +278,15 @@ def _pool(network: Network, first: int, last: int) -> tuple[float, float] | None
 
 STEPS = 150  # gradient steps of the search for multipliers at effort 1, if
 LEAST = 4  # fewer steps are not worth their start
-BUDGET = 6e10  # so many multiplications allow them,
-SHARES = (0.5, 0.3, 0.2)  # shared among the tori from the coarsest to the true one
+BUDGET = 1e10  # so many multiplications allow them,
+SHARES = (0.7, 0.3)  # shared among the coarse tori
+ROUNDS = (1.0, 2.0, 6.0, 18.0)  # times that in each round of the search
+GAIN = 1.02  # a run on tori is proved where the coarse ones promise so much over composition,
+PROOF = 6e9  # and an elimination takes at most so many multiplications, at effort 1
+CHEAP = 2e8  # an elimination that is searched on the true torus too
+NEWTON = 3e11  # multiplications of the Newton steps at effort 1,
+MOST = 60  # and how many of these steps
+FEWEST = 6  # a piece of which fewer could be paid for takes gradient steps
 
 
 @dataclass(frozen=True)
@@ -250,18 +344,55 @@ def cuts_of(network: Network) -> list[int] | None:
     return cuts
 
 
-def _coupled(found: SegmentPlan, effort: Effort) -> float:
-    """The proved bound of the best choice met: closed forms, then searches that go on from it, on coarse tori, then on the true one."""
-    met = [MultiplierSearch.closed(found.run)]
-    for pieces, share in zip([*found.searches, found.run], SHARES if found.searches else (1.0,), strict=True):
-        steps = int(effort.amount * min(STEPS, share * BUDGET / max(cost(pieces), 1e6)))
-        if steps >= LEAST:
-            met.append(improve(pieces, met[-1], steps))
-    for choice in sorted(met, key=lambda m: reached(found.run, m)) if len(met) > 1 else met:
-        upper = certificate(found.run, choice)
-        if upper < math.inf:
-            return upper
-    return math.inf
+def _coupled(found: SegmentPlan, composed: float, effort: Effort, names: str) -> float:
+    """The least proved bound: of closed forms, and of what the searches that the effort allows come to; more effort only adds some."""
+    upper = _searched(found, composed, effort, names) if found.searches else math.inf
+    if found.cost > CHEAP or effort.over or len(found.run) > 1:
+        return upper
+    return min(upper, _alone_coupled(found.run[0].system, effort))
+
+
+def _alone_coupled(system: System, effort: Effort) -> float:
+    """Of one piece, from both sides: multipliers in closed form, then Newton steps on the side with the narrower input."""
+    sides = [narrowed(side) for side in (system, transposed(system)) if side is not None]
+    closed = [closed_logarithms(side) for side in sides]
+    upper = min(math.inf if found is None else proved(side, found) for side, found in zip(sides, closed, strict=True))
+    at = min(range(len(sides)), key=lambda i: newton_cost(sides[i]))
+    begun = closed[at]
+    steps = int(effort.amount * NEWTON / newton_cost(sides[at]))
+    if begun is not None and steps >= 1:
+        for better in newton(sides[at], begun, min(steps, int(effort.amount * MOST))):
+            upper = min(upper, proved(sides[at], better))
+            if effort.over:
+                break
+    return upper
+
+
+def _searched(found: SegmentPlan, composed: float, effort: Effort, names: str) -> float:
+    """By gradient steps on coarse tori, in rounds that each begin with the best choice so far; proved on the true one if that pays."""
+    coarse, met = found.searches[-1], [MultiplierSearch.closed(found.searches[0])]
+    tori = [*zip(found.searches, SHARES, strict=True)] + ([(found.run, 1.0)] if found.cost <= CHEAP else [])
+    for i, size in enumerate(ROUNDS):
+        if sum(ROUNDS[: i + 1]) > effort.amount or effort.over:
+            break
+        now = met[-1]
+        for pieces, share in tori:
+            steps = int(size * min(STEPS, share * BUDGET / max(cost(pieces), 1e6)))
+            now = improve(pieces, now, steps) if steps >= LEAST else now
+        met.append(now)
+    promised = [math.exp(0.5 * min(reached(coarse, choice), 1400.0)) for choice in met]
+    if not min(promised) * GAIN < composed:
+        effort.say(f"{names} not coupled: no gain was seen on a coarse grid of frequencies")
+        return math.inf
+    if found.cost > PROOF * max(1.0, effort.amount) or effort.over:
+        effort.say(f"{names} not coupled: the proof would take too long; more effort allows it")
+        return math.inf
+    upper = math.inf
+    for choice, least in sorted(zip(met, promised, strict=True), key=lambda pair: pair[1]):
+        if upper <= least or (upper < math.inf and effort.over):
+            break  # the coarse tori have some of the true one's frequencies, and promise less
+        upper = min(upper, certificate(found.run, choice))
+    return upper
 
 
 def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, found: SegmentPlan | None, effort: Effort) -> Segment:
@@ -269,9 +400,9 @@ def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int
     composed = compose(part(network, first, last), own).upper
     if found is None:
         return Segment(first, last, composed, composed, "")
-    upper = _coupled(found, effort)
+    names = f"{network.steps[first + 1].name} to {network.steps[last].name}"
+    upper = _coupled(found, composed, effort, names)
     if not upper < composed:
         return Segment(first, last, composed, composed, "")
-    names = [network.steps[first + 1].name, network.steps[last].name]
-    text = f"{names[0]} to {names[1]} coupled: {decimals(upper, upward=True)} against {decimals(composed, upward=True)} by composition"
+    text = f"{names} coupled: {decimals(upper, upward=True)} against {decimals(composed, upward=True)} by composition"
     return Segment(first, last, composed, upper, text)
