@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
 from gramlip.network import compose, in_place, lower_bound, running_errors
+from gramlip.network.coupling import elimination, linear_forms, segments
 from gramlip.network.rules import fourier, statistics
 from gramlip.network.rules import shapes as joins
 from gramlip.network.steps import Pad, Slope
@@ -40,6 +41,7 @@ from gramlip.reports.readers import Entry, Stored
 from gramlip.rules import Call
 from test_formats import test_products_of_two_vectors_exactly
 from test_fourier import test_a_spectrum_of_an_even_signal_read_as_another_length
+from test_network_multipliers import check_slopes_at_their_ends, network_of, steepest, upper_of
 from test_network_steps import (
     Applied,
     test_a_choice_between_branches_has_no_lower_side,
@@ -708,7 +710,53 @@ def caps_are_certified() -> None:
         assert gl.bound(layer).upper <= 0.1
 
 
+def slopes_from_zero(patch: pytest.MonkeyPatch) -> None:
+    """Slopes in [low, high] with low < 0 taken for those in [0, high]."""
+    right = linear_forms.Slopes.between
+    patch.setattr(linear_forms.Slopes, "between", staticmethod(lambda low, high: right(low.clamp_min(0.0), high.clamp_min(0.0))))
+
+
+def slopes_in_their_old_order(patch: pytest.MonkeyPatch) -> None:
+    """The adjoint has its anchors in the opposite order, and here not their slopes: entries of other layers lend theirs."""
+    right = segments.transposed
+
+    def wrong(one: linear_forms.System) -> linear_forms.System | None:
+        other = right(one)
+        if other is None or [len(s.centre) for s in other.slopes[1:]] != [len(s.centre) for s in one.slopes[1:]]:
+            return other
+        return replace(other, slopes=[other.slopes[0], *one.slopes[1:]])
+
+    patch.setattr(segments, "transposed", wrong)
+
+
+def slopes_of_each_layer_count() -> None:
+    """What the first entry of the input takes is passed on by the first layer's first entry and by the second layer's second."""
+    first, last = (torch.tensor(entries, dtype=torch.float64).diag() for entries in ((1.0, 0.1), (0.1, 1.0)))
+    weights = [first, torch.eye(2, dtype=torch.float64).flip(0), last]
+    zero, high = torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 0.01], dtype=torch.float64)
+    ends = [(zero, high), (zero, high.flip(0))]
+    assert steepest(weights, ends) * (1 - 1e-12) <= upper_of(network_of(weights, ends), 0.0)
+
+
+def errors_of_wide_matrices_dropped(patch: pytest.MonkeyPatch) -> None:
+    """R R* >= W W* for the weight as computed, whatever its error."""
+    right = elimination.narrowed_matrix
+    patch.setattr(elimination, "narrowed_matrix", lambda weight, _: right(weight, 0.0))
+
+
+def narrow_matrices() -> None:
+    for error in (0.1, 3.0):
+        weight = torch.randn(4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        narrow = elimination.narrowed_matrix(weight, error)
+        assert narrow is not None
+        size = torch.linalg.matrix_norm(weight, 2)
+        assert torch.linalg.matrix_norm(weight * (1 + error / size), 2) <= torch.linalg.matrix_norm(narrow, 2)
+
+
 MUTANTS: dict[str, Mutant] = {
+    "N6: slopes from zero": Mutant(slopes_from_zero, check_slopes_at_their_ends),
+    "N14: slopes in their old order": Mutant(slopes_in_their_old_order, slopes_of_each_layer_count),
+    "N15: errors of wide matrices dropped": Mutant(errors_of_wide_matrices_dropped, narrow_matrices),
     "squares one after the other": Mutant(squares_one_after_the_other, test_norms_of_many_equal_entries),
     "products one after the other": Mutant(products_one_after_the_other, test_products_of_many_rows),
     "error behind a padding": Mutant(error_behind_a_padding, test_replicate_padding_by_50_repeats_the_error_51_times),

@@ -133,7 +133,8 @@ def _narrow_input(inside: Network) -> Network:
         return inside
     steps = [replace(inside.steps[0], shape=inside.steps[at].shape)]
     steps.append(replace(inside.steps[at], what=Linear(Dense(narrow)), sources=(0,), shortcut=None))
-    steps += [s.moved(lambda x: x - at + 1) for s in inside.steps[at + 1 :]]
+    fewer = at - 1
+    steps += [s.moved(lambda x: x - fewer) for s in inside.steps[at + 1 :]]
     return Network(steps, (len(steps) - 1,))
 
 
@@ -153,7 +154,8 @@ def _torus(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at
 
 def _alone(network: Network, first: int, last: int) -> SegmentPlan | None:
     piece = _entries_piece(network, first, last)
-    return SegmentPlan(first, last, lambda: [piece], []) if piece is not None and len(piece.system.queries) > 1 else None
+    several = sum(isinstance(step.what, Linear) for step in network.steps[first + 1 : last + 1]) > 1
+    return SegmentPlan(first, last, lambda: [piece], []) if piece is not None and (several or len(piece.system.queries) > 1) else None
 
 
 def _entries_piece(network: Network, first: int, last: int, *, linked: bool = False) -> Piece | None:
