@@ -23,6 +23,7 @@ from monai.networks import nets
 from torch import Tensor, nn
 
 import gramlip as gl
+from gramlip.operators.interval import decimals
 from gramlip.reports.report import Report
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -182,6 +183,16 @@ def row(name: str) -> dict[str, object]:
     }
 
 
+def table(rows: list[dict[str, object]]) -> str:
+    """The rows as docs/network.md has them."""
+    lines = ["| package | network | finite | at least | at most |", "|---|---|---|---|---|"]
+    for r in rows:
+        finite = f"no: {r['reason']}" if r["upper"] is None else r["where"]
+        ends = [decimals(r["lower"], upward=False, digits=3), "" if r["upper"] is None else decimals(r["upper"], upward=True, digits=3)]
+        lines.append(f"| {r['package']} | {r['name']} | {finite} | {ends[0]} | {ends[1]} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     path = Path(sys.argv[1] if len(sys.argv) > 1 else "experiments/results/architectures.json")
     rows = []
@@ -189,3 +200,6 @@ if __name__ == "__main__":
         rows.append(row(name))
         print(rows[-1], flush=True)
     path.write_text(json.dumps(rows, indent=1) + "\n")
+    page = Path("docs/network.md")
+    before, rest = page.read_text().split("<!-- architectures -->\n")
+    page.write_text(f"{before}<!-- architectures -->\n{table(rows)}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}")

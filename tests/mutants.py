@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip.network import compose, in_place, lower_bound, running_errors
+from gramlip.network import compose, fold, in_place, linear_stretches, lower_bound, running_errors
 from gramlip.network.coupling import elimination, linear_forms, segments
 from gramlip.network.rules import fourier, statistics
 from gramlip.network.rules import shapes as joins
@@ -41,6 +41,7 @@ from gramlip.reports.readers import Entry, Stored
 from gramlip.rules import Call
 from test_formats import test_products_of_two_vectors_exactly
 from test_fourier import test_a_spectrum_of_an_even_signal_read_as_another_length
+from test_linear_stretches import exact as affine_norm
 from test_network_multipliers import check_slopes_at_their_ends, network_of, steepest, upper_of
 from test_network_steps import (
     Applied,
@@ -470,10 +471,10 @@ def error_behind_a_padding(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Pad, "repeats", lambda self, shape: 1)
 
 
-def one_padding_for_both_sides(patch: pytest.MonkeyPatch) -> None:
-    """A transposed convolution cropped by the first padding on both sides."""
+def paddings_on_the_other_sides(patch: pytest.MonkeyPatch) -> None:
+    """A transposed convolution cropped on each side by the other's padding."""
     right = geometry._transposed
-    patch.setattr(geometry, "_transposed", lambda op, w, x: right(replace(op, padding=[(lo, lo) for lo, _ in op.padding]), w, x))
+    patch.setattr(geometry, "_transposed", lambda op, w, x: right(replace(op, padding=[(hi, lo) for lo, hi in op.padding]), w, x))
 
 
 def branches_as_blocks(patch: pytest.MonkeyPatch) -> None:
@@ -710,6 +711,29 @@ def caps_are_certified() -> None:
         assert gl.bound(layer).upper <= 0.1
 
 
+def half_of_a_result_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """Every other entry of a linear stretch taken for one that reads nothing."""
+    right = linear_stretches.Matrices._parts
+
+    def parts(self: linear_stretches.Matrices) -> tuple[Tensor, Tensor]:
+        source, target = right(self)
+        return source, torch.where(torch.arange(len(target)) % 2 == 0, target, -1)
+
+    patch.setattr(linear_stretches.Matrices, "_parts", parts)
+
+
+def affine_models_hold() -> None:
+    """Channels that a convolution mixes."""
+    torch.manual_seed(0)
+    mixing = nn.Sequential(nn.Conv1d(2, 2, 3, padding=1), nn.AvgPool1d(2))
+    assert gl.audit(mixing.eval(), (2, 8), effort=-1).upper >= affine_norm(mixing, (2, 8)) * (1 - 1e-12)
+
+
+def slopes_of_the_first_term(patch: pytest.MonkeyPatch) -> None:
+    """A sum of entrywise functions with the slopes of one of them."""
+    patch.setattr(fold, "_added_up", lambda terms, sign: terms[0])
+
+
 def slopes_from_zero(patch: pytest.MonkeyPatch) -> None:
     """Slopes in [low, high] with low < 0 taken for those in [0, high]."""
     right = linear_forms.Slopes.between
@@ -754,14 +778,16 @@ def narrow_matrices() -> None:
 
 
 MUTANTS: dict[str, Mutant] = {
+    "N18: half of a result": Mutant(half_of_a_result_forgotten, affine_models_hold),
+    "slopes of the first term of a sum": Mutant(slopes_of_the_first_term, _stretches(lambda x: x + torch.tanh(x), 1.99)),
     "N6: slopes from zero": Mutant(slopes_from_zero, check_slopes_at_their_ends),
-    "N14: slopes in their old order": Mutant(slopes_in_their_old_order, slopes_of_each_layer_count),
-    "N15: errors of wide matrices dropped": Mutant(errors_of_wide_matrices_dropped, narrow_matrices),
+    "N24: slopes in their old order": Mutant(slopes_in_their_old_order, slopes_of_each_layer_count),
+    "N25: errors of wide matrices dropped": Mutant(errors_of_wide_matrices_dropped, narrow_matrices),
     "squares one after the other": Mutant(squares_one_after_the_other, test_norms_of_many_equal_entries),
     "products one after the other": Mutant(products_one_after_the_other, test_products_of_many_rows),
     "error behind a padding": Mutant(error_behind_a_padding, test_replicate_padding_by_50_repeats_the_error_51_times),
-    "one padding for both sides of a transposed layer": Mutant(
-        one_padding_for_both_sides, test_a_coupled_transposed_convolution_keeps_the_side_that_is_not_padded
+    "paddings of a transposed layer on the other sides": Mutant(
+        paddings_on_the_other_sides, test_a_coupled_transposed_convolution_keeps_the_side_that_is_not_padded
     ),
     "branches as blocks": Mutant(branches_as_blocks, test_a_choice_between_branches_has_no_lower_side),
     "slopes of a range as attained": Mutant(slopes_of_a_range_as_attained, a_range_claims_nothing_below),

@@ -311,7 +311,7 @@ def test_more_effort_is_never_worse(build: str, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(segments, "ENTRIES", 4)
         monkeypatch.setattr(segments, "SMALL", 0)
         model = nn.Sequential(
-            nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, 2, 1), nn.ReLU(), nn.Conv2d(3, 2, 3, padding=1)
+            nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1)
         ).eval()
         shape = (1, 6, 6)
     network = steps_of(model, shape)

@@ -352,7 +352,13 @@ def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     return torch.logaddexp(torch.zeros_like(x), float(beta) * x) / float(beta)
 
 
+def _copy(x: Tensor, new: Tensor, *_: Any) -> Tensor:
+    """What is copied, as wide as where it goes: torch has no derivative of the call."""
+    return (new.real if new.is_complex() and not x.is_complex() else new).to(x.dtype).expand(x.shape)
+
+
 _IN_PLACE_OF: dict[str, Callable[..., Tensor | None]] = {
+    "aten.copy.default": _copy,
     "aten.scaled_dot_product_attention.default": _attention,
     "aten.batch_norm.default": _batch_norm,
     "aten.softplus.default": _softplus,

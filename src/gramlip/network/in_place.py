@@ -172,7 +172,8 @@ class _Functional:
         if later and (_name(node) in _RENAMED or any(self._exact[n] != self._maybe[n] for n in (*chain, *later))):
             return f"it overwrites what {later[0].name}, read later, shares; expected the call out of place"
         renamed = any(_is_mutable(n) and _name(n) in _RENAMED[:-1] for n in chain)
-        if renamed or any(len(self._exact[n]) != 1 or reads_memory(n) or _changes_type(n) for n in chain):
+        several = any(len(n.all_input_nodes) > 1 for n in chain[:-1] if not _is_mutable(n))  # a view of one value has no other argument
+        if renamed or several or any(len(self._exact[n]) != 1 or reads_memory(n) or _changes_type(n) for n in chain):
             return "it overwrites a part of memory that is no part of one value; expected the call out of place"
         return None
 
@@ -219,12 +220,12 @@ class _Functional:
         def read(n: fx.Node) -> Any:
             return numbers[n] if n in numbers else torch.zeros(shape_of(n))
 
-        at = numbers[root] = torch.arange(math.prod(shape)).reshape(shape)
+        at = numbers[root] = torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
         for n in reversed(views):
             if not _is_mutable(n):
                 at = n.target(*map_arg(n.args, read), **map_arg(n.kwargs, read))  # type: ignore[operator]
             numbers[n] = at
-        return at
+        return at.long()
 
     def _changes_nothing(self, node: fx.Node, views: list[fx.Node], root: fx.Node) -> bool:
         """Whether a part is copied onto itself, as `y[0] *= 2` does at its end."""

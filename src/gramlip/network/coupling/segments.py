@@ -155,7 +155,9 @@ def _torus(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at
 def _alone(network: Network, first: int, last: int) -> SegmentPlan | None:
     piece = _entries_piece(network, first, last)
     several = sum(isinstance(step.what, Linear) for step in network.steps[first + 1 : last + 1]) > 1
-    return SegmentPlan(first, last, lambda: [piece], []) if piece is not None and (several or len(piece.system.queries) > 1) else None
+    if piece is None or not (several or len(piece.system.queries) > 1):
+        return None
+    return SegmentPlan(first, last, lambda: [piece], [])
 
 
 def _entries_piece(network: Network, first: int, last: int, *, linked: bool = False) -> Piece | None:
@@ -281,7 +283,8 @@ def _pool(network: Network, first: int, last: int) -> tuple[float, float] | None
 STEPS = 150  # gradient steps of the search for multipliers at effort 1, if
 LEAST = 4  # fewer steps are not worth their start
 BUDGET = 1e10  # so many multiplications allow them,
-SHARES = (0.7, 0.3)  # shared among the coarse tori
+SHARES = (0.7, 0.3)  # shared among the coarse tori;
+ALONE = 6.0  # times as many for a run that is searched entry by entry
 ROUNDS = (1.0, 2.0, 6.0, 18.0)  # times that in each round of the search
 GAIN = 1.02  # a run on tori is proved where the coarse ones promise so much over composition,
 PROOF = 6e9  # and an elimination takes at most so many multiplications, at effort 1
@@ -348,10 +351,12 @@ def cuts_of(network: Network) -> list[int] | None:
 
 def _coupled(found: SegmentPlan, composed: float, effort: Effort, names: str) -> float:
     """The least proved bound: of closed forms, and of what the searches that the effort allows come to; more effort only adds some."""
-    upper = _searched(found, composed, effort, names) if found.searches else math.inf
-    if found.cost > CHEAP or effort.over or len(found.run) > 1:
+    if found.cost > CHEAP or len(found.run) > 1:
+        return _searched(found, composed, effort, names)
+    upper = _alone_coupled(found.run[0].system, effort)
+    if upper < math.inf and newton_cost(found.run[0].system) * FEWEST <= NEWTON:
         return upper
-    return min(upper, _alone_coupled(found.run[0].system, effort))
+    return min(upper, _searched(found, composed, effort, names))
 
 
 def _alone_coupled(system: System, effort: Effort) -> float:
@@ -360,10 +365,9 @@ def _alone_coupled(system: System, effort: Effort) -> float:
     closed = [closed_logarithms(side) for side in sides]
     upper = min(math.inf if found is None else proved(side, found) for side, found in zip(sides, closed, strict=True))
     at = min(range(len(sides)), key=lambda i: newton_cost(sides[i]))
-    begun = closed[at]
-    steps = int(effort.amount * NEWTON / newton_cost(sides[at]))
-    if begun is not None and steps >= 1:
-        for better in newton(sides[at], begun, min(steps, int(effort.amount * MOST))):
+    start, steps = closed[at], int(effort.amount * min(MOST, NEWTON / newton_cost(sides[at])))
+    if start is not None:
+        for better in newton(sides[at], start, steps):
             upper = min(upper, proved(sides[at], better))
             if effort.over:
                 break
@@ -372,8 +376,10 @@ def _alone_coupled(system: System, effort: Effort) -> float:
 
 def _searched(found: SegmentPlan, composed: float, effort: Effort, names: str) -> float:
     """By gradient steps on coarse tori, in rounds that each begin with the best choice so far; proved on the true one if that pays."""
-    coarse, met = found.searches[-1], [MultiplierSearch.closed(found.searches[0])]
-    tori = [*zip(found.searches, SHARES, strict=True)] + ([(found.run, 1.0)] if found.cost <= CHEAP else [])
+    tori = [*zip(found.searches, SHARES, strict=True)] if found.searches else [(found.run, ALONE)]
+    coarse, met = tori[-1][0], [MultiplierSearch.closed(tori[0][0])]
+    if found.searches and found.cost <= CHEAP:
+        tori.append((found.run, 1.0))
     for i, size in enumerate(ROUNDS):
         if sum(ROUNDS[: i + 1]) > effort.amount or effort.over:
             break

@@ -15,7 +15,7 @@ from gramlip.network.in_place import tensors
 from gramlip.network.rules.activations import gated, quotient
 from gramlip.network.rules.registry import Call, Var, register
 from gramlip.network.running_errors import inverse_error
-from gramlip.network.steps import Attention, Linear, Lipschitz, Product, Step, Sum, Unbounded, View, rough_norm
+from gramlip.network.steps import Attention, Linear, LinearAction, Lipschitz, Product, Step, Sum, Unbounded, View, rough_norm
 from gramlip.norm.methods import bound
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import exponent_of, to_float64
@@ -45,7 +45,13 @@ def _spread(call: Call, x: Var, shape: tuple[int, ...]) -> Var:
     if x.shape == shape:
         return x
     repeats = math.prod(shape) // math.prod(x.shape)
-    return call.then(Lipschitz(rd.sqrt_up(float(repeats)), f"each matrix repeated {repeats} times", same_range=True), x, shape=shape)
+    return call.then(_copies(shape, repeats, f"each matrix repeated {repeats} times"), x, shape=shape)
+
+
+def _copies(shape: tuple[int, ...], repeats: int, because: str) -> Lipschitz:
+    """Broadcasting to a shape."""
+    root = rd.sqrt_up(float(repeats))
+    return Lipschitz(root, because, same_range=True, linear=LinearAction(lambda value: value.expand(shape), root))
 
 
 def _unviewed(call: Call, step: Step) -> Step:
@@ -218,7 +224,9 @@ def _einsum(call: Call) -> Var:
     if len(operands) == 1:
         count = _size(operands[0], terms[0], "".join(c for c in terms[0] if c not in result))
         assert isinstance(operands[0], Var)
-        return call.then(Lipschitz(rd.sqrt_up(float(count)), f"sums over {count} entries: the root of their number"), operands[0])
+        root = rd.sqrt_up(float(count))
+        linear = call.linear(root) if operands[0] == call.vars[0] else None
+        return call.then(Lipschitz(root, f"sums over {count} entries: the root of their number", linear=linear), operands[0])
     error = 0.0
     if len(operands) > 2:
         operands, terms, error = _contracted(call, operands, terms, result)
@@ -230,7 +238,15 @@ def _einsum(call: Call) -> Var:
     if len(call["tensors"]) == 2:
         error = sum(frobenius_up(e) if bool(e.isfinite().all()) else math.inf for e in tensors(call.error_of("tensors")))
     assert isinstance(variable[0], Var)
-    return call.then(_matrices(constant[0], constant[1], variable[0], variable[1], result, error), variable[0])
+    made, count = _matrices(constant[0], constant[1], variable[0], variable[1], result, error)
+    if len(call["tensors"]) == 2 and variable[0] == call.vars[0]:
+        made = replace(made, linear=call.linear(_moduli(call, made.upper), rd.mul_up(error, count)))
+    return call.then(made, variable[0])
+
+
+def _moduli(call: Call, upper: float) -> float:
+    """Upper bound of the norm of the moduli of a linear map of norm `upper`: that of Frobenius is at most the root of its rank times it."""
+    return rd.mul_up(upper, rd.sqrt_up(float(min(math.prod(call.vars[0].shape), math.prod(call.shape)))))
 
 
 def _contracted(
@@ -256,8 +272,11 @@ def _contracted(
     return [moving[0][0], torch.einsum(equation, *(x for x, _ in fixed))], [moving[0][1], kept], error
 
 
-def _matrices(weight: Tensor, w: str, x: Var | Tensor, v: str, result: str, error: float) -> Lipschitz:
-    """The largest of the constant's matrices, one for each index that all three share; sums over what only the variable has."""
+def _matrices(weight: Tensor, w: str, x: Var | Tensor, v: str, result: str, error: float) -> tuple[Lipschitz, float]:
+    """The largest of the constant's matrices, one for each index that all three share; sums over what only the variable has.
+
+    With it the root of how many of the variable's entries are summed so.
+    """
     if any(c not in v and c not in result for c in w):
         msg = f"einsum sums the constant over {w!r} alone; expected the sum taken before"
         raise UnsupportedError(msg)
@@ -270,8 +289,8 @@ def _matrices(weight: Tensor, w: str, x: Var | Tensor, v: str, result: str, erro
     rows, columns = _size(weight, w, new), _size(weight, w, inner)
     matrices = weight.permute([w.index(c) for c in shared + new + inner]).reshape(-1, rows, columns)
     top = rd.add_up(largest(matrices), error)
-    count = _size(x, v, "".join(c for c in v if c not in w and c not in result))
-    return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(count))), "einsum with a constant: the largest of its matrices")
+    root = rd.sqrt_up(float(_size(x, v, "".join(c for c in v if c not in w and c not in result))))
+    return Lipschitz(rd.mul_up(top, root), "einsum with a constant: the largest of its matrices"), root
 
 
 def largest(matrices: Tensor) -> float:
@@ -406,9 +425,9 @@ def matrix_product(call: Call, left: Var | Tensor, right: Var | Tensor, lost: fl
     assert isinstance(constant, Tensor)
     matrices = constant.detach().reshape(-1, *constant.shape[-2:]) if constant.ndim >= 2 else constant.detach()[None, None]
     batch, own = (call.shape[:-1], 1) if len(variable.shape) == 1 else (call.shape[:-2], math.prod(variable.shape[:-2]))
-    repeats = max(1, math.prod(batch) // max(1, own))
-    top = rd.add_up(largest(matrices), lost)
-    return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(repeats))), "matrix product with a constant")
+    repeats = rd.sqrt_up(float(max(1, math.prod(batch) // max(1, own))))
+    upper = rd.mul_up(rd.add_up(largest(matrices), lost), repeats)
+    return Lipschitz(upper, "matrix product with a constant", linear=call.linear(_moduli(call, upper), rd.mul_up(lost, repeats)))
 
 
 @register("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
@@ -448,8 +467,7 @@ def spread(call: Call, x: Var, shape: tuple[int, ...]) -> Var:
     if x.shape == shape:
         return x
     repeats = math.prod(shape) // math.prod(x.shape)
-    what = Lipschitz(rd.sqrt_up(float(repeats)), f"each entry repeated {repeats} times", same_range=True)
-    return call.then(what, x, shape=shape)
+    return call.then(_copies(shape, repeats, f"each entry repeated {repeats} times"), x, shape=shape)
 
 
 def _times(

@@ -203,7 +203,8 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var
         msg = f"{op} draws random numbers; expected evaluation mode: type model.eval()"
         raise UnsupportedError(msg)
     if node.target in RECURRENT:
-        msg = f"{op} is unrolled only where no other recurrent layer is random and no in-place call overwrites what others share"
+        alone = "no other recurrent layer is random and no in-place call overwrites what others share"
+        msg = f"{op} is unrolled only where {alone}; expected the call out of place"
         raise UnsupportedError(msg)
     if rule is None:
         msg = f"{op} has no rule: type @gramlip.rules.register({op!r}) on a function (call) -> constant, or --assume {call.name}=1.0"
