@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import gramlip as gl
 from gramlip import nn as gnn
 from gramlip.nn.parametrizations import TrackedSpectralNorm
+from gramlip.nn.tracker import Tracker
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "dense": lambda: nn.Linear(40, 30),
@@ -136,6 +137,19 @@ def test_weights_that_are_replaced_are_noticed(name: str, training: bool) -> Non
         layer.weight = scale * torch.randn(stored(layer).shape)
         assert 0.9 <= gl.bound(layer, rtol=1e-3).upper <= 1.1
         assert (cast("torch.Tensor", layer.weight)).isfinite().all()
+
+
+def test_fresh_weights_are_searched_at_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, searched, search = gnn.spectral_norm(nn.Conv2d(3, 4, 3), every=10), list[int](), Tracker._search
+
+    def counted(self: Tracker, kernels: object, which: list[int]) -> None:
+        searched.append(len(which))
+        search(self, kernels, which)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Tracker, "_search", counted)
+    for _ in range(34):
+        layer.weight  # noqa: B018
+    assert [i + 1 for i, count in enumerate(searched) if count] == [1, 2, 4, 8, 10, 16, 20, 30, 32]
 
 
 def test_margin_and_target_and_soft() -> None:
@@ -336,6 +350,8 @@ def test_cached(model: nn.Sequential, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_in_one_graph(backend: str, training: bool, model: nn.Sequential, x: torch.Tensor) -> None:
+    past = {name: torch.tensor(64) for name in model.state_dict() if name.endswith("calls")}  # compiled code has no searches by number
+    model.load_state_dict(model.state_dict() | past)
     twin = copy.deepcopy(model).train(training)
     model.train(training)
     torch._dynamo.reset()
