@@ -226,6 +226,14 @@ def test_gradient_is_that_of_the_norm() -> None:
 # ---- the life of a module ------------------------------------------------------------------------------------------------
 
 
+def test_gradients_lie_in_memory_as_their_weights(model: nn.Sequential, x: torch.Tensor) -> None:
+    """Ranks that reduce them see the memory alone."""
+    plain = nn.Conv2d(6, 8, 3)
+    for weight, loss in ((stored(model[0]), model(x).square().sum()), (plain.weight, gnn.LipschitzPenalty(plain, threshold=0.1)())):
+        (found,) = torch.autograd.grad(loss, [weight])
+        assert found.stride() == weight.stride()
+
+
 def test_eval_moves_no_state(model: nn.Sequential, x: torch.Tensor) -> None:
     model(x)
     before, first = state(model), model.eval()(x)
