@@ -7,8 +7,10 @@ with the mutant in place.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,10 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip.network import compose, lower_bound, running_errors
+from gramlip.network import compose, in_place, lower_bound, running_errors
+from gramlip.network.coupling import elimination, linear_forms, segments
+from gramlip.network.rules import fourier, statistics
 from gramlip.network.rules import shapes as joins
-from gramlip.network.rules import statistics
 from gramlip.network.steps import Pad, Slope
 from gramlip.nn import parametrize, tracker
 from gramlip.norm import certify, methods
@@ -33,9 +36,12 @@ from gramlip.numerics import cholesky, eigenvalue_bounds, gram_iteration, sums
 from gramlip.numerics import rounding as rd
 from gramlip.operators import describe, geometry, given
 from gramlip.operators.geometry import Axis
-from gramlip.reports import checkpoint
-from gramlip.reports.checkpoint import Entry, Stored
+from gramlip.reports import checkpoint, formats
+from gramlip.reports.readers import Entry, Stored
 from gramlip.rules import Call
+from test_formats import test_products_of_two_vectors_exactly
+from test_fourier import test_a_spectrum_of_an_even_signal_read_as_another_length
+from test_network_multipliers import check_slopes_at_their_ends, network_of, steepest, upper_of
 from test_network_steps import (
     Applied,
     test_a_choice_between_branches_has_no_lower_side,
@@ -43,10 +49,12 @@ from test_network_steps import (
     test_replicate_padding_by_50_repeats_the_error_51_times,
 )
 from test_network_weights import check_cancelling, check_shifts
+from test_placements import over_what_is_read, test_an_audit_is_not_below_the_matrix_and_not_far_above
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
 from test_search import test_a_layer_that_is_given_up_leaves_the_others_in_the_search
 from test_sums import test_norms_of_many_equal_entries, test_products_of_many_rows
 from test_tracked import test_weights_that_are_replaced_are_noticed
+from test_unpickle import test_a_tensor_that_a_function_was_to_change_is_left_out
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 NAMED = {case.name: case for case in cases()} | TRAPS
@@ -522,6 +530,16 @@ def steepest_of_the_curves(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(joins, "steepness", lambda values: max(abs(v.step().high) for v in values))
 
 
+def mirrors_of_another_length(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N15 where the last frequency of an even signal is one of a pair in the result."""
+    patch.setattr(fourier, "_meets_itself", lambda half, size, points: False)
+
+
+def views_left_as_they_were(patch: pytest.MonkeyPatch) -> None:
+    """A view that is read after its memory has changed, with what it held before."""
+    patch.setattr(in_place._Functional, "_present", lambda self, node: self._now[node])
+
+
 def sums_as_means(patch: pytest.MonkeyPatch) -> None:
     """Theorem N13 (a) for a value less its sum."""
     right = statistics._reduces
@@ -610,6 +628,37 @@ def scales_are_no_layers() -> None:
     assert kept == ["b.weight"]
 
 
+def codes_without_their_scale(patch: pytest.MonkeyPatch) -> None:
+    """The codes of an 8-bit weight bounded as the weight."""
+    right = checkpoint._rescaled
+    patch.setattr(checkpoint, "_rescaled", lambda name, entries: replace(right(name, entries), load=entries[name].load))
+
+
+def codes_have_a_scale() -> None:
+    """The identity in codes, times three."""
+    held = {"a.weight": torch.eye(4).to(torch.float8_e4m3fn), "a.weight_scale": torch.tensor(3.0)}
+    report = checkpoint.Weights("x", Stored({name: Entry.of(tensor) for name, tensor in held.items()})).audit()
+    assert report.layers[0].upper >= 3.0
+
+
+def factors_without_rounding(patch: pytest.MonkeyPatch) -> None:
+    """Triangular factors taken as if they had been computed exactly."""
+    right = checkpoint._triangular
+    patch.setattr(checkpoint, "_triangular", lambda tall: (right(tall)[0], 0.0, 0.0))
+
+
+def arguments_taken_for_weights(patch: pytest.MonkeyPatch) -> None:
+    """A tensor that a function of the file was to change bounded as it was before."""
+    right = formats._parts
+    patch.setattr(formats, "_parts", lambda value: ((key, item, "") for key, item, _ in right(value)))
+
+
+def arguments_are_no_weights() -> None:
+    """A checkpoint in which a function of the user's makes the weight of two tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        test_a_tensor_that_a_function_was_to_change_is_left_out(Path(folder))
+
+
 def hooks_of_wrappers_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A wrapper taken off with the hook that doubles what it returns."""
     patch.setattr(given, "hooks", lambda module: [])
@@ -661,7 +710,53 @@ def caps_are_certified() -> None:
         assert gl.bound(layer).upper <= 0.1
 
 
+def slopes_from_zero(patch: pytest.MonkeyPatch) -> None:
+    """Slopes in [low, high] with low < 0 taken for those in [0, high]."""
+    right = linear_forms.Slopes.between
+    patch.setattr(linear_forms.Slopes, "between", staticmethod(lambda low, high: right(low.clamp_min(0.0), high.clamp_min(0.0))))
+
+
+def slopes_in_their_old_order(patch: pytest.MonkeyPatch) -> None:
+    """The adjoint has its anchors in the opposite order, and here not their slopes: entries of other layers lend theirs."""
+    right = segments.transposed
+
+    def wrong(one: linear_forms.System) -> linear_forms.System | None:
+        other = right(one)
+        if other is None or [len(s.centre) for s in other.slopes[1:]] != [len(s.centre) for s in one.slopes[1:]]:
+            return other
+        return replace(other, slopes=[other.slopes[0], *one.slopes[1:]])
+
+    patch.setattr(segments, "transposed", wrong)
+
+
+def slopes_of_each_layer_count() -> None:
+    """What the first entry of the input takes is passed on by the first layer's first entry and by the second layer's second."""
+    first, last = (torch.tensor(entries, dtype=torch.float64).diag() for entries in ((1.0, 0.1), (0.1, 1.0)))
+    weights = [first, torch.eye(2, dtype=torch.float64).flip(0), last]
+    zero, high = torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 0.01], dtype=torch.float64)
+    ends = [(zero, high), (zero, high.flip(0))]
+    assert steepest(weights, ends) * (1 - 1e-12) <= upper_of(network_of(weights, ends), 0.0)
+
+
+def errors_of_wide_matrices_dropped(patch: pytest.MonkeyPatch) -> None:
+    """R R* >= W W* for the weight as computed, whatever its error."""
+    right = elimination.narrowed_matrix
+    patch.setattr(elimination, "narrowed_matrix", lambda weight, _: right(weight, 0.0))
+
+
+def narrow_matrices() -> None:
+    for error in (0.1, 3.0):
+        weight = torch.randn(4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        narrow = elimination.narrowed_matrix(weight, error)
+        assert narrow is not None
+        size = torch.linalg.matrix_norm(weight, 2)
+        assert torch.linalg.matrix_norm(weight * (1 + error / size), 2) <= torch.linalg.matrix_norm(narrow, 2)
+
+
 MUTANTS: dict[str, Mutant] = {
+    "N6: slopes from zero": Mutant(slopes_from_zero, check_slopes_at_their_ends),
+    "N14: slopes in their old order": Mutant(slopes_in_their_old_order, slopes_of_each_layer_count),
+    "N15: errors of wide matrices dropped": Mutant(errors_of_wide_matrices_dropped, narrow_matrices),
     "squares one after the other": Mutant(squares_one_after_the_other, test_norms_of_many_equal_entries),
     "products one after the other": Mutant(products_one_after_the_other, test_products_of_many_rows),
     "error behind a padding": Mutant(error_behind_a_padding, test_replicate_padding_by_50_repeats_the_error_51_times),
@@ -682,6 +777,10 @@ MUTANTS: dict[str, Mutant] = {
         any_two_functions_as_a_pair, _stretches(lambda x: torch.cat([torch.sin(x), torch.tanh(x)], 1), math.sqrt(2) * (1 - 1e-9))
     ),
     "N12: the steepest curve": Mutant(steepest_of_the_curves, _stretches(lambda x: torch.cat([x, torch.relu(x)], 1), math.sqrt(2))),
+    "N15: a mirror in a pair": Mutant(mirrors_of_another_length, lambda: test_a_spectrum_of_an_even_signal_read_as_another_length(8)),
+    "a view of what was": Mutant(
+        views_left_as_they_were, lambda: test_an_audit_is_not_below_the_matrix_and_not_far_above(over_what_is_read)
+    ),
     "N13: a sum for a mean": Mutant(sums_as_means, _stretches(lambda x: x - x.sum(1, keepdim=True), 3.0)),
     "grid n for zero padding": Mutant(_rule("zeros", grid_n_for_zeros), _on(theorem, "circular-grid-n7-for-zeros")),
     "unknown size taken as k": Mutant(_rule("zeros", size_taken_as_k), _on(every_size, "circular-grid-n7-for-zeros")),
@@ -726,6 +825,9 @@ MUTANTS: dict[str, Mutant] = {
     "no rounding in Schur's test": Mutant(schurs_test_without_rounding, sparse_matrices_hold),
     "numbers of a list rounded": Mutant(lists_rounded, lists_are_exact),
     "scales taken for layers": Mutant(scales_taken_for_layers, scales_are_no_layers),
+    "codes without their scale": Mutant(codes_without_their_scale, codes_have_a_scale),
+    "no rounding in the factors of a product": Mutant(factors_without_rounding, test_products_of_two_vectors_exactly),
+    "arguments taken for weights": Mutant(arguments_taken_for_weights, arguments_are_no_weights),
     "a hook lost with its wrapper": Mutant(hooks_of_wrappers_forgotten, hooks_of_wrappers_count),
     "a shape in the default dtype": Mutant(shapes_in_the_default_dtype, shapes_take_the_dtype_of_the_model),
     "vectors of the last weight for another": Mutant(no_jump_is_noticed, other_weights_are_noticed),

@@ -16,11 +16,13 @@ from gramlip.network.compose import Composition, compose, constants, kind
 from gramlip.network.coupling import coupled, total
 from gramlip.network.effort import Effort, Watch
 from gramlip.network.fold import fold
-from gramlip.network.graph import Program, export, reads_memory, undisturbed
-from gramlip.network.lower_bound import Function, Stretch, function, stretch
+from gramlip.network.graph import Program, export, undisturbed
+from gramlip.network.in_place import reads_memory
+from gramlip.network.local import Region, derivative, region, restricted
+from gramlip.network.lower_bound import Function, Stretch, chosen, function, stretch
 from gramlip.network.ranges import capped
 from gramlip.network.rules import Lowered, lower
-from gramlip.network.steps import Attention, Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded
+from gramlip.network.steps import Attention, Input, Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded, selected
 from gramlip.norm.methods import check_rtol
 from gramlip.numerics import rounding as rd
 from gramlip.operators.given import GATHER, example_inputs, is_sharded, unwrapped
@@ -57,7 +59,7 @@ def check_model(model: object) -> None:
         raise InputError(msg)
 
 
-def check_options(assume: object, domain: object, rtol: float, effort: object, time_limit: object, seed: object, strict: object) -> None:
+def check_options(assume: object, rtol: float, effort: object, time_limit: object, seed: object, strict: object) -> None:
     """The options of `audit`, as its docstring has them."""
     check_rtol(rtol)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
@@ -73,11 +75,6 @@ def check_options(assume: object, domain: object, rtol: float, effort: object, t
         if not _finite(value) or value < 0:
             msg = f"assume={name}={value!r} was given; expected a finite constant of at least 0 such as {name}=1.0"
             raise InputError(msg)
-    if domain is not None and not (
-        isinstance(domain, Sequence) and len(domain) == 2 and all(map(_finite, domain)) and domain[0] < domain[1]
-    ):
-        msg = f"domain={domain!r} was given; expected two finite numbers, the lower first: type a tuple such as (0.0, 1.0)"
-        raise InputError(msg)
     if not _finite(effort):
         msg = f"effort={effort!r} was given; expected a finite number such as 1.0"
         raise InputError(msg)
@@ -88,6 +85,55 @@ def check_options(assume: object, domain: object, rtol: float, effort: object, t
 
 def _finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which entries of the input change and which of the result count, as truth values; None where all do."""
+
+    inputs: Tensor | None
+    outputs: Tensor | None
+
+    def said(self) -> list[str]:
+        """Which, in words."""
+        pairs = (("inputs", self.inputs), ("outputs", self.outputs))
+        return [f"{int(kept.sum())} of {len(kept)} {name}" for name, kept in pairs if kept is not None]
+
+
+def _taken(lowered: Lowered) -> list[str]:
+    return [f"computed weights are those that float64 gives where they {', '.join(lowered.taken)}"] if lowered.taken else []
+
+
+def _restricted(network: Network, area: Region | None, part: Part) -> Network:
+    """The folded steps on a set of inputs, from and to the chosen entries."""
+    known = capped(network) if area is None else restricted(network, area).network
+    return fold(selected(known, part.inputs, part.outputs))
+
+
+def _part(network: Network, inputs: Sequence[int] | None, outputs: Sequence[int] | None) -> Part:
+    sizes = [math.prod(step.shape) for step in network.steps]
+    counts = (
+        sum(n for n, step in zip(sizes, network.steps, strict=True) if isinstance(step.what, Input)),
+        sum(sizes[i] for i in network.outputs),
+    )
+    return Part(entries("inputs", inputs, counts[0]), entries("outputs", outputs, counts[1]))
+
+
+def entries(name: str, given: Sequence[int] | None, count: int) -> Tensor | None:
+    """The entries of these numbers, as truth values; a number below 0 counts from the end.
+
+    Raises:
+        InputError: no integers, none of them, or numbers that the value does not have.
+    """
+    if given is None:
+        return None
+    numbers = list(given) if isinstance(given, Sequence | range) else None
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or not -count <= n < count for n in numbers):  # type: ignore[reportUnnecessaryIsInstance]
+        msg = f"{name}={given!r} was given; expected numbers of the {count} entries, flattened: type a list such as [0, 2]"
+        raise InputError(msg)
+    kept = torch.zeros(count, dtype=torch.bool)
+    kept[torch.tensor(numbers)] = True
+    return kept
 
 
 # ---- audit ---------------------------------------------------------------------------------------------------------------
@@ -111,10 +157,11 @@ _NEEDS_DOMAIN = {
     Product: "a product of two values that depend on the input has no finite constant without a domain: pass domain=(low, high)",
     Attention: "dot-product attention has no finite constant (arXiv 2006.04710) without a domain: pass domain=(low, high)",
 }
+Domain = tuple[float, float] | tuple[Tensor, Tensor]
 Example = Tensor | Sequence[Tensor] | Sequence[int]
 
 
-def inputs(model: nn.Module | torch.export.ExportedProgram, example: Example) -> tuple[Tensor, ...]:
+def tensors_of(model: nn.Module | torch.export.ExportedProgram, example: Example) -> tuple[Tensor, ...]:
     """The example as real tensors; a shape stands for one sample."""
     items = example_inputs(model, example, real=True)
     for t in items:
@@ -137,7 +184,11 @@ def audit(
     *,
     rtol: float = 1e-2,
     assume: Mapping[str, float] | None = None,
-    domain: tuple[float, float] | None = None,
+    domain: Domain | None = None,
+    at: Tensor | Sequence[Tensor] | None = None,
+    radius: float | None = None,
+    inputs: Sequence[int] | None = None,
+    outputs: Sequence[int] | None = None,
     data: Tensor | None = None,
     seed: int = 0,
     effort: float = 1.0,
@@ -158,7 +209,11 @@ def audit(
         example: input tensor(s) with their batch axis, or the shape of one sample, in the model's dtype and on its device.
         rtol: relative width asked of each layer's interval.
         assume: Lipschitz constants to believe, by module path, node or operation name; each stands in the report.
-        domain: (low, high), where every entry of the input lies; makes products of activations finite.
+        domain: (low, high), two numbers or tensors that broadcast to the input: the constant is that of inputs between them.
+        at: an input, and
+        radius: the l2 distance from it of the inputs that the constant holds for; with a domain, of those in both.
+        inputs: numbers of the entries of the flat input that change, the others staying what they are; None is all of them.
+        outputs: numbers of the entries of the flat result that count; None is all of them.
         data: samples (k, *sample) from which the search for the lower side starts.
         seed: of that search.
         effort: of the search for smaller upper sides; 0 takes closed forms, a negative number plain composition.
@@ -180,24 +235,26 @@ def audit(
     """
     model = unwrapped(model) if isinstance(model, nn.Module) else model
     check_model(model)
-    check_options(assume, domain, rtol, effort, time_limit, seed, strict)
+    check_options(assume, rtol, effort, time_limit, seed, strict)
     search = Effort(effort, time_limit, progress)
-    tensors = inputs(model, example)
+    tensors = tensors_of(model, example)
     check_inputs(tensors)
     program, lowered = _lowered(model, tensors, assume, search)
     if lowered.unsupported and strict:
         calls = "; ".join(lowered.unsupported)
         msg = f"{type(model).__name__} has {len(lowered.unsupported)} calls that no rule can bound; expected rules for all of them: {calls}"
         raise UnsupportedError(msg)
-    network = fold(capped(lowered.network, domain))
+    area = region([tuple(t.shape) for t in tensors], domain, at, radius)
+    part = _part(lowered.network, inputs, outputs)
+    network = _restricted(lowered.network, area, part)
     found, seconds = _constants(network, rtol, search)
     composed = compose(network, found)
-    above = _upper_side(Whole(network, found, composed), search)
-    below = _lower_side(program, lowered, tensors, data, domain, seed, search)
+    above = _upper_side(Whole(network, found, composed, area), search)
+    below = _lower_side(program, lowered, tensors, data, area, part, seed, search)
     if below.value > above.value:
         _contradicted(lowered.assumed, below, above.value)
-    weights = [f"computed weights are those that float64 gives where they {', '.join(lowered.taken)}"] if lowered.taken else []
-    whole = Bound(below.value, above.value, "; ".join([above.because, *search.said, *weights, below.because]))
+    said = [*([] if area is None else [str(area)]), *part.said(), above.because, *search.said, *_taken(lowered), below.because]
+    whole = Bound(below.value, above.value, "; ".join(said))
     return Report(
         target or type(model).__name__,
         _rows(network, found, seconds, composed),
@@ -220,11 +277,15 @@ def _contradicted(assumed: Sequence[str], below: Stretch, upper: float) -> None:
 
 @dataclass(frozen=True)
 class Whole:
-    """What the upper side is looked for of: the folded steps, the constant of each of them, and all of them composed."""
+    """What the upper side is looked for of: the folded steps, the constant of each of them, and all of them composed.
+
+    `area` is the set of inputs that it is meant for, None for all of them.
+    """
 
     network: Network
     constants: Sequence[Bound]
     composed: Composition
+    area: Region | None
 
 
 @dataclass(frozen=True)
@@ -247,8 +308,16 @@ def _coupling(whole: Whole, effort: Effort) -> Upper | None:
     return Upper(total(segments), "; ".join([plain, *(s.because for s in segments if s.because)]))
 
 
+def _jacobian(whole: Whole, effort: Effort) -> Upper | None:
+    found = None if whole.area is None else derivative(whole.network, whole.composed, whole.area)
+    if found is None or whole.area is None:
+        return None
+    against = f"{decimals(whole.composed.upper, upward=True)} by composition"
+    return Upper(found.norm(whole.area), f"bounds of the Jacobian's entries on the set, against {against}")
+
+
 PLAIN = "product of layers, sum at residuals, root of squares at joins"
-WAYS: dict[str, Callable[[Whole, Effort], Upper | None]] = {"composition": _composition, "coupling": _coupling}
+WAYS: dict[str, Callable[[Whole, Effort], Upper | None]] = {"composition": _composition, "jacobian": _jacobian, "coupling": _coupling}
 """Name -> an upper side of the whole, None where it has none; composition comes first and is always finished."""
 
 
@@ -282,7 +351,7 @@ def _lowered(
 def steps_of(model: nn.Module | torch.export.ExportedProgram, example: Example) -> Network:
     """The folded steps of a model; calls without a rule are unbounded steps."""
     model = unwrapped(model) if isinstance(model, nn.Module) else model
-    return fold(lower(export(model, inputs(model, example))).network)
+    return fold(lower(export(model, tensors_of(model, example))).network)
 
 
 def _constants(network: Network, rtol: float, effort: Effort) -> tuple[list[Bound], list[float]]:
@@ -319,18 +388,22 @@ def _lower_side(
     lowered: Lowered,
     tensors: tuple[Tensor, ...],
     data: Tensor | None,
-    domain: tuple[float, float] | None,
+    area: Region | None,
+    part: Part,
     seed: int,
     effort: Effort,
 ) -> Stretch:
     if program.refused or any(map(reads_memory, program.nodes)):
         return Stretch(0.0, "no lower side: what an in-place call overwrites, or what is read from memory by place, is not followed")
 
-    def build(shapes: Sequence[Shape], wide: torch.dtype) -> Function:
-        return function(program, shapes, lowered.computed, wide)
-
     shapes = [tuple(t.shape) for t in tensors]
     size = sum(t.numel() for t in tensors)
+
+    def build(given: Sequence[Shape], wide: torch.dtype) -> Function:
+        run = function(program, given, lowered.computed, wide)
+        base = torch.zeros(sum(map(math.prod, given)), dtype=torch.float64)
+        return chosen(run, base if area is None or list(given) != shapes else area.inside(base), part.inputs, part.outputs)
+
     if data is not None and not (
         isinstance(data, Tensor) and data.ndim and len(data) and data[0].numel() == size and data.isfinite().all()
     ):
@@ -339,8 +412,9 @@ def _lower_side(
         raise InputError(msg)
     weights = {n: (value, error) for n, error in lowered.errors.items() if isinstance(value := lowered.computed[n], Tensor)}
     held = [t for t in (*tensors, *program.constants.values()) if isinstance(t, Tensor) and t.is_floating_point()]
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in held) else torch.float32
-    return stretch(build, shapes, effort, wide=wide, data=data, domain=domain, seed=seed, weights=weights)
+    around = area is not None and area.centre is not None  # differences of close points need all digits
+    wide = torch.float64 if around or any(t.dtype == torch.float64 for t in held) else torch.float32
+    return stretch(build, shapes, effort, wide=wide, data=data, points=area, seed=seed, weights=weights)
 
 
 def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float], composed: Composition) -> tuple[LayerRow, ...]:

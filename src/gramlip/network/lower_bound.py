@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from gramlip.network.effort import Effort
-from gramlip.network.graph import Program, evaluate, in_float64, op_name
+from gramlip.network.graph import Program, evaluate, in_float64
+from gramlip.network.in_place import op_name
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import full_products
 from gramlip.operators.linear_maps import Shape
@@ -66,6 +67,16 @@ def function(program: Program, shapes: Sequence[Shape], computed: Mapping[fx.Nod
         return torch.cat([values[n].reshape(-1).to(wide) for n in program.outputs])
 
     return run
+
+
+def chosen(run: Function, base: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Function:
+    """The function of some entries of its input, the others as in `base`, to some of its result."""
+
+    def part(flat: Tensor, /, moved: torch.Generator | None = None, given: Mapping[fx.Node, Tensor] | None = None) -> Tensor:
+        value = run(flat if inputs is None else torch.where(inputs, flat, base.to(flat.dtype)), moved, given)
+        return value if outputs is None else value[outputs]
+
+    return part
 
 
 def _moved(value: Any, signs: torch.Generator | None) -> Any:
@@ -151,13 +162,54 @@ class Pair:
     y: Tensor
 
 
+class Points(Protocol):
+    """A convex set of flat inputs."""
+
+    def inside(self, flat: Tensor) -> Tensor:
+        """The vector moved into the set."""
+        ...
+
+    def drawn(self, normal: Tensor, number: int) -> Tensor:
+        """A point of the set, the one of this number, from normally distributed entries."""
+        ...
+
+    def scale(self, x: Tensor) -> float:
+        """The length of the longest steps from a point."""
+        ...
+
+    def cut(self, part: tuple[slice, ...]) -> Points:
+        """The set for a part of the one input."""
+        ...
+
+
+class Everywhere:
+    """All inputs."""
+
+    def inside(self, flat: Tensor) -> Tensor:
+        """The vector itself."""
+        return flat
+
+    def drawn(self, normal: Tensor, number: int) -> Tensor:
+        """The entries, of one standard deviation after the other."""
+        return normal * SCALES[number % len(SCALES)]
+
+    def scale(self, x: Tensor) -> float:
+        """The length of the vector, or 1."""
+        return max(float(torch.linalg.vector_norm(x)), 1.0)
+
+    def cut(self, part: tuple[slice, ...]) -> Everywhere:
+        """All smaller inputs."""
+        del part
+        return self
+
+
 @dataclass(frozen=True)
 class Ascent:
-    """The search in one precision, for inputs whose entries lie in `domain`; `room` is what rounding takes from a difference at a point."""
+    """The search in one precision, for inputs in a set; `room` is what rounding takes from a difference at a point."""
 
     run: Function
     wide: torch.dtype
-    domain: tuple[float, float]
+    points: Points
     room: Callable[[Tensor, Tensor], float]
 
     def round(self, x: Tensor, v: Tensor) -> Pair:
@@ -168,7 +220,7 @@ class Ascent:
         x, v = x.to(self.wide), v.to(self.wide)
         point, v = x.clone().requires_grad_(), v / torch.linalg.vector_norm(v)
         value = self.run(point)
-        base, scale = value.detach(), max(float(torch.linalg.vector_norm(x)), 1.0)
+        base, scale = value.detach(), self.points.scale(x)
         room, close = self.room(x, base), max(1e-4, 2 * math.sqrt(torch.finfo(self.wide).eps))
         best = Pair(0.0, x, x)
         for _ in range(STEPS if value.requires_grad else 0):
@@ -188,7 +240,7 @@ class Ascent:
 
     def tried(self, x: Tensor, base: Tensor, move: Tensor, room: float) -> tuple[Pair, Tensor]:
         """The pair of x, where the result is `base`, and x + move; and the difference of the results."""
-        y = (x + move).clamp(*self.domain)
+        y = self.points.inside(x + move)
         gap = float(torch.linalg.vector_norm(y - x))
         with torch.no_grad():
             image = self.run(y) - base
@@ -229,14 +281,14 @@ class Search:
     build: Callable[[Sequence[Shape], torch.dtype], Function]
     shapes: Sequence[Shape]
     starts: Sequence[tuple[Tensor, Tensor]]
-    domain: tuple[float, float]
+    points: Points
     weights: Weights
     signs: torch.Generator
     effort: Effort
 
     def best(self, wide: torch.dtype) -> Pair:
         """The best pair that is met in a precision, of a part of a large input first."""
-        ascent, part = self._ascent(self.shapes, wide), window(self.shapes)
+        ascent, part = self._ascent(self.shapes, wide, self.points), window(self.shapes)
         pair = None if part is None or wide == torch.float64 else self._on_part(ascent, part)
         return self._from(ascent, self.starts) if pair is None else ascent.on(pair, 1, self.effort)
 
@@ -249,16 +301,16 @@ class Search:
         for i in self.effort.shown("lower side", [f"start {n}" for n in range(len(starts))]):
             if not found or not self.effort.over:
                 x, v = starts[i]
-                found.append(ascent.round(x.clamp(*self.domain), v))
+                found.append(ascent.round(ascent.points.inside(x), v))
         return ascent.on(max(found, key=lambda p: p.value), int(min(ROUNDS * amount, max(1.0, rounds / 2))), self.effort)
 
-    def _ascent(self, shapes: Sequence[Shape], wide: torch.dtype) -> Ascent:
+    def _ascent(self, shapes: Sequence[Shape], wide: torch.dtype, points: Points) -> Ascent:
         run = self.build(shapes, wide)
 
         def room(x: Tensor, value: Tensor) -> float:
             return 2 * noise(run, x, value, self.signs, self.weights) if wide == torch.float64 else 0.0
 
-        return Ascent(run, wide, self.domain, room)
+        return Ascent(run, wide, points, room)
 
     def _on_part(self, ascent: Ascent, part: tuple[slice, ...]) -> Pair | None:
         """The best pair that differs within a part of the input; None where the network takes no smaller inputs, or stretches none."""
@@ -268,12 +320,12 @@ class Search:
             return x.reshape(shape)[part].reshape(-1)
 
         sides = (*shape[:2], *(s.stop - s.start for s in part[2:]))
-        inner = self._ascent([sides], ascent.wide)
+        inner = self._ascent([sides], ascent.wide, self.points.cut(part))
         try:
             found = self._from(inner, [(cut(x), cut(v)) for x, v in self.starts])
         except (RuntimeError, IndexError, ValueError, TypeError):  # what torch raises where sizes do not fit: the whole input then
             return None
-        x = self.starts[0][0].to(ascent.wide).clamp(*self.domain)
+        x = self.points.inside(self.starts[0][0].to(ascent.wide)).clone()
         x.reshape(shape)[part] = found.x.reshape(sides)
         move = torch.zeros_like(x)
         move.reshape(shape)[part] = (found.y - found.x).reshape(sides)
@@ -289,7 +341,7 @@ def stretch(
     *,
     wide: torch.dtype = torch.float64,
     data: Tensor | None = None,
-    domain: tuple[float, float] | None = None,
+    points: Points | None = None,
     seed: int = 0,
     weights: Weights | None = None,
 ) -> Stretch:
@@ -300,31 +352,26 @@ def stretch(
         shapes: of its inputs.
         effort: how many rounds, and until when.
         wide: the model's own type; the search runs in float32 where that is not float64 and products are not cut short.
-        data: points (k, size) to start from; else uniform in the domain, or normal with standard deviations in `SCALES`.
-        domain: interval of each input entry.
+        data: points (k, size) to start from; else random ones of the set, or normal ones with standard deviations in `SCALES`.
+        points: the set of inputs; all of them where there is none.
         seed: of the random numbers; the result depends on it and on nothing else, as long as time is not up.
         weights: computed weights that are known up to errors, and these.
     """
+    points = points or Everywhere()
     size, generator = sum(map(math.prod, shapes)), torch.Generator().manual_seed(seed)
     starts: list[tuple[Tensor, Tensor]] = []
     for number in range(STARTS):
         x = torch.randn(size, generator=generator, dtype=torch.float64)
-        if data is not None:
-            x = data[number % len(data)].detach().double().reshape(-1) + 1e-6 * x
-        elif domain is not None:
-            x = domain[0] + (domain[1] - domain[0]) * torch.rand(size, generator=generator, dtype=torch.float64)
-        else:
-            x = x * SCALES[number % len(SCALES)]
+        x = points.drawn(x, number) if data is None else data[number % len(data)].detach().double().reshape(-1) + 1e-6 * x
         starts.append((x, torch.randn(size, generator=generator, dtype=torch.float64)))
-    lo, hi = domain or (-math.inf, math.inf)
     signs = torch.Generator().manual_seed(seed)
-    search = Search(build, shapes, starts, (lo, hi), weights or {}, signs, effort)
+    search = Search(build, shapes, starts, points, weights or {}, signs, effort)
     exact, value = build(shapes, torch.float64), 0.0
     for precision in (torch.float32, torch.float64):
         if precision == torch.float32 and (wide == torch.float64 or not full_products()):
             continue
         pair = search.best(precision)
-        x, y = (p.double().clamp(lo, hi) for p in (pair.x, pair.y))
+        x, y = (points.inside(p.double()) for p in (pair.x, pair.y))
         value = max(value, quotient(exact, x, y, signs, search.weights))
         if value >= NEAR * pair.value > 0 or effort.over:
             break

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gramlip.network.steps import (
     Attention,
-    Input,
     Join,
     Linear,
     Lipschitz,
@@ -51,21 +50,23 @@ class Range:
         return max(abs(self.low), abs(self.high))
 
 
-def capped(network: Network, domain: tuple[float, float] | None) -> Network:
-    """The network with what ranges know: caps of products and attention, slopes on an interval of functions too steep without one.
-
-    `domain` holds every entry of the input.
-    """
+def capped(network: Network) -> Network:
+    """The network with what ranges know: caps of products and attention, slopes on an interval of functions too steep without one."""
     known: list[Range] = []
     steps: list[Step] = []
     for step in network.steps:
         sources, shapes = [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources]
-        steps.append(_capped(step, sources, shapes))
-        low, high, row = _range(steps[-1], sources, shapes, domain)
-        ways = _row_layout(steps[-1].what, sources, row), _of_entries(max(abs(low), abs(high)), step.shape)
-        row, column = (min(lines) for lines in zip(*ways, strict=True))
-        known.append(Range(max(low, -row, -column), min(high, row, column), row, column))
+        steps.append(capped_step(step, sources, shapes))
+        known.append(range_of(steps[-1], sources, shapes))
     return Network(steps, network.outputs)
+
+
+def range_of(step: Step, sources: Sequence[Range], shapes: Sequence[Shape]) -> Range:
+    """What is known of a step's value from its sources' ranges and shapes."""
+    low, high, row = _range(step, sources, shapes)
+    ways = _row_layout(step.what, sources, row), _of_entries(max(abs(low), abs(high)), step.shape)
+    row, column = (min(lines) for lines in zip(*ways, strict=True))
+    return Range(max(low, -row, -column), min(high, row, column), row, column)
 
 
 def _of_entries(size: float, shape: Shape) -> tuple[float, float]:
@@ -84,10 +85,11 @@ def _row_layout(what: What, sources: Sequence[Range], row: float) -> tuple[float
     return row, INF
 
 
-def _capped(step: Step, sources: Sequence[Range], shapes: Sequence[Shape]) -> Step:
+def capped_step(step: Step, sources: Sequence[Range], shapes: Sequence[Shape]) -> Step:
+    """The step with what ranges of its sources know."""
     what = step.what
     if isinstance(what, Product):
-        caps = [_cap(what, r, shape) for r, shape in zip(sources, shapes, strict=True)]
+        caps = [cap_of(what, r, shape) for r, shape in zip(sources, shapes, strict=True)]
         return replace(step, what=replace(what, caps=(caps[0], caps[1]))) if max(caps) < INF else step
     if isinstance(what, Attention):
         rows = (sources[0].row, sources[1].column if what.transposed else sources[1].row, sources[2].row)
@@ -98,7 +100,7 @@ def _capped(step: Step, sources: Sequence[Range], shapes: Sequence[Shape]) -> St
     return step
 
 
-def _cap(what: Product, r: Range, shape: Shape) -> float:
+def cap_of(what: Product, r: Range, shape: Shape) -> float:
     """Size of a factor: its largest entry, or the norm of each of its matrices by their rows or columns."""
     if what.kind == "entries":
         return r.size
@@ -106,10 +108,8 @@ def _cap(what: Product, r: Range, shape: Shape) -> float:
     return min(INF if line == INF else rd.mul_up(rd.sqrt_up(float(count)), line) for count, line in ways)
 
 
-def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape], domain: tuple[float, float] | None) -> tuple[float, float, float]:
+def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape]) -> tuple[float, float, float]:
     what = step.what
-    if isinstance(what, Input):
-        return (*(domain or (-INF, INF)), INF)
     if not sources:
         return -INF, INF, INF
     low, high = min(r.low for r in sources), max(r.high for r in sources)
@@ -192,14 +192,14 @@ def _linear(what: Linear, r: Range, entries: int) -> tuple[float, float, float]:
     row, stray = INF, rd.add_up(what.bias_error, lost)
     if isinstance(what.op, Dense):
         constant = bias.expand(*bias.shape[:-1], len(rows)).abs() + what.bias_error  # one constant may be added to every entry of a row
-        row = rd.add_up(rd.mul_up(_norm(rows), r.row), lost, rd.mul_up(float(row_norms_up(constant).max()), 1.0 + SLACK))
+        row = rd.add_up(rd.mul_up(quick_norm(rows), r.row), lost, rd.mul_up(float(row_norms_up(constant).max()), 1.0 + SLACK))
         most = rd.mul_up(float(row_norms_up(rows).max()), r.row)
         a, b = max(a, -most), min(b, most)
     stray = rd.add_up(_slack(rd.add_up(rd.mul_up(float(rows.abs().sum(1).max()), r.size), room), rows.shape[1]), stray)
     return _below(a, shift[0], -stray), _above(b, shift[1], stray), row
 
 
-def _norm(matrix: Tensor) -> float:
+def quick_norm(matrix: Tensor) -> float:
     """A quick upper bound of the spectral norm: the fourth root of `||G^2||_F` with G the Gram matrix, rounding included."""
     size = frobenius_up(matrix)
     if size == 0.0 or min(matrix.shape) > WIDEST:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,13 +125,39 @@ def _underflow(op: Op, roundings: float) -> float:
     return rough_norm(replace(op, weight=torch.full_like(op.weight, roundings * rd.TINY, dtype=torch.float64)))
 
 
+class OnInterval(NamedTuple):
+    """What an entrywise function does on an interval of each entry: all its slopes are in [low, high], all its values in [least, most]."""
+
+    low: Tensor
+    high: Tensor
+    least: Tensor
+    most: Tensor
+
+
+Within = Callable[[Tensor, Tensor], OnInterval]
+
+
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """How the derivatives of an entrywise function move with the network's input x in a set around c, entry by entry.
+
+    They are `base + rows @ (x - c)` up to `loose`, with `rows @ (x - c)` at most `reach` in modulus.
+    """
+
+    base: Tensor
+    rows: Tensor
+    reach: Tensor
+    loose: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Slope:
     """An entrywise function whose slopes lie in [low, high]; tensors where channels differ, broadcast to the shape.
 
     `image` is an interval that all its values lie in, `at_zero` an interval that its value at 0 lies in; `reach` gives an
-    interval for its values from one for its arguments. `sharp` says that no smaller interval holds all slopes (up to 2**-40
-    of it): only then is its constant known from below too.
+    interval for its values from one for its arguments, `within` slopes and values from an interval for each argument, and
+    `drift` says how its derivatives move with the network's input, where that is in a set. `sharp` says that no smaller
+    interval holds all slopes (up to 2**-40 of it): only then is its constant known from below too.
     """
 
     low: float | Tensor
@@ -141,6 +167,8 @@ class Slope:
     at_zero: tuple[float, float] = (0.0, 0.0)
     reach: Callable[[float, float], tuple[float, float]] | None = None
     sharp: bool = False
+    within: Within | None = None
+    drift: Drift | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +179,8 @@ class Lipschitz:
     `others`, or between; `row` is at least the l2 norm of the result's rows along the last axis; `row_layout` and
     `copy_entries` as in `View`.
     `extremum` is 1 for the largest and -1 for the least entries of groups of two or more, and says along which axes they lie.
+    `within` gives the constant and the values from an interval for each entry of the one source; `monotone`, exactly the map
+    itself, where it rises in every entry of it.
     """
 
     upper: float
@@ -165,6 +195,8 @@ class Lipschitz:
     row_layout: RowLayout = ""
     copy_entries: CopyEntries | None = None
     extremum: tuple[int, tuple[int, ...]] | None = None
+    within: Callable[[Tensor, Tensor], tuple[float, Tensor, Tensor]] | None = None
+    monotone: CopyEntries | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,3 +356,28 @@ def renumbered(steps: Sequence[Step | None], outputs: Sequence[int], moved: dict
         assert step is not None
         fresh.append(step.moved(lambda s: number[final(s)]))
     return Network(fresh, tuple(number[i] for i in ends))
+
+
+def selected(network: Network, inputs: Tensor | None, outputs: Tensor | None) -> Network:
+    """The network from some entries of its inputs, joined and flat, to some of its results: those that are True; None is all."""
+    steps, number = list[Step](), dict[int, int]()
+    for i, step in enumerate(network.steps):
+        steps.append(step.moved(number.__getitem__))
+        number[i] = len(steps) - 1
+        if inputs is not None and isinstance(step.what, Input):
+            kept, inputs = inputs.tensor_split([math.prod(step.shape)])
+            steps.append(_kept(len(steps) - 1, step, kept, "inputs"))
+            number[i] = len(steps) - 1
+    ends = [number[i] for i in network.outputs]
+    for j, i in enumerate(network.outputs if outputs is not None else ()):
+        assert outputs is not None
+        kept, outputs = outputs.tensor_split([math.prod(network.steps[i].shape)])
+        steps.append(_kept(ends[j], network.steps[i], kept, "outputs"))
+        ends[j] = len(steps) - 1
+    return Network(steps, tuple(ends))
+
+
+def _kept(source: int, step: Step, kept: Tensor, name: str) -> Step:
+    """The entries of a value that are kept, and zero for the others."""
+    what = Linear(Scale(kept.double().reshape(step.shape)))
+    return Step(what, (source,), step.shape, name, f"the {name} chosen")

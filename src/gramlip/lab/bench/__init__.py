@@ -23,6 +23,7 @@ ROWS: dict[str, Callable[[Options], Row]] = {
     "dense": contenders.dense,
     "orthogonal": contenders.orthogonal,
     "training": training.training,
+    "audit": contenders.networks,
 }
 """Name -> what is measured, in the table's order. To add one: a function `Options -> Row` and a line here."""
 

@@ -11,14 +11,17 @@ from dataclasses import replace
 from time import perf_counter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from gramlip.demo import demo
 from gramlip.errors import UnsupportedError
 from gramlip.lab.bench.result import OURS, Claim, Entry, Options, Row, contest, count, proofs, total
 from gramlip.lab.reproduce.convolutions import convolutions
+from gramlip.network.audit import audit
 from gramlip.norm.certify import certify_all
 from gramlip.norm.methods import METHODS, bound
-from gramlip.operators.interval import Bound
+from gramlip.operators.interval import Bound, decimals
 from gramlip.operators.linear_maps import Conv, Dense
 from gramlip.reports.formats import read
 
@@ -271,6 +274,116 @@ def alone(rows: int, columns: int, device: str, threads: int) -> str:
     if weight.is_cuda:
         memory = torch.cuda.max_memory_allocated(weight.device)
     return f"{seconds!r} {found.lower!r} {float(found.upper)!r} {memory}"
+
+
+# ---- whole networks ------------------------------------------------------------------------------------------------------
+#
+# The audit of whole networks, beside a forward and a backward pass of them on one example.
+
+PASS = "forward and backward"
+WANTED = {"demo": 5.0, "denoiser-256": 15.0, "resnet18-224": 30.0, "resnet50-224": 120.0, "vit-b16-224": 120.0}  # seconds, two threads
+
+
+class _Residual(nn.Module):
+    """A branch and a shortcut, then ReLU."""
+
+    def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.shortcut = branch, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.branch(x) + self.shortcut(x))
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, relu: bool = True) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), *([nn.ReLU()] if relu else []))
+
+
+def _resnet(blocks: tuple[int, ...], bottleneck: bool) -> nn.Module:
+    """ResNet for 1000 classes at 224."""
+    stages: list[nn.Module] = []
+    held = 64
+    for level, many in enumerate(blocks):
+        width, out = 64 * 2**level, 64 * 2**level * (4 if bottleneck else 1)
+        for i in range(many):
+            stride = 2 if i == 0 and level else 1
+            parts = (
+                [_conv(held, width, 1), _conv(width, width, 3, stride), _conv(width, out, 1, relu=False)]
+                if bottleneck
+                else [_conv(held, width, 3, stride), _conv(width, out, 3, relu=False)]
+            )
+            same = stride == 1 and held == out
+            stages.append(_Residual(nn.Sequential(*parts), nn.Identity() if same else _conv(held, out, 1, stride, relu=False)))
+            held = out
+    return nn.Sequential(_conv(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(held, 1000))
+
+
+class _Encoder(nn.Module):
+    """A layer of a vision transformer, norms before the branches."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.heads = nn.LayerNorm(width), nn.LayerNorm(width), heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.feed(self.norm2(x))
+
+
+class _ViT(nn.Module):
+    """ViT-B/16 without its class token: the mean over patches instead."""
+
+    def __init__(self, width: int = 768, depth: int = 12, heads: int = 12) -> None:
+        super().__init__()
+        self.patches, self.position = nn.Conv2d(3, width, 16, 16), nn.Parameter(0.02 * torch.randn(1, 196, width))
+        self.layers, self.norm = nn.Sequential(*(_Encoder(width, heads) for _ in range(depth))), nn.LayerNorm(width)
+        self.head = nn.Linear(width, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.norm(self.layers(x)).mean(1))
+
+
+def _denoiser(width: int) -> nn.Module:
+    inner = [m for _ in range(2) for m in (nn.Conv2d(width, width, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), *inner, nn.Conv2d(width, 1, 3, padding=1))
+
+
+def networks(options: Options) -> Row:
+    """The audit of whole networks with its defaults: fresh weights, but the trained demo."""
+    row, found = "audit", Row()
+    made: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+        "demo": (demo, (3, 32, 32)),
+        "denoiser-256": (lambda: _denoiser(64), (1, 256, 256)),
+        "resnet18-224": (lambda: _resnet((2, 2, 2, 2), bottleneck=False), (3, 224, 224)),
+        "resnet50-224": (lambda: _resnet((3, 4, 6, 3), bottleneck=True), (3, 224, 224)),
+        "vit-b16-224": (_ViT, (3, 224, 224)),
+    }
+    for case, (build, shape) in ({"denoiser-12": (lambda: _denoiser(3), (1, 12, 12))} if options.quick else made).items():
+        options.say(f"{row}: {case}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, x = build().eval(), torch.randn(1, *shape, requires_grad=True)
+        times: list[float] = []
+        for _ in range(2 + options.trials):
+            begin = perf_counter()
+            model(x).square().sum().backward()
+            times.append(perf_counter() - begin)
+        once, begin = sorted(times[2:]), perf_counter()
+        report = audit(model, shape)
+        seconds, middle = perf_counter() - begin, once[len(once) // 2]
+        width = report.upper / report.lower - 1 if report.lower else math.inf
+        found.entries.append(Entry(row, case, OURS, seconds, seconds, 1.0, report.upper, width))
+        found.entries.append(Entry(row, case, PASS, once[0], middle, middle / seconds))
+        ends = f"[{decimals(report.lower, upward=False)}, {decimals(report.upper, upward=True)}]"
+        found.notes.append(f"{case}: {seconds:.1f} s, {seconds / middle:.0f} times a forward and a backward pass; {ends}")
+        if case in WANTED:
+            found.claims.append(Claim(row, f"seconds of {case}", seconds, WANTED[case], False))
+    return found
 
 
 if __name__ == "__main__":

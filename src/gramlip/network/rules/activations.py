@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gramlip.errors import UnsupportedError
 from gramlip.network.rules.registry import Call, Var, register
-from gramlip.network.steps import Linear, Lipschitz, Product, Slice, Slope, Step, Unbounded
+from gramlip.network.steps import Linear, Lipschitz, OnInterval, Product, Slice, Slope, Step, Unbounded, Within
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.operators.linear_maps import Scale
@@ -24,7 +25,7 @@ from gramlip.operators.linear_maps import Scale
 # Functions whose slopes are bounded only on an interval, and quotients. docs/network.md#ranges.
 
 ROOM = 1.0 + 2.0**-41  # the C library's functions are off by a few units in the last place, a power by up to 710 for that of its exponent
-Within = Callable[[float, float], Slope | None]
+Reach = Callable[[float, float], Slope | None]
 
 
 def _outward(low: float, high: float) -> tuple[float, float]:
@@ -110,7 +111,7 @@ def _power(exponent: float, a: float, b: float) -> Slope | None:
     return None
 
 
-STEEP: dict[str, Within | None] = {
+STEEP: dict[str, Reach | None] = {
     "exp": _exp,
     "exp2": _exp2,
     "expm1": _expm1,
@@ -190,10 +191,178 @@ SLOPES: dict[str, tuple[float, float, tuple[float, float], tuple[float, float]]]
 _NOTES = {"softplus": " (of the smooth function, without the switch at its threshold)"}
 
 
+# ---- slopes on an interval of each entry -----------------------------------------------------------------------------------
+#
+# The same functions where each entry has an interval of its own. docs/local.md#slopes.
+
+SLACK = 2.0**-40  # of values and slopes of smooth functions, whose errors in float64 are far smaller
+FAR = 1e7  # beyond it the slopes of smooth gates are 0 and 1, up to SLACK
+Entries = Callable[[Tensor], Tensor]
+Turns = Sequence[tuple[float | Tensor, float | Tensor]]
+
+
+def on_interval(
+    value: Entries, slope: Entries, turns: Turns = (), valleys: Sequence[float] = (), slack: float = 0.0, within: Turns = ((-INF, INF),) * 2
+) -> Within:
+    """Slopes and values on an interval of each entry: those at its ends, and at the turns that lie in it.
+
+    Args:
+        value: the function.
+        slope: its derivative, monotone between the turns.
+        turns: (place, slope) where the derivative is largest or least, or jumps: then with the slopes of both sides.
+        valleys: places where the function itself is least or largest.
+        slack: of slopes and values, which are else exact up to two roundings.
+        within: intervals of all slopes and of all values.
+    """
+    slopes, image = within
+
+    def on(a: Tensor, b: Tensor) -> OnInterval:
+        low, high = _hull(slope(a), slope(b))
+        for at, s in turns:
+            low, high = _held(low, high, (a <= at) & (b >= at), torch.as_tensor(s, dtype=torch.float64))
+        least, most = _hull(value(a), value(b))
+        for at in valleys:
+            place = torch.tensor(at, dtype=torch.float64)
+            least, most = _held(least, most, (a <= at) & (b >= at), value(place))
+        least, most = least.nan_to_num(-INF, INF, -INF), most.nan_to_num(INF, INF, -INF)
+        room = [slack + (slack + 2.0**-50) * v.abs() + rd.TINY for v in (least, most)]
+        least, most = (least - room[0]).clamp(*image), (most + room[1]).clamp(*image)
+        return OnInterval((low - slack).clamp(*slopes), (high + slack).clamp(*slopes), least, most)
+
+    return on
+
+
+def _hull(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.minimum(a, b), torch.maximum(a, b)
+
+
+def _held(low: Tensor, high: Tensor, where: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    """The interval, widened by a number in some entries."""
+    return torch.where(where, torch.minimum(low, number), low), torch.where(where, torch.maximum(high, number), high)
+
+
+def _smooth(name: str, value: Entries, slope: Entries, turns: Turns = (), valleys: Sequence[float] = ()) -> Within:
+    low, high, image, _ = SLOPES[name]
+    return on_interval(value, slope, turns, valleys, SLACK, ((low, high), image))
+
+
+def _kinked(value: Entries, knots: Sequence[float], slopes: Sequence[float]) -> Within:
+    """A piecewise linear function with these slopes between its knots."""
+    places = torch.tensor(knots, dtype=torch.float64)
+    values = on_interval(value, torch.zeros_like, valleys=knots)
+
+    def on(a: Tensor, b: Tensor) -> OnInterval:
+        first, last = torch.bucketize(a.contiguous(), places, right=True), torch.bucketize(b.contiguous(), places)
+        low, high = torch.full_like(a, INF), torch.full_like(a, -INF)
+        for piece, s in enumerate(slopes):
+            low, high = _held(low, high, (first <= piece) & (piece <= torch.maximum(first, last)), torch.tensor(s, dtype=torch.float64))
+        return OnInterval(low, high, *values(a, b)[2:])
+
+    return on
+
+
+def _wave(shift: float) -> Within:
+    """`sin(x + shift)`, whose slopes are `cos(x + shift)`."""
+
+    def holds(a: Tensor, b: Tensor, at: float) -> Tensor:
+        room = 1e-9 * (1.0 + a.abs() + b.abs())
+        first = torch.ceil((a - room - at) / math.tau)
+        return (first * math.tau + at <= b + room) | ~(room < 1e-3)
+
+    def on(a: Tensor, b: Tensor) -> OnInterval:
+        ends: list[Tensor] = []
+        for wave, top in ((torch.cos, -shift), (torch.sin, math.pi / 2 - shift)):
+            low, high = _hull(wave(a + shift).nan_to_num(0.0), wave(b + shift).nan_to_num(0.0))
+            room = 2.0**-50 * (1.0 + a.abs() + b.abs()).clamp(max=1e16) + SLACK
+            low, high = torch.where(holds(a, b, top + math.pi), -1.0, low - room), torch.where(holds(a, b, top), 1.0, high + room)
+            ends += [low.clamp(-1.0, 1.0), high.clamp(-1.0, 1.0)]
+        return OnInterval(*ends)
+
+    return on
+
+
+def _silu_slope(x: Tensor) -> Tensor:
+    x = x.clamp(-FAR, FAR)
+    return torch.sigmoid(x) * (1.0 + x * torch.sigmoid(-x))
+
+
+def _mish_slope(x: Tensor) -> Tensor:
+    x = x.clamp(-FAR, FAR)
+    gate = torch.tanh(F.softplus(x))
+    return gate + x * (1.0 - gate * gate) * torch.sigmoid(x)
+
+
+def _gelu_slope(x: Tensor) -> Tensor:
+    x = x.clamp(-FAR, FAR)
+    return torch.special.ndtr(x) + x * torch.exp(-x * x / 2) / math.sqrt(math.tau)
+
+
+def _gelu_tanh_slope(x: Tensor) -> Tensor:
+    x, k = x.clamp(-FAR, FAR), math.sqrt(2 / math.pi)
+    gate = torch.tanh(k * (x + 0.044715 * x**3))
+    return 0.5 * (1.0 + gate) + 0.5 * x * (1.0 - gate * gate) * k * (1.0 + 3 * 0.044715 * x * x)
+
+
+def _hardswish_slope(x: Tensor) -> Tensor:
+    return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, (2 * x + 3) / 6))
+
+
+def _exponential(alpha: float, scale: float, inner: float) -> Within:
+    """ELU and its kin: `scale x` above 0, `scale alpha (exp(inner x) - 1)` below."""
+    steep = scale * alpha * inner
+    top = max(scale, steep)
+
+    def value(x: Tensor) -> Tensor:
+        return torch.where(x > 0, scale * x, scale * alpha * torch.expm1(inner * x.clamp(max=0.0)))
+
+    def slope(x: Tensor) -> Tensor:
+        return torch.where(x > 0, scale, steep * torch.exp(inner * x.clamp(max=0.0)))
+
+    return on_interval(value, slope, [(0.0, scale), (0.0, steep)], slack=SLACK * (top + scale * alpha), within=((0.0, INF), (-INF, INF)))
+
+
+def _turns(name: str, high: float, low: float) -> Turns:
+    return [(high, SLOPES[name][1]), (low, SLOPES[name][0])]
+
+
+WITHIN: dict[str, Within] = {
+    "relu": _kinked(torch.relu, [0.0], [0.0, 1.0]),
+    "relu6": _kinked(F.relu6, [0.0, 6.0], [0.0, 1.0, 0.0]),
+    "abs": _kinked(torch.abs, [0.0], [-1.0, 1.0]),
+    "tanh": _smooth("tanh", torch.tanh, lambda x: 1.0 - torch.tanh(x) ** 2, [(0.0, 1.0)]),
+    "sigmoid": _smooth("sigmoid", torch.sigmoid, lambda x: torch.sigmoid(x) * torch.sigmoid(-x), [(0.0, 0.25)]),
+    "log_sigmoid": _smooth("log_sigmoid", F.logsigmoid, lambda x: torch.sigmoid(-x)),
+    "hardsigmoid": on_interval(
+        F.hardsigmoid,
+        lambda x: torch.where(x.abs() < 3, SLOPES["hardsigmoid"][1], 0.0),
+        [(t, s) for t in (-3.0, 3.0) for s in (0.0, SLOPES["hardsigmoid"][1])],
+        slack=SLACK,
+        within=(SLOPES["hardsigmoid"][:2], (0.0, 1.0)),
+    ),
+    "hardswish": _smooth("hardswish", F.hardswish, _hardswish_slope, [(-3.0, -0.5), (-3.0, 0.0), (3.0, 1.5), (3.0, 1.0)], [-1.5]),
+    "silu": _smooth("silu", F.silu, _silu_slope, _turns("silu", 2.3993572805154675, -2.3993572805154675), [-1.2784645427610737]),
+    "mish": _smooth("mish", F.mish, _mish_slope, _turns("mish", 1.4905711794854284, -2.256376396360793), [-1.1924312145154952]),
+    "gelu": _smooth("gelu", F.gelu, _gelu_slope, _turns("gelu", math.sqrt(2), -math.sqrt(2)), [-0.7517915246935645]),
+    "gelu tanh": _smooth(
+        "gelu tanh",
+        partial(F.gelu, approximate="tanh"),
+        _gelu_tanh_slope,
+        _turns("gelu tanh", 1.4185040087908283, -1.4185040087908283),
+        [-0.7524614220710163],
+    ),
+    "selu": _exponential(1.6732632423543772, 1.0507009873554805, 1.0),
+    "sin": _wave(0.0),
+    "cos": _wave(math.pi / 2),
+    "atan": _smooth("atan", torch.atan, lambda x: 1.0 / (1.0 + x * x), [(0.0, 1.0)]),
+    "erf": _smooth("erf", torch.erf, lambda x: 2 / math.sqrt(math.pi) * torch.exp(-x * x), [(0.0, SLOPES["erf"][1])]),
+}
+
+
 def slope(name: str) -> Slope:
     """The step of a named entrywise function."""
     low, high, image, at_zero = SLOPES[name]
-    return Slope(low, high, f"{name}: slopes in [{low:.7g}, {high:.7g}]{_NOTES.get(name, '')}", image, at_zero, sharp=True)
+    because = f"{name}: slopes in [{low:.7g}, {high:.7g}]{_NOTES.get(name, '')}"
+    return Slope(low, high, because, image, at_zero, sharp=True, within=WITHIN.get(name))
 
 
 for _name in SLOPES:
@@ -216,12 +385,22 @@ def _softplus(call: Call) -> Slope:
     def value(x: float) -> float:
         return max(x, 0.0) + math.log1p(math.exp(-abs(beta * x))) / beta
 
-    return replace(slope("softplus"), reach=lambda a, b: (rd.down(value(a) / ROOM), rd.up(value(b) * ROOM)))
+    known = slope("softplus")
+    on = on_interval(
+        lambda x: F.softplus(beta * x, threshold=1e3) / beta,
+        lambda x: torch.sigmoid(beta * x),
+        slack=SLACK * max(1.0, 1.0 / beta),
+        within=((0.0, 1.0), (0.0, INF)),
+    )
+    return replace(known, reach=lambda a, b: (rd.down(value(a) / ROOM), rd.up(value(b) * ROOM)), within=on)
 
 
 @register("aten.softshrink")
 def _softshrink(call: Call) -> Slope | Unbounded:
-    return slope("softshrink") if float(call.const("lambd")) >= 0 else Unbounded("softshrink with a negative lambd jumps")
+    lambd = float(call.const("lambd"))
+    if lambd < 0:
+        return Unbounded("softshrink with a negative lambd jumps")
+    return replace(slope("softshrink"), within=_kinked(partial(F.softshrink, lambd=lambd), [-lambd, lambd], [1.0, 0.0, 1.0]))
 
 
 @register("aten.gelu")
@@ -232,7 +411,11 @@ def _gelu(call: Call) -> Slope:
 @register("aten.leaky_relu")
 def _leaky(call: Call) -> Slope:
     s = float(call.const("negative_slope"))
-    return Slope(min(s, 1.0), max(s, 1.0), f"leaky relu: slopes {s:.6g} and 1", sharp=True)
+    return Slope(min(s, 1.0), max(s, 1.0), f"leaky relu: slopes {s:.6g} and 1", sharp=True, within=_leaking(s))
+
+
+def _leaking(s: float) -> Within:
+    return _kinked(partial(F.leaky_relu, negative_slope=s), [0.0], [s, 1.0])
 
 
 @register("aten.rrelu")
@@ -252,7 +435,9 @@ def _prelu(call: Call) -> Slope:
         ones[1] = weight.numel()
     w = weight.reshape(ones)
     because = f"prelu: slopes 1 and its weight, in [{float(w.min()):.6g}, {float(w.max()):.6g}]"
-    return Slope(w.clamp(max=1.0), w.clamp(min=1.0), because, sharp=True)
+    turns = [(0.0, 1.0), (0.0, w)]
+    on = on_interval(lambda x: torch.where(x > 0, x, w * x), lambda x: torch.where(x > 0, 1.0, w), turns, [0.0])
+    return Slope(w.clamp(max=1.0), w.clamp(min=1.0), because, sharp=True, within=on)
 
 
 @register("aten.elu")
@@ -261,7 +446,8 @@ def _elu(call: Call) -> Slope | Unbounded:
     if min(alpha, scale, inner) < 0:
         return Unbounded("elu with a negative constant grows exponentially")
     top = max(scale, rd.mul_up(rd.mul_up(scale, alpha), inner))
-    return Slope(0.0, top, f"elu: slopes in [0, {top:.7g}]", (-rd.mul_up(scale, alpha), INF), sharp=True)
+    image = (-rd.mul_up(scale, alpha), INF)
+    return Slope(0.0, top, f"elu: slopes in [0, {top:.7g}]", image, sharp=True, within=_exponential(alpha, scale, inner))
 
 
 @register("aten.celu")
@@ -269,7 +455,7 @@ def _celu(call: Call) -> Slope | Unbounded:
     alpha = float(call.const("alpha"))
     if alpha <= 0:
         return Unbounded("celu with a negative alpha grows exponentially")
-    return Slope(0.0, 1.0, "celu: slopes in [0, 1]", (-alpha, INF), sharp=True)
+    return Slope(0.0, 1.0, "celu: slopes in [0, 1]", (-alpha, INF), sharp=True, within=_exponential(alpha, 1.0, 1.0 / alpha))
 
 
 @register("aten.hardtanh")
@@ -302,7 +488,8 @@ def _clip(low: float, high: float) -> Slope:
     if low >= high:
         return Slope(0.0, 0.0, "clamp to one value", (high, high), (high, high), sharp=True)
     zero = min(max(0.0, low), high)
-    return Slope(0.0, 1.0, f"clamp to [{low:.6g}, {high:.6g}]: slopes 0 and 1", (low, high), (zero, zero), sharp=True)
+    on = _kinked(lambda x: x.clamp(low, high), [low, high], [0.0, 1.0, 0.0])
+    return Slope(0.0, 1.0, f"clamp to [{low:.6g}, {high:.6g}]: slopes 0 and 1", (low, high), (zero, zero), sharp=True, within=on)
 
 
 @register("aten.threshold")
@@ -351,7 +538,7 @@ def gated(call: Call, x: Var, gate: Var) -> Slope | None:
 
 def _is_relu6(step: Step) -> bool:
     """Whether it clips to [0, 6]; a clamp between tensors has an image too, which holds those of all its entries."""
-    clips = step.op.split(".")[1].rstrip("_") in ("relu6", "hardtanh", "clamp", "clip")
+    clips = step.op.split(".")[1] in ("relu6", "hardtanh", "clamp", "clip")
     return clips and isinstance(step.what, Slope) and (step.what.image, step.what.at_zero) == ((0.0, 6.0), (0.0, 0.0))
 
 
@@ -359,8 +546,23 @@ def _is_relu6(step: Step) -> bool:
 def _softmax(call: Call) -> Lipschitz:
     if len(call.shape) == 0 or call.shape[int(call.const("dim"))] == 1:
         return Lipschitz(0.0, "softmax of one entry is constant", (1.0, 1.0))
-    row = 1.0 if int(call["dim"]) % len(call.shape) == len(call.shape) - 1 else INF
-    return Lipschitz(0.5, "softmax: at most 1/2 in the l2 norm", (0.0, 1.0), row=row)
+    axis = int(call["dim"]) % len(call.shape)
+    row = 1.0 if axis == len(call.shape) - 1 else INF
+    return Lipschitz(0.5, "softmax: at most 1/2 in the l2 norm", (0.0, 1.0), row=row, within=partial(_probabilities, axis))
+
+
+def _probabilities(axis: int, a: Tensor, b: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Constant and values of the softmax on intervals of its arguments: docs/local.md#slopes."""
+    top = b.amax(axis, keepdim=True)
+    small, large = torch.exp(a - top), torch.exp(b - top)
+    room = a.shape[axis] * 2.0**-50
+    others = [e.sum(axis, keepdim=True) for e in (small, large)]
+    above = large / (large + (others[0] * (1 - room) - small).clamp_min(0.0))
+    below = small / (small + (others[1] * (1 + room) - large).clamp_min(0.0))
+    low, high = (below.nan_to_num(0.0) - SLACK).clamp(0.0, 1.0), (above.nan_to_num(1.0) + SLACK).clamp(0.0, 1.0)
+    spread = 2 * torch.maximum(low * (1 - low), high * (1 - high))
+    steepest = torch.where((low <= 0.5) & (high >= 0.5), 0.5, spread).max()
+    return min(0.5, float(steepest) + SLACK), low, high
 
 
 @register("aten.log_softmax", "aten._log_softmax", "aten.special_log_softmax")

@@ -10,26 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from gramlip.errors import InputError, UndefinedError, UnsupportedError, first_line
-from gramlip.network.graph import (
-    RECURRENT,
-    Program,
-    arguments,
-    evaluate,
-    in_float64,
-    is_random,
-    module_path,
-    op_name,
-    place,
-    reads_memory,
-    shape_of,
-    tensors,
-)
+from gramlip.network.graph import RECURRENT, Program, arguments, evaluate, in_float64, is_random, module_path, place
+from gramlip.network.in_place import op_name, reads_memory, shape_of, tensors
 from gramlip.network.rules.fourier import complex_value, keep_half
 from gramlip.network.rules.piecewise_linear import Entrywise, entrywise, merged
 from gramlip.network.rules.registry import PATTERNS, Call, Known, Var, find
-from gramlip.network.rules.shapes import PICKS
+from gramlip.network.rules.shapes import PICKS, RISING
 from gramlip.network.running_errors import running_error
-from gramlip.network.steps import Input, Linear, Lipschitz, Network, Slice, Step, Unbounded, View, renumbered
+from gramlip.network.steps import Input, Linear, Lipschitz, Network, Slice, Step, Unbounded, View, What, renumbered
 from gramlip.operators.linear_maps import checked
 
 _OF_SHAPE = {
@@ -207,7 +195,7 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var
     if curve is not None and (step := merged(call, curve)) is not None:
         curve.rely(call)
         return call.then(step, curve.base)
-    for pattern in () if _is_complex(node) else PATTERNS.get(op.rsplit(".", 1)[0].rstrip("_"), ()):
+    for pattern in () if _is_complex(node) else PATTERNS.get(op.rsplit(".", 1)[0], ()):
         if (value := pattern(call)) is not None:
             return value
     rule = find(op)
@@ -220,9 +208,16 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var
     if rule is None:
         msg = f"{op} has no rule: type @gramlip.rules.register({op!r}) on a function (call) -> constant, or --assume {call.name}=1.0"
         raise UnsupportedError(msg)
-    result = complex_value(call) if _is_complex(node) else rule(call)
-    if isinstance(result, View | Lipschitz | Slice | Linear) and op.rsplit(".", 1)[0] in PICKS and len(call.vars) == 1:
+    return _written(call, complex_value(call) if _is_complex(node) else rule(call))
+
+
+def _written(call: Call, result: What | Var | tuple[Var, ...] | float) -> Var | tuple[Var, ...]:
+    """The value of what a rule returned, with the call itself where that copies or chooses entries of one value."""
+    packet = call.op.rsplit(".", 1)[0]
+    if isinstance(result, View | Lipschitz | Slice | Linear) and packet in PICKS and len(call.vars) == 1:
         return call.then(replace(result, copy_entries=call.run), *call.vars)
+    if isinstance(result, Lipschitz) and packet in RISING and len(call.vars) == 1:
+        return call.then(replace(result, monotone=call.run), *call.vars)
     if isinstance(result, Var | tuple):
         return result
     if isinstance(result, int | float):

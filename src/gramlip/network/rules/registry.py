@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.network.graph import tensors
+from gramlip.network.in_place import tensors
 from gramlip.network.steps import Step, Sum, View, What
 from gramlip.operators.linear_maps import Shape
 
@@ -28,7 +28,8 @@ class Var:
 class Known:
     """What is kept from call to call: curves (`piecewise_linear`) by the number of the step, and values by what was called.
 
-    `halves` are what is known of half spectra (`fourier`); `errors` are those of computed weights (`running_errors`); `taken` says which of them come or go where errors are not followed.
+    `halves` are what is known of half spectra (`fourier`), by the number of the step; `errors` are those of computed weights
+    (`running_errors`); `taken` says which of them come or go where errors are not followed.
     """
 
     curves: dict[int, Any] = field(default_factory=dict[int, Any])
@@ -179,6 +180,6 @@ def pattern(*operations: str) -> Callable[[Callable[[Call], Var | None]], Callab
 
 
 def find(op: str) -> Rule | None:
-    """The rule of `aten.relu_.default`: its own, else its packet's, else that of the same call out of place."""
+    """The rule of `aten.relu.default`: its own, else its packet's."""
     packet = op.rsplit(".", 1)[0] if op.count(".") > 1 else op
-    return RULES.get(op) or RULES.get(packet) or (RULES.get(packet[:-1]) if packet.endswith("_") else None)
+    return RULES.get(op) or RULES.get(packet)

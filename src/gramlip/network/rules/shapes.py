@@ -43,6 +43,8 @@ PICKS = {
     *_aten("slice narrow select index index_select gather expand expand_as broadcast_to repeat tile repeat_interleave"),
 }
 """Operations that copy entries, of one value that depends on the input."""
+RISING = {*_aten("amax amin msort"), *(f"aten.{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in (1, 2, 3))}
+"""Operations that choose entries by comparing them: what they give rises with every entry, and is computed exactly."""
 
 
 @register(*_SAME)
@@ -194,7 +196,7 @@ def _repeat(call: Call) -> Lipschitz | Var:
 @register("aten.where", "aten.masked_fill")
 def _where(call: Call) -> Lipschitz:
     if isinstance(call["condition" if "where" in call.op else "mask"], Var):
-        msg = f"{call.op} chooses by values that depend on the input, and may jump where the choice changes; expected a clamp or an activation"
+        msg = f"{call.op} chooses by values that depend on the input, which may jump where it changes; expected a clamp or an activation"
         raise UnsupportedError(msg)
     chosen = [call.args["self"], call.args["other" if "where" in call.op else "value"]]
     upper = rd.sqrt_up(float(_widest(call)))
@@ -218,7 +220,7 @@ def _widest(call: Call) -> int:
     return max(math.prod(call.shape) // math.prod(v.shape) for v in call.vars)
 
 
-@register("aten.embedding", "aten.max_unpool2d", "aten.max_unpool3d", "aten.bucketize", "aten.searchsorted")
+@register("aten.embedding", "aten.max_unpool2d", "aten.max_unpool3d")
 def _by_places(call: Call) -> Unbounded:
     return Unbounded(
         f"{call.op.split('.')[1]} by places that depend on the input jumps; expected the parts before and after it audited alone"

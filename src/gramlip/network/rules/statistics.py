@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -150,7 +151,36 @@ def normalised(call: Call, x: Var, count: int, weight: Tensor | None, bias: Tens
     shift = 0.0 if bias is None else rd.add_up(float(to_float64(bias).abs().max()), most(call.error_of("bias")))
     edge = rd.add_up(rd.mul_up(top, reach), shift)
     row = rd.add_up(rd.mul_up(top, reach), rd.mul_up(reach, shift)) if x.shape[-1] == count else math.inf
-    return Lipschitz(upper, f"{because}, times the largest gain {top:.6g}", (-edge, edge), row=row)
+    on = None
+    if count > 1 and not any(name in call.inexact for name in ("weight", "bias")) and math.prod(x.shape) % count == 0:
+        ones = [1] * (len(x.shape) - 1)
+        gains = [default if given is None else to_float64(given) for given, default in ((weight, torch.ones(())), (bias, torch.zeros(())))]
+        if "group" in call.op or "instance" in call.op:  # one for each channel
+            gains = [g.reshape(1, -1, *ones[1:]) if g.numel() > 1 else g for g in gains]
+        on = partial(_normalised_on, count, eps, "rms" not in call.op, *gains)
+    return Lipschitz(upper, f"{because}, times the largest gain {top:.6g}", (-edge, edge), row=row, within=on)
+
+
+def _normalised_on(
+    count: int, eps: float, centred: bool, gain: Tensor, shift: Tensor, a: Tensor, b: Tensor
+) -> tuple[float, Tensor, Tensor]:
+    """Constant and values of a normalisation on intervals of its arguments: docs/local.md#slopes."""
+    low, high = (end.reshape(-1, count) for end in (a, b))
+    mid, half = (low + high) / 2, (high - low) / 2
+    size = torch.maximum(low.abs(), high.abs()).sum(1, keepdim=True) * (SLACK + count * 2.0**-50)  # room for the rounding of sums
+    if centred:
+        means = low.mean(1, keepdim=True) - size, high.mean(1, keepdim=True) + size
+        mid, low, high = mid - mid.mean(1, keepdim=True), low - means[1], high - means[0]
+    far = torch.linalg.vector_norm(mid, dim=1, keepdim=True), torch.linalg.vector_norm(half, dim=1, keepdim=True)
+    nearest = ((far[0] - far[1]) * (1 - SLACK) - 2 * size).clamp_min(0.0).nan_to_num(0.0)
+    roots = [(((d * d) / count + eps) ** 0.5) for d in (nearest, far[0] + far[1] + 2 * size)]
+    inverse = 1.0 / roots[0] * (1 + SLACK), 1.0 / roots[1] * (1 - SLACK)
+    ends = torch.stack([end * by for end in (low, high) for by in inverse]).nan_to_num(0.0)
+    z = [end.reshape(a.shape) for end in (ends.amin(0) - SLACK * ends.abs().amax(0), ends.amax(0) + SLACK * ends.abs().amax(0))]
+    values = torch.stack([z[0] * gain, z[1] * gain]) + shift
+    room = SLACK * (values.abs().amax(0) + shift.abs()) + rd.TINY
+    steep = (gain.abs() * inverse[0].expand(-1, count).reshape(a.shape)).max()
+    return float(steep) * (1 + SLACK), values.amin(0) - room, values.amax(0) + room
 
 
 @register("aten.layer_norm", "aten.native_layer_norm")

@@ -1,0 +1,367 @@
+"""Linear relaxations: values as linear functions of the input, and what activations deviate from them. docs/local.md#relaxations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gramlip.network.local.intervals import Region, Value, followed, given, round_down, round_up, terms, whole_of
+from gramlip.network.steps import Drift, Input, Join, Linear, Network, Pad, Slice, Slope, Step, Sum, View, What
+from gramlip.numerics import rounding as rd
+from gramlip.numerics.precision import to_float64
+from gramlip.numerics.rounding import row_norms_up
+from gramlip.operators.geometry import apply
+from gramlip.operators.linear_maps import Conv, Dense
+
+INF = math.inf
+BUDGET = 2**26  # entries of rows, at all values together, that intervals are tightened with
+THIRD = 2**24  # entries of the derivatives of a value's slopes by its input, twice
+TOGETHER = 2**23  # of them at a time
+FINE = 256  # and its derivative
+CELLS = 16  # pieces of an interval, on either side of 0, on which an activation is compared with a line
+
+# ---- linear steps on rows --------------------------------------------------------------------------------------------------
+#
+# What linear steps do to a batch of values, and by its derivative to rows: linear functions of a value.
+
+Act = Callable[[Sequence[Tensor], bool], Tensor]
+Action = tuple[tuple[int, ...], Act]
+
+
+def action(steps: Sequence[Step], i: int) -> Action | None:
+    """The steps that a linear one reads, and what it does to a batch of them, or with the moduli of its weights; None for others.
+
+    The parts of a split are taken from the value that was split.
+    """
+    step = steps[i]
+    what = step.what
+    if isinstance(what, Linear) and not what.op.weight.is_complex():
+        return step.sources, lambda xs, moduli: _linear(what, xs[0], moduli)
+    if getattr(what, "copy_entries", None) is not None:
+        return _copied(steps, step)
+    if isinstance(what, View) and what.flat:
+        return step.sources, lambda xs, _: xs[0].reshape(-1, *step.shape)
+    if isinstance(what, Sum):
+        return step.sources, lambda xs, _: _sum(xs, step)
+    if isinstance(what, Join):
+        return step.sources, lambda xs, _: torch.cat(list(xs), what.axis + 1)
+    if isinstance(what, Slice):
+        kept = (slice(None),) * (what.axis + 1) + (slice(what.start, what.stop, what.step),)
+        return step.sources, lambda xs, _: xs[0][kept]
+    if isinstance(what, Pad):
+        pads = [p for pair in reversed(what.pairs) for p in pair]
+        mode = "constant" if what.mode == "zeros" else what.mode
+        return step.sources, lambda xs, _: torch.nn.functional.pad(xs[0].flatten(0, 1), pads, mode=mode).reshape(-1, *step.shape)
+    return None
+
+
+def _copied(steps: Sequence[Step], step: Step) -> Action | None:
+    copied, before = step.what.copy_entries, steps[step.sources[0]]  # type: ignore[union-attr]
+    inner = getattr(before.what, "copy_entries", None) if step.op == "getitem" else None
+    sources = step.sources if inner is None else before.sources
+
+    def whole(x: Tensor) -> Tensor:
+        return copied(x if inner is None else inner(x))  # type: ignore[misc]
+
+    made = whole(torch.zeros(steps[sources[0]].shape, dtype=torch.float64))
+    fits = isinstance(made, Tensor) and tuple(made.shape) == step.shape  # type: ignore[reportUnnecessaryIsInstance]
+    return (sources, lambda xs, _: torch.func.vmap(whole)(xs[0])) if fits else None
+
+
+def _linear(what: Linear, x: Tensor, moduli: bool) -> Tensor:
+    op = replace(what.op, weight=to_float64(what.op.weight).abs()) if moduli else what.op
+    return apply(op, x.flatten(0, 1)).unflatten(0, (-1, x.shape[1])) if isinstance(op, Conv) else apply(op, x)
+
+
+def _sum(xs: Sequence[Tensor], step: Step) -> Tensor:
+    wide = [x.reshape(len(x), *(1,) * (len(step.shape) + 1 - x.ndim), *x.shape[1:]) for x in xs]
+    return torch.stack([x.expand(len(x), *step.shape) for x in wide]).sum(0)
+
+
+def adjoint(steps: Sequence[Step], i: int, made: Action, rows: Tensor, moduli: bool) -> list[Tensor]:
+    """Rows of the result of a linear step as rows of what it reads."""
+    what, (reads, act) = steps[i].what, made
+    if isinstance(what, Linear) and isinstance(what.op, Dense):
+        weight = to_float64(what.op.weight)
+        return [rows @ (weight.abs() if moduli else weight)]
+    given = [torch.zeros(len(rows), *steps[s].shape, dtype=torch.float64, requires_grad=True) for s in reads]
+    with torch.enable_grad():
+        value = act(given, moduli)
+    return list(torch.autograd.grad(value, given, rows))
+
+
+def roundings(steps: Sequence[Step]) -> float:
+    """As many as an entry of a row may meet on its way back through all steps."""
+    read = [0] * len(steps)
+    for step in steps:
+        for s in step.sources:
+            read[s] += 1
+    counts = [terms(s.what.op) if isinstance(s.what, Linear) else len(s.sources) for s in steps]
+    return 8.0 * sum(count + n + 8 for count, n in zip(counts, read, strict=True))
+
+
+# ---- activations and lines -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A function f near c, entry by entry: `f(z) - f(c) = slope (z - c) + g` with g between `low` and `high`."""
+
+    slope: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def line(what: Slope, low: Tensor, high: Tensor, middle: tuple[Tensor, Tensor]) -> Line | None:
+    """The line with the slope of the chord, and how far the function is from it on [low, high]: theorem L2."""
+    if what.within is None or not bool((low.isfinite() & high.isfinite()).all()):
+        return None
+    knots = _knots(low, high, CELLS)
+    value = what.within(knots, knots)
+    if value.least.shape != knots.shape:
+        return None
+    slope = _chord(value.most[0], value.most[-1], low, high)
+    slope = torch.minimum(torch.maximum(slope, torch.as_tensor(what.low)), torch.as_tensor(what.high))
+    on = what.within(knots[:-1], knots[1:])
+    falls, rises = (slope - on.low).clamp_min(0.0), (on.high - slope).clamp_min(0.0)  # how fast f - slope z falls and rises at most
+    size = (value.least.abs() + value.most.abs()).amax(0)
+    room = 2.0**-46 * (slope.abs() * torch.maximum(low.abs(), high.abs()) + size) + 64 * rd.TINY
+    under, over = _between(value.least - slope * knots, value.most - slope * knots, falls, rises, knots)
+    at, shift = what.within(*middle), torch.stack([slope * end for end in middle])
+    base = at.least - shift.amax(0) - room, at.most - shift.amin(0) + room  # of f - slope z at the centre
+    return Line(slope, round_down(under - room - base[1]), round_up(over + room - base[0]))
+
+
+def _knots(low: Tensor, high: Tensor, cells: int) -> Tensor:
+    """Points from low to high along a new first axis, 0 among them where it lies between: so many pieces on either side of it."""
+    at_zero = torch.minimum(torch.maximum(torch.zeros_like(low), low), high)
+    parts = torch.linspace(0, 1, cells + 1, dtype=torch.float64).reshape(-1, *(1,) * low.ndim)
+    knots = torch.cat([low + (at_zero - low) * parts[:-1], at_zero + (high - at_zero) * parts]).clamp(low, high)
+    knots[-1] = high
+    return knots
+
+
+def _chord(first: Tensor, last: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return ((last - first) / (high - low).clamp_min(rd.TINY)).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _between(least: Tensor, most: Tensor, falls: Tensor, rises: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest values of a function between knots from those at them and how fast it falls and rises."""
+    both, lost = (falls + rises).clamp_min(rd.TINY), falls * rises * round_up(knots[1:] - knots[:-1])
+    turns = falls * rises > 0
+    dip = torch.where(turns, (least[:-1] * rises + least[1:] * falls - lost) / both, INF)
+    peak = torch.where(turns, (most[:-1] * falls + most[1:] * rises + lost) / both, -INF)
+    room = 2.0**-46 * ((lost / both).amax(0) + least.abs().amax(0) + most.abs().amax(0))
+    return torch.minimum(least.amin(0), dip.amin(0)) - room, torch.maximum(most.amax(0), peak.amax(0)) + room
+
+
+def drift(what: Slope, argument: Value, rows: Tensor, stray: tuple[Tensor, Tensor], reach: Tensor) -> Drift | None:
+    """The derivatives of an activation as linear functions of the input, where its argument is one up to `stray`: theorem L6.
+
+    `rows @ (x - c)` is at most `reach` in modulus.
+    """
+    low, high = argument.low, argument.high
+    if what.within is None or argument.middle is None or not bool((low.isfinite() & high.isfinite()).all()):
+        return None
+    knots = _knots(low, high, FINE)
+    ends, on = what.within(torch.stack([low, high]), torch.stack([low, high])), what.within(knots[:-1], knots[1:])
+    if on.low.shape != knots[1:].shape:
+        return None
+    bend = _chord(ends.low[0], ends.low[1], low, high)
+    tilted = torch.stack([bend * knots[:-1], bend * knots[1:]])
+    under, over = (on.low - tilted.amax(0)).amin(0), (on.high - tilted.amin(0)).amax(0)  # of f' - bend z
+    moves = [bend * (end + far.reshape(low.shape)) for end in argument.middle for far in stray]
+    under, over = (round_down(under + torch.stack(moves).amin(0)), round_up(over + torch.stack(moves).amax(0)))
+    room = 2.0**-46 * (bend.abs() * torch.maximum(low.abs(), high.abs()) + under.abs() + over.abs()) + 64 * rd.TINY
+    base, turned = (under + over) / 2, bend.reshape(-1, 1) * rows
+    reach = bend.reshape(-1).abs() * reach * (1 + 2.0**-48)
+    loose = round_up((over - under) / 2).reshape(-1) + room.reshape(-1) + 2.0**-48 * reach
+    return Drift(base, turned, reach, loose) if bool((loose < 0.7 * ((what.high - what.low) / 2).reshape(-1)).any()) else None
+
+
+# ---- values relaxed --------------------------------------------------------------------------------------------------------
+
+
+class Relaxations:
+    """The steps so far around the centre of a set, each as a linear function of what it reads, plus what it deviates from that."""
+
+    def __init__(self, area: Region, budget: int) -> None:
+        self._area, self._left = area, budget
+        self._steps, self._actions = list[Step](), list[Action | None]()
+        self._lines, self._linear = dict[int, Line](), dict[int, tuple[Tensor, tuple[Tensor, Tensor], Tensor]]()
+        self._values, self._entries = list[Value](), 0
+
+    def add(self, step: Step, value: Value) -> Step:
+        """One more step, with what is known of its value; the step with what lines know of its slopes."""
+        i = len(self._steps)
+        self._steps.append(step)
+        self._values.append(value)
+        self._entries += math.prod(step.shape)
+        what = step.what
+        self._actions.append(action(self._steps, i))
+        if isinstance(what, Slope) and isinstance(value.low, Tensor):
+            source = self._values[step.sources[0]]
+            if isinstance(source.low, Tensor) and source.middle is not None and tuple(source.low.shape) == step.shape:
+                found = line(what, source.low, source.high, source.middle)
+                if found is not None:
+                    self._lines[i] = found
+                if (known := self._linear.pop(step.sources[0], None)) is not None:
+                    step = replace(step, what=replace(what, drift=drift(what, source, *known)))
+                    self._steps[i] = step
+        return step
+
+    def tighten(self, i: int, what: What) -> Value:
+        """The value of step i, which a step is about to read, inside what lines say of it, where that pays and can be paid for."""
+        value = self._values[i]
+        if value.middle is None or not isinstance(value.low, Tensor) or isinstance(what, Linear | View | Sum | Join | Slice | Pad):
+            return value
+        open_ = torch.ones_like(value.low, dtype=torch.bool)
+        if isinstance(what, Slope) and what.within is not None:
+            on = what.within(value.low, value.high)
+            open_ = (on.low < on.high).expand(value.low.shape)
+        entries = open_.reshape(-1).nonzero()[:, 0]
+        work = len(entries) * self._entries
+        if len(entries) == 0 or work > self._left or self._actions[i] is None:
+            return value
+        self._left -= work
+        parts = [self._deviation(i, some) for some in entries.split(max(1, TOGETHER // self._entries))]
+        under, over, *rest, rows, reach = (torch.cat(side) for side in zip(*parts, strict=True))
+        if len(entries) == value.low.numel() and len(entries) * self._area.entries**2 <= THIRD:
+            self._linear[i] = rows, (rest[0], rest[1]), reach
+        low, high = value.low.reshape(-1).clone(), value.high.reshape(-1).clone()
+        middle = [end.reshape(-1)[entries] for end in value.middle]
+        low[entries] = torch.maximum(low[entries], round_down(middle[0] + under))
+        high[entries] = torch.minimum(high[entries], round_up(middle[1] + over))
+        ends = low.reshape(value.low.shape), high.reshape(value.low.shape)
+        self._values[i] = replace(value, low=ends[0], high=ends[1], whole=whole_of(*ends, value.whole, self._steps[i].shape))
+        return self._values[i]
+
+    def _deviation(self, i: int, entries: Tensor) -> tuple[Tensor, ...]:
+        """How far some entries (flat numbers) of a value are below and above those at the centre: theorem L3.
+
+        The same without what is linear in the input, then the rows of that, and how much it is at most.
+        """
+        rows = torch.zeros(len(entries), math.prod(self._steps[i].shape), dtype=torch.float64)
+        rows[torch.arange(len(entries)), entries] = 1.0
+        rows = rows.reshape(-1, *self._steps[i].shape)
+        found, gamma = {i: (rows, rows)}, rd.gamma(roundings(self._steps[: i + 1]))
+        low, high = (torch.zeros(len(entries), dtype=torch.float64) for _ in range(2))
+        inputs: list[tuple[int, Tensor, Tensor]] = []
+        for j in range(i, -1, -1):
+            if j not in found:
+                continue
+            rows, moduli = found.pop(j)
+            if isinstance(self._steps[j].what, Input):
+                inputs.append((j, rows.flatten(1), moduli.flatten(1)))
+                continue
+            under, over = self._through(j, rows, moduli, gamma, found)
+            low, high = low + under, high + over
+        ends, stray, rows = self._at_inputs(inputs, gamma, len(entries))
+        low, high = low - stray - gamma * low.abs(), high + stray + gamma * high.abs()
+        room = gamma * (low.abs() + high.abs() + ends[0].abs() + ends[1].abs())
+        whole = round_down(low + ends[0] - room), round_up(high + ends[1] + room)
+        return (*whole, low, high, rows, torch.maximum(-ends[0], ends[1]))
+
+    def _through(
+        self, j: int, rows: Tensor, moduli: Tensor, gamma: float, found: dict[int, tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Rows handed on to what step j reads; what it may add to them below and above."""
+        step, made, own = self._steps[j], self._actions[j], self._lines.get(j)
+        if own is not None:
+            handed = [(step.sources[0], rows * own.slope, moduli * own.slope.abs())]
+            under, over = own.low, own.high
+        elif made is not None:
+            parts = [adjoint(self._steps, j, made, part, moduli=k > 0) for k, part in enumerate((rows, moduli))]
+            handed = list(zip(made[0], *parts, strict=True))
+            under = over = None
+        else:
+            under, over = self._apart(j)
+            handed = []
+        for s, centre, size in handed:
+            before = found.get(s)
+            found[s] = (centre, size) if before is None else (before[0] + centre, before[1] + size)
+        flat = rows.flatten(1)
+        if under is None or over is None:
+            what, zero = step.what, torch.zeros(len(rows), dtype=torch.float64)
+            if not isinstance(what, Linear) or what.error == 0.0:
+                return zero, zero
+            lost = (row_norms_up(flat) + gamma * row_norms_up(moduli.flatten(1))) * rd.mul_up(what.error, self._distance(step.sources[0]))
+            return -lost, lost
+        under, over = under.expand(step.shape).reshape(-1), over.expand(step.shape).reshape(-1)
+        return _spanned(flat, moduli.flatten(1) * gamma, under, over)
+
+    def _apart(self, j: int) -> tuple[Tensor, Tensor]:
+        """How far each entry of a value is from that at the centre, by its interval."""
+        value, shape = self._values[j], self._steps[j].shape
+        if value.middle is None or not isinstance(value.low, Tensor) or not isinstance(value.middle[0], Tensor):
+            return torch.full(shape, -INF, dtype=torch.float64), torch.full(shape, INF, dtype=torch.float64)
+        return round_down(value.low - value.middle[1]), round_up(value.high - value.middle[0])
+
+    def _distance(self, j: int) -> float:
+        under, over = self._apart(j)
+        size = torch.maximum(under.abs(), over.abs()).reshape(1, -1)
+        return min(self._values[j].far, float(row_norms_up(size)) if bool(size.isfinite().all()) else INF)
+
+    def _at_inputs(
+        self, inputs: list[tuple[int, Tensor, Tensor]], gamma: float, count: int
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """What the rows of the inputs give, by the box or by the ball, whichever is less; what their errors may; and the rows."""
+        zero, held = torch.zeros(count, dtype=torch.float64), {j: (rows, moduli) for j, rows, moduli in inputs}
+        low, high, stray, every, errors = zero, zero, zero, list[Tensor](), list[Tensor]()
+        for j in (j for j, step in enumerate(self._steps) if isinstance(step.what, Input)):
+            ends = [end.reshape(-1) for end in self._apart(j)]
+            blank = torch.zeros(count, len(ends[0]), dtype=torch.float64)
+            rows, moduli = held.get(j, (blank, blank))
+            under, over = _spanned(rows, blank, *ends)
+            low, high, stray = low + under, high + over, stray + torch.maximum(*_spanned(moduli * gamma, blank, *ends)[::-1])
+            every, errors = [*every, rows], [*errors, moduli]
+        rows = torch.cat(every, 1)
+        if self._area.radius < INF:
+            ball = round_up(row_norms_up(rows) * self._area.radius)
+            low, high = torch.maximum(low, -ball), torch.minimum(high, ball)
+            stray = torch.minimum(stray, round_up(gamma * row_norms_up(torch.cat(errors, 1)) * self._area.radius))
+        return (low, high), stray, rows
+
+
+def _spanned(rows: Tensor, error: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest products of rows, known up to an error, with vectors between `low` and `high`, before the rounding of sums."""
+    known = low.isfinite() & high.isfinite()
+    a, b = torch.where(known, low, 0.0), torch.where(known, high, 0.0)
+    up, down = rows.clamp_min(0.0), rows.clamp_max(0.0)
+    stray = error @ torch.maximum(a.abs(), b.abs())
+    stray = stray + 2 * rd.gamma(float(rows.shape[1]) + 8.0) * (rows.abs() @ torch.maximum(a.abs(), b.abs())) + rows.shape[1] * 2.0**-1000
+    if not bool(known.all()):
+        stray = torch.where((rows[:, ~known] != 0).any(1) | (error[:, ~known] != 0).any(1), INF, stray)
+    return up @ a + down @ b - stray, up @ b + down @ a + stray
+
+
+# ---- networks restricted ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Local:
+    """A network on a set of inputs: its steps restricted to it, and what is known of the value of each."""
+
+    area: Region
+    network: Network
+    values: list[Value]
+
+
+def restricted(network: Network, area: Region, budget: int = BUDGET) -> Local:
+    """The network with slopes, constants and caps on a set of inputs, entry by entry, and what is known of each value there."""
+    steps, known = list[Step](), list[Value]()
+    inputs, lines = iter(range(len(area.low))), Relaxations(area, budget)
+    for step in network.steps:
+        if isinstance(step.what, Input):
+            made, value = step, given(area, next(inputs))
+        else:
+            for s in step.sources:
+                known[s] = lines.tighten(s, step.what)
+            made, value = followed(step, [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources])
+        steps.append(lines.add(made, value))
+        known.append(value)
+    return Local(area, Network(steps, network.outputs), known)

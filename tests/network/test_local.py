@@ -1,0 +1,299 @@
+"""Local constants, against Jacobians, quotients and values at points of the set, by torch alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gramlip as gl
+from gramlip.errors import InputError
+from gramlip.network.graph import export
+from gramlip.network.local import region, restricted
+from gramlip.network.rules import lower
+from test_rules import Map
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu tanh": lambda: nn.GELU("tanh"),
+    "mish": nn.Mish,
+    "softplus": lambda: nn.Softplus(beta=3.0),
+    "elu": lambda: nn.ELU(1.5),
+    "celu": lambda: nn.CELU(0.5),
+    "selu": nn.SELU,
+    "leaky": lambda: nn.LeakyReLU(0.2),
+    "prelu": lambda: nn.PReLU(init=-0.3),
+    "hardtanh": nn.Hardtanh,
+    "hardswish": nn.Hardswish,
+    "hardsigmoid": nn.Hardsigmoid,
+    "relu6": nn.ReLU6,
+    "softshrink": nn.Softshrink,
+    "logsigmoid": nn.LogSigmoid,
+    "softsign": nn.Softsign,
+}
+ENTRYWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "abs": torch.abs,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "atan": torch.atan,
+    "erf": torch.erf,
+    "exp": torch.exp,
+    "square": torch.square,
+    "clamp": lambda x: x.clamp(-0.3, 1.0),
+    "cube": lambda x: x**3,
+}
+
+
+def mlp(sizes: list[int], act: Callable[[], nn.Module], seed: int, scale: float = 1.0) -> nn.Module:
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for n, m in itertools.pairwise(sizes):
+        layers += [nn.Linear(n, m), act()]
+    model = nn.Sequential(*layers[:-1]).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= scale
+    return model
+
+
+def between(call: Callable[[Tensor], Tensor]) -> nn.Module:
+    return nn.Sequential(mlp([3, 5], nn.Tanh, 1), Map(call), mlp([5, 2], nn.Tanh, 2)).eval()
+
+
+def lines(first: nn.Module, act: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(first, act, nn.Conv1d(3, 2, 3)).double().eval()
+
+
+class Residual(nn.Module):
+    """Convolutions with batch norm, a stride, a skip, pooling and a head."""
+
+    def __init__(self, act: Callable[[], nn.Module], seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.one, self.two = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.down, self.head = nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Linear(6, 3)
+        self.act = act()
+        nn.init.uniform_(self.norm.running_var, 0.5, 2.0)
+        nn.init.normal_(self.norm.running_mean)
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.stem(x)))
+        x = self.act(x + self.two(self.act(self.one(x))))
+        return self.head(F.avg_pool2d(F.max_pool2d(self.act(self.down(x)), 2) + self.act(self.down(x))[..., 1:3, 1:3], 2).flatten(1))
+
+
+class Strided(nn.Module):
+    """Convolutions with a stride, a skip and a mean, without a maximum."""
+
+    def __init__(self, act: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.stem, self.norm, self.down = nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, stride=2, padding=1)
+        self.inner, self.act = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"), act()
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.down(self.act(self.norm(self.stem(x)))))
+        return F.avg_pool2d(x + self.act(self.inner(x)), 3).flatten(1)
+
+
+class Token(nn.Module):
+    """A transformer's block with a gate: layer norm, attention, products of values."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.norm, self.qkv, self.out = nn.LayerNorm(4), nn.Linear(4, 12), nn.Linear(4, 4)
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(4, 4)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v))
+        a, b = self.up(self.norm(x)).chunk(2, -1)
+        return x + self.down(a * torch.sigmoid(b)) * torch.softmax(x, -1)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    **{name: (lambda act=act: mlp([4, 9, 7, 3], act, 5, 2.0), (4,)) for name, act in ACTIVATIONS.items()},
+    **{name: (lambda call=call: between(call), (3,)) for name, call in ENTRYWISE.items()},
+    "residual": (lambda: Residual(nn.ReLU, 0), (2, 8, 8)),
+    "smooth residual": (lambda: Residual(nn.SiLU, 1), (2, 8, 8)),
+    "strided": (lambda: Strided(nn.ReLU), (2, 6, 6)),
+    "smooth strided": (lambda: Strided(nn.SiLU), (2, 6, 6)),
+    "token": (lambda: Token(0), (3, 4)),
+    "group norm": (lambda: nn.Sequential(nn.Conv2d(2, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 2, 3)).double().eval(), (2, 4, 4)),
+    "reflect": (lambda: lines(nn.Conv1d(2, 3, 3, padding=1, padding_mode="reflect"), nn.Tanh()), (2, 7)),
+    "transposed": (lambda: lines(nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1), nn.ReLU()), (2, 5)),
+    "joined": (lambda: Map(lambda x: torch.cat([x.relu(), (-x).tanh()], 1)[:, 1:7] * x[:, :1]).eval(), (4,)),
+    "permuted": (lambda: Map(lambda x: torch.relu(x.permute(0, 2, 1).flip(1)) @ torch.tanh(x)).eval(), (3, 4)),
+    "split": (lambda: Map(lambda x: x.split([1, 3], 1)[1].relu() - x.split([1, 3], 1)[0].sigmoid()).eval(), (4,)),
+}  # fmt: skip
+
+
+def points(x: Tensor, radius: float, count: int, seed: int) -> Tensor:
+    """Random points of the ball, most of them on its sphere, some close to each other."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randn(count, *x.shape[1:], generator=generator, dtype=torch.float64)
+    steps /= steps.flatten(1).norm(dim=1).reshape(-1, *(1,) * (x.ndim - 1))
+    lengths = torch.rand(count, *(1,) * (x.ndim - 1), generator=generator, dtype=torch.float64) ** 0.1
+    return x + radius * steps * lengths
+
+
+def steepest(model: nn.Module, xs: Tensor) -> float:
+    """The largest norm of the Jacobian at the points, and the largest quotient of two of them, by torch alone."""
+    xs = xs.clone().requires_grad_()
+    ys = model(xs).flatten(1)
+    rows = [torch.autograd.grad(ys[:, j].sum(), xs, retain_graph=True)[0].flatten(1) for j in range(ys.shape[1])]
+    best = float(torch.linalg.matrix_norm(torch.stack(rows, 1), 2).max())
+    with torch.no_grad():
+        return max(best, float((torch.pdist(ys) / torch.pdist(xs.flatten(1))).max()))
+
+
+def centre(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_local_constant_is_never_below_what_points_of_the_ball_show_and_falls_with_the_radius(name: str) -> None:
+    make, shape = MODELS[name]
+    model, x = make(), centre(shape, 3)
+    before = math.inf
+    for radius in (0.8, 0.05):
+        report = gl.audit(model, x, at=x, radius=radius, effort=0.0)
+        seen = steepest(model, points(x, radius, 40, 7))
+        assert seen <= report.upper * (1 + 1e-9)
+        assert report.lower <= report.upper <= before * 1.02  # linear relaxations on smaller sets are others, and may be a little worse
+        before = report.upper
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_entry_of_the_result_stays_in_its_interval(name: str) -> None:
+    make, shape = MODELS[name]
+    model, x = make(), centre(shape, 4)
+    network = lower(export(model, (x,))).network
+    for radius in (1.0, 0.05):
+        area = region([tuple(x.shape)], None, x, radius)
+        assert area is not None
+        value = restricted(network, area).values[network.outputs[0]]
+        with torch.no_grad():
+            ys = torch.cat([model(y[None]) for y in points(x, radius, 60, 8)])
+        slope = torch.autograd.functional.jacobian(model, x).reshape(-1, x.numel())
+        ends = x + radius * (slope / slope.norm(dim=1, keepdim=True).clamp_min(1e-12)).reshape(-1, *x.shape[1:])
+        with torch.no_grad():
+            ys = torch.cat([ys, torch.cat([model(y[None]) for e in ends for y in (e, 2 * x[0] - e)])])
+        assert bool((value.low - 1e-12 <= ys).all())
+        assert bool((ys <= value.high + 1e-12).all())
+        assert value.whole.low - 1e-12 <= float(ys.min())
+        assert float(ys.max()) <= value.whole.high + 1e-12
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky", "hardtanh", "relu6", "strided", "transposed"])
+def test_inside_one_region_of_a_piecewise_linear_network_it_is_the_norm_of_the_jacobian(name: str) -> None:
+    make, shape = MODELS[name]
+    model, x = make(), centre(shape, 11)
+    exact = float(torch.linalg.matrix_norm(torch.autograd.functional.jacobian(model, x).reshape(-1, x.numel()), 2))
+    upper = gl.audit(model, x, at=x, radius=1e-7, effort=0.0).upper
+    assert exact * (1 - 1e-9) <= upper <= exact * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["tanh", "silu", "gelu", "softplus", "reflect", "smooth strided"])
+def test_of_smooth_networks_it_tends_to_the_norm_of_the_jacobian(name: str) -> None:
+    make, shape = MODELS[name]
+    model, x = make(), centre(shape, 12)
+    exact = float(torch.linalg.matrix_norm(torch.autograd.functional.jacobian(model, x).reshape(-1, x.numel()), 2))
+    upper = gl.audit(model, x, at=x, radius=1e-7, effort=0.0).upper
+    assert exact * (1 - 1e-6) <= upper <= exact * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_small_relu_networks_against_all_their_regions_in_a_box(seed: int) -> None:
+    model, x = mlp([2, 6, 5, 2], nn.ReLU, seed, 1.5), centre((2,), seed)
+    low, high = x - 0.6, x + 0.6
+    upper = gl.audit(model, x, domain=(low, high)).upper
+    grid = torch.cartesian_prod(
+        *(torch.linspace(float(a), float(b), 300, dtype=torch.float64) for a, b in zip(low[0], high[0], strict=True))
+    )
+    weights = [layer.weight.detach() for layer in model if isinstance(layer, nn.Linear)]  # type: ignore[reportGeneralTypeIssues]
+    patterns: set[tuple[bool, ...]] = set()
+    with torch.no_grad():
+        z = model[0](grid)
+        signs = torch.cat([z > 0, model[2](z.relu()) > 0], 1).unique(dim=0)
+    patterns |= {tuple(row) for row in signs.tolist()}
+    steep: list[float] = []
+    for p in patterns:
+        first, second = torch.tensor(p[:6]).double(), torch.tensor(p[6:]).double()
+        steep.append(float(torch.linalg.matrix_norm(weights[2] @ (second[:, None] * (weights[1] @ (first[:, None] * weights[0]))), 2)))
+    assert max(steep) <= upper * (1 + 1e-12)
+    assert upper <= 2.5 * max(steep)
+
+
+@pytest.mark.parametrize("name", ["relu", "strided", "joined"])
+def test_a_box_with_an_interval_for_each_entry(name: str) -> None:
+    make, shape = MODELS[name]
+    model, x = make(), centre(shape, 21)
+    width = torch.rand(1, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.5
+    width.flatten()[0] = 0.0  # one entry that does not move
+    generator = torch.Generator().manual_seed(2)
+    xs = torch.cat([x + width * (2 * torch.rand(1, *shape, generator=generator, dtype=torch.float64) - 1).sign() for _ in range(12)])
+    report = gl.audit(model, x, domain=(x - width, x + width), effort=0.0)
+    assert steepest(model, xs) <= report.upper * (1 + 1e-9)
+    assert report.lower <= report.upper
+    both = gl.audit(model, x, domain=(x - width, x + width), at=x, radius=0.2, effort=0.0)
+    assert both.upper <= min(report.upper, gl.audit(model, x, at=x, radius=0.2, effort=0.0).upper) * 1.01
+
+
+def test_from_chosen_inputs_to_chosen_outputs() -> None:
+    model, x = mlp([5, 8, 8, 4], nn.Tanh, 3, 1.5), centre((5,), 6)
+    for options in ({}, {"at": x, "radius": 0.3}, {"domain": (x - 0.1, x + 0.1)}):
+        report = gl.audit(model, x, inputs=[0, -2], outputs=[1, 2], effort=0.0, **options)
+        jacobian = torch.autograd.functional.jacobian(model, x)[0, :, 0][[1, 2]][:, [0, 3]]
+        assert float(torch.linalg.matrix_norm(jacobian, 2)) <= report.upper
+        assert report.lower <= report.upper <= gl.audit(model, x, effort=0.0, **options).upper * (1 + 1e-6)
+        assert "2 of 5 inputs; 2 of 4 outputs" in str(report)
+    linear = nn.Linear(3, 2, bias=False).double()
+    part = float(linear.weight[1, 2].detach().abs())
+    assert gl.audit(linear, (3,), inputs=[2], outputs=[1]).upper == pytest.approx(part, rel=1e-5)
+    for bad in ([], [5], [0.5], 3, [True]):
+        with pytest.raises(InputError, match="of the 5 entries"):
+            gl.audit(model, x, inputs=bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["relu", "tanh"])
+def test_it_is_never_above_the_global_constant(name: str) -> None:
+    make, shape = MODELS[name]
+    model, x = make(), centre(shape, 2)
+    assert gl.audit(model, x, at=x, radius=50.0, effort=0.0).upper <= gl.audit(model, x, effort=0.0).upper * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"at": torch.zeros(1, 4)}, "radius=None"),
+        ({"radius": 0.5}, "at of NoneType"),
+        ({"at": torch.zeros(1, 4), "radius": -1.0}, "positive finite radius"),
+        ({"at": torch.zeros(1, 4), "radius": True}, "positive finite radius"),
+        ({"at": torch.zeros(1, 5), "radius": 0.5}, "broadcast to the input's shape"),
+        ({"at": torch.full((1, 4), math.nan), "radius": 0.5}, "finite"),
+        ({"at": torch.full((1, 4), 2.0), "radius": 0.5, "domain": (0.0, 1.0)}, "inside of domain"),
+        ({"domain": (torch.ones(1, 4), torch.zeros(1, 4))}, "the lower first"),
+        ({"domain": (torch.zeros(1, 3), 1.0)}, "broadcast to the input"),
+    ],
+)
+def test_sets_that_cannot_be_used_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        gl.audit(mlp([4, 3], nn.ReLU, 0), torch.zeros(1, 4, dtype=torch.float64), **options)  # type: ignore[arg-type]
