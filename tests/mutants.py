@@ -22,6 +22,7 @@ import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
 from gramlip.network import compose, fold, in_place, linear_stretches, lower_bound, running_errors
 from gramlip.network.coupling import elimination, linear_forms, segments
+from gramlip.network.local import intervals, jacobians, relaxations
 from gramlip.network.rules import fourier, statistics
 from gramlip.network.rules import shapes as joins
 from gramlip.network.steps import Pad, Slope
@@ -42,6 +43,11 @@ from gramlip.rules import Call
 from test_formats import test_products_of_two_vectors_exactly
 from test_fourier import test_a_spectrum_of_an_even_signal_read_as_another_length
 from test_linear_stretches import exact as affine_norm
+from test_local import (
+    test_a_local_constant_is_never_below_what_points_of_the_ball_show_and_falls_with_the_radius,
+    test_an_activation_stays_within_its_line,
+    test_every_entry_of_the_result_stays_in_its_interval,
+)
 from test_network_multipliers import check_slopes_at_their_ends, network_of, steepest, upper_of
 from test_network_steps import (
     Applied,
@@ -777,7 +783,54 @@ def narrow_matrices() -> None:
         assert torch.linalg.matrix_norm(weight * (1 + error / size), 2) <= torch.linalg.matrix_norm(narrow, 2)
 
 
+# ---- constants around an input -------------------------------------------------------------------------------------------
+
+
+def slopes_on_a_set_from_zero(patch: pytest.MonkeyPatch) -> None:
+    """Values from the value at 0 by slopes that are those of the set."""
+    right = intervals.range_of
+
+    def wrong(step: Any, sources: Any, shapes: Any) -> Any:
+        if isinstance(step.what, Slope) and step.what.within is not None and math.isfinite(sources[0].size):
+            on = step.what.within(*(torch.tensor(end, dtype=torch.float64) for end in (sources[0].low, sources[0].high)))
+            step = replace(step, what=replace(step.what, low=on.low, high=on.high))
+        return right(step, sources, shapes)
+
+    patch.setattr(intervals, "range_of", wrong)
+
+
+def slopes_at_one_end(patch: pytest.MonkeyPatch) -> None:
+    """The slope at the lower end of each interval for all of it."""
+    right = intervals._restricted_slope
+    patch.setattr(intervals, "_restricted_slope", lambda what, low, high: right(what, low, low))
+
+
+def lines_at_the_ends_alone(patch: pytest.MonkeyPatch) -> None:
+    """An activation between two lines through the ends of its interval."""
+    patch.setattr(relaxations, "CELLS", 1)
+    patch.setattr(relaxations, "_between", lambda least, most, *_: (least[[0, -1]].amin(0), most[[0, -1]].amax(0)))
+
+
+def middle_slopes_alone(patch: pytest.MonkeyPatch) -> None:
+    """The Jacobian's norm at the middle slopes."""
+    patch.setattr(jacobians.Derivative, "entries", lambda self, area: torch.zeros_like(self.spread))
+
+
+def around(name: str) -> Callable[[], None]:
+    """What holds of constants, and of intervals of values, around an input."""
+
+    def run() -> None:
+        test_every_entry_of_the_result_stays_in_its_interval(name)
+        test_a_local_constant_is_never_below_what_points_of_the_ball_show_and_falls_with_the_radius(name)
+
+    return run
+
+
 MUTANTS: dict[str, Mutant] = {
+    "L1: slopes on a set, from 0": Mutant(slopes_on_a_set_from_zero, around("split")),
+    "L1: slopes at one end": Mutant(slopes_at_one_end, around("sigmoid")),
+    "L2: lines at the ends": Mutant(lines_at_the_ends_alone, lambda: test_an_activation_stays_within_its_line("softplus")),
+    "L5: middle slopes": Mutant(middle_slopes_alone, around("tanh")),
     "N18: half of a result": Mutant(half_of_a_result_forgotten, affine_models_hold),
     "slopes of the first term of a sum": Mutant(slopes_of_the_first_term, _stretches(lambda x: x + torch.tanh(x), 1.99)),
     "N6: slopes from zero": Mutant(slopes_from_zero, check_slopes_at_their_ends),

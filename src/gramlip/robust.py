@@ -17,6 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from gramlip.errors import InputError, check_integers
+from gramlip.network.audit import audit
+from gramlip.network.graph import export, undisturbed
+from gramlip.network.local import Around, region
+from gramlip.network.ranges import capped
+from gramlip.network.rules import lower
 from gramlip.nn.parametrize import evaluating, in_eval_mode
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
@@ -169,6 +174,54 @@ def _pairs(last: nn.Linear | Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(norms), torch.stack(units)
 
 
+# ---- radii around each input ---------------------------------------------------------------------------------------------
+#
+# The largest radius at which the margins and the constants around an input agree: docs/local.md#radii.
+
+TRIALS = 7  # radii that are tried for an input
+CLOSE = 1e-6  # of the first one
+
+
+class LocalRadii:
+    """Radii of single inputs of a classifier from the constants of its pairs of classes around each of them.
+
+    Raises:
+        InputError: a model that is not audited, or whose result is not one row of logits.
+    """
+
+    def __init__(self, model: nn.Module, sample: Tensor) -> None:
+        with evaluating(model), undisturbed():
+            lowered = lower(export(unwrapped(model), (sample[:1].cpu(),)))
+        if lowered.unsupported or len(lowered.network.outputs) != 1:
+            calls = "; ".join(lowered.unsupported) or f"{len(lowered.network.outputs)} results"
+            msg = f"{type(model).__name__} was given, with {calls}; expected a classifier that gramlip.audit takes"
+            raise InputError(msg)
+        self._around = Around(capped(lowered.network))
+
+    def radius(self, x: Tensor, logits: Tensor, label: int, least: float) -> float:
+        """No input closer than this to x (1, ...) gets another label; `least` is such a radius already."""
+        others = [j for j in range(len(logits)) if j != label]
+        pairs = torch.zeros(len(others), len(logits), dtype=torch.float64)
+        pairs[:, label] = 1.0
+        pairs[torch.arange(len(others)), others] = -1.0
+        gaps = pairs @ to_float64(logits).cpu()
+        best, below, above = least, least, math.inf
+        tried = CLOSE * max(1.0, float(torch.linalg.vector_norm(to_float64(x))))
+        for _ in range(TRIALS):
+            around = region([tuple(x.shape)], None, x, tried)
+            assert around is not None
+            reach = float((gaps / self._around.rows(around, pairs)).min()) * (1 - 2.0**-48)
+            if not LEAST <= reach < math.inf:
+                break
+            best, below, above = max(best, min(reach, tried)), max(below, min(reach, tried)), min(above, max(reach, tried))
+            if reach < tried:
+                above = min(above, tried)
+            if above <= below * 1.01:
+                break
+            tried = (below + above) / 2
+        return best
+
+
 # ---- certified accuracy --------------------------------------------------------------------------------------------------
 #
 # Certified robustness: from the margins of a classifier and its Lipschitz constant to l2 radii, in pixels of [0, 1].
@@ -207,21 +260,23 @@ class Certified:
 def certify(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
-    lipschitz: float | Bound | Report,
+    lipschitz: float | Bound | Report | None = None,
     eps: float | Sequence[float] = EPS,
     *,
     std: float | Sequence[float] = 1.0,
     last: nn.Linear | Tensor | None = None,
+    local: bool = False,
 ) -> Certified:
     """Clean and certified accuracy: the share of samples that are right and stay right at every distance up to `eps`.
 
     Args:
         model: the classifier, run in eval mode on its parameters' device, on what the loader gives.
         loader: batches (inputs, labels); inputs normalised where `std` is not 1.
-        lipschitz: as for `radii`.
+        lipschitz: as for `radii`; None audits the model.
         eps: radii in pixels of [0, 1].
         std: as for `radii`.
         last: as for `radii`.
+        local: also look for a larger radius around each sample, which takes some constants of the network for each of them.
 
     Raises:
         InputError: no samples, or numbers that cannot be used.
@@ -235,24 +290,47 @@ def certify(
     if not wanted or any(not 0 <= e < math.inf for e in wanted):
         msg = f"eps={eps!r} was given; expected radii of at least 0 in pixels of [0, 1], such as 36/255"
         raise InputError(msg)
-    found, right = [], 0
+    found, right, around = list[Tensor](), 0, None
     for inputs, labels in _batches(loader):
+        if lipschitz is None:
+            with evaluating(model):
+                lipschitz = audit(model, inputs[:1].to(_device(model)))
         logits, truth = tensor("logits", logits_of(model, inputs)), labels.to(_device(model))
         found.append(radii(logits, truth, lipschitz, std=std, last=last).cpu())
+        if local:
+            around = around or LocalRadii(model, inputs)
+            found[-1] = _widened(around, inputs, logits.cpu(), truth.cpu(), found[-1], min(numbers(std)))
         right += int(((logits.argmax(1) == truth) & logits.isfinite().all(1)).sum())  # the argmax of NaN is no answer
     if not found:
         msg = "the loader gave no batch; expected at least one (inputs, labels)"
         raise InputError(msg)
+    assert lipschitz is not None
     every = torch.cat(found)
     shares = {e: float((every > e).double().mean()) for e in wanted}
     pairs = "the pairwise norms of the last layer's rows" if last is not None else "sqrt(2)"
     most = decimals(constant(lipschitz, std), upward=True)
-    because = f"margin over {pairs} times the constant {most} for pixels; logits as the model computes them"
+    own = "; or over the constants of pairs of classes around each input, where that is more" if local else ""
+    because = f"margin over {pairs} times the constant {most} for pixels{own}; logits as the model computes them"
     return Certified(right / len(every), shares, every, because)
 
 
+def _widened(around: LocalRadii, inputs: Tensor, logits: Tensor, labels: Tensor, least: Tensor, std: float) -> Tensor:
+    """The radii in pixels, those of the constants around each input where they are larger; a step of one pixel moves the input by 1/std."""
+    made = least.tolist()
+    for i, radius in enumerate(made):
+        if radius > 0:
+            found = around.radius(inputs[i : i + 1].cpu(), logits[i], int(labels[i]), rd.down(radius / std))
+            made[i] = max(radius, rd.down(found * std))
+    return torch.tensor(made, dtype=torch.float64)
+
+
 def certified_accuracy(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], eps: float = EPS[0], *, lipschitz: float | Bound | Report, **options: Any
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    eps: float = EPS[0],
+    *,
+    lipschitz: float | Bound | Report | None = None,
+    **options: Any,
 ) -> float:
     """Certified accuracy at one radius; arguments as for `certify`. Never above the accuracy under any attack of that radius.
 

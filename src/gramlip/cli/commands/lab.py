@@ -237,6 +237,7 @@ def add_certify(subparsers: _SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--samples", type=count, metavar="N", help="only the first N test images")
     parser.add_argument("--normalised", action="store_true", help="the model takes pixels less CIFAR-10's mean, over its std")
+    parser.add_argument("--local", action="store_true", help="also larger radii from constants around each image")
     parser.add_argument("--attack", action="store_true", help="also the accuracy under attack at each radius; needs gramlip[attack]")
     parser.add_argument("--rtol", type=tolerance, default=1e-2, metavar="R", help="relative width of each layer's interval (default 1e-2)")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output, alone")
@@ -297,8 +298,8 @@ def _runs(target: str, model: nn.Module, images: Tensor) -> None:
 def _certified(model: nn.Module, batches: list[Any], shape: tuple[int, ...], args: Namespace, std: tuple[float, ...]) -> robust.Certified:
     """By pairs of classes where the network is a chain that ends in a linear layer."""
     if isinstance(model, nn.Sequential) and isinstance(last := model[-1], nn.Linear):
-        return robust.certify(model, batches, audit(model[:-1], shape, rtol=args.rtol), args.eps, std=std, last=last)
-    return robust.certify(model, batches, audit(model, shape, rtol=args.rtol), args.eps, std=std)
+        return robust.certify(model, batches, audit(model[:-1], shape, rtol=args.rtol), args.eps, std=std, last=last, local=args.local)
+    return robust.certify(model, batches, audit(model, shape, rtol=args.rtol), args.eps, std=std, local=args.local)
 
 
 def _model(target: str, normalised: bool) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
