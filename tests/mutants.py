@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,11 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip.network import compose, executed, execution, lower_bound, running_errors
+from gramlip.network import compose, executed, execution, fold, in_place, linear_stretches, lower_bound, running_errors
+from gramlip.network.coupling import elimination, linear_forms, segments
+from gramlip.network.local import intervals, jacobians, relaxations
+from gramlip.network.rules import fourier, statistics
 from gramlip.network.rules import shapes as joins
-from gramlip.network.rules import statistics
 from gramlip.network.steps import Pad, Slope
 from gramlip.nn import parametrize, tracker
 from gramlip.norm import certify, methods
@@ -34,10 +38,19 @@ from gramlip.numerics import cholesky, eigenvalue_bounds, gram_iteration, sums
 from gramlip.numerics import rounding as rd
 from gramlip.operators import describe, geometry, given
 from gramlip.operators.geometry import Axis
-from gramlip.reports import checkpoint
-from gramlip.reports.checkpoint import Entry, Stored
+from gramlip.reports import checkpoint, formats
+from gramlip.reports.readers import Entry, Stored
 from gramlip.rules import Call
 from test_execution import test_the_worst_order_of_a_sum_is_covered, test_weights_that_the_format_does_not_hold_count
+from test_formats import test_products_of_two_vectors_exactly
+from test_fourier import test_a_spectrum_of_an_even_signal_read_as_another_length
+from test_linear_stretches import exact as affine_norm
+from test_local import (
+    test_a_local_constant_is_never_below_what_points_of_the_ball_show_and_falls_with_the_radius,
+    test_an_activation_stays_within_its_line,
+    test_every_entry_of_the_result_stays_in_its_interval,
+)
+from test_network_multipliers import check_slopes_at_their_ends, network_of, steepest, upper_of
 from test_network_steps import (
     Applied,
     test_a_choice_between_branches_has_no_lower_side,
@@ -45,10 +58,12 @@ from test_network_steps import (
     test_replicate_padding_by_50_repeats_the_error_51_times,
 )
 from test_network_weights import check_cancelling, check_shifts
+from test_placements import over_what_is_read, test_an_audit_is_not_below_the_matrix_and_not_far_above
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
 from test_search import test_a_layer_that_is_given_up_leaves_the_others_in_the_search
 from test_sums import test_norms_of_many_equal_entries, test_products_of_many_rows
 from test_tracked import test_weights_that_are_replaced_are_noticed
+from test_unpickle import test_a_tensor_that_a_function_was_to_change_is_left_out
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 NAMED = {case.name: case for case in cases()} | TRAPS
@@ -464,10 +479,10 @@ def error_behind_a_padding(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Pad, "repeats", lambda self, shape: 1)
 
 
-def one_padding_for_both_sides(patch: pytest.MonkeyPatch) -> None:
-    """A transposed convolution cropped by the first padding on both sides."""
+def paddings_on_the_other_sides(patch: pytest.MonkeyPatch) -> None:
+    """A transposed convolution cropped on each side by the other's padding."""
     right = geometry._transposed
-    patch.setattr(geometry, "_transposed", lambda op, w, x: right(replace(op, padding=[(lo, lo) for lo, _ in op.padding]), w, x))
+    patch.setattr(geometry, "_transposed", lambda op, w, x: right(replace(op, padding=[(hi, lo) for lo, hi in op.padding]), w, x))
 
 
 def branches_as_blocks(patch: pytest.MonkeyPatch) -> None:
@@ -522,6 +537,16 @@ def any_two_functions_as_a_pair(patch: pytest.MonkeyPatch) -> None:
 def steepest_of_the_curves(patch: pytest.MonkeyPatch) -> None:
     """Theorem N12 with the largest slope of all curves, for the root of the sum of squares."""
     patch.setattr(joins, "steepness", lambda values: max(abs(v.step().high) for v in values))
+
+
+def mirrors_of_another_length(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N15 where the last frequency of an even signal is one of a pair in the result."""
+    patch.setattr(fourier, "_meets_itself", lambda half, size, points: False)
+
+
+def views_left_as_they_were(patch: pytest.MonkeyPatch) -> None:
+    """A view that is read after its memory has changed, with what it held before."""
+    patch.setattr(in_place._Functional, "_present", lambda self, node: self._now[node])
 
 
 def sums_as_means(patch: pytest.MonkeyPatch) -> None:
@@ -612,6 +637,37 @@ def scales_are_no_layers() -> None:
     assert kept == ["b.weight"]
 
 
+def codes_without_their_scale(patch: pytest.MonkeyPatch) -> None:
+    """The codes of an 8-bit weight bounded as the weight."""
+    right = checkpoint._rescaled
+    patch.setattr(checkpoint, "_rescaled", lambda name, entries: replace(right(name, entries), load=entries[name].load))
+
+
+def codes_have_a_scale() -> None:
+    """The identity in codes, times three."""
+    held = {"a.weight": torch.eye(4).to(torch.float8_e4m3fn), "a.weight_scale": torch.tensor(3.0)}
+    report = checkpoint.Weights("x", Stored({name: Entry.of(tensor) for name, tensor in held.items()})).audit()
+    assert report.layers[0].upper >= 3.0
+
+
+def factors_without_rounding(patch: pytest.MonkeyPatch) -> None:
+    """Triangular factors taken as if they had been computed exactly."""
+    right = checkpoint._triangular
+    patch.setattr(checkpoint, "_triangular", lambda tall: (right(tall)[0], 0.0, 0.0))
+
+
+def arguments_taken_for_weights(patch: pytest.MonkeyPatch) -> None:
+    """A tensor that a function of the file was to change bounded as it was before."""
+    right = formats._parts
+    patch.setattr(formats, "_parts", lambda value: ((key, item, "") for key, item, _ in right(value)))
+
+
+def arguments_are_no_weights() -> None:
+    """A checkpoint in which a function of the user's makes the weight of two tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        test_a_tensor_that_a_function_was_to_change_is_left_out(Path(folder))
+
+
 def hooks_of_wrappers_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A wrapper taken off with the hook that doubles what it returns."""
     patch.setattr(given, "hooks", lambda module: [])
@@ -697,15 +753,133 @@ def errors_end_at_functions(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(execution._Propagation, "_by_rows", lambda self: (None, ()))
 
 
+def half_of_a_result_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """Every other entry of a linear stretch taken for one that reads nothing."""
+    right = linear_stretches.Matrices._parts
+
+    def parts(self: linear_stretches.Matrices) -> tuple[Tensor, Tensor]:
+        source, target = right(self)
+        return source, torch.where(torch.arange(len(target)) % 2 == 0, target, -1)
+
+    patch.setattr(linear_stretches.Matrices, "_parts", parts)
+
+
+def affine_models_hold() -> None:
+    """Channels that a convolution mixes."""
+    torch.manual_seed(0)
+    mixing = nn.Sequential(nn.Conv1d(2, 2, 3, padding=1), nn.AvgPool1d(2))
+    assert gl.audit(mixing.eval(), (2, 8), effort=-1).upper >= affine_norm(mixing, (2, 8)) * (1 - 1e-12)
+
+
+def slopes_of_the_first_term(patch: pytest.MonkeyPatch) -> None:
+    """A sum of entrywise functions with the slopes of one of them."""
+    patch.setattr(fold, "_added_up", lambda terms, sign: terms[0])
+
+
+def slopes_from_zero(patch: pytest.MonkeyPatch) -> None:
+    """Slopes in [low, high] with low < 0 taken for those in [0, high]."""
+    right = linear_forms.Slopes.between
+    patch.setattr(linear_forms.Slopes, "between", staticmethod(lambda low, high: right(low.clamp_min(0.0), high.clamp_min(0.0))))
+
+
+def slopes_in_their_old_order(patch: pytest.MonkeyPatch) -> None:
+    """The adjoint has its anchors in the opposite order, and here not their slopes: entries of other layers lend theirs."""
+    right = segments.transposed
+
+    def wrong(one: linear_forms.System) -> linear_forms.System | None:
+        other = right(one)
+        if other is None or [len(s.centre) for s in other.slopes[1:]] != [len(s.centre) for s in one.slopes[1:]]:
+            return other
+        return replace(other, slopes=[other.slopes[0], *one.slopes[1:]])
+
+    patch.setattr(segments, "transposed", wrong)
+
+
+def slopes_of_each_layer_count() -> None:
+    """What the first entry of the input takes is passed on by the first layer's first entry and by the second layer's second."""
+    first, last = (torch.tensor(entries, dtype=torch.float64).diag() for entries in ((1.0, 0.1), (0.1, 1.0)))
+    weights = [first, torch.eye(2, dtype=torch.float64).flip(0), last]
+    zero, high = torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 0.01], dtype=torch.float64)
+    ends = [(zero, high), (zero, high.flip(0))]
+    assert steepest(weights, ends) * (1 - 1e-12) <= upper_of(network_of(weights, ends), 0.0)
+
+
+def errors_of_wide_matrices_dropped(patch: pytest.MonkeyPatch) -> None:
+    """R R* >= W W* for the weight as computed, whatever its error."""
+    right = elimination.narrowed_matrix
+    patch.setattr(elimination, "narrowed_matrix", lambda weight, _: right(weight, 0.0))
+
+
+def narrow_matrices() -> None:
+    for error in (0.1, 3.0):
+        weight = torch.randn(4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        narrow = elimination.narrowed_matrix(weight, error)
+        assert narrow is not None
+        size = torch.linalg.matrix_norm(weight, 2)
+        assert torch.linalg.matrix_norm(weight * (1 + error / size), 2) <= torch.linalg.matrix_norm(narrow, 2)
+
+
+# ---- constants around an input -------------------------------------------------------------------------------------------
+
+
+def slopes_on_a_set_from_zero(patch: pytest.MonkeyPatch) -> None:
+    """Values from the value at 0 by slopes that are those of the set."""
+    right = intervals.range_of
+
+    def wrong(step: Any, sources: Any, shapes: Any) -> Any:
+        if isinstance(step.what, Slope) and step.what.within is not None and math.isfinite(sources[0].size):
+            on = step.what.within(*(torch.tensor(end, dtype=torch.float64) for end in (sources[0].low, sources[0].high)))
+            step = replace(step, what=replace(step.what, low=on.low, high=on.high))
+        return right(step, sources, shapes)
+
+    patch.setattr(intervals, "range_of", wrong)
+
+
+def slopes_at_one_end(patch: pytest.MonkeyPatch) -> None:
+    """The slope at the lower end of each interval for all of it."""
+    right = intervals._restricted_slope
+    patch.setattr(intervals, "_restricted_slope", lambda what, low, high: right(what, low, low))
+
+
+def lines_at_the_ends_alone(patch: pytest.MonkeyPatch) -> None:
+    """An activation between two lines through the ends of its interval."""
+    patch.setattr(relaxations, "CELLS", 1)
+    patch.setattr(relaxations, "_between", lambda least, most, *_: (least[[0, -1]].amin(0), most[[0, -1]].amax(0)))
+
+
+def middle_slopes_alone(patch: pytest.MonkeyPatch) -> None:
+    """The Jacobian's norm at the middle slopes."""
+    patch.setattr(jacobians.Derivative, "entries", lambda self, area: torch.zeros_like(self.spread))
+
+
+def around(name: str) -> Callable[[], None]:
+    """What holds of constants, and of intervals of values, around an input."""
+
+    def run() -> None:
+        test_every_entry_of_the_result_stays_in_its_interval(name)
+        test_a_local_constant_is_never_below_what_points_of_the_ball_show_and_falls_with_the_radius(name)
+
+    return run
+
+
 MUTANTS: dict[str, Mutant] = {
     "execution: weights as they are": Mutant(weights_of_the_program_as_they_are, test_weights_that_the_format_does_not_hold_count),
     "execution: sums rounded once": Mutant(sums_rounded_once, test_the_worst_order_of_a_sum_is_covered),
     "execution: errors end at functions": Mutant(errors_end_at_functions, errors_pass_through_functions),
+    "L1: slopes on a set, from 0": Mutant(slopes_on_a_set_from_zero, around("split")),
+    "L1: slopes at one end": Mutant(slopes_at_one_end, around("sigmoid")),
+    "L2: lines at the ends": Mutant(lines_at_the_ends_alone, lambda: test_an_activation_stays_within_its_line("softplus")),
+    "L5: middle slopes": Mutant(middle_slopes_alone, around("tanh")),
+    "N18: half of a result": Mutant(half_of_a_result_forgotten, affine_models_hold),
+    "slopes of the first term of a sum": Mutant(slopes_of_the_first_term, _stretches(lambda x: x + torch.tanh(x), 1.99)),
+    "N6: slopes from zero": Mutant(slopes_from_zero, check_slopes_at_their_ends),
+    "N24: slopes in their old order": Mutant(slopes_in_their_old_order, slopes_of_each_layer_count),
+    "N25: errors of wide matrices dropped": Mutant(errors_of_wide_matrices_dropped, narrow_matrices),
     "squares one after the other": Mutant(squares_one_after_the_other, test_norms_of_many_equal_entries),
     "products one after the other": Mutant(products_one_after_the_other, test_products_of_many_rows),
     "error behind a padding": Mutant(error_behind_a_padding, test_replicate_padding_by_50_repeats_the_error_51_times),
-    "one padding for both sides of a transposed layer": Mutant(
-        one_padding_for_both_sides, test_a_coupled_transposed_convolution_keeps_the_side_that_is_not_padded
+    "paddings of a transposed layer on the other sides": Mutant(
+        paddings_on_the_other_sides, test_a_coupled_transposed_convolution_keeps_the_side_that_is_not_padded
     ),
     "branches as blocks": Mutant(branches_as_blocks, test_a_choice_between_branches_has_no_lower_side),
     "slopes of a range as attained": Mutant(slopes_of_a_range_as_attained, a_range_claims_nothing_below),
@@ -721,6 +895,10 @@ MUTANTS: dict[str, Mutant] = {
         any_two_functions_as_a_pair, _stretches(lambda x: torch.cat([torch.sin(x), torch.tanh(x)], 1), math.sqrt(2) * (1 - 1e-9))
     ),
     "N12: the steepest curve": Mutant(steepest_of_the_curves, _stretches(lambda x: torch.cat([x, torch.relu(x)], 1), math.sqrt(2))),
+    "N15: a mirror in a pair": Mutant(mirrors_of_another_length, lambda: test_a_spectrum_of_an_even_signal_read_as_another_length(8)),
+    "a view of what was": Mutant(
+        views_left_as_they_were, lambda: test_an_audit_is_not_below_the_matrix_and_not_far_above(over_what_is_read)
+    ),
     "N13: a sum for a mean": Mutant(sums_as_means, _stretches(lambda x: x - x.sum(1, keepdim=True), 3.0)),
     "grid n for zero padding": Mutant(_rule("zeros", grid_n_for_zeros), _on(theorem, "circular-grid-n7-for-zeros")),
     "unknown size taken as k": Mutant(_rule("zeros", size_taken_as_k), _on(every_size, "circular-grid-n7-for-zeros")),
@@ -765,6 +943,9 @@ MUTANTS: dict[str, Mutant] = {
     "no rounding in Schur's test": Mutant(schurs_test_without_rounding, sparse_matrices_hold),
     "numbers of a list rounded": Mutant(lists_rounded, lists_are_exact),
     "scales taken for layers": Mutant(scales_taken_for_layers, scales_are_no_layers),
+    "codes without their scale": Mutant(codes_without_their_scale, codes_have_a_scale),
+    "no rounding in the factors of a product": Mutant(factors_without_rounding, test_products_of_two_vectors_exactly),
+    "arguments taken for weights": Mutant(arguments_taken_for_weights, arguments_are_no_weights),
     "a hook lost with its wrapper": Mutant(hooks_of_wrappers_forgotten, hooks_of_wrappers_count),
     "a shape in the default dtype": Mutant(shapes_in_the_default_dtype, shapes_take_the_dtype_of_the_model),
     "vectors of the last weight for another": Mutant(no_jump_is_noticed, other_weights_are_noticed),

@@ -223,11 +223,95 @@ put("tensor_split", lambda x: A.tensor_split(x, 2, 1)[0])
 put("unbind", lambda x: A.unbind(x, 1)[0] + A.unbind(x, 1)[1])
 CASES["getitem"] = CASES["aten.unbind"]
 
+AT, PLACES, FIXED = torch.tensor([2, 0, 2]), torch.tensor([[3, 0, 1]]), torch.tensor([3, 0, 1])
+Z = torch.complex(M, M.flip(0))
+
+
+def spectrum(name: str) -> None:
+    """Rows for transforms of one, two and several axes, each seen as pairs of real numbers."""
+    for end in ("", "2", "n"):
+        put(f"fft_{name}{end}", functools.partial(_spectrum, getattr(A, f"fft_{name}{end}")), P)
+
+
+def _spectrum(transform: Call, x: Tensor) -> Tensor:
+    made = transform(x * (1 + 2j) if "_r" not in str(transform) else x)
+    return A.view_as_real(made) if made.is_complex() else made
+
+
+for _name in ("fft", "ifft", "rfft", "irfft"):
+    spectrum(_name)
+put("fft_hfft", lambda x: A.fft_hfft(x * (1 + 2j)))
+put("fft_ihfft", lambda x: A.view_as_real(A.resolve_conj(A.fft_ihfft(x))))
+put("fft_fftshift", lambda x: A.fft_fftshift(x))
+put("fft_ifftshift", lambda x: A.fft_ifftshift(x))
+put("stft", lambda x: A.view_as_real(A.stft(x, 4, 2, return_complex=True)), (9,))
+put("view_as_real", lambda x: A.view_as_real(x * 1j))
+put("view_as_complex", lambda x: A.view_as_complex(A.view(x, [1, 2, 2])).real)
+put("real", lambda x: A.real(x * (1 + 2j)))
+put("imag", lambda x: A.imag(x * (1 + 2j)))
+put("conj", lambda x: A.conj(x * (1 + 2j)).imag)
+put("_conj", lambda x: A._conj(x * (1 + 2j)).imag)
+put("conj_physical", lambda x: A.conj_physical(x * (1 + 2j)).imag)
+put("resolve_conj", lambda x: A.resolve_conj((x * (1 + 2j)).conj()).imag)
+put("resolve_neg", lambda x: A.resolve_neg(x))
+put("complex", lambda x: A.view_as_real(A.complex(x, 2 * x)))
+put("angle", lambda x: A.angle(x * (1 + 2j)))
+put("cdist", lambda x: A.cdist(x, M))
+put("linalg_cross", lambda x: A.linalg_cross(x, V[:3].expand(1, 3)), (3,))
+put("cross", lambda x: A.cross(x, x.flip(1), 1), (3,))
+put("bilinear", lambda x: A.bilinear(x, x, torch.ones(2, 4, 4), ONE))
+put("copy", lambda x: torch.zeros(2, 4).copy_(x))
+put("fill", lambda x: A.fill(x, 1.0))
+put("zero", lambda x: A.zero(x) + x)
+put("scatter", lambda x: A.scatter(2 * x, 1, PLACES, x[:, :3]))
+put("scatter_add", lambda x: A.scatter_add(x, 1, AT[None], x[:, :3]))
+put("scatter_reduce", lambda x: A.scatter_reduce(x, 1, AT[None], x[:, :3], "mean"))
+put("index_reduce", lambda x: A.index_reduce(x, 1, FIXED, x[:, :3], "amax"))
+put("index_add", lambda x: A.index_add(x, 1, AT, x[:, :3], alpha=2))
+put("index_copy", lambda x: A.index_copy(x, 1, FIXED, 2 * x[:, :3]))
+put("index_fill", lambda x: A.index_fill(2 * x, 1, AT, 3.0))
+put("index_put", lambda x: A.index_put(x, [None, AT], x[:, :1], True))
+put("_unsafe_index_put", lambda x: A._unsafe_index_put(x, [None, FIXED], 2 * x[:, :3]))
+put("slice_scatter", lambda x: A.slice_scatter(x, 2 * x[:, :2], 1, 1, 4, 2))
+put("select_scatter", lambda x: A.select_scatter(x, 2 * x[:, 0], 1, 2))
+put("diagonal_scatter", lambda x: A.diagonal_scatter(x, x[:, :, 0], 0, 1, 2), (3, 3))
+put("embedding", lambda x: A.embedding(M, x.detach().long()))
+put("max_unpool2d", lambda x: A.max_unpool2d(*A.max_pool2d_with_indices(x, [2, 2]), [4, 4]), (2, 4, 4))
+put("max_unpool3d", lambda x: A.max_unpool3d(*A.max_pool3d_with_indices(x, [2, 2, 2]), [4, 4, 4], [2, 2, 2], [0, 0, 0]), Q)
+put("fmod", lambda x: A.fmod(x, 2.0))
+put("remainder", lambda x: A.remainder(x, 2.0))
+put("floor_divide", lambda x: A.floor_divide(x.detach(), 2.0))
+GRID2, GRID3 = torch.linspace(-1.2, 1, 24).reshape(1, 3, 4, 2), torch.linspace(-1, 1.1, 24).reshape(1, 2, 2, 2, 3)
+put("grid_sampler", lambda x: A.grid_sampler(x, GRID2, 2, 1, False), P)
+put("grid_sampler_2d", lambda x: A.grid_sampler_2d(x, GRID2, 0, 0, False), P)
+put("grid_sampler_3d", lambda x: A.grid_sampler_3d(x, GRID3, 0, 2, True), Q)
+
+
+def _assigned(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, 1:] = 2 * x[:, :3]
+    return y
+
+
+CASES["put"] = (_assigned, (4,))
+
 # Overloads beside `default` that were read against their packet's rule: the same map, or refused by it.
 OVERLOADS: dict[str, str] = {
-    "Tensor": "add clamp clamp_max clamp_min clip div index lerp masked_fill mul narrow pow repeat_interleave rsub slice sort split sub "
-    "true_divide unsafe_split",
-    "Scalar": "add div lerp masked_fill mul norm pow rsub sub true_divide where",
+    "center": "stft",
+    "two": "scatter_reduce",
+    "hacked_twin": "index_put _unsafe_index_put",
+    "int_Scalar": "index_fill",
+    "int_Tensor": "index_fill",
+    "value_reduce": "scatter",
+    "reduce": "scatter",
+    "src": "scatter",
+    "value": "scatter",
+    "float": "copy",
+    "Dict_Tensor": "copy",
+    "Scalar_Tensor": "remainder",
+    "Tensor": "remainder floor_divide fmod copy fill add clamp clamp_max clamp_min clip div index lerp masked_fill mul narrow pow "
+    "repeat_interleave rsub slice sort split sub true_divide unsafe_split",
+    "Scalar": "remainder floor_divide fmod fill add div lerp masked_fill mul norm pow rsub sub true_divide where",
     "Tensor_mode": "div",
     "Scalar_mode": "div",
     "Tensor_Tensor": "pow",
@@ -252,7 +336,7 @@ OVERLOADS: dict[str, str] = {
     "correction": "std std_mean var var_mean",
     "dims": "squeeze",
     "dim_IntList": "sum",
-    "int": "log_softmax moveaxis movedim select softmax transpose unbind unflatten",
+    "int": "copy log_softmax moveaxis movedim select softmax transpose unbind unflatten",
     "intlist": "moveaxis movedim",
     "using_ints": "flatten",
     "a": "mT numpy_T",

@@ -189,6 +189,16 @@ def test_two_processes(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
 
 
+def test_a_checkpoint_of_70b_is_shared_evenly() -> None:
+    """docs/scale.md"""
+    block = [(8192, 8192)] * 2 + [(1024, 8192)] * 2 + [(28672, 8192)] * 2 + [(8192, 28672)]
+    costs = [distributed.cost(torch.empty(shape, device="meta")) for shape in [*block * 80, (128256, 8192)]]
+    for ranks in (2, 8, 64):
+        shares = [distributed.share(costs, ranks=ranks, rank=rank) for rank in range(ranks)]
+        assert sorted(i for part in shares for i in part) == list(range(len(costs)))
+        assert max(sum(costs[i] for i in part) for part in shares) <= 1.01 * sum(costs) / ranks
+
+
 def test_alone_is_one_rank() -> None:
     assert distributed.world() == 1
     assert distributed.bounds([torch.eye(2)])[0].upper >= 1.0

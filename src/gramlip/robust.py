@@ -18,7 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from gramlip.errors import InputError, check_integers
+from gramlip.network.audit import audit
 from gramlip.network.execution import ExecutionError, execution_error
+from gramlip.network.graph import export, undisturbed
+from gramlip.network.local import Around, region
+from gramlip.network.ranges import capped
+from gramlip.network.rules import lower
 from gramlip.nn.parametrize import evaluating, in_eval_mode
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
@@ -116,8 +121,8 @@ def radii(
         given = f"a label of {labels.dtype}" if labels.is_floating_point() else f"the label {int(labels[wrong][0])}"
         msg = f"{given} was given for {logits.shape[1]} classes; expected integers from 0 to {logits.shape[1] - 1}"
         raise InputError(msg)
-    logits, labels = to_float64(logits), labels.long()
-    gaps = _less_rounding(logits.gather(1, labels[:, None]) - logits, labels, execution)
+    logits, labels = least_favourable(logits, labels, execution), labels.long()
+    gaps = logits.gather(1, labels[:, None]) - logits
     if last is None:
         slopes, units = torch.full_like(gaps, rd.sqrt_up(2.0)), torch.ones_like(gaps)
     else:
@@ -126,17 +131,22 @@ def radii(
     return torch.where((least > 0) & logits.isfinite().all(1), least, 0.0)
 
 
-def _less_rounding(gaps: Tensor, labels: Tensor, execution: float | Tensor | ExecutionError) -> Tensor:
-    """Margins of which nothing is left that rounding can take: the errors of both logits, here and at the other input."""
+def least_favourable(logits: Tensor, labels: Tensor, execution: float | Tensor | ExecutionError) -> Tensor:
+    """Logits in float64, those of other classes raised by all that rounding may do to a margin: here, and at the other input.
+
+    >>> least_favourable(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), 0.125)[0, 1] >= 0.5
+    tensor(True)
+    """
     given = execution.outputs[0] if isinstance(execution, ExecutionError) and len(execution.outputs) == 1 else execution
-    off = tensor("execution", given).to(torch.float64)
-    if off.numel() not in (1, gaps.shape[1]) or bool((off < 0).any() | off.isnan().any()):
-        msg = f"execution={execution!r} was given for {gaps.shape[1]} classes; expected bounds of at least 0: type gl.execution_error(...)"
+    off = tensor("execution", given).to(torch.float64).reshape(-1)
+    if len(off) not in (1, logits.shape[1]) or bool((off < 0).any() | off.isnan().any()):
+        msg = f"execution={execution!r} was given for {logits.shape[1]} classes; expected bounds of at least 0, by gl.execution_error"
         raise InputError(msg)
-    off = off.reshape(-1).expand(gaps.shape[1]).to(gaps.device)
+    logits, labels, off = to_float64(logits), labels.long()[:, None], off.expand(logits.shape[1]).to(logits.device)
     if not bool(off.any()):
-        return gaps
-    return gaps - gaps.abs() * 2.0**-50 - 2.0 * (off[labels][:, None] + off) * (1.0 + 2.0**-50)
+        return logits
+    raised = logits + 2.0 * (off[labels] + off)
+    return (raised + raised.abs() * 2.0**-50).scatter(1, labels, logits.gather(1, labels))
 
 
 def _quotients(gaps: Tensor, slopes: Tensor, units: Tensor, scale: float) -> Tensor:
@@ -187,6 +197,54 @@ def _pairs(last: nn.Linear | Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(norms), torch.stack(units)
 
 
+# ---- radii around each input ---------------------------------------------------------------------------------------------
+#
+# The largest radius at which the margins and the constants around an input agree: docs/local.md#radii.
+
+TRIALS = 7  # radii that are tried for an input
+CLOSE = 1e-6  # of the first one
+
+
+class LocalRadii:
+    """Radii of single inputs of a classifier from the constants of its pairs of classes around each of them.
+
+    Raises:
+        InputError: a model that is not audited, or whose result is not one row of logits.
+    """
+
+    def __init__(self, model: nn.Module, sample: Tensor) -> None:
+        with evaluating(model), undisturbed():
+            lowered = lower(export(unwrapped(model), (sample[:1].cpu(),)))
+        if lowered.unsupported or len(lowered.network.outputs) != 1:
+            calls = "; ".join(lowered.unsupported) or f"{len(lowered.network.outputs)} results"
+            msg = f"{type(model).__name__} was given, with {calls}; expected a classifier that gramlip.audit takes"
+            raise InputError(msg)
+        self._around = Around(capped(lowered.network))
+
+    def radius(self, x: Tensor, logits: Tensor, label: int, least: float) -> float:
+        """No input closer than this to x (1, ...) gets another label; `least` is such a radius already."""
+        others = [j for j in range(len(logits)) if j != label]
+        pairs = torch.zeros(len(others), len(logits), dtype=torch.float64)
+        pairs[:, label] = 1.0
+        pairs[torch.arange(len(others)), others] = -1.0
+        gaps = pairs @ to_float64(logits).cpu()
+        best, below, above = least, least, math.inf
+        tried = CLOSE * max(1.0, float(torch.linalg.vector_norm(to_float64(x))))
+        for _ in range(TRIALS):
+            around = region([tuple(x.shape)], None, x, tried)
+            assert around is not None
+            reach = float((gaps / self._around.rows(around, pairs)).min()) * (1 - 2.0**-48)
+            if not LEAST <= reach < math.inf:
+                break
+            best, below, above = max(best, min(reach, tried)), max(below, min(reach, tried)), min(above, max(reach, tried))
+            if reach < tried:
+                above = min(above, tried)
+            if above <= below * 1.01:
+                break
+            tried = (below + above) / 2
+        return best
+
+
 # ---- certified accuracy --------------------------------------------------------------------------------------------------
 #
 # Certified robustness: from the margins of a classifier and its Lipschitz constant to l2 radii, in pixels of [0, 1].
@@ -225,11 +283,12 @@ class Certified:
 def certify(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
-    lipschitz: float | Bound | Report,
+    lipschitz: float | Bound | Report | None = None,
     eps: float | Sequence[float] = EPS,
     *,
     std: float | Sequence[float] = 1.0,
     last: nn.Linear | Tensor | None = None,
+    local: bool = False,
     executed: bool = False,
     domain: tuple[Any, Any] | None = None,
 ) -> Certified:
@@ -238,10 +297,11 @@ def certify(
     Args:
         model: the classifier, run in eval mode on its parameters' device, on what the loader gives.
         loader: batches (inputs, labels); inputs normalised where `std` is not 1.
-        lipschitz: as for `radii`.
+        lipschitz: as for `radii`; None audits the model.
         eps: radii in pixels of [0, 1].
         std: as for `radii`.
         last: as for `radii`.
+        local: also look for a larger radius around each sample, which takes some constants of the network for each of them.
         executed: take what rounding may do to the logits off the margins, so that the radii are those of the program that runs, for
             inputs in `domain`.
         domain: (low, high) of what the loader gives and of what it may be changed to, numbers or tensors that broadcast to a sample.
@@ -259,25 +319,40 @@ def certify(
     if not wanted or any(not 0 <= e < math.inf for e in wanted):
         msg = f"eps={eps!r} was given; expected radii of at least 0 in pixels of [0, 1], such as 36/255"
         raise InputError(msg)
-    found, right, error = [], 0, None
+    found, right, around, error = list[Tensor](), 0, None, None
     for inputs, labels in _batches(loader):
+        if lipschitz is None:
+            with evaluating(model):
+                lipschitz = audit(model, inputs[:1].to(_device(model)))
         logits, truth = tensor("logits", logits_of(model, inputs)), labels.to(_device(model))
         if executed and error is None:
             error = _execution(model, inputs[:1], domain)
-        found.append(radii(logits, truth, lipschitz, std=std, last=last, execution=error or 0.0).cpu())
+        sure = least_favourable(logits, truth, error or 0.0)
+        found.append(radii(sure, truth, lipschitz, std=std, last=last).cpu())
+        if local:
+            around = around or LocalRadii(model, inputs)
+            found[-1] = _widened(around, inputs, sure.cpu(), truth.cpu(), found[-1], min(numbers(std)))
         right += int(((logits.argmax(1) == truth) & logits.isfinite().all(1)).sum())  # the argmax of NaN is no answer
     if not found:
         msg = "the loader gave no batch; expected at least one (inputs, labels)"
         raise InputError(msg)
+    assert lipschitz is not None
     every = torch.cat(found)
     shares = {e: float((every > e).double().mean()) for e in wanted}
     pairs = "the pairwise norms of the last layer's rows" if last is not None else "sqrt(2)"
     most = decimals(constant(lipschitz, std), upward=True)
-    rounding = "logits as the model computes them"
-    if error is not None:
-        rounding = f"less {decimals(4 * error.largest, upward=True)} for the rounding of both programs ({error.because})"
-    because = f"margin over {pairs} times the constant {most} for pixels; {rounding}"
+    because = f"margin over {pairs} times the constant {most} for pixels{AROUND if local else ''}; {_rounding(error)}"
     return Certified(right / len(every), shares, every, because)
+
+
+AROUND = "; or over the constants of pairs of classes around each input, where that is more"
+
+
+def _rounding(error: ExecutionError | None) -> str:
+    """What is taken off for rounding, in words."""
+    if error is None:
+        return "logits as the model computes them"
+    return f"less {decimals(4 * error.largest, upward=True)} for the rounding of both programs ({error.because})"
 
 
 def _execution(model: nn.Module, sample: Tensor, domain: tuple[Any, Any] | None) -> ExecutionError:
@@ -289,8 +364,23 @@ def _execution(model: nn.Module, sample: Tensor, domain: tuple[Any, Any] | None)
         return execution_error(model, sample.to(_device(model)), domain=domain)
 
 
+def _widened(around: LocalRadii, inputs: Tensor, logits: Tensor, labels: Tensor, least: Tensor, std: float) -> Tensor:
+    """The radii in pixels, those of the constants around each input where they are larger; a step of one pixel moves the input by 1/std."""
+    made = least.tolist()
+    for i, radius in enumerate(made):
+        if radius > 0:
+            found = around.radius(inputs[i : i + 1].cpu(), logits[i], int(labels[i]), rd.down(radius / std))
+            made[i] = max(radius, rd.down(found * std))
+    return torch.tensor(made, dtype=torch.float64)
+
+
 def certified_accuracy(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], eps: float = EPS[0], *, lipschitz: float | Bound | Report, **options: Any
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    eps: float = EPS[0],
+    *,
+    lipschitz: float | Bound | Report | None = None,
+    **options: Any,
 ) -> float:
     """Certified accuracy at one radius; arguments as for `certify`. Never above the accuracy under any attack of that radius.
 

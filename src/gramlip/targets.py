@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module, resources
 from importlib.machinery import PathFinder
@@ -15,8 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gramlip.demo import DemoNet
 from gramlip.errors import InputError, first_line
@@ -50,6 +51,10 @@ class Options:
     seed: int = 0
     effort: float = 1.0
     time_limit: float | None = None
+    at: Tensor | None = None
+    radius: float | None = None
+    inputs: Sequence[int] | None = None
+    outputs: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,64 @@ class Model:
                 rtol=rtol,
                 assume=o.assume,
                 domain=o.domain,
+                at=o.at,
+                radius=o.radius,
+                inputs=o.inputs,
+                outputs=o.outputs,
                 seed=o.seed,
                 effort=o.effort,
                 time_limit=o.time_limit,
                 target=self.target,
                 progress=watch,
             )
+
+
+def read_input(path: Path) -> Tensor:
+    """An input from a file: a tensor of .npy or .pt as it is, a picture as pixels in [0, 1] of shape (1, channels, height, width).
+
+    Raises:
+        InputError: a file of another kind, or that holds something else.
+    """
+    kinds: dict[str, Callable[[Path], object]] = {
+        ".npy": _of_numpy,
+        ".pt": _of_torch,
+        ".pth": _of_torch,
+        **dict.fromkeys((".png", ".jpg", ".jpeg"), _of_picture),
+    }
+    if (read := kinds.get(path.suffix.lower())) is None:
+        msg = f"{path} was given as an input; expected one of {', '.join(kinds)}"
+        raise InputError(msg)
+    try:
+        made = read(path)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file shows in many ways
+        msg = f"{path}: {first_line(error)}; expected an input that {path.suffix} holds"
+        raise InputError(msg) from error
+    if not isinstance(made, Tensor) or made.is_complex() or not made.numel():
+        msg = f"{path} holds {'no real entries' if isinstance(made, Tensor) else type(made).__name__}; expected one real tensor"
+        raise InputError(msg)
+    return made
+
+
+def _of_numpy(path: Path) -> Tensor:
+    return torch.from_numpy(np.load(path, allow_pickle=False))
+
+
+def _of_torch(path: Path) -> Tensor:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _of_picture(path: Path) -> Tensor:
+    try:
+        image: Any = import_module("PIL.Image")
+    except ImportError as error:
+        msg = 'pictures need pillow, which is not installed; expected the extra: type pip install "gramlip[data]"'
+        raise InputError(msg) from error
+    with image.open(path) as opened:
+        grey = opened.mode in ("1", "L", "LA", "I;16")
+        pixels = np.asarray(opened.convert("L" if grey else "RGB"))
+    return torch.from_numpy(pixels.copy()).double().reshape(*pixels.shape[:2], -1).permute(2, 0, 1)[None] / 255
 
 
 def _sample(target: str, inputs: Shape | None) -> Shape:
@@ -206,12 +263,11 @@ def from_hub(target: str, inputs: Shape | None) -> Weights:
     if inputs is not None:
         msg = f"--input was given, but {target} names weights alone, bounded for every input size; expected no --input"
         raise InputError(msg)
-    folder = snapshot(target, target.partition(":")[2], ["*.safetensors", "*.safetensors.index.json"])
-    files = [*sorted(folder.glob("*.safetensors.index.json")), *sorted(folder.glob("*.safetensors"))]
-    if not files:
-        msg = f"{target} holds no .safetensors file; expected weights in that format"
-        raise InputError(msg)
-    return Weights(target, read(files[0]))
+    repository, beside = target.partition(":")[2], ["*.index.json", "adapter_config.json"]
+    folder = snapshot(target, repository, ["*.safetensors", *beside])
+    if not any(folder.glob("*.safetensors")):
+        folder = snapshot(target, repository, ["*.bin", *beside])
+    return Weights(target, read(folder))
 
 
 def snapshot(target: str, repository: str, patterns: list[str], kind: str = "model") -> Path:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramlip as gl
+from gramlip.cli import main
 from gramlip.errors import InputError
 from gramlip.network.graph import export
 from gramlip.network.local import region, restricted
+from gramlip.network.local.relaxations import line
 from gramlip.network.rules import lower
+from gramlip.network.steps import Slope
+from gramlip.targets import read_input
 from test_rules import Map
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -264,7 +271,7 @@ def test_from_chosen_inputs_to_chosen_outputs() -> None:
         jacobian = torch.autograd.functional.jacobian(model, x)[0, :, 0][[1, 2]][:, [0, 3]]
         assert float(torch.linalg.matrix_norm(jacobian, 2)) <= report.upper
         assert report.lower <= report.upper <= gl.audit(model, x, effort=0.0, **options).upper * (1 + 1e-6)
-        assert "2 of 5 inputs; 2 of 4 outputs" in str(report)
+        assert "2 of 5 inputs; 2 of 4 outputs" in str(report.network.because)
     linear = nn.Linear(3, 2, bias=False).double()
     part = float(linear.weight[1, 2].detach().abs())
     assert gl.audit(linear, (3,), inputs=[2], outputs=[1]).upper == pytest.approx(part, rel=1e-5)
@@ -297,3 +304,98 @@ def test_it_is_never_above_the_global_constant(name: str) -> None:
 def test_sets_that_cannot_be_used_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         gl.audit(mlp([4, 3], nn.ReLU, 0), torch.zeros(1, 4, dtype=torch.float64), **options)  # type: ignore[arg-type]
+
+
+SMOOTH_OR_KINKED: dict[str, Callable[[Tensor], Tensor]] = {
+    **{name: act() for name, act in ACTIVATIONS.items() if name not in ("prelu", "softsign")},
+    **{name: ENTRYWISE[name] for name in ("abs", "sin", "cos", "atan", "erf", "clamp")},
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH_OR_KINKED)
+def test_slopes_and_values_on_random_intervals(name: str) -> None:
+    call = SMOOTH_OR_KINKED[name]
+    (step,) = [s for s in lower(export(Map(call).eval(), (torch.zeros(1, 1, dtype=torch.float64),))).network.steps if s.sources]
+    assert isinstance(step.what, Slope)
+    assert step.what.within is not None
+    generator = torch.Generator().manual_seed(0)
+    ends = 12 * (torch.rand(2, 400, generator=generator, dtype=torch.float64) - 0.5) ** 3 * 8
+    ends[1, 200:] = ends[0, 200:] + 0.02  # narrow ones
+    low, high = ends.sort(0)[0]
+    on = step.what.within(low, high)
+    parts = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None]
+    xs = low + (high - low) * parts
+    ys = call(xs)
+    slopes = ys.diff(dim=0) / xs.diff(dim=0)
+    room = 1e-12 * ys.abs().amax(0) / (high - low) * 200 + 1e-9 + (1e-6 if name == "softplus" else 0.0)
+    assert bool((on.low - room <= slopes).all())
+    assert bool((slopes <= on.high + room).all())
+    jump = 1e-8 if name == "softplus" else 1e-12  # of torch's own function, which becomes the identity at 20
+    assert bool((on.least <= ys + jump).all())
+    assert bool((ys <= on.most + jump).all())
+    narrow = slice(200, None)
+    assert float((on.high - on.low)[narrow].mean()) < 0.5 * float(torch.as_tensor(step.what.high)) + 1e-9
+
+
+@pytest.mark.parametrize("name", SMOOTH_OR_KINKED)
+def test_an_activation_stays_within_its_line(name: str) -> None:
+    call = SMOOTH_OR_KINKED[name]
+    (step,) = [s for s in lower(export(Map(call).eval(), (torch.zeros(1, 1, dtype=torch.float64),))).network.steps if s.sources]
+    assert isinstance(step.what, Slope)
+    generator = torch.Generator().manual_seed(1)
+    low, high = (6 * (torch.rand(2, 300, generator=generator, dtype=torch.float64) - 0.5)).sort(0)[0]
+    at = low + (high - low) * torch.rand(300, generator=generator, dtype=torch.float64)
+    found = line(step.what, low, high, (at, at))
+    assert found is not None
+    xs = low + (high - low) * torch.linspace(0, 1, 201, dtype=torch.float64)[:, None]
+    left = call(xs) - call(at) - found.slope * (xs - at)
+    assert bool((found.low - 1e-12 <= left).all())
+    assert bool((left <= found.high + 1e-12).all())
+    assert float((found.high - left.amax(0)).mean()) < 0.05 * float((xs[-1] - xs[0]).mean())
+    if name == "relu":  # the triangle
+        assert float((found.high - left.amax(0)).max()) < 1e-11
+
+
+def test_radii_around_each_image_hold_against_points_and_are_never_smaller() -> None:
+    model = mlp([6, 24, 24, 4], nn.ReLU, 2, 1.3)
+    xs = torch.randn(10, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = model(xs).argmax(1)
+    labels[0] = (labels[0] + 1) % 4  # a wrong one
+    wide = gl.robust.certify(model, [(xs, labels)], eps=0.05)
+    found = gl.robust.certify(model, [(xs, labels)], eps=0.05, local=True)
+    assert found.radii[0] == 0.0
+    assert bool((found.radii >= wide.radii).all())
+    assert float(found.radii[1:].sum()) > 1.5 * float(wide.radii[1:].sum())
+    for x, label, radius in zip(xs[1:], labels[1:], found.radii[1:], strict=True):
+        around = points(x[None], float(radius), 200, 5)
+        assert bool((model(around).argmax(1) == label).all())
+        logits = model(x[None])[0].detach()
+        slope = torch.autograd.functional.jacobian(model, x[None])[0, :, 0]
+        nearest = min(float((logits[label] - logits[j]) / (slope[label] - slope[j]).norm()) for j in range(4) if j != label)
+        assert float(radius) <= nearest * (1 + 1e-9)
+
+
+def test_an_input_read_from_a_file_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = pytest.importorskip("PIL.Image")
+    pixels = torch.arange(48, dtype=torch.uint8).reshape(4, 4, 3).numpy()
+    image.fromarray(pixels).save(tmp_path / "image.png")
+    image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
+    read = read_input(tmp_path / "image.png")
+    assert read.shape == (1, 3, 4, 4)
+    assert float(read[0, 2, 1, 0]) == 14 / 255
+    assert read_input(tmp_path / "grey.png").shape == (1, 1, 4, 4)
+    torch.save(torch.zeros(1, 3, 32, 32), tmp_path / "x.pt")
+    np.save(tmp_path / "x.npy", np.zeros((3, 32, 32), dtype=np.float32))
+    uppers = []
+    for name in ("x.pt", "x.npy"):
+        options = ["--at", str(tmp_path / name), "--radius", "0.01", "--effort", "0", "--json", "-"]
+        assert main(["audit", "gramlip.demo:demo", "--input", "3,32,32", "--outputs", "0,1", *options]) == 0
+        uppers.append(json.loads(capsys.readouterr().out)["network"]["upper"])
+    assert uppers[0] == uppers[1]
+    (tmp_path / "bad.npy").write_text("no array")
+    torch.save({"x": 1}, tmp_path / "dict.pt")
+    for bad in ("bad.npy", "dict.pt", "none.npy", "x.txt"):
+        assert main(["audit", "gramlip.demo:demo", "--input", "3,32,32", "--at", str(tmp_path / bad), "--radius", "1"]) == 2
+        assert bad in capsys.readouterr().err
+    assert main(["audit", "demo", "--at", str(tmp_path / "x.pt"), "--radius", "1"]) == 2
+    assert "--at and --radius" in capsys.readouterr().err

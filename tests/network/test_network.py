@@ -165,14 +165,14 @@ class Gated(nn.Module):
         self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cumprod(self.a(x) * torch.sigmoid(self.b(x)), 1) + torch.fft.fft(x).real
+        return torch.cumprod(self.a(x) * torch.sigmoid(self.b(x)), 1) + torch.special.i0(x)
 
 
 def test_what_has_no_rule_is_listed_at_once_and_never_guessed() -> None:
     with pytest.raises(UnsupportedError) as error:
         audit(Gated().eval(), (4,))
     assert "aten.cumprod" in str(error.value)
-    assert "fft" in str(error.value)
+    assert "i0" in str(error.value)
     assert "test_network.py" in str(error.value)
     report = audit(Gated().eval(), (4,), strict=False)
     assert report.upper == float("inf")
@@ -238,8 +238,8 @@ def test_in_place_calls_mean_what_they_mean_in_torch() -> None:
     torch.manual_seed(0)
     model = InPlace(aliased=False).eval()
     assert steepest(model, (4,), 6) <= audit(model, (4,)).upper
-    with pytest.raises(UnsupportedError, match="overwrites"):
-        audit(InPlace(aliased=True).eval(), (4,))
+    model = InPlace(aliased=True).eval()
+    assert steepest(model, (4,), 6) <= audit(model, (4,)).upper
 
 
 def joined(call: Callable[[Tensor], object], x: Tensor) -> float:
@@ -504,7 +504,7 @@ def test_arguments_that_cannot_be_used_are_refused_in_one_line(given: dict[str, 
 
 
 def test_assumptions_are_visible() -> None:
-    report = audit(Gated().eval(), (4,), assume={"aten.cumprod": 2.0, "aten.fft_fft": 2.0, "aten.real": 1.0, "aten.mul": 5.0})
+    report = audit(Gated().eval(), (4,), assume={"aten.cumprod": 2.0, "aten.special_i0": 2.0, "aten.mul": 5.0})
     assert report.upper < float("inf")
     assert any("aten.cumprod taken as 2-Lipschitz by assumption" in note for note in report.notes)
     with pytest.raises(InputError, match="expected names"):

@@ -102,8 +102,8 @@ def check_shifts() -> None:
     """Two thresholds that are the same number, and are not in float64: the function is zero."""
     one, other = nn.Parameter(torch.zeros(1).double()), 1.5e16
     model = Map(lambda x: torch.relu(x - ((one + 3.0) + other - other)) - torch.relu(x - (one + other - other + 3.0))).eval()
-    report = audit(model, (3,), domain=(-10.0, 10.0))
-    assert report.lower == 0.0
+    for seed in range(4):  # not every search meets a pair that the errors alone tell apart
+        assert audit(model, (3,), domain=(-10.0, 10.0), seed=seed).lower == 0.0
 
 
 def test_thresholds_that_differ_by_rounding_alone_stretch_nothing() -> None:

@@ -221,8 +221,11 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "negative beta": (lambda x: F.softplus(x, -1.0), "expected a positive beta"),
     "never softplus": (lambda x: F.softplus(x, 1.0, -1e4), r"jumps by 1e\+04"),
     "out": (lambda x: torch.mul(x, 3.0, out=torch.empty_like(x)), r"writes into a list or by out="),
-    "complex slopes": (lambda x: torch.view_as_real(torch.tanh(x.to(torch.complex64))), "gives complex values"),
-    "complex layers": (lambda x: torch.view_as_real(F.conv1d(2 * x.to(torch.complex64), 1j * torch.ones(1, 4, 1))), "gives complex values"),
+    "complex slopes": (lambda x: torch.view_as_real(torch.tanh(x.to(torch.complex64))), "tanh.default of complex values"),
+    "complex layers": (
+        lambda x: torch.view_as_real(F.conv1d(2 * x.to(torch.complex64), 1j * torch.ones(1, 4, 1))),
+        "conv1d.default of complex values",
+    ),
 }
 
 
@@ -232,19 +235,6 @@ def test_what_no_theorem_covers_is_refused_and_unbounded_where_that_is_asked_for
     with pytest.raises(UnsupportedError, match=said):
         audit(Map(call).eval(), (4, 4))
     assert lower(export(Map(call).eval(), (torch.zeros(1, 4, 4),))).network.steps[-1].what.__class__ is Unbounded
-
-
-def test_a_value_overwritten_through_a_view_leaves_no_constant() -> None:
-    """Where calls were not refused but reported, the buffer stood for what it was before: a constant, of norm 0."""
-
-    def call(x: Tensor) -> Tensor:
-        z = torch.zeros(1, 4)
-        z[:, :2] = x[:, :2]
-        return 3 * z
-
-    report = audit(Map(call).eval(), (4,), strict=False)
-    assert report.upper == math.inf
-    assert len(report.unsupported) == 1
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.5, 1.0, 30.0])

@@ -152,3 +152,20 @@ def test_what_no_rule_covers_is_named_where_the_model_was_given(call: object) ->
     with pytest.warns(UserWarning, match=r"^e\.weight: no linear") as caught:
         call(model)  # type: ignore[operator]
     assert caught[0].filename == __file__
+
+
+def test_layers_far_below_the_target_are_read_in_turns_and_caught() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5), nn.Linear(5, 4))
+    with torch.no_grad():
+        for layer, size in zip(model, (0.95, 0.1, 0.1), strict=True):
+            layer.weight.mul_(size / torch.linalg.matrix_norm(layer.weight, 2))
+    cap = gnn.Cap(model, target=1.0)
+    assert cap() == {}
+    with torch.no_grad():
+        model[0].weight.mul_(1.1)
+        model[1].weight.mul_(15.0)
+    calls = [cap() for _ in range(4)]
+    assert "0" in calls[0]  # near the target: at once
+    assert sum("1" in found for found in calls) == 1
+    assert all(gl.bound(layer).lower <= 1.0 + 1e-3 for layer in model)

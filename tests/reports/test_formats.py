@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
@@ -248,6 +249,21 @@ def test_integer_factors_have_a_norm_that_is_known_exactly():
         op, says = low_rank(left, right, -1.0)
         found = says(gl.bound(op, rtol=1e-6))
         assert found.lower <= 6.0 <= found.upper <= 6.0 * (1 + 1e-5)
+
+
+def test_products_of_two_vectors_exactly():
+    """||b a|| = ||b|| ||a||, in decimals of 60 digits: what rounding left of the factors is a few units, and lies inside."""
+    generator = torch.Generator().manual_seed(0)
+    with localcontext() as context:
+        context.prec = 60
+        for m in range(2, 1500, 25):
+            left, right = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((m, 1), (1, m + 3)))
+            op, says = low_rank(left, right, 1.0)
+            core = abs(float(op.weight))  # the norm of a matrix of one entry, exactly
+            found = says(gl.Bound(core, core, ""))
+            truth = sum(Decimal(x) ** 2 for x in left.flatten().tolist()) * sum(Decimal(x) ** 2 for x in right.flatten().tolist())
+            assert Decimal(found.lower) ** 2 <= truth <= Decimal(float(found.upper)) ** 2
+            assert found.rtol < 1e-9
 
 
 def test_a_factor_of_zeros_gives_exactly_zero():

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network.compose import Composition, compose, constants, kind
-from gramlip.network.coupling import coupled, total
+from gramlip.network.coupling import coupled
 from gramlip.network.effort import Effort, Watch
 from gramlip.network.fold import fold
-from gramlip.network.graph import Program, export, reads_memory, undisturbed
+from gramlip.network.graph import Program, export, undisturbed
+from gramlip.network.in_place import reads_memory
+from gramlip.network.linear_stretches import linear_stretches
 from gramlip.network.local import Region, derivative, region, restricted
 from gramlip.network.lower_bound import Function, Stretch, chosen, function, stretch
 from gramlip.network.ranges import capped
 from gramlip.network.rules import Lowered, lower
-from gramlip.network.steps import Attention, Input, Linear, Network, Pad, Product, Slope, Step, Sum, Unbounded, selected
+from gramlip.network.steps import Attention, Input, Linear, Network, Pad, Product, Shortcut, Slope, Step, Sum, Unbounded, selected
 from gramlip.norm.methods import check_rtol
 from gramlip.numerics import rounding as rd
 from gramlip.operators.given import GATHER, example_inputs, is_sharded, unwrapped
@@ -247,8 +249,9 @@ def audit(
     part = _part(lowered.network, inputs, outputs)
     network = _restricted(lowered.network, area, part)
     found, seconds = _constants(network, rtol, search)
-    composed = compose(network, found)
-    above = _upper_side(Whole(network, found, composed, area), search)
+    ways = linear_stretches(network, found, rtol, search)
+    composed = compose(network, found, ways)
+    above = _upper_side(Whole(network, found, ways, composed, area), search)
     below = _lower_side(program, lowered, tensors, data, area, part, seed, search)
     if below.value > above.value:
         _contradicted(lowered.assumed, below, above.value)
@@ -276,13 +279,14 @@ def _contradicted(assumed: Sequence[str], below: Stretch, upper: float) -> None:
 
 @dataclass(frozen=True)
 class Whole:
-    """What the upper side is looked for of: the folded steps, the constant of each of them, and all of them composed.
+    """What the upper side is looked for of: the folded steps, the constant of each of them, shortcuts, and all of it composed.
 
     `area` is the set of inputs that it is meant for, None for all of them.
     """
 
     network: Network
     constants: Sequence[Bound]
+    ways: Mapping[int, Sequence[Shortcut]]
     composed: Composition
     area: Region | None
 
@@ -296,15 +300,20 @@ class Upper:
 
 
 def _composition(whole: Whole, effort: Effort) -> Upper:
-    return Upper(whole.composed.upper, PLAIN)
+    return Upper(whole.composed.upper, "; ".join([PLAIN, *whole.composed.because]))
 
 
 def _coupling(whole: Whole, effort: Effort) -> Upper | None:
     segments = coupled(whole.network, whole.constants, effort)
     if segments is None:
         return None
+    ways = {i: list(some) for i, some in whole.ways.items()}
+    for segment in segments:
+        if segment.because:
+            ways.setdefault(segment.last, []).append(Shortcut((segment.upper,), (segment.first,), segment.because))
+    together = compose(whole.network, whole.constants, ways)
     plain = f"{PLAIN} ({decimals(whole.composed.upper, upward=True)})"
-    return Upper(total(segments), "; ".join([plain, *(s.because for s in segments if s.because)]))
+    return Upper(together.upper, "; ".join([plain, *together.because]))
 
 
 def _jacobian(whole: Whole, effort: Effort) -> Upper | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -238,15 +238,21 @@ def _fixed(what: object, shapes: Sequence[Shape]) -> Bound:
 
 @dataclass(frozen=True)
 class Composition:
-    """The network's constant, each step's (from the input to its value), and each step's share of the logarithm of the whole."""
+    """The network's constant, each step's (from the input to its value), and each step's share of the logarithm of the whole.
+
+    `because` has the reasons of the shortcuts that the constant goes through.
+    """
 
     upper: float
     lips: tuple[float, ...]
     parts: tuple[float, ...] | None
+    because: tuple[str, ...] = ()
 
 
-def compose(network: Network, constants: Sequence[Bound]) -> Composition:
+def compose(network: Network, constants: Sequence[Bound], ways: Mapping[int, Sequence[Shortcut]] | None = None) -> Composition:
     """The constant of the whole: products along chains, sums at residuals, roots of squares at joins, shortcuts; rounded upward.
+
+    `ways` are shortcuts to values, by their numbers, beside those that the steps have.
 
     `parts` adds up to the logarithm of the constant of the network: docs/network.md#shares. None where it is zero or infinite.
     """
@@ -255,12 +261,23 @@ def compose(network: Network, constants: Sequence[Bound]) -> Composition:
     found = shortcuts(network, constants)
     for i, (step, own) in enumerate(zip(network.steps, constants, strict=True)):
         lips.append(rd.mul_up(float(own.upper), _joined(step, [lips[s] for s in step.sources])))
-        for way in (step.shortcut, *found.get(i, ())):
+        for way in (step.shortcut, *found.get(i, ()), *(ways or {}).get(i, ())):
             if way is not None and (upper := rd.hypot_up(_terms(way, [lips[s] for s in way.sources]))) < lips[i]:
                 lips[i], taken[i] = upper, way
     ends = [lips[i] for i in network.outputs]
     upper = ends[0] if len(ends) == 1 else rd.hypot_up(ends)
-    return Composition(upper, tuple(lips), _parts(network, lips, taken, upper))
+    return Composition(upper, tuple(lips), _parts(network, lips, taken, upper), _reasons(network, taken))
+
+
+def _reasons(network: Network, taken: Mapping[int, Shortcut]) -> tuple[str, ...]:
+    """Why the shortcuts hold that the constants of the outputs go through."""
+    seen, stack = set[int](), list(network.outputs)
+    while stack:
+        i = stack.pop()
+        if i not in seen:
+            seen.add(i)
+            stack += taken[i].sources if i in taken else network.steps[i].sources
+    return tuple(text for i in sorted(seen) if i in taken and (text := taken[i].because))
 
 
 def _terms(way: Shortcut, lips: Sequence[float]) -> list[float]:

@@ -15,7 +15,8 @@ from gramlip.network.audit import check_inputs, check_model, tensors_of
 from gramlip.network.compose import coefficients, compose, constants
 from gramlip.network.executed import ROOM, RULES, Arithmetic, Execution, Operand, arithmetic, carried, constant
 from gramlip.network.fold import fold
-from gramlip.network.graph import Program, arguments, export, module_path, op_name, place, tensors, undisturbed
+from gramlip.network.graph import Program, arguments, export, module_path, place, undisturbed
+from gramlip.network.in_place import op_name, tensors
 from gramlip.network.local import Region, region, restricted
 from gramlip.network.local.intervals import Value, restrict, whole_of
 from gramlip.network.local.jacobians import Sweeps

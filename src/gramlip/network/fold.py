@@ -6,15 +6,16 @@ Each fold is done in float64 and carries, in `Linear.error`, an upper bound of t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
 from gramlip.errors import InputError
-from gramlip.network.steps import Linear, Network, Op, Pad, Step, Sum, renumbered
+from gramlip.network.steps import Linear, Network, Op, Pad, Shortcut, Slope, Step, Sum, renumbered
+from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.operators.geometry import axes
 from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
@@ -52,7 +53,7 @@ def fold(network: Network) -> Network:
                         steps[g] = None
                     changed = True
         if not changed:
-            return network
+            return Network([_entrywise(step, network) for step in network.steps], network.outputs)
         network = renumbered(steps, network.outputs, {})
 
 
@@ -268,3 +269,56 @@ def _spread_groups(op: Conv) -> Conv:
     for g in range(op.groups):
         wide[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] = weight[g * rows : (g + 1) * rows]
     return replace(op, weight=wide, groups=1)
+
+
+# ---- sums of entrywise functions -----------------------------------------------------------------------------------------
+#
+# A sum of entrywise functions of one value is such a function: its slopes are sums of theirs. docs/network.md#entrywise-sums.
+
+
+def _entrywise(step: Step, network: Network) -> Step:
+    """A sum of entrywise functions of one value with what their slopes say of it together."""
+    summed = _summed(step, network)
+    if summed is None or step.shortcut is not None:
+        return step
+    base, *ends = summed
+    steepest = max(float(end.abs().max()) for end in ends)
+    return replace(step, shortcut=Shortcut((steepest,), (base,))) if steepest < math.inf else step
+
+
+def _summed(step: Step, network: Network) -> tuple[int, Tensor, Tensor] | None:
+    """The value of which a sum is an entrywise function, and the ends of its slopes; None where there is none."""
+    if not isinstance(step.what, Sum) or max(step.what.repeats) > 1:
+        return None
+    ways = [_slopes(s, network) for s in step.sources]
+    base = next((i for i in ways[0] if all(i in way for way in ways)), None)
+    if base is None:
+        return None
+    lows, highs = zip(*(way[base] for way in ways), strict=True)
+    return base, _added_up(lows, -1.0), _added_up(highs, 1.0)
+
+
+def _slopes(at: int, network: Network) -> dict[int, tuple[Tensor, Tensor]]:
+    """The values of which one is an entrywise function by activations, scales and sums, the nearest first, with the ends of its slopes."""
+    low = high = torch.ones((), dtype=torch.float64)
+    found = {at: (low, high)}
+    while True:
+        what, base = network.steps[at].what, network.steps[at].sources[:1]
+        if isinstance(what, Slope):
+            own = [torch.as_tensor(end, dtype=torch.float64) for end in (what.low, what.high)]
+        elif isinstance(what, Linear) and isinstance(what.op, Scale):
+            own = [_added_up((to_float64(what.op.weight), torch.tensor(e, dtype=torch.float64)), e) for e in (-what.error, what.error)]
+        elif (summed := _summed(network.steps[at], network)) is not None:
+            base, *own = summed[:1], *summed[1:]
+        else:
+            return found
+        products = torch.stack(torch.broadcast_tensors(*(a * b for a in (low, high) for b in own)))
+        low, high = _added_up((products.amin(0),), -1.0), _added_up((products.amax(0),), 1.0)
+        (at,) = base
+        found[at] = (low, high)
+
+
+def _added_up(terms: Sequence[Tensor], sign: float) -> Tensor:
+    """The sum, moved as `sign` says by more than its rounding and that of the products that its terms are."""
+    size = reduce(torch.add, (t.abs() for t in terms))
+    return reduce(torch.add, terms) + math.copysign(1.0, sign) * (size * rd.gamma(len(terms) + 8.0) + rd.TINY)

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from gramlip.network.effort import Effort
-from gramlip.network.graph import Program, evaluate, in_float64, op_name
+from gramlip.network.graph import Program, evaluate, in_float64
+from gramlip.network.in_place import op_name
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import full_products
 from gramlip.operators.linear_maps import Shape

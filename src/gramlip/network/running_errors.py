@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn.functional import pad
 
-from gramlip.network.graph import arguments, evaluate, op_name, tensors
+from gramlip.network.graph import arguments, evaluate
+from gramlip.network.in_place import op_name, tensors
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 
@@ -215,11 +216,12 @@ def _names(names: str) -> list[str]:
 _MAKES = _names("zeros ones full eye scalar_tensor zeros_like ones_like full_like new_zeros new_ones new_full")
 _PICKS = _names("sign sgn floor ceil trunc sort topk kthvalue median max min")  # exact where the arguments are
 _COPIES = _names(
-    "clone contiguous detach detach_ alias lift_fresh_copy lift_fresh _to_copy to type_as view reshape _unsafe_view flatten unflatten "
+    "clone contiguous detach alias lift_fresh_copy lift_fresh _to_copy to type_as view reshape _unsafe_view flatten unflatten "
     "permute transpose t numpy_T mT squeeze unsqueeze movedim moveaxis swapaxes swapdims flip fliplr flipud rot90 roll ravel view_as "
     "reshape_as split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split diagonal diag "
     "diag_embed narrow_copy slice narrow select index index_select gather expand expand_as broadcast_to repeat tile repeat_interleave "
-    "unfold embedding cat concat concatenate stack hstack vstack dstack triu tril pixel_shuffle pixel_unshuffle channel_shuffle getitem put copy"
+    "unfold embedding cat concat concatenate stack hstack vstack dstack triu tril pixel_shuffle pixel_unshuffle channel_shuffle getitem "
+    "put copy"
 )
 """Operations whose errors are what they make of the arguments' errors."""
 _BOUNDS: dict[str, Rule] = {

@@ -172,12 +172,25 @@ class Slope:
 
 
 @dataclass(frozen=True, eq=False)
+class LinearAction:
+    """A map that is linear in its sources joined: `run` applies it in float64, to tensors of their shapes.
+
+    `moduli` is at least the norm of the matrix of the moduli of its entries; `error` at least that of what `run` differs by from the real
+    map, beside the rounding of its sums.
+    """
+
+    run: Callable[..., Tensor]
+    moduli: float
+    error: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
 class Lipschitz:
     """Any map with Lipschitz constant at most `upper` in all its sources together (l2 norm of the joined differences).
 
     `image` and `reach` as in `Slope`; `same_range` where each entry of the result is `times` an entry of the sources, of
     `others`, or between; `row` is at least the l2 norm of the result's rows along the last axis; `row_layout` and
-    `copy_entries` as in `View`.
+    `copy_entries` as in `View`; `linear` where the map is linear up to a constant.
     `extremum` is 1 for the largest and -1 for the least entries of groups of two or more, and says along which axes they lie.
     `within` gives the constant and the values from an interval for each entry of the one source; `monotone`, exactly the map
     itself, where it rises in every entry of it.
@@ -195,6 +208,7 @@ class Lipschitz:
     row_layout: RowLayout = ""
     copy_entries: CopyEntries | None = None
     extremum: tuple[int, tuple[int, ...]] | None = None
+    linear: LinearAction | None = None
     within: Callable[[Tensor, Tensor], tuple[float, Tensor, Tensor]] | None = None
     monotone: CopyEntries | None = None
 
@@ -280,10 +294,11 @@ What = Input | Linear | Pad | Slope | Lipschitz | View | Sum | Join | Slice | Pr
 
 @dataclass(frozen=True, eq=False)
 class Shortcut:
-    """What is known of a value v beside its step: `|d v|^2 <= sum_k (factors[k] |d s_k|)^2` for earlier values s_k."""
+    """What is known of a value v beside its step, and why: `|d v|^2 <= sum_k (factors[k] |d s_k|)^2` for earlier values s_k."""
 
     factors: tuple[float, ...]
     sources: tuple[int, ...]
+    because: str = ""
 
 
 @dataclass(frozen=True, eq=False)

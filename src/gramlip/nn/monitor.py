@@ -15,6 +15,7 @@ from gramlip.errors import InputError, check_integers
 from gramlip.nn.norm_op import NormGeometry
 from gramlip.nn.parametrize import Where, evaluating, in_eval_mode, layers, operator, real
 from gramlip.nn.tracker import Tracker, plainly
+from gramlip.numerics.sums import norm
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Ints
 
@@ -79,9 +80,11 @@ class Norms(nn.Module):
 
     def sigmas(self) -> dict[str, Tensor]:
         """One tracking step: {path: norm estimate, a scalar with its graph}; a search where it is due."""
-        due, first, values = self._due(int(self.calls)), 0, []
+        call, first, values = int(self.calls), 0, []
+        due = self._due(call)
         for tracker, weights in self.tracked():
-            values += tracker(weights, [i - first for i in due if first <= i < first + len(tracker)])
+            own = [i - first for i in due if first <= i < first + len(tracker)]
+            values += tracker.last() if not own and self._rests(tracker, call + first) else tracker(weights, own)
             first += len(tracker)
         plainly(self._count, self.calls)
         return dict(zip(self._paths, values, strict=True))
@@ -96,6 +99,10 @@ class Norms(nn.Module):
     def plans(self) -> list[NormGeometry]:
         """The geometry of each layer, in the order of `sigmas`."""
         return [tracker.plan for tracker in cast("list[Tracker]", list(self.trackers)) for _ in range(len(tracker))]
+
+    def _rests(self, tracker: Tracker, turn: int) -> bool:
+        """Whether the last estimates do for a call that is to search none of these layers."""
+        return False
 
     def _count(self, calls: Tensor) -> tuple[Tensor]:
         self.calls += 1
@@ -158,7 +165,7 @@ class Monitor(Norms):
         *,
         certify_every: int | None = None,
         where: Callable[[str, nn.Module], bool] | None = None,
-        peaks: int = 8,
+        peaks: int = 4,
         torus: int = 8,
     ) -> None:
         check_integers(1, certify_every=1 if certify_every is None else certify_every)
@@ -169,7 +176,7 @@ class Monitor(Norms):
         """{path: its numbers}, after one tracking step."""
         with evaluating(nn.ModuleList(self._tracked)):  # reading a normalised weight moves nothing
             sigmas = torch.stack([sigma.to(torch.float64) for sigma in self.sigmas().values()])
-            sizes = [torch.linalg.vector_norm(weight_of(module).detach(), dtype=torch.float64) for module in self._tracked]
+            sizes = [_size(weight_of(module).detach(), sigma) for module, sigma in zip(self._tracked, sigmas.tolist(), strict=True)]
         attained = [plan.attained for plan in self.plans]
         ranks = (torch.stack(sizes) / sigmas * sigmas.new_tensor(attained)).square()  # a ratio of zeros is no number
         both = zip(self._paths, *torch.stack([sigmas, ranks]).tolist(), strict=True)
@@ -194,6 +201,12 @@ class Monitor(Norms):
         for write in ways:
             write(found, step)
         return found
+
+
+def _size(weight: Tensor, sigma: float) -> Tensor:
+    """||W||_F, in a wider precision where squares might leave the range of the weight's own."""
+    safe = weight.dtype == torch.float64 or (weight.dtype == torch.float32 and 1e-9 < sigma < 1e9)
+    return norm((weight if safe else weight.to(torch.float64)).flatten()).to(torch.float64)
 
 
 def _way(writer: Any) -> Callable[[dict[str, float], int], object]:

@@ -254,11 +254,14 @@ class TrackedSpectralNorm(Normalised):
         return (weight * (scale if sharded is None else sharded[1](scale))).to(weight.dtype)
 
     def _due(self) -> list[int]:
-        """The one layer where a search is due, which each call in training counts; code that is compiled searches when it jumps."""
+        """The one layer where a search is due, which each call in training counts; code that is compiled searches when it jumps.
+
+        Fresh weights grow directions that nothing has followed: the calls 1, 2, 4, 8, ... search as well.
+        """
         if not self.training or torch.compiler.is_compiling() or self.calls.is_meta:
             return []
         self._at += 1
-        return [0] if self._at % self.every == 0 else []
+        return [0] if self._at % self.every == 0 or self._at.bit_count() == 1 else []
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """The count is written where it is read: a call in training has no time for it."""

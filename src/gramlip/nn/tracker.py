@@ -115,7 +115,7 @@ class Tracker(nn.Module):
 
         def read(plain: Tensor) -> tuple[Tensor]:
             self._track(plain, due)
-            return (self.height * self.plan.attained,)
+            return (self.last(),)
 
         with without_autocast(self.frequency):
             return plainly(read, self.kernels(weights))[0]
@@ -126,7 +126,7 @@ class Tracker(nn.Module):
             kernels = self.kernels(weights)
             chosen, probes, scale = self._followed(kernels.detach(), list(due), still)
             one = kernels if self.plan.groups == 1 else kernels[chosen]
-            return torch.linalg.vector_norm(probes @ one.mT, dim=(1, 2)), scale
+            return torch.linalg.vector_norm(one @ probes.mT, dim=(1, 2)), scale  # in this order the gradient lies in memory as the weight
 
     def _followed(self, kernels: Tensor, due: list[int], still: bool) -> tuple[Tensor, ...]:
         """`follow` or `look` on the plain tensors below any transform; one opaque operation where code is compiled."""
@@ -138,6 +138,10 @@ class Tracker(nn.Module):
         if kernels.is_meta:
             return _shapes(kernels, self.vector, self.height)
         return plainly(self.look if still else lambda plain: self.follow(plain, due), kernels)
+
+    def last(self) -> Tensor:
+        """The estimates (L,) of the last call."""
+        return self.height * self.plan.attained
 
     @torch.no_grad()
     def search(self, weights: Sequence[Tensor]) -> None:

@@ -138,6 +138,35 @@ def interval(text: str) -> tuple[float, float]:
     return low, high
 
 
+def numbers(text: str) -> list[int]:
+    """Numbers of entries, `0,2`; negative ones count from the end.
+
+    >>> numbers("0,-1")
+    [0, -1]
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        msg = f"{text!r} was given; expected whole numbers joined by commas: 0,2"
+        raise ArgumentTypeError(msg) from error
+
+
+def radius(text: str) -> float:
+    """A positive finite distance.
+
+    >>> radius("0.25")
+    0.25
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        msg = f"{text!r} was given; expected a positive number such as 0.25"
+        raise ArgumentTypeError(msg)
+    return value
+
+
 def effort(text: str) -> float:
     """A finite number, as `gramlip.audit` takes it; a negative one asks for no search and no closed forms.
 

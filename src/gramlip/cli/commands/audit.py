@@ -14,7 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from gramlip import __version__
-from gramlip.cli.commands import Commands, assumption, effort, examples, interval, limit, seconds, shape, tolerance
+from gramlip.cli.commands import Commands, assumption, effort, examples, interval, limit, numbers, radius, seconds, shape, tolerance
 from gramlip.distributed import joined, ranked
 from gramlip.errors import InputError
 from gramlip.numerics import rounding as rd
@@ -22,9 +22,9 @@ from gramlip.operators.interval import Bound, decimals
 from gramlip.reports.checkpoint import Weights
 from gramlip.reports.output import check_output, check_outputs, emit, note, watched, write_whole
 from gramlip.reports.pictures import page
-from gramlip.reports.report import Report, finite
+from gramlip.reports.report import Report, finite, short_name
 from gramlip.reports.text import Screen, aligned, printable
-from gramlip.targets import Model, Options, Source, resolve
+from gramlip.targets import Model, Options, Source, read_input, resolve
 
 Limit = Decimal | None
 
@@ -122,6 +122,10 @@ def _model_options(parser: ArgumentParser) -> None:
         "--assume", type=assumption, action="append", default=[], metavar="NAME=L", help="believe a constant; stands in the report"
     )
     parser.add_argument("--domain", type=interval, metavar="LOW,HIGH", help="every input entry lies there; makes products of values finite")
+    parser.add_argument("--at", type=Path, metavar="FILE", help="around this input: .npy, .pt, or a picture as pixels in [0, 1]")
+    parser.add_argument("--radius", type=radius, metavar="R", help="and so far from it, in the l2 norm of what the model takes")
+    for side in ("inputs", "outputs"):
+        parser.add_argument(f"--{side}", type=numbers, metavar="0,2", help=f"only these entries of the flat {side[:-1]} count")
     parser.add_argument(
         "--effort", type=effort, default=1.0, metavar="E", help="search for coupled bounds (default 1; 0: closed forms; -1: none)"
     )
@@ -139,6 +143,7 @@ def add_audit(subparsers: _SubParsersAction[Any]) -> None:
                 "gramlip audit demo": "a small trained network that ships with the package",
                 "gramlip audit model.safetensors --rtol 1e-3": "every layer of a file of weights, each interval at most 0.1% wide",
                 "gramlip audit package.module:make --input 3,224,224": "the model that make() returns: layers and network",
+                "gramlip audit package.module:make --input 3,32,32 --at image.png --radius 0.25": "around one input alone",
                 "gramlip audit model.safetensors --fail-above 10": "exit code 1 unless every layer is proved to be at most 10",
                 "gramlip audit model.safetensors --json - --rtol 1e-4": "the report as JSON, alone on standard output",
                 "gramlip audit model.safetensors --resume audit.journal": "goes on where an interrupted audit stopped",
@@ -161,9 +166,13 @@ def source_of(target: str, args: Namespace) -> Source:
     """The source that a target names, with the options that only a model has."""
     source = resolve(target, args.input)
     if isinstance(source, Model):
-        return replace(source, options=Options(dict(args.assume), args.domain, effort=args.effort, time_limit=args.time_limit))
-    if args.assume or args.domain is not None:
-        msg = f"{target} holds weights alone; expected a model for --assume and --domain: type package.module:callable"
+        at = None if args.at is None else read_input(args.at)
+        options = Options(dict(args.assume), args.domain, effort=args.effort, time_limit=args.time_limit)
+        return replace(source, options=replace(options, at=at, radius=args.radius, inputs=args.inputs, outputs=args.outputs))
+    given = [name for name in ("domain", "at", "radius", "inputs", "outputs") if getattr(args, name) is not None]
+    if args.assume or given:
+        named = " and ".join(f"--{name}" for name in (["assume"] if args.assume else []) + given)
+        msg = f"{target} holds weights alone; expected a model for {named}: type package.module:callable"
         raise InputError(msg)
     return source
 
@@ -257,12 +266,15 @@ def diff(a: Report, b: Report) -> dict[str, Any]:
 
 def _shown(pair: Sequence[float | None]) -> str:
     low, high = pair
-    return f"[{decimals(low or 0.0, upward=False)}, {decimals(math.inf if high is None else high, upward=True)}]"
+    return f"[{decimals(low or 0.0, upward=False, digits=5)}, {decimals(math.inf if high is None else high, upward=True, digits=5)}]"
 
 
 def _diff_text(found: dict[str, Any]) -> str:
     a, b = found["target"]
-    rows = [("layer", "A", "B", "B / A"), *((row["name"], *(_shown(row[key]) for key in ("a", "b", "ratio"))) for row in found["layers"])]
+    rows = [
+        ("layer", "A", "B", "B / A"),
+        *((short_name(row["name"]), *(_shown(row[key]) for key in ("a", "b", "ratio"))) for row in found["layers"]),
+    ]
     parts = [f"A  {printable(a)}\nB  {printable(b)}", aligned(rows)]
     parts += [printable(f"only in {side.upper()}: {', '.join(found[f'only_in_{side}'])}") for side in "ab" if found[f"only_in_{side}"]]
     return "\n\n".join(parts) + "\n"

@@ -237,13 +237,14 @@ def add_certify(subparsers: _SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--samples", type=count, metavar="N", help="only the first N test images")
     parser.add_argument("--normalised", action="store_true", help="the model takes pixels less CIFAR-10's mean, over its std")
+    parser.add_argument("--local", action="store_true", help="also larger radii from constants around each image")
     parser.add_argument("--attack", action="store_true", help="also the accuracy under attack at each radius; needs gramlip[attack]")
     parser.add_argument("--rtol", type=tolerance, default=1e-2, metavar="R", help="relative width of each layer's interval (default 1e-2)")
     parser.add_argument(
         "--executed",
         action=BooleanOptionalAction,
         default=True,
-        help="take the rounding of the program off the margins, for pixels in [0, 1] (default); --no-executed takes logits for real numbers",
+        help="take what rounding may do off the margins, for pixels in [0, 1] (default); --no-executed takes logits for real numbers",
     )
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output, alone")
     parser.set_defaults(run=run_certify)
@@ -304,7 +305,8 @@ def _certified(model: nn.Module, batches: list[Any], args: Namespace, mean: tupl
     """By pairs of classes where the network is a chain that ends in a linear layer."""
     ends = [recipes.normalised(torch.full((1, len(std), 1, 1), end), mean, std) for end in (0.0, 1.0)]
     shape = tuple(batches[0][0].shape[1:])
-    options: dict[str, Any] = {"std": std, "executed": args.executed, "domain": tuple(ends) if args.executed else None}
+    options: dict[str, Any] = {"std": std, "local": args.local}
+    options |= {"executed": args.executed, "domain": tuple(ends) if args.executed else None}
     try:
         if isinstance(model, nn.Sequential) and isinstance(last := model[-1], nn.Linear):
             return robust.certify(model, batches, audit(model[:-1], shape, rtol=args.rtol), args.eps, last=last, **options)

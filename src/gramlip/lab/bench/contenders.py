@@ -8,24 +8,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gramlip.demo import demo
 from gramlip.errors import UnsupportedError
 from gramlip.lab.bench.result import OURS, Claim, Entry, Options, Row, contest, count, proofs, total
 from gramlip.lab.reproduce.convolutions import convolutions
-from gramlip.lab.training.recipes import MODELS
-from gramlip.nn import LipschitzPenalty
-from gramlip.nn.parametrize import layers
+from gramlip.network.audit import audit
 from gramlip.norm.certify import certify_all
 from gramlip.norm.methods import METHODS, bound
-from gramlip.norm.methods.formulas import Lip_conv, operator_gram_norm
-from gramlip.operators.describe import describe
-from gramlip.operators.interval import Bound
+from gramlip.operators.interval import Bound, decimals
 from gramlip.operators.linear_maps import Conv, Dense
 from gramlip.reports.formats import read
 
@@ -280,84 +276,115 @@ def alone(rows: int, columns: int, device: str, threads: int) -> str:
     return f"{seconds!r} {found.lower!r} {float(found.upper)!r} {memory}"
 
 
-if __name__ == "__main__":
-    sys.stdout.write(alone(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])))
-
-
-# ---- training ------------------------------------------------------------------------------------------------------------
+# ---- whole networks ------------------------------------------------------------------------------------------------------
 #
-# The row on training: what a penalty of every convolution adds to a step.
+# The audit of whole networks, beside a forward and a backward pass of them on one example.
 
-EVERY = 50  # calls between two searches: the penalty's own default
-STEP, CALL, SEARCH = "training step", f"{OURS}, tracked call", f"{OURS}, search and call"
-PUBLISHED_PENALTY, BEST = f"Lip_conv ({STEPS}), every step differentiated", f"gram ({STEPS}), gradient at the arg-max block"
+PASS = "forward and backward"
+WANTED = {"demo": 5.0, "denoiser-256": 15.0, "resnet18-224": 30.0, "resnet50-224": 120.0, "vit-b16-224": 120.0}  # seconds, two threads
 
 
-def training(options: Options) -> Row:
-    """Forward and backward of the penalty on a ResNet-18 for 32x32 images, against the published iteration's and a step's."""
-    row, batch, name = "training", 4 if options.quick else 32, "small" if options.quick else "resnet18"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = MODELS[name]().to(options.device)
-        x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
-    x, y = x.to(options.device), y.to(options.device)
-    example = torch.zeros(1, 3, 32, 32, device=options.device)
-    sized = [(module, size) for _, module, size in layers(net, example, _convolution)]
-    ops = [describe(module) if size is None else describe(module, size) for module, size in sized]
-    convolutions = [op for op in ops if isinstance(op, Conv)]
-    penalty = LipschitzPenalty(net, example, where=_convolution, every=10**9)
-    penalty()  # the first call searches
+class _Residual(nn.Module):
+    """A branch and a shortcut, then ReLU."""
 
-    def search() -> Tensor:
-        for tracker, weights in penalty.tracked():
-            tracker.search(weights)
-        return penalty()
+    def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.shortcut = branch, shortcut
 
-    works = {
-        STEP: _backward(lambda: F.cross_entropy(net(x), y)),
-        CALL: _backward(penalty),
-        SEARCH: _backward(search),
-        PUBLISHED_PENALTY: _in_turn([partial(_published, op) for op in convolutions]),
-        BEST: _in_turn([partial(operator_gram_norm, op, STEPS) for op in convolutions]),
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.branch(x) + self.shortcut(x))
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, relu: bool = True) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), *([nn.ReLU()] if relu else []))
+
+
+def _resnet(blocks: tuple[int, ...], bottleneck: bool) -> nn.Module:
+    """ResNet for 1000 classes at 224."""
+    stages: list[nn.Module] = []
+    held = 64
+    for level, many in enumerate(blocks):
+        width, out = 64 * 2**level, 64 * 2**level * (4 if bottleneck else 1)
+        for i in range(many):
+            stride = 2 if i == 0 and level else 1
+            parts = (
+                [_conv(held, width, 1), _conv(width, width, 3, stride), _conv(width, out, 1, relu=False)]
+                if bottleneck
+                else [_conv(held, width, 3, stride), _conv(width, out, 3, relu=False)]
+            )
+            same = stride == 1 and held == out
+            stages.append(_Residual(nn.Sequential(*parts), nn.Identity() if same else _conv(held, out, 1, stride, relu=False)))
+            held = out
+    return nn.Sequential(_conv(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(held, 1000))
+
+
+class _Encoder(nn.Module):
+    """A layer of a vision transformer, norms before the branches."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.heads = nn.LayerNorm(width), nn.LayerNorm(width), heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.feed(self.norm2(x))
+
+
+class _ViT(nn.Module):
+    """ViT-B/16 without its class token: the mean over patches instead."""
+
+    def __init__(self, width: int = 768, depth: int = 12, heads: int = 12) -> None:
+        super().__init__()
+        self.patches, self.position = nn.Conv2d(3, width, 16, 16), nn.Parameter(0.02 * torch.randn(1, 196, width))
+        self.layers, self.norm = nn.Sequential(*(_Encoder(width, heads) for _ in range(depth))), nn.LayerNorm(width)
+        self.head = nn.Linear(width, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.norm(self.layers(x)).mean(1))
+
+
+def _denoiser(width: int) -> nn.Module:
+    inner = [m for _ in range(2) for m in (nn.Conv2d(width, width, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), *inner, nn.Conv2d(width, 1, 3, padding=1))
+
+
+def networks(options: Options) -> Row:
+    """The audit of whole networks with its defaults: fresh weights, but the trained demo."""
+    row, found = "audit", Row()
+    made: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+        "demo": (demo, (3, 32, 32)),
+        "denoiser-256": (lambda: _denoiser(64), (1, 256, 256)),
+        "resnet18-224": (lambda: _resnet((2, 2, 2, 2), bottleneck=False), (3, 224, 224)),
+        "resnet50-224": (lambda: _resnet((3, 4, 6, 3), bottleneck=True), (3, 224, 224)),
+        "vit-b16-224": (_ViT, (3, 224, 224)),
     }
-    case = f"{name}, batch {batch}, {len(convolutions)} convolutions"
-    found = Row([replace(e, value=None) for e in contest(row, case, works, options)])
-    call, full = found.of(case, CALL), found.of(case, SEARCH)
-
-    def spread(once: float, searched: float) -> float:
-        return once + max(searched - once, 0.0) / EVERY
-
-    ours = Entry(row, case, OURS, spread(call.minimum, full.minimum), spread(call.median, full.median), 1.0)
-    found.entries = [ours, *(replace(e, ratio=e.median / ours.median) for e in found.entries)]
-    found.notes.append(f"{OURS}: a tracked call and its share of a search, one in {EVERY} calls. All times: forward and backward.")
-    found.claims = [
-        Claim(row, "published Gram iteration over gramlip", found.of(case, PUBLISHED_PENALTY).median / ours.median, 5, True),
-        Claim(row, "Gram iteration with the arg-max gradient over gramlip", found.of(case, BEST).median / ours.median, 5, True),
-    ]
+    for case, (build, shape) in ({"denoiser-12": (lambda: _denoiser(3), (1, 12, 12))} if options.quick else made).items():
+        options.say(f"{row}: {case}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, x = build().eval(), torch.randn(1, *shape, requires_grad=True)
+        times: list[float] = []
+        for _ in range(2 + options.trials):
+            begin = perf_counter()
+            model(x).square().sum().backward()
+            times.append(perf_counter() - begin)
+        once, begin = sorted(times[2:]), perf_counter()
+        report = audit(model, shape)
+        seconds, middle = perf_counter() - begin, once[len(once) // 2]
+        width = report.upper / report.lower - 1 if report.lower else math.inf
+        found.entries.append(Entry(row, case, OURS, seconds, seconds, 1.0, report.upper, width))
+        found.entries.append(Entry(row, case, PASS, once[0], middle, middle / seconds))
+        ends = f"[{decimals(report.lower, upward=False)}, {decimals(report.upper, upward=True)}]"
+        found.notes.append(f"{case}: {seconds:.1f} s, {seconds / middle:.0f} times a forward and a backward pass; {ends}")
+        if case in WANTED:
+            found.claims.append(Claim(row, f"seconds of {case}", seconds, WANTED[case], False))
     return found
 
 
-def _convolution(_: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d)
-
-
-def _published(op: Conv) -> Tensor:
-    assert op.sizes is not None
-    return Lip_conv(op.weight, STEPS, n=op.sizes)
-
-
-def _in_turn(works: list[Callable[[], Tensor]]) -> Callable[[], float]:
-    """Layer by layer, so that only one graph is alive: differentiated step by step, all of them together take many GiB."""
-    each = [_backward(work) for work in works]
-    return lambda: sum(both() for both in each)
-
-
-def _backward(work: Callable[[], Tensor]) -> Callable[[], float]:
-    """Forward and backward; gradients add up in the weights, as in a step of several losses."""
-
-    def both() -> float:
-        value = work()
-        value.backward()
-        return value.item()
-
-    return both
+if __name__ == "__main__":
+    sys.stdout.write(alone(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])))

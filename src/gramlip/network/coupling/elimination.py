@@ -34,7 +34,9 @@ class Quadratic:
 
     def normalised(self) -> Quadratic:
         """The same form with entries of size 1: no overflow and no underflow, however long the run."""
-        top = float(self.matrix.detach().abs().max()) if self.matrix.numel() else 0.0
+        held = self.matrix.detach()
+        held = torch.view_as_real(held.resolve_conj()) if held.is_complex() else held
+        top = float(torch.linalg.vector_norm(held, math.inf)) if held.numel() else 0.0
         if not FLOOR < top < math.inf:
             return self
         doublings = math.frexp(top)[1] // 2

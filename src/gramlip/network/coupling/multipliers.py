@@ -89,8 +89,7 @@ class MultiplierSearch:
     @staticmethod
     def closed(run: Sequence[Piece]) -> MultiplierSearch:
         """Multipliers in closed form; where slopes are alike those of ECLipsE-Fast for chains."""
-        found = MultiplierSearch([_closed(piece.system) for piece in run], [torch.tensor(1.0, dtype=torch.float64) for _ in run])
-        return found
+        return MultiplierSearch([_closed(piece.system) for piece in run], [torch.tensor(1.0, dtype=torch.float64) for _ in run])
 
     def variables(self) -> list[Tensor]:
         """All tensors."""

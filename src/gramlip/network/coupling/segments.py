@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 
 from gramlip.network.compose import compose
 from gramlip.network.coupling.elimination import Piece, cost, narrowed, narrowed_matrix, system_cost, transposed
-from gramlip.network.coupling.linear_forms import Alias, Circulant, Entries, NotCirculantError, Pooled, System, circulant, system
+from gramlip.network.coupling.linear_forms import Alias, Circulant, Entries, Link, NotCirculantError, Pooled, System, circulant, system
 from gramlip.network.coupling.multipliers import (
     MultiplierSearch,
     certificate,
@@ -43,12 +44,21 @@ COARSE = (3, 5)  # points an axis of the tori on which multipliers are searched 
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """Steps `first` < i <= `last`, the pieces that prove a bound of them, and runs of smaller ones of the same form for the search."""
+    """Steps `first` < i <= `last`, the pieces that prove a bound of them, and runs of smaller ones of the same form for the search.
+
+    The pieces are made when they are first asked for; `cost` is in multiplications of one elimination.
+    """
 
     first: int
     last: int
-    run: list[Piece]
+    made: Callable[[], list[Piece]]
     searches: list[list[Piece]]
+    cost: float = 0.0
+
+    @cached_property
+    def run(self) -> list[Piece]:
+        """The pieces that prove the bound."""
+        return self.made()
 
 
 def part(network: Network, first: int, last: int) -> Network:
@@ -123,7 +133,8 @@ def _narrow_input(inside: Network) -> Network:
         return inside
     steps = [replace(inside.steps[0], shape=inside.steps[at].shape)]
     steps.append(replace(inside.steps[at], what=Linear(Dense(narrow)), sources=(0,), shortcut=None))
-    steps += [s.moved(lambda x: x - at + 1) for s in inside.steps[at + 1 :]]
+    fewer = at - 1
+    steps += [s.moved(lambda x: x - fewer) for s in inside.steps[at + 1 :]]
     return Network(steps, (len(steps) - 1,))
 
 
@@ -143,8 +154,10 @@ def _torus(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at
 
 def _alone(network: Network, first: int, last: int) -> SegmentPlan | None:
     piece = _entries_piece(network, first, last)
-    run = [] if piece is None else [piece]
-    return SegmentPlan(first, last, run, []) if any(len(piece.system.queries) > 1 for piece in run) else None
+    several = sum(isinstance(step.what, Linear) for step in network.steps[first + 1 : last + 1]) > 1
+    if piece is None or not (several or len(piece.system.queries) > 1):
+        return None
+    return SegmentPlan(first, last, lambda: [piece], [])
 
 
 def _entries_piece(network: Network, first: int, last: int, *, linked: bool = False) -> Piece | None:
@@ -155,57 +168,86 @@ def _entries_piece(network: Network, first: int, last: int, *, linked: bool = Fa
     return piece if system_cost(piece.system) <= WIDE_COST else None
 
 
+@dataclass
+class _Runs:
+    """A run as it grows: on each torus of `sizes`, of which the last is the true one, whose pieces are made when they are asked for."""
+
+    sizes: list[tuple[int, ...]]
+    searches: list[list[Piece]]
+    true: list[tuple[Network, Circulant]] = field(default_factory=list[tuple[Network, Circulant]])
+    links: list[Link | None] = field(default_factory=list["Link | None"])
+    tail: list[Piece] = field(default_factory=list[Piece])
+    tori: list[Circulant] = field(default_factory=list[Circulant])
+    cost: float = 0.0
+
+    def add(self, inside: Network, levels: Sequence[tuple[int, ...]]) -> bool:
+        """A piece more, if it can be paid for."""
+        base = tuple(math.gcd(*(level[j] for level in levels)) for j in range(len(self.sizes[0])))
+        levels = [tuple(r // b for r, b in zip(level, base, strict=True)) for level in levels]
+        shapes = [s.shape for s in inside.steps]
+        tori = [Circulant(shapes, levels, tuple(n * b for n, b in zip(points, base, strict=True))) for points in self.sizes]
+        if not _small(tori[-1]):
+            return False
+        pieces = [Piece(system(inside, torus)) for torus in tori[:-1]]
+        work = system_cost(pieces[0].system) * tori[-1].frequencies / tori[0].frequencies
+        self.cost += work
+        if work > COST or self.cost > TOTAL:
+            return False
+        if self.tori:
+            joints = [Alias(torus, torus.levels[0], end, end.levels[-1]) for torus, end in zip(tori, self.tori, strict=True)]
+            self.link(joints)
+        self.searches = [[*run, piece] for run, piece in zip(self.searches, pieces, strict=True)]
+        self.true.append((inside, tori[-1]))
+        self.links.append(None)
+        self.tori = tori
+        return True
+
+    def link(self, joints: Sequence[Link]) -> None:
+        """How what comes next reaches the last piece, on each torus."""
+        self.links[-1] = joints[-1]
+        for run, joint in zip(self.searches, joints[:-1], strict=True):
+            run[-1].link = joint
+
+    def close(self, pool: tuple[float, float], tail: Piece) -> None:
+        """A mean over all places, and what follows it."""
+        # the torus of the search is smaller than the layer: the same factor as on the true one
+        self.link([Pooled(torus, math.prod(self.tori[-1].points), *pool) for torus in self.tori])
+        self.tail = [tail]
+        self.searches = [[*run, tail] for run in self.searches]
+
+    def made(self) -> list[Piece]:
+        """The pieces on the true torus."""
+        return [*(Piece(system(inside, torus), link) for (inside, torus), link in zip(self.true, self.links, strict=True)), *self.tail]
+
+
 def _linked(network: Network, constants: Sequence[Bound], cuts: Sequence[int], at: int, end: int) -> SegmentPlan | None:
     """A run on tori of one family, cut where an activation has just cut a value to its extent, with the pooled tail if there is one."""
     first, last = cuts[at], cuts[end]
     whole = circulant(part(network, first, last))
     marks = [first, *(c for c in cuts[at + 1 : end] if isinstance(network.steps[c].what, Slope)), last]
-    if _small(whole) and system_cost(system(part(network, first, last), whole)) <= SMALL:
+    sizes = [tuple(min(n, most) for n in whole.points) for most in COARSE]
+    rough = Circulant(whole.shapes, whole.levels, sizes[0])
+    if _small(whole) and system_cost(system(part(network, first, last), rough)) * whole.frequencies / rough.frequencies <= SMALL:
         marks = [first, last]  # no link, nothing lost at strides
-    sizes = [whole.points, *(tuple(min(n, most) for n in whole.points) for most in COARSE)]
-    runs: list[list[Piece]] = [[] for _ in sizes]
-    ends: list[list[Circulant]] = []
-    total, reached = 0.0, first
+    runs, reached = _Runs([*sizes, whole.points], [[] for _ in sizes]), first
     for one, other in pairwise(marks):
-        inside = part(network, one, other)
-        levels = whole.levels[one - first : other - first + 1]
-        base = tuple(math.gcd(*(level[j] for level in levels)) for j in range(len(whole.points)))
-        levels = [tuple(r // b for r, b in zip(level, base, strict=True)) for level in levels]
-        shapes = [s.shape for s in inside.steps]
-        tori = [Circulant(shapes, levels, tuple(n * b for n, b in zip(points, base, strict=True))) for points in sizes]
-        if not _small(tori[0]):
+        if not runs.add(part(network, one, other), whole.levels[one - first : other - first + 1]):
             break
-        forms = system(inside, tori[0])
-        total += system_cost(forms)
-        if system_cost(forms) > COST or total > TOTAL:
-            break
-        for j, (run, torus) in enumerate(zip(runs, tori, strict=True)):
-            if run:
-                run[-1].link = Alias(torus, torus.levels[0], ends[-1][j], ends[-1][j].levels[-1])
-            run.append(Piece(forms if j == 0 else system(inside, torus)))
-        ends.append(tori)
         reached = other
-    if not ends:
+    if not any(len(piece.system.queries) > 1 for piece in runs.searches[0]):
         return None
     if reached == last:
-        reached = _tail(network, constants, cuts, end, runs, ends[-1])
-    return SegmentPlan(first, reached, runs[0], runs[1:]) if any(len(piece.system.queries) > 1 for piece in runs[0]) else None
+        reached = _tail(network, constants, cuts, end, runs)
+    return SegmentPlan(first, reached, runs.made, runs.searches, runs.cost)
 
 
 def _small(torus: Circulant) -> bool:
     return torus.frequencies * max(torus.rows(i) for i in range(len(torus.shapes))) ** 2 <= MEMORY
 
 
-def _tail(
-    network: Network,
-    constants: Sequence[Bound],
-    cuts: Sequence[int],
-    end: int,
-    runs: list[list[Piece]],
-    tori: list[Circulant],
-) -> int:
+def _tail(network: Network, constants: Sequence[Bound], cuts: Sequence[int], end: int, runs: _Runs) -> int:
     """A mean over all places and what follows it, taken into the run; the number of its last step."""
-    if end + 1 >= len(cuts) or any(r != 1 for r in tori[0].levels[-1]) or not runs[0][-1].system.output.clean:
+    if end + 1 >= len(cuts) or any(r != 1 for r in runs.tori[0].levels[-1]) or not runs.searches[0][-1].system.output.clean:
         return cuts[end]
     pool = _pool(network, cuts[end], cuts[end + 1])
     after = _entries(network, constants, cuts, end + 1, WIDE)
@@ -214,10 +256,7 @@ def _tail(
     piece = _entries_piece(network, cuts[end + 1], cuts[after], linked=True)
     if piece is None:
         return cuts[end]
-    for pieces, torus in zip(runs, tori, strict=True):
-        # the torus of the search is smaller than the layer: the same factor as on the true one
-        pieces[-1].link = Pooled(torus, math.prod(tori[0].points), *pool)
-        pieces.append(piece)
+    runs.close(pool, piece)
     return cuts[after]
 
 
@@ -243,9 +282,13 @@ def _pool(network: Network, first: int, last: int) -> tuple[float, float] | None
 
 STEPS = 150  # gradient steps of the search for multipliers at effort 1, if
 LEAST = 4  # fewer steps are not worth their start
-BUDGET = 6e10  # so many multiplications allow them,
-SHARES = (0.5, 0.3, 0.2)  # shared among the tori from the coarsest to the true one
-ROUNDS = (0.25, 0.75, 2.0, 6.0, 18.0)  # parts of that in each round of the search
+BUDGET = 1e10  # so many multiplications allow them,
+SHARES = (0.7, 0.3)  # shared among the coarse tori;
+ALONE = 6.0  # times as many for a run that is searched entry by entry
+ROUNDS = (1.0, 2.0, 6.0, 18.0)  # times that in each round of the search
+GAIN = 1.02  # a run on tori is proved where the coarse ones promise so much over composition,
+PROOF = 6e9  # and an elimination takes at most so many multiplications, at effort 1
+CHEAP = 2e8  # an elimination that is searched on the true torus too
 NEWTON = 3e11  # multiplications of the Newton steps at effort 1,
 MOST = 60  # and how many of these steps
 FEWEST = 6  # a piece of which fewer could be paid for takes gradient steps
@@ -306,15 +349,14 @@ def cuts_of(network: Network) -> list[int] | None:
     return cuts
 
 
-def _coupled(found: SegmentPlan, effort: Effort) -> float:
+def _coupled(found: SegmentPlan, composed: float, effort: Effort, names: str) -> float:
     """The least proved bound: of closed forms, and of what the searches that the effort allows come to; more effort only adds some."""
-    if len(found.run) == 1:
-        upper = _alone_coupled(found.run[0].system, effort)
-        if upper < math.inf and newton_cost(found.run[0].system) * FEWEST <= NEWTON:
-            return upper
-    else:
-        upper = certificate(found.run, MultiplierSearch.closed(found.run))
-    return min(upper, _searched(found, effort))
+    if found.cost > CHEAP or len(found.run) > 1:
+        return _searched(found, composed, effort, names)
+    upper = _alone_coupled(found.run[0].system, effort)
+    if upper < math.inf and newton_cost(found.run[0].system) * FEWEST <= NEWTON:
+        return upper
+    return min(upper, _searched(found, composed, effort, names))
 
 
 def _alone_coupled(system: System, effort: Effort) -> float:
@@ -323,28 +365,41 @@ def _alone_coupled(system: System, effort: Effort) -> float:
     closed = [closed_logarithms(side) for side in sides]
     upper = min(math.inf if found is None else proved(side, found) for side, found in zip(sides, closed, strict=True))
     at = min(range(len(sides)), key=lambda i: newton_cost(sides[i]))
-    steps = int(effort.amount * NEWTON / newton_cost(sides[at]))
-    if closed[at] is not None and steps >= 1:
-        for better in newton(sides[at], closed[at], min(steps, int(effort.amount * MOST))):
+    start, steps = closed[at], int(effort.amount * min(MOST, NEWTON / newton_cost(sides[at])))
+    if start is not None:
+        for better in newton(sides[at], start, steps):
             upper = min(upper, proved(sides[at], better))
             if effort.over:
                 break
     return upper
 
 
-def _searched(found: SegmentPlan, effort: Effort) -> float:
-    """By gradient steps, in rounds of which each takes twice as many as the one before, from the best choice met so far."""
-    upper, met = math.inf, [MultiplierSearch.closed(found.run)]
-    for size in ROUNDS:
-        if sum(s for s in ROUNDS if s <= size) > effort.amount or effort.over:
+def _searched(found: SegmentPlan, composed: float, effort: Effort, names: str) -> float:
+    """By gradient steps on coarse tori, in rounds that each begin with the best choice so far; proved on the true one if that pays."""
+    tori = [*zip(found.searches, SHARES, strict=True)] if found.searches else [(found.run, ALONE)]
+    coarse, met = tori[-1][0], [MultiplierSearch.closed(tori[0][0])]
+    if found.searches and found.cost <= CHEAP:
+        tori.append((found.run, 1.0))
+    for i, size in enumerate(ROUNDS):
+        if sum(ROUNDS[: i + 1]) > effort.amount or effort.over:
             break
-        for pieces, share in zip([*found.searches, found.run], SHARES if found.searches else (1.0,), strict=True):
+        now = met[-1]
+        for pieces, share in tori:
             steps = int(size * min(STEPS, share * BUDGET / max(cost(pieces), 1e6)))
-            if steps >= LEAST:
-                met.append(improve(pieces, met[-1], steps))
-        if len(met) > 1:
-            met = [min(met, key=lambda m: reached(found.run, m))]
-            upper = min(upper, certificate(found.run, met[0]))
+            now = improve(pieces, now, steps) if steps >= LEAST else now
+        met.append(now)
+    promised = [math.exp(0.5 * min(reached(coarse, choice), 1400.0)) for choice in met]
+    if not min(promised) * GAIN < composed:
+        effort.say(f"{names} not coupled: no gain was seen on a coarse grid of frequencies")
+        return math.inf
+    if found.cost > PROOF * max(1.0, effort.amount) or effort.over:
+        effort.say(f"{names} not coupled: the proof would take too long; more effort allows it")
+        return math.inf
+    upper = math.inf
+    for choice, least in sorted(zip(met, promised, strict=True), key=lambda pair: pair[1]):
+        if upper <= least or (upper < math.inf and effort.over):
+            break  # the coarse tori have some of the true one's frequencies, and promise less
+        upper = min(upper, certificate(found.run, choice))
     return upper
 
 
@@ -353,9 +408,9 @@ def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int
     composed = compose(part(network, first, last), own).upper
     if found is None:
         return Segment(first, last, composed, composed, "")
-    upper = _coupled(found, effort)
+    names = f"{network.steps[first + 1].name} to {network.steps[last].name}"
+    upper = _coupled(found, composed, effort, names)
     if not upper < composed:
         return Segment(first, last, composed, composed, "")
-    names = [network.steps[first + 1].name, network.steps[last].name]
-    text = f"{names[0]} to {names[1]} coupled: {decimals(upper, upward=True)} against {decimals(composed, upward=True)} by composition"
+    text = f"{names} coupled: {decimals(upper, upward=True)} against {decimals(composed, upward=True)} by composition"
     return Segment(first, last, composed, upper, text)

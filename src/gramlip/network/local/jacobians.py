@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gramlip.network.compose import Composition
+from gramlip.network.compose import Composition, compose, constants
 from gramlip.network.local.intervals import Region
-from gramlip.network.local.relaxations import action, adjoint, roundings
-from gramlip.network.steps import Drift, Input, Linear, Network, Slope
+from gramlip.network.local.relaxations import action, adjoint, restricted, roundings
+from gramlip.network.steps import Drift, Input, Linear, Network, Slope, Step
 from gramlip.norm.certify import certify_all
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.rounding import row_norms_up
@@ -211,3 +211,30 @@ def _telescoped(sweeps: Sweeps, ends: Sequence[int], known: dict[int, Derivative
         spread = spread + (most * drift.loose) @ size + (most * drift.reach) @ inner.spread
         spread = spread + 8.0 * gamma * (rows.moduli.flatten(1) * drift.reach) @ inner.moduli
     return Derivative(centre, moduli, third, spread * (1.0 + gamma), far)
+
+
+# ---- one network, many sets ------------------------------------------------------------------------------------------------
+
+
+class Around:
+    """A network around one input after another: what does not depend on the set is bounded once."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._constants = constants(network.steps, [[network.steps[s].shape for s in step.sources] for step in network.steps])
+
+    def rows(self, area: Region, matrix: Tensor) -> Tensor:
+        """Upper bounds of the constants of the rows of a matrix, applied to the one result, on a set."""
+        steps = list(restricted(self._network, area).network.steps)
+        (end,) = self._network.outputs
+        last = Linear(Dense(matrix))
+        steps.append(Step(last, (end,), (*steps[end].shape[:-1], len(matrix)), "pairs of results", "linear"))
+        made = Network(steps, (len(steps) - 1,))
+        shapes = [[steps[s].shape for s in step.sources] for step in steps]
+        moved = [i for i, step in enumerate(steps) if not isinstance(step.what, Linear) or step.what is last]
+        own = constants([steps[i] for i in moved], [shapes[i] for i in moved])
+        found = [*self._constants, own[-1]]
+        for i, bound in zip(moved, own, strict=True):
+            found[i] = bound
+        known = derivative(made, compose(made, found), area)
+        return torch.full((len(matrix),), math.inf, dtype=torch.float64) if known is None else known.rows(area)

@@ -15,7 +15,7 @@ from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import row_norms_up
 from gramlip.operators.geometry import apply
-from gramlip.operators.linear_maps import Conv, Dense
+from gramlip.operators.linear_maps import Conv, Dense, Scale
 
 INF = math.inf
 BUDGET = 2**26  # entries of rows, at all values together, that intervals are tightened with
@@ -180,7 +180,7 @@ def drift(what: Slope, argument: Value, rows: Tensor, stray: tuple[Tensor, Tenso
     base, turned = (under + over) / 2, bend.reshape(-1, 1) * rows
     reach = bend.reshape(-1).abs() * reach * (1 + 2.0**-48)
     loose = round_up((over - under) / 2).reshape(-1) + room.reshape(-1) + 2.0**-48 * reach
-    return Drift(base, turned, reach, loose) if bool((loose < 0.7 * ((what.high - what.low) / 2).reshape(-1)).any()) else None
+    return Drift(base, turned, reach, loose) if bool((loose < 0.35 * (torch.as_tensor(what.high) - what.low).reshape(-1)).any()) else None
 
 
 # ---- values relaxed --------------------------------------------------------------------------------------------------------
@@ -364,4 +364,13 @@ def restricted(network: Network, area: Region, budget: int = BUDGET) -> Local:
             made, value = followed(step, [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources])
         steps.append(lines.add(made, value))
         known.append(value)
-    return Local(area, Network(steps, network.outputs), known)
+    return Local(area, Network([_settled(step) for step in steps], network.outputs), known)
+
+
+def _settled(step: Step) -> Step:
+    """An activation of a vector none of whose entries can switch is linear, so that it folds."""
+    what = step.what
+    if not isinstance(what, Slope) or not isinstance(what.low, Tensor) or len(step.shape) != 2 or step.shape[0] != 1:
+        return step
+    fixed = bool((what.low == what.high).all()) and tuple(what.low.shape) == step.shape
+    return replace(step, what=Linear(Scale(what.low.double()), bias_error=INF)) if fixed else step

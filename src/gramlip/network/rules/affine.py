@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from gramlip.errors import UnsupportedError
-from gramlip.network.graph import tensors
+from gramlip.network.in_place import tensors
 from gramlip.network.rules.activations import gated, quotient
 from gramlip.network.rules.registry import Call, Var, register
 from gramlip.network.running_errors import inverse_error
-from gramlip.network.steps import Attention, Linear, Lipschitz, Product, Step, Sum, Unbounded, View, rough_norm
+from gramlip.network.steps import Attention, Linear, LinearAction, Lipschitz, Product, Step, Sum, Unbounded, View, rough_norm
 from gramlip.norm.methods import bound
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import exponent_of, to_float64
@@ -45,7 +45,13 @@ def _spread(call: Call, x: Var, shape: tuple[int, ...]) -> Var:
     if x.shape == shape:
         return x
     repeats = math.prod(shape) // math.prod(x.shape)
-    return call.then(Lipschitz(rd.sqrt_up(float(repeats)), f"each matrix repeated {repeats} times", same_range=True), x, shape=shape)
+    return call.then(_copies(shape, repeats, f"each matrix repeated {repeats} times"), x, shape=shape)
+
+
+def _copies(shape: tuple[int, ...], repeats: int, because: str) -> Lipschitz:
+    """Broadcasting to a shape."""
+    root = rd.sqrt_up(float(repeats))
+    return Lipschitz(root, because, same_range=True, linear=LinearAction(lambda value: value.expand(shape), root))
 
 
 def _unviewed(call: Call, step: Step) -> Step:
@@ -71,10 +77,17 @@ def _scores(call: Call, weights: Var) -> tuple[int, int, float] | None:
 
 @register("aten.scaled_dot_product_attention")
 def _attention(call: Call) -> Var:
-    q, k, v = (call.var(n) for n in ("query", "key", "value"))
+    q, k, v = (call[n] for n in ("query", "key", "value"))
     if float(call.const("dropout_p")) > 0:
         msg = f"{call.op} with dropout is random; expected evaluation mode: type model.eval()"
         raise UnsupportedError(msg)
+    scale = call.const("scale")
+    factor = rd.up(1 / rd.sqrt_down(q.shape[-1])) if scale is None else abs(float(scale))
+    if isinstance(k, Tensor) and isinstance(v, Tensor):  # a matrix, a softmax of rows and another matrix
+        sides = [largest(x.detach().reshape(-1, *x.shape[-2:])) for x in (k, v)]
+        upper = rd.mul_up(rd.mul_up(factor, sides[0]), rd.mul_up(0.5, sides[1]))
+        return call.then(Lipschitz(upper, "attention to fixed keys and values: half the product of their norms"), q)
+    q, k, v = (_still(call, x) if isinstance(x, Tensor) else x for x in (q, k, v))
     if call.args.get("enable_gqa"):
         k, v = (_grouped(call, x, q.shape[-3]) for x in (k, v))
     if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
@@ -82,9 +95,15 @@ def _attention(call: Call) -> Var:
         raise UnsupportedError(msg)
     mask = call.const("attn_mask")
     empty = isinstance(mask, Tensor) and bool(((~mask if mask.dtype == torch.bool else mask == -math.inf).all(-1)).any())
-    scale = call.const("scale")
-    factor = rd.up(1 / rd.sqrt_down(q.shape[-1])) if scale is None else abs(float(scale))
     return call.then(Attention(factor, empty=empty), q, k, v)
+
+
+def _still(call: Call, fixed: Tensor) -> Var:
+    """A constant as a value that does not move."""
+    wide = to_float64(fixed)
+    row = float(row_norms_up(wide.reshape(-1, wide.shape[-1])).max())
+    what = Lipschitz(0.0, "a constant", (float(wide.min()), float(wide.max())), row=row)
+    return call.then(what, call.vars[0], shape=tuple(wide.shape))
 
 
 def _grouped(call: Call, x: Var, heads: int) -> Var:
@@ -116,23 +135,26 @@ def _cross(call: Call) -> Var:
 @register("aten.bilinear")
 def _bilinear(call: Call) -> Var:
     """`x W_k y + b_k`: for a fixed side a batch of matrices, else the matrices W_k y, linear in y, times x."""
-    x, y, weight = call["input1"], call["input2"], call.const("weight").detach()
-    (outputs, m, n), batch = weight.shape, call.shape[:-1]
-    if isinstance(x, Var) and isinstance(y, Var):
-        errors = call.error_of("weight")
-        dense = up_to(Dense(weight.reshape(outputs * m, n)), None if errors is None else errors.reshape(outputs * m, n))
-        matrices = call.then(View(True), call.then(dense, y, shape=(*batch, outputs * m)), shape=(*batch, outputs, m))
-        column = call.then(View(True), x, shape=(*batch, m, 1))
-        value = call.then(View(True), product(replace(call, shape=(*batch, outputs, 1)), matrices, column))
-    else:
-        terms = ("...i,kij,...j->...ki", y) if isinstance(x, Var) else ("...j,kij,...i->...kj", x)
-        wide, fixed = to_float64(weight), to_float64(terms[1])
-        equation = "kij,...j->...ki" if isinstance(x, Var) else "kij,...i->...kj"
-        error = frobenius_up(torch.einsum(equation, wide.abs(), fixed.abs()))
-        made = matrix_product(call, torch.einsum(equation, wide, fixed), call.vars[0], rd.mul_up(rd.gamma(m + n + 4.0), error))
-        value = call.then(made, call.vars[0])
-    bias = call.const("bias")
+    x, y, bias = call["input1"], call["input2"], call.const("bias")
+    value = _both(call, x, y) if isinstance(x, Var) and isinstance(y, Var) else _one_side(call)
     return value if bias is None else _summed(call, value, to_float64(bias), bias_error=most(call.error_of("bias")))
+
+
+def _both(call: Call, x: Var, y: Var) -> Var:
+    weight, errors, batch = call.const("weight").detach(), call.error_of("weight"), call.shape[:-1]
+    outputs, m, n = weight.shape
+    dense = up_to(Dense(weight.reshape(outputs * m, n)), None if errors is None else errors.reshape(outputs * m, n))
+    matrices = call.then(View(True), call.then(dense, y, shape=(*batch, outputs * m)), shape=(*batch, outputs, m))
+    column = call.then(View(True), x, shape=(*batch, m, 1))
+    return call.then(View(True), product(replace(call, shape=(*batch, outputs, 1)), matrices, column))
+
+
+def _one_side(call: Call) -> Var:
+    weight, x = to_float64(call.const("weight")), call.vars[0]
+    fixed, equation = (call["input2"], "kij,...j->...ki") if x is call["input1"] else (call["input1"], "kij,...i->...kj")
+    matrices = torch.einsum(equation, weight, to_float64(fixed))
+    lost = frobenius_up(torch.einsum(equation, weight.abs(), to_float64(fixed).abs()))
+    return call.then(matrix_product(call, matrices, x, rd.mul_up(rd.gamma(float(sum(weight.shape))), lost)), x)
 
 
 # ---- einsum --------------------------------------------------------------------------------------------------------------
@@ -202,7 +224,9 @@ def _einsum(call: Call) -> Var:
     if len(operands) == 1:
         count = _size(operands[0], terms[0], "".join(c for c in terms[0] if c not in result))
         assert isinstance(operands[0], Var)
-        return call.then(Lipschitz(rd.sqrt_up(float(count)), f"sums over {count} entries: the root of their number"), operands[0])
+        root = rd.sqrt_up(float(count))
+        linear = call.linear(root) if operands[0] == call.vars[0] else None
+        return call.then(Lipschitz(root, f"sums over {count} entries: the root of their number", linear=linear), operands[0])
     error = 0.0
     if len(operands) > 2:
         operands, terms, error = _contracted(call, operands, terms, result)
@@ -214,7 +238,15 @@ def _einsum(call: Call) -> Var:
     if len(call["tensors"]) == 2:
         error = sum(frobenius_up(e) if bool(e.isfinite().all()) else math.inf for e in tensors(call.error_of("tensors")))
     assert isinstance(variable[0], Var)
-    return call.then(_matrices(constant[0], constant[1], variable[0], variable[1], result, error), variable[0])
+    made, count = _matrices(constant[0], constant[1], variable[0], variable[1], result, error)
+    if len(call["tensors"]) == 2 and variable[0] == call.vars[0]:
+        made = replace(made, linear=call.linear(_moduli(call, made.upper), rd.mul_up(error, count)))
+    return call.then(made, variable[0])
+
+
+def _moduli(call: Call, upper: float) -> float:
+    """Upper bound of the norm of the moduli of a linear map of norm `upper`: that of Frobenius is at most the root of its rank times it."""
+    return rd.mul_up(upper, rd.sqrt_up(float(min(math.prod(call.vars[0].shape), math.prod(call.shape)))))
 
 
 def _contracted(
@@ -240,8 +272,11 @@ def _contracted(
     return [moving[0][0], torch.einsum(equation, *(x for x, _ in fixed))], [moving[0][1], kept], error
 
 
-def _matrices(weight: Tensor, w: str, x: Var | Tensor, v: str, result: str, error: float) -> Lipschitz:
-    """The largest of the constant's matrices, one for each index that all three share; sums over what only the variable has."""
+def _matrices(weight: Tensor, w: str, x: Var | Tensor, v: str, result: str, error: float) -> tuple[Lipschitz, float]:
+    """The largest of the constant's matrices, one for each index that all three share; sums over what only the variable has.
+
+    With it the root of how many of the variable's entries are summed so.
+    """
     if any(c not in v and c not in result for c in w):
         msg = f"einsum sums the constant over {w!r} alone; expected the sum taken before"
         raise UnsupportedError(msg)
@@ -254,8 +289,8 @@ def _matrices(weight: Tensor, w: str, x: Var | Tensor, v: str, result: str, erro
     rows, columns = _size(weight, w, new), _size(weight, w, inner)
     matrices = weight.permute([w.index(c) for c in shared + new + inner]).reshape(-1, rows, columns)
     top = rd.add_up(largest(matrices), error)
-    count = _size(x, v, "".join(c for c in v if c not in w and c not in result))
-    return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(count))), "einsum with a constant: the largest of its matrices")
+    root = rd.sqrt_up(float(_size(x, v, "".join(c for c in v if c not in w and c not in result))))
+    return Lipschitz(rd.mul_up(top, root), "einsum with a constant: the largest of its matrices"), root
 
 
 def largest(matrices: Tensor) -> float:
@@ -390,9 +425,9 @@ def matrix_product(call: Call, left: Var | Tensor, right: Var | Tensor, lost: fl
     assert isinstance(constant, Tensor)
     matrices = constant.detach().reshape(-1, *constant.shape[-2:]) if constant.ndim >= 2 else constant.detach()[None, None]
     batch, own = (call.shape[:-1], 1) if len(variable.shape) == 1 else (call.shape[:-2], math.prod(variable.shape[:-2]))
-    repeats = max(1, math.prod(batch) // max(1, own))
-    top = rd.add_up(largest(matrices), lost)
-    return Lipschitz(rd.mul_up(top, rd.sqrt_up(float(repeats))), "matrix product with a constant")
+    repeats = rd.sqrt_up(float(max(1, math.prod(batch) // max(1, own))))
+    upper = rd.mul_up(rd.add_up(largest(matrices), lost), repeats)
+    return Lipschitz(upper, "matrix product with a constant", linear=call.linear(_moduli(call, upper), rd.mul_up(lost, repeats)))
 
 
 @register("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
@@ -432,8 +467,7 @@ def spread(call: Call, x: Var, shape: tuple[int, ...]) -> Var:
     if x.shape == shape:
         return x
     repeats = math.prod(shape) // math.prod(x.shape)
-    what = Lipschitz(rd.sqrt_up(float(repeats)), f"each entry repeated {repeats} times", same_range=True)
-    return call.then(what, x, shape=shape)
+    return call.then(_copies(shape, repeats, f"each entry repeated {repeats} times"), x, shape=shape)
 
 
 def _times(
@@ -447,12 +481,14 @@ def _times(
 _ONE = Bound(1.0, 1.0, "a shift by a constant, or a change of sign")
 
 
-@register("aten.add", "aten.sub", "aten.rsub")
 def added(call: Call) -> Var:
     """A sum or a difference of two values, or of one and a constant."""
     alpha = float(call.args.get("alpha", 1))
-    signs = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[call.op.split(".")[1].rstrip("_")]
+    signs = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[call.op.split(".")[1]]
     return _summed(call, call["self"], call["other"], signs, max(most(call.error_of("self")), most(call.error_of("other"))))
+
+
+register("aten.add", "aten.sub", "aten.rsub")(added)
 
 
 def _summed(call: Call, left: Any, right: Any, signs: tuple[float, float] = (1.0, 1.0), bias_error: float = 0.0) -> Var:

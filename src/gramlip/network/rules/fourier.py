@@ -114,10 +114,17 @@ def _assigned(call: Call) -> Half | None:
     return Half(half.origin, half.length, factor, reads, copied=False)
 
 
+_TRANSFORMS = tuple(f"aten.fft_{name}{d}" for name in ("fft", "ifft", "rfft", "irfft") for d in ("", "2", "n"))
+_PAIRS = (
+    *(f"aten.{name}" for name in ("view_as_real", "view_as_complex", "real", "imag", "conj", "_conj")),
+    *(f"aten.{name}" for name in ("conj_physical", "resolve_conj", "resolve_neg")),
+)
+
+
 # ---- transforms ----------------------------------------------------------------------------------------------------------
 
 
-@register(*(f"aten.fft_{name}{d}" for name in ("fft", "ifft", "rfft", "irfft") for d in ("", "2", "n")), "aten.fft_hfft", "aten.fft_ihfft")
+@register(*_TRANSFORMS, "aten.fft_hfft", "aten.fft_ihfft")
 def _transform(call: Call) -> Var:
     """Parseval: the root of the number of points, one, or one over the root, as the transform is scaled."""
     x, name = call.var("self"), call.op.split(".")[1].removeprefix("fft_")
@@ -206,14 +213,16 @@ _COPY = (
 """Operations whose rules hold for complex values too: they take norms of differences, and their matrices are real."""
 
 
+_OWN = (*_TRANSFORMS, "aten.fft_hfft", "aten.fft_ihfft", *_PAIRS, "aten.stft", "aten.angle", "aten.complex")
+
+
 def _as_given(call: Call) -> Any:
     rule = find(call.op)
     assert rule is not None
     return rule(call)
 
 
-@register("aten.view_as_real", "aten.view_as_complex", "aten.real", "aten.imag", "aten.conj", "aten._conj", "aten.conj_physical")
-@register("aten.resolve_conj", "aten.resolve_neg")
+@register(*_PAIRS)
 def _pairs(_: Call) -> Lipschitz:
     return Lipschitz(1.0, "complex numbers as pairs of real ones, or one of each pair")
 
@@ -289,20 +298,12 @@ def _matmul(call: Call) -> Lipschitz:
 
 
 COMPLEX: dict[str, Any] = {
-    **dict.fromkeys(_COPY, _as_given),
-    **dict.fromkeys((f"aten.fft_{name}{d}" for name in ("fft", "ifft", "rfft", "irfft") for d in ("", "2", "n")), _transform),
-    "aten.fft_hfft": _transform,
-    "aten.fft_ihfft": _transform,
-    **dict.fromkeys(["aten.view_as_real", "aten.view_as_complex", "aten.real", "aten.imag", "aten.conj", "aten._conj"], _pairs),
-    **dict.fromkeys(["aten.conj_physical", "aten.resolve_conj", "aten.resolve_neg"], _pairs),
+    **dict.fromkeys((*_COPY, *_OWN), _as_given),
     **dict.fromkeys(["aten.to", "aten._to_copy", "aten.type_as"], _pairs),
     **dict.fromkeys(["aten.add", "aten.sub", "aten.rsub"], _sum),
     **dict.fromkeys(["aten.mul", "aten.div", "aten.true_divide"], _scaled),
     **dict.fromkeys(["aten.matmul", "aten.mm", "aten.bmm", "aten.mv"], _matmul),
-    "aten.stft": _stft,
     "aten.abs": _modulus,
-    "aten.angle": _angle,
-    "aten.complex": _complex,
     "aten.einsum": _einsum,
     "aten.linear": _linear,
 }

@@ -10,20 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from gramlip.errors import InputError, UndefinedError, UnsupportedError, first_line
-from gramlip.network.graph import (
-    RECURRENT,
-    Program,
-    arguments,
-    evaluate,
-    in_float64,
-    is_random,
-    module_path,
-    op_name,
-    place,
-    reads_memory,
-    shape_of,
-    tensors,
-)
+from gramlip.network.graph import RECURRENT, Program, arguments, evaluate, in_float64, is_random, module_path, place
+from gramlip.network.in_place import op_name, reads_memory, shape_of, tensors
 from gramlip.network.rules.fourier import complex_value, keep_half
 from gramlip.network.rules.piecewise_linear import Entrywise, entrywise, merged
 from gramlip.network.rules.registry import PATTERNS, Call, Known, Pattern, Var, find
@@ -228,7 +216,8 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None, patterns: Sequence
         msg = f"{op} draws random numbers; expected evaluation mode: type model.eval()"
         raise UnsupportedError(msg)
     if node.target in RECURRENT:
-        msg = f"{op} is unrolled only where no other recurrent layer is random and no in-place call overwrites what others share"
+        alone = "no other recurrent layer is random and no in-place call overwrites what others share"
+        msg = f"{op} is unrolled only where {alone}; expected the call out of place"
         raise UnsupportedError(msg)
     if rule is None:
         msg = f"{op} has no rule: type @gramlip.rules.register({op!r}) on a function (call) -> constant, or --assume {call.name}=1.0"

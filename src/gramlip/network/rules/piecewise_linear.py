@@ -252,7 +252,7 @@ def steepness(values: Sequence[Entrywise]) -> float:
 
 def entrywise(call: Call) -> Entrywise | None:
     """The call as a curve of one value; None where it is none."""
-    name = call.op.split(".")[1].rstrip("_") if call.op.startswith("aten.") else ""
+    name = call.op.split(".")[1] if call.op.startswith("aten.") else ""
     truth = call.dtype == torch.bool
     if name not in CURVES or truth != (name in TRUTHS) or call.args.get("rounding_mode") is not None:
         return None

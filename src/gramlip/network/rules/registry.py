@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.network.graph import tensors
-from gramlip.network.steps import Step, Sum, View, What
+from gramlip.network.graph import in_float64
+from gramlip.network.in_place import tensors
+from gramlip.network.steps import LinearAction, Step, Sum, View, What
 from gramlip.operators.linear_maps import Shape
 
 
@@ -28,7 +29,8 @@ class Var:
 class Known:
     """What is kept from call to call: curves (`piecewise_linear`) by the number of the step, and values by what was called.
 
-    `halves` are what is known of half spectra (`fourier`); `errors` are those of computed weights (`running_errors`); `taken` says which of them come or go where errors are not followed.
+    `halves` are what is known of half spectra (`fourier`), by the number of the step; `errors` are those of computed weights
+    (`running_errors`); `taken` says which of them come or go where errors are not followed.
     """
 
     curves: dict[int, Any] = field(default_factory=dict[int, Any])
@@ -126,12 +128,36 @@ class Call:
         made = rule(part)
         return self.then(View(True, "rows"), made if isinstance(made, Var) else part.then(made, wide))  # type: ignore[arg-type]
 
-    def run(self, x: Tensor) -> Tensor:
-        """The call on another tensor in place of its one variable."""
-        args = {k: x if isinstance(v, Var) else v for k, v in self.args.items()}
-        positional = [a.name for a in self.target._schema.arguments if not a.kwarg_only]  # type: ignore[attr-defined]
+    def run(self, *values: Tensor) -> Tensor:
+        """The call, out of place, on float64 tensors instead of its variables, in order; its constants too are float64."""
+        rest = list(values)
+
+        def given(v: Any) -> Any:
+            return rest.pop(0) if isinstance(v, Var) else [given(item) for item in v] if isinstance(v, list | tuple) else in_float64(v)
+
+        target: Any = _out_of_place(self.target)
+        args = {name: given(v) for name, v in self.args.items()}
+        positional = [a.name for a in target._schema.arguments if not a.kwarg_only]
         first = [args.pop(name) for name in positional]
-        return self.target(*first, **args)
+        return target(*first, **args)
+
+    def linear(self, moduli: float, error: float | None = None, shifted: bool = False) -> LinearAction | None:
+        """The call as a linear map of its variables, less what it makes of zeros where it is `shifted`: see `LinearAction`.
+
+        None where its constants have errors of which `error` says nothing, or are complex.
+        """
+        imaginary = any(t.is_complex() for value in self.args.values() for t in tensors(value))
+        if (self.inexact and error is None) or imaginary or not moduli < math.inf:
+            return None
+        run = self.run if not shifted else lambda *values: self.run(*values) - self.run(*map(torch.zeros_like, values))
+        return LinearAction(run, moduli, error or 0.0)
+
+
+def _out_of_place(target: Any) -> Any:
+    """The same operation without writing into its argument."""
+    packet, _, overload = str(target).removeprefix("aten.").partition(".")
+    written = getattr(getattr(target, "_schema", None), "is_mutable", False)
+    return getattr(getattr(torch.ops.aten, packet.rstrip("_")), overload) if written else target
 
 
 Rule = Callable[[Call], "What | Var | tuple[Var, ...] | float"]
@@ -180,6 +206,6 @@ def pattern(*operations: str) -> Callable[[Pattern], Pattern]:
 
 
 def find(op: str) -> Rule | None:
-    """The rule of `aten.relu_.default`: its own, else its packet's, else that of the same call out of place."""
+    """The rule of `aten.relu.default`: its own, else its packet's."""
     packet = op.rsplit(".", 1)[0] if op.count(".") > 1 else op
-    return RULES.get(op) or RULES.get(packet) or (RULES.get(packet[:-1]) if packet.endswith("_") else None)
+    return RULES.get(op) or RULES.get(packet)

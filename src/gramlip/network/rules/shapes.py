@@ -196,13 +196,14 @@ def _repeat(call: Call) -> Lipschitz | Var:
 @register("aten.where", "aten.masked_fill")
 def _where(call: Call) -> Lipschitz:
     if isinstance(call["condition" if "where" in call.op else "mask"], Var):
-        msg = f"{call.op} chooses by values that depend on the input, and may jump where the choice changes; expected a clamp or an activation"
+        msg = f"{call.op} chooses by values that depend on the input, which may jump where it changes; expected a clamp or an activation"
         raise UnsupportedError(msg)
     chosen = [call.args["self"], call.args["other" if "where" in call.op else "value"]]
     upper = rd.sqrt_up(float(_widest(call)))
     if all(isinstance(value, Var) for value in chosen):
-        return Lipschitz(upper, "entries chosen by a constant mask", same_range=True)
-    return Lipschitz(upper, "entries kept, others constant", same_range=True, others=between(chosen))
+        return Lipschitz(upper, "entries chosen by a constant mask", same_range=True, linear=call.linear(upper))
+    linear = call.linear(upper, shifted=True)
+    return Lipschitz(upper, "entries kept, others constant", same_range=True, others=between(chosen), linear=linear)
 
 
 def between(values: Sequence[Any]) -> tuple[float, float] | None:
@@ -220,7 +221,7 @@ def _widest(call: Call) -> int:
     return max(math.prod(call.shape) // math.prod(v.shape) for v in call.vars)
 
 
-@register("aten.embedding", "aten.max_unpool2d", "aten.max_unpool3d", "aten.bucketize", "aten.searchsorted")
+@register("aten.embedding", "aten.max_unpool2d", "aten.max_unpool3d")
 def _by_places(call: Call) -> Unbounded:
     return Unbounded(
         f"{call.op.split('.')[1]} by places that depend on the input jumps; expected the parts before and after it audited alone"
@@ -229,7 +230,7 @@ def _by_places(call: Call) -> Unbounded:
 
 @register("aten.triu", "aten.tril")
 def _triangle(call: Call) -> Lipschitz:
-    return Lipschitz(1.0, "a selection of entries", same_range=True, others=(0.0, 0.0))
+    return Lipschitz(1.0, "a selection of entries", same_range=True, others=(0.0, 0.0), linear=call.linear(1.0))
 
 
 @register("aten.pad", "aten.constant_pad_nd")
@@ -257,7 +258,8 @@ def _pad(call: Call) -> Pad | Linear | Lipschitz | Var:
         if mode != "zeros":
             msg = f"{mode} padding by {given} of an input of shape {x.shape}, which no rule covers"
             raise UnsupportedError(msg)
-        return Lipschitz(1.0, "constants around, or entries cut off", same_range=True, others=(value, value) if max(given) > 0 else None)
+        around, linear = (value, value) if max(given) > 0 else None, call.linear(1.0, shifted=True)
+        return Lipschitz(1.0, "constants around, or entries cut off", same_range=True, others=around, linear=linear)
     return Pad(((0, 0),) * (spatial - len(pairs)) + tuple(pairs), mode, value)
 
 
@@ -288,11 +290,12 @@ def _of_gradient_one(call: Call) -> Lipschitz:
 def _cat(call: Call) -> Var:
     parts: list[Any] = next(v for v in call.args.values() if isinstance(v, list | tuple))  # type: ignore[reportUnknownVariableType]
     if len(call.vars) < len(parts):
-        what = Lipschitz(1.0, "concatenation with constants", same_range=True, others=between(parts))
+        linear = call.linear(1.0, shifted=True)
+        what = Lipschitz(1.0, "concatenation with constants", same_range=True, others=between(parts), linear=linear)
     elif "cat" in call.op:
         what = Join(int(call.const("dim")) % len(call.shape))
     else:
-        what = Lipschitz(1.0, "values stacked", same_range=True)
+        what = Lipschitz(1.0, "values stacked", same_range=True, linear=call.linear(1.0))
     made, apart = call.then(what, *call.vars), [_origin(call, v) for v in call.vars]
     tied = _tied(call, list(apart))
     if sorted(tied) != [(1.0, i) for i in sorted(apart)]:

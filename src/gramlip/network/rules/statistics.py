@@ -16,7 +16,7 @@ from torch import Tensor
 from gramlip.errors import UndefinedError, UnsupportedError
 from gramlip.network.rules.affine import most
 from gramlip.network.rules.registry import Call, Var, pattern, register
-from gramlip.network.steps import Linear, Lipschitz, Product, Slope, Step, Unbounded
+from gramlip.network.steps import Linear, LinearAction, Lipschitz, Product, Slope, Step, Unbounded
 from gramlip.norm.methods import bound
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
@@ -36,8 +36,10 @@ def _mean(call: Call) -> Lipschitz:
     count = math.prod(x.shape) // max(1, math.prod(call.shape))
     root = rd.sqrt_up(float(count))
     if ".sum" in call.op:
-        return Lipschitz(root, f"sum over {count} entries: the root of their number", same_range=True, times=float(count))
-    return _average(count)
+        because = f"sum over {count} entries: the root of their number"
+        return Lipschitz(root, because, same_range=True, times=float(count), linear=call.linear(root))
+    made = _average(count)
+    return replace(made, linear=call.linear(made.upper))
 
 
 def _average(count: int) -> Lipschitz:
@@ -50,7 +52,7 @@ def _cumsum(call: Call) -> Lipschitz:
     x, axis = call.var("self"), int(call.const("dim"))
     n = x.shape[axis] if x.shape else 1
     upper = 0.5 / math.sin(math.pi / (4 * n + 2)) * (1 + 2.0**-48)
-    return Lipschitz(upper, f"running sum over {n} entries: docs/network.md#selections")
+    return Lipschitz(upper, f"running sum over {n} entries: docs/network.md#selections", linear=call.linear(upper))
 
 
 @register("aten.linalg_vector_norm", "aten.norm")
@@ -217,7 +219,9 @@ def _centred(call: Call) -> Var | None:
         return None
     if not _reduces(call, mean, "mean", x) or x.shape != call.shape:
         return None
-    return call.then(Lipschitz(1.0, "a value less its mean: a projection", reach=_apart), x)
+    averages = getattr(call.steps[mean.step].what, "linear", None)
+    linear = None if averages is None else LinearAction(lambda value: value - averages.run(value), 2.0)
+    return call.then(Lipschitz(1.0, "a value less its mean: a projection", reach=_apart, linear=linear), x)
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:
@@ -386,7 +390,16 @@ def _adaptive_avg_pool(call: Call) -> Linear | Lipschitz:
 @register("aten.upsample_linear1d", "aten.upsample_bilinear2d", "aten.upsample_trilinear3d", "aten._upsample_bilinear2d_aa")
 def _upsample(call: Call) -> Lipschitz:
     shape = call.vars[0].shape
-    return nonnegative(call, "interpolation", _one_channel(shape, len(shape) - 2))
+    made = nonnegative(call, "interpolation", _one_channel(shape, len(shape) - 2))
+    return replace(made, linear=_interpolation(call, made.upper, made.upper))
+
+
+def _interpolation(call: Call, upper: float, moduli: float) -> LinearAction | None:
+    """The call as a linear map, whose entries come from places that torch rounds: docs/rounding.md#fixed-maps."""
+    grow = 1.0
+    for n in call.vars[0].shape[2:]:
+        grow = rd.mul_up(grow, rd.up(1.0 + rd.interpolated(n)))
+    return call.linear(moduli, rd.mul_up(upper, rd.up(grow - 1.0)))
 
 
 @register(*(f"aten.{name}{d}d" for name in ("upsample_nearest", "_upsample_nearest_exact") for d in (1, 2, 3)))
@@ -438,7 +451,8 @@ def _bicubic(call: Call) -> Lipschitz:
         over, rounding = (wide - 1.0) / 2 * (high - low), 1e-9 * wide * (max(abs(low), abs(high)) + rd.TINY)
         return low - over - rounding, high + over + rounding
 
-    return Lipschitz(upper, "bicubic interpolation: one matrix for each axis", reach=reach)
+    moduli = rd.mul_up(upper, rd.sqrt_up(float(min(math.prod(x.shape[2:]), math.prod(call.shape[2:])))))
+    return Lipschitz(upper, "bicubic interpolation: one matrix for each axis", reach=reach, linear=_interpolation(call, upper, moduli))
 
 
 @register("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
@@ -518,7 +532,8 @@ def nonnegative(call: Call, what: str, shape: Sequence[int]) -> Lipschitz:
     slack = 1.0 + rd.gamma(64.0 * (rows.numel() + ones.numel() + 1))  # the sums, and entries of interpolation: rounding.md#fixed-maps
     most = [rd.mul_up(float(sums.detach().abs().max()), slack) for sums in (rows, columns)]
     mean = abs(float(rows.detach().max()) - 1) < 1e-9 and abs(float(rows.detach().min()) - 1) < 1e-9
-    return Lipschitz(rd.up(rd.sqrt_up(rd.mul_up(*most))), f"{what}: Schur's test on its nonnegative entries", same_range=mean)
+    upper = rd.up(rd.sqrt_up(rd.mul_up(*most)))
+    return Lipschitz(upper, f"{what}: Schur's test on its nonnegative entries", same_range=mean, linear=call.linear(upper))
 
 
 @register("aten.im2col", "aten.col2im", "aten.unfold", "aten.take", "aten.take_along_dim", "aten.diag_embed")
