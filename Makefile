@@ -1,4 +1,4 @@
-# make demo   audits the two networks that ship with gramlip
+# make demo   audits the network that ships with gramlip, and shows beside it what training with a penalty changed
 # make test   formatter, linter, type checker and the whole test suite
 # make test-integrations  gramlip beside packages that it does not need (integrations/), in a venv of their own
 # make docs   builds the site into site/: warnings are errors, links are checked, nothing is asked of the network after the first time
@@ -23,9 +23,11 @@ ONE := OMP_NUM_THREADS=1
 .PHONY: demo test test-integrations docs wheel bench clean
 
 demo: $(READY)
-	@$(BIN)/gramlip audit demo
+	@$(BIN)/gramlip audit gramlip.demo:demo --input 3,32,32
 	@echo
-	@$(BIN)/gramlip audit demo-regularised
+	@echo "The same network, trained with a penalty on the norms of its layers (B):"
+	@echo
+	@$(BIN)/gramlip diff gramlip.demo:demo gramlip.demo:demo_regularised --input 3,32,32
 
 test: $(READY)
 	@$(BIN)/ruff format --check .

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import gramlip as gl
 from gramlip import nn as gnn
 from gramlip.nn.parametrizations import TrackedSpectralNorm
+from gramlip.nn.tracker import Tracker
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "dense": lambda: nn.Linear(40, 30),
@@ -138,6 +139,20 @@ def test_weights_that_are_replaced_are_noticed(name: str, training: bool) -> Non
         assert (cast("torch.Tensor", layer.weight)).isfinite().all()
 
 
+def test_fresh_weights_are_searched_at_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, searched, search = gnn.spectral_norm(nn.Conv2d(3, 4, 3), every=10), list[int](), Tracker._search
+
+    def counted(self: Tracker, kernels: object, which: list[int]) -> None:
+        searched.append(len(which))
+        search(self, kernels, which)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Tracker, "_search", counted)
+    first = int(layer.state_dict()["parametrizations.weight.0.calls"]) + 1  # torch looks once when a parametrization is attached
+    for _ in range(33):
+        layer.weight  # noqa: B018
+    assert [first + i for i, count in enumerate(searched) if count] == [n for n in (1, 2, 4, 8, 10, 16, 20, 30, 32) if n >= first]
+
+
 def test_margin_and_target_and_soft() -> None:
     layer = gnn.spectral_norm(filled("conv"), target=2.0, margin=0.1)
     assert gl.bound(layer, rtol=1e-4).upper == pytest.approx(1.8, rel=1e-2)
@@ -209,6 +224,14 @@ def test_gradient_is_that_of_the_norm() -> None:
 
 
 # ---- the life of a module ------------------------------------------------------------------------------------------------
+
+
+def test_gradients_lie_in_memory_as_their_weights(model: nn.Sequential, x: torch.Tensor) -> None:
+    """Ranks that reduce them see the memory alone."""
+    plain = nn.Conv2d(6, 8, 3)
+    for weight, loss in ((stored(model[0]), model(x).square().sum()), (plain.weight, gnn.LipschitzPenalty(plain, threshold=0.1)())):
+        (found,) = torch.autograd.grad(loss, [weight])
+        assert found.stride() == weight.stride()
 
 
 def test_eval_moves_no_state(model: nn.Sequential, x: torch.Tensor) -> None:
@@ -336,6 +359,8 @@ def test_cached(model: nn.Sequential, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_in_one_graph(backend: str, training: bool, model: nn.Sequential, x: torch.Tensor) -> None:
+    past = {name: torch.tensor(64) for name in model.state_dict() if name.endswith("calls")}  # compiled code has no searches by number
+    model.load_state_dict(model.state_dict() | past)
     twin = copy.deepcopy(model).train(training)
     model.train(training)
     torch._dynamo.reset()

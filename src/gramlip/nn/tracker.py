@@ -126,7 +126,7 @@ class Tracker(nn.Module):
             kernels = self.kernels(weights)
             chosen, probes, scale = self._followed(kernels.detach(), list(due), still)
             one = kernels if self.plan.groups == 1 else kernels[chosen]
-            return torch.linalg.vector_norm(probes @ one.mT, dim=(1, 2)), scale
+            return torch.linalg.vector_norm(one @ probes.mT, dim=(1, 2)), scale  # in this order the gradient lies in memory as the weight
 
     def _followed(self, kernels: Tensor, due: list[int], still: bool) -> tuple[Tensor, ...]:
         """`follow` or `look` on the plain tensors below any transform; one opaque operation where code is compiled."""

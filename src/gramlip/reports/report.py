@@ -133,10 +133,8 @@ class Report:
         shared = [row for row in self.layers if row.share is not None and row.share > 0.0]
         weight = (lambda row: row.share) if shared else (lambda row: row.upper)
         most = sorted(shared or [row for row in self.layers if 1.0 < row.upper < math.inf], key=weight, reverse=True)[:3]
-        shown = [
-            f"{short_name(row.name)} ({f'{100 * row.share:.0f} %' if row.share is not None else decimals(row.upper, upward=True)})"
-            for row in most
-        ]
+        parts = [decimals(row.upper, upward=True) if row.share is None else f"{100 * row.share:.0f}%" for row in most]
+        shown = [f"{short_name(row.name)} ({part})" for row, part in zip(most, parts, strict=True)]
         times = decimals(float(whole.upper) / whole.lower, upward=True, digits=2)
         return (
             f"the upper side is {times} times the lower and says little; it comes most from {', '.join(shown)}; "

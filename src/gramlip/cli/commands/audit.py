@@ -22,7 +22,7 @@ from gramlip.operators.interval import Bound, decimals
 from gramlip.reports.checkpoint import Weights
 from gramlip.reports.output import check_output, check_outputs, emit, note, watched, write_whole
 from gramlip.reports.pictures import page
-from gramlip.reports.report import Report, finite
+from gramlip.reports.report import Report, finite, short_name
 from gramlip.reports.text import Screen, aligned, printable
 from gramlip.targets import Model, Options, Source, read_input, resolve
 
@@ -266,12 +266,15 @@ def diff(a: Report, b: Report) -> dict[str, Any]:
 
 def _shown(pair: Sequence[float | None]) -> str:
     low, high = pair
-    return f"[{decimals(low or 0.0, upward=False)}, {decimals(math.inf if high is None else high, upward=True)}]"
+    return f"[{decimals(low or 0.0, upward=False, digits=5)}, {decimals(math.inf if high is None else high, upward=True, digits=5)}]"
 
 
 def _diff_text(found: dict[str, Any]) -> str:
     a, b = found["target"]
-    rows = [("layer", "A", "B", "B / A"), *((row["name"], *(_shown(row[key]) for key in ("a", "b", "ratio"))) for row in found["layers"])]
+    rows = [
+        ("layer", "A", "B", "B / A"),
+        *((short_name(row["name"]), *(_shown(row[key]) for key in ("a", "b", "ratio"))) for row in found["layers"]),
+    ]
     parts = [f"A  {printable(a)}\nB  {printable(b)}", aligned(rows)]
     parts += [printable(f"only in {side.upper()}: {', '.join(found[f'only_in_{side}'])}") for side in "ab" if found[f"only_in_{side}"]]
     return "\n\n".join(parts) + "\n"
