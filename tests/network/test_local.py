@@ -55,6 +55,9 @@ ENTRYWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "erf": torch.erf,
     "exp": torch.exp,
     "square": torch.square,
+    "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "steep gate": lambda x: x * torch.sigmoid(40 * x),
+    "gate": lambda x: x * torch.sigmoid(x),
     "clamp": lambda x: x.clamp(-0.3, 1.0),
     "cube": lambda x: x**3,
 }
