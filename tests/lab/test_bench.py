@@ -22,7 +22,7 @@ from gramlip.lab.bench import result as counting
 from gramlip.lab.bench.contenders import he
 from gramlip.lab.bench.result import OURS, Claim, Entry, Result, Row, total
 from gramlip.norm.certify import certify_all
-from gramlip.reports.checkpoint import read
+from gramlip.reports.formats import read
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")

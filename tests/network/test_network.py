@@ -433,7 +433,6 @@ two = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
         (lambda x: x.take(x.argsort(-1)), "'index' that depends on the input"),
         (lambda x: x[:, :0], "values without entries"),
         (lambda x: torch.cat([x, x[:, :0]], 1), "values without entries"),
-        (lambda x: F.linear(x.to(torch.complex128), 1j * torch.eye(3, dtype=torch.complex128)).abs(), "complex values"),
         (lambda x: torch.view_as_real(torch.sin(x.to(torch.complex64))), "complex values"),
         (lambda x: F.leaky_relu(x, math.nan), "negative_slope holds NaN"),
         (lambda x: x * torch.tensor([1.0, math.nan, 1.0]), "other holds NaN"),
@@ -504,9 +503,9 @@ def test_arguments_that_cannot_be_used_are_refused_in_one_line(given: dict[str, 
 
 
 def test_assumptions_are_visible() -> None:
-    report = audit(Gated().eval(), (4,), assume={"aten.cumprod": 2.0, "aten.special_i0": 2.0, "aten.mul": 5.0})
+    report = audit(Gated().eval(), (4,), assume={"aten.cumprod": 1e20, "aten.special_i0": 1e20, "aten.mul": 1e20})
     assert report.upper < float("inf")
-    assert any("aten.cumprod taken as 2-Lipschitz by assumption" in note for note in report.notes)
+    assert any("aten.cumprod taken as 1e+20-Lipschitz by assumption" in note for note in report.notes)
     with pytest.raises(InputError, match="expected names"):
         audit(Gated().eval(), (4,), assume={"nothing": 1.0}, strict=False)
 

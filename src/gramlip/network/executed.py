@@ -423,7 +423,7 @@ COPIES = _names(
     "unsqueeze movedim moveaxis swapaxes swapdims flip roll split split_with_sizes chunk unbind narrow slice select index_select expand "
     "expand_as broadcast_to repeat tile cat concat stack pixel_shuffle pixel_unshuffle channel_shuffle constant_pad_nd pad "
     "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
-    "dropout feature_dropout alpha_dropout getitem masked_fill"
+    "dropout feature_dropout alpha_dropout masked_fill"
 )
 """Calls that move entries, or do nothing in evaluation mode: no rounding, and errors move with the entries."""
 
@@ -444,6 +444,9 @@ MAXIMA: dict[str, Rule] = dict.fromkeys(
     _names("max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax"), _nothing
 )
 """Largest entries of groups: the difference of two is at most the largest error of the group."""
+
+ORDERED = _names("sort topk max min")
+"""Entries along an axis in their order, or some of them: no rounding, and each moves by at most the largest error there."""
 
 ENTRYWISE: dict[str, Rule] = {
     **dict.fromkeys(_names("relu relu6 abs neg"), _nothing),
@@ -473,13 +476,19 @@ NORMED: dict[str, Rule] = {
 }
 """Calls whose errors the constants of their steps carry."""
 
-RULES: dict[str, Rule] = {**LINEAR, **MAXIMA, **ENTRYWISE, **dict.fromkeys(SUMS, _added), **NORMED}
+RULES: dict[str, Rule] = {**dict.fromkeys(["getitem", *ORDERED], _nothing), **LINEAR, **MAXIMA, **ENTRYWISE, **dict.fromkeys(SUMS, _added), **NORMED}
 
 
 def carried(call: Execution) -> Any:
     """What the exact call makes of errors of values that it reads, entry by entry; None where its step's constants say it."""
     if call.name in LINEAR:
         return call.moved(lambda x: x.depends)
+    if call.name == "getitem":
+        first, place = call.args.values()
+        return first.error if isinstance(first, Operand) else first[place].error
+    if call.name in ORDERED and call.args.get("dim") is not None:
+        keep = bool(call.args.get("keepdim", True))
+        return call.operand("self").error.amax(call.args["dim"], keepdim=keep)
     if call.name in MAXIMA:
         return call.on([x.error for x in call.operands])
     if call.name in SUMS:

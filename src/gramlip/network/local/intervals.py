@@ -159,7 +159,7 @@ def _tensors(name: str, given: object, shapes: Sequence[Shape]) -> tuple[Tensor,
     made: list[Tensor] = []
     for item, shape in zip(items, shapes, strict=True):
         try:
-            wide = to_float64(torch.as_tensor(item)).cpu()
+            wide = to_float64(item if isinstance(item, Tensor) else torch.as_tensor(item, dtype=torch.float64)).cpu()
             made.append(wide.expand(torch.broadcast_shapes(wide.shape, shape)).reshape(shape).clone())
         except (RuntimeError, TypeError, ValueError) as error:
             shown = f"of shape {tuple(item.shape)}" if isinstance(item, Tensor) else repr(item)
