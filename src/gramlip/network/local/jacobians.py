@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gramlip.network.compose import Composition, compose, constants
 from gramlip.network.local.intervals import Region
-from gramlip.network.local.relaxations import action, adjoint, restricted, roundings
+from gramlip.network.local.relaxations import action, adjoint, restricted, roundings, stray_of
 from gramlip.network.steps import Drift, Input, Linear, Network, Slope, Step
 from gramlip.norm.certify import certify_all
 from gramlip.numerics import rounding as rd
@@ -103,7 +103,7 @@ class Sweeps:
             return 0.0
         if self.actions[i] is None:
             return self.lips[i]
-        return rd.mul_up(step.what.error, self.lips[step.sources[0]]) if isinstance(step.what, Linear) else 0.0
+        return rd.mul_up(stray_of(self.network.steps, i), rd.hypot_up([self.lips[s] for s in step.sources]))
 
 
 # ---- the derivative on a set -----------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def derivative(network: Network, composed: Composition, area: Region) -> Derivat
     """The derivative of the results on the set that the slopes are restricted to; None where it is not followed."""
     sizes = [math.prod(step.shape) for step in network.steps]
     rows = sum(sizes[i] for i in network.outputs)
-    growth = math.prod(max(1.0, lip) for lip in composed.lips if lip < math.inf)
+    growth = _growth(network, composed)
     if rows * sum(sizes) > ENTRIES or rows * area.entries > ENTRIES or not growth < LARGEST or composed.upper in {0.0, math.inf}:
         return None
     with torch.no_grad():
@@ -178,6 +178,15 @@ def derivative(network: Network, composed: Composition, area: Region) -> Derivat
             rest = [] if not made.far else [(torch.ones(1, 1, dtype=torch.float64), made.rest())]
             known[i] = Derivative(made.centre, made.moduli, None, made.entries(area) * (1.0 + sweeps.gamma), rest)
         return _telescoped(sweeps, network.outputs, known)
+
+
+def _growth(network: Network, composed: Composition) -> float:
+    """The product of what each step multiplies lengths by, where that is more than 1."""
+    growth = 1.0
+    for step, lip in zip(network.steps, composed.lips, strict=True):
+        before = max((composed.lips[s] for s in step.sources), default=0.0)
+        growth *= max(1.0, lip / before) if 0.0 < before < math.inf and lip < math.inf else 1.0
+    return growth
 
 
 def _of_results(sweeps: Sweeps) -> Derivative:
