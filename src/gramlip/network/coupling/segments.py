@@ -381,7 +381,8 @@ def _searched(found: SegmentPlan, composed: float, effort: Effort, names: str) -
     if found.cost > PROOF * max(1.0, effort.amount):
         effort.say(f"{names} not coupled: the proof would take too long; more effort allows it")
         return math.inf
-    tori = [(single(run), share) for run, share in zip(found.searches, SHARES, strict=True)] or [(found.run, ALONE)]
+    shared = zip(found.searches, SHARES, strict=True) if found.searches else [(found.run, ALONE)]
+    tori = [(single(run) if found.searches else run, share) for run, share in shared]
     coarse, met = tori[-1][0], [MultiplierSearch.closed(found.searches[0] if found.searches else found.run)]
     promised = [_promise(coarse, met[0])]
     if found.searches and found.cost <= CHEAP:
