@@ -296,11 +296,12 @@ def _joined(step: Step, lips: list[float]) -> float:
 def _weights(step: Step, way: Shortcut | None, lips: list[float]) -> list[float]:
     """What each of the values that it is bounded by has in the step's constant: they add up to 1 (derivatives of its logarithm)."""
     factors = None if way is not None else coefficients(step)
-    terms = (
-        [t * t for t in (lips if way is None else _terms(way, lips))]
-        if factors is None
-        else [c * x for c, x in zip(factors, lips, strict=True)]
-    )
+    if factors is None:
+        values = lips if way is None else _terms(way, lips)
+        top = max(values)
+        terms = [(t / top) ** 2 for t in values]  # squares of tiny ones would be zero
+    else:
+        terms = [c * x for c, x in zip(factors, lips, strict=True)]
     total = math.fsum(terms)
     return [t / total for t in terms]
 

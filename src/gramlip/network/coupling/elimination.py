@@ -53,10 +53,16 @@ def raised(form: Quadratic, noise: Tensor | float) -> Quadratic:
     return replace(form, matrix=matrix)
 
 
-def start(system: System, terminal: Quadratic | None = None) -> Quadratic:
-    """The form `|output|^2`, or `output* terminal output` for a positive semidefinite form (F, m, m) of the output."""
+def start(system: System, terminal: Quadratic | None = None, *, rounded: bool = True) -> Quadratic:
+    """The form `|output|^2`, or `output* terminal output` for a positive semidefinite form (F, m, m) of the output.
+
+    What is `rounded` is above it, whatever the rounding; else it is the form in plain floating point.
+    """
     live = sorted(system.output.blocks)
     wide = torch.cat([system.output.blocks[a].expand(system.frequencies, -1, -1) for a in live], -1)
+    if not rounded:
+        inner = wide if terminal is None else terminal.matrix.to(wide.dtype) @ wide
+        return Quadratic(live, wide.mH @ inner, 0 if terminal is None else terminal.exponent).normalised()
     size = size_of(wide)
     error = rd.hypot_up(system.output.errors[a] for a in live)
     unit = rd.gamma(16.0 * (wide.shape[1] + 4))
@@ -319,12 +325,32 @@ class Piece:
     link: Link | None = None
 
 
+def single(run: Sequence[Piece]) -> list[Piece]:
+    """The same pieces in single precision, for searches alone."""
+
+    def narrow(t: Tensor) -> Tensor:
+        return t.to(torch.complex64 if t.is_complex() else torch.float32)
+
+    def rough(form: Form | None) -> Form | None:
+        return None if form is None else replace(form, blocks={a: narrow(b) for a, b in form.blocks.items()})
+
+    pieces = list[Piece]()
+    for piece in run:
+        system, output = piece.system, rough(piece.system.output)
+        assert output is not None
+        slopes = [Slopes(narrow(s.centre), narrow(s.radius)) for s in system.slopes]
+        queries = [rough(q) for q in system.queries]
+        pieces.append(replace(piece, system=replace(system, queries=queries, output=output, slopes=slopes)))
+    return pieces
+
+
 Eliminate = Callable[[System, Quadratic, Weigh], Quadratic | None]
 
 
 def descend(run: Sequence[Piece], powers: Sequence[Tensor], weigh: Sequence[Weigh], eliminate: Eliminate) -> Quadratic | None:
     """The form of the run's input, by `eliminated` or by `certified`; None where it fails."""
     form: Quadratic | None = None
+    proof = eliminate is not eliminated
     for piece, power, choose in zip(reversed(run), reversed(powers), reversed(weigh), strict=True):
         terminal = None
         if form is not None:
@@ -332,8 +358,9 @@ def descend(run: Sequence[Piece], powers: Sequence[Tensor], weigh: Sequence[Weig
                 return form
             assert piece.link is not None
             matrix, noise = piece.link(form.matrix, power)
-            terminal = raised(Quadratic([], matrix, form.exponent), noise).normalised()
-        form = eliminate(piece.system, start(piece.system, terminal), choose)
+            terminal = Quadratic([], matrix, form.exponent)
+            terminal = (raised(terminal, noise) if proof else terminal).normalised()
+        form = eliminate(piece.system, start(piece.system, terminal, rounded=proof), choose)
         if form is None:
             return None
     return form

@@ -520,8 +520,9 @@ class Pooled:
     def __call__(self, form: Tensor, power: Tensor) -> tuple[Tensor, Tensor | float]:
         """`|w sum x|^2 = places w^2 |x(0)|^2`, x(0) the unitary transform at frequency 0 on the torus of all places."""
         factor = self.places * self.weight**2
-        wide = torch.zeros(self.torus.frequencies, *form.shape[1:], dtype=torch.complex128)
-        wide = wide.index_put((torch.zeros(1, dtype=torch.long),), (form * factor).to(torch.complex128))
+        dtype = torch.promote_types(form.dtype, torch.complex64)
+        wide = torch.zeros(self.torus.frequencies, *form.shape[1:], dtype=dtype)
+        wide = wide.index_put((torch.zeros(1, dtype=torch.long),), (form * factor).to(dtype))
         # |w sum x + e|^2 with |e| <= error |x|, in the form: 2 |w sum| error + error^2 times its size.
         off = rd.mul_up(self.error, rd.add_up(rd.mul_up(2.0, rd.sqrt_up(factor * (1 + 1e-9))), self.error))
         size = float(sizes_of(form.detach()).max())
@@ -549,7 +550,7 @@ class Alias:
         count = math.prod(self.outer)
         if count == 1:
             return fine, spread
-        turns = _turns(self.earlier, self.outer)
+        turns = self._outer_turns.to(fine.dtype)
         f, c = len(turns), fine.shape[-1]
         joined = torch.einsum("fkj,fkcd,fki->fjcid", turns.conj(), fine.reshape(f, count, c, c), turns).reshape(f, count * c, count * c)
         spread = spread.reshape(f, count).amax(1)
@@ -561,7 +562,7 @@ class Alias:
         f, c = len(form), form.shape[-1] // count
         if count == 1:
             return form[:, None], torch.zeros(f, dtype=torch.float64)
-        turns = _turns(self.later, self.inner)
+        turns = self._inner_turns.to(form.dtype)
         parts = torch.einsum("fkj,fjcid,fki->fkcd", turns, form.reshape(f, count, c, count, c), turns.conj())
         sizes = parts.diagonal(dim1=-2, dim2=-1).real.sum(-1)
         sizes = sizes.clamp_min(1e-9 * float(sizes.detach().max()) + 1e-300)
@@ -570,6 +571,14 @@ class Alias:
         shares = shares / (shares.sum(1, keepdim=True) * (1.0 + rd.gamma(count + 8.0)))  # their sum is at most 1
         noise = rd.gamma(32.0 * count) * count * sizes_of(form.detach()) / shares.detach().amin(1)
         return parts / shares[..., None, None], noise
+
+    @cached_property
+    def _inner_turns(self) -> Tensor:
+        return _turns(self.later, self.inner)
+
+    @cached_property
+    def _outer_turns(self) -> Tensor:
+        return _turns(self.earlier, self.outer)
 
     @cached_property
     def _sources(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,7 +42,7 @@ class Choice:
 
     def weights(self, own: Tensor, channels: Tensor, steps: int) -> Tensor:
         """The multipliers (n,) for the anchor's own block (F, n, n); nothing is proved here."""
-        shape = self.shape.exp()[channels]
+        shape = self.shape.to(own.real.dtype).exp()[channels]
         return shape * _least(own, shape, steps) * (1.0 + self.excess.exp())
 
 
@@ -53,16 +53,17 @@ Logarithms = dict[int, Tensor]  # of the multipliers of each anchor's entries th
 def _least(own: Tensor, shape: Tensor, steps: int) -> Tensor:
     """The least number that makes `shape` times it large enough for `own`."""
     root = shape.rsqrt()
-    return power_estimate(root[:, None] * own * root, steps).clamp_min(1e-250)
+    return power_estimate(root[:, None] * own * root, steps).clamp_min(max(1e-250, torch.finfo(own.dtype).tiny))
 
 
 def power_estimate(own: Tensor, steps: int) -> Tensor:
     """Nearly the largest eigenvalue over all frequencies, from power steps; its gradient is that of the vector found."""
     with torch.no_grad():
-        v = own.abs().sum(-1, keepdim=True).to(own.dtype) + 1e-300
+        tiny = max(1e-300, torch.finfo(own.dtype).tiny)
+        v = own.abs().sum(-1, keepdim=True).to(own.dtype) + tiny
         for _ in range(steps):
-            v = own @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(1e-300))
-        v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(1e-300)
+            v = own @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny))
+        v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny)
         best = int((v.mH @ (own @ v)).real.argmax())
     return (v[best].mH @ (own[best] @ v[best])).real[0, 0]
 
@@ -168,7 +169,7 @@ def objective(run: Sequence[Piece], search: MultiplierSearch) -> Tensor | None:
     form: Quadratic | None = descend(run, search.powers, search.weighs(run, FEW), eliminated)
     if form is None or not form.live or not bool(form.matrix.detach().isfinite().all()):
         return None
-    top = torch.linalg.eigvalsh(form.matrix)[:, -1].clamp_min(1e-300).log()
+    top = torch.linalg.eigvalsh(form.matrix)[:, -1].double().clamp_min(1e-300).log()
     return torch.logsumexp(40.0 * top, 0) / 40.0 + form.exponent * math.log(4.0)
 
 
@@ -179,15 +180,20 @@ def reached(run: Sequence[Piece], search: MultiplierSearch) -> float:
     return math.inf if value is None or math.isnan(float(value)) else float(value)
 
 
-def improve(run: Sequence[Piece], search: MultiplierSearch, steps: int, rate: float = 0.1) -> MultiplierSearch:
+RATES = (0.4, 0.05)  # of the first and the last step,
+MEMORIES = (0.6, 0.9)  # and how much of the one before the averages of Adam keep: few steps have to do
+
+
+def improve(run: Sequence[Piece], search: MultiplierSearch, steps: int) -> MultiplierSearch:
     """Choices after gradient steps on their logarithms, the best met; never worse than those given."""
+    lowered = 1.0
     best, now, least = search.copy(), search.copy(), math.inf
     for t in now.variables():
         t.requires_grad_()
-    optimiser = torch.optim.Adam(now.variables(), lr=rate)
+    optimiser = torch.optim.Adam(now.variables(), betas=MEMORIES)
     for i in range(steps):
         for group in optimiser.param_groups:
-            group["lr"] = rate * (1.0 - i / steps)
+            group["lr"] = lowered * RATES[0] * (RATES[1] / RATES[0]) ** (i / steps)
         value = objective(run, now)
         if value is None or not math.isfinite(float(value.detach())):
             with torch.no_grad():
@@ -196,8 +202,8 @@ def improve(run: Sequence[Piece], search: MultiplierSearch, steps: int, rate: fl
                 for choices in now.choices:
                     for choice in choices.values():
                         choice.excess.add_(0.2)  # back to the best, a little inside
-            rate *= 0.5
-            optimiser = torch.optim.Adam(now.variables(), lr=rate)
+            lowered *= 0.5
+            optimiser = torch.optim.Adam(now.variables(), betas=MEMORIES)
             continue
         size = float(value.detach())
         if size < least:

@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from gramlip.network.compose import compose
-from gramlip.network.coupling.elimination import Piece, cost, narrowed, narrowed_matrix, system_cost, transposed
+from gramlip.network.coupling.elimination import Piece, cost, narrowed, narrowed_matrix, single, system_cost, transposed
 from gramlip.network.coupling.linear_forms import Alias, Circulant, Entries, Link, NotCirculantError, Pooled, System, circulant, system
 from gramlip.network.coupling.multipliers import (
     MultiplierSearch,
@@ -282,11 +282,13 @@ def _pool(network: Network, first: int, last: int) -> tuple[float, float] | None
 
 STEPS = 150  # gradient steps of the search for multipliers at effort 1, if
 LEAST = 4  # fewer steps are not worth their start
-BUDGET = 1e10  # so many multiplications allow them,
-SHARES = (0.7, 0.3)  # shared among the coarse tori;
+BUDGET = 5e9  # so many multiplications allow them,
+SHARES = (0.9, 0.1)  # shared among the coarse tori;
 ALONE = 6.0  # times as many for a run that is searched entry by entry
 ROUNDS = (1.0, 2.0, 6.0, 18.0)  # times that in each round of the search
 GAIN = 1.02  # a run on tori is proved where the coarse ones promise so much over composition,
+HOPE = 30.0  # nothing is searched where closed forms promise so much more than composition,
+FAR = 3.0  # and what promises so much more than is proved already is not proved
 PROOF = 6e9  # and an elimination takes at most so many multiplications, at effort 1
 CHEAP = 2e8  # an elimination that is searched on the true torus too
 NEWTON = 3e11  # multiplications of the Newton steps at effort 1,
@@ -376,31 +378,41 @@ def _alone_coupled(system: System, effort: Effort) -> float:
 
 def _searched(found: SegmentPlan, composed: float, effort: Effort, names: str) -> float:
     """By gradient steps on coarse tori, in rounds that each begin with the best choice so far; proved on the true one if that pays."""
-    tori = [*zip(found.searches, SHARES, strict=True)] if found.searches else [(found.run, ALONE)]
-    coarse, met = tori[-1][0], [MultiplierSearch.closed(tori[0][0])]
+    if found.cost > PROOF * max(1.0, effort.amount):
+        effort.say(f"{names} not coupled: the proof would take too long; more effort allows it")
+        return math.inf
+    shared = zip(found.searches, SHARES, strict=True) if found.searches else [(found.run, ALONE)]
+    tori = [(single(run) if found.searches else run, share) for run, share in shared]
+    coarse, met = tori[-1][0], [MultiplierSearch.closed(found.searches[0] if found.searches else found.run)]
+    promised = [_promise(coarse, met[0])]
     if found.searches and found.cost <= CHEAP:
         tori.append((found.run, 1.0))
     for i, size in enumerate(ROUNDS):
-        if sum(ROUNDS[: i + 1]) > effort.amount or effort.over:
+        if sum(ROUNDS[: i + 1]) > effort.amount or effort.over or not promised[-1] < HOPE * composed:
             break
         now = met[-1]
         for pieces, share in tori:
             steps = int(size * min(STEPS, share * BUDGET / max(cost(pieces), 1e6)))
             now = improve(pieces, now, steps) if steps >= LEAST else now
         met.append(now)
-    promised = [math.exp(0.5 * min(reached(coarse, choice), 1400.0)) for choice in met]
+        promised.append(_promise(coarse, now))
     if not min(promised) * GAIN < composed:
         effort.say(f"{names} not coupled: no gain was seen on a coarse grid of frequencies")
         return math.inf
-    if found.cost > PROOF * max(1.0, effort.amount) or effort.over:
-        effort.say(f"{names} not coupled: the proof would take too long; more effort allows it")
+    if effort.over:
+        effort.say(f"{names} not coupled: the time was up")
         return math.inf
     upper = math.inf
     for choice, least in sorted(zip(met, promised, strict=True), key=lambda pair: pair[1]):
-        if upper <= least or (upper < math.inf and effort.over):
-            break  # the coarse tori have some of the true one's frequencies, and promise less
+        if FAR * upper <= least or (upper < math.inf and effort.over):
+            break
         upper = min(upper, certificate(found.run, choice))
     return upper
+
+
+def _promise(pieces: Sequence[Piece], choice: MultiplierSearch) -> float:
+    """What a choice comes to on the tori of the search."""
+    return math.exp(0.5 * min(reached(pieces, choice), 1400.0))
 
 
 def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, found: SegmentPlan | None, effort: Effort) -> Segment:
