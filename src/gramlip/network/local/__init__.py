@@ -1,7 +1,7 @@
-"""Local constants: on a box or in a ball of inputs. docs/local.md."""
+"""Constants on a set of inputs: intervals for every entry of every value, lines, and bounds of the Jacobian. docs/local.md."""
 
-from gramlip.network.local.intervals import Region as Region
-from gramlip.network.local.intervals import region as region
-from gramlip.network.local.jacobians import Around as Around
-from gramlip.network.local.jacobians import derivative as derivative
-from gramlip.network.local.relaxations import restricted as restricted
+from gramlip.network.local.intervals import Region, region
+from gramlip.network.local.jacobians import Around, derivative
+from gramlip.network.local.relaxations import Local, restricted
+
+__all__ = ["Around", "Local", "Region", "derivative", "region", "restricted"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gramlip.network.compose import Composition, compose, constants
 from gramlip.network.local.intervals import Region
-from gramlip.network.local.relaxations import action, adjoint, restricted, roundings
+from gramlip.network.local.relaxations import action, adjoint, restricted, roundings, stray_of
 from gramlip.network.steps import Drift, Input, Linear, Network, Slope, Step
 from gramlip.norm.certify import certify_all
 from gramlip.numerics import rounding as rd
@@ -103,7 +103,7 @@ class Sweeps:
             return 0.0
         if self.actions[i] is None:
             return self.lips[i]
-        return rd.mul_up(step.what.error, self.lips[step.sources[0]]) if isinstance(step.what, Linear) else 0.0
+        return rd.mul_up(stray_of(self.network.steps, i), rd.hypot_up([self.lips[s] for s in step.sources]))
 
 
 # ---- the derivative on a set -----------------------------------------------------------------------------------------------

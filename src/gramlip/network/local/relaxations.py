@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from gramlip.network.local.intervals import Region, Value, followed, given, round_down, round_up, terms, whole_of
-from gramlip.network.steps import Drift, Input, Join, Linear, Network, Pad, Slice, Slope, Step, Sum, View, What
+from gramlip.network.steps import Drift, Input, Join, Linear, LinearAction, Lipschitz, Network, Pad, Slice, Slope, Step, Sum, View, What
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import row_norms_up
 from gramlip.operators.geometry import apply
-from gramlip.operators.linear_maps import Conv, Dense, Scale
+from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
 
 INF = math.inf
 BUDGET = 2**26  # entries of rows, at all values together, that intervals are tightened with
 THIRD = 2**24  # entries of the derivatives of a value's slopes by its input, twice
+COLUMNS, MATRIX = 2**12, 2**22  # columns and entries of the matrix of a linear map that is read off a basis
 TOGETHER = 2**23  # of them at a time
 FINE = 256  # and its derivative
 CELLS = 16  # pieces of an interval, on either side of 0, on which an activation is compared with a line
@@ -56,7 +57,38 @@ def action(steps: Sequence[Step], i: int) -> Action | None:
         pads = [p for pair in reversed(what.pairs) for p in pair]
         mode = "constant" if what.mode == "zeros" else what.mode
         return step.sources, lambda xs, _: torch.nn.functional.pad(xs[0].flatten(0, 1), pads, mode=mode).reshape(-1, *step.shape)
+    if isinstance(what, Lipschitz) and what.linear is not None:
+        return _matrices(step, [steps[s].shape for s in step.sources], what.linear)
     return None
+
+
+def _matrices(step: Step, shapes: Sequence[Shape], linear: LinearAction) -> Action | None:
+    """Any other linear map by its matrices, one for each source, read off a basis; None where they are too large."""
+    sizes = [math.prod(shape) for shape in shapes]
+    if sum(sizes) > COLUMNS or sum(sizes) * math.prod(step.shape) > MATRIX:
+        return None
+    blank, blocks = [torch.zeros(shape, dtype=torch.float64) for shape in shapes], list[Tensor]()
+    with torch.no_grad():
+        for k, size in enumerate(sizes):
+            basis = torch.eye(size, dtype=torch.float64).reshape(size, *shapes[k])
+            blocks.append(torch.stack([linear.run(*blank[:k], e, *blank[k + 1 :]).reshape(-1) for e in basis]))
+
+    def act(xs: Sequence[Tensor], moduli: bool) -> Tensor:
+        parts = [x.flatten(1) @ (block.abs() if moduli else block) for x, block in zip(xs, blocks, strict=True)]
+        return torch.stack(parts).sum(0).reshape(-1, *step.shape)
+
+    return step.sources, act
+
+
+def stray_of(steps: Sequence[Step], i: int) -> float:
+    """The norm of what a linear step's real map differs by from the one that is followed."""
+    what = steps[i].what
+    if isinstance(what, Linear):
+        return what.error
+    if isinstance(what, Lipschitz) and what.linear is not None and what.copy_entries is None:
+        count = sum(math.prod(steps[s].shape) for s in steps[i].sources)
+        return rd.add_up(what.linear.error, rd.mul_up(rd.gamma(8.0 * (count + 8)), what.linear.moduli))
+    return 0.0
 
 
 def _copied(steps: Sequence[Step], step: Step) -> Action | None:
@@ -100,7 +132,9 @@ def roundings(steps: Sequence[Step]) -> float:
     for step in steps:
         for s in step.sources:
             read[s] += 1
-    counts = [terms(s.what.op) if isinstance(s.what, Linear) else len(s.sources) for s in steps]
+    wide = [isinstance(s.what, Lipschitz) and s.what.linear is not None for s in steps]
+    read_by = [sum(math.prod(steps[k].shape) for k in s.sources) if w else len(s.sources) for s, w in zip(steps, wide, strict=True)]
+    counts = [terms(s.what.op) if isinstance(s.what, Linear) else n for s, n in zip(steps, read_by, strict=True)]
     return 8.0 * sum(count + n + 8 for count, n in zip(counts, read, strict=True))
 
 
@@ -286,10 +320,11 @@ class Relaxations:
             found[s] = (centre, size) if before is None else (before[0] + centre, before[1] + size)
         flat = rows.flatten(1)
         if under is None or over is None:
-            what, zero = step.what, torch.zeros(len(rows), dtype=torch.float64)
-            if not isinstance(what, Linear) or what.error == 0.0:
+            error, zero = stray_of(self._steps, j), torch.zeros(len(rows), dtype=torch.float64)
+            if error == 0.0:
                 return zero, zero
-            lost = (row_norms_up(flat) + gamma * row_norms_up(moduli.flatten(1))) * rd.mul_up(what.error, self._distance(step.sources[0]))
+            far = rd.hypot_up([self._distance(s) for s in step.sources])
+            lost = (row_norms_up(flat) + gamma * row_norms_up(moduli.flatten(1))) * rd.mul_up(error, far)
             return -lost, lost
         under, over = under.expand(step.shape).reshape(-1), over.expand(step.shape).reshape(-1)
         return _spanned(flat, moduli.flatten(1) * gamma, under, over)
