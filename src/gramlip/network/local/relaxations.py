@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gramlip.network.local.intervals import Region, Value, followed, given, round_down, round_up, terms, whole_of
-from gramlip.network.steps import Drift, Input, Join, Linear, LinearAction, Lipschitz, Network, Pad, Slice, Slope, Step, Sum, View, What
+from gramlip.network.local.intervals import Region, Value, round_down, round_up, terms, whole_of
+from gramlip.network.steps import Drift, Input, Join, Linear, LinearAction, Lipschitz, Pad, Slice, Slope, Step, Sum, View, What
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import row_norms_up
 from gramlip.operators.geometry import apply
-from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
+from gramlip.operators.linear_maps import Conv, Dense, Shape
 
 INF = math.inf
 BUDGET = 2**26  # entries of rows, at all values together, that intervals are tightened with
@@ -372,40 +372,3 @@ def _spanned(rows: Tensor, error: Tensor, low: Tensor, high: Tensor) -> tuple[Te
     if not bool(known.all()):
         stray = torch.where((rows[:, ~known] != 0).any(1) | (error[:, ~known] != 0).any(1), INF, stray)
     return up @ a + down @ b - stray, up @ b + down @ a + stray
-
-
-# ---- networks restricted ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Local:
-    """A network on a set of inputs: its steps restricted to it, and what is known of the value of each."""
-
-    area: Region
-    network: Network
-    values: list[Value]
-
-
-def restricted(network: Network, area: Region, budget: int = BUDGET) -> Local:
-    """The network with slopes, constants and caps on a set of inputs, entry by entry, and what is known of each value there."""
-    steps, known = list[Step](), list[Value]()
-    inputs, lines = iter(range(len(area.low))), Relaxations(area, budget)
-    for step in network.steps:
-        if isinstance(step.what, Input):
-            made, value = step, given(area, next(inputs))
-        else:
-            for s in step.sources:
-                known[s] = lines.tighten(s, step.what)
-            made, value = followed(step, [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources])
-        steps.append(lines.add(made, value))
-        known.append(value)
-    return Local(area, Network([_settled(step) for step in steps], network.outputs), known)
-
-
-def _settled(step: Step) -> Step:
-    """An activation of a vector none of whose entries can switch is linear, so that it folds."""
-    what = step.what
-    if not isinstance(what, Slope) or not isinstance(what.low, Tensor) or len(step.shape) != 2 or step.shape[0] != 1:
-        return step
-    fixed = bool((what.low == what.high).all()) and tuple(what.low.shape) == step.shape
-    return replace(step, what=Linear(Scale(what.low.double()), bias_error=INF)) if fixed else step
