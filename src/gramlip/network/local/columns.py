@@ -40,6 +40,15 @@ class Form:
     most: Tensor
 
 
+@dataclass(frozen=True)
+class Switches:
+    """Activations that have columns: their slopes differ from the middle by `half`, their arguments by `rows (y - z)` up to `rest`."""
+
+    half: Tensor
+    rows: Tensor
+    rest: Tensor
+
+
 class Columns:
     """The values so far as linear functions of the input, and what slopes may add to them."""
 
@@ -53,7 +62,7 @@ class Columns:
         reads = [step.sources if act is None else act[0] for step, act in zip(network.steps, self._actions, strict=True)]
         self._last = {s: i for i, some in enumerate(reads) for s in some} | dict.fromkeys(outputs, len(sizes))
         self._steps, self._forms, self._inputs = list[Step](), dict[int, Form](), 0
-        self._weights = torch.zeros(2, 0, dtype=torch.float64)
+        self._weights, self._switches = torch.zeros(2, 0, dtype=torch.float64), list[Switches]()
 
     def add(self, step: Step, value: Value) -> Value:
         """One more step; its value inside what the columns say of it."""
@@ -123,6 +132,11 @@ class Columns:
         before = form.extra.new_zeros(self._weights.shape[1] - len(form.extra), *half.shape)
         self._weights = torch.cat([self._weights, moved[:, chosen]], 1)
         moved[:, chosen] = 0.0
+        rows = form.linear.flatten(1)[:, chosen].mT.contiguous()
+        rest = (form.most[0] - torch.linalg.vector_norm(form.linear, dim=0)).reshape(-1)[chosen].clamp_min(0.0)
+        self._switches.append(
+            Switches(half.reshape(-1)[chosen], rows, round_up(rest + rd.gamma(len(form.linear) + 64.0) * form.most[0].reshape(-1)[chosen]))
+        )
         extra = torch.cat([form.extra * middle, before, own.reshape(room, *half.shape)])
         return self._measured(form.linear * middle, extra, round_up(loose + moved.reshape(loose.shape)))
 
@@ -155,17 +169,24 @@ class Columns:
             linear = linear[inputs]
         if outputs is not None:
             linear, extra, loose = linear[:, outputs], extra[:, outputs], loose[outputs]
-        matrices = [linear.mT.contiguous()]
-        moved, room = self._weights[0] @ extra.abs(), 1.0 + rd.gamma(float(count + 16))
-        ways = [frobenius_up(moved * room)]
-        share = (self._weights[0] * row_norms_up(extra)).sqrt()
-        if bool((share > 0).any()):
-            kept = share > 0
-            matrices.append((extra * (self._weights[0] / share).reshape(-1, 1))[kept].mT.contiguous())
-        norms = [float(b.upper) for b in certify_all([Dense(m) for m in matrices], rtol=1e-6)]
-        if len(norms) > 1:
-            ways.append(rd.mul_up(rd.mul_up(norms[1], room), frobenius_up(share)))
-        return rd.add_up(norms[0], min(ways), frobenius_up(loose))
+        middle = float(certify_all([Dense(linear.mT.contiguous())], rtol=1e-6)[0].upper)
+        return rd.add_up(middle, self._switched(extra, inputs), frobenius_up(loose))
+
+    def _switched(self, extra: Tensor, inputs: Tensor | None) -> float:
+        """What all activations with columns may add in norm, `extra` being those of the results."""
+        lengths, room = row_norms_up(extra), 1.0 + rd.gamma(float(len(extra) + 64))
+        kept = lengths > 0
+        if not bool(kept.any()):
+            return 0.0
+        half, rows, rest = (torch.cat([getattr(s, name) for s in self._switches])[kept] for name in ("half", "rows", "rest"))
+        extra, lengths = extra[kept], lengths[kept]
+        plain = frobenius_up((self._weights[0, kept] @ extra.abs()) * room)
+        apart = frobenius_up(((half * rest) @ extra.abs()) * room)
+        share = (half * lengths / row_norms_up(rows).clamp_min(LOST)).sqrt().clamp(1.0 / LARGEST, LARGEST)
+        left, right = extra * (half / share).reshape(-1, 1), (rows if inputs is None else rows[:, inputs]) * share.reshape(-1, 1)
+        found = certify_all([Dense(left.mT.contiguous()), Dense(right)], rtol=1e-3)
+        norms = [rd.add_up(float(b.upper), rd.mul_up(rd.gamma(8.0), frobenius_up(m))) for b, m in zip(found, (left, right), strict=True)]
+        return min(plain, rd.add_up(rd.mul_up(*norms), apart))
 
 
 def _in_parts(act: Callable[[Sequence[Tensor], bool], Tensor], xs: Sequence[Tensor], step: Step) -> Tensor:
