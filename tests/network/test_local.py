@@ -140,6 +140,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     **{name: (lambda call=call: between(call), (3,)) for name, call in ENTRYWISE.items()},
     "residual": (lambda: Residual(nn.ReLU, 0), (2, 8, 8)),
     "smooth residual": (lambda: Residual(nn.SiLU, 1), (2, 8, 8)),
+    "residual of relus": (lambda: Strided(nn.ReLU), (2, 9, 9)),
     "strided": (lambda: Strided(nn.ReLU), (2, 6, 6)),
     "smooth strided": (lambda: Strided(nn.SiLU), (2, 6, 6)),
     "token": (lambda: Token(0), (3, 4)),

@@ -159,7 +159,9 @@ def line(what: Slope, low: Tensor, high: Tensor, middle: tuple[Tensor, Tensor]) 
     if value.least.shape != knots.shape:
         return None
     slope = _chord(value.most[0], value.most[-1], low, high)
-    slope = torch.minimum(torch.maximum(slope, torch.as_tensor(what.low)), torch.as_tensor(what.high))
+    slope = torch.minimum(
+        torch.maximum(slope, torch.as_tensor(what.low, dtype=torch.float64)), torch.as_tensor(what.high, dtype=torch.float64)
+    )
     on = what.within(knots[:-1], knots[1:])
     falls, rises = (slope - on.low).clamp_min(0.0), (on.high - slope).clamp_min(0.0)  # how fast f - slope z falls and rises at most
     size = (value.least.abs() + value.most.abs()).amax(0)
@@ -214,7 +216,11 @@ def drift(what: Slope, argument: Value, rows: Tensor, stray: tuple[Tensor, Tenso
     base, turned = (under + over) / 2, bend.reshape(-1, 1) * rows
     reach = bend.reshape(-1).abs() * reach * (1 + 2.0**-48)
     loose = round_up((over - under) / 2).reshape(-1) + room.reshape(-1) + 2.0**-48 * reach
-    return Drift(base, turned, reach, loose) if bool((loose < 0.35 * (torch.as_tensor(what.high) - what.low).reshape(-1)).any()) else None
+    return (
+        Drift(base, turned, reach, loose)
+        if bool((loose < 0.35 * (torch.as_tensor(what.high, dtype=torch.float64) - what.low).reshape(-1)).any())
+        else None
+    )
 
 
 # ---- values relaxed --------------------------------------------------------------------------------------------------------
