@@ -6,6 +6,7 @@ with the mutant in place.
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip.network import compose, fold, in_place, linear_stretches, lower_bound, running_errors
+from gramlip.network import compose, executed, execution, fold, in_place, linear_stretches, lower_bound, running_errors
 from gramlip.network.coupling import elimination, linear_forms, segments
 from gramlip.network.local import columns, intervals, jacobians, relaxations
 from gramlip.network.rules import fourier, statistics
@@ -40,6 +41,7 @@ from gramlip.operators.geometry import Axis
 from gramlip.reports import checkpoint, formats
 from gramlip.reports.readers import Entry, Stored
 from gramlip.rules import Call
+from test_execution import test_the_worst_order_of_a_sum_is_covered, test_weights_that_the_format_does_not_hold_count
 from test_formats import test_products_of_two_vectors_exactly
 from test_fourier import test_a_spectrum_of_an_even_signal_read_as_another_length
 from test_linear_stretches import exact as affine_norm
@@ -717,6 +719,40 @@ def caps_are_certified() -> None:
         assert gl.bound(layer).upper <= 0.1
 
 
+def errors_pass_through_functions() -> None:
+    """A steep function after a layer whose sum errs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 1, bias=False), nn.ReLU())
+    nn.init.constant_(model[0].weight, 1.0)
+    found = gl.execution_error(model, (64,), dtype=torch.bfloat16, domain=(0.5, 1.0))
+    x = torch.rand(64, 64).to(torch.bfloat16) / 2 + 0.5
+    off = (copy.deepcopy(model).to(torch.bfloat16)(x).double() - model.double()(x.double())).detach().abs().max()
+    assert float(off) <= found.largest
+
+
+def weights_of_the_program_as_they_are(patch: pytest.MonkeyPatch) -> None:
+    """The program's weights taken for those of the function."""
+    right = executed.constant
+
+    def wrong(value: Any, arithmetic: Any) -> executed.Operand:
+        made = right(value, arithmetic)
+        return replace(made, error=torch.zeros_like(made.error))
+
+    patch.setattr(execution, "constant", wrong)
+
+
+def sums_rounded_once(patch: pytest.MonkeyPatch) -> None:
+    """A sum of many products that costs one rounding of its result."""
+    patch.setattr(executed.Arithmetic, "gamma", lambda self, terms: 0.0)
+
+
+def errors_end_at_functions(patch: pytest.MonkeyPatch) -> None:
+    """Errors that no function passes on."""
+    right = execution._Propagation._by_step
+    patch.setattr(execution._Propagation, "_by_step", lambda self, i, errors: right(self, i, errors) * 0.0)
+    patch.setattr(execution._Propagation, "_by_rows", lambda self: (None, ()))
+
+
 def half_of_a_result_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Every other entry of a linear stretch taken for one that reads nothing."""
     right = linear_stretches.Matrices._parts
@@ -838,6 +874,9 @@ def around(name: str) -> Callable[[], None]:
 
 
 MUTANTS: dict[str, Mutant] = {
+    "execution: weights as they are": Mutant(weights_of_the_program_as_they_are, test_weights_that_the_format_does_not_hold_count),
+    "execution: sums rounded once": Mutant(sums_rounded_once, test_the_worst_order_of_a_sum_is_covered),
+    "execution: errors end at functions": Mutant(errors_end_at_functions, errors_pass_through_functions),
     "L1: slopes on a set, from 0": Mutant(slopes_on_a_set_from_zero, around("split")),
     "L1: slopes at one end": Mutant(slopes_at_one_end, around("sigmoid")),
     "L2: lines at the ends": Mutant(lines_at_the_ends_alone, lambda: test_an_activation_stays_within_its_line("softplus")),

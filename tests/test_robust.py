@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import sys
@@ -280,3 +281,44 @@ def test_products_and_norms_that_underflow_certify_nothing_more() -> None:
     assert Fraction(one(1e-20, 1e-150, 3.33e-172)) <= Fraction(1e-20) / (Fraction(1e-150) * Fraction(3.33e-172))
     assert one(1.0, 1e200, 1e200) == 0.0  # below the normal range
     assert one(1e200, 1e-200, 1.0) == pytest.approx(sys.float_info.max)  # above it, and the true radius larger still
+
+
+def half_precision_case() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A classifier in float16, and inputs near its boundary, where both logits are close to the middle of two neighbours of the format."""
+    program = nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        program.weight.copy_(torch.tensor([[1.0, 2.0**-11, 2.0**-10], [1.0, 2.0**-11, -(2.0**-10)]]))
+    program = program.half()
+    inputs = torch.tensor([[1.0, 1.0, 2.0**-13], [1.0, 1.0, -(2.0**-13)]], dtype=torch.float16)
+    return program, inputs, program(inputs).detach()
+
+
+def test_radii_of_half_precision_hold_for_the_program_only_with_its_rounding() -> None:
+    """Some input of the case lies within the radius of another one, and the program answers otherwise."""
+    program, inputs, logits = half_precision_case()
+    labels = logits.argmax(1)
+    gap = torch.cdist(inputs.double(), inputs.double())
+    other = labels[:, None] != labels
+    upper = gl.audit(copy.deepcopy(program).float(), (3,)).upper
+
+    def broken(radii: torch.Tensor) -> bool:
+        return bool((other & (gap < radii[:, None])).any())
+
+    error = gl.execution_error(program, (3,), domain=(-1.0, 1.0))
+    assert broken(robust.radii(logits, labels, upper))
+    assert not broken(robust.radii(logits, labels, upper, execution=error))
+
+
+def test_executed_radii_are_smaller_and_say_so() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.rand(20, 6)
+    batch = [(x, model(x).argmax(1))]
+    plain = robust.certify(model, batch, gl.audit(model, (6,)))
+    executed = robust.certify(model, batch, gl.audit(model, (6,)), executed=True, domain=(0.0, 1.0))
+    assert bool((executed.radii < plain.radii).all())
+    assert bool((executed.radii > plain.radii - 1e-3).all())
+    assert "rounding of both programs" in executed.because
+    with pytest.raises(gl.InputError, match="domain"):
+        robust.certify(model, batch, 1.0, executed=True)
+    with pytest.raises(gl.InputError, match="execution"):
+        robust.radii(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64), 1.0, execution=torch.ones(2))

@@ -7,6 +7,7 @@ from gramlip import distributed, nn, robust
 from gramlip import rules as rules  # the public face of network.rules
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network.audit import audit
+from gramlip.network.execution import execution_error
 from gramlip.norm.methods import METHODS, bound
 from gramlip.norm.methods.formulas import conv_gram_norm
 from gramlip.numerics.gram_iteration import gram_norm
@@ -28,6 +29,7 @@ __all__ = [
     "conv_gram_norm",
     "describe",
     "distributed",
+    "execution_error",
     "gram_norm",
     "nn",
     "robust",

@@ -1,6 +1,7 @@
 """Certified robustness: from the margins of a classifier and its Lipschitz constant to l2 radii, in pixels of [0, 1].
 
-Proofs: docs/training.md#certify. The constant is proved in floating point; the logits are taken as the model computes them.
+Proofs: docs/training.md#certify. The constant is proved in floating point; the logits are taken as the model computes
+them, or with what rounding may have done to them (`executed=True`, docs/execution.md).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from gramlip.errors import InputError, check_integers
 from gramlip.network.audit import audit
+from gramlip.network.execution import ExecutionError, execution_error
 from gramlip.network.graph import export, undisturbed
 from gramlip.network.local import Around, region
 from gramlip.network.ranges import capped
@@ -85,6 +87,7 @@ def radii(
     *,
     std: float | Sequence[float] = 1.0,
     last: nn.Linear | Tensor | None = None,
+    execution: float | Tensor | ExecutionError = 0.0,
 ) -> Tensor:
     """Certified l2 radii (batch,), float64: no input closer than that, in pixels, gets another label.
 
@@ -97,6 +100,8 @@ def radii(
         std: what the input normalisation outside the network divides by; 1 where the network takes pixels.
         last: the network's final linear layer: each pair of classes then has its own constant, `||w_y - w_j||` times `lipschitz`,
             instead of `sqrt(2)` times that of the whole network.
+        execution: bounds of how far each logit of the program that runs is from the real one, by `gramlip.execution_error`: the radii
+            are then of the program, for inputs of the set that the bounds hold for. With 0 the logits are taken for real numbers.
 
     Raises:
         InputError: shapes or numbers that cannot be used.
@@ -116,7 +121,7 @@ def radii(
         given = f"a label of {labels.dtype}" if labels.is_floating_point() else f"the label {int(labels[wrong][0])}"
         msg = f"{given} was given for {logits.shape[1]} classes; expected integers from 0 to {logits.shape[1] - 1}"
         raise InputError(msg)
-    logits, labels = to_float64(logits), labels.long()
+    logits, labels = least_favourable(logits, labels, execution), labels.long()
     gaps = logits.gather(1, labels[:, None]) - logits
     if last is None:
         slopes, units = torch.full_like(gaps, rd.sqrt_up(2.0)), torch.ones_like(gaps)
@@ -124,6 +129,24 @@ def radii(
         slopes, units = (part[labels] for part in _pairs(last, logits))
     least = _quotients(gaps, slopes, units, constant(lipschitz, std)).scatter(1, labels[:, None], torch.inf).amin(1)
     return torch.where((least > 0) & logits.isfinite().all(1), least, 0.0)
+
+
+def least_favourable(logits: Tensor, labels: Tensor, execution: float | Tensor | ExecutionError) -> Tensor:
+    """Logits in float64, those of other classes raised by all that rounding may do to a margin: here, and at the other input.
+
+    >>> least_favourable(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), 0.125)[0, 1] >= 0.5
+    tensor(True)
+    """
+    given = execution.outputs[0] if isinstance(execution, ExecutionError) and len(execution.outputs) == 1 else execution
+    off = tensor("execution", given).to(torch.float64).reshape(-1)
+    if len(off) not in (1, logits.shape[1]) or bool((off < 0).any() | off.isnan().any()):
+        msg = f"execution={execution!r} was given for {logits.shape[1]} classes; expected bounds of at least 0, by gl.execution_error"
+        raise InputError(msg)
+    logits, labels, off = to_float64(logits), labels.long()[:, None], off.expand(logits.shape[1]).to(logits.device)
+    if not bool(off.any()):
+        return logits
+    raised = logits + 2.0 * (off[labels] + off)
+    return (raised + raised.abs() * 2.0**-50).scatter(1, labels, logits.gather(1, labels))
 
 
 def _quotients(gaps: Tensor, slopes: Tensor, units: Tensor, scale: float) -> Tensor:
@@ -266,6 +289,8 @@ def certify(
     std: float | Sequence[float] = 1.0,
     last: nn.Linear | Tensor | None = None,
     local: bool = False,
+    executed: bool = False,
+    domain: tuple[Any, Any] | None = None,
 ) -> Certified:
     """Clean and certified accuracy: the share of samples that are right and stay right at every distance up to `eps`.
 
@@ -277,9 +302,13 @@ def certify(
         std: as for `radii`.
         last: as for `radii`.
         local: also look for a larger radius around each sample, which takes some constants of the network for each of them.
+        executed: take what rounding may do to the logits off the margins, so that the radii are those of the program that runs, for
+            inputs in `domain`.
+        domain: (low, high) of what the loader gives and of what it may be changed to, numbers or tensors that broadcast to a sample.
 
     Raises:
         InputError: no samples, or numbers that cannot be used.
+        UnsupportedError: `executed` of a model with calls whose rounding no rule bounds.
 
     >>> model = nn.Linear(2, 2, bias=False)
     >>> _ = nn.init.eye_(model.weight)
@@ -290,16 +319,19 @@ def certify(
     if not wanted or any(not 0 <= e < math.inf for e in wanted):
         msg = f"eps={eps!r} was given; expected radii of at least 0 in pixels of [0, 1], such as 36/255"
         raise InputError(msg)
-    found, right, around = list[Tensor](), 0, None
+    found, right, around, error = list[Tensor](), 0, None, None
     for inputs, labels in _batches(loader):
         if lipschitz is None:
             with evaluating(model):
                 lipschitz = audit(model, inputs[:1].to(_device(model)))
         logits, truth = tensor("logits", logits_of(model, inputs)), labels.to(_device(model))
-        found.append(radii(logits, truth, lipschitz, std=std, last=last).cpu())
+        if executed and error is None:
+            error = _execution(model, inputs[:1], domain)
+        sure = least_favourable(logits, truth, error or 0.0)
+        found.append(radii(sure, truth, lipschitz, std=std, last=last).cpu())
         if local:
             around = around or LocalRadii(model, inputs)
-            found[-1] = _widened(around, inputs, logits.cpu(), truth.cpu(), found[-1], min(numbers(std)))
+            found[-1] = _widened(around, inputs, sure.cpu(), truth.cpu(), found[-1], min(numbers(std)))
         right += int(((logits.argmax(1) == truth) & logits.isfinite().all(1)).sum())  # the argmax of NaN is no answer
     if not found:
         msg = "the loader gave no batch; expected at least one (inputs, labels)"
@@ -309,9 +341,27 @@ def certify(
     shares = {e: float((every > e).double().mean()) for e in wanted}
     pairs = "the pairwise norms of the last layer's rows" if last is not None else "sqrt(2)"
     most = decimals(constant(lipschitz, std), upward=True)
-    own = "; or over the constants of pairs of classes around each input, where that is more" if local else ""
-    because = f"margin over {pairs} times the constant {most} for pixels{own}; logits as the model computes them"
+    because = f"margin over {pairs} times the constant {most} for pixels{AROUND if local else ''}; {_rounding(error)}"
     return Certified(right / len(every), shares, every, because)
+
+
+AROUND = "; or over the constants of pairs of classes around each input, where that is more"
+
+
+def _rounding(error: ExecutionError | None) -> str:
+    """What is taken off for rounding, in words."""
+    if error is None:
+        return "logits as the model computes them"
+    return f"less {decimals(4 * error.largest, upward=True)} for the rounding of both programs ({error.because})"
+
+
+def _execution(model: nn.Module, sample: Tensor, domain: tuple[Any, Any] | None) -> ExecutionError:
+    """What rounding may do to the logits of a sample of the domain."""
+    if domain is None:
+        msg = "executed=True was given without a domain; expected where inputs lie: type domain=(0.0, 1.0) for pixels"
+        raise InputError(msg)
+    with in_eval_mode(model):
+        return execution_error(model, sample.to(_device(model)), domain=domain)
 
 
 def _widened(around: LocalRadii, inputs: Tensor, logits: Tensor, labels: Tensor, least: Tensor, std: float) -> Tensor:

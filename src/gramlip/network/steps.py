@@ -7,7 +7,7 @@ them, composition and coupling read them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -345,16 +345,9 @@ class Network:
         return read
 
 
-def renumbered(steps: Sequence[Step | None], outputs: Sequence[int], moved: dict[int, int]) -> Network:
-    """The network without the steps that are None or unread; `moved` maps a dropped step to the one that stands for it."""
-
-    def final(i: int) -> int:
-        while i in moved:
-            i = moved[i]
-        return i
-
-    ends = [final(i) for i in outputs]
-    alive, stack = set[int](), list(ends)
+def numbering(steps: Sequence[Step | None], outputs: Sequence[int], moved: Mapping[int, int]) -> dict[int, int]:
+    """New numbers of the inputs and of what these outputs depend on; `moved` maps a dropped step to the one that stands for it."""
+    alive, stack = set[int](), [_final(i, moved) for i in outputs]
     while stack:
         i = stack.pop()
         if i in alive:
@@ -362,15 +355,26 @@ def renumbered(steps: Sequence[Step | None], outputs: Sequence[int], moved: dict
         alive.add(i)
         step = steps[i]
         assert step is not None
-        stack += [final(s) for s in step.reads]
+        stack += [_final(s, moved) for s in step.reads]
     kept = [i for i, step in enumerate(steps) if step is not None and (i in alive or isinstance(step.what, Input))]
-    number = {old: new for new, old in enumerate(kept)}
+    return {old: new for new, old in enumerate(kept)}
+
+
+def _final(i: int, moved: Mapping[int, int]) -> int:
+    while i in moved:
+        i = moved[i]
+    return i
+
+
+def renumbered(steps: Sequence[Step | None], outputs: Sequence[int], moved: Mapping[int, int]) -> Network:
+    """The network without the steps that are None or unread; `moved` maps a dropped step to the one that stands for it."""
+    number = numbering(steps, outputs, moved)
     fresh: list[Step] = []
-    for i in kept:
+    for i in number:
         step = steps[i]
         assert step is not None
-        fresh.append(step.moved(lambda s: number[final(s)]))
-    return Network(fresh, tuple(number[i] for i in ends))
+        fresh.append(step.moved(lambda s: number[_final(s, moved)]))
+    return Network(fresh, tuple(number[_final(i, moved)] for i in outputs))
 
 
 def selected(network: Network, inputs: Tensor | None, outputs: Tensor | None) -> Network:

@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import warnings
-from argparse import ArgumentTypeError, Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
+from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace, _SubParsersAction  # pyright: ignore[reportPrivateUsage]
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gramlip import robust
 from gramlip.cli.commands import Commands, count, device, examples, folder, shape, tolerance, whole
-from gramlip.errors import InputError, first_line, out_of_memory
+from gramlip.errors import InputError, UnsupportedError, first_line, out_of_memory
 from gramlip.lab.compare import compare, error_against_time
 from gramlip.lab.reproduce import EXPERIMENTS, Options, reproduce
 from gramlip.lab.training import recipes
@@ -240,6 +240,12 @@ def add_certify(subparsers: _SubParsersAction[Any]) -> None:
     parser.add_argument("--local", action="store_true", help="also larger radii from constants around each image")
     parser.add_argument("--attack", action="store_true", help="also the accuracy under attack at each radius; needs gramlip[attack]")
     parser.add_argument("--rtol", type=tolerance, default=1e-2, metavar="R", help="relative width of each layer's interval (default 1e-2)")
+    parser.add_argument(
+        "--executed",
+        action=BooleanOptionalAction,
+        default=True,
+        help="take what rounding may do off the margins, for pixels in [0, 1] (default); --no-executed takes logits for real numbers",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output, alone")
     parser.set_defaults(run=run_certify)
 
@@ -252,7 +258,7 @@ def run_certify(args: Namespace) -> int:
     pixels = list(zip((images.float() / 255).split(500), labels.split(500), strict=True))
     with aside():
         _runs(args.target, model, recipes.normalised(pixels[0][0], mean, std))
-        found = _certified(model, [(recipes.normalised(x, mean, std), y) for x, y in pixels], tuple(images.shape[1:]), args, std)
+        found = _certified(model, [(recipes.normalised(x, mean, std), y) for x, y in pixels], args, mean, std)
         result: dict[str, Any] = {"schema": 1, "target": args.target, **found.to_dict()}
         if args.attack:
             for entry in result["certified"]:
@@ -295,11 +301,21 @@ def _runs(target: str, model: nn.Module, images: Tensor) -> None:
         raise InputError(msg) from error
 
 
-def _certified(model: nn.Module, batches: list[Any], shape: tuple[int, ...], args: Namespace, std: tuple[float, ...]) -> robust.Certified:
+def _certified(model: nn.Module, batches: list[Any], args: Namespace, mean: tuple[float, ...], std: tuple[float, ...]) -> robust.Certified:
     """By pairs of classes where the network is a chain that ends in a linear layer."""
-    if isinstance(model, nn.Sequential) and isinstance(last := model[-1], nn.Linear):
-        return robust.certify(model, batches, audit(model[:-1], shape, rtol=args.rtol), args.eps, std=std, last=last, local=args.local)
-    return robust.certify(model, batches, audit(model, shape, rtol=args.rtol), args.eps, std=std, local=args.local)
+    ends = [recipes.normalised(torch.full((1, len(std), 1, 1), end), mean, std) for end in (0.0, 1.0)]
+    shape = tuple(batches[0][0].shape[1:])
+    options: dict[str, Any] = {"std": std, "local": args.local}
+    options |= {"executed": args.executed, "domain": tuple(ends) if args.executed else None}
+    try:
+        if isinstance(model, nn.Sequential) and isinstance(last := model[-1], nn.Linear):
+            return robust.certify(model, batches, audit(model[:-1], shape, rtol=args.rtol), args.eps, last=last, **options)
+        return robust.certify(model, batches, audit(model, shape, rtol=args.rtol), args.eps, **options)
+    except UnsupportedError as error:
+        if not args.executed or "rounding" not in str(error):
+            raise
+        msg = f"{error}; type --no-executed for radii of real numbers"
+        raise UnsupportedError(msg) from error
 
 
 def _model(target: str, normalised: bool) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:

@@ -1,7 +1,7 @@
-"""Constants on a set of inputs: intervals for every entry of every value, lines, and bounds of the Jacobian. docs/local.md."""
+"""Local constants: on a box or in a ball of inputs. docs/local.md."""
 
 from gramlip.network.local.intervals import Region, region
 from gramlip.network.local.jacobians import Around, derivative
-from gramlip.network.local.restrict import Local, restricted
+from gramlip.network.local.restrict import restricted
 
-__all__ = ["Around", "Local", "Region", "derivative", "region", "restricted"]
+__all__ = ["Around", "Region", "derivative", "region", "restricted"]

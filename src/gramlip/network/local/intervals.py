@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, singledispatch
+from numbers import Real
 from typing import Any
 
 import torch
@@ -138,6 +140,9 @@ def _box(shapes: Sequence[Shape], domain: object) -> tuple[tuple[Tensor, ...], t
     """The lower and the upper ends of all inputs."""
     wanted = "expected two finite numbers, the lower first, or two tensors that broadcast to the input: type a tuple such as (0.0, 1.0)"
     if not isinstance(domain, Sequence) or len(domain) != 2:  # type: ignore[reportUnknownArgumentType]
+        msg = f"domain={domain!r} was given; {wanted}"
+        raise InputError(msg)
+    if any(isinstance(end, bool) or (isinstance(end, Real) and not math.isfinite(end)) for end in domain):  # type: ignore[reportUnknownVariableType]
         msg = f"domain={domain!r} was given; {wanted}"
         raise InputError(msg)
     low, high = (_tensors("domain", end, shapes) for end in domain)  # type: ignore[reportUnknownVariableType]

@@ -165,7 +165,7 @@ def derivative(network: Network, composed: Composition, area: Region) -> Derivat
     """The derivative of the results on the set that the slopes are restricted to; None where it is not followed."""
     sizes = [math.prod(step.shape) for step in network.steps]
     rows = sum(sizes[i] for i in network.outputs)
-    growth = math.prod(max(1.0, lip) for lip in composed.lips if lip < math.inf)
+    growth = _growth(network, composed)
     if rows * sum(sizes) > ENTRIES or rows * area.entries > ENTRIES or not growth < LARGEST or composed.upper in {0.0, math.inf}:
         return None
     with torch.no_grad():
@@ -179,6 +179,15 @@ def derivative(network: Network, composed: Composition, area: Region) -> Derivat
             rest = [] if not made.far else [(torch.ones(1, 1, dtype=torch.float64), made.rest())]
             known[i] = Derivative(made.centre, made.moduli, None, made.entries(area) * (1.0 + sweeps.gamma), rest)
         return _telescoped(sweeps, network.outputs, known)
+
+
+def _growth(network: Network, composed: Composition) -> float:
+    """The product of what each step multiplies lengths by, where that is more than 1."""
+    growth = 1.0
+    for step, lip in zip(network.steps, composed.lips, strict=True):
+        before = max((composed.lips[s] for s in step.sources), default=0.0)
+        growth *= max(1.0, lip / before) if 0.0 < before < math.inf and lip < math.inf else 1.0
+    return growth
 
 
 def _of_results(sweeps: Sweeps) -> Derivative:

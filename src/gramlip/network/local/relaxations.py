@@ -18,7 +18,7 @@ from gramlip.operators.geometry import apply
 from gramlip.operators.linear_maps import Conv, Dense, Shape
 
 INF = math.inf
-BUDGET = 2**26  # entries of rows, at all values together, that intervals are tightened with
+BUDGET = 5e10  # multiplications that rows may take by which intervals are tightened
 THIRD = 2**24  # entries of the derivatives of a value's slopes by its input, twice
 COLUMNS, MATRIX = 2**12, 2**22  # columns and entries of the matrix of a linear map that is read off a basis
 TOGETHER = 2**23  # of them at a time
@@ -229,11 +229,11 @@ def drift(what: Slope, argument: Value, rows: Tensor, stray: tuple[Tensor, Tenso
 class Relaxations:
     """The steps so far around the centre of a set, each as a linear function of what it reads, plus what it deviates from that."""
 
-    def __init__(self, area: Region, budget: int) -> None:
+    def __init__(self, area: Region, budget: float) -> None:
         self._area, self._left = area, budget
         self._steps, self._actions = list[Step](), list[Action | None]()
         self._lines, self._linear = dict[int, Line](), dict[int, tuple[Tensor, tuple[Tensor, Tensor], Tensor]]()
-        self._values, self._entries = list[Value](), 0
+        self._values, self._entries, self._work = list[Value](), 0, 0.0
 
     def add(self, step: Step, value: Value) -> Step:
         """One more step, with what is known of its value; the step with what lines know of its slopes."""
@@ -241,6 +241,7 @@ class Relaxations:
         self._steps.append(step)
         self._values.append(value)
         self._entries += math.prod(step.shape)
+        self._work += 2.0 * math.prod(step.shape) * (terms(step.what.op) if isinstance(step.what, Linear) else 1)
         what = step.what
         self._actions.append(action(self._steps, i))
         if isinstance(what, Slope) and isinstance(value.low, Tensor):
@@ -264,7 +265,7 @@ class Relaxations:
             on = what.within(value.low, value.high)
             open_ = (on.low < on.high).expand(value.low.shape)
         entries = open_.reshape(-1).nonzero()[:, 0]
-        work = len(entries) * self._entries
+        work = len(entries) * self._work
         if len(entries) == 0 or work > self._left or self._actions[i] is None:
             return value
         self._left -= work

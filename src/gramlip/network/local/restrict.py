@@ -26,7 +26,7 @@ class Local:
     columns: Columns
 
 
-def restricted(network: Network, area: Region, budget: int = BUDGET) -> Local:
+def restricted(network: Network, area: Region, budget: float = BUDGET) -> Local:
     """The network with slopes, constants and caps on a set of inputs, entry by entry, and what is known of each value there."""
     steps, known = list[Step](), list[Value]()
     inputs, lines, columns = iter(range(len(area.low))), Relaxations(area, budget), Columns(network, area)

@@ -339,7 +339,9 @@ def gated(call: Call, x: Var, gate: Var) -> Slope | None:
     if step.op.startswith("aten.sigmoid") and factor > 0 and shift == 0:  # silu(b x) / b, of a b that may be rounded
         found = slope("silu")
         least = Fraction(-found.image[0]) / factor * Fraction(1 + 2.0**-40)
-        return replace(found, because=f"x sigmoid(b x): {found.because}", image=(-rd.up(float(least)) if least < 10**300 else -INF, INF))
+        image = (-rd.up(float(least)) if least < 10**300 else -INF, INF)
+        on = found.within if sure and factor == 1 else None  # of another b they are elsewhere
+        return replace(found, because=f"x sigmoid(b x): {found.because}", image=image, within=on)
     if sure and (factor, shift) == (1, 0) and step.op.startswith("aten.hardsigmoid"):
         return slope("hardswish")
     if sure and (factor, shift) == (1, 3) and _is_relu6(step):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -14,10 +14,10 @@ from gramlip.network.graph import RECURRENT, Program, arguments, evaluate, in_fl
 from gramlip.network.in_place import op_name, reads_memory, shape_of, tensors
 from gramlip.network.rules.fourier import complex_value, keep_half
 from gramlip.network.rules.piecewise_linear import Entrywise, entrywise, merged
-from gramlip.network.rules.registry import PATTERNS, Call, Known, Var, find
+from gramlip.network.rules.registry import PATTERNS, Call, Known, Pattern, Var, find
 from gramlip.network.rules.shapes import PICKS, RISING
 from gramlip.network.running_errors import running_error
-from gramlip.network.steps import Input, Linear, Lipschitz, Network, Slice, Step, Unbounded, View, What, renumbered
+from gramlip.network.steps import Input, Linear, Lipschitz, Network, Slice, Step, Unbounded, View, What, numbering, renumbered
 from gramlip.operators.linear_maps import checked
 
 _OF_SHAPE = {
@@ -32,7 +32,8 @@ class Lowered:
     """The network's steps, the calls that no rule covers, the assumptions that were used, and the values of calls on weights alone.
 
     `errors` are those of the computed values that have any and are read with the input; `taken` says where values are taken as float64
-    gives them, without the error of its rounding.
+    gives them, without the error of its rounding. `places` are the numbers of the steps that make the values of calls, lists of such
+    where a call makes several.
     """
 
     network: Network
@@ -41,16 +42,18 @@ class Lowered:
     computed: dict[fx.Node, object]
     errors: dict[fx.Node, Tensor]
     taken: list[str]
+    places: dict[fx.Node, Any]
 
 
-def lower(program: Program, assume: Mapping[str, float] | None = None) -> Lowered:
+def lower(program: Program, assume: Mapping[str, float] | None = None, *, literal: bool = False) -> Lowered:
     """Every call of the program as steps.
 
     Args:
         program: from `gramlip.network.graph.export`.
         assume: constants to believe, by module path, node name or operation name.
+        literal: each call by its own rule, none taken together with those before.
     """
-    lowering = _Lowering(program, dict(assume or {}))
+    lowering = _Lowering(program, dict(assume or {}), literal)
     needed = _needed(program)
     for node in program.nodes:
         if node in program.inputs:
@@ -63,8 +66,8 @@ def lower(program: Program, assume: Mapping[str, float] | None = None) -> Lowere
 class _Lowering:
     """The steps so far, the value of each node, and what is known of values from the calls before."""
 
-    def __init__(self, program: Program, assume: Mapping[str, float]) -> None:
-        self._program, self._assume = program, assume
+    def __init__(self, program: Program, assume: Mapping[str, float], literal: bool) -> None:
+        self._program, self._assume, self._literal = program, assume, literal
         self._values: dict[fx.Node, object] = dict(program.constants)
         self._steps, self._known = list[Step](), Known()
         self._unused, self._assumed, self._unsupported = set(assume), list[str](), list[str]()
@@ -103,7 +106,9 @@ class _Lowering:
         read = {n for node in self._program.nodes if node not in computed for n in node.all_input_nodes}
         errors = {n: e for n, e in self._known.errors.items() if n in read and isinstance(e, Tensor)}
         network = renumbered(self._steps, ends, {})
-        return Lowered(network, self._unsupported, self._assumed, computed, errors, sorted(self._known.taken))
+        number = numbering(self._steps, ends, {})
+        places = {n: place for n, v in self._values.items() if _depends(v) and (place := _places(v, number)) is not None}
+        return Lowered(network, self._unsupported, self._assumed, computed, errors, sorted(self._known.taken), places)
 
     def _new(self, node: fx.Node, step: Step) -> Var:
         self._steps.append(step)
@@ -128,8 +133,9 @@ class _Lowering:
         text = f"{call.op} {call.args}" if plain else ""
         if text in self._known.values:  # the same call of the same value again
             return self._known.values[text]
-        curve = None if _is_complex(node) else entrywise(call)
-        value = _made(node, call, curve)
+        alone = self._literal or _is_complex(node)
+        curve = None if alone else entrywise(call)
+        value = _made(node, call, curve, () if alone else PATTERNS.get(call.op.rsplit(".", 1)[0].rstrip("_"), ()))
         if call.unasked:
             self._known.taken.add(f"go into {call.op}")
         if isinstance(value, Var) and value not in call.vars:
@@ -167,6 +173,13 @@ class _Lowering:
         return None
 
 
+def _places(value: Any, number: Mapping[int, int]) -> Any:
+    """The numbers of the steps of a value, None for those that no output depends on."""
+    if isinstance(value, list | tuple):
+        return [_places(item, number) for item in value]  # type: ignore[reportUnknownVariableType]
+    return number.get(value.step) if isinstance(value, Var) else None
+
+
 def _depends(value: object) -> bool:
     """Whether a value, or a part of it, depends on the network's input."""
     return any(map(_depends, value)) if isinstance(value, list | tuple) else isinstance(value, Var)  # type: ignore[reportUnknownArgumentType]
@@ -187,7 +200,7 @@ def _needed(program: Program) -> set[fx.Node]:
     return seen
 
 
-def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var, ...]:
+def _made(node: fx.Node, call: Call, curve: Entrywise | None, patterns: Sequence[Pattern]) -> Var | tuple[Var, ...]:
     """The value of a call: as a curve where several come together, by a pattern, or by its rule."""
     op, dtype = call.op, call.dtype
     if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
@@ -195,7 +208,7 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None) -> Var | tuple[Var
     if curve is not None and (step := merged(call, curve)) is not None:
         curve.rely(call)
         return call.then(step, curve.base)
-    for pattern in () if _is_complex(node) else PATTERNS.get(op.rsplit(".", 1)[0], ()):
+    for pattern in patterns:
         if (value := pattern(call)) is not None:
             return value
     rule = find(op)

@@ -190,13 +190,14 @@ def register(*operations: Any) -> Callable[[Rule], Rule]:
     return keep
 
 
-PATTERNS: dict[str, list[Callable[[Call], Var | None]]] = {}
+Pattern = Callable[[Call], "Var | None"]
+PATTERNS: dict[str, list[Pattern]] = {}
 
 
-def pattern(*operations: str) -> Callable[[Callable[[Call], Var | None]], Callable[[Call], Var | None]]:
+def pattern(*operations: str) -> Callable[[Pattern], Pattern]:
     """Decorator for a function that is asked before the rule of these operations; it returns None where its pattern is not met."""
 
-    def keep(found: Callable[[Call], Var | None]) -> Callable[[Call], Var | None]:
+    def keep(found: Pattern) -> Pattern:
         for operation in operations:
             PATTERNS.setdefault(operation, []).append(found)
         return found
