@@ -23,7 +23,7 @@ import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
 from gramlip.network import compose, executed, execution, fold, in_place, linear_stretches, lower_bound, running_errors
 from gramlip.network.coupling import elimination, linear_forms, segments
-from gramlip.network.local import intervals, jacobians, relaxations
+from gramlip.network.local import columns, intervals, jacobians, relaxations
 from gramlip.network.rules import fourier, statistics
 from gramlip.network.rules import shapes as joins
 from gramlip.network.steps import Pad, Slope
@@ -852,6 +852,17 @@ def middle_slopes_alone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(jacobians.Derivative, "entries", lambda self, area: torch.zeros_like(self.spread))
 
 
+def switches_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """Columns of middle slopes alone: what switches adds nothing."""
+    right = columns.Columns._activated
+
+    def middles(self: columns.Columns, i: int, what: Slope, form: columns.Form) -> columns.Form:
+        low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (what.low, what.high))
+        return right(self, i, replace(what, low=(low + high) / 2, high=(low + high) / 2), form)
+
+    patch.setattr(columns.Columns, "_activated", middles)
+
+
 def around(name: str) -> Callable[[], None]:
     """What holds of constants, and of intervals of values, around an input."""
 
@@ -869,6 +880,7 @@ MUTANTS: dict[str, Mutant] = {
     "L1: slopes on a set, from 0": Mutant(slopes_on_a_set_from_zero, around("split")),
     "L1: slopes at one end": Mutant(slopes_at_one_end, around("sigmoid")),
     "L2: lines at the ends": Mutant(lines_at_the_ends_alone, lambda: test_an_activation_stays_within_its_line("softplus")),
+    "L8: middle slopes": Mutant(switches_forgotten, around("residual of relus")),
     "L5: middle slopes": Mutant(middle_slopes_alone, around("tanh")),
     "N18: half of a result": Mutant(half_of_a_result_forgotten, affine_models_hold),
     "slopes of the first term of a sum": Mutant(slopes_of_the_first_term, _stretches(lambda x: x + torch.tanh(x), 1.99)),

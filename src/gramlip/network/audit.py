@@ -105,10 +105,12 @@ def _taken(lowered: Lowered) -> list[str]:
     return [f"computed weights are those that float64 gives where they {', '.join(lowered.taken)}"] if lowered.taken else []
 
 
-def _restricted(network: Network, area: Region | None, part: Part) -> Network:
-    """The folded steps on a set of inputs, from and to the chosen entries."""
-    known = capped(network) if area is None else restricted(network, area).network
-    return fold(selected(known, part.inputs, part.outputs))
+def _restricted(network: Network, area: Region | None, part: Part) -> tuple[Network, float]:
+    """The folded steps on a set of inputs, from and to the chosen entries, and what columns say of their constant."""
+    if area is None:
+        return fold(selected(capped(network), part.inputs, part.outputs)), math.inf
+    local = restricted(network, area)
+    return fold(selected(local.network, part.inputs, part.outputs)), local.columns.norm(part.inputs, part.outputs)
 
 
 def _part(network: Network, inputs: Sequence[int] | None, outputs: Sequence[int] | None) -> Part:
@@ -247,21 +249,20 @@ def audit(
         raise UnsupportedError(msg)
     area = region([tuple(t.shape) for t in tensors], domain, at, radius)
     part = _part(lowered.network, inputs, outputs)
-    network = _restricted(lowered.network, area, part)
+    network, columns = _restricted(lowered.network, area, part)
     found, seconds = _constants(network, rtol, search)
     ways = linear_stretches(network, found, rtol, search)
     composed = compose(network, found, ways)
-    above = _upper_side(Whole(network, found, ways, composed, area), search)
+    above = _upper_side(Whole(network, found, ways, composed, area, columns), search)
     below = _lower_side(program, lowered, tensors, data, area, part, seed, search)
     if below.value > above.value:
         _contradicted(lowered.assumed, below, above.value)
-    said = [*([] if area is None else [str(area)]), *part.said(), above.because, *search.said, *_taken(lowered), below.because]
-    whole = Bound(below.value, above.value, "; ".join(said))
+    why = "; ".join([*([] if area is None else [str(area)]), *part.said(), above.because, *search.said, *_taken(lowered), below.because])
     return Report(
         target or type(model).__name__,
         _rows(network, found, seconds, composed),
         _left_out(network),
-        whole,
+        Bound(below.value, above.value, why),
         tuple(lowered.assumed),
         unsupported=tuple(lowered.unsupported),
     )
@@ -281,7 +282,7 @@ def _contradicted(assumed: Sequence[str], below: Stretch, upper: float) -> None:
 class Whole:
     """What the upper side is looked for of: the folded steps, the constant of each of them, shortcuts, and all of it composed.
 
-    `area` is the set of inputs that it is meant for, None for all of them.
+    `area` is the set of inputs that it is meant for, None for all of them, and `columns` what columns carried forward say there.
     """
 
     network: Network
@@ -289,6 +290,7 @@ class Whole:
     ways: Mapping[int, Sequence[Shortcut]]
     composed: Composition
     area: Region | None
+    columns: float
 
 
 @dataclass(frozen=True)
@@ -324,8 +326,20 @@ def _jacobian(whole: Whole, effort: Effort) -> Upper | None:
     return Upper(found.norm(whole.area), f"bounds of the Jacobian's entries on the set, against {against}")
 
 
+def _columns(whole: Whole, effort: Effort) -> Upper | None:
+    if not whole.columns < math.inf:
+        return None
+    against = f"{decimals(whole.composed.upper, upward=True)} by composition"
+    return Upper(whole.columns, f"the results as linear functions of the input, and what switches on the set, against {against}")
+
+
 PLAIN = "product of layers, sum at residuals, root of squares at joins"
-WAYS: dict[str, Callable[[Whole, Effort], Upper | None]] = {"composition": _composition, "jacobian": _jacobian, "coupling": _coupling}
+WAYS: dict[str, Callable[[Whole, Effort], Upper | None]] = {
+    "composition": _composition,
+    "columns": _columns,
+    "jacobian": _jacobian,
+    "coupling": _coupling,
+}
 """Name -> an upper side of the whole, None where it has none; composition comes first and is always finished."""
 
 

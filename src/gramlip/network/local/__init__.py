@@ -2,6 +2,6 @@
 
 from gramlip.network.local.intervals import Region, region
 from gramlip.network.local.jacobians import Around, derivative
-from gramlip.network.local.relaxations import restricted
+from gramlip.network.local.restrict import restricted
 
 __all__ = ["Around", "Region", "derivative", "region", "restricted"]

@@ -298,7 +298,10 @@ def _within(within: Callable[[float, float], Slope | None], known: OnInterval, l
 def _restricted_slope(what: Slope, low: Tensor, high: Tensor) -> Slope:
     assert what.within is not None
     on = what.within(low, high)
-    least, most = torch.maximum(on.low, torch.as_tensor(what.low)), torch.minimum(on.high, torch.as_tensor(what.high))
+    least, most = (
+        torch.maximum(on.low, torch.as_tensor(what.low, dtype=torch.float64)),
+        torch.minimum(on.high, torch.as_tensor(what.high, dtype=torch.float64)),
+    )
     fixed, count = int((least == most).sum()), least.numel()
     name = what.because.split(":")[0]
     text = f"{name}: slopes in [{float(least.min()):.6g}, {float(most.max()):.6g}] on the given inputs, fixed in {fixed} of {count} entries"
@@ -426,7 +429,7 @@ def distance(step: Step, sources: Sequence[float]) -> float:
         norm = quick_norm(to_float64(what.op.weight)) if isinstance(what.op, Dense) else rough_norm(what.op)
         return rd.mul_up(rd.add_up(norm, what.error), far)
     if isinstance(what, Slope):
-        return rd.mul_up(max(float(torch.as_tensor(end).abs().max()) for end in (what.low, what.high)), far)
+        return rd.mul_up(max(float(torch.as_tensor(end, dtype=torch.float64).abs().max()) for end in (what.low, what.high)), far)
     if isinstance(what, Lipschitz):
         return rd.mul_up(what.upper, far)
     if isinstance(what, View | Slice | Join):

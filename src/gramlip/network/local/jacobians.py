@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gramlip.network.compose import Composition, compose, constants
 from gramlip.network.local.intervals import Region
-from gramlip.network.local.relaxations import action, adjoint, restricted, roundings, stray_of
+from gramlip.network.local.relaxations import action, adjoint, roundings, stray_of
+from gramlip.network.local.restrict import restricted
 from gramlip.network.steps import Drift, Input, Linear, Network, Slope, Step
 from gramlip.norm.certify import certify_all
 from gramlip.numerics import rounding as rd

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gramlip.network.local.intervals import Region, Value, followed, given, round_down, round_up, terms, whole_of
-from gramlip.network.steps import Drift, Input, Join, Linear, LinearAction, Lipschitz, Network, Pad, Slice, Slope, Step, Sum, View, What
+from gramlip.network.local.intervals import Region, Value, round_down, round_up, terms, whole_of
+from gramlip.network.steps import Drift, Input, Join, Linear, LinearAction, Lipschitz, Pad, Slice, Slope, Step, Sum, View, What
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import row_norms_up
 from gramlip.operators.geometry import apply
-from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
+from gramlip.operators.linear_maps import Conv, Dense, Shape
 
 INF = math.inf
 BUDGET = 5e10  # multiplications that rows may take by which intervals are tightened
@@ -159,7 +159,9 @@ def line(what: Slope, low: Tensor, high: Tensor, middle: tuple[Tensor, Tensor]) 
     if value.least.shape != knots.shape:
         return None
     slope = _chord(value.most[0], value.most[-1], low, high)
-    slope = torch.minimum(torch.maximum(slope, torch.as_tensor(what.low)), torch.as_tensor(what.high))
+    slope = torch.minimum(
+        torch.maximum(slope, torch.as_tensor(what.low, dtype=torch.float64)), torch.as_tensor(what.high, dtype=torch.float64)
+    )
     on = what.within(knots[:-1], knots[1:])
     falls, rises = (slope - on.low).clamp_min(0.0), (on.high - slope).clamp_min(0.0)  # how fast f - slope z falls and rises at most
     size = (value.least.abs() + value.most.abs()).amax(0)
@@ -214,7 +216,11 @@ def drift(what: Slope, argument: Value, rows: Tensor, stray: tuple[Tensor, Tenso
     base, turned = (under + over) / 2, bend.reshape(-1, 1) * rows
     reach = bend.reshape(-1).abs() * reach * (1 + 2.0**-48)
     loose = round_up((over - under) / 2).reshape(-1) + room.reshape(-1) + 2.0**-48 * reach
-    return Drift(base, turned, reach, loose) if bool((loose < 0.35 * (torch.as_tensor(what.high) - what.low).reshape(-1)).any()) else None
+    return (
+        Drift(base, turned, reach, loose)
+        if bool((loose < 0.35 * (torch.as_tensor(what.high, dtype=torch.float64) - what.low).reshape(-1)).any())
+        else None
+    )
 
 
 # ---- values relaxed --------------------------------------------------------------------------------------------------------
@@ -373,40 +379,3 @@ def _spanned(rows: Tensor, error: Tensor, low: Tensor, high: Tensor) -> tuple[Te
     if not bool(known.all()):
         stray = torch.where((rows[:, ~known] != 0).any(1) | (error[:, ~known] != 0).any(1), INF, stray)
     return up @ a + down @ b - stray, up @ b + down @ a + stray
-
-
-# ---- networks restricted ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Local:
-    """A network on a set of inputs: its steps restricted to it, and what is known of the value of each."""
-
-    area: Region
-    network: Network
-    values: list[Value]
-
-
-def restricted(network: Network, area: Region, budget: float = BUDGET) -> Local:
-    """The network with slopes, constants and caps on a set of inputs, entry by entry, and what is known of each value there."""
-    steps, known = list[Step](), list[Value]()
-    inputs, lines = iter(range(len(area.low))), Relaxations(area, budget)
-    for step in network.steps:
-        if isinstance(step.what, Input):
-            made, value = step, given(area, next(inputs))
-        else:
-            for s in step.sources:
-                known[s] = lines.tighten(s, step.what)
-            made, value = followed(step, [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources])
-        steps.append(lines.add(made, value))
-        known.append(value)
-    return Local(area, Network([_settled(step) for step in steps], network.outputs), known)
-
-
-def _settled(step: Step) -> Step:
-    """An activation of a vector none of whose entries can switch is linear, so that it folds."""
-    what = step.what
-    if not isinstance(what, Slope) or not isinstance(what.low, Tensor) or len(step.shape) != 2 or step.shape[0] != 1:
-        return step
-    fixed = bool((what.low == what.high).all()) and tuple(what.low.shape) == step.shape
-    return replace(step, what=Linear(Scale(what.low.double()), bias_error=INF)) if fixed else step
