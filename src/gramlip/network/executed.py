@@ -476,7 +476,8 @@ NORMED: dict[str, Rule] = {
 }
 """Calls whose errors the constants of their steps carry."""
 
-RULES: dict[str, Rule] = {**dict.fromkeys(["getitem", *ORDERED], _nothing), **LINEAR, **MAXIMA, **ENTRYWISE, **dict.fromkeys(SUMS, _added), **NORMED}
+_MOVED = dict.fromkeys(["getitem", *ORDERED], _nothing)
+RULES: dict[str, Rule] = {**_MOVED, **LINEAR, **MAXIMA, **ENTRYWISE, **dict.fromkeys(SUMS, _added), **NORMED}
 
 
 def carried(call: Execution) -> Any:
