@@ -76,14 +76,7 @@ def test_readme_is_read_in_a_minute():
     assert titles == ["Install", "Ten lines of Python", "One command", "Which tool when", "What is proved", "Read on"]
 
 
-WIDE = {  # pages from before the limit: python tools/wrap_docs.py docs/PAGE.md, and strike it off this list
-    *("architecture", "command-line", "conformance", "extending", "finite", "methods", "network", "performance", "reproduction"),
-    *("formats", "local", "scale"),
-    *("rounding", "theory", "training", "weights-alone"),
-}
-
-
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d.stem not in WIDE or d.parent.name != "docs"], ids=identity)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=identity)
 def test_lines_of_prose_fit_a_window(document):
     text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
     long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]

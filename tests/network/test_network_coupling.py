@@ -18,8 +18,9 @@ import gramlip as gl
 from gramlip.network.audit import audit
 from gramlip.network.compose import constants
 from gramlip.network.coupling import segments
+from gramlip.network.coupling.circulant import Circulant, circulant
 from gramlip.network.coupling.elimination import Piece
-from gramlip.network.coupling.linear_forms import Circulant, Entries, circulant, system
+from gramlip.network.coupling.linear_forms import Entries, system
 from gramlip.network.coupling.multipliers import MultiplierSearch, certificate, improve
 from gramlip.network.fold import fold
 from gramlip.network.graph import export

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gramlip.network.coupling.linear_forms import Form, Link, Slopes, System, size_of, sizes_of
+from gramlip.network.coupling.circulant import Link
+from gramlip.network.coupling.linear_forms import Form, Slopes, System, size_of, sizes_of
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.cholesky import cholesky, shift
 from gramlip.numerics.precision import to_float64

@@ -9,8 +9,9 @@ from functools import cached_property
 from itertools import pairwise
 
 from gramlip.network.compose import compose
+from gramlip.network.coupling.circulant import Alias, Circulant, Link, NotCirculantError, Pooled, circulant
 from gramlip.network.coupling.elimination import Piece, cost, narrowed, narrowed_matrix, single, system_cost, transposed
-from gramlip.network.coupling.linear_forms import Alias, Circulant, Entries, Link, NotCirculantError, Pooled, System, circulant, system
+from gramlip.network.coupling.linear_forms import Entries, System, system
 from gramlip.network.coupling.multipliers import (
     MultiplierSearch,
     certificate,
