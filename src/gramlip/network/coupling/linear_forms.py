@@ -1,7 +1,7 @@
 """Linear forms: each value of a segment as matrices acting on its anchors, in float64, with a bound of their rounding.
 
-An anchor is the segment's input or a vector `u = D q` with `D` diagonal, entries in [0, 1], and `q` the form of an earlier
-value. A map gives one matrix for each frequency (one matrix in all for `Entries`). docs/network.md#forms.
+An anchor is the segment's input or a vector `v = D q` with `D` diagonal, entries within a radius of a centre, and `q` the form
+of an earlier value. A map gives one matrix for each frequency (one matrix in all for `Entries`). docs/network.md#forms.
 """
 
 from __future__ import annotations
