@@ -31,6 +31,7 @@ from gramlip.operators.given import unwrapped
 from gramlip.operators.interval import Bound, decimals
 
 ROWS = 2**26  # entries of the rows of derivatives, by all values together, that are carried back from the outputs
+COLUMNS = 2**27  # entries of the differences that are followed through a network to narrow its intervals
 RTOL = 1e-2  # of the norms of layers
 
 
@@ -140,7 +141,7 @@ class _Propagation:
     def __init__(self, program: Program, lowered: Lowered, area: Region, numbers: Arithmetic) -> None:
         self._program, self._places, self._numbers, self._area = program, lowered.places, numbers, area
         self._computed, self._network = lowered.computed, lowered.network
-        self._exact = restricted(lowered.network, area).values
+        self._exact = restricted(lowered.network, area, columns=COLUMNS).values
         self._steps, self._constants = list[Step](), list[Bound]()
         self._errors, self._norms, self._rounded = dict[int, Any](), dict[int, float](), dict[int, Tensor]()
         self._at: dict[fx.Node, Any] = {}

@@ -52,11 +52,12 @@ class Switches:
 class Columns:
     """The values so far as linear functions of the input, and what slopes may add to them."""
 
-    def __init__(self, network: Network, area: Region) -> None:
+    def __init__(self, network: Network, area: Region, budget: int = WORK) -> None:
+        """Nothing is followed where that takes more than `budget` entries."""
         sizes, outputs = [math.prod(step.shape) for step in network.steps], network.outputs
         self._area, self._outputs, self._sizes = area, outputs, sizes
         work = area.entries * sum(sizes)
-        self._left = WORK - work
+        self._left = budget - work
         self._pays = area.entries * max(sizes) <= MOST and self._left >= 0 and area.far < LARGEST
         self._actions = [action(network.steps, i) if self._pays else None for i in range(len(sizes))]
         reads = [step.sources if act is None else act[0] for step, act in zip(network.steps, self._actions, strict=True)]

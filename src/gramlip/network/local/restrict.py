@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from gramlip.network.local.columns import Columns
+from gramlip.network.local.columns import WORK, Columns
 from gramlip.network.local.intervals import Region, Value, followed, given
 from gramlip.network.local.relaxations import BUDGET, Relaxations
 from gramlip.network.steps import Input, Linear, Network, Slope, Step
@@ -26,10 +26,13 @@ class Local:
     columns: Columns
 
 
-def restricted(network: Network, area: Region, budget: float = BUDGET) -> Local:
-    """The network with slopes, constants and caps on a set of inputs, entry by entry, and what is known of each value there."""
+def restricted(network: Network, area: Region, budget: float = BUDGET, columns: int = WORK) -> Local:
+    """The network with slopes, constants and caps on a set of inputs, entry by entry, and what is known of each value there.
+
+    `budget` is of the linear relaxations, `columns` of the differences that are followed: entries, of which 2**31 take half a minute.
+    """
     steps, known = list[Step](), list[Value]()
-    inputs, lines, columns = iter(range(len(area.low))), Relaxations(area, budget), Columns(network, area)
+    inputs, lines, moved = iter(range(len(area.low))), Relaxations(area, budget), Columns(network, area, columns)
     for step in network.steps:
         if isinstance(step.what, Input):
             made, value = step, given(area, next(inputs))
@@ -37,10 +40,10 @@ def restricted(network: Network, area: Region, budget: float = BUDGET) -> Local:
             for s in step.sources:
                 known[s] = lines.tighten(s, step.what)
             made, value = followed(step, [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources])
-        value = columns.add(made, value)
+        value = moved.add(made, value)
         steps.append(lines.add(made, value))
         known.append(value)
-    return Local(area, Network([_settled(step) for step in steps], network.outputs), known, columns)
+    return Local(area, Network([_settled(step) for step in steps], network.outputs), known, moved)
 
 
 def _settled(step: Step) -> Step:
