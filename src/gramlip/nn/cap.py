@@ -16,7 +16,7 @@ from gramlip.nn.tracker import Tracker
 from gramlip.norm.methods import check_rtol
 
 FAR = 0.8  # of the target: a norm below it does not come to the target in the few steps until it is read again
-TURNS = 4  # calls between two readings of such a layer
+TURNS = 8  # calls between two readings of such a layer
 
 
 class Cap(Norms):
@@ -24,7 +24,7 @@ class Cap(Norms):
 
     The layers keep their plain weights. The norms are tracked as those of `LipschitzPenalty` are, so that a call costs a few products
     of the kernels with a vector, and are estimates from below: a layer may stand above the target by as much as a few steps move it.
-    Layers of one shape that are all below 0.8 of the target are read at one call in four. `cap_` certifies, at the end of training or
+    Layers of one shape that are all below 0.8 of the target are read at one call in eight. `cap_` certifies, at the end of training or
     at a checkpoint.
 
     Args:

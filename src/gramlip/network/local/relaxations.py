@@ -96,12 +96,13 @@ def _copied(steps: Sequence[Step], step: Step) -> Action | None:
     inner = getattr(before.what, "copy_entries", None) if step.op == "getitem" else None
     sources = step.sources if inner is None else before.sources
 
-    def whole(x: Tensor) -> Tensor:
-        return copied(x if inner is None else inner(x))  # type: ignore[misc]
-
-    made = whole(torch.zeros(steps[sources[0]].shape, dtype=torch.float64))
-    fits = isinstance(made, Tensor) and tuple(made.shape) == step.shape  # type: ignore[reportUnnecessaryIsInstance]
-    return (sources, lambda xs, _: torch.func.vmap(whole)(xs[0])) if fits else None
+    shape = steps[sources[0]].shape
+    numbers = torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
+    read = copied(numbers if inner is None else inner(numbers))
+    if not isinstance(read, Tensor) or tuple(read.shape) != step.shape:
+        return None
+    places = read.reshape(-1).long()
+    return sources, lambda xs, _: xs[0].flatten(1)[:, places].reshape(-1, *step.shape)
 
 
 def _linear(what: Linear, x: Tensor, moduli: bool) -> Tensor:
