@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from gramlip.lab.reproduce.run import markdown
@@ -32,7 +33,12 @@ def header(run: dict[str, Any], row: str | None) -> str:
     """What ran where, and the rates of matrix products."""
     said = ", ".join(f"{key} {value}" for key, value in run["header"].items() if not isinstance(value, dict))
     rates = ", ".join(f"{dtype} {value / 1e9:.4g}" for dtype, value in run["header"]["flops_per_second"].items())
-    return f"{said}.\n\nMatrix products in the same run, in 1e9 real operations a second: {rates}."
+    return f"{wrapped(f'{said}.')}\n\n{wrapped(f'Matrix products in the same run, in 1e9 real operations a second: {rates}.')}"
+
+
+def wrapped(text: str) -> str:
+    """Prose in lines that fit a window."""
+    return fill(text, 118, break_long_words=False, break_on_hyphens=False)
 
 
 def claims(run: dict[str, Any], row: str | None) -> str:
@@ -64,7 +70,7 @@ def entries(run: dict[str, Any], row: str | None) -> str:
         rows.append([e["case"], e["contender"], *("" if c is None else c for c in cells)])
     memory = [f"{e['case']}: {e['memory'] / 2**30:.3g} GiB at the most." for e in found["entries"] if e["memory"]]
     tables = [markdown(HEAD, rows)] if rows else []
-    return "\n\n".join([*tables, *memory, *(f"{note.rstrip('.')}." for note in found["notes"])])
+    return "\n\n".join([*tables, *memory, *(wrapped(f"{note.rstrip('.')}.") for note in found["notes"])])
 
 
 KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {"header": header, "claims": claims, "entries": entries}

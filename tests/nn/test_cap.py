@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 
 import gramlip as gl
 from gramlip import nn as gnn
+from gramlip.nn.cap import TURNS
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 
@@ -165,7 +166,7 @@ def test_layers_far_below_the_target_are_read_in_turns_and_caught() -> None:
     with torch.no_grad():
         model[0].weight.mul_(1.1)
         model[1].weight.mul_(15.0)
-    calls = [cap() for _ in range(4)]
+    calls = [cap() for _ in range(TURNS)]
     assert "0" in calls[0]  # near the target: at once
     assert sum("1" in found for found in calls) == 1
     assert all(gl.bound(layer).lower <= 1.0 + 1e-3 for layer in model)
