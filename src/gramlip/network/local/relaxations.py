@@ -98,7 +98,7 @@ def _copied(steps: Sequence[Step], step: Step) -> Action | None:
 
     shape = steps[sources[0]].shape
     numbers = torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
-    read = copied(numbers if inner is None else inner(numbers))
+    read = copied(numbers if inner is None else inner(numbers))  # type: ignore[misc]
     if not isinstance(read, Tensor) or tuple(read.shape) != step.shape:
         return None
     places = read.reshape(-1).long()
