@@ -749,7 +749,7 @@ def sums_rounded_once(patch: pytest.MonkeyPatch) -> None:
 def errors_end_at_functions(patch: pytest.MonkeyPatch) -> None:
     """Errors that no function passes on."""
     right = execution._Propagation._by_step
-    patch.setattr(execution._Propagation, "_by_step", lambda self, i, errors: right(self, i, errors) * 0.0)
+    patch.setattr(execution._Propagation, "_by_step", lambda self, i, errors: right(self, i, errors).nan_to_num(0.0, 0.0) * 0.0)
     patch.setattr(execution._Propagation, "_by_rows", lambda self: (None, ()))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.network import executed
+from gramlip.network import executed, execution
 from gramlip.network.executed import Execution, Operand, arithmetic
 
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -251,6 +251,43 @@ def test_numbers_that_are_filled_in_count(value):
     found = gl.execution_error(Padded(), (3,), dtype=torch.float16, domain=(-1.0, 1.0))
     off = _measured(Padded(), torch.zeros(1, 3, dtype=torch.float16), torch.float16)[0]
     assert 0 < off <= found.largest < 2 * off
+
+
+class Cancelling(nn.Module):
+    """A branch that all but cancels its input: folded, they are one map of small norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Linear(4, 4, bias=False)
+        with torch.no_grad():
+            self.branch.weight.copy_(0.001 * torch.ones(4, 4) - torch.eye(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x) + x
+
+
+class Padded1x1(nn.Module):
+    """Two convolutions with a padding between them, which fold into one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x))
+
+
+@pytest.mark.parametrize(("make", "shape"), [(Cancelling, (4,)), (Padded1x1, (4, 5, 5))])
+def test_roundings_inside_what_folds_count(make, shape, monkeypatch):
+    """By norms alone: what happens before a sum of branches, or before a padding, is not forgotten."""
+    monkeypatch.setattr(execution._Propagation, "_by_rows", lambda self: (None, ()))
+    model = make().eval()
+    found = gl.execution_error(model, shape, dtype=torch.bfloat16, domain=(-1.0, 1.0))
+    points = (2 * torch.rand(200, *shape, generator=torch.Generator().manual_seed(1)) - 1).to(torch.bfloat16)
+    entry, whole = _measured(model, points, torch.bfloat16)
+    assert 0 < entry <= found.largest
+    assert whole <= found.upper < math.inf
 
 
 def test_it_grows_with_the_set():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from gramlip.network.in_place import op_name, tensors
 from gramlip.network.local import Region, region, restricted
 from gramlip.network.local.intervals import Value, restrict, whole_of
 from gramlip.network.local.jacobians import Sweeps
+from gramlip.network.local.relaxations import stray_of
 from gramlip.network.ranges import INF, Range, capped_step
 from gramlip.network.rules import Lowered, lower
 from gramlip.network.steps import Input, Linear, Network, Slope, Step
@@ -145,8 +146,8 @@ class _Propagation:
         self._steps, self._constants = list[Step](), list[Bound]()
         self._errors, self._norms, self._rounded = dict[int, Any](), dict[int, float](), dict[int, Tensor]()
         self._at: dict[fx.Node, Any] = {}
-        self._fresh: dict[int, Any] = {}  # errors that arose since the last value that folding leaves
-        self._linear, self._folded = _norms_of(self._network), _folded(self._network)
+        self._fresh: dict[int, Tensor] = {}  # of values that folding drops: errors that arose since the last one that it keeps
+        self._linear, (self._kept, self._folded) = _norms_of(self._network), _folded(self._network)
 
     def bound(self) -> ExecutionError:
         """The least of the three bounds: docs/execution.md#theorem."""
@@ -188,30 +189,40 @@ class _Propagation:
             self._follow(i)
         if node.op != "call_function" or last < begin:  # an input, a value known before, or one that no output reads
             return
-        call = self._call(node)
+        call = self._call(node, self._errors.__getitem__)
         came = carried(call)
         if not isinstance(came, Tensor) and came is not None:  # parts of a value
             self._errors[last] = [part.abs() * ROOM for part in came]
             return
-        came = self._by_step(last, self._errors) if came is None else came.abs() * ROOM
+        came = self._by_step(last, self._errors.__getitem__) if came is None else came.abs() * ROOM
         came = came.clamp_max(self._norms[last]).broadcast_to(self._network.steps[last].shape)
         call = replace(call, size=_moduli(self._exact[last]) + came)
         lost = (RULES[call.name](call) * ROOM).broadcast_to(came.shape).nan_to_num(INF, INF)
         lost = torch.where(call.size + lost <= self._numbers.largest, lost, INF)
         self._rounded[last], self._errors[last] = lost, came + lost
         self._norms[last] = min(rd.add_up(self._norms[last], frobenius_up(lost)), frobenius_up(self._errors[last]))
-        self._fold(last, lost)
+        self._fold(node, last, lost)
 
-    def _fold(self, i: int, lost: Tensor) -> None:
-        """The norm at a linear step that ends others of its kind by the norm of their product: docs/execution.md#theorem."""
-        before, fresh = self._network.steps[i].sources, torch.zeros_like(lost)
-        if isinstance(self._network.steps[i].what, Linear) and before[0] in self._fresh:
-            fresh = self._by_step(i, self._fresh)
-        self._fresh[i] = fresh + lost
-        if i in self._folded:
-            source, own = self._folded[i]
-            whole = rd.add_up(rd.mul_up(own, self._norms[source]), frobenius_up(self._fresh[i]))
-            self._norms[i] = min(self._norms[i], whole)
+    def _fold(self, node: fx.Node, i: int, lost: Tensor) -> None:
+        """The norm at a step where linear steps end that fold into one map, by the norm of that map: docs/execution.md#theorem."""
+        if i in self._kept and i not in self._folded:  # no map ends here, and later ones begin with this value
+            return
+        came = carried(self._call(node, self._fresh_at))
+        fresh = self._by_step(i, self._fresh_at) if came is None else came.abs() * ROOM
+        fresh = (fresh + lost).nan_to_num(INF, INF)
+        if i not in self._kept:
+            self._fresh[i] = fresh
+            return
+        source, own = self._folded[i]
+        whole = rd.add_up(rd.mul_up(own, self._norms[source]), frobenius_up(fresh) if bool(fresh.isfinite().all()) else INF)
+        self._norms[i] = min(self._norms[i], whole)
+
+    def _fresh_at(self, i: int) -> Any:
+        """Errors of a value that arose since the last value that folding keeps: none at such a value, anything where it is not followed."""
+        if i in self._fresh:
+            return self._fresh[i]
+        fill, low = 0.0 if i in self._kept else INF, self._exact[i].low
+        return torch.full_like(low, fill) if isinstance(low, Tensor) else [torch.full_like(t, fill) for t in low]
 
     def _follow(self, i: int) -> None:
         """A step where both the exact and the executed arguments are, and what it makes of their errors in norm."""
@@ -241,22 +252,23 @@ class _Propagation:
         low, high = value.low - error * ROOM, value.high + error * ROOM
         return Value(low, high, whole_of(low, high, Range(-INF, INF, INF, INF), tuple(low.shape)))
 
-    def _by_step(self, i: int, errors: Mapping[int, Any]) -> Tensor:
-        """Errors through an entrywise function by its slopes, through a linear map by its moduli; in other steps their norm."""
+    def _by_step(self, i: int, errors: Callable[[int], Any]) -> Tensor:
+        """Errors through an entrywise function by its slopes, through a linear map by its moduli; infinite in other steps."""
         step, before = self._steps[i], self._network.steps[i].sources
-        what, every = step.what, torch.full(step.shape, self._norms[i], dtype=torch.float64)
-        if len(before) != 1 or not isinstance(error := errors[before[0]], Tensor):
-            return every
+        what, unknown = step.what, torch.full(step.shape, INF, dtype=torch.float64)
+        if len(before) != 1 or not isinstance(error := errors(before[0]), Tensor):
+            return unknown
         if isinstance(what, Slope):
             return error * torch.maximum(*(torch.as_tensor(end, dtype=torch.float64).abs() for end in (what.low, what.high))) * ROOM
         if isinstance(what, Linear) and not what.op.weight.is_complex():
-            return apply(replace(what.op, weight=to_float64(what.op.weight).abs()), error) * ROOM + what.error * self._norms[before[0]]
-        return every
+            stray = rd.mul_up(what.error, frobenius_up(error)) if what.error else 0.0
+            return apply(replace(what.op, weight=to_float64(what.op.weight).abs()), error) * ROOM + stray
+        return unknown
 
-    def _call(self, node: fx.Node) -> Execution:
+    def _call(self, node: fx.Node, errors: Callable[[int], Any]) -> Execution:
         def operand(n: fx.Node) -> Any:
             if n in self._at:
-                values = [self._operand(i) for i in _flat(self._at[n])]
+                values = [self._operand(i, errors(i)) for i in _flat(self._at[n])]
                 return values[0] if len(values) == 1 else values
             held = self._computed.get(n, self._program.constants.get(n))
             return constant(held, self._numbers) if isinstance(held, Tensor) and held.is_floating_point() else held
@@ -264,10 +276,10 @@ class _Propagation:
         target: Any = node.target
         return Execution(_name(node), target, arguments(node, operand), torch.zeros(()), self._numbers)
 
-    def _operand(self, i: int) -> Any:
-        value, error = self._wide(i), self._errors[i]
+    def _operand(self, i: int, error: Any) -> Any:
+        value = self._wide(i)
         if isinstance(value.low, Tensor):
-            return Operand(torch.maximum(value.low.abs(), value.high.abs()), error, value.low, value.high)
+            return Operand(_moduli(value), error, value.low, value.high)
         parts = zip(value.low, value.high, error, strict=True)
         return [Operand(torch.maximum(lo.abs(), hi.abs()), e, lo, hi) for lo, hi, e in parts]
 
@@ -292,9 +304,8 @@ class _Propagation:
             added[i] = (most @ own.reshape(-1) * ROOM).nan_to_num(INF, INF)
             if blocked:
                 added[i] = torch.minimum(added[i], (row_norms_up(most) * self._norms[i]).nan_to_num(INF, INF))
-            if isinstance(step.what, Linear) and step.what.error:
-                stray = rd.mul_up(step.what.error, self._norms[step.sources[0]])
-                added[i] = added[i] + row_norms_up(most) * stray
+            if stray := stray_of(network.steps, i):
+                added[i] = added[i] + row_norms_up(most) * rd.mul_up(stray, rd.hypot_up(self._norms[s] for s in step.sources))
         whole = sum(added.values(), torch.zeros(total, dtype=torch.float64)) * ROOM
         worst = int(whole.argmax())
         first = sorted(added, key=lambda i: -float(added[i][worst]))[:3]
@@ -309,13 +320,12 @@ def _norms_of(network: Network) -> dict[int, Bound]:
     return dict(zip(some, found, strict=True))
 
 
-def _folded(network: Network) -> dict[int, tuple[int, float]]:
-    """For linear steps that end others of their kind, which no one else reads: the value that the first one reads, and the norm of all."""
-    named = Network([replace(step, place=str(i)) for i, step in enumerate(network.steps)], network.outputs)
-    whole = fold(named)
+def _folded(network: Network) -> tuple[set[int], dict[int, tuple[int, float]]]:
+    """The values that folding keeps; and where one linear step is left of some: the value that it reads, and its norm."""
+    whole = fold(Network([replace(step, place=str(i)) for i, step in enumerate(network.steps)], network.outputs))
     place = [int(step.place) for step in whole.steps]
-    norms = _norms_of(whole)
-    return {place[i]: (place[whole.steps[i].sources[0]], float(norm.upper)) for i, norm in norms.items()}
+    ends = {place[i]: (place[whole.steps[i].sources[0]], float(norm.upper)) for i, norm in _norms_of(whole).items()}
+    return set(place), ends
 
 
 def _flat(found: Any) -> Iterator[Any]:
