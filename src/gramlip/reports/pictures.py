@@ -256,7 +256,6 @@ COLOURS = (
     "#B15928",
 )
 MARKERS = "osD^vP*X<>ph8"
-LINES = ("-", "--", "-.", ":")
 METHODS_IN_ORDER = (
     "certify",
     "gram",

@@ -151,16 +151,21 @@ def numbers(text: str) -> list[int]:
         raise ArgumentTypeError(msg) from error
 
 
+def _number(text: str) -> float:
+    """The number in a text, NaN where there is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def radius(text: str) -> float:
     """A positive finite distance.
 
     >>> radius("0.25")
     0.25
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not 0 < value < math.inf:
         msg = f"{text!r} was given; expected a positive number such as 0.25"
         raise ArgumentTypeError(msg)
@@ -173,10 +178,7 @@ def effort(text: str) -> float:
     >>> effort("0.5"), effort("-1")
     (0.5, -1.0)
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not math.isfinite(value):
         msg = f"{text!r} was given; expected a finite number such as 1.0"
         raise ArgumentTypeError(msg)
@@ -189,10 +191,7 @@ def seconds(text: str) -> float:
     >>> seconds("30")
     30.0
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not 0 <= value < math.inf:
         msg = f"{text!r} was given; expected seconds, at least 0, such as 30"
         raise ArgumentTypeError(msg)
