@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 from gramlip.lab.reproduce.convolutions import REFERENCE_PADDING
@@ -87,7 +88,8 @@ def filled(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         body = methods() if match["name"] is None else results(match["name"])
-        return f"{match[0].splitlines()[0]}\n{body}\n<!-- end -->"
+        lines = (line if line.startswith(("|", "!")) else textwrap.fill(line, 118, break_on_hyphens=False) for line in body.split("\n"))
+        return "\n".join([match[0].splitlines()[0], *lines, "<!-- end -->"])
 
     return BLOCK.sub(block, text)
 
