@@ -19,7 +19,7 @@ from gramlip.network.fold import fold
 from gramlip.network.graph import Program, export, undisturbed
 from gramlip.network.in_place import reads_memory
 from gramlip.network.linear_stretches import linear_stretches
-from gramlip.network.local import Region, derivative, region, restricted
+from gramlip.network.local import Local, Region, columns_norm, derivative, region, restricted
 from gramlip.network.lower_bound import Function, Stretch, chosen, function, stretch
 from gramlip.network.ranges import capped
 from gramlip.network.rules import Lowered, lower
@@ -105,12 +105,12 @@ def _taken(lowered: Lowered) -> list[str]:
     return [f"computed weights are those that float64 gives where they {', '.join(lowered.taken)}"] if lowered.taken else []
 
 
-def _restricted(network: Network, area: Region | None, part: Part) -> tuple[Network, float]:
-    """The folded steps on a set of inputs, from and to the chosen entries, and what columns say of their constant."""
+def _restricted(network: Network, area: Region | None, part: Part) -> tuple[Network, Local | None]:
+    """The folded steps on a set of inputs, from and to the chosen entries, and all that is known on the set."""
     if area is None:
-        return fold(selected(capped(network), part.inputs, part.outputs)), math.inf
-    local = restricted(network, area)
-    return fold(selected(local.network, part.inputs, part.outputs)), local.columns.norm(part.inputs, part.outputs)
+        return fold(selected(capped(network), part.inputs, part.outputs)), None
+    local = restricted(fold(network, biases=True), area)
+    return fold(selected(local.network, part.inputs, part.outputs)), local
 
 
 def _part(network: Network, inputs: Sequence[int] | None, outputs: Sequence[int] | None) -> Part:
@@ -249,11 +249,11 @@ def audit(
         raise UnsupportedError(msg)
     area = region([tuple(t.shape) for t in tensors], domain, at, radius)
     part = _part(lowered.network, inputs, outputs)
-    network, columns = _restricted(lowered.network, area, part)
+    network, local = _restricted(lowered.network, area, part)
     found, seconds = _constants(network, rtol, search)
     ways = linear_stretches(network, found, rtol, search)
     composed = compose(network, found, ways)
-    above = _upper_side(Whole(network, found, ways, composed, area, columns), search)
+    above = _upper_side(Whole(network, found, ways, composed, part, local), search)
     below = _lower_side(program, lowered, tensors, data, area, part, seed, search)
     if below.value > above.value:
         _contradicted(lowered.assumed, below, above.value)
@@ -282,15 +282,15 @@ def _contradicted(assumed: Sequence[str], below: Stretch, upper: float) -> None:
 class Whole:
     """What the upper side is looked for of: the folded steps, the constant of each of them, shortcuts, and all of it composed.
 
-    `area` is the set of inputs that it is meant for, None for all of them, and `columns` what columns carried forward say there.
+    `part` says from which entries to which, `local` what is known on the set of inputs that it is meant for, None for all of them.
     """
 
     network: Network
     constants: Sequence[Bound]
     ways: Mapping[int, Sequence[Shortcut]]
     composed: Composition
-    area: Region | None
-    columns: float
+    part: Part
+    local: Local | None
 
 
 @dataclass(frozen=True)
@@ -319,18 +319,22 @@ def _coupling(whole: Whole, effort: Effort) -> Upper | None:
 
 
 def _jacobian(whole: Whole, effort: Effort) -> Upper | None:
-    found = None if whole.area is None else derivative(whole.network, whole.composed, whole.area)
-    if found is None or whole.area is None:
+    found = None if whole.local is None else derivative(whole.network, whole.composed, whole.local.area)
+    if found is None or whole.local is None:
         return None
     against = f"{decimals(whole.composed.upper, upward=True)} by composition"
-    return Upper(found.norm(whole.area), f"bounds of the Jacobian's entries on the set, against {against}")
+    return Upper(found.norm(whole.local.area), f"bounds of the Jacobian's entries on the set, against {against}")
 
 
 def _columns(whole: Whole, effort: Effort) -> Upper | None:
-    if not whole.columns < math.inf:
+    local, part = whole.local, whole.part
+    if local is None or not local.columns.pay(part.outputs, whole.composed.upper):
+        return None
+    found = columns_norm(local.network, local.area, part.inputs, part.outputs)
+    if found == math.inf:
         return None
     against = f"{decimals(whole.composed.upper, upward=True)} by composition"
-    return Upper(whole.columns, f"the results as linear functions of the input, and what switches on the set, against {against}")
+    return Upper(found, f"the results as linear functions of the input, and what switches on the set, against {against}")
 
 
 PLAIN = "product of layers, sum at residuals, root of squares at joins"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gramlip.network.compose import Composition, compose, constants
+from gramlip.network.fold import fold
 from gramlip.network.local.intervals import Region
 from gramlip.network.local.relaxations import action, adjoint, roundings, stray_of
 from gramlip.network.local.restrict import restricted
@@ -230,21 +231,25 @@ class Around:
     """A network around one input after another: what does not depend on the set is bounded once."""
 
     def __init__(self, network: Network) -> None:
-        self._network = network
+        self._network = network = fold(network, biases=True)
         self._constants = constants(network.steps, [[network.steps[s].shape for s in step.sources] for step in network.steps])
 
     def rows(self, area: Region, matrix: Tensor) -> Tensor:
-        """Upper bounds of the constants of the rows of a matrix, applied to the one result, on a set."""
-        steps = list(restricted(self._network, area).network.steps)
+        """How much each row of a matrix, applied to the one result, differs from its value at the centre, over the distance, at most.
+
+        The smaller of its constant on the set, and of what columns from the centre say: theorem L7 needs no more.
+        """
         (end,) = self._network.outputs
-        last = Linear(Dense(matrix))
-        steps.append(Step(last, (end,), (*steps[end].shape[:-1], len(matrix)), "pairs of results", "linear"))
-        made = Network(steps, (len(steps) - 1,))
+        last = Step(Linear(Dense(matrix)), (end,), (*self._network.steps[end].shape[:-1], len(matrix)), "pairs of results", "linear")
+        local = restricted(Network([*self._network.steps, last], (len(self._network.steps),)), area)
+        made, steps = local.network, local.network.steps
         shapes = [[steps[s].shape for s in step.sources] for step in steps]
-        moved = [i for i, step in enumerate(steps) if not isinstance(step.what, Linear) or step.what is last]
+        moved = [i for i, step in enumerate(steps) if not isinstance(step.what, Linear) or step is last]
         own = constants([steps[i] for i in moved], [shapes[i] for i in moved])
         found = [*self._constants, own[-1]]
         for i, bound in zip(moved, own, strict=True):
             found[i] = bound
         known = derivative(made, compose(made, found), area)
-        return torch.full((len(matrix),), math.inf, dtype=torch.float64) if known is None else known.rows(area)
+        wide = torch.full((len(matrix),), math.inf, dtype=torch.float64)
+        sides = [wide if known is None else known.rows(area), wide if (around := local.columns.rows()) is None else around]
+        return torch.minimum(*sides)
