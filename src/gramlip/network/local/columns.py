@@ -153,7 +153,9 @@ class Columns:
         half = torch.maximum(high - middle, middle - low)
         half = torch.where(half > 0, half * (1 + 2.0**-50) + rd.TINY, 0.0)
         free = int((half > FREE * torch.maximum(low.abs(), high.abs()).max()).sum())
-        if (self._centred and free > SWITCHING and 2 * free > half.numel()) or not self._pay(sum(tile.data.numel() for tile in form.tiles.values())):
+        if (self._centred and free > SWITCHING and 2 * free > half.numel()) or not self._pay(
+            sum(tile.data.numel() for tile in form.tiles.values())
+        ):
             return None
         gamma = 1.0 + rd.gamma(8.0)
         tiles = {key: Tile(tile.box, tile.data * cut(middle, tile.box)) for key, tile in form.tiles.items()}
