@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from gramlip.errors import InputError
 from gramlip.nn.norm_op import NormGeometry, replicated, unit
-from gramlip.numerics.precision import real_dtype, without_autocast
-from gramlip.numerics.sums import norm
+from gramlip.numerics.precision import norm, real_dtype, without_autocast
 
 SEARCH_STEPS = 12  # power steps per grid point in a search
 TOGETHER = 1 << 24  # entries of the waves that a search holds at a time
