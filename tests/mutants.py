@@ -68,7 +68,7 @@ from test_placements import over_what_is_read, test_an_audit_is_not_below_the_ma
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
 from test_search import test_a_layer_that_is_given_up_leaves_the_others_in_the_search
 from test_sums import test_norms_of_many_equal_entries, test_products_of_many_rows
-from test_tracked import test_weights_that_are_replaced_are_noticed
+from test_tracked import test_gradient_is_that_of_the_value, test_weights_that_are_replaced_are_noticed
 from test_unpickle import test_a_tensor_that_a_function_was_to_change_is_left_out
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -711,6 +711,16 @@ def other_weights_are_noticed() -> None:
     test_weights_that_are_replaced_are_noticed("conv", training=False)
 
 
+def norms_without_a_gradient(patch: pytest.MonkeyPatch) -> None:
+    """The norm that a weight is divided by taken for a constant, as by hands that divide by `sigma.detach()`."""
+    right = tracker._Divided.apply
+    patch.setattr(tracker._Divided, "apply", lambda weight, left, probes, scale, slope: right(weight, left, probes, scale, 0 * slope))
+
+
+def gradients_of_divided_weights() -> None:
+    test_gradient_is_that_of_the_value("conv", soft=False)
+
+
 def caps_by_estimates(patch: pytest.MonkeyPatch) -> None:
     """`cap_` by the lower side of the interval."""
     right = parametrize.bound
@@ -967,6 +977,7 @@ MUTANTS: dict[str, Mutant] = {
     "a hook lost with its wrapper": Mutant(hooks_of_wrappers_forgotten, hooks_of_wrappers_count),
     "a shape in the default dtype": Mutant(shapes_in_the_default_dtype, shapes_take_the_dtype_of_the_model),
     "vectors of the last weight for another": Mutant(no_jump_is_noticed, other_weights_are_noticed),
+    "norms without a gradient": Mutant(norms_without_a_gradient, gradients_of_divided_weights),
     "caps by the lower side": Mutant(caps_by_estimates, caps_are_certified),
     "division by the norm of a zero block": Mutant(division_by_a_zero_block, gram_norm_holds),
 }
