@@ -151,7 +151,13 @@ def _(module: nn.Linear, input_size: Ints | None = None) -> Dense:
 @describe.register(nn.Conv1d)
 @describe.register(nn.Conv2d)
 @describe.register(nn.Conv3d)
-def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, input_size: Ints | None = None) -> Conv:
+@describe.register(nn.ConvTranspose1d)
+@describe.register(nn.ConvTranspose2d)
+@describe.register(nn.ConvTranspose3d)
+def _(
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
+    input_size: Ints | None = None,
+) -> Conv:
     return Conv(
         module.weight,
         input_size=input_size,
@@ -160,21 +166,7 @@ def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, input_size: Ints | None = None)
         padding_mode=module.padding_mode,
         dilation=module.dilation,
         groups=module.groups,
-    )
-
-
-@describe.register(nn.ConvTranspose1d)
-@describe.register(nn.ConvTranspose2d)
-@describe.register(nn.ConvTranspose3d)
-def _(module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d, input_size: Ints | None = None) -> Conv:
-    return Conv(
-        module.weight,
-        input_size=input_size,
-        stride=module.stride,
-        padding=module.padding,  # type: ignore[arg-type]
-        dilation=module.dilation,
-        groups=module.groups,
-        transposed=True,
+        transposed=module.transposed,
         output_padding=module.output_padding,
     )
 
