@@ -1,4 +1,4 @@
-"""`gramlip audit TARGET...`: an interval for every layer, and for the network where the model is known; `gramlip diff A B`."""
+"""`gramlip audit TARGET...`: an interval for every layer, and for the network if the model is known; `gramlip diff A B`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _html(reports: Sequence[Report], _: Limit) -> str:
 
 
 def _cases(report: Report, limit: Limit) -> list[tuple[str, str, str, float]]:
-    """Each layer, each weight without a bound and the network: name, what is known, what is wrong with it or nothing, seconds."""
+    """Each layer, each weight without a bound, and the network: name, interval, failure or None, seconds."""
     rows = [(row.name, str(row.bound), row.upper, row.seconds or 0.0) for row in report.layers if row.weight_shape]
     rows += [(row.name, f"no bound: {row.reason}", math.inf, 0.0) for row in report.left_out if row.is_weight]
     if report.network is not None:
@@ -58,7 +58,7 @@ def _cases(report: Report, limit: Limit) -> list[tuple[str, str, str, float]]:
 
 
 def junit(reports: Sequence[Report], limit: Limit) -> str:
-    """JUnit's XML: a suite for each target, a case for each layer, which fails where it is not proved to be at most the limit."""
+    """JUnit XML: a suite for each target, a case for each layer; it fails unless the norm is proved to be at most the limit."""
     root = ElementTree.Element("testsuites", name="gramlip audit")
     for report in reports:
         cases = _cases(report, limit)
@@ -78,7 +78,7 @@ _RULES = {"above-limit": "The norm is not proved to be at most the limit.", "int
 
 
 def sarif(reports: Sequence[Report], limit: Limit) -> str:
-    """SARIF 2.1.0: a result for each layer, an error where it is not proved to be at most the limit."""
+    """SARIF 2.1.0: a result for each layer; an error unless the norm is proved to be at most the limit."""
     results = [
         {
             "ruleId": "above-limit" if problem else "interval",
@@ -103,7 +103,7 @@ def sarif(reports: Sequence[Report], limit: Limit) -> str:
 
 
 FORMATS: dict[str, Callable[[Sequence[Report], Limit], str]] = {"--json": _json, "--html": _html, "--junit": junit, "--sarif": sarif}
-"""Option -> how the reports are written to its FILE."""
+"""Option -> function that turns the reports into the text of its FILE."""
 
 
 # ---- audit ---------------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def add_audit(subparsers: _SubParsersAction[Any]) -> None:
 
 
 def source_of(target: str, args: Namespace) -> Source:
-    """The source that a target names, with the options that only a model has."""
+    """The source for a target, with the options that only models accept."""
     source = resolve(target, args.input)
     if isinstance(source, Model):
         at = None if args.at is None else read_input(args.at)
@@ -184,7 +184,7 @@ def _journal(args: Namespace, sources: Sequence[Source]) -> Path | None:
 
 
 def run_audit(args: Namespace) -> int:
-    """Audit, write, print; 1 where `--fail-above` is exceeded. Of several ranks the first writes and prints."""
+    """Audit, write and print; return 1 if `--fail-above` is exceeded. With several ranks, only the first writes and prints."""
     files = check_outputs({name: getattr(args, name[2:]) for name in FORMATS})
     if len(args.targets) > 1 and args.html is not None:
         _html([None] * len(args.targets), None)  # type: ignore[list-item]
@@ -236,7 +236,7 @@ def add_diff(subparsers: _SubParsersAction[Any]) -> None:
 
 
 def ratio(a: Bound, b: Bound) -> tuple[float, float]:
-    """What b's norm over a's lies between, rounded outward; two zero maps have the ratio 1.
+    """The interval of the norm of b divided by that of a, rounded outward; the ratio of two zero maps is 1.
 
     >>> ratio(Bound(1.0, 2.0, "a"), Bound(4.0, 4.0, "b"))
     (1.9999999999999998, 4.000000000000001)
@@ -248,7 +248,7 @@ def ratio(a: Bound, b: Bound) -> tuple[float, float]:
 
 
 def diff(a: Report, b: Report) -> dict[str, Any]:
-    """Two reports as JSON types: layers of both with their ratio, and the names that only one of them has."""
+    """The comparison of two reports as JSON types: common layers with their ratio, and names that only one report has."""
     before, after = ({row.name: row.bound for row in report.layers} for report in (a, b))
     if a.network is not None and b.network is not None:
         before["network"], after["network"] = a.network, b.network

@@ -1,4 +1,4 @@
-"""What measures and trains: `gramlip bench`, `certify`, `compare`, `reproduce` and `train`."""
+"""Commands that measure and train: `gramlip bench`, `certify`, `compare`, `reproduce` and `train`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def add_bench(subparsers: _SubParsersAction[Any]) -> None:
 
 
 def run_bench(args: Namespace) -> int:
-    """Measure, write, print; 0 whatever the numbers say."""
+    """Measure, write and print; return 0 whatever the result."""
     from gramlip.lab.bench import Options as BenchOptions
     from gramlip.lab.bench import Result, bench
 
@@ -147,7 +147,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def _circular(operators: Iterable[tuple[str, Dense | Conv]], size: int) -> Iterator[tuple[str, Dense | Conv]]:
-    """The published methods' own case: the output as large as the input, nothing lost at the edges."""
+    """The layer as the published methods assume it: circular padding, stride 1, and an output of the size of the input."""
     for name, op in operators:
         if isinstance(op, Dense):
             yield name, op
@@ -337,7 +337,7 @@ def _model(target: str, normalised: bool) -> tuple[nn.Module, tuple[float, ...],
 
 # ---- train ---------------------------------------------------------------------------------------------------------------
 #
-# `gramlip train RECIPE`: a recipe's network, trained, certified and written to a folder; resumed where it stopped.
+# `gramlip train RECIPE`: train the network of a recipe, certify it and write it to a folder; an interrupted run is resumed.
 
 
 def add_train(subparsers: _SubParsersAction[Any]) -> None:
@@ -371,8 +371,11 @@ def run_train(args: Namespace) -> int:
         raise InputError(msg) from error
     changes = dict(_change(text) for text in args.set)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # the progress bar: standard output is for the results alone
-        warnings.filterwarnings("ignore", module="lightning")  # its own use of what torch has deprecated, and advice on workers
+    with (
+        warnings.catch_warnings(),
+        redirect_stdout(sys.stderr),
+    ):  # the progress bar goes to standard error: standard output is for the results alone
+        warnings.filterwarnings("ignore", module="lightning")  # for its use of deprecated functions of torch, and advice on workers
         results = module.train(args.recipe, args.data, args.out, seed=args.seed, **changes)
     if "constant" not in results:
         note(f"stopped after {results['finished_epochs']} of {results['epochs']} epochs; the same command goes on")

@@ -111,7 +111,7 @@ def _current(module: nn.Module, kind: type) -> nn.Module:
     own = [f for f in FORWARD if f in vars(module) or getattr(type(module), f, None) is not getattr(kind, f, None)]
     if own and kind.forward is not nn.Module.forward:  # a rule for a class without a forward pass is meant for its subclasses
         msg = (
-            f"{name} overrides {own[0]} of {kind.__name__}, whose rule may not hold for it; expected a rule of its own: "
+            f"{name} has a {own[0]} of its own; expected that of {kind.__name__}, or a rule for {name}: "
             f"type @gramlip.describe.register on a function (module: {name}, input_size=None) -> operator"
         )
         raise UnsupportedError(msg)

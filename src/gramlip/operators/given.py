@@ -197,7 +197,7 @@ def as_tensor(x: object, name: str = "weight") -> Tensor:
     try:
         array = np.array(x, dtype=object) if isinstance(x, list | tuple) else np.asarray(x)
     except Exception as error:  # arrays of other libraries raise any exception, for instance on a GPU or from a closed file
-        msg = f"{name} is a {type(x).__name__} that cannot be read as an array ({first_line(error)}); type numpy.asarray({name})"
+        msg = f"{name} is a {type(x).__name__} that is no array ({first_line(error)}); expected a matrix: type numpy.asarray({name})"
         raise InputError(msg) from error
     if array.dtype == object:
         array = _numbers(array, name)

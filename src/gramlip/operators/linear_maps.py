@@ -136,7 +136,7 @@ def _coordinates(weight: Tensor) -> Tensor:
     places, values = coo._indices(), coo._values()
     values = checked(values) if len(values) else checked(values.new_zeros(1))[:0]
     if bool(((places < 0) | (places >= places.new_tensor([[shape[0]], [shape[1]]]))).any()):
-        msg = f"weight is sparse of shape {shape} with indices outside of it; expected valid indices: create it with check_invariants=True"
+        msg = f"weight is sparse of shape {shape} with places outside of it; expected none there: create it with check_invariants=True"
         raise InputError(msg)
     flat = places[0] * shape[1] + places[1]
     if not bool((flat[1:] > flat[:-1]).all()):
