@@ -17,9 +17,8 @@ from gramlip.norm.symbol.polyphase import symbol as symbol_of
 from gramlip.norm.symbol.polyphase import transform
 from gramlip.operators.interval import decimals
 from gramlip.operators.linear_maps import Conv
-from gramlip.reports.output import write_bytes_whole
+from gramlip.reports.output import printable, write_bytes_whole
 from gramlip.reports.report import LayerRow, Report
-from gramlip.reports.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
