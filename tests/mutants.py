@@ -28,16 +28,22 @@ from gramlip.network.rules import fourier, statistics
 from gramlip.network.rules import shapes as joins
 from gramlip.network.steps import Pad, Slope
 from gramlip.nn import parametrize, tracker
-from gramlip.norm import certify, methods
-from gramlip.norm.finite import banded_cholesky, boundary_terms
-from gramlip.norm.methods import formulas
-from gramlip.norm.search import branch_and_bound
-from gramlip.norm.symbol import frequency_cells, padding_theorems, polyphase
-from gramlip.norm.symbol.padding_theorems import PADDING, Circle
-from gramlip.numerics import cholesky, eigenvalue_bounds, gram_iteration, sums
+from gramlip.norm import (
+    boundary_terms,
+    branch_and_bound,
+    certify,
+    finite_layer,
+    formulas,
+    frequency_cells,
+    methods,
+    padding_theorems,
+    polyphase,
+)
+from gramlip.norm.padding_theorems import PADDING, Circle
+from gramlip.numerics import eigenvalues, gram_iteration, precision
 from gramlip.numerics import rounding as rd
-from gramlip.operators import describe, geometry, given
-from gramlip.operators.geometry import Axis
+from gramlip.operators import describe, given, linear_maps
+from gramlip.operators.linear_maps import Axis
 from gramlip.reports import checkpoint, formats
 from gramlip.reports.readers import Entry, Stored
 from gramlip.rules import Call
@@ -62,7 +68,7 @@ from test_placements import over_what_is_read, test_an_audit_is_not_below_the_ma
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
 from test_search import test_a_layer_that_is_given_up_leaves_the_others_in_the_search
 from test_sums import test_norms_of_many_equal_entries, test_products_of_many_rows
-from test_tracked import test_weights_that_are_replaced_are_noticed
+from test_tracked import test_gradient_is_that_of_the_value, test_weights_that_are_replaced_are_noticed
 from test_unpickle import test_a_tensor_that_a_function_was_to_change_is_left_out
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -130,7 +136,7 @@ def stride_ignored(axis: Axis, right: Callable[[Axis], Circle]) -> Circle:
 
 def padding_of_the_last_axis(patch: pytest.MonkeyPatch) -> None:
     """One axis's padding used on all of them."""
-    right = geometry.axes
+    right = linear_maps.axes
 
     def wrong(op: gl.Conv) -> list[Axis]:
         found = right(op)
@@ -143,7 +149,7 @@ def padding_of_the_last_axis(patch: pytest.MonkeyPatch) -> None:
 
 def wrong_side_of_transposed(patch: pytest.MonkeyPatch) -> None:
     """Input and output sizes not exchanged."""
-    right = geometry.axes
+    right = linear_maps.axes
 
     def wrong(op: gl.Conv) -> list[Axis]:
         return [replace(a, size=a.outputs, outputs=a.size) if op.transposed else a for a in right(op)]
@@ -208,7 +214,7 @@ def power_iteration_as_a_bound(patch: pytest.MonkeyPatch) -> None:
 
 def frobenius_as_a_lower_bound(patch: pytest.MonkeyPatch) -> None:
     """An upper bound in the lower side."""
-    patch.setattr(eigenvalue_bounds, "rayleigh", lambda g, v, noise: torch.linalg.vector_norm(g, dim=(-2, -1)))
+    patch.setattr(eigenvalues, "rayleigh", lambda g, v, noise: torch.linalg.vector_norm(g, dim=(-2, -1)))
 
 
 def max_pooling_as_one(patch: pytest.MonkeyPatch) -> None:
@@ -287,7 +293,7 @@ def phases_in_quadrature(patch: pytest.MonkeyPatch) -> None:
 
 def unshifted_cholesky(patch: pytest.MonkeyPatch) -> None:
     """A factorisation that completes taken as a proof, without Rump's shift."""
-    patch.setattr(cholesky, "shift", lambda side: 0.0)
+    patch.setattr(eigenvalues, "shift", lambda side: 0.0)
 
 
 def moments_without_rounding(patch: pytest.MonkeyPatch) -> None:
@@ -367,7 +373,7 @@ def cholesky_never_proves_what_is_false() -> None:
         g = a.mT @ a  # integers below 2^53: exact
         top = float(torch.linalg.eigvalsh(g)[-1])
         thresholds = torch.tensor([top * (1 - k * 2.0**-53) for k in range(-2, 6)], dtype=torch.float64)
-        proved = cholesky.cholesky(g.expand(8, 3, 3).clone(), thresholds, torch.zeros(8, dtype=torch.float64))
+        proved = eigenvalues.cholesky(g.expand(8, 3, 3).clone(), thresholds, torch.zeros(8, dtype=torch.float64))
         exact = [[Fraction(x) for x in row] for row in g.tolist()]
         for t, said in zip(thresholds.tolist(), proved.tolist(), strict=True):
             assert not (said and exceeds(exact, Fraction(t)))
@@ -380,7 +386,7 @@ def moments_never_lie() -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randint(-(2**20), 2**20, (200, 2, 2), generator=generator, dtype=torch.int64).double()
     g = a.mT @ a
-    for one, top in zip(g, eigenvalue_bounds.moments(g, torch.zeros(200, dtype=torch.float64)).tolist(), strict=True):
+    for one, top in zip(g, eigenvalues.moments(g, torch.zeros(200, dtype=torch.float64)).tolist(), strict=True):
         assert not exceeds([[Fraction(x) for x in row] for row in one.tolist()], Fraction(top))
 
 
@@ -456,14 +462,14 @@ def matrices_hold() -> None:
 
 def errors_of_one_product(patch: pytest.MonkeyPatch) -> None:
     """The error of a finite layer's Gram matrix for one inner product, however many of them an entry adds up."""
-    right = banded_cholesky.Certificate.noise
+    right = finite_layer.Certificate.noise
 
-    def noise(self: banded_cholesky.Certificate, tap_norm_sum: float) -> float:
+    def noise(self: finite_layer.Certificate, tap_norm_sum: float) -> float:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(self, "pairs", {key: [(0, 0)] for key in self.pairs})
             return right(self, tap_norm_sum)
 
-    patch.setattr(banded_cholesky.Certificate, "noise", noise)
+    patch.setattr(finite_layer.Certificate, "noise", noise)
 
 
 def sums_of_products_hold() -> None:
@@ -481,8 +487,8 @@ def error_behind_a_padding(patch: pytest.MonkeyPatch) -> None:
 
 def paddings_on_the_other_sides(patch: pytest.MonkeyPatch) -> None:
     """A transposed convolution cropped on each side by the other's padding."""
-    right = geometry._transposed
-    patch.setattr(geometry, "_transposed", lambda op, w, x: right(replace(op, padding=[(hi, lo) for lo, hi in op.padding]), w, x))
+    right = linear_maps._transposed
+    patch.setattr(linear_maps, "_transposed", lambda op, w, x: right(replace(op, padding=[(hi, lo) for lo, hi in op.padding]), w, x))
 
 
 def branches_as_blocks(patch: pytest.MonkeyPatch) -> None:
@@ -572,12 +578,12 @@ def a_range_claims_nothing_below() -> None:
 
 def squares_one_after_the_other(patch: pytest.MonkeyPatch) -> None:
     """Sums of squares of any number of entries in float32."""
-    patch.setattr(sums, "PIECE", 2**62)
+    patch.setattr(precision, "PIECE", 2**62)
 
 
 def products_one_after_the_other(patch: pytest.MonkeyPatch) -> None:
     """Inner products of any length in float32."""
-    patch.setattr(sums, "ROWS", 2**62)
+    patch.setattr(precision, "ROWS", 2**62)
 
 
 def layers_together_hold() -> None:
@@ -703,6 +709,16 @@ def no_jump_is_noticed(patch: pytest.MonkeyPatch) -> None:
 
 def other_weights_are_noticed() -> None:
     test_weights_that_are_replaced_are_noticed("conv", training=False)
+
+
+def norms_without_a_gradient(patch: pytest.MonkeyPatch) -> None:
+    """The norm that a weight is divided by taken for a constant, as by hands that divide by `sigma.detach()`."""
+    right = tracker._Divided.apply
+    patch.setattr(tracker._Divided, "apply", lambda weight, left, probes, scale, slope: right(weight, left, probes, scale, 0 * slope))
+
+
+def gradients_of_divided_weights() -> None:
+    test_gradient_is_that_of_the_value("conv", soft=False)
 
 
 def caps_by_estimates(patch: pytest.MonkeyPatch) -> None:
@@ -961,6 +977,7 @@ MUTANTS: dict[str, Mutant] = {
     "a hook lost with its wrapper": Mutant(hooks_of_wrappers_forgotten, hooks_of_wrappers_count),
     "a shape in the default dtype": Mutant(shapes_in_the_default_dtype, shapes_take_the_dtype_of_the_model),
     "vectors of the last weight for another": Mutant(no_jump_is_noticed, other_weights_are_noticed),
+    "norms without a gradient": Mutant(norms_without_a_gradient, gradients_of_divided_weights),
     "caps by the lower side": Mutant(caps_by_estimates, caps_are_certified),
     "division by the norm of a zero block": Mutant(division_by_a_zero_block, gram_norm_holds),
 }

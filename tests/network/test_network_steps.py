@@ -15,8 +15,7 @@ from gramlip.network.coupling import coupled, total
 from gramlip.network.fold import fold
 from gramlip.network.local import region, restricted
 from gramlip.network.steps import Input, Linear, Lipschitz, Network, Pad, Product, Slope, Step, Sum, What
-from gramlip.operators.geometry import apply, matrix_of
-from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
+from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape, apply, matrix_of
 from gramlip.rules import RULES, register
 
 

@@ -19,9 +19,9 @@ import torch
 from gramlip.errors import InputError
 from gramlip.norm.methods import METHODS, bound
 from gramlip.operators.linear_maps import Conv, Dense
+from gramlip.reports.output import aligned, printable
 from gramlip.reports.pictures import figure, look
 from gramlip.reports.report import finite
-from gramlip.reports.text import aligned, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

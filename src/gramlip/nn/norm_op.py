@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 
 from gramlip.errors import InputError
-from gramlip.norm.symbol.padding_theorems import PADDING
-from gramlip.norm.symbol.polyphase import split, symbol, transform
+from gramlip.norm.padding_theorems import PADDING
+from gramlip.norm.polyphase import split, symbol, transform
 from gramlip.numerics.gram_iteration import gram_norm
-from gramlip.numerics.precision import in_norm_precision, real_dtype, without_autocast
-from gramlip.numerics.sums import norm
-from gramlip.operators.geometry import axes
+from gramlip.numerics.precision import in_norm_precision, norm, real_dtype, without_autocast
 from gramlip.operators.given import is_sharded
-from gramlip.operators.linear_maps import Conv, Dense
+from gramlip.operators.linear_maps import Conv, Dense, axes
 
 POWER_STEPS = 4  # cheap lower estimates that say which blocks cannot be the largest
 

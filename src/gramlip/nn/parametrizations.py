@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gramlip.errors import InputError, UnsupportedError, check_integers
-from gramlip.nn.norm_op import NormGeometry, replicated
+from gramlip.nn.norm_op import NormGeometry
 from gramlip.nn.parametrize import Normalised, attach, each, operator, positive, real
 from gramlip.nn.tracker import Tracker
 from gramlip.norm.methods import bound
@@ -245,13 +245,9 @@ class TrackedSpectralNorm(Normalised):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The normalised weight, of the same shape and dtype; the norm is estimated in float32 at least, whatever autocast says."""
-        (value,), (unit,) = self.tracker.scaled([weight], self._due(), still=not self.training)
         goal = self.target * (1.0 - self.margin) / math.sqrt(self.tracker.plan.square)
-        most = 1.0 if self.soft else torch.finfo(value.dtype).max  # weights of denormals alone stay finite
-        # Zero stays zero, and what is no number stays one that is seen.
-        scale = (goal / torch.where(value == 0, 1.0, value) / unit).clamp_max(most)
-        sharded = replicated(weight)
-        return (weight * (scale if sharded is None else sharded[1](scale))).to(weight.dtype)
+        most = 1.0 if self.soft else torch.finfo(self.tracker.height.dtype).max  # weights of denormals alone stay finite
+        return self.tracker.divided(weight, goal, most, self._due(), still=not self.training)
 
     def _due(self) -> list[int]:
         """The one layer where a search is due, which each call in training counts; code that is compiled searches when it jumps.

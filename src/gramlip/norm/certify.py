@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from gramlip.errors import InputError
-from gramlip.norm.finite.banded_cholesky import Certificate, banded
-from gramlip.norm.finite.boundary_terms import upper_side
-from gramlip.norm.finite.layer import SAMPLE_BYTES, FiniteLayer, rounded, sample, small, wave
-from gramlip.norm.search.branch_and_bound import BranchAndBound, Enclosure
-from gramlip.norm.symbol.gram_symbol import GramSymbol
-from gramlip.norm.symbol.polyphase import Symbol, symbol
+from gramlip.norm.boundary_terms import upper_side
+from gramlip.norm.branch_and_bound import BranchAndBound, Enclosure
+from gramlip.norm.finite_layer import SAMPLE_BYTES, Certificate, FiniteLayer, banded, rounded, sample, small, wave
+from gramlip.norm.gram_symbol import GramSymbol
+from gramlip.norm.polyphase import Symbol, symbol
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.eigenvalue_bounds import start
+from gramlip.numerics.eigenvalues import start
 from gramlip.numerics.precision import on_cpu, scaled_float64, scaled_float64_each
 from gramlip.operators.interval import Bound, scaled
 from gramlip.operators.linear_maps import Conv, Dense, Diagonal, Operator, Separable, Sparse

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from gramlip.errors import InputError, check_integers
-from gramlip.numerics.precision import in_norm_precision, real_dtype, without_autocast
-from gramlip.numerics.sums import gram, norm
+from gramlip.numerics.precision import gram, in_norm_precision, norm, real_dtype, without_autocast
 
 
 def reals(x: Tensor) -> Tensor:

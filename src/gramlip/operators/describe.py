@@ -21,7 +21,6 @@ from torch.nn.utils.weight_norm import WeightNorm
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import exponent_of, on_cpu, to_float64
-from gramlip.operators.geometry import Axis, index_map
 from gramlip.operators.given import (
     formed,
     held,
@@ -35,7 +34,7 @@ from gramlip.operators.given import (
     unwrapped,
 )
 from gramlip.operators.interval import Bound
-from gramlip.operators.linear_maps import SPARSE, Conv, Dense, Diagonal, Ints, Operator, Separable, Sparse, checked
+from gramlip.operators.linear_maps import SPARSE, Axis, Conv, Dense, Diagonal, Ints, Operator, Separable, Sparse, checked, index_map
 
 FORWARD = ("forward", "_conv_forward", "_output_padding", "__call__", "_call_impl")  # what a layer's map is made of
 WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)  # hooks of torch that set a tensor before each forward pass, and do no more

@@ -16,7 +16,7 @@ from typing import Any
 from gramlip.errors import InputError
 from gramlip.operators.interval import Bound, decimals
 from gramlip.operators.linear_maps import Operator
-from gramlip.reports.text import Screen, padded, printable, shortened
+from gramlip.reports.output import Screen, padded, printable, shortened
 
 
 @dataclass(frozen=True)

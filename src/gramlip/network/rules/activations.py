@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramlip.errors import UnsupportedError
-from gramlip.network.rules.curves import SLACK, SLOPES, WITHIN, exponential, kinked, on_interval
+from gramlip.network.rules.entrywise import SLACK, SLOPES, WITHIN, exponential, kinked, on_interval
 from gramlip.network.rules.registry import Call, Var, register
 from gramlip.network.steps import Linear, Lipschitz, Product, Slice, Slope, Step, Unbounded, Within
 from gramlip.numerics import rounding as rd

@@ -27,7 +27,7 @@ class Var:
 
 @dataclass
 class Known:
-    """What is kept from call to call: curves (`piecewise_linear`) by the number of the step, and values by what was called.
+    """What is kept from call to call: curves (`entrywise`) by the number of the step, and values by what was called.
 
     `halves` are what is known of half spectra (`fourier`), by the number of the step; `errors` are those of computed weights
     (`running_errors`); `taken` says which of them come or go where errors are not followed.

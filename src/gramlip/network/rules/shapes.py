@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gramlip.errors import UnsupportedError
-from gramlip.network.rules.piecewise_linear import IDENTITY, Entrywise, NotACurveError, steepness
+from gramlip.network.rules.entrywise import IDENTITY, Entrywise, NotACurveError, steepness
 from gramlip.network.rules.registry import Call, Var, register
 from gramlip.network.steps import Join, Linear, Lipschitz, Pad, RowLayout, Shortcut, Slice, Step, Unbounded, View
 from gramlip.numerics import rounding as rd

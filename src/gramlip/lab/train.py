@@ -28,14 +28,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gramlip import distributed, robust
 from gramlip.errors import InputError, Terminated, first_line
-from gramlip.lab.training import recipes
-from gramlip.lab.training.recipes import Recipe, augmented, build, generator, normalised, recipe
+from gramlip.lab import recipes
+from gramlip.lab.recipes import Recipe, augmented, build, generator, normalised, recipe
 from gramlip.network.audit import audit
 from gramlip.nn import LipschitzPenalty, Residual, remove, spectral_norm_, spectral_rescaling_
 from gramlip.nn import normalised as parametrized
 from gramlip.nn.parametrize import layers
-from gramlip.nn.penalty import FORMS
-from gramlip.norm.methods.formulas import operator_gram_norm
+from gramlip.nn.regularise import FORMS
+from gramlip.norm.formulas import operator_gram_norm
 from gramlip.operators.describe import describe
 from gramlip.operators.interval import Bound
 from gramlip.reports.output import write_bytes_whole, write_whole
@@ -175,7 +175,7 @@ def train(
     and `results.json`.
 
     Args:
-        name: a name in `gramlip.lab.training.recipes.RECIPES`.
+        name: a name in `gramlip.lab.recipes.RECIPES`.
         source: folder of CIFAR-10's parquet files, or "uoft-cs/cifar10".
         out: folder of the run.
         seed: of everything random.

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gramlip.norm.symbol.autocorrelation import Mixed, Narrow, Taps, square_errors, squared_symbols, tap_offsets, tap_positions, tap_runs
-from gramlip.norm.symbol.frequency_cells import START, resolution, waves
-from gramlip.norm.symbol.polyphase import TallKernel, symbols
-from gramlip.numerics import cholesky as cert
-from gramlip.numerics import eigenvalue_bounds
+from gramlip.norm.autocorrelation import Mixed, Narrow, Taps, square_errors, squared_symbols, tap_offsets, tap_positions, tap_runs
+from gramlip.norm.frequency_cells import START, resolution, waves
+from gramlip.norm.polyphase import TallKernel, symbols
+from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.segmented import Complexes, Ints, Reals, integers, on, pieces
 
@@ -185,7 +184,7 @@ class SquaresInSingle(BlockByBlock):
     entry_bytes = 8
 
     def __init__(self, tall: TallKernel, errors: Sequence[float]) -> None:
-        """`errors` bound what single precision adds: `gramlip.norm.symbol.autocorrelation.square_errors`."""
+        """`errors` bound what single precision adds: `gramlip.norm.autocorrelation.square_errors`."""
         Strategy.__init__(self, tall, 5.0 * tall.rows * tall.side**2, errors)
 
     def at(self, group: Ints, index: Ints, sizes: tuple[int, ...]) -> Tensor:
@@ -294,7 +293,7 @@ class GramSymbol:
 
     @property
     def fine(self) -> float | None:
-        """The resolution of the cells where one pass over their corners is to close the interval: `gramlip.norm.search.lower`."""
+        """The resolution of the cells where one pass over their corners is to close the interval: `gramlip.norm.lower_bound`."""
         return self.strategy.fine
 
     @property
@@ -359,10 +358,10 @@ class GramSymbol:
             flat = piece[0].flatten(0, 1)
             zero[0].addmm_(flat.mH, flat)
         noise = torch.tensor([self.noise[group]], dtype=torch.float64, device=self.device)
-        top = eigenvalue_bounds.moments(zero, noise)
+        top = eigenvalues.moments(zero, noise)
         start = zero[:, :, int(zero[0].diagonal().real.argmax())]
-        guess = 1.02 * eigenvalue_bounds.krylov(zero, start, 24)[0] + 2 * noise if bool(start.any()) else top
-        while bool(guess < top) and not bool(cert.cholesky(zero, guess, noise)):
+        guess = 1.02 * eigenvalues.krylov(zero, start, 24)[0] + 2 * noise if bool(start.any()) else top
+        while bool(guess < top) and not bool(eigenvalues.cholesky(zero, guess, noise)):
             guess = 1.2 * guess
         top = float(torch.minimum(guess, top))
         return min(self.tap_norm_sums[group], rd.sqrt_up(rd.mul_up(top, float(self.tall.count))))

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gramlip.operators.geometry import Axis, index_map
+from gramlip.operators.linear_maps import Axis, index_map
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""The commands, and the types of their options.
-
-Each module here has `COMMANDS`, name -> function that adds it; its parser's default `run` takes the arguments.
-"""
+"""The types of command line options, and the form of a help text."""
 
 from __future__ import annotations
 

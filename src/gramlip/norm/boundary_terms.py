@@ -16,16 +16,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gramlip.norm.symbol.autocorrelation import tap_positions
-from gramlip.norm.symbol.frequency_cells import waves
-from gramlip.norm.symbol.padding_theorems import PADDING
-from gramlip.norm.symbol.polyphase import grouped, polyphase
-from gramlip.numerics import cholesky as cert
+from gramlip.norm.autocorrelation import tap_positions
+from gramlip.norm.frequency_cells import waves
+from gramlip.norm.padding_theorems import PADDING
+from gramlip.norm.polyphase import grouped, polyphase
+from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import scaled_float64
 from gramlip.numerics.segmented import integers, pieces
-from gramlip.operators.geometry import Axis, axes, index_map
-from gramlip.operators.linear_maps import Conv
+from gramlip.operators.linear_maps import Axis, Conv, axes, index_map
 
 LARGEST = 1536  # order of the largest boundary matrix that is formed
 LEAST = 2.0**-600  # what a boundary term is taken to be at least: margins relative to it are normal numbers
@@ -230,9 +229,9 @@ def _positive(e: Tensor, noise: float, size: float) -> float:
     The blocks are indefinite: the trace in the factorisation's error is at most `c (t + size)`, hence the second term of `each`.
     """
     top = max(0.0, float(torch.linalg.eigvalsh(e).max()))
-    each = torch.full((len(e),), noise + 4 * cert.shift(e.shape[-1]) * size, dtype=torch.float64, device=e.device)
+    each = torch.full((len(e),), noise + 4 * eigenvalues.shift(e.shape[-1]) * size, dtype=torch.float64, device=e.device)
     margin = 1e-9 * size + 2 * float(each[0])
     while True:
-        if bool(cert.cholesky(e, torch.full_like(each, top + margin), each).all()):
+        if bool(eigenvalues.cholesky(e, torch.full_like(each, top + margin), each).all()):
             return top + margin
         margin *= 4

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from gramlip.errors import InputError, check_integers
-from gramlip.norm.symbol.polyphase import Symbol, blocks, grid, symbol, transform
-from gramlip.numerics import sums
+from gramlip.norm.polyphase import Symbol, blocks, grid, symbol, transform
+from gramlip.numerics import precision
 from gramlip.numerics.gram_iteration import check_matrices, gram_norm, reals
-from gramlip.numerics.precision import in_norm_precision, real_dtype
-from gramlip.numerics.sums import gram, norm
-from gramlip.operators.geometry import apply
-from gramlip.operators.linear_maps import Conv, Dense, Ints
+from gramlip.numerics.precision import gram, in_norm_precision, norm, real_dtype
+from gramlip.operators.linear_maps import Conv, Dense, Ints, apply
 
 # ---- differentiable norms of convolutions --------------------------------------------------------------------------------
 #
@@ -477,7 +475,7 @@ def araujo2021(op: Dense | Conv, samples: int = 50) -> Tensor:
         return norm(sym.kernel, sym.kernel.ndim)
     kernel = sym.kernel.flatten(3).movedim(3, 1).flatten(2)  # (groups, taps, m n)
     sides = list(sym.kernel.shape[3:])
-    products = sums.gram(kernel.mH)  # inner products of taps: ||D(w)||_F^2 is a quadratic form in the waves
+    products = precision.gram(kernel.mH)  # inner products of taps: ||D(w)||_F^2 is a quadratic form in the waves
     unit = torch.eye(kernel.shape[1], dtype=kernel.dtype, device=kernel.device).reshape(1, -1, 1, *sides)
     waves = transform(unit, [samples] * len(sides)).flatten(0, -3)[..., 0]  # (points, taps)
     products = products.to(waves.dtype)

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from gramlip import robust
-from gramlip.cli.commands import Commands, count, device, examples, folder, shape, tolerance, whole
+from gramlip.cli.options import Commands, count, device, examples, folder, shape, tolerance, whole
 from gramlip.errors import InputError, UnsupportedError, first_line, out_of_memory
+from gramlip.lab import recipes
 from gramlip.lab.compare import compare, error_against_time
+from gramlip.lab.recipes import MEAN, STD, Recipe, build
 from gramlip.lab.reproduce import EXPERIMENTS, Options, reproduce
-from gramlip.lab.training import recipes
-from gramlip.lab.training.recipes import MEAN, STD, Recipe, build
 from gramlip.network.audit import audit
 from gramlip.operators.given import unwrapped
 from gramlip.operators.linear_maps import Conv, Dense
@@ -365,7 +365,7 @@ def add_train(subparsers: _SubParsersAction[Any]) -> None:
 def run_train(args: Namespace) -> int:
     """Train, write, print the results as JSON."""
     try:
-        module = import_module("gramlip.lab.training.train")
+        module = import_module("gramlip.lab.train")
     except ImportError as error:
         msg = f'training needs {error.name}, which is not installed; expected the extra: type pip install "gramlip[train]"'
         raise InputError(msg) from error

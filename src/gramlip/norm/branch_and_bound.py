@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gramlip.norm.search.lower import STEPS, BlockCache, LowerBounds, Tally, take
-from gramlip.norm.symbol.frequency_cells import Cells, Lattice, Thresholds, joined, look_up, merge, select
-from gramlip.norm.symbol.gram_symbol import GramSymbol
-from gramlip.numerics import cholesky as cert
-from gramlip.numerics import eigenvalue_bounds
+from gramlip.norm.frequency_cells import Cells, Lattice, Thresholds, joined, look_up, merge, select
+from gramlip.norm.gram_symbol import GramSymbol
+from gramlip.norm.lower_bound import STEPS, BlockCache, LowerBounds, Tally, take
+from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.segmented import Flags, Ints, Reals, integers, leading, named, on, pieces, segment_min
 
@@ -275,15 +274,15 @@ class BranchAndBound:
         A shift takes from the cells' width, and where there are none from nothing else.
         """
         c, gap = self.symbol.side, self.min_relative_gap
-        shift = math.inf if self.symbol.parallel else cert.single_shift(c)
+        shift = math.inf if self.symbol.parallel else eigenvalues.single_shift(c)
         single = shift <= (0.8 if self.lattice.listed else 0.5) * gap
-        return single, not single and c > cert.TRACE_ORDER and shift <= 2 * gap
+        return single, not single and c > eigenvalues.TRACE_ORDER and shift <= 2 * gap
 
     def _factorised(self, blocks: Tensor, thresholds: Reals, noise: Reals, **how: bool) -> Tensor:
         """Where a Cholesky factorisation proves it, booked."""
         self.tally.factorizations += len(blocks)
         self.tally.operations += len(blocks) * (4 / 3) * self.symbol.side**3
-        return cert.cholesky(blocks, on(blocks.device, thresholds), on(blocks.device, noise), **how)
+        return eigenvalues.cholesky(blocks, on(blocks.device, thresholds), on(blocks.device, noise), **how)
 
     def _by_moments(self, keys: Ints, thresholds: Reals, noise: Reals) -> tuple[Flags, Tensor | None]:
         """Where two moments prove it, booked, and the blocks where they had to be formed for that."""
@@ -292,7 +291,7 @@ class BranchAndBound:
         if np.isfinite(known).all():
             return known <= thresholds, None
         blocks = self.cache.blocks(keys)
-        return eigenvalue_bounds.moments(blocks, on(blocks.device, noise)).cpu().numpy() <= thresholds, blocks
+        return eigenvalues.moments(blocks, on(blocks.device, noise)).cpu().numpy() <= thresholds, blocks
 
     def _corner_thresholds(self, cells: Cells, taps: Reals | None, target_norm: Reals) -> Reals:
         """What the largest eigenvalue at the corners of each cell must not exceed for the cell to stay below the target's square."""

@@ -14,16 +14,15 @@ from typing import Any
 from xml.etree import ElementTree
 
 from gramlip import __version__
-from gramlip.cli.commands import Commands, assumption, effort, examples, interval, limit, numbers, radius, seconds, shape, tolerance
+from gramlip.cli.options import Commands, assumption, effort, examples, interval, limit, numbers, radius, seconds, shape, tolerance
 from gramlip.distributed import joined, ranked
 from gramlip.errors import InputError
 from gramlip.numerics import rounding as rd
 from gramlip.operators.interval import Bound, decimals
 from gramlip.reports.checkpoint import Weights
-from gramlip.reports.output import check_output, check_outputs, emit, note, watched, write_whole
+from gramlip.reports.output import Screen, aligned, check_output, check_outputs, emit, note, printable, watched, write_whole
 from gramlip.reports.pictures import page
 from gramlip.reports.report import Report, finite, short_name
-from gramlip.reports.text import Screen, aligned, printable
 from gramlip.targets import Model, Options, Source, read_input, resolve
 
 Limit = Decimal | None

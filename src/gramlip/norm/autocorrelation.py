@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gramlip.norm.symbol.polyphase import TallKernel
-from gramlip.numerics import eigenvalue_bounds
+from gramlip.norm.polyphase import TallKernel
+from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.segmented import Complexes, Ints, Reals, frozen, integers, on, pieces
 
@@ -273,7 +273,7 @@ def spectral(taps: Tensor) -> Tensor:
     sizes = torch.linalg.vector_norm(taps, dim=(-2, -1))
     unit = taps / torch.where(sizes > 0, sizes, 1.0)[:, None, None]
     error = torch.full((len(unit),), 2 * rd.gamma(8.0 * (taps.shape[-1] + 2)), dtype=torch.float64, device=taps.device)
-    return eigenvalue_bounds.gram(unit.mH @ unit, error).sqrt().clamp_max(1.0) * sizes * _grow(taps.shape[-1])
+    return eigenvalues.gram(unit.mH @ unit, error).sqrt().clamp_max(1.0) * sizes * _grow(taps.shape[-1])
 
 
 def _parts(turning: Complexes, device: torch.device) -> tuple[Tensor, Tensor | None]:

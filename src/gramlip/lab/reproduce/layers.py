@@ -1,4 +1,4 @@
-"""Experiments on convolutions: simulated ones (section 5.2), their cost against their size, and those of ResNet18 (section 5.3)."""
+"""Experiments on single layers: simulated convolutions, their cost, those of ResNet18, dense matrices, values below the truth."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ from gramlip.reports.pictures import figure, look
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+from collections.abc import Callable
+
+from gramlip.lab.compare import timed
+from gramlip.norm.formulas import Gram_iteration_naive, Lip_dense, Power_iteration
+from gramlip.operators.linear_maps import Dense
+from gramlip.testing import KERNELS, Case
 
 # ---- section 5.2 ---------------------------------------------------------------------------------------------------------
 #
@@ -51,7 +57,7 @@ CHOICES: tuple[Choice, ...] = (
 )
 
 
-def tasks(options: Options) -> list[Task]:
+def conv_tasks(options: Options) -> list[Task]:
     """One task for each layer."""
     shapes = QUICK if options.quick else SHAPES
     return [Task(f"{o}x{i}x{k}x{k} n={n}", partial(_layer, o, i, k, n, options)) for o, i, k, n in shapes]
@@ -66,7 +72,7 @@ def _layer(c_out: int, c_in: int, k: int, n: int, options: Options) -> list[Row]
     return [place | row | {"exact": exact, "difference": float(row["value"]) - exact} for row in measured(op, CHOICES, options)]
 
 
-def draw(rows: list[Row]) -> Figure:
+def draw_conv(rows: list[Row]) -> Figure:
     """Relative error against time, one point for each layer."""
     made, (ax,) = figure(width=7.5, height=4.4)
     for method in dict.fromkeys(str(row["method"]) for row in rows):
@@ -89,7 +95,7 @@ def draw(rows: list[Row]) -> Figure:
     return made
 
 
-def tell(rows: list[Row]) -> str:
+def tell_conv(rows: list[Row]) -> str:
     """The paper's own layer first, then all of them."""
     first = pick(rows, task=rows[0]["task"])
     own = [[title(r), r["side"], r["value"], r["difference"], 1e3 * float(r["seconds"])] for r in first]
@@ -107,7 +113,7 @@ def tell(rows: list[Row]) -> str:
     )
 
 
-CONV = Experiment("conv", "Simulated convolutions (paper, section 5.2)", tasks, draw, tell)
+CONV = Experiment("conv", "Simulated convolutions (paper, section 5.2)", conv_tasks, draw_conv, tell_conv)
 
 
 # ---- cost against size ---------------------------------------------------------------------------------------------------
@@ -342,3 +348,236 @@ RESNET18 = Experiment(
     tell_resnet18,
     takes=("weights",),
 )
+
+
+# ---- dense matrices ------------------------------------------------------------------------------------------------------
+#
+# Section 5.5: Gram iteration against power iteration on a dense matrix, error and time against steps.
+
+GRAM_STEPS = tuple(range(1, 16))
+POWER_STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+SVD_ACCURACY = 1e-14  # the accuracy of the SVD that stands for the truth
+STYLES: dict[str, dict[str, Any]] = {
+    "gram": look("gram"),
+    "naive": look("araujo2021") | {"linestyle": "--", "markersize": 3},
+    "power": look("power"),
+}
+METHOD_NAMES = {"gram": "Gram iteration", "naive": "naive Gram iteration", "power": "power iteration"}
+
+
+def dense_tasks(options: Options) -> list[Task]:
+    """One task for each precision, method and number of steps."""
+    m, n = (50, 40) if options.quick else (500, 400)
+    limit = 20 if options.quick else 10**9
+    found: list[Task] = []
+    for dtype in (torch.float32, torch.float64):
+        for method, steps in (("gram", GRAM_STEPS), ("naive", GRAM_STEPS), ("power", POWER_STEPS)):
+            for k in steps:
+                if k <= limit:
+                    found.append(Task(f"{_dtype_name(dtype)} {method} {k}", partial(_dense_row, m, n, dtype, method, k, options)))
+    return found
+
+
+def _dense_row(m: int, n: int, dtype: torch.dtype, method: str, steps: int, options: Options) -> list[Row]:
+    generator = torch.Generator().manual_seed(options.seed)
+    g = torch.randn(m, n, dtype=torch.float64, generator=generator).to(dtype)
+    truth = float(torch.linalg.matrix_norm(g.double(), 2))
+    g = g.to(options.device)
+    start = torch.Generator(options.device)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "gram": lambda: Lip_dense(g, steps),
+        "naive": lambda: Gram_iteration_naive(g, steps),
+        "power": lambda: Power_iteration(g, steps, generator=start.manual_seed(options.seed)),
+    }
+    value, seconds = timed(lambda: float(ways[method]()), options.device, options.trials)
+    error = value / truth - 1
+    row: Row = {"m": m, "n": n, "dtype": _dtype_name(dtype), "method": method, "steps": steps, "value": value, "truth": truth}
+    return [row | {"difference": value - truth, "relative_error": error, "seconds": seconds}]
+
+
+def draw_dense(rows: list[Row]) -> Figure:
+    """Error against steps and against time, for each precision."""
+    made, axes = figure(2, 2)
+    panels = [(dtype, x, scale) for dtype in ("float32", "float64") for x, scale in (("steps", 1.0), ("seconds", 1e3))]
+    for ax, (dtype, x, scale) in zip(axes, panels, strict=True):
+        for method, style in STYLES.items():
+            some = pick(rows, dtype=dtype, method=method)
+            known = [row for row in some if _usable(row)]
+            hollow: dict[str, Any] = style | {"linestyle": "none", "fillstyle": "none", "markeredgewidth": 1.2}
+            for below, shown in ((False, style), (True, hollow)):
+                # The line runs through all points; those below the truth are hollow, drawn over white.
+                kept = [row for row in known if _below(row)] if below else known
+                points = [scale * float(row[x]) for row in kept], [max(abs(float(row["relative_error"])), 1e-17) for row in kept]
+                if below:
+                    ax.plot(*points, linestyle="none", marker=style["marker"], markersize=5, color="white")
+                ax.plot(*points, label=None if below else METHOD_NAMES[method], **shown)
+            if known and len(known) < len(some) and x == "steps":
+                ax.axvline(
+                    max(float(row["steps"]) for row in known), color=style["color"], linestyle=":", label="naive: overflows after this step"
+                )
+        ax.set(xscale="log", yscale="log", title=f"{dtype} (hollow: below the truth)", ylabel="relative error (absolute value)")
+        ax.set_xlabel("steps" if x == "steps" else "time (ms)")
+    made.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return made
+
+
+def _usable(row: Row) -> bool:
+    """Neither overflowed nor underflowed."""
+    return 0 < float(row["value"]) < math.inf
+
+
+def _below(row: Row) -> bool:
+    return float(row["relative_error"]) < -SVD_ACCURACY
+
+
+def tell_dense(rows: list[Row]) -> str:
+    """The last steps of each method."""
+    found: list[list[object]] = []
+    for dtype in ("float64", "float32"):
+        for method in STYLES:
+            some = pick(rows, dtype=dtype, method=method)
+            finite = [r for r in some if _usable(r)]
+            last = max(finite, key=lambda r: float(r["steps"]))
+            below = sum(_below(r) for r in finite)
+            lost = len(some) - len(finite)
+            found.append(
+                [dtype, method, last["steps"], last["difference"], last["relative_error"], 1e3 * float(last["seconds"]), below, lost]
+            )
+    head = (
+        "dtype",
+        "method",
+        "last finite step",
+        "value - truth",
+        "relative error",
+        "time (ms)",
+        "rows below",
+        "rows lost to overflow",
+    )
+    first = rows[0]
+    text = f"Standard normal matrix {first['m']}x{first['n']}; truth by SVD in float64, below it: by more than {SVD_ACCURACY} of it."
+    return f"{text}\n\n{markdown(head, found)}"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+DENSE = Experiment("dense", "Dense matrix: error and time against steps (paper, section 5.5)", dense_tasks, draw_dense, tell_dense)
+
+
+# ---- values below the truth ----------------------------------------------------------------------------------------------
+#
+# How often the "bound" of each method lies below the true norm, which the oracle takes from the real torch layer.
+
+ORACLE_ACCURACY = 1e-12  # of the truth: nothing closer is called below
+Claim = Callable[[Conv | Dense], float]
+
+
+def _value(name: str, **settings: object) -> Claim:
+    return lambda op: METHODS[name].value(op, **settings)
+
+
+def _misapplied(op: Conv | Dense) -> float:
+    """The circular n-grid for a zero-padded layer, as much common code does."""
+    if isinstance(op, Dense) or op.padding_mode != "zeros":
+        msg = "only for zero padding"
+        raise InputError(msg)
+    return METHODS["delattre2023"].value(replace(op, padding_mode="circular"), n_iter=12)
+
+
+CLAIMS: dict[str, Claim] = {
+    "certify, upper": lambda op: float(bound(op).upper),
+    "gram, upper of its Bound": lambda op: float(METHODS["gram"](op).upper),
+    "gram (6)": _value("gram", n_iter=6),
+    "gram (12)": _value("gram", n_iter=12),
+    "delattre2023 (6)": _value("delattre2023", n_iter=6),
+    "delattre2023 (12)": _value("delattre2023", n_iter=12),
+    "delattre2023 (12) taken for zero padding": _misapplied,
+    "sedghi2019": _value("sedghi2019"),
+    "singla2021, exact": _value("singla2021"),
+    "singla2021 (50)": _value("singla2021", n_iter=50),
+    "araujo2021 (20)": _value("araujo2021", samples=20),
+    "norm2toep (3)": _value("norm2toep", n_iter=3),
+    "aol": _value("aol"),
+    "tensor_norm (30)": _value("tensor_norm", n_iter=30),
+    "frobenius": _value("frobenius"),
+    "torch": _value("torch"),
+    "power (100)": _value("power", n_iter=100),
+}
+
+
+def certificate_tasks(options: Options) -> list[Task]:
+    """One task for each precision, padding and family of kernels; random ones many times."""
+    found: list[Task] = []
+    for dtype in (torch.float32, torch.float64):
+        for mode in ("dense", "zeros", "circular"):
+            for kernel in sorted(KERNELS):
+                task = f"{str(dtype).removeprefix('torch.')} {mode} {kernel}"
+                found.append(Task(task, partial(_family, kernel, mode, dtype, options)))
+    return [t for t in found if t.name.endswith((" random", " ones"))][::2] if options.quick else found
+
+
+def _cases(kernel: str, mode: str, dtype: torch.dtype, options: Options) -> list[Case]:
+    seeds = range(options.seed, options.seed + ((2 if options.quick else 50) if kernel == "random" else 1))
+    if mode == "dense":
+        return [Case(kernel, shape, dtype=dtype, seed=s) for s in seeds for shape in ((16, 12), (12, 12), (5, 16))]
+    sizes = (5,) if options.quick else (3, 5, 6, 7)
+    geometry: dict[str, Any] = {"padding": ((1, 1), (1, 1)), "padding_mode": mode, "dtype": dtype}
+    return [Case(kernel, (3, 2, 3, 3), (n, n), seed=s, **geometry) for s in seeds for n in sizes]
+
+
+def _family(kernel: str, mode: str, dtype: torch.dtype, options: Options) -> list[Row]:
+    cases = [case for case in _cases(kernel, mode, dtype, options) if case.truth > 0.0]
+    rows: list[Row] = []
+    for name, claim in CLAIMS.items():
+        ratios: list[float] = []
+        for case in cases:
+            try:
+                ratios.append(claim(case.operator()) / case.truth)
+            except InputError:
+                continue
+        if ratios:
+            row: Row = {"dtype": str(dtype).removeprefix("torch."), "padding": mode, "kernel": kernel, "method": name, "cases": len(ratios)}
+            below = sum(not r >= 1 - ORACLE_ACCURACY for r in ratios)
+            rows.append(row | {"below": below, "least_ratio": min(ratios), "median_ratio": median(ratios), "largest_ratio": max(ratios)})
+    return rows
+
+
+def draw_certificates(rows: list[Row]) -> Figure:
+    """Share of cases below the truth, by method and precision."""
+    made, (ax,) = figure(width=7.0, height=4.6)
+    names = [name for name in CLAIMS if pick(rows, method=name)]
+    for shift, (dtype, colour) in enumerate((("float32", "#E69F00"), ("float64", "#004C7F"))):
+        shares = [_share(pick(rows, method=name, dtype=dtype)) for name in names]
+        places = [i + 0.4 * shift - 0.2 for i in range(len(names))]
+        bars = ax.barh(places, [100 * s for s in shares], height=0.38, color=colour, label=dtype)
+        ax.bar_label(bars, [f"{100 * s:.3g}" for s in shares], fontsize=6, padding=2)
+    ax.set_yticks(range(len(names)), names, fontsize=7)
+    ax.set(xlabel="cases below the true norm (%)", xlim=(0, 108))
+    ax.invert_yaxis()
+    ax.legend(fontsize=8, loc="lower right")
+    return made
+
+
+def tell_certificates(rows: list[Row]) -> str:
+    """Counts by method and precision, and the worst case."""
+    lines: list[list[object]] = []
+    for name in CLAIMS:
+        for dtype in ("float32", "float64"):
+            some = pick(rows, method=name, dtype=dtype)
+            if some:
+                worst = min(some, key=lambda r: float(r["least_ratio"]))
+                total, below = sum(int(r["cases"]) for r in some), sum(int(r["below"]) for r in some)
+                where = f"{worst['kernel']}, {worst['padding']}"
+                gap = float(worst["least_ratio"]) - 1
+                lines.append([name, dtype, total, below, gap, where, median(float(r["median_ratio"]) for r in some)])
+    head = ("method", "dtype", "cases", "below the truth", "least value / truth - 1", "found at", "median of value / truth")
+    return f"Truth: the matrix of the real torch layer in float64, by SVD.\n\n{markdown(head, lines)}"
+
+
+def _share(rows: list[Row]) -> float:
+    cases = sum(int(r["cases"]) for r in rows)
+    return sum(int(r["below"]) for r in rows) / cases if cases else math.nan
+
+
+CERTIFICATES = Experiment("certificates", 'How often a "bound" is below the truth', certificate_tasks, draw_certificates, tell_certificates)

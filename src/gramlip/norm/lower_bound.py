@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gramlip.norm.symbol.autocorrelation import tap_positions
-from gramlip.norm.symbol.frequency_cells import Lattice, Thresholds, merge, select, waves
-from gramlip.norm.symbol.gram_symbol import GramSymbol
-from gramlip.norm.symbol.polyphase import symbols
-from gramlip.numerics import cholesky as cert
-from gramlip.numerics import eigenvalue_bounds
+from gramlip.norm.autocorrelation import tap_positions
+from gramlip.norm.frequency_cells import Lattice, Thresholds, merge, select, waves
+from gramlip.norm.gram_symbol import GramSymbol
+from gramlip.norm.polyphase import symbols
+from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.segmented import Complexes, Flags, Ints, Reals, integers, leading, named, on, pieces, segment_max
 
@@ -26,7 +25,7 @@ from gramlip.numerics.segmented import Complexes, Flags, Ints, Reals, integers, 
 # The search in one pass, for a GPU: cells so small that a good lower side and one factorisation of each corner close the interval.
 #
 # A call costs more there than the arithmetic of many blocks, so all corners are formed, squared and factorised together. Where the proof
-# fails the cells go to the search: `gramlip.norm.search.branch_and_bound`.
+# fails the cells go to the search: `gramlip.norm.branch_and_bound`.
 
 SQUARINGS = 10  # of the best blocks,
 BEST = 8
@@ -96,7 +95,7 @@ def _blocks(g: GramSymbol, waves: Tensor, group: int | None = None) -> Tensor:
 
 
 def _square(blocks: Tensor, times: int) -> tuple[Tensor, Tensor]:
-    return eigenvalue_bounds.squared(blocks, eigenvalue_bounds.start(blocks.shape[-1], blocks.device).expand(len(blocks), -1), times)
+    return eigenvalues.squared(blocks, eigenvalues.start(blocks.shape[-1], blocks.device).expand(len(blocks), -1), times)
 
 
 # ---- the lower side ------------------------------------------------------------------------------------------------------
@@ -290,7 +289,7 @@ class LowerBounds:
             self.cache.keep(self.coarse, found.blocks.flatten(0, 1))
         self.cache.book(keys.size)
         at, blocks, vectors = found.best()
-        lower = eigenvalue_bounds.rayleigh(blocks, vectors, on(device, self.noise))
+        lower = eigenvalues.rayleigh(blocks, vectors, on(device, self.noise))
         for group, (value, place) in enumerate(torch.stack([lower, at.to(lower.dtype)], 1).tolist()):
             item = int(self.items[group])
             if value > self.best[item]:
@@ -303,7 +302,7 @@ class LowerBounds:
     def attainable_rtol(self) -> Reals:
         """The least relative width of an interval that rounding lets be proved, for each layer: docs/rounding.md#the-least-width."""
         c = self.symbol.side
-        lost = 2 * cert.shift(c) + rd.gamma(16.0 * (c + 4)) * c**0.5
+        lost = 2 * eigenvalues.shift(c) + rd.gamma(16.0 * (c + 4)) * c**0.5
         noise = segment_max(len(self.best), self.items, 2 * self.noise)
         least = np.expm1(np.log1p(lost + noise / self.best.clip(min=1e-300)) / 2) + self.lattice.finest
         return np.where(self.best > 0, 1.05 * least, 0.0)
@@ -341,7 +340,7 @@ class LowerBounds:
         for part in pieces(len(keys), self.symbol.chunk()):
             blocks = self.cache.blocks(keys[part]) if held is None else held[part]
             zero = torch.zeros(len(blocks), dtype=torch.float64, device=blocks.device)
-            bounds.append(eigenvalue_bounds.moments(blocks, zero).cpu().numpy())
+            bounds.append(eigenvalues.moments(blocks, zero).cpu().numpy())
             del blocks  # the next ones may be as large
         return np.concatenate(bounds)
 
@@ -365,12 +364,12 @@ class LowerBounds:
 
     def _krylov(self, blocks: Tensor, steps: int, begin: Tensor | None) -> tuple[Reals, Tensor]:
         """Leading Ritz values and vectors of the blocks; a GPU squares blocks instead."""
-        first = eigenvalue_bounds.start(self.symbol.side, blocks.device).expand(len(blocks), -1) if begin is None else begin
+        first = eigenvalues.start(self.symbol.side, blocks.device).expand(len(blocks), -1) if begin is None else begin
         if first.is_complex() and not blocks.is_complex():
             first = first.real + 0.5 * first.imag
         first = first.to(blocks.dtype)
         squared = self.symbol.parallel and self.symbol.side <= SQUARED_SIDE
-        found, v = eigenvalue_bounds.squared(blocks, first, SQUARINGS) if squared else eigenvalue_bounds.krylov(blocks, first, steps)
+        found, v = eigenvalues.squared(blocks, first, SQUARINGS) if squared else eigenvalues.krylov(blocks, first, steps)
         return found.to(torch.float64).cpu().numpy(), v
 
     def _record(self, keys: Ints, blocks: Tensor, estimates: Reals, vectors: Tensor) -> None:
@@ -383,7 +382,7 @@ class LowerBounds:
         if not len(top):
             return
         v = vectors[on(vectors.device, top)].to(torch.complex128 if vectors.is_complex() else torch.float64)
-        lower = eigenvalue_bounds.rayleigh(take(blocks, top).to(v.dtype), v, on(v.device, self.noise[group[top]])).cpu().numpy()
+        lower = eigenvalues.rayleigh(take(blocks, top).to(v.dtype), v, on(v.device, self.noise[group[top]])).cpu().numpy()
         better = (lower > self.best[item[top]]).nonzero()[0]
         at = item[top[better]]
         self.best[at], self.where[at] = lower[better], keys[top[better]]
