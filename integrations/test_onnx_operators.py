@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -337,3 +338,8 @@ def test_what_depends_on_shapes_alone_is_worked_out(tmp_path: Path, name: str) -
 def test_every_operator_has_a_case() -> None:
     tried = {found.values[0] for found in CASES} | {node.op_type for nodes, _ in SIZES.values() for node in nodes}
     assert set(OPERATORS) == tried
+
+
+def test_the_document_names_every_operator() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "formats.md").read_text().split("## Whole ONNX models")[1].split("## Pickles")[0]
+    assert set(OPERATORS) <= set(re.findall(r"`([A-Z]\w+)`", page))

@@ -51,7 +51,6 @@ _PLAIN: dict[str, Function] = {
     "Sigmoid": torch.sigmoid,
     "Tanh": torch.tanh,
     "Abs": torch.abs,
-    "Softplus": partial(F.softplus, threshold=50.0),  # ONNX has no threshold: where torch has it, float64 does not see it
     "Mish": F.mish,
     "HardSwish": F.hardswish,
     "Softsign": lambda x: x / (1 + x.abs()),
@@ -98,6 +97,12 @@ def _clip(node: Node) -> Function:
     if ends == [None, None]:
         return lambda x, *_: x
     return lambda x, *_: torch.clamp(x, *ends)
+
+
+@register("Softplus")
+def _softplus(node: Node) -> Function:
+    """ONNX has no threshold: where torch has it, float64 does not see it. Idioms (`onnx.idioms`) bring their own."""
+    return partial(F.softplus, beta=node.get("beta", 1.0), threshold=node.get("threshold", 50.0))
 
 
 @register("LeakyRelu")

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gramlip.errors import InputError
 from gramlip.onnx.registry import NEWEST, OLDEST
+from gramlip.reports.output import printable
 from gramlip.reports.readers import extra, line
-from gramlip.reports.text import printable
 
 Dims = tuple[int | None, ...]
 _DOMAINS = ("", "ai.onnx")

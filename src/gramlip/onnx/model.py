@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gramlip.errors import InputError, UnsupportedError, first_line
 from gramlip.onnx.files import Dims, File, Operation, read
+from gramlip.onnx.idioms import rewritten
 from gramlip.onnx.registry import OPERATORS, VALUELESS, Function, Node, RefusedError, floating
 
 _MOVES = (
@@ -173,12 +174,13 @@ class _Builder:
         self.varies = set(file.inputs)
         self.lost: set[str] = set()  # results of what is refused
         self.refused: dict[str, list[str]] = {}
-        self.used = {name for operation in file.operations for name in operation.inputs} | set(file.outputs)
+        self.operations = rewritten(file.operations, file.constants)
+        self.used = {name for operation in self.operations for name in operation.inputs} | set(file.outputs)
         self.calls: list[tuple[str, Call]] = []
 
     def built(self) -> tuple[list[tuple[str, Call]], dict[str, Tensor]]:
         """The calls that the outputs need, by their paths, and the constants that these take."""
-        for operation in self.file.operations:
+        for operation in self.operations:
             if operation.op not in OPERATORS:
                 self._refuse(operation, "")
             elif not self.lost.intersection(operation.inputs):
