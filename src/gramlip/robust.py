@@ -233,7 +233,7 @@ class LocalRadii:
         for _ in range(TRIALS):
             around = region([tuple(x.shape)], None, x, tried)
             assert around is not None
-            reach = float((gaps / self._around.rows(around, pairs)).min()) * (1 - 2.0**-48)
+            reach = float((gaps / self._around.results(around, pairs).constants).min()) * (1 - 2.0**-48)
             if not LEAST <= reach < math.inf:
                 break
             best, below, above = max(best, min(reach, tried)), max(below, min(reach, tried)), min(above, max(reach, tried))
