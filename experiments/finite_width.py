@@ -14,7 +14,7 @@ import torch
 import gramlip as gl
 from gramlip.norm.certify import AUTO_OPERATIONS
 from gramlip.norm.finite_layer import Certificate, FiniteLayer
-from gramlip.norm.symbol.polyphase import symbol
+from gramlip.norm.polyphase import symbol
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE = 32  # of the layers with reflect padding

@@ -28,9 +28,18 @@ from gramlip.network.rules import fourier, statistics
 from gramlip.network.rules import shapes as joins
 from gramlip.network.steps import Pad, Slope
 from gramlip.nn import parametrize, tracker
-from gramlip.norm import boundary_terms, branch_and_bound, certify, finite_layer, formulas, methods
-from gramlip.norm.symbol import frequency_cells, padding_theorems, polyphase
-from gramlip.norm.symbol.padding_theorems import PADDING, Circle
+from gramlip.norm import (
+    boundary_terms,
+    branch_and_bound,
+    certify,
+    finite_layer,
+    formulas,
+    frequency_cells,
+    methods,
+    padding_theorems,
+    polyphase,
+)
+from gramlip.norm.padding_theorems import PADDING, Circle
 from gramlip.numerics import eigenvalues, gram_iteration, precision
 from gramlip.numerics import rounding as rd
 from gramlip.operators import describe, given, linear_maps

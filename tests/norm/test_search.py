@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import gramlip as gl
-from gramlip.norm import branch_and_bound
+from gramlip.norm import branch_and_bound, gram_symbol
 from gramlip.norm import lower_bound as ascent
+from gramlip.norm.autocorrelation import Taps, tap_offsets, tap_positions, tap_runs
 from gramlip.norm.branch_and_bound import BranchAndBound, Enclosure
-from gramlip.norm.symbol import gram_symbol
-from gramlip.norm.symbol.autocorrelation import Taps, tap_offsets, tap_positions, tap_runs
-from gramlip.norm.symbol.frequency_cells import Lattice, waves
-from gramlip.norm.symbol.gram_symbol import GramSymbol
+from gramlip.norm.frequency_cells import Lattice, waves
+from gramlip.norm.gram_symbol import GramSymbol
 from gramlip.numerics import eigenvalues
 
 

@@ -11,11 +11,11 @@ import torch
 import gramlip as gl
 from cases import Case, cases, check, closes
 from gramlip.lab.bench.contenders import he
+from gramlip.norm import gram_symbol
 from gramlip.norm.branch_and_bound import BranchAndBound
 from gramlip.norm.certify import certify_all
+from gramlip.norm.frequency_cells import Lattice
 from gramlip.norm.lower_bound import LowerBounds
-from gramlip.norm.symbol import gram_symbol
-from gramlip.norm.symbol.frequency_cells import Lattice
 from gramlip.numerics import eigenvalues, precision
 
 

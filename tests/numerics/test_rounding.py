@@ -17,10 +17,10 @@ from torch import Tensor
 
 import gramlip as gl
 from cases import Case
+from gramlip.norm.autocorrelation import Taps, spectral
 from gramlip.norm.branch_and_bound import BranchAndBound
 from gramlip.norm.finite_layer import Certificate, FiniteLayer
-from gramlip.norm.symbol.autocorrelation import Taps, spectral
-from gramlip.norm.symbol.gram_symbol import GramSymbol, SquaresInSingle
+from gramlip.norm.gram_symbol import GramSymbol, SquaresInSingle
 from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
 from gramlip.operators.interval import decimals

@@ -16,10 +16,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gramlip.norm.symbol.autocorrelation import tap_positions
-from gramlip.norm.symbol.frequency_cells import waves
-from gramlip.norm.symbol.padding_theorems import PADDING
-from gramlip.norm.symbol.polyphase import grouped, polyphase
+from gramlip.norm.autocorrelation import tap_positions
+from gramlip.norm.frequency_cells import waves
+from gramlip.norm.padding_theorems import PADDING
+from gramlip.norm.polyphase import grouped, polyphase
 from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import scaled_float64

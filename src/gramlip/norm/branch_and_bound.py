@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gramlip.norm.frequency_cells import Cells, Lattice, Thresholds, joined, look_up, merge, select
+from gramlip.norm.gram_symbol import GramSymbol
 from gramlip.norm.lower_bound import STEPS, BlockCache, LowerBounds, Tally, take
-from gramlip.norm.symbol.frequency_cells import Cells, Lattice, Thresholds, joined, look_up, merge, select
-from gramlip.norm.symbol.gram_symbol import GramSymbol
 from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.segmented import Flags, Ints, Reals, integers, leading, named, on, pieces, segment_min

@@ -16,8 +16,8 @@ from gramlip.errors import InputError
 from gramlip.norm.boundary_terms import upper_side
 from gramlip.norm.branch_and_bound import BranchAndBound, Enclosure
 from gramlip.norm.finite_layer import SAMPLE_BYTES, Certificate, FiniteLayer, banded, rounded, sample, small, wave
-from gramlip.norm.symbol.gram_symbol import GramSymbol
-from gramlip.norm.symbol.polyphase import Symbol, symbol
+from gramlip.norm.gram_symbol import GramSymbol
+from gramlip.norm.polyphase import Symbol, symbol
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.eigenvalues import start
 from gramlip.numerics.precision import on_cpu, scaled_float64, scaled_float64_each

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gramlip.errors import InputError
 from gramlip.norm.lower_bound import Peak
-from gramlip.norm.symbol.polyphase import grouped
+from gramlip.norm.polyphase import grouped
 from gramlip.numerics import precision
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.eigenvalues import shift

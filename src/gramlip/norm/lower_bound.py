@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gramlip.norm.symbol.autocorrelation import tap_positions
-from gramlip.norm.symbol.frequency_cells import Lattice, Thresholds, merge, select, waves
-from gramlip.norm.symbol.gram_symbol import GramSymbol
-from gramlip.norm.symbol.polyphase import symbols
+from gramlip.norm.autocorrelation import tap_positions
+from gramlip.norm.frequency_cells import Lattice, Thresholds, merge, select, waves
+from gramlip.norm.gram_symbol import GramSymbol
+from gramlip.norm.polyphase import symbols
 from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.segmented import Complexes, Flags, Ints, Reals, integers, leading, named, on, pieces, segment_max

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from gramlip.errors import InputError
 from gramlip.norm import formulas
 from gramlip.norm.certify import certify
-from gramlip.norm.symbol.polyphase import grid, symbol
+from gramlip.norm.polyphase import grid, symbol
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import on_cpu
 from gramlip.operators.describe import describe

@@ -17,7 +17,7 @@ from torch import Tensor
 from gramlip.lab.compare import Timing, interleaved
 from gramlip.norm import certify as engine
 from gramlip.norm.branch_and_bound import BranchAndBound
-from gramlip.norm.symbol.gram_symbol import GramSymbol, SharedProductsInSingle, SquaresInSingle
+from gramlip.norm.gram_symbol import GramSymbol, SharedProductsInSingle, SquaresInSingle
 from gramlip.numerics import eigenvalues
 from gramlip.numerics.segmented import Flags, Ints, Reals
 from gramlip.operators.interval import Bound

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gramlip.norm.symbol.padding_theorems import PADDING
+from gramlip.norm.padding_theorems import PADDING
 from gramlip.numerics import precision
 from gramlip.numerics.precision import exponent_of, scaled_float64
 from gramlip.numerics.segmented import Ints

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gramlip.norm.symbol.autocorrelation import Mixed, Narrow, Taps, square_errors, squared_symbols, tap_offsets, tap_positions, tap_runs
-from gramlip.norm.symbol.frequency_cells import START, resolution, waves
-from gramlip.norm.symbol.polyphase import TallKernel, symbols
+from gramlip.norm.autocorrelation import Mixed, Narrow, Taps, square_errors, squared_symbols, tap_offsets, tap_positions, tap_runs
+from gramlip.norm.frequency_cells import START, resolution, waves
+from gramlip.norm.polyphase import TallKernel, symbols
 from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.segmented import Complexes, Ints, Reals, integers, on, pieces
@@ -184,7 +184,7 @@ class SquaresInSingle(BlockByBlock):
     entry_bytes = 8
 
     def __init__(self, tall: TallKernel, errors: Sequence[float]) -> None:
-        """`errors` bound what single precision adds: `gramlip.norm.symbol.autocorrelation.square_errors`."""
+        """`errors` bound what single precision adds: `gramlip.norm.autocorrelation.square_errors`."""
         Strategy.__init__(self, tall, 5.0 * tall.rows * tall.side**2, errors)
 
     def at(self, group: Ints, index: Ints, sizes: tuple[int, ...]) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gramlip.norm.symbol.polyphase import TallKernel
+from gramlip.norm.polyphase import TallKernel
 from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.segmented import Complexes, Ints, Reals, frozen, integers, on, pieces
