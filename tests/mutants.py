@@ -24,7 +24,7 @@ from cases import TRAPS, Case, cases, check, theorem
 from gramlip.network import compose, executed, execution, fold, in_place, linear_stretches, lower_bound, ranges, running_errors
 from gramlip.network.coupling import elimination, linear_forms, segments
 from gramlip.network.local import columns, intervals, jacobians, relaxations
-from gramlip.network.rules import fourier, patterns
+from gramlip.network.rules import activations, fourier, patterns
 from gramlip.network.rules import shapes as joins
 from gramlip.network.steps import Pad, Slope
 from gramlip.nn import parametrize, tracker
@@ -66,6 +66,7 @@ from test_network_steps import (
 from test_network_weights import check_cancelling, check_shifts
 from test_placements import over_what_is_read, test_an_audit_is_not_below_the_matrix_and_not_far_above
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
+from test_rules import test_maps_are_bounded_above_their_jacobians_and_tightly
 from test_search import test_a_layer_that_is_given_up_leaves_the_others_in_the_search
 from test_sums import test_norms_of_many_equal_entries, test_products_of_many_rows
 from test_tracked import test_gradient_is_that_of_the_value, test_weights_that_are_replaced_are_noticed
@@ -901,7 +902,16 @@ def around(name: str) -> Callable[[], None]:
     return run
 
 
+def gates_by_their_function_alone(patch: pytest.MonkeyPatch) -> None:
+    """A gate's constants forgotten: twice a GELU as a GELU."""
+    right = activations._gate
+    patch.setattr(activations, "_gate", lambda name, scale, *others, **options: right(name, 1 + 0 * scale, *others, **options))
+
+
 MUTANTS: dict[str, Mutant] = {
+    "N1: gates by their function alone": Mutant(
+        gates_by_their_function_alone, lambda: test_maps_are_bounded_above_their_jacobians_and_tightly("gelu without half")
+    ),
     "execution: weights as they are": Mutant(weights_of_the_program_as_they_are, test_weights_that_the_format_does_not_hold_count),
     "execution: sums rounded once": Mutant(sums_rounded_once, test_the_worst_order_of_a_sum_is_covered),
     "execution: errors end at functions": Mutant(errors_end_at_functions, errors_pass_through_functions),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gramlip.errors  # noqa: F401  # pyright: ignore[reportUnusedImport] (first of all, before torch)
-from gramlip import distributed, nn, robust
+from gramlip import distributed, nn, onnx, robust
 from gramlip import rules as rules  # the public face of network.rules
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network.audit import audit
@@ -32,6 +32,7 @@ __all__ = [
     "execution_error",
     "gram_norm",
     "nn",
+    "onnx",
     "robust",
 ]
 __version__ = "0.1.0"

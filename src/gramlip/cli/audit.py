@@ -110,7 +110,7 @@ FORMATS: dict[str, Callable[[Sequence[Report], Limit], str]] = {"--json": _json,
 
 TARGET = (
     "weights (.safetensors, checkpoint, .npz, .onnx, .gguf, .keras, a folder of them, demo) "
-    "or a model (package.module:callable, .pt2, timm:, torchvision:, hf:)"
+    "or a model (package.module:callable, .pt2, .onnx with --input, timm:, torchvision:, hf:)"
 )
 
 
@@ -142,6 +142,7 @@ def add_audit(subparsers: _SubParsersAction[Any]) -> None:
                 "gramlip audit demo": "a small trained network that ships with the package",
                 "gramlip audit model.safetensors --rtol 1e-3": "every layer of a file of weights, each interval at most 0.1% wide",
                 "gramlip audit package.module:make --input 3,224,224": "the model that make() returns: layers and network",
+                "gramlip audit model.onnx --input 3,224,224": "the graph of an ONNX file: layers and network",
                 "gramlip audit package.module:make --input 3,32,32 --at image.png --radius 0.25": "around one input alone",
                 "gramlip audit model.safetensors --fail-above 10": "exit code 1 unless every layer is proved to be at most 10",
                 "gramlip audit model.safetensors --json - --rtol 1e-4": "the report as JSON, alone on standard output",
