@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,9 @@ from gramlip.operators import describe, given, linear_maps
 from gramlip.operators.linear_maps import Axis, Scale
 from gramlip.reports import checkpoint, formats
 from gramlip.reports.readers import Entry, Stored
+from gramlip.robust import around as radii_around
 from gramlip.rules import Call, Var
+from test_around import test_no_radius_is_beyond_where_a_margin_is_used_up_on_a_ray
 from test_execution import test_the_worst_order_of_a_sum_is_covered, test_weights_that_the_format_does_not_hold_count
 from test_formats import test_products_of_two_vectors_exactly
 from test_fourier import test_a_spectrum_of_an_even_signal_read_as_another_length
@@ -902,6 +904,28 @@ def around(name: str) -> Callable[[], None]:
     return run
 
 
+def inner_balls_for_outer_ones(patch: pytest.MonkeyPatch) -> None:
+    """What holds on a ball is taken to hold on every larger one."""
+
+    def falling(inner: Sequence[Tensor], outer: Tensor) -> list[Tensor]:
+        known = [inner[0] if inner else outer]
+        for bound in (*inner[1:], outer):
+            known.append(torch.minimum(bound, known[-1]))
+        return known if inner else [outer]
+
+    patch.setattr(radii_around, "_rising", falling)
+
+
+def stretches_from_the_centre(patch: pytest.MonkeyPatch) -> None:
+    """Each stretch of the way out begins with the whole margin."""
+    patch.setattr(radii_around, "_ends", lambda begin, further, whole: begin + torch.maximum(further, whole))
+
+
+def radii_on_rays_hold() -> None:
+    for seed in range(40):
+        test_no_radius_is_beyond_where_a_margin_is_used_up_on_a_ray(seed)
+
+
 def gates_by_their_function_alone(patch: pytest.MonkeyPatch) -> None:
     """A gate's constants forgotten: twice a GELU as a GELU."""
     right = activations._gate
@@ -919,6 +943,8 @@ MUTANTS: dict[str, Mutant] = {
     "L1: slopes at one end": Mutant(slopes_at_one_end, around("sigmoid")),
     "L2: lines at the ends": Mutant(lines_at_the_ends_alone, lambda: test_an_activation_stays_within_its_line("softplus")),
     "L8: middle slopes": Mutant(switches_forgotten, around("residual of relus")),
+    "L7: inner balls": Mutant(inner_balls_for_outer_ones, radii_on_rays_hold),
+    "L7: stretches": Mutant(stretches_from_the_centre, radii_on_rays_hold),
     "L5: middle slopes": Mutant(middle_slopes_alone, around("tanh")),
     "N18: half of a result": Mutant(half_of_a_result_forgotten, affine_models_hold),
     "N13: lengths of anything": Mutant(

@@ -227,6 +227,7 @@ def add_certify(subparsers: _SubParsersAction[Any]) -> None:
             {
                 "gramlip certify runs/small --data cifar10": "a folder that gramlip train finished",
                 "gramlip certify gramlip.demo:demo --data cifar10 --samples 500 --eps 36/255 1": "500 images, two radii",
+                "gramlip certify runs/small --data cifar10 --samples 50 --eps 36/255 --local": "and what is true near each of 50 images",
             }
         ),
     )
@@ -237,7 +238,7 @@ def add_certify(subparsers: _SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--samples", type=count, metavar="N", help="only the first N test images")
     parser.add_argument("--normalised", action="store_true", help="the model takes pixels less CIFAR-10's mean, over its std")
-    parser.add_argument("--local", action="store_true", help="also larger radii from constants around each image")
+    parser.add_argument("--local", action="store_true", help="also constants around each image, which take up to minutes each")
     parser.add_argument("--attack", action="store_true", help="also the accuracy under attack at each radius; needs gramlip[attack]")
     parser.add_argument("--rtol", type=tolerance, default=1e-2, metavar="R", help="relative width of each layer's interval (default 1e-2)")
     parser.add_argument(
@@ -305,12 +306,13 @@ def _certified(model: nn.Module, batches: list[Any], args: Namespace, mean: tupl
     """By pairs of classes where the network is a chain that ends in a linear layer."""
     ends = [recipes.normalised(torch.full((1, len(std), 1, 1), end), mean, std) for end in (0.0, 1.0)]
     shape = tuple(batches[0][0].shape[1:])
-    options: dict[str, Any] = {"std": std, "local": args.local}
-    options |= {"executed": args.executed, "domain": tuple(ends) if args.executed else None}
+    options: dict[str, Any] = {"std": std, "local": "eps" if args.local else False, "executed": tuple(ends) if args.executed else None}
+    body, last = model, None
+    if isinstance(model, nn.Sequential) and isinstance(end := model[-1], nn.Linear):
+        body, last = model[:-1], end
+    loader = watched([pair for x, y in batches for pair in zip(x.split(1), y.split(1), strict=True)]) if args.local else batches
     try:
-        if isinstance(model, nn.Sequential) and isinstance(last := model[-1], nn.Linear):
-            return robust.certify(model, batches, audit(model[:-1], shape, rtol=args.rtol), args.eps, last=last, **options)
-        return robust.certify(model, batches, audit(model, shape, rtol=args.rtol), args.eps, **options)
+        return robust.certify(model, loader, audit(body, shape, rtol=args.rtol), args.eps, last=last, **options)
     except UnsupportedError as error:
         if not args.executed or "rounding" not in str(error):
             raise
