@@ -48,6 +48,7 @@ from gramlip.reports import checkpoint, formats
 from gramlip.reports.readers import Entry, Stored
 from gramlip.robust import around as radii_around
 from gramlip.rules import Call, Var
+from rule_cases import Map
 from test_around import test_no_radius_is_beyond_where_a_margin_is_used_up_on_a_ray
 from test_execution import test_the_worst_order_of_a_sum_is_covered, test_weights_that_the_format_does_not_hold_count
 from test_formats import test_products_of_two_vectors_exactly
@@ -60,7 +61,6 @@ from test_local import (
 )
 from test_network_multipliers import check_slopes_at_their_ends, network_of, steepest, upper_of
 from test_network_steps import (
-    Applied,
     test_a_choice_between_branches_has_no_lower_side,
     test_a_coupled_transposed_convolution_keeps_the_side_that_is_not_padded,
     test_replicate_padding_by_50_repeats_the_error_51_times,
@@ -580,14 +580,14 @@ def _stretches(call: Callable[[Tensor], Tensor], least: float, size: int = 4) ->
     """The audit of a function is not below a stretch that it has."""
 
     def run() -> None:
-        assert gl.audit(Applied(call), (size,)).upper >= least * (1 - 1e-12)
+        assert gl.audit(Map(call), (size,)).upper >= least * (1 - 1e-12)
 
     return run
 
 
 def a_range_claims_nothing_below() -> None:
     """`exp(sin x cos x)` has slopes of at most 1.649, its range as intervals know it promises 2.718."""
-    report = gl.audit(Applied(lambda x: torch.exp(torch.sin(x) * torch.cos(x))), (2,), domain=(-4.0, 4.0))
+    report = gl.audit(Map(lambda x: torch.exp(torch.sin(x) * torch.cos(x))), (2,), domain=(-4.0, 4.0))
     assert report.layers[-1].bound.lower <= 1.649
 
 
