@@ -106,7 +106,7 @@ def test_rows_of_pairs_of_results_hold_from_the_centre() -> None:
     model, x = convolutions(4, nn.ReLU), centre((2, 9, 9), 6)
     pairs = torch.tensor([[1.0, -1.0, 0.0], [1.0, 0.0, -1.0]], dtype=torch.float64)
     network, area = around(model, x, 0.2)
-    rows, xs = Around(network).rows(area, pairs), points(x, 0.2, 200, 3)
+    rows, xs = Around(network).results(area, pairs).rates, points(x, 0.2, 200, 3)
     with torch.no_grad():
         moved = ((model(xs) - model(x)) @ pairs.T).abs() / (xs - x).flatten(1).norm(dim=1)[:, None]
     assert bool((moved <= rows).all())

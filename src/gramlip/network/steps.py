@@ -18,9 +18,8 @@ from gramlip.errors import InputError
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import frobenius_up, row_norms_up
-from gramlip.operators.geometry import apply
 from gramlip.operators.interval import Bound
-from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
+from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape, apply
 
 RowLayout = Literal["", "rows", "columns"]
 CopyEntries = Callable[[Any], Any]

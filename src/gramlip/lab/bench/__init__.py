@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gramlip.errors import InputError
-from gramlip.lab.bench import contenders, training
+from gramlip.lab.bench import contenders
 from gramlip.lab.bench.result import Options, Result, Row, rates
 from gramlip.lab.compare import WARM_UP, environment
 
@@ -22,7 +22,7 @@ ROWS: dict[str, Callable[[Options], Row]] = {
     "any-size": contenders.any_size,
     "dense": contenders.dense,
     "orthogonal": contenders.orthogonal,
-    "training": training.training,
+    "training": contenders.training,
     "audit": contenders.networks,
 }
 """Name -> what is measured, in the table's order. To add one: a function `Options -> Row` and a line here."""

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from gramlip.lab.compare import Timing, interleaved
 from gramlip.norm import certify as engine
-from gramlip.norm.search.branch_and_bound import BranchAndBound
-from gramlip.norm.symbol.gram_symbol import GramSymbol, SharedProductsInSingle, SquaresInSingle
-from gramlip.numerics import cholesky as certificates
+from gramlip.norm.branch_and_bound import BranchAndBound
+from gramlip.norm.gram_symbol import GramSymbol, SharedProductsInSingle, SquaresInSingle
+from gramlip.numerics import eigenvalues
 from gramlip.numerics.segmented import Flags, Ints, Reals
 from gramlip.operators.interval import Bound
-from gramlip.reports.text import aligned
+from gramlip.reports.output import aligned
 
 # ---- what a certificate took ---------------------------------------------------------------------------------------------
 #
@@ -64,7 +64,7 @@ def count(work: Callable[[], object]) -> Counts:
     """Run the work once, with searches and factorisations that are booked."""
     searches: list[_Booked] = []
     flops = {False: 0.0, True: 0.0}
-    plain = certificates.cholesky
+    plain = eigenvalues.cholesky
 
     def search(*args: Any, **options: Any) -> _Booked:
         searches.append(_Booked(*args, **options))
@@ -74,7 +74,7 @@ def count(work: Callable[[], object]) -> Counts:
         flops[single] += len(g) * g.shape[-1] ** 3 / 3 * (4 if g.is_complex() else 1)
         return plain(g, threshold, noise, single=single, **options)
 
-    with patch.object(engine, "BranchAndBound", search), patch.object(certificates, "cholesky", cholesky):
+    with patch.object(engine, "BranchAndBound", search), patch.object(eigenvalues, "cholesky", cholesky):
         work()
     tallies, formed = [s.tally for s in searches], [s.forming() for s in searches]
     return Counts(
@@ -95,7 +95,7 @@ def proofs(work: Callable[[], object]) -> Callable[[], float]:
     Run once to record them. No lower side, no search: what is left of the work is the way to these blocks.
     """
     calls: list[Callable[[], Tensor]] = []
-    form, factorise = GramSymbol.at, certificates.cholesky
+    form, factorise = GramSymbol.at, eigenvalues.cholesky
 
     def at(self: GramSymbol, group: Ints, index: Ints, sizes: tuple[int, ...]) -> Tensor:
         calls.append(partial(form, self, group, index, sizes))
@@ -105,7 +105,7 @@ def proofs(work: Callable[[], object]) -> Callable[[], float]:
         calls.append(partial(factorise, g.clone(), threshold, noise, single=single))
         return factorise(g, threshold, noise, single=single, **options)
 
-    with patch.object(GramSymbol, "at", at), patch.object(certificates, "cholesky", cholesky):
+    with patch.object(GramSymbol, "at", at), patch.object(eigenvalues, "cholesky", cholesky):
         work()
 
     def again() -> float:

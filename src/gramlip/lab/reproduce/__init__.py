@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from gramlip.lab.reproduce.certificates import CERTIFICATES
-from gramlip.lab.reproduce.convolutions import CONV, RESNET18, SCALING
-from gramlip.lab.reproduce.dense import DENSE
+from gramlip.lab.reproduce.layers import CERTIFICATES, CONV, DENSE, RESNET18, SCALING
 from gramlip.lab.reproduce.run import Experiment, Options, Row, Task, reproduce
 from gramlip.lab.reproduce.training import TRAINING
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from gramlip.network.coupling.circulant import Link
 from gramlip.network.coupling.linear_forms import Form, Slopes, System, size_of, sizes_of
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.cholesky import cholesky, shift
+from gramlip.numerics.eigenvalues import cholesky, shift
 from gramlip.numerics.precision import to_float64
 
 FLOOR = 1e-250  # forms below it are given up: underflow would be above the bounds of rounding

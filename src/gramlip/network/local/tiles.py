@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from gramlip.network.steps import Linear, Step, Sum
 from gramlip.numerics.precision import to_float64
-from gramlip.operators.geometry import axes
-from gramlip.operators.linear_maps import Conv, Scale, Shape
+from gramlip.operators.linear_maps import Conv, Scale, Shape, axes
 
 BLOCKS = 64  # that the axes of a value are cut into, about
 Box = tuple[tuple[int, int], ...]
