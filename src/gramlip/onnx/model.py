@@ -210,6 +210,7 @@ class _Builder:
             call = Call(OPERATORS[operation.op](node), node.extra, operation.inputs, operation.outputs[:results])
             with torch.no_grad():
                 made = call(*given)
+            node.check_read()
         except RefusedError as error:
             self._refuse(operation, str(error))
             return
