@@ -12,11 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramlip.onnx.registry import Function, Node, RefusedError, plain, register, sized
+from gramlip.onnx.registry import Function, Node, RefusedError, register, sized
 
 # ---- matrices ------------------------------------------------------------------------------------------------------------
 
-plain("MatMul", torch.matmul)
+
+@register("MatMul")
+def _matmul(node: Node) -> Function:
+    """A product of matrices; `onnx.idioms` brings the bias of a linear layer."""
+    return (lambda x, w, b: F.linear(x, w.t(), b)) if node.has(2) else torch.matmul
 
 
 @register("Gemm")
