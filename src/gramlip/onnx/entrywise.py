@@ -228,9 +228,9 @@ def _root_of_squares(x: Tensor, *, dim: Any, keepdim: bool) -> Tensor:
 
 
 def _mean(x: Tensor, *, dim: list[int], keepdim: bool) -> Tensor:
-    """Over all axes behind the first two it is a pooling, which is bounded as such."""
+    """Over the axes of an image, or of a volume, it is a pooling, which is bounded as such."""
     axes = x.ndim - 2
-    if 1 <= axes <= 3 and dim == list(range(2, x.ndim)):
+    if 2 <= axes <= 3 and dim == list(range(2, x.ndim)):
         pooled = getattr(F, f"adaptive_avg_pool{axes}d")(x, (1,) * axes)
         return pooled if keepdim else pooled.flatten(1)
     return torch.mean(x, dim=dim, keepdim=keepdim)
