@@ -17,6 +17,7 @@ from gramlip.network.local import region, restricted
 from gramlip.network.steps import Input, Linear, Lipschitz, Network, Pad, Product, Slope, Step, Sum, What
 from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape, apply, matrix_of
 from gramlip.rules import RULES, register
+from rule_cases import Map
 
 
 def on_domain(given: Network) -> Network:
@@ -196,15 +197,6 @@ def test_a_choice_between_branches_has_no_lower_side() -> None:
     assert both.lower > 2.9
 
 
-class Applied(nn.Module):
-    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.call = call
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(x)
-
-
 @pytest.mark.parametrize(
     ("call", "most"),
     [
@@ -214,20 +206,20 @@ class Applied(nn.Module):
     ],
 )
 def test_a_function_on_an_over_estimated_range_claims_no_lower_side(call: Callable[[Tensor], Tensor], most: float) -> None:
-    report = gl.audit(Applied(call), (2,), domain=(-4.0, 4.0))
+    report = gl.audit(Map(call), (2,), domain=(-4.0, 4.0))
     assert report.layers[-1].bound.lower <= most
     assert report.lower <= report.upper
 
 
 @pytest.mark.parametrize("low", [torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0])])
 def test_a_clamp_whose_limits_meet_is_constant(low: Tensor) -> None:
-    report = gl.audit(Applied(lambda x: torch.clamp(x, low, torch.tensor([1.0, 2.0]))), (2,))
+    report = gl.audit(Map(lambda x: torch.clamp(x, low, torch.tensor([1.0, 2.0]))), (2,))
     assert report.upper == float(bool((low < torch.tensor([1.0, 2.0])).any()))
 
 
 @pytest.mark.parametrize("name", ["relu", "gelu", "silu", "tanh", "sigmoid", "elu", "softplus", "hardswish", "leaky_relu"])
 def test_a_function_on_all_numbers_keeps_its_lower_side(name: str) -> None:
-    row = gl.audit(Applied(getattr(nn.functional, name, None) or getattr(torch, name)), (2,)).layers
+    row = gl.audit(Map(getattr(nn.functional, name, None) or getattr(torch, name)), (2,)).layers
     assert not row or row[0].bound.lower > 0.999 * float(row[0].bound.upper)
 
 

@@ -228,9 +228,14 @@ def _telescoped(sweeps: Sweeps, ends: Sequence[int], known: dict[int, Derivative
 
 @dataclass(frozen=True)
 class Results:
-    """Upper bounds for single results on a set: their constants, and how far they are below their values at the centre."""
+    """Upper bounds for single results on a set.
+
+    `constants` are of differences of any two points, `rates` of differences from the value at the centre, over the distance from it,
+    and `drops` say how far below that value any other one is.
+    """
 
     constants: Tensor
+    rates: Tensor
     drops: Tensor
 
 
@@ -257,8 +262,8 @@ class Around:
         for i, bound in zip(moved, own, strict=True):
             found[i] = bound
         known = derivative(local.network, compose(local.network, found), area)
-        ways = [way for way in (local.columns.rows(), None if known is None else known.rows(area)) if way is not None]
-        unknown = torch.full((len(matrix),), math.inf, dtype=torch.float64)
+        unknown, columns = torch.full((len(matrix),), math.inf, dtype=torch.float64), local.columns.rows()
+        slopes = unknown if known is None else known.rows(area)
         value = local.values[-1]
         drops = unknown if value.middle is None else round_up(value.middle[1] - value.low).reshape(-1).nan_to_num(math.inf)
-        return Results(torch.stack([unknown, *ways]).amin(0), drops.clamp_min(0.0))
+        return Results(slopes, slopes if columns is None else torch.minimum(slopes, columns), drops.clamp_min(0.0))

@@ -407,10 +407,10 @@ def _softmax(call: Call) -> Lipschitz:
         return Lipschitz(0.0, "softmax of one entry is constant", (1.0, 1.0))
     axis = int(call["dim"]) % len(call.shape)
     row = 1.0 if axis == len(call.shape) - 1 else INF
-    return Lipschitz(0.5, "softmax: at most 1/2 in the l2 norm", (0.0, 1.0), row=row, within=partial(_probabilities, axis))
+    return Lipschitz(0.5, "softmax: at most 1/2 in the l2 norm", (0.0, 1.0), row=row, within=partial(probabilities, axis))
 
 
-def _probabilities(axis: int, a: Tensor, b: Tensor) -> tuple[float, Tensor, Tensor]:
+def probabilities(axis: int, a: Tensor, b: Tensor) -> tuple[float, Tensor, Tensor]:
     """Constant and values of the softmax on intervals of its arguments: docs/local.md#slopes."""
     top = b.amax(axis, keepdim=True)
     small, large = torch.exp(a - top), torch.exp(b - top)
