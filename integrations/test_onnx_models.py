@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import pyarrow
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from pyarrow import parquet
 from torch import Tensor, nn
 
 import gramlip as gl
@@ -180,10 +183,43 @@ def test_activations_that_are_exported_in_pieces(tmp_path: Path, opset: int, dyn
         assert torch.allclose(found(x), session(path)(x), rtol=1e-5, atol=1e-5)
 
 
+IDIOMS: dict[str, tuple[list[Any], dict[str, Any], list[str]]] = {
+    "quotient": (
+        [N("Sqrt", ["v"], ["s"]), N("Div", ["one", "s"], ["t"]), N("Mul", ["t", "x"], ["y"])],
+        {"one": np.float32(1)},
+        ["Sqrt_0", "Mul_2"],
+    ),
+    "inverse": ([N("Sqrt", ["v"], ["s"]), N("Reciprocal", ["s"], ["t"]), N("Mul", ["x", "t"], ["y"])], {}, ["Sqrt_0", "Mul_2"]),
+    "linear": ([N("MatMul", ["x", "w"], ["p"]), N("Add", ["b", "p"], ["y"])], {}, ["MatMul_0"]),
+    "masked": (
+        [N("Softmax", ["x"], ["p"]), N("IsNaN", ["p"], ["n"]), N("Where", ["n", "zero", "p"], ["y"])],
+        {"zero": np.float32(0)},
+        ["Softmax_0", "Where_2"],
+    ),
+    "bias of a value": ([N("MatMul", ["x", "w"], ["p"]), N("Add", ["x", "p"], ["y"])], {}, ["MatMul_0", "Add_1"]),
+    "bias of a matrix": ([N("MatMul", ["x", "w"], ["p"]), N("Add", ["p", "w"], ["y"])], {}, ["MatMul_0", "Add_1"]),
+}
+
+
+@pytest.mark.parametrize("name", IDIOMS)
+def test_idioms_compute_the_same(tmp_path: Path, name: str) -> None:
+    nodes, held, calls = IDIOMS[name]
+    rng = np.random.default_rng(0)
+    w, b, v = (x.astype(np.float32) for x in (rng.normal(size=(4, 4)), rng.normal(size=4), rng.uniform(1, 2, size=(1, 4))))
+    onnx.save(small(nodes, {"w": w, "b": b, "v": v} | held), tmp_path / "x.onnx")
+    found = load(tmp_path / "x.onnx")
+    assert found.calls == calls
+    x = torch.randn(3, 4)
+    assert torch.allclose(found(x), session(tmp_path / "x.onnx")(x), atol=1e-6)
+
+
 def test_what_is_like_an_idiom_is_left_as_it_is(tmp_path: Path) -> None:
     nodes = [N("Softplus", ["x"], ["s"]), N("Tanh", ["s"], ["t"]), N("Mul", ["s", "t"], ["y"])]
     onnx.save(small(nodes), tmp_path / "x.onnx")
     assert load(tmp_path / "x.onnx").calls == ["Softplus_0", "Tanh_1", "Mul_2"]
+    nodes = [N("Sqrt", ["x"], ["s"]), N("Div", ["k", "s"], ["t"]), N("Mul", ["x", "t"], ["y"])]
+    onnx.save(small(nodes, {"k": np.float32(2)}), tmp_path / "x.onnx")
+    assert load(tmp_path / "x.onnx").calls == ["Sqrt_0", "Div_1", "Mul_2"]
     nodes = [N("Greater", ["x", "k"], ["g"]), N("Softplus", ["x"], ["s"]), N("Div", ["s", "k"], ["d"]), N("Where", ["g", "x", "d"], ["y"])]
     onnx.save(small(nodes, {"k": np.float32(2)}), tmp_path / "x.onnx")
     assert load(tmp_path / "x.onnx").calls[-1] == "Where_3"
@@ -250,6 +286,34 @@ def test_a_file_is_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "its weights alone are bounded, for every input size; type --input" in said.err
     assert main(["audit", path, "--input", "9"]) == 2
     assert "of shape (1, 8), and 9 was given" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three pictures in the layout of CIFAR-10's parquet files."""
+    held = []
+    for i in range(3):
+        written = io.BytesIO()
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(written, "PNG")
+        held.append({"bytes": written.getvalue(), "path": f"{i}.png"})
+    (tmp_path / "pictures").mkdir()
+    table = pyarrow.table({"img": held, "label": [0, 1, 2]})
+    parquet.write_table(table, tmp_path / "pictures" / "test-00000-of-00001.parquet")
+    return tmp_path / "pictures"
+
+
+def test_a_file_is_certified_as_the_module(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)).eval()
+    path = exported(model, (3, 32, 32), tmp_path / "x.onnx", 17, False)
+    assert main(["certify", str(path), "--data", str(pictures), "--eps", "1/255", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    x, y = torch.rand(3, 3, 32, 32), torch.tensor([0, 1, 2])
+    lipschitz = gl.audit(model, (3, 32, 32))
+    results = [gl.robust.certify(m, [(x, y)], lipschitz, [1 / 255]).to_dict() for m in (model, load(path))]
+    assert results[0]["certified"] == results[1]["certified"]
+    assert found["count"] == 3
 
 
 # ---- files that are not to be read ---------------------------------------------------------------------------------------

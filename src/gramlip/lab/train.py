@@ -327,7 +327,7 @@ class _Stop(lightning.Callback):
 
 
 def _check(folder: Path, plan: dict[str, Any]) -> None:
-    """The folder belongs to one run: its plan is written first, and compared ever after."""
+    """Tie the folder to one run: its plan is written at the start, and compared at every later start."""
     file = folder / "recipe.json"
     if file.exists() and (there := _read(file)) != json.loads(json.dumps(plan)):
         changed = sorted(k for k in plan if there.get(k) != plan[k])
@@ -360,7 +360,7 @@ def _loader(split: tuple[Tensor, Tensor], plan: Recipe, order: recipes.Order | N
 
 
 def evaluate(task: Task, test_set: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Bake the network in place, then certify: its constant, and the accuracies or the PSNR that go with it."""
+    """Bake the network in place, then certify its constant and compute accuracies or PSNR."""
     plan, net = task.recipe, task.net.cpu().eval()
     if next(iter(parametrized(net)), None) is not None:
         remove(net)

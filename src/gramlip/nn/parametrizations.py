@@ -56,7 +56,7 @@ class SpectralRescaling(Normalised):
         return out.reshape(size)
 
     def extra_repr(self) -> str:
-        """What is asked for, and by which theorem it holds."""
+        """The options, and the theorem behind the bound."""
         return f"target={self.target}, n_iter={self.n_iter}, because={self.plan.because!r}"
 
 
@@ -280,7 +280,7 @@ class TrackedSpectralNorm(Normalised):
         self._at = 0 if self.calls.is_meta else int(self.calls)
 
     def extra_repr(self) -> str:
-        """What is asked for, and by which theorem it holds."""
+        """The options, and the theorem behind the bound."""
         return f"target={self.target}, soft={self.soft}, margin={self.margin}, every={self.every}, because={self.tracker.plan.because!r}"
 
 
@@ -299,7 +299,7 @@ class SpectralNorm(Normalised):
             peak = torch.where(peak == 0, 1.0, peak).to(real_dtype(weight))
             shape = weight / peak  # in float32 at least
             sigma = self.plan.sigma(shape, self.n_iter)
-            scale = self.target / torch.where(sigma == 0, 1.0, sigma)  # what is no number stays one that is seen
+            scale = self.target / torch.where(sigma == 0, 1.0, sigma)  # NaN stays NaN, so that it is seen
             return (shape * (torch.minimum(scale, peak) if self.soft else scale)).to(weight.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -308,7 +308,7 @@ class SpectralNorm(Normalised):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        """What is asked for, and by which theorem it holds."""
+        """The options, and the theorem behind the bound."""
         return f"target={self.target}, soft={self.soft}, n_iter={self.n_iter}, because={self.plan.because!r}"
 
 
