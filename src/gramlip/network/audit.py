@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import torch
@@ -301,12 +301,43 @@ class Upper:
     because: str
 
 
-def _composition(whole: Whole, effort: Effort) -> Upper:
+def _composition(whole: Whole, best: float, effort: Effort) -> Upper:
     return Upper(whole.composed.upper, "; ".join([PLAIN, *whole.composed.because]))
 
 
-def _coupling(whole: Whole, effort: Effort) -> Upper | None:
-    segments = coupled(whole.network, whole.constants, effort)
+def _coupling(whole: Whole, best: float, effort: Effort) -> Upper | None:
+    """Coupling, with the slopes of each entry and, where these differ over the places of a channel, with those of channels.
+
+    The second is left out where another way is so far below composition that it will not be needed.
+    """
+    found = _coupled(whole, whole.network, effort)
+    shared = _of_channels(whole.network)
+    if shared is None or best * COUPLING_GAINS < whole.composed.upper:
+        return found
+    wide = _coupled(whole, shared, effort)
+    return min((upper for upper in (found, wide) if upper is not None), key=lambda upper: upper.value, default=None)
+
+
+def _of_channels(network: Network) -> Network | None:
+    """The network with the slopes of whole channels, None where no others are known."""
+    steps = [_of_channel(step) for step in network.steps]
+    changed = any(made is not step for made, step in zip(steps, network.steps, strict=True))
+    return Network(steps, network.outputs) if changed else None
+
+
+def _of_channel(step: Step) -> Step:
+    what = step.what
+    if not isinstance(what, Slope) or len(step.shape) < 3:
+        return step
+    low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (what.low, what.high))
+    if low.ndim < 3 or low.shape[2:].numel() * high.shape[2:].numel() == 1:
+        return step
+    places = (0, *range(2, low.ndim))
+    return replace(step, what=replace(what, low=low.amin(places, keepdim=True), high=high.amax(places, keepdim=True)))
+
+
+def _coupled(whole: Whole, network: Network, effort: Effort) -> Upper | None:
+    segments = coupled(network, whole.constants, effort)
     if segments is None:
         return None
     ways = {i: list(some) for i, some in whole.ways.items()}
@@ -318,7 +349,7 @@ def _coupling(whole: Whole, effort: Effort) -> Upper | None:
     return Upper(together.upper, "; ".join([plain, *together.because]))
 
 
-def _jacobian(whole: Whole, effort: Effort) -> Upper | None:
+def _jacobian(whole: Whole, best: float, effort: Effort) -> Upper | None:
     found = None if whole.local is None else derivative(whole.network, whole.composed, whole.local.area)
     if found is None or whole.local is None:
         return None
@@ -326,7 +357,7 @@ def _jacobian(whole: Whole, effort: Effort) -> Upper | None:
     return Upper(found.norm(whole.local.area), f"bounds of the Jacobian's entries on the set, against {against}")
 
 
-def _columns(whole: Whole, effort: Effort) -> Upper | None:
+def _columns(whole: Whole, best: float, effort: Effort) -> Upper | None:
     local, part = whole.local, whole.part
     if local is None or not local.columns.pay(part.outputs, whole.composed.upper):
         return None
@@ -337,14 +368,15 @@ def _columns(whole: Whole, effort: Effort) -> Upper | None:
     return Upper(found, f"the results as linear functions of the input, and what switches on the set, against {against}")
 
 
+COUPLING_GAINS = 100.0  # times less than composition, at most, is expected of coupling
 PLAIN = "product of layers, sum at residuals, root of squares at joins"
-WAYS: dict[str, Callable[[Whole, Effort], Upper | None]] = {
+WAYS: dict[str, Callable[[Whole, float, Effort], Upper | None]] = {
     "composition": _composition,
     "columns": _columns,
     "jacobian": _jacobian,
     "coupling": _coupling,
 }
-"""Name -> an upper side of the whole, None where it has none; composition comes first and is always finished."""
+"""Name -> an upper side of the whole, from the best so far, None where it has none; composition comes first and is always finished."""
 
 
 def _upper_side(whole: Whole, effort: Effort) -> Upper:
@@ -356,7 +388,7 @@ def _upper_side(whole: Whole, effort: Effort) -> Upper:
         if name != "composition" and effort.over:
             effort.say(f"{name} not begun: the time was up")
             continue
-        found = way(whole, effort)
+        found = way(whole, best.value, effort)
         if found is not None and (found.value < best.value or name == "composition"):
             best = found
     return best
