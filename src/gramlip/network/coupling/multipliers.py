@@ -26,7 +26,8 @@ from gramlip.network.coupling.elimination import (
 )
 from gramlip.network.coupling.linear_forms import Slopes, System
 
-FEW, MANY = 12, 60  # power steps: in the search, and where it counts
+FEW, MANY = 12, 60  # power steps: in the search, and where it counts, there
+BEST = 8  # of the frequencies with the largest quotients alone after the first
 EXACT = 1e9  # eigenvalues are taken in full of blocks of so many cubed rows
 
 
@@ -57,15 +58,30 @@ def _least(own: Tensor, shape: Tensor, steps: int) -> Tensor:
 
 
 def power_estimate(own: Tensor, steps: int) -> Tensor:
-    """Nearly the largest eigenvalue over all frequencies, from power steps; its gradient is that of the vector found."""
+    """Nearly the largest eigenvalue over all frequencies, from power steps; its gradient is that of the vector found.
+
+    After `FEW` steps those go on that are among the `BEST` so far.
+    """
     with torch.no_grad():
         tiny = max(1e-300, torch.finfo(own.dtype).tiny)
         v = own.abs().sum(-1, keepdim=True).to(own.dtype) + tiny
-        for _ in range(steps):
-            v = own @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny))
-        v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny)
-        best = int((v.mH @ (own @ v)).real.argmax())
-    return (v[best].mH @ (own[best] @ v[best])).real[0, 0]
+        held, v = _powered(own, v, min(steps, FEW), tiny)
+        if steps > FEW:
+            best = torch.topk(held[:, 0, 0], min(BEST, len(held)))[1]
+            held, v = _powered(own[best], v[best], steps - FEW, tiny)
+        else:
+            best = torch.arange(len(own))
+        at = int(held[:, 0, 0].argmax())
+        place, vector = int(best[at]), v[at]
+    return (vector.mH @ (own[place] @ vector)).real[0, 0]
+
+
+def _powered(own: Tensor, v: Tensor, steps: int, tiny: float) -> tuple[Tensor, Tensor]:
+    """The quotients (F, 1, 1) of vectors after power steps, and the vectors."""
+    for _ in range(steps):
+        v = own @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny))
+    v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny)
+    return (v.mH @ (own @ v)).real, v
 
 
 def _largest(own: Tensor) -> float:
