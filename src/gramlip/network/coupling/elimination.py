@@ -47,7 +47,7 @@ class Quadratic:
 
 def raised(form: Quadratic, noise: Tensor | float) -> Quadratic:
     """A form at least as large as any within `noise` in norm: what is known up to noise is replaced by what is above it."""
-    matrix = 0.5 * (form.matrix + form.matrix.mH)
+    matrix = torch.add(form.matrix, form.matrix.mH).mul_(0.5)
     if not matrix.numel():
         return form
     room = (noise + rd.gamma(8) * (sizes_of(matrix.detach()) + noise)) * (1 + 1e-9)
@@ -91,13 +91,20 @@ def order(system: System) -> Iterator[int]:
     return iter(range(len(system.queries) - 1, 0, -1))
 
 
-def pulled(system: System, form: Quadratic, k: int) -> tuple[Tensor, Tensor]:
-    """`R H_vv R` and `R H_v` of the last anchor's entries that are not linear."""
+def own_block(system: System, form: Quadratic, k: int) -> Tensor:
+    """`R H_vv R` of the last anchor's entries that are not linear."""
     slopes = system.slopes[k]
     rows = form.matrix.shape[-1] - len(slopes.centre) + slopes.on
-    radius = slopes.radius[slopes.on]
-    b = radius[:, None] * form.matrix[:, rows, :]
-    return b[:, :, rows] * radius, b
+    radius, first = slopes.radius[slopes.on], int(rows[0])
+    block = form.matrix[:, first:, first:] if len(rows) == form.matrix.shape[-1] - first else form.matrix[:, rows[:, None], rows]
+    return radius[:, None] * block * radius
+
+
+def pulled(system: System, form: Quadratic, k: int) -> Tensor:
+    """`R H_v` of the last anchor's entries that are not linear."""
+    slopes = system.slopes[k]
+    rows = form.matrix.shape[-1] - len(slopes.centre) + slopes.on
+    return slopes.radius[slopes.on][:, None] * form.matrix[:, rows, :]
 
 
 def everywhere(slopes: Slopes, weights: Tensor) -> Tensor:
@@ -158,14 +165,14 @@ def eliminated(system: System, form: Quadratic, weigh: Weigh) -> Quadratic | Non
         slopes = system.slopes[k]
         weights = torch.zeros_like(slopes.centre)
         if Anchor.fits(slopes.centre, slopes.radius):
-            chosen = weigh(k, pulled(system, form, k)[0], form.exponent)
+            chosen = weigh(k, own_block(system, form, k), form.exponent)
             matrix = schur.eliminated(form.matrix, chosen, anchor_of(system, k, form.live)[0])
             if matrix is None:
                 return None
             form = replace(form, live=_left(system, form.live), matrix=matrix).normalised()
             continue
         if len(slopes.on):
-            own, b = pulled(system, form, k)
+            own, b = own_block(system, form, k), pulled(system, form, k)
             chosen = weigh(k, own, form.exponent)
             factor, info = torch.linalg.cholesky_ex(torch.diag(chosen).to(own.dtype) - own)
             if bool(info.any()):
@@ -187,7 +194,7 @@ def certified(system: System, form: Quadratic, weigh: Weigh) -> Quadratic | None
         slopes = system.slopes[k]
         weights = torch.zeros_like(slopes.centre)
         if len(slopes.on):
-            own, b = pulled(system, form, k)
+            own = own_block(system, form, k)
             found = schur.inverse(own, weigh(k, own, form.exponent))
             if found is None:
                 return None
@@ -195,7 +202,7 @@ def certified(system: System, form: Quadratic, weigh: Weigh) -> Quadratic | None
                 matrix, noise = schur.bounded(form.matrix, *anchor_of(system, k, form.live), found)
                 form = raised(replace(form, live=_left(system, form.live), matrix=matrix), noise).normalised()
                 continue
-            form, weights = _maximised(form, b, found), everywhere(slopes, found.weights)
+            form, weights = _maximised(form, pulled(system, form, k), found), everywhere(slopes, found.weights)
         form = _replaced(system, form, k, weights).normalised()
     return form
 

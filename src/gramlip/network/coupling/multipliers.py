@@ -180,24 +180,34 @@ def certificate(run: Sequence[Piece], search: MultiplierSearch) -> float:
 # ---- gradient steps ------------------------------------------------------------------------------------------------------
 
 
+def _descended(run: Sequence[Piece], search: MultiplierSearch) -> Quadratic | None:
+    """The input's form in plain floating point; None where it fails or is zero."""
+    form = descend(run, search.powers, search.weighs(run, FEW), eliminated)
+    return None if form is None or not form.live or not bool(form.matrix.detach().isfinite().all()) else form
+
+
+SHARP = 10.0  # of the smooth maximum: choices that are good at the frequencies of a coarse torus alone are no good
+
+
 def objective(run: Sequence[Piece], search: MultiplierSearch) -> Tensor | None:
-    """Smooth maximum over the frequencies of the logarithm of the input's form, in plain floating point; None where it fails."""
-    form: Quadratic | None = descend(run, search.powers, search.weighs(run, FEW), eliminated)
-    if form is None or not form.live or not bool(form.matrix.detach().isfinite().all()):
+    """Smooth maximum of the logarithms of all eigenvalues of the input's form, in plain floating point; None where it fails."""
+    form = _descended(run, search)
+    if form is None:
         return None
-    top = torch.linalg.eigvalsh(form.matrix)[:, -1].double().clamp_min(1e-300).log()
-    return torch.logsumexp(40.0 * top, 0) / 40.0 + form.exponent * math.log(4.0)
+    logarithms = torch.linalg.eigvalsh(form.matrix).double().clamp_min(1e-300).log().reshape(-1)
+    return torch.logsumexp(SHARP * logarithms, 0) / SHARP + form.exponent * math.log(4.0)
 
 
 def reached(run: Sequence[Piece], search: MultiplierSearch) -> float:
-    """The objective as a number, to rank choices by; infinite where it fails."""
+    """The logarithm of the largest eigenvalue of the input's form, to rank choices by; infinite where it fails."""
     with torch.no_grad():
-        value = objective(run, search)
-    return math.inf if value is None or math.isnan(float(value)) else float(value)
+        form = _descended(run, search)
+        value = math.inf if form is None else float(torch.linalg.eigvalsh(form.matrix).max())
+    return math.log(max(value, 1e-300)) + form.exponent * math.log(4.0) if form is not None and value < math.inf else math.inf
 
 
-RATES = (0.4, 0.05)  # of the first and the last step,
-MEMORIES = (0.6, 0.9)  # and how much of the one before the averages of Adam keep: few steps have to do
+RATES = (0.3, 0.04)  # of the first and the last step,
+MEMORIES = (0.2, 0.5)  # and how much of the one before the averages of Adam keep: few steps have to do
 
 
 def improve(run: Sequence[Piece], search: MultiplierSearch, steps: int) -> MultiplierSearch:

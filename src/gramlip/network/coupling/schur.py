@@ -82,7 +82,8 @@ class Inverse:
         tall, unit = sizes_of(root), rd.gamma(32.0 * (right.shape[-1] + right.shape[-2] + 8))
         off = self.size * (unit * sizes_of(right) + off)
         noise = (2.0 * tall * off + off.square() + unit * tall.square()) * (1.0 + self.growth)
-        return (root.mH @ root) * (1.0 + self.growth)[:, None, None], noise
+        root = root * (1.0 + self.growth).sqrt()[:, None, None]
+        return root.mH @ root, noise
 
 
 def inverse(own: Tensor, weights: Tensor) -> Inverse | None:
