@@ -154,6 +154,10 @@ class Anchor:
             right[:, :, self.at] += self.radius[:, None] * matrix[:, self.before :, : self.before]
         return right
 
+    def rest(self, weights: Tensor) -> Tensor:
+        """L (1 - K^2)."""
+        return weights * (1.0 - self.ratio) * (1.0 + self.ratio)
+
     def whole(self, matrix: Tensor, gram: Tensor) -> Tensor:
         """`H_rr` added to what is left of the rest, in its place."""
         if self.before:

@@ -26,7 +26,7 @@ class _Eliminated(torch.autograd.Function):
     def forward(ctx: Any, matrix: Tensor, weights: Tensor, anchor: Anchor) -> tuple[Tensor, Tensor]:
         factor, info = torch.linalg.cholesky_ex(anchor.inner(matrix, weights))
         root = torch.linalg.solve_triangular(factor, anchor.right(matrix, weights).expand(len(matrix), -1, -1), upper=False)
-        rest = weights * (1.0 - anchor.ratio.square())
+        rest = anchor.rest(weights)
         left = root.mH @ root
         if bool((rest.abs() > 4.0 * torch.finfo(rest.dtype).eps * weights).any()):
             left = left + anchor.rows.mH @ (rest[:, None] * anchor.rows)
@@ -49,7 +49,7 @@ class _Eliminated(torch.autograd.Function):
             matrix[:, before:, :before] = 2.0 * radius[:, None] * y[:, :, anchor.at]
             matrix[:, :before, :before] = given[:, anchor.at[:, None], anchor.at]
         weights = 2.0 * anchor.ratio * _inner(y, anchor.rows) - inner.diagonal(dim1=-2, dim2=-1).real.sum(0)
-        rest = 1.0 - anchor.ratio.square()
+        rest = anchor.rest(torch.ones_like(anchor.ratio))
         if bool((rest.abs() > 4.0 * torch.finfo(rest.dtype).eps).any()):
             weights = weights + rest * _inner(anchor.rows @ given, anchor.rows)
         return matrix, weights, None
@@ -119,7 +119,7 @@ def bounded(matrix: Tensor, anchor: Anchor, error: float, found: Inverse) -> tup
     off = (rd.gamma(32.0) * reach + steepest * error) * (1 + 1e-9)
     left, noise = found.gram(found.roots[:, None] * anchor.right(matrix, weights), off)
     unit = rd.gamma(32.0 * (matrix.shape[-1] + rows.shape[-1] + 8))
-    rest = weights * (1.0 - ratio) * (1.0 + ratio)
+    rest = anchor.rest(weights)
     most, thickest = float(rest.abs().max()), float((weights * (1.0 + ratio.square())).max())
     noise = noise + unit * (kept + sizes_of(left) + thickest * wide.square()) + most * error * (2.0 * wide + error)
     if most > 1e-14 * float(weights.max()):
