@@ -20,7 +20,7 @@ from torch import nn
 
 import gramlip
 from gramlip import nn as gnn
-from gramlip.lab.training.recipes import MODELS
+from gramlip.lab.recipes import MODELS
 
 FILE = Path(__file__).resolve().parent / "results" / "compile-cpu.json"
 

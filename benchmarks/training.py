@@ -25,9 +25,9 @@ from torch.nn import functional as F
 
 import gramlip
 from gramlip import nn as gnn
-from gramlip.lab.training.recipes import resnet18
+from gramlip.lab.recipes import resnet18
 from gramlip.nn.parametrize import layers
-from gramlip.norm.methods.formulas import Lip_conv, operator_gram_norm
+from gramlip.norm.formulas import Lip_conv, operator_gram_norm
 from gramlip.operators.describe import describe
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gramlip as gl
-from gramlip.lab.bench.training import discriminator
+from gramlip.lab.bench.contenders import discriminator
 from gramlip.lab.compare import environment
 
 OUT = Path(__file__).parent / "results" / "drift.json"

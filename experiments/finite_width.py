@@ -13,9 +13,8 @@ import torch
 
 import gramlip as gl
 from gramlip.norm.certify import AUTO_OPERATIONS
-from gramlip.norm.finite.banded_cholesky import Certificate
-from gramlip.norm.finite.layer import FiniteLayer
-from gramlip.norm.symbol.polyphase import symbol
+from gramlip.norm.finite_layer import Certificate, FiniteLayer
+from gramlip.norm.polyphase import symbol
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE = 32  # of the layers with reflect padding

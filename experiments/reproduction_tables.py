@@ -12,7 +12,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from gramlip.lab.reproduce.convolutions import REFERENCE_PADDING
+from gramlip.lab.reproduce.layers import REFERENCE_PADDING
 from gramlip.lab.reproduce.run import Row, markdown, pick, table
 from gramlip.norm.methods import METHODS
 

@@ -1,4 +1,4 @@
-"""The small runs of docs/training.md: trains each recipe with `gramlip.lab.training`, keeps the logs, and writes the table into the page.
+"""The small runs of docs/training.md: trains each recipe with `gramlip.lab.train`, keeps the logs, and writes the table into the page.
 
     OMP_NUM_THREADS=1 python experiments/training.py            # every recipe that has no results yet
     python experiments/training.py --table                      # the table alone, from the results
@@ -42,7 +42,7 @@ def stem(name: str, seed: int) -> str:
 
 def train(name: str, data: str, seed: int) -> None:
     """One run."""
-    from gramlip.lab.training.train import train
+    from gramlip.lab.train import train
 
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

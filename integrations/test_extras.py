@@ -14,10 +14,10 @@ ROOT = Path(__file__).parent.parent
 EXTRAS = sorted(set(metadata("gramlip").get_all("Provides-Extra", [])) - {"dev", "docs", "integrations"})
 USES = {
     "attack": "import gramlip as gl, torch as t; gl.robust.attacked_accuracy(t.nn.Linear(2, 2), [(t.zeros(1, 2), t.tensor([0]))], 0.5)",
-    "data": "from gramlip.lab.training import recipes; import pyarrow, PIL",
+    "data": "from gramlip.lab import recipes; import pyarrow, PIL",
     "hub": "from gramlip.targets import snapshot; import huggingface_hub",
     "plots": "from gramlip.reports.pictures import figure; figure()",
-    "train": "from gramlip.lab.training import train",
+    "train": "from gramlip.lab import train",
 }
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import gramlip as gl
 from gramlip.nn.parametrizations import Residual
-from gramlip.norm.symbol import polyphase
+from gramlip.norm import polyphase
 from gramlip.testing import TRAPS, Case, cases
 
 __all__ = ["LAYERS", "LINEAR", "ROUNDING", "TRAPS", "Case", "cases", "check", "closes", "every_size", "holds", "theorem"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,26 +21,35 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip.network import compose, executed, execution, fold, in_place, linear_stretches, lower_bound, running_errors
+from gramlip.network import compose, executed, execution, fold, in_place, linear_stretches, lower_bound, ranges, running_errors
 from gramlip.network.coupling import elimination, linear_forms, schur, segments
 from gramlip.network.local import columns, intervals, jacobians, relaxations
-from gramlip.network.rules import fourier, statistics
+from gramlip.network.rules import activations, fourier, patterns
 from gramlip.network.rules import shapes as joins
 from gramlip.network.steps import Pad, Slope
 from gramlip.nn import parametrize, tracker
-from gramlip.norm import certify, methods
-from gramlip.norm.finite import banded_cholesky, boundary_terms
-from gramlip.norm.methods import formulas
-from gramlip.norm.search import branch_and_bound
-from gramlip.norm.symbol import frequency_cells, padding_theorems, polyphase
-from gramlip.norm.symbol.padding_theorems import PADDING, Circle
-from gramlip.numerics import cholesky, eigenvalue_bounds, gram_iteration, sums
+from gramlip.norm import (
+    boundary_terms,
+    branch_and_bound,
+    certify,
+    finite_layer,
+    formulas,
+    frequency_cells,
+    methods,
+    padding_theorems,
+    polyphase,
+)
+from gramlip.norm.padding_theorems import PADDING, Circle
+from gramlip.numerics import eigenvalues, gram_iteration, precision
 from gramlip.numerics import rounding as rd
-from gramlip.operators import describe, geometry, given
-from gramlip.operators.geometry import Axis
+from gramlip.operators import describe, given, linear_maps
+from gramlip.operators.linear_maps import Axis, Scale
 from gramlip.reports import checkpoint, formats
 from gramlip.reports.readers import Entry, Stored
-from gramlip.rules import Call
+from gramlip.robust import around as radii_around
+from gramlip.rules import Call, Var
+from rule_cases import Map
+from test_around import test_no_radius_is_beyond_where_a_margin_is_used_up_on_a_ray
 from test_elimination import check_inverses, check_proved_forms
 from test_execution import test_the_worst_order_of_a_sum_is_covered, test_weights_that_the_format_does_not_hold_count
 from test_formats import test_products_of_two_vectors_exactly
@@ -53,7 +62,6 @@ from test_local import (
 )
 from test_network_multipliers import check_slopes_at_their_ends, network_of, steepest, upper_of
 from test_network_steps import (
-    Applied,
     test_a_choice_between_branches_has_no_lower_side,
     test_a_coupled_transposed_convolution_keeps_the_side_that_is_not_padded,
     test_replicate_padding_by_50_repeats_the_error_51_times,
@@ -61,9 +69,10 @@ from test_network_steps import (
 from test_network_weights import check_cancelling, check_shifts
 from test_placements import over_what_is_read, test_an_audit_is_not_below_the_matrix_and_not_far_above
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
+from test_rules import test_maps_are_bounded_above_their_jacobians_and_tightly
 from test_search import test_a_layer_that_is_given_up_leaves_the_others_in_the_search
 from test_sums import test_norms_of_many_equal_entries, test_products_of_many_rows
-from test_tracked import test_weights_that_are_replaced_are_noticed
+from test_tracked import test_gradient_is_that_of_the_value, test_weights_that_are_replaced_are_noticed
 from test_unpickle import test_a_tensor_that_a_function_was_to_change_is_left_out
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -131,7 +140,7 @@ def stride_ignored(axis: Axis, right: Callable[[Axis], Circle]) -> Circle:
 
 def padding_of_the_last_axis(patch: pytest.MonkeyPatch) -> None:
     """One axis's padding used on all of them."""
-    right = geometry.axes
+    right = linear_maps.axes
 
     def wrong(op: gl.Conv) -> list[Axis]:
         found = right(op)
@@ -144,7 +153,7 @@ def padding_of_the_last_axis(patch: pytest.MonkeyPatch) -> None:
 
 def wrong_side_of_transposed(patch: pytest.MonkeyPatch) -> None:
     """Input and output sizes not exchanged."""
-    right = geometry.axes
+    right = linear_maps.axes
 
     def wrong(op: gl.Conv) -> list[Axis]:
         return [replace(a, size=a.outputs, outputs=a.size) if op.transposed else a for a in right(op)]
@@ -209,7 +218,7 @@ def power_iteration_as_a_bound(patch: pytest.MonkeyPatch) -> None:
 
 def frobenius_as_a_lower_bound(patch: pytest.MonkeyPatch) -> None:
     """An upper bound in the lower side."""
-    patch.setattr(eigenvalue_bounds, "rayleigh", lambda g, v, noise: torch.linalg.vector_norm(g, dim=(-2, -1)))
+    patch.setattr(eigenvalues, "rayleigh", lambda g, v, noise: torch.linalg.vector_norm(g, dim=(-2, -1)))
 
 
 def max_pooling_as_one(patch: pytest.MonkeyPatch) -> None:
@@ -288,7 +297,7 @@ def phases_in_quadrature(patch: pytest.MonkeyPatch) -> None:
 
 def unshifted_cholesky(patch: pytest.MonkeyPatch) -> None:
     """A factorisation that completes taken as a proof, without Rump's shift."""
-    patch.setattr(cholesky, "shift", lambda side: 0.0)
+    patch.setattr(eigenvalues, "shift", lambda side: 0.0)
 
 
 def moments_without_rounding(patch: pytest.MonkeyPatch) -> None:
@@ -368,7 +377,7 @@ def cholesky_never_proves_what_is_false() -> None:
         g = a.mT @ a  # integers below 2^53: exact
         top = float(torch.linalg.eigvalsh(g)[-1])
         thresholds = torch.tensor([top * (1 - k * 2.0**-53) for k in range(-2, 6)], dtype=torch.float64)
-        proved = cholesky.cholesky(g.expand(8, 3, 3).clone(), thresholds, torch.zeros(8, dtype=torch.float64))
+        proved = eigenvalues.cholesky(g.expand(8, 3, 3).clone(), thresholds, torch.zeros(8, dtype=torch.float64))
         exact = [[Fraction(x) for x in row] for row in g.tolist()]
         for t, said in zip(thresholds.tolist(), proved.tolist(), strict=True):
             assert not (said and exceeds(exact, Fraction(t)))
@@ -381,7 +390,7 @@ def moments_never_lie() -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randint(-(2**20), 2**20, (200, 2, 2), generator=generator, dtype=torch.int64).double()
     g = a.mT @ a
-    for one, top in zip(g, eigenvalue_bounds.moments(g, torch.zeros(200, dtype=torch.float64)).tolist(), strict=True):
+    for one, top in zip(g, eigenvalues.moments(g, torch.zeros(200, dtype=torch.float64)).tolist(), strict=True):
         assert not exceeds([[Fraction(x) for x in row] for row in one.tolist()], Fraction(top))
 
 
@@ -457,14 +466,14 @@ def matrices_hold() -> None:
 
 def errors_of_one_product(patch: pytest.MonkeyPatch) -> None:
     """The error of a finite layer's Gram matrix for one inner product, however many of them an entry adds up."""
-    right = banded_cholesky.Certificate.noise
+    right = finite_layer.Certificate.noise
 
-    def noise(self: banded_cholesky.Certificate, tap_norm_sum: float) -> float:
+    def noise(self: finite_layer.Certificate, tap_norm_sum: float) -> float:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(self, "pairs", {key: [(0, 0)] for key in self.pairs})
             return right(self, tap_norm_sum)
 
-    patch.setattr(banded_cholesky.Certificate, "noise", noise)
+    patch.setattr(finite_layer.Certificate, "noise", noise)
 
 
 def sums_of_products_hold() -> None:
@@ -482,8 +491,8 @@ def error_behind_a_padding(patch: pytest.MonkeyPatch) -> None:
 
 def paddings_on_the_other_sides(patch: pytest.MonkeyPatch) -> None:
     """A transposed convolution cropped on each side by the other's padding."""
-    right = geometry._transposed
-    patch.setattr(geometry, "_transposed", lambda op, w, x: right(replace(op, padding=[(hi, lo) for lo, hi in op.padding]), w, x))
+    right = linear_maps._transposed
+    patch.setattr(linear_maps, "_transposed", lambda op, w, x: right(replace(op, padding=[(hi, lo) for lo, hi in op.padding]), w, x))
 
 
 def branches_as_blocks(patch: pytest.MonkeyPatch) -> None:
@@ -552,33 +561,45 @@ def views_left_as_they_were(patch: pytest.MonkeyPatch) -> None:
 
 def sums_as_means(patch: pytest.MonkeyPatch) -> None:
     """Theorem N13 (a) for a value less its sum."""
-    right = statistics._reduces
-    patch.setattr(statistics, "_reduces", lambda call, y, name, x: any(right(call, y, kind, x) for kind in ("mean", "sum")))
+    right = patterns._reduces
+    patch.setattr(patterns, "_reduces", lambda call, y, name, x: any(right(call, y, kind, x) for kind in ("mean", "sum")))
+
+
+def lengths_of_anything(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N13 (b) for a value over the length of other groups than its own."""
+    right = patterns._divided
+    patch.setattr(patterns, "_divided", lambda call, x, divisor: right(call, Var(divisor.radius.of, x.shape), divisor))
+
+
+def half_lines_turned_over(patch: pytest.MonkeyPatch) -> None:
+    """The range of `2 x` for x above 0 taken for that of `-2 x`."""
+    right = ranges._half_line
+    patch.setattr(ranges, "_half_line", lambda what, r: right(replace(what, op=Scale(-what.op.weight)), r))
 
 
 def _stretches(call: Callable[[Tensor], Tensor], least: float, size: int = 4) -> Callable[[], None]:
     """The audit of a function is not below a stretch that it has."""
 
     def run() -> None:
-        assert gl.audit(Applied(call), (size,)).upper >= least * (1 - 1e-12)
+        assert gl.audit(Map(call), (size,)).upper >= least * (1 - 1e-12)
 
     return run
 
 
 def a_range_claims_nothing_below() -> None:
     """`exp(sin x cos x)` has slopes of at most 1.649, its range as intervals know it promises 2.718."""
-    report = gl.audit(Applied(lambda x: torch.exp(torch.sin(x) * torch.cos(x))), (2,), domain=(-4.0, 4.0))
+    report = gl.audit(Map(lambda x: torch.exp(torch.sin(x) * torch.cos(x))), (2,), domain=(-4.0, 4.0))
     assert report.layers[-1].bound.lower <= 1.649
 
 
 def squares_one_after_the_other(patch: pytest.MonkeyPatch) -> None:
     """Sums of squares of any number of entries in float32."""
-    patch.setattr(sums, "PIECE", 2**62)
+    patch.setattr(precision, "PIECE", 2**62)
 
 
 def products_one_after_the_other(patch: pytest.MonkeyPatch) -> None:
     """Inner products of any length in float32."""
-    patch.setattr(sums, "ROWS", 2**62)
+    patch.setattr(precision, "ROWS", 2**62)
 
 
 def layers_together_hold() -> None:
@@ -704,6 +725,16 @@ def no_jump_is_noticed(patch: pytest.MonkeyPatch) -> None:
 
 def other_weights_are_noticed() -> None:
     test_weights_that_are_replaced_are_noticed("conv", training=False)
+
+
+def norms_without_a_gradient(patch: pytest.MonkeyPatch) -> None:
+    """The norm that a weight is divided by taken for a constant, as by hands that divide by `sigma.detach()`."""
+    right = tracker._Divided.apply
+    patch.setattr(tracker._Divided, "apply", lambda weight, left, probes, scale, slope: right(weight, left, probes, scale, 0 * slope))
+
+
+def gradients_of_divided_weights() -> None:
+    test_gradient_is_that_of_the_value("conv", soft=False)
 
 
 def caps_by_estimates(patch: pytest.MonkeyPatch) -> None:
@@ -890,7 +921,38 @@ def around(name: str) -> Callable[[], None]:
     return run
 
 
+def inner_balls_for_outer_ones(patch: pytest.MonkeyPatch) -> None:
+    """What holds on a ball is taken to hold on every larger one."""
+
+    def falling(inner: Sequence[Tensor], outer: Tensor) -> list[Tensor]:
+        known = [inner[0] if inner else outer]
+        for bound in (*inner[1:], outer):
+            known.append(torch.minimum(bound, known[-1]))
+        return known if inner else [outer]
+
+    patch.setattr(radii_around, "_rising", falling)
+
+
+def stretches_from_the_centre(patch: pytest.MonkeyPatch) -> None:
+    """Each stretch of the way out begins with the whole margin."""
+    patch.setattr(radii_around, "_ends", lambda begin, further, whole: begin + torch.maximum(further, whole))
+
+
+def radii_on_rays_hold() -> None:
+    for seed in range(40):
+        test_no_radius_is_beyond_where_a_margin_is_used_up_on_a_ray(seed)
+
+
+def gates_by_their_function_alone(patch: pytest.MonkeyPatch) -> None:
+    """A gate's constants forgotten: twice a GELU as a GELU."""
+    right = activations._gate
+    patch.setattr(activations, "_gate", lambda name, scale, *others, **options: right(name, 1 + 0 * scale, *others, **options))
+
+
 MUTANTS: dict[str, Mutant] = {
+    "N1: gates by their function alone": Mutant(
+        gates_by_their_function_alone, lambda: test_maps_are_bounded_above_their_jacobians_and_tightly("gelu without half")
+    ),
     "execution: weights as they are": Mutant(weights_of_the_program_as_they_are, test_weights_that_the_format_does_not_hold_count),
     "execution: sums rounded once": Mutant(sums_rounded_once, test_the_worst_order_of_a_sum_is_covered),
     "execution: errors end at functions": Mutant(errors_end_at_functions, errors_pass_through_functions),
@@ -898,8 +960,14 @@ MUTANTS: dict[str, Mutant] = {
     "L1: slopes at one end": Mutant(slopes_at_one_end, around("sigmoid")),
     "L2: lines at the ends": Mutant(lines_at_the_ends_alone, lambda: test_an_activation_stays_within_its_line("softplus")),
     "L8: middle slopes": Mutant(switches_forgotten, around("residual of relus")),
+    "L7: inner balls": Mutant(inner_balls_for_outer_ones, radii_on_rays_hold),
+    "L7: stretches": Mutant(stretches_from_the_centre, radii_on_rays_hold),
     "L5: middle slopes": Mutant(middle_slopes_alone, around("tanh")),
     "N18: half of a result": Mutant(half_of_a_result_forgotten, affine_models_hold),
+    "N13: lengths of anything": Mutant(
+        lengths_of_anything, _stretches(lambda x: 1e6 * x / (torch.linalg.vector_norm(x.flip(1), dim=1, keepdim=True) + 0.1), 1e8)
+    ),
+    "half lines turned over": Mutant(half_lines_turned_over, _stretches(lambda x: torch.exp(2 * torch.relu(x)), 1e300)),
     "slopes of the first term of a sum": Mutant(slopes_of_the_first_term, _stretches(lambda x: x + torch.tanh(x), 1.99)),
     "N6: slopes from zero": Mutant(slopes_from_zero, check_slopes_at_their_ends),
     "N24: slopes in their old order": Mutant(slopes_in_their_old_order, slopes_of_each_layer_count),
@@ -980,6 +1048,7 @@ MUTANTS: dict[str, Mutant] = {
     "a hook lost with its wrapper": Mutant(hooks_of_wrappers_forgotten, hooks_of_wrappers_count),
     "a shape in the default dtype": Mutant(shapes_in_the_default_dtype, shapes_take_the_dtype_of_the_model),
     "vectors of the last weight for another": Mutant(no_jump_is_noticed, other_weights_are_noticed),
+    "norms without a gradient": Mutant(norms_without_a_gradient, gradients_of_divided_weights),
     "caps by the lower side": Mutant(caps_by_estimates, caps_are_certified),
     "division by the norm of a zero block": Mutant(division_by_a_zero_block, gram_norm_holds),
 }

@@ -19,10 +19,10 @@ import torch
 
 import gramlip as gl
 from gramlip.demo import demo
+from gramlip.reports.output import CODES, Screen
 from gramlip.reports.pictures import figure as blank
 from gramlip.reports.pictures import sampled, save
 from gramlip.reports.report import LayerRow
-from gramlip.reports.text import CODES, Screen
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "pictures"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import gramlip.startup  # noqa: F401  # pyright: ignore[reportUnusedImport] (first of all, before torch)
-from gramlip import distributed, nn, robust
+import gramlip.errors  # noqa: F401  # pyright: ignore[reportUnusedImport] (first of all, before torch)
+from gramlip import distributed, nn, onnx, robust
 from gramlip import rules as rules  # the public face of network.rules
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network.audit import audit
 from gramlip.network.execution import execution_error
+from gramlip.norm.formulas import conv_gram_norm
 from gramlip.norm.methods import METHODS, bound
-from gramlip.norm.methods.formulas import conv_gram_norm
 from gramlip.numerics.gram_iteration import gram_norm
 from gramlip.operators.describe import describe
 from gramlip.operators.interval import Bound
@@ -32,6 +32,7 @@ __all__ = [
     "execution_error",
     "gram_norm",
     "nn",
+    "onnx",
     "robust",
 ]
 __version__ = "0.1.0"

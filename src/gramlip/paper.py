@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from gramlip.norm.methods.formulas import Gram_iteration_naive, Lip_conv, Lip_dense, Power_iteration
+from gramlip.norm.formulas import Gram_iteration_naive, Lip_conv, Lip_dense, Power_iteration
 
 __all__ = ["Gram_iteration_naive", "Lip_conv", "Lip_dense", "Power_iteration"]

@@ -24,6 +24,7 @@ from gramlip.errors import InputError, first_line
 from gramlip.network.audit import Example, audit, steps_of
 from gramlip.network.graph import silent
 from gramlip.network.steps import Linear
+from gramlip.onnx import load as load_onnx
 from gramlip.operators.given import program_inputs
 from gramlip.operators.linear_maps import Conv, Dense
 from gramlip.reports.checkpoint import Watch, Weights
@@ -258,6 +259,16 @@ def from_torchvision(target: str, inputs: Shape | None) -> Model:
     return Model(target, model, inputs or (3, 224, 224))
 
 
+def from_onnx(target: str, inputs: Shape | None) -> Source:
+    """A file of ONNX: the whole model where the shape of its input is given, else its weights alone."""
+    if inputs is None:
+        note(f"{target}: its weights alone are bounded, for every input size; type --input 3,224,224 for the whole model")
+        return _weights(target, None)
+    check_file(Path(target))
+    model = load_onnx(target, inputs)
+    return Model(target, model, model.example)
+
+
 def from_hub(target: str, inputs: Shape | None) -> Weights:
     """`hf:OWNER/NAME`: the weights of a hub repository through its own client; weights alone, no code of the repository runs."""
     if inputs is not None:
@@ -322,11 +333,12 @@ DEMOS = ("demo", "demo-regularised")
 
 RESOLVERS: dict[str, Callable[[str, Shape | None], Source]] = {name: _weights for name in DEMOS} | {
     ".pt2": from_exported,
+    ".onnx": from_onnx,
     "timm:": from_timm,
     "torchvision:": from_torchvision,
     "hf:": from_hub,
 }
-"""A whole name (`demo`), a file's suffix (`.pt2`) or a scheme (`timm:`) -> (target, input shape) -> source; files are weights."""
+"""A whole name (`demo`), a file's suffix (`.pt2`) or a scheme (`timm:`) -> (target, input shape) -> source; other files are weights."""
 
 
 def resolve(target: str, inputs: Shape | None = None) -> Source:

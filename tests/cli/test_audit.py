@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import gramlip as gl
 from gramlip import Bound
 from gramlip.cli import main
-from gramlip.cli.commands.audit import diff, junit, ratio, sarif
+from gramlip.cli.audit import diff, junit, ratio, sarif
 from gramlip.reports import checkpoint
 from gramlip.reports.checkpoint import Weights
 from gramlip.reports.formats import read

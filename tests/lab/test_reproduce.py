@@ -17,14 +17,14 @@ from torch import nn
 
 from gramlip.cli import main
 from gramlip.errors import InputError
+from gramlip.lab.recipes import MODELS, RECIPES
 from gramlip.lab.reproduce import EXPERIMENTS, Options, Task, reproduce
-from gramlip.lab.reproduce.convolutions import convolutions
+from gramlip.lab.reproduce.layers import convolutions
 from gramlip.lab.reproduce.training import PRESETS, preset
-from gramlip.lab.training.recipes import MODELS, RECIPES
 from gramlip.norm.methods import METHODS
 
 pytest.importorskip("lightning", reason="the extra gramlip[train]", exc_type=ImportError)
-from gramlip.lab.training import train as run
+from gramlip.lab import train as run
 
 QUICK = Options(trials=1, quick=True)
 PNG = b"\x89PNG\r\n\x1a\n"

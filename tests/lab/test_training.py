@@ -22,19 +22,19 @@ from gramlip import cli
 
 lightning = pytest.importorskip("lightning", reason="the extra gramlip[train]", exc_type=ImportError)
 
-from gramlip.lab.training import recipes  # noqa: E402
-from gramlip.lab.training import train as run  # noqa: E402
-from gramlip.lab.training.recipes import (  # noqa: E402
+from gramlip.lab import recipes  # noqa: E402
+from gramlip.lab import train as run  # noqa: E402
+from gramlip.lab.recipes import (  # noqa: E402
     MODELS,
     RECIPES,
     build,
 )
-from gramlip.lab.training.train import Task  # noqa: E402
+from gramlip.lab.train import Task  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning")  # its own use of what torch has deprecated
 FOREIGN = """
 from torch import nn
-from gramlip.lab.training.recipes import small
+from gramlip.lab.recipes import small
 def leaves(): raise SystemExit(3)
 class Alone(nn.Module):
     def forward(self, x):
@@ -156,7 +156,7 @@ def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert [entry["eps"] for entry in found["certified"]] == [36 / 255, 1.0]
     assert all(entry["accuracy"] <= entry["attacked"] for entry in found["certified"])
     assert found["certified"][0]["accuracy"] == results["certified_by_pairs"][0]["accuracy"]
-    assert cli.main(["certify", "gramlip.lab.training.recipes:small", "--data", str(cifar), "--samples", "4", "--eps", "0.1"]) == 0
+    assert cli.main(["certify", "gramlip.lab.recipes:small", "--data", str(cifar), "--samples", "4", "--eps", "0.1"]) == 0
     assert "certified at eps" in capsys.readouterr().out
 
 
@@ -179,12 +179,12 @@ def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "augment=1"], "augment=1 was given; expected true or false"),
         (["certify", "BROKEN", "--data", "CIFAR"], "expected a folder that gramlip train finished"),
         (["certify", ":small", "--data", "CIFAR"], "expected a folder that gramlip train finished, or package.module:callable"),
-        (["certify", "gramlip.lab.training.recipes:build", "--data", "CIFAR"], "build() missing"),
-        (["certify", "gramlip.lab.training.recipes:small", "--data", "CIFAR", "--samples", "0"], "a whole number of at least 1"),
+        (["certify", "gramlip.lab.recipes:build", "--data", "CIFAR"], "build() missing"),
+        (["certify", "gramlip.lab.recipes:small", "--data", "CIFAR", "--samples", "0"], "a whole number of at least 1"),
         (["certify", "nowhere", "--data", "CIFAR"], "expected a folder that gramlip train finished"),
         (["certify", "gramlip:nothing", "--data", "CIFAR"], "expected package.module:callable"),
-        (["certify", "gramlip.lab.training.recipes:small", "--data", "CIFAR", "--eps", "-1"], "expected a radius of at least 0"),
-        (["certify", "gramlip.lab.training.recipes:small", "--data", "CIFAR", "--eps", "1e400"], "expected a radius of at least 0"),
+        (["certify", "gramlip.lab.recipes:small", "--data", "CIFAR", "--eps", "-1"], "expected a radius of at least 0"),
+        (["certify", "gramlip.lab.recipes:small", "--data", "CIFAR", "--eps", "1e400"], "expected a radius of at least 0"),
         (["certify", "foreign:Alone", "--data", "CIFAR"], "Alone raised RuntimeError (one at a time) for images of shape (32, 3, 32, 32)"),
         (["certify", "foreign:leaves", "--data", "CIFAR"], "raised SystemExit (3)"),
     ],
@@ -286,7 +286,7 @@ def test_certify_writes_over_no_image(cifar: Path, tmp_path: Path, capsys: pytes
     shutil.copytree(cifar, tmp_path / "images")
     file = next((tmp_path / "images").glob("test-*"))
     before = file.read_bytes()
-    line = ["certify", "gramlip.lab.training.recipes:small", "--data", str(file.parent), "--samples", "4", "--json", str(file)]
+    line = ["certify", "gramlip.lab.recipes:small", "--data", str(file.parent), "--samples", "4", "--json", str(file)]
     assert cli.main(line) == 2
     assert "exists and was not written by --json" in capsys.readouterr().err
     assert file.read_bytes() == before
@@ -330,7 +330,7 @@ def test_damaged_files_of_images_are_one_line(kept: int, cifar: Path, tmp_path: 
     for file in cifar.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[:kept])
     line = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    for command in (["train", "small", *line], ["certify", "gramlip.lab.training.recipes:small", *line[:2]]):
+    for command in (["train", "small", *line], ["certify", "gramlip.lab.recipes:small", *line[:2]]):
         assert cli.main(command) == 2
         error = capsys.readouterr().err
         assert "parquet cannot be read as parquet (" in error

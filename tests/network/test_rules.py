@@ -9,12 +9,13 @@ import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network.audit import audit
 from gramlip.network.rules.activations import SLOPES
 from gramlip.rules import RULES, register
+from rule_cases import Map
 
 A = torch.ops.aten
 
@@ -77,15 +78,6 @@ def test_slopes_and_images_hold_on_a_grid(name: str) -> None:
     assert at_zero[0] <= float(CALLS[name](torch.zeros(1, dtype=torch.float64))) <= at_zero[1]
 
 
-class Map(nn.Module):
-    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.call = call
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(x)
-
-
 SMALL = (3, 6, 6)
 SLOPE_WEIGHT = torch.tensor([0.5, -3.0])
 MAPS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] = {
@@ -123,6 +115,10 @@ MAPS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] = {
     "windows added": (lambda x: F.fold(x, (4, 4), 2), (4, 9), 2.0 + 1e-9),
     "matrix for each": (lambda x: torch.einsum("bij,ijk->bik", x, torch.arange(24.0, dtype=x.dtype).reshape(3, 4, 2)), (3, 4), 55.54),
     "swish by hand": (lambda x: x * torch.sigmoid(1.702 * x), (9,), 1.0999),
+    "gelu by hand": (lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))), (9,), 1.1290),
+    "gelu with half behind": (lambda x: 0.5 * (x * (torch.erf(0.9 * x) + 1.0)), (9,), 1.1290),
+    "gelu without half": (lambda x: x * (torch.erf(x / math.sqrt(2.0)) + 1.0), (9,), 2.2579),
+    "swish of a multiple": (lambda x: (3.0 * x) * torch.sigmoid(x), (9,), 3.2996),
     "hardswish by hand": (lambda x: F.relu6(x + 3) * x / 6, (9,), 1.5 + 1e-9),
     "hardswish by clamp": (lambda x: x * (x + 3).clamp(0, 6) / 6, (9,), 1.5 + 1e-9),
     "clamp between tensors": (lambda x: x.clamp(torch.zeros(4), torch.arange(4.0)), (4,), 1.0),
@@ -243,6 +239,22 @@ def test_a_shift_that_is_three_only_after_rounding_is_no_hardswish() -> None:
     report = audit(Map(lambda x: x * F.relu6(x + 0.1 + 2.9)).eval(), (4,), strict=False)
     assert report.upper == math.inf
     assert audit(Map(lambda x: x * F.relu6(x + 1.0 + 2.0)).eval(), (4,)).upper == 9.0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: x * (torch.erf(x) + 0.5),
+        lambda x: x * (torch.erf(-x) + 1.0),
+        lambda x: x * (torch.erf(x + 1.0) + 1.0),
+        lambda x: (x + 1.0) * (torch.erf(x) + 1.0),
+        lambda x: -x * torch.sigmoid(x),
+        lambda x: x * (torch.sigmoid(x) + 1.0),
+        lambda x: x * torch.erf(x),
+    ],
+)
+def test_what_is_like_a_gate_is_none(call: Callable[[Tensor], Tensor]) -> None:
+    assert audit(Map(call).eval(), (4,), strict=False).upper == math.inf
 
 
 def test_an_assumption_that_two_inputs_refute_is_an_error() -> None:

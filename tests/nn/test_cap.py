@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import gramlip as gl
 from gramlip import nn as gnn
-from gramlip.nn.cap import TURNS
+from gramlip.nn.regularise import TURNS
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 

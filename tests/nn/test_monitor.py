@@ -116,8 +116,8 @@ def test_certificates_in_turns_and_what_is_written() -> None:
 
 
 def test_callbacks_name_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gnn.callbacks, "find_spec", lambda name: None)
-    for verb, package in ((gnn.callbacks._lightning_monitor, "lightning"), (gnn.callbacks._trainer_monitor, "transformers")):
+    monkeypatch.setattr(gnn.monitor, "find_spec", lambda name: None)
+    for verb, package in ((gnn.monitor._lightning_monitor, "lightning"), (gnn.monitor._trainer_monitor, "transformers")):
         with pytest.raises(gl.InputError, match=f"type pip install {package}"):
             verb.__wrapped__()
     with pytest.raises(AttributeError, match="no attribute 'KerasMonitor'"):

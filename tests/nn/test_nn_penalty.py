@@ -13,7 +13,7 @@ from torch import nn
 import gramlip as gl
 from gramlip import distributed
 from gramlip import nn as gnn
-from gramlip.nn.penalty import FORMS
+from gramlip.nn.regularise import FORMS
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:

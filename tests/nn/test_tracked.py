@@ -209,7 +209,12 @@ def test_gradient_is_that_of_the_value(name: str, soft: bool) -> None:
     for _ in range(300):  # to where the vectors stand: there the estimate changes as the norm does
         cast("torch.Tensor", layer.weight)
     chain, weight = tracked(layer).eval(), stored(layer).detach().requires_grad_()
-    assert torch.autograd.gradcheck(chain, weight, fast_mode=True)
+    for _ in range(3):  # a part of rank one: `gradcheck` in its fast mode does not see it
+        into, along = torch.randn_like(weight), torch.randn_like(weight)
+        (gradient,) = torch.autograd.grad(chain(weight), weight, into)
+        with torch.no_grad():
+            quotient = (chain(weight + 1e-6 * along) - chain(weight - 1e-6 * along)) / 2e-6
+        torch.testing.assert_close((gradient * along).sum(), (quotient * into).sum(), rtol=1e-5, atol=1e-7)
 
 
 def test_gradient_is_that_of_the_norm() -> None:
@@ -224,6 +229,32 @@ def test_gradient_is_that_of_the_norm() -> None:
 
 
 # ---- the life of a module ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("soft", "scale"), [(False, 1.0), (True, 1.0), (True, 1e-3)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_derivatives_of_every_order_are_those_of_the_plain_expression(name: str, soft: bool, scale: float) -> None:
+    """`weight * goal / <A, weight>` with the matrix A of rank two that the tracker holds; a soft one leaves small weights alone."""
+    layer = filled(name).double()
+    cast("torch.Tensor", layer.weight).data.mul_(scale)
+    own = tracked(gnn.spectral_norm(layer, soft=soft).eval())
+    weight = stored(layer).detach()
+    group, left, probes, _, (unit,) = own.tracker.look(kernels := own.tracker.kernels([weight]))
+    matrix = torch.zeros_like(kernels)
+    matrix[group[0]] = left[0].mT @ probes[0]
+    goal = 1.0 / math.sqrt(own.tracker.plan.square)
+
+    def plain(weight: torch.Tensor) -> torch.Tensor:
+        scale = goal / (matrix * weight.reshape(matrix.shape)).sum() / unit
+        return weight * (scale.clamp_max(1.0) if soft else scale)
+
+    x, into, along = weight.clone().requires_grad_(), torch.randn_like(weight), torch.randn_like(weight)
+    torch.testing.assert_close(own(x), plain(x))
+    torch.testing.assert_close(*(torch.autograd.grad(f(x), x, into) for f in (own, plain)))
+    first = [torch.autograd.grad(f(x), x, into, create_graph=True)[0] for f in (own, plain)]
+    torch.testing.assert_close(*first)
+    torch.testing.assert_close(*(torch.autograd.grad((g * along).sum() + 0 * x.sum(), x)[0] for g in first))
+    torch.testing.assert_close(*(torch.func.jvp(f, (weight,), (along,))[1] for f in (own, plain)))
 
 
 def test_gradients_lie_in_memory_as_their_weights(model: nn.Sequential, x: torch.Tensor) -> None:

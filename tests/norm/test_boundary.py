@@ -14,11 +14,11 @@ from torch import Tensor
 
 import gramlip as gl
 from cases import ROUNDING, Case
-from gramlip.norm.finite import boundary_terms
-from gramlip.norm.finite.boundary_terms import _boundary, _components, _ends, _largest
-from gramlip.norm.symbol.padding_theorems import PADDING
-from gramlip.norm.symbol.polyphase import symbol
-from gramlip.operators.geometry import Axis, axes, index_map
+from gramlip.norm import boundary_terms
+from gramlip.norm.boundary_terms import _boundary, _components, _ends, _largest
+from gramlip.norm.padding_theorems import PADDING
+from gramlip.norm.polyphase import symbol
+from gramlip.operators.linear_maps import Axis, axes, index_map
 from oracle import oracle
 
 MODES = ("reflect", "replicate")

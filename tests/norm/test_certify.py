@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import gramlip as gl
+from gramlip.norm import finite_layer
 from gramlip.norm.certify import certify_all
-from gramlip.norm.finite import layer
-from gramlip.numerics.eigenvalue_bounds import krylov
+from gramlip.numerics.eigenvalues import krylov
 from gramlip.operators.describe import describe
 from oracle import oracle
 
@@ -233,7 +233,7 @@ def test_an_interval_that_stays_wider_says_so(monkeypatch: pytest.MonkeyPatch) -
     weight[0, :, 3, 3] = 0.5
     op = gl.Conv(weight, input_size=(2, 8), stride=(4, 5), padding=((9, 2), (2, 2)))
     assert gl.bound(op).upper == oracle(op) == 0.0
-    monkeypatch.setattr(layer, "ENTRIES", 0)
+    monkeypatch.setattr(finite_layer, "ENTRIES", 0)
     for found in (gl.bound(op), gl.bound(op, finite=True), gl.bound(gl.Conv(torch.ones(1, 1, 3), 4, padding=1), finite=False)):
         assert found.because.endswith("; wider than asked for")
         assert found.lower <= oracle(op) or found.lower > 2.0

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import gramlip as gl
 from gramlip.errors import InputError
-from gramlip.norm.symbol.polyphase import blocks
+from gramlip.norm.polyphase import blocks
 from gramlip.testing.cases import cases
 
 GEOMETRIES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {

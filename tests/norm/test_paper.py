@@ -11,7 +11,7 @@ from torch import Tensor
 
 import gramlip as gl
 from gramlip.errors import InputError
-from gramlip.norm.methods.formulas import Gram_iteration_naive, Lip_conv, Lip_dense, Power_iteration
+from gramlip.norm.formulas import Gram_iteration_naive, Lip_conv, Lip_dense, Power_iteration
 
 SHAPES = [(1, 1), (5, 3), (3, 5), (12, 12)]
 

@@ -11,12 +11,12 @@ import torch
 import gramlip as gl
 from cases import Case, cases, check, closes
 from gramlip.lab.bench.contenders import he
+from gramlip.norm import gram_symbol
+from gramlip.norm.branch_and_bound import BranchAndBound
 from gramlip.norm.certify import certify_all
-from gramlip.norm.search.branch_and_bound import BranchAndBound
-from gramlip.norm.search.lower import LowerBounds
-from gramlip.norm.symbol import gram_symbol
-from gramlip.norm.symbol.frequency_cells import Lattice
-from gramlip.numerics import cholesky, precision
+from gramlip.norm.frequency_cells import Lattice
+from gramlip.norm.lower_bound import LowerBounds
+from gramlip.numerics import eigenvalues, precision
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def test_a_peak_that_was_missed_is_found_by_the_corners_that_fail(monkeypatch: p
 def test_a_factorisation_that_is_wrong_proves_nothing(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.eye(side, dtype=torch.complex128)[None] * torch.linspace(0.5, 1, side)[:, None]
     t, noise = torch.tensor([1.001], dtype=torch.float64), torch.tensor([1e-13], dtype=torch.float64)
-    assert bool(cholesky.cholesky(g, t, noise))
+    assert bool(eigenvalues.cholesky(g, t, noise))
     factorise = torch.linalg.cholesky_ex
 
     def sloppy(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +86,7 @@ def test_a_factorisation_that_is_wrong_proves_nothing(side: int, monkeypatch: py
         return factor * (1 + 1e-9), info
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", sloppy)
-    assert not bool(cholesky.cholesky(g, t, noise))
+    assert not bool(eigenvalues.cholesky(g, t, noise))
 
 
 @pytest.mark.parametrize("complex_", [False, True])

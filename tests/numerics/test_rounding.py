@@ -17,12 +17,11 @@ from torch import Tensor
 
 import gramlip as gl
 from cases import Case
-from gramlip.norm.finite.banded_cholesky import Certificate
-from gramlip.norm.finite.layer import FiniteLayer
-from gramlip.norm.search.branch_and_bound import BranchAndBound
-from gramlip.norm.symbol.autocorrelation import Taps, spectral
-from gramlip.norm.symbol.gram_symbol import GramSymbol, SquaresInSingle
-from gramlip.numerics import cholesky as cert
+from gramlip.norm.autocorrelation import Taps, spectral
+from gramlip.norm.branch_and_bound import BranchAndBound
+from gramlip.norm.finite_layer import Certificate, FiniteLayer
+from gramlip.norm.gram_symbol import GramSymbol, SquaresInSingle
+from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
 from gramlip.operators.interval import decimals
 from gramlip.testing import weight
@@ -574,9 +573,9 @@ def test_neither_added_rows_nor_the_place_of_the_factor_change_a_verdict(order: 
     g = x @ x.mH / order
     top = torch.linalg.eigvalsh(g)[:, -1]
     noise = torch.zeros(3, dtype=torch.float64)
-    room = 4 * cert.single_shift(order) if single else 1e-9
-    assert bool(cert.cholesky(g, top * (1 + room), noise, single=single).all())
-    assert not bool(cert.cholesky(g, top * (1 - 1e-14), noise, single=single).any())
+    room = 4 * eigenvalues.single_shift(order) if single else 1e-9
+    assert bool(eigenvalues.cholesky(g, top * (1 + room), noise, single=single).all())
+    assert not bool(eigenvalues.cholesky(g, top * (1 - 1e-14), noise, single=single).any())
 
 
 @pytest.mark.parametrize("single", [False, True])
@@ -585,20 +584,20 @@ def test_cholesky_proves_nothing_that_the_noise_allows_to_be_false(single: bool)
     generator, noise = torch.Generator().manual_seed(0), torch.ones(200, dtype=torch.float64)
     u = torch.nn.functional.normalize(torch.randn(200, 64, generator=generator, dtype=torch.float64), dim=-1)
     g = (1 + 3e-8) * u[:, :, None] * u[:, None] - torch.eye(64, dtype=torch.float64)
-    assert not bool(cert.cholesky(g, noise + 1e-9, noise, single=single).any())
+    assert not bool(eigenvalues.cholesky(g, noise + 1e-9, noise, single=single).any())
 
 
 def test_blocks_that_are_used_up_are_proved_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cert, "LARGE_BYTES", 0)
+    monkeypatch.setattr(eigenvalues, "LARGE_BYTES", 0)
     x = torch.randn(3, 20, 20, generator=torch.Generator().manual_seed(0), dtype=torch.complex128)
     g = x @ x.mH
     top = torch.linalg.eigvalsh(g)[:, -1]
     noise = torch.full_like(top, 1e-13)
     for factor, proved in ((1 + 1e-9, True), (1 - 1e-9, False)):
         kept = g.clone()
-        assert cert.cholesky(kept, top * factor, noise).tolist() == [proved] * 3
+        assert eigenvalues.cholesky(kept, top * factor, noise).tolist() == [proved] * 3
         assert torch.equal(kept, g)
-        assert cert.cholesky(kept, top * factor, noise, overwrite=True).tolist() == [proved] * 3
+        assert eigenvalues.cholesky(kept, top * factor, noise, overwrite=True).tolist() == [proved] * 3
 
 
 @pytest.mark.parametrize("entry", [0.1, 0.3, 0.7])
@@ -614,6 +613,6 @@ def test_norms_of_large_taps_are_bounds_of_sums_of_millions_of_squares(entry: fl
 def test_growth_in_single_precision_errs_by_less_than_is_added() -> None:
     factor = torch.full((1, 3000, 3000), 0.1)
     exact = (3000 * Fraction(float(factor[0, 0, 0]))) ** 2
-    assert exact <= Fraction(float(cert._growth(factor)[0])) * (1 + Fraction(1, 1000))
-    assert rd.gamma(2.0 * cert.SINGLE_ORDER + 8, 2.0**-24) < 1e-3
-    assert cert.single_shift(cert.SINGLE_ORDER) < math.inf == cert.single_shift(cert.SINGLE_ORDER + 1)
+    assert exact <= Fraction(float(eigenvalues._growth(factor)[0])) * (1 + Fraction(1, 1000))
+    assert rd.gamma(2.0 * eigenvalues.SINGLE_ORDER + 8, 2.0**-24) < 1e-3
+    assert eigenvalues.single_shift(eigenvalues.SINGLE_ORDER) < math.inf == eigenvalues.single_shift(eigenvalues.SINGLE_ORDER + 1)

@@ -8,29 +8,29 @@ from torch import nn
 
 import gramlip as gl
 from gramlip.nn.norm_op import max_gram_bound
-from gramlip.norm.methods.formulas import Gram_iteration_naive, Lip_dense
-from gramlip.numerics import sums
+from gramlip.norm.formulas import Gram_iteration_naive, Lip_dense
+from gramlip.numerics import precision
 
 MANY = 27_000_000  # more than 2**24 a lane of the fastest loop of torch, which adds eight squares at once
 
 
 def test_norms_of_many_equal_entries() -> None:
     ones = torch.ones(1).expand(3, 9_000_000)
-    assert float(sums.norm(ones, 2)) == pytest.approx(MANY**0.5, rel=1e-6)
-    assert float(sums.norm(ones[0])) == pytest.approx(3000.0, rel=1e-6)
+    assert float(precision.norm(ones, 2)) == pytest.approx(MANY**0.5, rel=1e-6)
+    assert float(precision.norm(ones[0])) == pytest.approx(3000.0, rel=1e-6)
     third = torch.full((1,), 1 / 3).expand(MANY)  # no power of two: each addition rounds
-    assert float(sums.norm(third)) == pytest.approx(MANY**0.5 / 3, rel=1e-5)
+    assert float(precision.norm(third)) == pytest.approx(MANY**0.5 / 3, rel=1e-5)
 
 
 def test_products_of_many_rows() -> None:
     tall = torch.full((1,), 1 / 3).expand(MANY, 1)
-    assert float(sums.gram(tall)) == pytest.approx(MANY / 9, rel=1e-4)
+    assert float(precision.gram(tall)) == pytest.approx(MANY / 9, rel=1e-4)
 
 
 def test_random_positive_entries() -> None:
     x = torch.rand(MANY, generator=torch.Generator().manual_seed(0))
     truth = float(x.double().square().sum().sqrt())
-    assert float(sums.norm(x)) == pytest.approx(truth, rel=1e-6)
+    assert float(precision.norm(x)) == pytest.approx(truth, rel=1e-6)
     for norm in (gl.gram_norm, Lip_dense):
         assert float(norm(x[:, None])) == pytest.approx(truth, rel=1e-5)
     assert float(gl.METHODS["frobenius"].value(gl.Dense(x[None]))) == pytest.approx(truth, rel=1e-5)
@@ -42,7 +42,7 @@ def test_random_positive_entries() -> None:
 def test_pieces_make_the_whole(dtype: torch.dtype, n: int, keepdim: bool) -> None:
     x = torch.randn(2, 3, n, dtype=dtype, generator=torch.Generator().manual_seed(n)).requires_grad_()
     y = x.detach().to(torch.complex128 if x.is_complex() else torch.float64).clone().requires_grad_()
-    ours, theirs = sums.norm(x, 2, keepdim), torch.linalg.vector_norm(y, dim=(1, 2), keepdim=keepdim)
+    ours, theirs = precision.norm(x, 2, keepdim), torch.linalg.vector_norm(y, dim=(1, 2), keepdim=keepdim)
     torch.testing.assert_close(ours, theirs.to(ours.dtype))
     ours.sum().backward()
     theirs.sum().backward()
@@ -51,7 +51,7 @@ def test_pieces_make_the_whole(dtype: torch.dtype, n: int, keepdim: bool) -> Non
 
 def test_zero_has_the_gradient_zero() -> None:
     x = torch.zeros(5000, requires_grad=True)
-    sums.norm(x).backward()
+    precision.norm(x).backward()
     assert x.grad is not None
     assert not x.grad.any()
 
@@ -63,20 +63,20 @@ def test_derivatives_of_any_order_where_a_piece_is_zero(n: int) -> None:
     wide = x.double().requires_grad_()
     x.requires_grad_()
     direction = torch.randn(2, n, generator=torch.Generator().manual_seed(1))
-    for value in (sums.norm, lambda y: torch.linalg.vector_norm(y, dim=-1)):
+    for value in (precision.norm, lambda y: torch.linalg.vector_norm(y, dim=-1)):
         torch.func.jvp(value, (x.detach(),), (direction,))
-    ours = torch.autograd.grad((torch.autograd.grad(sums.norm(x).sum(), x, create_graph=True)[0] * direction).sum(), x)[0]
+    ours = torch.autograd.grad((torch.autograd.grad(precision.norm(x).sum(), x, create_graph=True)[0] * direction).sum(), x)[0]
     first = torch.autograd.grad(torch.linalg.vector_norm(wide, dim=-1).sum(), wide, create_graph=True)[0]
     theirs = torch.autograd.grad((first * direction.double()).sum(), wide)[0]
     torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.vmap(sums.norm)(x.detach()), sums.norm(x.detach()))
+    torch.testing.assert_close(torch.vmap(precision.norm)(x.detach()), precision.norm(x.detach()))
 
 
 def test_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sums, "ROWS", 8)
+    monkeypatch.setattr(precision, "ROWS", 8)
     for dtype in (torch.float32, torch.complex64):
         tall = torch.randn(2, 29, 3, dtype=dtype, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(sums.gram(tall), tall.mH @ tall)
+        torch.testing.assert_close(precision.gram(tall), tall.mH @ tall)
 
 
 def test_a_matrix_as_large_as_those_of_language_models() -> None:

@@ -193,6 +193,9 @@ def test_a_reader_that_is_not_installed_is_one_line(tmp_path, monkeypatch, name,
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(gl.InputError, match=rf"needs {package}, which cannot be imported .*: type pip install gramlip\[\w+\]"):
         read(tmp_path / name)
+    if package == "onnx":
+        with pytest.raises(gl.InputError, match=r"needs onnx, which cannot be imported .*: type pip install gramlip\[onnx\]"):
+            gl.onnx.load(tmp_path / name, (3, 8, 8))
 
 
 def test_the_extras_are_those_of_the_package():

@@ -8,8 +8,8 @@ import pytest
 from torch import nn
 
 import gramlip as gl
+from gramlip.reports.output import Screen, aligned, printable
 from gramlip.reports.report import LayerRow, LeftOut, Report, proof_name
-from gramlip.reports.text import Screen, aligned, printable
 
 INF = math.inf
 

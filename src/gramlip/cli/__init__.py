@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import pkgutil
 import re
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any, NoReturn
 
 from gramlip import __version__
-from gramlip.cli import commands
-from gramlip.cli.commands import Commands, examples
-from gramlip.errors import InputError, Terminated, UnsupportedError, first_line, out_of_memory
+from gramlip.cli import audit, lab
+from gramlip.cli.options import examples
+from gramlip.errors import InputError, Terminated, UnsupportedError, first_line, out_of_memory, ready
 from gramlip.reports.output import note, settle
-from gramlip.startup import ready
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors of usage are one line, like all others; options are written in full, and `-1,2` is a value."""
+    """A parser whose usage errors are one line, like all errors; options must be written in full, and `-1,2` is a value."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         self._negative_number_matcher = re.compile(r"-[.\d]")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Each command refuses what it does not know itself: its own help then is what to type."""
+        """Refuse unknown arguments in the parser of the command, so that the error names the help of that command."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -38,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser with every command of `gramlip.cli.commands`."""
+    """The parser with the commands of `gramlip.cli.audit` and `gramlip.cli.lab`."""
     top = _Parser(
         prog="gramlip",
         description="How much a layer or a network can stretch its input, as an interval with a proof.",
@@ -53,11 +50,9 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"gramlip {__version__}")
     subparsers = top.add_subparsers(metavar="COMMAND", required=True)
-    found: Commands = {}
-    for module in pkgutil.iter_modules(commands.__path__):
-        found |= import_module(f"{commands.__name__}.{module.name}").COMMANDS
-    for name in sorted(found):
-        found[name](subparsers)
+    commands = audit.COMMANDS | lab.COMMANDS
+    for name in sorted(commands):
+        commands[name](subparsers)
     return top
 
 

@@ -27,9 +27,9 @@ from gramlip.network.steps import Input, Linear, Network, Slope, Step
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import frobenius_up, row_norms_up
-from gramlip.operators.geometry import apply
 from gramlip.operators.given import unwrapped
 from gramlip.operators.interval import Bound, decimals
+from gramlip.operators.linear_maps import apply
 
 ROWS = 2**26  # entries of the rows of derivatives, by all values together, that are carried back from the outputs
 COLUMNS = 2**27  # entries of the differences that are followed through a network to narrow its intervals

@@ -17,8 +17,7 @@ from gramlip.errors import InputError
 from gramlip.network.steps import Linear, Network, Op, Pad, Shortcut, Slope, Step, Sum, renumbered
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
-from gramlip.operators.geometry import axes
-from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
+from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape, axes
 
 LARGEST = 2**22  # entries of a kernel that a fold may create by spreading groups
 

@@ -244,6 +244,7 @@ def _apart(node: fx.Node, graph: fx.Graph, values: dict[fx.Node, Any]) -> Any:
 def place(node: fx.Node) -> str:
     """Where in the user's source the call stands: `file:line`, or the module's path where no source is known."""
     frames: list[tuple[str, str]] = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    frames = [f for f in frames if "/gramlip/onnx/" not in f[0]]  # calls that stand for a node of a file, whose name counts
     mine = [f for f in frames if "/torch/nn/" not in f[0]] or frames
     return f"{mine[-1][0]}:{mine[-1][1]}" if mine else module_path(node)
 

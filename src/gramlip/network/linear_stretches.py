@@ -32,9 +32,8 @@ from gramlip.network.steps import (
 )
 from gramlip.norm.certify import certify_all
 from gramlip.numerics import rounding as rd
-from gramlip.operators.geometry import apply
 from gramlip.operators.interval import Bound, decimals
-from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
+from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape, apply
 
 SIDE = 2048  # of the largest matrix's smaller side
 PUSHES = 4e9  # multiplications that the columns of one matrix may take,

@@ -1,15 +1,14 @@
-"""Training with a Lipschitz constant: normalise, rescale, penalise, cap, watch, and bake what was learned into certified weights."""
+"""Training with a Lipschitz constant: normalise, rescale, penalise, cap or monitor weights, and bake certified plain weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from gramlip.nn import callbacks
-from gramlip.nn.cap import Cap, cap_
+from gramlip.nn import monitor
 from gramlip.nn.monitor import Monitor
 from gramlip.nn.parametrizations import Residual, spectral_norm, spectral_norm_, spectral_rescaling, spectral_rescaling_
 from gramlip.nn.parametrize import normalised, remove
-from gramlip.nn.penalty import LipschitzPenalty
+from gramlip.nn.regularise import Cap, LipschitzPenalty, cap_
 
 __all__ = [
     "Cap",
@@ -27,5 +26,5 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`LightningMonitor` and `TrainerMonitor`, whose base classes stand in packages that are imported when they are asked for."""
-    return getattr(callbacks, name)
+    """Return `LightningMonitor` or `TrainerMonitor`; the package of its base class is imported only now."""
+    return getattr(monitor, name)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from gramlip.errors import InputError
 from gramlip.nn.norm_op import NormGeometry, replicated, unit
-from gramlip.numerics.precision import real_dtype, without_autocast
-from gramlip.numerics.sums import norm
+from gramlip.numerics.precision import norm, real_dtype, without_autocast
 
 SEARCH_STEPS = 12  # power steps per grid point in a search
 TOGETHER = 1 << 24  # entries of the waves that a search holds at a time
 JUMP = 1.25  # between two calls: an estimate that changes by more is of weights that were not reached by small steps
+Peak = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # what `Tracker.follow` returns
 STRIDES = (0.0, 1.0, 4.0)  # multiples of the safe step along the gradient that are tried; 0 keeps the frequency
 
 
@@ -124,9 +124,32 @@ class Tracker(nn.Module):
         """The same before the padding's factor, as (L,) values near one and the units (L,) that they are in."""
         with without_autocast(self.frequency):
             kernels = self.kernels(weights)
-            chosen, probes, scale = self._followed(kernels.detach(), list(due), still)
+            chosen, _, probes, _, scale = self._followed(kernels.detach(), list(due), still)
             one = kernels if self.plan.groups == 1 else kernels[chosen]
             return torch.linalg.vector_norm(one @ probes.mT, dim=(1, 2)), scale  # in this order the gradient lies in memory as the weight
+
+    def divided(self, weight: Tensor, goal: float, most: float, due: Sequence[int], still: bool) -> Tensor:
+        """The weight of the one layer times `goal` over its estimate, at most times `most`, with its graph; zero stays zero.
+
+        Args:
+            weight: of the layer.
+            goal: what the estimate becomes, before the padding's factor.
+            most: the largest number to multiply by; what is no number stays one that is seen.
+            due: as for a call.
+            still: as for a call.
+        """
+        sharded = replicated(weight)
+        with without_autocast(self.frequency):
+            chosen, left, probes, (value,), (unit,) = self._followed(self.kernels([weight]).detach(), list(due), still)
+            if self.plan.groups > 1:
+                left = left.new_zeros(self.plan.groups, *left.shape[1:]).index_copy(0, chosen, left).transpose(0, 1).flatten(1)[None]
+            plain = sharded is not None or torch.compiler.is_compiling()
+            value = _value(_full(weight), left[0], probes[0]) if plain else value
+            scale = (goal / torch.where(value == 0, 1.0, value) / unit).clamp_max(most)
+            if plain:
+                return (weight * (scale if sharded is None else sharded[1](scale))).to(weight.dtype)
+            slope = torch.where((value == 0) | (scale == most), 0.0, -scale / value)
+            return _Divided.apply(weight, left[0], probes[0], scale, slope)  # type: ignore[no-any-return]
 
     def _followed(self, kernels: Tensor, due: list[int], still: bool) -> tuple[Tensor, ...]:
         """`follow` or `look` on the plain tensors below any transform; one opaque operation where code is compiled."""
@@ -136,7 +159,7 @@ class Tracker(nn.Module):
                 return tuple(torch.ops.gramlip.look(kernels, *state, self.key))
             return tuple(torch.ops.gramlip.follow(kernels, *state, due, self.key))
         if kernels.is_meta:
-            return _shapes(kernels, self.vector, self.height)
+            return _shapes(kernels, self.height)
         return plainly(self.look if still else lambda plain: self.follow(plain, due), kernels)
 
     def last(self) -> Tensor:
@@ -156,8 +179,11 @@ class Tracker(nn.Module):
         stacked = torch.stack(parts) if len(parts) > 1 else parts[0]
         return stacked.reshape(len(self) * self.plan.groups, -1, self._inputs).to(self.frequency.dtype)
 
-    def follow(self, kernels: Tensor, due: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """One call on plain kernels: the group (L,) with each layer's highest peak, its D(w) v as probes over the unit, and the unit."""
+    def follow(self, kernels: Tensor, due: Sequence[int]) -> Peak:
+        """One call on plain kernels, for each layer (L,): the group of its highest peak, u and D(w) v, the value, and its unit.
+
+        Shapes of `left` (u) and `probes` (D(w) v over the unit): (L, 2, m) and (L, 2, columns), real and imaginary parts.
+        """
         return self._probes(*self._track(kernels, due))
 
     def _track(self, kernels: Tensor, due: Sequence[int]) -> tuple[_Scaled, _Peaks]:
@@ -181,13 +207,14 @@ class Tracker(nn.Module):
         now, last = torch.stack([self._highest(before) * scale, self.height]).tolist()
         return [i for i, (a, b) in enumerate(zip(now, last, strict=True)) if not b / JUMP <= a <= b * JUMP]
 
-    def _probes(self, scaled: _Scaled, peaks: _Peaks) -> tuple[Tensor, Tensor, Tensor]:
+    def _probes(self, scaled: _Scaled, peaks: _Peaks) -> Peak:
         groups, count = self.plan.groups, self.frequency.shape[1]
         best = peaks.heights.reshape(len(self), -1).argmax(-1)
         if len(self) > 1:
             best = best + groups * count * torch.arange(len(self), device=best.device)
-        vector, waves = (x.flatten(0, 1).index_select(0, best)[:, None] for x in (peaks.vector, peaks.waves))
-        return best // count, scaled.rows(vector, waves, 1 / scaled.scale), scaled.scale
+        highest = (x.flatten(0, 1).index_select(0, best) for x in (peaks.left, peaks.vector, peaks.waves, peaks.heights))
+        left, vector, waves, values = highest
+        return best // count, left, scaled.rows(vector[:, None], waves[:, None], 1 / scaled.scale), values, scaled.scale
 
     def _scaled(self, kernels: Tensor, scale: Tensor | None = None) -> _Scaled:
         """The kernels in units of numbers (L,) near their norms, or of powers of two near their largest entries.
@@ -213,12 +240,12 @@ class Tracker(nn.Module):
         twin._buffers = self._buffers | {"frequency": frequency, "vector": vector, "height": height}
         return twin
 
-    def look(self, kernels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def look(self, kernels: Tensor) -> Peak:
         """What `follow` returns, without a step and on a copy of the state; layers that jumped are searched there."""
         twin = self.with_state(self.frequency.clone(), self.vector.clone(), self.height.clone())
         scaled, vector, waves = self._scaled(kernels), torch.view_as_complex(self.vector), self._waves(self.frequency)
-        values = torch.linalg.vector_norm(scaled.image(vector, waves), dim=(2, 3))
-        peaks = _Peaks(values, values, vector, waves)
+        left, values = _unit(scaled.image(vector, waves))
+        peaks = _Peaks(left, values, values, vector, waves)
         if jumped := self._jumped(values, scaled.scale):
             twin._search(scaled, jumped)
             for _ in range(SEARCH_STEPS):  # no later call goes on from here
@@ -283,15 +310,14 @@ class Tracker(nn.Module):
     def _step(self, kernels: _Scaled) -> _Peaks:
         """U from v, then w from (u, v), then v from (u, w): none of them lowers |u* D(w) v|."""
         waves, v = self._waves(self.frequency), torch.view_as_complex(self.vector)
-        image = kernels.image(v, waves)
-        back = kernels.back(image, waves.shape[-1])
+        left, size = _unit(kernels.image(v, waves))
+        back = kernels.back(left, waves.shape[-1])
         if self.frequency.shape[-1]:
             frequency, waves = self._climb((back.conj() * v[..., None]).sum(2), waves)
             self.frequency.copy_(frequency)
-        length, v = _split((back * waves.conj()[:, :, None]).sum(-1), v)
+        height, v = _split((back * waves.conj()[:, :, None]).sum(-1), v)
         self.vector.copy_(torch.view_as_real(v))
-        size = torch.linalg.vector_norm(image, dim=(2, 3))
-        return _Peaks(size, length / size.clamp_min(torch.finfo(size.dtype).tiny), v, waves.expand(len(v), -1, -1))
+        return _Peaks(left, size, height, v, waves.expand(len(v), -1, -1))
 
     def _climb(self, taps: Tensor, waves: Tensor) -> tuple[Tensor, Tensor]:
         """The frequencies moved along the gradient of `|sum_p c_p exp(-i p.w)|^2`, c_p = u* K_p v, as far as it grows; and their waves."""
@@ -307,8 +333,12 @@ class Tracker(nn.Module):
 
 
 class _Peaks(NamedTuple):
-    """`|u* D(w) v|` before and after a step, both (B, peaks), with the v (B, peaks, n) and the waves (B, peaks, taps) of the latter."""
+    """The u (B, peaks, 2, m) of a step, `|u* D(w) v|` before and after it, both (B, peaks), and the latter's v and waves.
 
+    These are (B, peaks, n) and (B, peaks, taps).
+    """
+
+    left: Tensor
     before: Tensor
     heights: Tensor
     vector: Tensor
@@ -367,7 +397,7 @@ class _Scaled(NamedTuple):
         """
         columns = ((vector * inverse[:, None, None])[..., None] * waves[..., None, :]).flatten(2)
         if self.phases is not None:
-            columns = columns.index_select(-1, self.phases.back)
+            columns = columns[..., self.phases.back]
         return torch.stack([columns.real, columns.imag], 2).flatten(1, 2)
 
     def image(self, vector: Tensor, waves: Tensor) -> Tensor:
@@ -379,7 +409,7 @@ class _Scaled(NamedTuple):
         back = ((image * self.inverse[:, None, None, None]).flatten(1, 2) @ self.kernels).unflatten(1, (-1, 2))
         columns = torch.complex(back[:, :, 0], back[:, :, 1])
         if self.phases is not None:
-            columns = columns.index_select(-1, self.phases.there)
+            columns = columns[..., self.phases.there]
             columns = columns if self.phases.present is None else torch.where(self.phases.present, columns, 0.0)
         return columns.unflatten(-1, (-1, taps))
 
@@ -396,31 +426,32 @@ def _keep(tracker: Tracker) -> int:
 
 
 @torch.library.custom_op("gramlip::follow", mutates_args=("frequency", "vector", "height"))
-def _follow(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], key: int) -> tuple[Tensor, Tensor, Tensor]:
+def _follow(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], key: int) -> Peak:
     """`Tracker.follow` as one operation, on the state that is given."""
     return _TRACKERS[key].with_state(frequency, vector, height).follow(kernels, due)
 
 
 @_follow.register_fake
-def _(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], key: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _shapes(kernels, vector, height)
+def _(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], key: int) -> Peak:
+    return _shapes(kernels, height)
 
 
 @torch.library.custom_op("gramlip::look", mutates_args=())
-def _look(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, key: int) -> tuple[Tensor, Tensor, Tensor]:
+def _look(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, key: int) -> Peak:
     """`Tracker.look` as one operation: a function of its inputs, which an audit takes for a constant."""
     return _TRACKERS[key].with_state(frequency, vector, height).look(kernels)
 
 
 @_look.register_fake
-def _(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, key: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _shapes(kernels, vector, height)
+def _(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, key: int) -> Peak:
+    return _shapes(kernels, height)
 
 
-def _shapes(kernels: Tensor, vector: Tensor, height: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(kernels: Tensor, height: Tensor) -> Peak:
     """What `Tracker.follow` returns, without values."""
-    layers = len(height)
-    return kernels.new_empty(layers, dtype=torch.int64), kernels.new_empty(layers, 2, kernels.shape[-1]), kernels.new_empty(layers)
+    layers, (m, columns) = len(height), kernels.shape[-2:]
+    of = kernels.new_empty
+    return of(layers, dtype=torch.int64), of(layers, 2, m), of(layers, 2, columns), of(layers), of(layers)
 
 
 def plainly(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -457,9 +488,77 @@ class _Plainly(torch.autograd.Function):
         raise InputError(msg)
 
 
+class _Divided(torch.autograd.Function):
+    """`weight * c` with `c` proportional to `1 / v`, where `v = Re(u* D(w) v)` is linear in the weight: all of it in few passes.
+
+    Memory for whole weights is what costs here: autograd takes it four times for the same expression, this once in each direction.
+    """
+
+    @staticmethod
+    def forward(weight: Tensor, left: Tensor, probes: Tensor, scale: Tensor, slope: Tensor) -> Tensor:
+        """The weight of M rows, N entries each, times the scale.
+
+        Args:
+            weight: any shape.
+            left: u, real and imaginary part, (2, M).
+            probes: D(w) v likewise, (2, N): `v` is the sum of both `left_i . weight probes_i`.
+            scale: c, of no axes.
+            slope: dc/dv, of no axes: `-c / v`, or 0 where c is constant.
+        """
+        del left, probes, slope
+        return (weight * scale).to(weight.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, left, probes, scale, slope = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        derived = torch.is_grad_enabled()  # derivatives of this are asked for
+        if derived:
+            scale, slope = _moved(weight, left, probes, scale, slope)
+        total = torch.dot(grad.flatten().to(left.dtype), weight.flatten().to(left.dtype))
+        left, out = left * (total * slope), (grad * scale).reshape(left.shape[1], -1)
+        if derived:
+            out = out + left.mT @ probes
+        else:  # a product of matrices of two columns takes four times as long
+            out.addcmul_(left[0, :, None], probes[0]).addcmul_(left[1, :, None], probes[1])
+        return out.reshape(weight.shape), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        weight, left, probes, scale, slope = ctx.saved_tensors
+        scale, slope = _moved(weight, left, probes, scale, slope)
+        return (tangents[0] * scale + weight * (slope * _value(tangents[0], left, probes))).to(weight.dtype)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        _Plainly.vmap(info, in_dims, *inputs)
+
+
+def _moved(weight: Tensor, left: Tensor, probes: Tensor, scale: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """The same scale and slope as functions of the weight: `c` falls as `1 / v`, its slope as `1 / v**2`."""
+    value = _value(weight, left, probes)
+    ratio = torch.where(slope == 0, 1.0, value.detach() / torch.where(slope == 0, 1.0, value))
+    return scale * ratio, slope * ratio * ratio
+
+
+def _value(weight: Tensor, left: Tensor, probes: Tensor) -> Tensor:
+    return (left * (probes @ weight.to(left.dtype).reshape(left.shape[1], -1).mT)).sum()
+
+
 def _product(axes: list[Tensor], options: dict[str, Any]) -> Tensor:
     """All combinations (F, axes); one empty row without axes."""
     return torch.cartesian_prod(*axes).reshape(-1, len(axes)) if axes else torch.zeros(1, 0, **options)
+
+
+def _unit(image: Tensor) -> tuple[Tensor, Tensor]:
+    """D(w) v (B, peaks, 2, m) as unit vectors, or zero, and their lengths."""
+    size = torch.linalg.vector_norm(image, dim=(2, 3))
+    return image / size.clamp_min(torch.finfo(size.dtype).tiny)[..., None, None], size
 
 
 def _split(v: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:

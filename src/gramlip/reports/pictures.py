@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gramlip.errors import InputError
-from gramlip.norm.symbol.polyphase import symbol as symbol_of
-from gramlip.norm.symbol.polyphase import transform
+from gramlip.norm.polyphase import symbol as symbol_of
+from gramlip.norm.polyphase import transform
 from gramlip.operators.interval import decimals
 from gramlip.operators.linear_maps import Conv
-from gramlip.reports.output import write_bytes_whole
+from gramlip.reports.output import printable, write_bytes_whole
 from gramlip.reports.report import LayerRow, Report
-from gramlip.reports.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,7 +18,7 @@ from safetensors.torch import load as load_bytes
 from torch import Tensor
 
 from gramlip.errors import InputError, first_line
-from gramlip.reports.text import printable
+from gramlip.reports.output import printable
 from gramlip.reports.unpickle import StoredTensor
 
 _DTYPES = {

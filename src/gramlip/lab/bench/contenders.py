@@ -1,4 +1,4 @@
-"""The rows of the benchmark: our bounds against their contenders, on convolutions, on matrices, and in a step of training."""
+"""The rows of the benchmark: bounds and their contenders on convolutions, on matrices, on networks and in a training step."""
 
 from __future__ import annotations
 
@@ -8,19 +8,29 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from gramlip.demo import demo
 from gramlip.errors import UnsupportedError
 from gramlip.lab.bench.result import OURS, Claim, Entry, Options, Row, contest, count, proofs, total
-from gramlip.lab.reproduce.convolutions import convolutions
+from gramlip.lab.recipes import MODELS
+from gramlip.lab.reproduce.layers import convolutions
 from gramlip.network.audit import audit
+from gramlip.nn import Cap, LipschitzPenalty, Monitor, normalised, spectral_norm_, spectral_rescaling_
+from gramlip.nn.monitor import Norms
+from gramlip.nn.parametrizations import TrackedSpectralNorm
+from gramlip.nn.parametrize import layers
 from gramlip.norm.certify import certify_all
+from gramlip.norm.formulas import Lip_conv, operator_gram_norm
 from gramlip.norm.methods import METHODS, bound
+from gramlip.operators.describe import describe
 from gramlip.operators.interval import Bound, decimals
 from gramlip.operators.linear_maps import Conv, Dense
 from gramlip.reports.formats import read
@@ -29,7 +39,7 @@ from gramlip.reports.formats import read
 #
 # Rows on convolutions: ResNet18 at 224, the residual networks of CIFAR, every input size, nearly orthogonal layers.
 
-STEPS = 6  # of the published method, as in its experiments
+STEPS = 6  # steps of the published method, as in its experiments
 PUBLISHED, PLAIN, POWER, ZEROS = f"delattre2023 ({STEPS})", f"rfft2 and bmm ({STEPS})", "power (100)", f"{OURS}, zero padding"
 GRAM = f"gram ({STEPS})"
 PROOFS = f"{OURS}, its blocks and factorisations alone"
@@ -37,12 +47,12 @@ MOST_STEPS = 64
 
 
 def he(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Random weights of He's variance, by the inputs."""
+    """Random weights with He's variance for the number of inputs."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * math.sqrt(2 / math.prod(shape[1:]))
 
 
 def plain(kernel: Tensor, n: int, steps: int) -> float:
-    """Gram iteration on the n-grid, written down plainly: one FFT, batched products, nothing else."""
+    """Gram iteration on the n-grid in its simplest form: one FFT and batched products."""
     x = torch.fft.rfft2(kernel, s=(n, n)).permute(2, 3, 0, 1).flatten(0, 1).contiguous()
     if x.shape[1] < x.shape[2]:
         x = x.mH.contiguous()
@@ -62,7 +72,7 @@ def published(op: Conv, steps: int = STEPS) -> Callable[[], float]:
 
 
 def gram(op: Conv) -> float:
-    """The library's own Gram iteration on a layer: rounding left out, as in the published one, and written to be fast."""
+    """The library's Gram iteration on a layer, without rounding, as in the published one."""
     return METHODS["gram"].value(op, n_iter=STEPS)
 
 
@@ -111,7 +121,7 @@ def resnet18(options: Options) -> Row:
 
 
 def cifar(options: Options) -> Row:
-    """The convolutions of two trained residual networks for CIFAR-10, for every input size, and for the published method's own."""
+    """The convolutions of two trained residual networks for CIFAR-10, for every input size, and at the size of the published method."""
     row, found = "cifar-resnet", Row()
     for name in ("resnet20",) if options.quick else ("resnet20", "resnet32"):
         path = options.models / f"{name}-cifar10.safetensors"
@@ -136,7 +146,7 @@ def cifar(options: Options) -> Row:
             works[f"{GRAM}, n = {n}"] = lambda circular=circular: sum(map(gram, circular))
         booked = (OURS, sharp, *(f"{OURS}, n = {n}" for n in sizes))
         found.entries += contest(row, case, works, options, counts={who: count(works[who]) for who in booked})
-        # a sum of norms, or a count of calls, is no norm
+        # a sum of norms or a number of calls is no norm
         found.entries = [e if e.width is not None else replace(e, value=None) for e in found.entries]
         ours = found.of(case, OURS)
         for n in sizes:
@@ -149,7 +159,7 @@ def cifar(options: Options) -> Row:
 
 
 def any_size(options: Options) -> Row:
-    """One layer for every input size, and at sizes that grow."""
+    """One layer for every input size, and at growing sizes."""
     row, channels = "any-size", 8 if options.quick else 64
     op = Conv(he((channels, channels, 3, 3), 0).to(options.device, options.dtype), None, 1, 1, "circular")
     case = f"{channels}x{channels}x3x3"
@@ -174,7 +184,7 @@ def nearly_orthogonal(options: Options) -> dict[str, Conv]:
         return torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
 
     def noise(shape: torch.Size) -> Tensor:
-        # the taps' norms add up to less than 1e-3
+        # the norms of these taps sum to less than 1e-3
         raw = torch.randn(shape, generator=generator)
         return raw * (9e-4 / float(torch.linalg.matrix_norm(raw.permute(2, 3, 0, 1), 2).sum()))
 
@@ -208,7 +218,7 @@ def orthogonal(options: Options) -> Row:
 
 # ---- matrices ------------------------------------------------------------------------------------------------------------
 #
-# Rows on matrices: a square one against its own product and factorisation, a large one by the memory that it takes.
+# Rows on matrices: the time of a square matrix against its product and factorisation, and the memory of a large one.
 
 LARGE = (8192, 28672)  # a weight of a large language model's feed-forward layer
 MEMORY = 6 << 30
@@ -232,7 +242,7 @@ def dense(options: Options) -> Row:
     found = Row(contest(row, case, works, options, truths={OURS: truth}, counts={OURS: count(works[OURS])}))
     allowed = 3 * found.of(case, product).median + found.of(case, factor).median
     found.claims = [Claim(row, "gramlip over three products and a factorisation", found.of(case, OURS).median / allowed, 1, False)]
-    # products and the factorisation are no contenders: their value is no norm
+    # the product and the factorisation are no contenders: their value is not a norm
     found.entries = [e if e.contender == OURS else _bare(e) for e in found.entries]
     if options.full:
         _large(found, options)
@@ -246,7 +256,7 @@ def _bare(e: Entry) -> Entry:
 
 
 def _large(found: Row, options: Options) -> None:
-    """In a process of its own, so that its memory is its own: once, without warm-up."""
+    """Run a large matrix once in a separate process, without warm-up, to measure its memory."""
     shape = (64, 256) if options.quick else LARGE
     options.say(f"dense: {shape[0]}x{shape[1]}")
     command = [sys.executable, "-m", "gramlip.lab.bench.contenders", *map(str, shape), str(options.device), str(torch.get_num_threads())]
@@ -262,7 +272,7 @@ def _large(found: Row, options: Options) -> None:
 
 
 def alone(rows: int, columns: int, device: str, threads: int) -> str:
-    """Seconds, lower side, upper side and peak memory in bytes of this process, which does nothing else."""
+    """Seconds, lower bound, upper bound and peak memory in bytes of this process, which does nothing else."""
     torch.set_num_threads(threads)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) / math.sqrt(columns)
     weight = weight.to(device)
@@ -354,7 +364,7 @@ def _denoiser(width: int) -> nn.Module:
 
 
 def networks(options: Options) -> Row:
-    """The audit of whole networks with its defaults: fresh weights, but the trained demo."""
+    """The audit of whole networks with default options: random weights, except for the trained demo."""
     row, found = "audit", Row()
     made: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         "demo": (demo, (3, 32, 32)),
@@ -388,3 +398,202 @@ def networks(options: Options) -> Row:
 
 if __name__ == "__main__":
     sys.stdout.write(alone(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])))
+
+
+# ---- training: the penalty -----------------------------------------------------------------------------------------------
+#
+# The time that a penalty on every convolution adds to a training step, beside that of the published iteration.
+
+EVERY = 50  # calls between two searches: the penalty's own default
+STEP, CALL, SEARCH = "training step", f"{OURS}, tracked call", f"{OURS}, search and call"
+PUBLISHED_PENALTY, BEST = f"Lip_conv ({STEPS}), every step differentiated", f"gram ({STEPS}), gradient at the arg-max block"
+
+
+def _penalty(options: Options) -> Row:
+    """Forward and backward pass of the penalty on a ResNet-18 for 32x32 images, against those of the published iteration and a step."""
+    row, batch, name = "training", 4 if options.quick else 32, "small" if options.quick else "resnet18"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = MODELS[name]().to(options.device)
+        x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    x, y = x.to(options.device), y.to(options.device)
+    example = torch.zeros(1, 3, 32, 32, device=options.device)
+    sized = [(module, size) for _, module, size in layers(net, example, _convolution)]
+    ops = [describe(module) if size is None else describe(module, size) for module, size in sized]
+    convolutions = [op for op in ops if isinstance(op, Conv)]
+    penalty = LipschitzPenalty(net, example, where=_convolution, every=10**9)
+    penalty()  # the first call searches
+
+    def search() -> Tensor:
+        for tracker, weights in penalty.tracked():
+            tracker.search(weights)
+        return penalty()
+
+    works = {
+        STEP: _backward(lambda: F.cross_entropy(net(x), y)),
+        CALL: _backward(penalty),
+        SEARCH: _backward(search),
+        PUBLISHED_PENALTY: _in_turn([partial(Lip_conv, op.weight, STEPS, n=op.sizes) for op in convolutions if op.sizes]),
+        BEST: _in_turn([partial(operator_gram_norm, op, STEPS) for op in convolutions]),
+    }
+    case = f"{name}, batch {batch}, {len(convolutions)} convolutions"
+    found = Row([replace(e, value=None) for e in contest(row, case, works, options)])
+    call, full = found.of(case, CALL), found.of(case, SEARCH)
+
+    def spread(once: float, searched: float) -> float:
+        return once + max(searched - once, 0.0) / EVERY
+
+    ours = Entry(row, case, OURS, spread(call.minimum, full.minimum), spread(call.median, full.median), 1.0)
+    found.entries = [ours, *(replace(e, ratio=e.median / ours.median) for e in found.entries)]
+    found.notes.append(f"{OURS}: a tracked call and its share of a search, one in {EVERY} calls. All times: forward and backward.")
+    found.claims = [
+        Claim(row, "published Gram iteration over gramlip", found.of(case, PUBLISHED_PENALTY).median / ours.median, 5, True),
+        Claim(row, "Gram iteration with the arg-max gradient over gramlip", found.of(case, BEST).median / ours.median, 5, True),
+    ]
+    return found
+
+
+def _convolution(_: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d)
+
+
+def _in_turn(works: list[Callable[[], Tensor]]) -> Callable[[], float]:
+    """Run layer by layer, so that only one graph exists at a time: all graphs together would take many GiB."""
+    each = [_backward(work) for work in works]
+    return lambda: sum(both() for both in each)
+
+
+def _backward(work: Callable[[], Tensor]) -> Callable[[], float]:
+    """Forward and backward pass; gradients accumulate in the weights, as in a step with several losses."""
+
+    def both() -> float:
+        value = work()
+        value.backward()
+        return value.item()
+
+    return both
+
+
+# ---- training: steps -----------------------------------------------------------------------------------------------------
+#
+# Whole steps (forward, backward, update and hooks) with each way to hold norms down, against the plain step.
+
+UNCONSTRAINED, TORCHS, EXACT, RESCALED = "plain step", "torch's spectral_norm", f"{OURS}, exact=True", "spectral_rescaling_"
+PENALISED, CAPPED, MONITORED, READING = "LipschitzPenalty", "Cap", "Monitor at every step", "Monitor, a reading that searches, alone"
+SEARCHED = f"{OURS}, a search of all layers, alone"
+BETWEEN = 100  # calls between two searches of a normalised layer: its own default
+READ = 50  # steps between two readings of `LightningMonitor` and `TrainerMonitor`: their own default
+
+
+def discriminator(width: int = 64) -> nn.Sequential:
+    """The discriminator of SNGAN for 32x32 images, with seven layers."""
+    parts, channels = list[nn.Module](), 3
+    for out, kernel, stride in ((1, 3, 1), (1, 4, 2), (2, 3, 1), (2, 4, 2), (4, 3, 1), (4, 4, 2)):
+        parts += [nn.Conv2d(channels, out * width, kernel, stride, 1), nn.LeakyReLU(0.1)]
+        channels = out * width
+    return nn.Sequential(*parts, nn.Flatten(), nn.Linear(channels * 16, 1))
+
+
+def training(options: Options) -> Row:
+    """The penalty against the published iteration, then whole steps on three networks."""
+    found, quick = _penalty(options), options.quick
+    batch, rows, side = (4, 4, 64) if quick else (64, 128, 4096)
+    small = MODELS["small"] if quick else MODELS["resnet18"]
+    cases: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], set[str]]] = [
+        (f"SNGAN discriminator, batch {batch}", partial(discriminator, 4 if quick else 64), (batch, 3, 32, 32), set()),
+        (f"ResNet-18, batch {rows}", small, (rows, 3, 32, 32), {EXACT, RESCALED}),
+        (f"linear {side}x{side}, batch 8", partial(nn.Linear, side, side), (8, side), {EXACT, RESCALED}),
+    ]
+    for case, build, shape, dear in cases:
+        part = _steps(case, build, shape, set() if options.full or quick else dear, options)
+        found.entries += part.entries
+        found.notes += part.notes
+        found.claims += part.claims
+    return found
+
+
+def _steps(case: str, build: Callable[[], nn.Module], shape: tuple[int, ...], without: set[str], options: Options) -> Row:
+    made: dict[str, nn.Module] = {}
+    works: dict[str, Callable[[], float]] = {}
+    with torch.random.fork_rng(devices=[]):
+        for name in (UNCONSTRAINED, TORCHS, OURS, EXACT, RESCALED, PENALISED, CAPPED, MONITORED):
+            if name not in without:
+                torch.manual_seed(0)
+                works[name], made[name] = _step(name, build().to(options.device), torch.randn(shape).to(options.device))
+    tracked = [(layer, own.tracker) for _, layer, _, own in normalised(made[OURS]) if isinstance(own, TrackedSpectralNorm)]
+
+    def search() -> float:
+        for layer, tracker in tracked:
+            tracker.search([cast("Any", layer).parametrizations.weight.original.detach()])
+        return float(len(tracked))
+
+    reading = Monitor(made[UNCONSTRAINED], every=1)
+    entries = contest("training", case, {**works, SEARCHED: search, READING: lambda: float(len(reading()))}, options)
+    return _ratios(case, without, [replace(e, value=None) for e in entries])
+
+
+def _step(name: str, model: nn.Module, x: Tensor) -> tuple[Callable[[], float], nn.Module]:
+    """A step of Adam, and the model that it trains. No call searches: the cost of the searches is added afterwards."""
+    example = None if isinstance(model, nn.Linear) else tuple(x.shape[1:])
+    held: dict[str, Callable[[], object]] = {
+        TORCHS: lambda: [parametrizations.spectral_norm(layer) for _, layer, _ in layers(model, example, None)],
+        OURS: lambda: spectral_norm_(model, example, every=10**9),
+        EXACT: lambda: spectral_norm_(model, example, exact=True),
+        RESCALED: lambda: spectral_rescaling_(model, example),
+    }
+    if name in held:
+        held[name]()
+    for *_, own in normalised(model):
+        if isinstance(own, TrackedSpectralNorm):  # as after many steps; the first steps search more often
+            own.load_state_dict(own.state_dict() | {"calls": torch.tensor(1 << 20)})
+    watching: dict[str, Callable[[], Norms]] = {
+        PENALISED: lambda: LipschitzPenalty(model, example, every=10**9),
+        CAPPED: lambda: Cap(model, _highest(model, example), example, every=10**9),
+        MONITORED: lambda: Monitor(model, example, every=10**9),
+    }
+    norms: Any = watching[name]() if name in watching else lambda: None
+    norms()  # the first call searches
+    optimiser = torch.optim.Adam(model.parameters(), 1e-5)
+
+    def step() -> float:
+        optimiser.zero_grad()
+        loss = F.softplus(-model(x)).mean() + (norms() if name == PENALISED else 0.0)
+        loss.backward()
+        optimiser.step()
+        if name != PENALISED:
+            norms()
+        return loss.item()
+
+    return step, model
+
+
+def _highest(model: nn.Module, example: Any) -> float:
+    """A target slightly above all norms, so that the largest ones are read at every call."""
+    return 1.1 * max(numbers["sigma"] for numbers in Monitor(model, example)().values())
+
+
+def _ratios(case: str, without: set[str], entries: list[Entry]) -> Row:
+    """Add the cost of the searches, and make the note of ratios to the plain step and the claims."""
+    alone = {e.contender: e for e in entries}
+    search, shares = alone[SEARCHED], {OURS: BETWEEN, PENALISED: EVERY, CAPPED: EVERY, MONITORED: EVERY}
+
+    def whole(e: Entry) -> Entry:
+        if (between := shares.get(e.contender)) is None:
+            return e
+        return replace(e, minimum=e.minimum + search.minimum / between, median=e.median + search.median / between)
+
+    found = [whole(e) for e in entries]
+    median = {e.contender: e.median for e in found}
+    plain, read = median[UNCONSTRAINED], 1.0 + median[READING] / median[UNCONSTRAINED] / READ
+    times = {name: value / plain for name, value in median.items() if name not in {UNCONSTRAINED, SEARCHED, READING}}
+    text = "; ".join(f"{name} {ratio:.3g}" for name, ratio in times.items())
+    notes = [f"{case}: times the plain step: {text}; Monitor, a reading that searches every {READ} steps {read:.4g}."]
+    if without:
+        notes.append(f"{case}: {', '.join(sorted(without))} left out: type --full")
+    linear = case.startswith("linear")
+    limits = {} if linear else {OURS: 1.15, CAPPED: 1.02} | ({RESCALED: 2.0} if case.startswith("SNGAN") else {})
+    claims = [Claim("training", f"{case}: {name} over the plain step", times[name], limit, False) for name, limit in limits.items()]
+    claims.append(Claim("training", f"{case}: {OURS} over torch's", times[OURS] / times[TORCHS], 2.0 if linear else 1.1, False))
+    if not linear:
+        claims.append(Claim("training", f"{case}: Monitor read every {READ} steps, over the plain step", read, 1.02, False))
+    return Row([replace(e, ratio=e.median / median[OURS]) for e in found], claims, notes)

@@ -1,10 +1,8 @@
-"""The experiments of arXiv 2305.16173, and those that its claims call for: `gramlip reproduce EXPERIMENT`."""
+"""The experiments of arXiv 2305.16173, and further ones on its claims: `gramlip reproduce EXPERIMENT`."""
 
 from __future__ import annotations
 
-from gramlip.lab.reproduce.certificates import CERTIFICATES
-from gramlip.lab.reproduce.convolutions import CONV, RESNET18, SCALING
-from gramlip.lab.reproduce.dense import DENSE
+from gramlip.lab.reproduce.layers import CERTIFICATES, CONV, DENSE, RESNET18, SCALING
 from gramlip.lab.reproduce.run import Experiment, Options, Row, Task, reproduce
 from gramlip.lab.reproduce.training import TRAINING
 

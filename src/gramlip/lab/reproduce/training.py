@@ -1,6 +1,6 @@
 """Section 5.4: training with nothing, with the Gram penalty, with the tracked one and with spectral normalisation, on CIFAR-10.
 
-Runs the recipes of `gramlip.lab.training`; a run that stops goes on from its last epoch, in the folder `runs` beside the table.
+Runs the recipes of `gramlip.lab.train`; a run that stops goes on from its last epoch, in the folder `runs` beside the table.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gramlip.errors import InputError
+from gramlip.lab.recipes import files
 from gramlip.lab.reproduce.run import Experiment, Options, Row, Task, markdown, pick
-from gramlip.lab.training.recipes import files
 from gramlip.reports.pictures import figure
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _run(name: str, control: str, data: str, options: Options) -> list[Row]:
 
 def _trainer() -> Callable[..., dict[str, Any]]:
     try:
-        module = import_module("gramlip.lab.training.train")
+        module = import_module("gramlip.lab.train")
     except ImportError as error:
         msg = f'training needs {error.name}, which is not installed; expected the extra: type pip install "gramlip[train]"'
         raise InputError(msg) from error

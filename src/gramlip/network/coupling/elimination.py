@@ -18,7 +18,7 @@ from gramlip.network.coupling.circulant import Link
 from gramlip.network.coupling.linear_forms import Anchor, Form, Slopes, System, is_identity, size_of, sizes_of
 from gramlip.network.coupling.schur import Inverse
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.cholesky import cholesky, shift
+from gramlip.numerics.eigenvalues import cholesky, shift
 from gramlip.numerics.precision import to_float64
 
 NORMAL = 10  # powers of 4 that the largest entry of a form may be away from 1

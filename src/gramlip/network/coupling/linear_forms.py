@@ -17,8 +17,7 @@ from torch import Tensor
 from gramlip.network.steps import Join, Linear, Network, Slice, Slope, Step, Sum, View
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
-from gramlip.operators.geometry import matrix_of
-from gramlip.operators.linear_maps import Conv, Dense, Shape
+from gramlip.operators.linear_maps import Conv, Dense, Shape, matrix_of
 
 
 def sizes_of(matrix: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Local constants: on a box or in a ball of inputs. docs/local.md."""
 
 from gramlip.network.local.intervals import Region, region
-from gramlip.network.local.jacobians import Around, derivative
+from gramlip.network.local.jacobians import Around, Results, derivative
 from gramlip.network.local.restrict import restricted
 
-__all__ = ["Around", "Region", "derivative", "region", "restricted"]
+__all__ = ["Around", "Region", "Results", "derivative", "region", "restricted"]

@@ -158,6 +158,12 @@ class Columns:
 
     # ---- what they say of the results ----------------------------------------------------------------------------------------
 
+    def rows(self) -> Tensor | None:
+        """Upper bounds of the constants of the single results on the set, flat: theorem L8; None where columns do not reach them."""
+        if any(i not in self._forms for i in self._outputs):
+            return None
+        return torch.cat([self._forms[i].most[0].reshape(-1) for i in self._outputs])
+
     def norm(self, inputs: Tensor | None, outputs: Tensor | None) -> float:
         """Upper bound of the constant on the set, from and to some entries of the flat inputs and results; None are all."""
         if any(i not in self._forms for i in self._outputs):

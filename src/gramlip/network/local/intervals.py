@@ -33,8 +33,7 @@ from gramlip.network.steps import (
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import frobenius_up, row_norms_up
-from gramlip.operators.geometry import apply
-from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
+from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape, apply
 
 EACH = 2**14  # entries of a value up to which a function of numbers is asked for each of them
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gramlip.network.compose import Composition, compose, constants
-from gramlip.network.local.intervals import Region
+from gramlip.network.local.intervals import Region, round_up
 from gramlip.network.local.relaxations import action, adjoint, roundings, stray_of
 from gramlip.network.local.restrict import restricted
 from gramlip.network.steps import Drift, Input, Linear, Network, Slope, Step
@@ -226,6 +226,19 @@ def _telescoped(sweeps: Sweeps, ends: Sequence[int], known: dict[int, Derivative
 # ---- one network, many sets ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Results:
+    """Upper bounds for single results on a set.
+
+    `constants` are of differences of any two points, `rates` of differences from the value at the centre, over the distance from it,
+    and `drops` say how far below that value any other one is.
+    """
+
+    constants: Tensor
+    rates: Tensor
+    drops: Tensor
+
+
 class Around:
     """A network around one input after another: what does not depend on the set is bounded once."""
 
@@ -233,18 +246,24 @@ class Around:
         self._network = network
         self._constants = constants(network.steps, [[network.steps[s].shape for s in step.sources] for step in network.steps])
 
-    def rows(self, area: Region, matrix: Tensor) -> Tensor:
-        """Upper bounds of the constants of the rows of a matrix, applied to the one result, on a set."""
-        steps = list(restricted(self._network, area).network.steps)
-        (end,) = self._network.outputs
-        last = Linear(Dense(matrix))
-        steps.append(Step(last, (end,), (*steps[end].shape[:-1], len(matrix)), "pairs of results", "linear"))
-        made = Network(steps, (len(steps) - 1,))
+    def results(self, area: Region, matrix: Tensor) -> Results:
+        """What is known on a set of the rows of a matrix, applied to the one result: theorems L3, L5, L6 and L8."""
+        (end,), last = self._network.outputs, Linear(Dense(matrix))
+        whole = [
+            *self._network.steps,
+            Step(last, (end,), (*self._network.steps[end].shape[:-1], len(matrix)), "pairs of results", "linear"),
+        ]
+        local = restricted(Network(whole, (len(whole) - 1,)), area)
+        steps = local.network.steps
         shapes = [[steps[s].shape for s in step.sources] for step in steps]
         moved = [i for i, step in enumerate(steps) if not isinstance(step.what, Linear) or step.what is last]
         own = constants([steps[i] for i in moved], [shapes[i] for i in moved])
         found = [*self._constants, own[-1]]
         for i, bound in zip(moved, own, strict=True):
             found[i] = bound
-        known = derivative(made, compose(made, found), area)
-        return torch.full((len(matrix),), math.inf, dtype=torch.float64) if known is None else known.rows(area)
+        known = derivative(local.network, compose(local.network, found), area)
+        unknown, columns = torch.full((len(matrix),), math.inf, dtype=torch.float64), local.columns.rows()
+        slopes = unknown if known is None else known.rows(area)
+        value = local.values[-1]
+        drops = unknown if value.middle is None else round_up(value.middle[1] - value.low).reshape(-1).nan_to_num(math.inf)
+        return Results(slopes, slopes if columns is None else torch.minimum(slopes, columns), drops.clamp_min(0.0))

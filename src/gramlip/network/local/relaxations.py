@@ -14,8 +14,7 @@ from gramlip.network.steps import Drift, Input, Join, Linear, LinearAction, Lips
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import row_norms_up
-from gramlip.operators.geometry import apply
-from gramlip.operators.linear_maps import Conv, Dense, Shape
+from gramlip.operators.linear_maps import Conv, Dense, Shape, apply
 
 INF = math.inf
 BUDGET = 5e10  # multiplications that rows may take by which intervals are tightened

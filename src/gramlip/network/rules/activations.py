@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramlip.errors import UnsupportedError
-from gramlip.network.rules.curves import SLACK, SLOPES, WITHIN, exponential, kinked, on_interval
+from gramlip.network.rules.entrywise import SLACK, SLOPES, WITHIN, exponential, kinked, on_interval
 from gramlip.network.rules.registry import Call, Var, register
 from gramlip.network.steps import Linear, Lipschitz, Product, Slice, Slope, Step, Unbounded, Within
 from gramlip.numerics import rounding as rd
@@ -318,13 +318,39 @@ def _jump(call: Call) -> Unbounded:
 
 
 def gated(call: Call, x: Var, gate: Var) -> Slope | None:
-    """The step for `x * sigmoid(b x)`, `x * relu6(x + 3)` and `x * hardsigmoid(x)`, which are activations; None for other products."""
-    step = call.steps[gate.step]
-    if not isinstance(step.what, Slope) or x.shape != gate.shape:
+    """The step for `x sigmoid(b x)`, `x (1 + erf(b x))`, `x relu6(x + 3)` and `x hardsigmoid(x)`, which are activations; else None."""
+    if x.shape != gate.shape:
         return None
-    at, factor, shift, sure = step.sources[0], Fraction(1), Fraction(0), True
-    while at != x.step:  # back through constants to the value itself
-        what = call.steps[at].what
+    outer = _constants_before(call, gate.step)
+    top = next(reversed(outer))  # the first function before the gate: the gate is `scale f + lift`
+    (scale, lift, exact), step = outer[top], call.steps[top]
+    if not isinstance(step.what, Slope) or len(step.sources) != 1:
+        return None
+    inner, own = _constants_before(call, step.sources[0]), _constants_before(call, x.step)
+    at = next((k for k in inner if k in own), None)
+    if at is None or own[at][1] != 0 or own[at][0] <= 0:
+        return None
+    factor, shift, sure = inner[at][0] / own[at][0], inner[at][1], inner[at][2] and own[at][2]  # of f's argument, from x
+    if factor <= 0:
+        return None
+    if step.op.startswith("aten.erf") and exact and shift == 0 and scale == lift > 0:
+        return _gate("gelu", 2 * scale, factor, f"x (1 + erf(b x)) times {float(scale):.6g}", sure=False)  # b is near 1/sqrt(2) at most
+    if (scale, lift, exact) != (1, 0, True):
+        return None
+    if step.op.startswith("aten.sigmoid") and shift == 0:
+        return _gate("silu", scale, factor, "x sigmoid(b x)", sure=sure)
+    if sure and (factor, shift) == (1, 0) and step.op.startswith("aten.hardsigmoid"):
+        return slope("hardswish")
+    if sure and (factor, shift) == (1, 3) and _is_relu6(step):
+        return Slope(-3.0, 9.0, "x relu6(x + 3): six times hardswish, slopes in [-3, 9]", (-2.25, INF), sharp=True)
+    return None
+
+
+def _constants_before(call: Call, step: int) -> dict[int, tuple[Fraction, Fraction, bool]]:
+    """Steps of which this one is `factor v + shift`, itself first, by one constant for all entries; and whether these are exact."""
+    found = {step: (Fraction(1), Fraction(0), True)}
+    while True:
+        what = call.steps[step].what
         if (
             not isinstance(what, Linear)
             or not isinstance(what.op, Scale)
@@ -333,20 +359,23 @@ def gated(call: Call, x: Var, gate: Var) -> Slope | None:
             or what.bias_error > 0
             or not math.isfinite(float(what.bias) + float(what.op.weight))
         ):
-            return None
-        shift, factor = shift + factor * Fraction(float(what.bias)), factor * Fraction(float(what.op.weight))
-        at, sure = call.steps[at].sources[0], sure and what.error == 0
-    if step.op.startswith("aten.sigmoid") and factor > 0 and shift == 0:  # silu(b x) / b, of a b that may be rounded
-        found = slope("silu")
-        least = Fraction(-found.image[0]) / factor * Fraction(1 + 2.0**-40)
-        image = (-rd.up(float(least)) if least < 10**300 else -INF, INF)
-        on = found.within if sure and factor == 1 else None  # of another b they are elsewhere
-        return replace(found, because=f"x sigmoid(b x): {found.because}", image=image, within=on)
-    if sure and (factor, shift) == (1, 0) and step.op.startswith("aten.hardsigmoid"):
-        return slope("hardswish")
-    if sure and (factor, shift) == (1, 3) and _is_relu6(step):
-        return Slope(-3.0, 9.0, "x relu6(x + 3): six times hardswish, slopes in [-3, 9]", (-2.25, INF), sharp=True)
-    return None
+            return found
+        factor, shift, sure = found[step]
+        step = call.steps[step].sources[0]
+        by = Fraction(float(what.op.weight))
+        found[step] = (factor * by, shift + factor * Fraction(float(what.bias)), sure and what.error == 0)
+
+
+def _gate(name: str, scale: Fraction, factor: Fraction, written: str, *, sure: bool) -> Slope:
+    """`scale / b` times a named function of `b x`, of a factor b > 0 that may be rounded: its slopes are `scale` times the function's."""
+    found, grow = slope(name), float(scale)
+    least = Fraction(-found.image[0]) * scale / factor * Fraction(1 + 2.0**-40)
+    image = (-rd.up(float(least)) if least < 10**300 else -INF, INF)
+    on = found.within if sure and factor == scale == 1 else None  # of another b they are elsewhere
+    if scale != 1:
+        low, high = (outward(outward(float(s) * grow)) for s, outward in ((found.low, rd.down), (found.high, rd.up)))
+        found = replace(found, low=low, high=high)
+    return replace(found, because=f"{written}: {found.because}", image=image, within=on)
 
 
 def _is_relu6(step: Step) -> bool:
@@ -361,10 +390,10 @@ def _softmax(call: Call) -> Lipschitz:
         return Lipschitz(0.0, "softmax of one entry is constant", (1.0, 1.0))
     axis = int(call["dim"]) % len(call.shape)
     row = 1.0 if axis == len(call.shape) - 1 else INF
-    return Lipschitz(0.5, "softmax: at most 1/2 in the l2 norm", (0.0, 1.0), row=row, within=partial(_probabilities, axis))
+    return Lipschitz(0.5, "softmax: at most 1/2 in the l2 norm", (0.0, 1.0), row=row, within=partial(probabilities, axis))
 
 
-def _probabilities(axis: int, a: Tensor, b: Tensor) -> tuple[float, Tensor, Tensor]:
+def probabilities(axis: int, a: Tensor, b: Tensor) -> tuple[float, Tensor, Tensor]:
     """Constant and values of the softmax on intervals of its arguments: docs/local.md#slopes."""
     top = b.amax(axis, keepdim=True)
     small, large = torch.exp(a - top), torch.exp(b - top)

@@ -1,0 +1,345 @@
+"""Each operator of ONNX that is read, against onnxruntime: what comes out, with the options that few files use."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from gramlip.onnx import OPERATORS, load
+
+Array = Any
+
+
+def numbers(*shape: int, low: float = -1.0, high: float = 1.0) -> Array:
+    return np.random.default_rng(sum(shape)).uniform(low, high, shape).astype(np.float32)
+
+
+def ints(*values: int) -> Array:
+    return np.array(values, np.int64)
+
+
+def case(op: str, *given: Any, opset: int = 17, outputs: int = 1, **attributes: Any) -> Any:
+    """A node on `given`: the first is the model's input, the others constants; None for one that is left out."""
+    shown = [f"{k}={v}" for k, v in attributes.items() if not isinstance(v, onnx.TensorProto)]
+    label = "-".join([op, str(opset), *("x".join(map(str, np.shape(g))) for g in given[:1]), *shown])
+    return pytest.param(op, given, opset, outputs, attributes, id=label.replace(" ", ""))
+
+
+X = numbers(1, 4, 7, 9)
+LINE, CUBE = numbers(2, 4, 11), numbers(1, 2, 5, 6, 7)
+POSITIVE = numbers(2, 3, 4, low=0.5, high=2.0)
+
+
+def entrywise() -> list[Any]:
+    x = numbers(2, 3, 4, low=-4, high=4)
+    found = [case(op, x) for op in ["Neg", "Exp", "Sin", "Cos", "Sinh", "Cosh", "Atan", "Asinh", "Erf", "Sign", "Floor", "Ceil", "Round"]]
+    found += [case(op, POSITIVE) for op in ["Log", "Sqrt", "Reciprocal", "Tan"]]
+    found += [case(op, x) for op in ["Abs", "Relu", "Sigmoid", "Tanh", "Softplus", "HardSwish", "Softsign", "Identity"]]
+    found += [case("Mish", x, opset=18)]
+    found += [case(op, x, numbers(3, 1)) for op in ["Add", "Sub", "Mul", "Div", "Sum", "Mean", "Max", "Min"]]
+    found += [case(op, x, numbers(4), numbers(2, 1, 1)) for op in ["Sum", "Mean", "Max", "Min"]]
+    found += [case("Pow", x, np.float32(3)), case("Pow", POSITIVE, np.float32(0.5)), case("Pow", POSITIVE, numbers(4), opset=13)]
+    found += [case("Mod", x, numbers(4, low=1, high=2), fmod=1), case("Clip", x, opset=7, min=-1.0, max=0.5), case("Clip", x, opset=7)]
+    found += [case("Clip", x, np.float32(-1), np.float32(0.5)), case("Clip", x, None, np.float32(1)), case("Clip", x, np.float32(0))]
+    found += [case("LeakyRelu", x), case("LeakyRelu", x, alpha=0.3), case("Elu", x, alpha=1.7), case("Celu", x, alpha=0.6)]
+    found += [case("Selu", x), case("Selu", x, alpha=1.2, gamma=2.0), case("HardSigmoid", x), case("HardSigmoid", x, alpha=1 / 6, beta=0.5)]
+    found += [case("ThresholdedRelu", x, alpha=0.7), case("Shrink", x, lambd=0.4, bias=0.4), case("Shrink", x, lambd=0.4)]
+    found += [case("Gelu", x, opset=20), case("Gelu", x, opset=20, approximate="tanh")]
+    found += [case("PRelu", x, numbers(3, 1)), case("PRelu", x, numbers(4)), case("PRelu", x, np.float32([0.2]))]
+    found += [case("Softmax", x, opset=11, axis=a) for a in (0, 1, 2)] + [case("LogSoftmax", x, opset=11), case("Softmax", x)]
+    found += [case("LogSoftmax", x, axis=-2), case("Softmax", x, axis=1), case("CumSum", x, np.int64(1))]
+    for op in ["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp"]:
+        found += [case(op, x, opset=11, axes=[-1, 0], keepdims=0), case(op, x, ints(1), opset=18), case(op, x, opset=18, keepdims=0)]
+    found += [case("ReduceLogSum", POSITIVE, opset=11, axes=[1]), case("ReduceMean", X, opset=13, axes=[3, 2], keepdims=0)]
+    found += [case("ReduceSum", x, ints(), opset=13, noop_with_empty_axes=1), case("ReduceMean", CUBE, ints(-3, -2, -1), opset=18)]
+    return [*found, case("LpNormalization", x, axis=1), case("LpNormalization", x, p=1), case("Cast", x, to=onnx.TensorProto.DOUBLE)]
+
+
+def windows() -> list[Any]:
+    found: list[Any] = []
+    for auto in ("SAME_UPPER", "SAME_LOWER", "VALID"):
+        found += [case("Conv", X, numbers(6, 4, 3, 4), numbers(6), auto_pad=auto, strides=[2, 3])]
+        found += [case("MaxPool", X, auto_pad=auto, kernel_shape=[3, 2], strides=[2, 2])]
+        found += [case("AveragePool", X, auto_pad=auto, kernel_shape=[3, 2], strides=[2, 2], count_include_pad=c) for c in (0, 1)]
+        found += [case("ConvTranspose", X, numbers(4, 3, 4, 4), auto_pad=auto, strides=[2, 3])]
+    found += [case("Conv", X, numbers(8, 2, 3, 3), numbers(8), group=2, pads=[1, 0, 2, 3], dilations=[2, 1])]
+    found += [case("Conv", X, numbers(8, 1, 3, 3), group=4, pads=[1, 1, 1, 1], kernel_shape=[3, 3])]
+    found += [case("Conv", LINE, numbers(5, 4, 3), pads=[2, 0]), case("Conv", CUBE, numbers(3, 2, 2, 3, 1), pads=[1] * 6)]
+    found += [case("ConvTranspose", X, numbers(4, 3, 3, 3), numbers(6), group=2, pads=[1, 0, 0, 1], strides=[2, 2])]
+    found += [case("ConvTranspose", X, numbers(4, 3, 3, 3), pads=[1, 1, 1, 1], strides=[2, 3], output_padding=[1, 2])]
+    found += [case("ConvTranspose", X, numbers(4, 3, 3, 3), strides=[2, 3], output_shape=[14, 26])]
+    found += [case("ConvTranspose", LINE, numbers(4, 3, 3), dilations=[2], strides=[2])]
+    for op in ("MaxPool", "AveragePool"):
+        found += [case(op, X, kernel_shape=[2, 3]), case(op, LINE, kernel_shape=[3], strides=[2], pads=[1, 1])]
+        found += [case(op, CUBE, kernel_shape=[2, 2, 2], strides=[2, 2, 2], ceil_mode=1)]
+        found += [case(op, X, kernel_shape=[3, 3], strides=[2, 2], pads=pads, ceil_mode=1) for pads in ([0] * 4, [1] * 4, [0, 1, 1, 0])]
+        found += [case(op, X, kernel_shape=[3, 3], strides=[2, 2], pads=[2, 0, 0, 1])]
+    found += [case("MaxPool", X, kernel_shape=[2, 3], dilations=[2, 3])]
+    found += [case("AveragePool", X, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4, count_include_pad=1)]
+    found += [case("AveragePool", X, kernel_shape=[3, 2], pads=[0, 0, 1, 1], count_include_pad=1)]
+    return found + [case(op, x) for op in ("GlobalAveragePool", "GlobalMaxPool") for x in (X, LINE, CUBE)]
+
+
+def normalisation() -> list[Any]:
+    w = [numbers(4, low=0.5), numbers(4)]
+    statistics = [numbers(4), numbers(4, low=0.5, high=2.0)]
+    found = [case("BatchNormalization", x, *w, *statistics, opset=n) for x in (X, LINE, numbers(2, 4)) for n in (9, 15)]
+    found += [case("BatchNormalization", X, *w, *statistics, epsilon=0.1), case("InstanceNormalization", X, *w, epsilon=1e-2)]
+    found += [case("InstanceNormalization", LINE, *w), case("LayerNormalization", X, numbers(9), numbers(9))]
+    found += [case("LayerNormalization", X, numbers(4, 7, 9), axis=1, epsilon=0.1), case("LRN", X, size=3, alpha=0.5, beta=0.6, bias=2.0)]
+    found += [case("GroupNormalization", X, numbers(2), numbers(2), opset=18, num_groups=2)]
+    found += [case("GroupNormalization", X, *w, opset=21, num_groups=2), case("RMSNormalization", X, numbers(9), opset=23, axis=-1)]
+    return [*found, case("Dropout", X, opset=11, ratio=0.3), case("Dropout", X, np.float32(0.3), np.bool_(False))]
+
+
+def resampling() -> list[Any]:
+    found = [case("Upsample", X, opset=7, scales=[1.0, 1.0, 2.0, 3.0]), case("Upsample", X, np.float32([1, 1, 2, 2]), opset=9)]
+    found += [case("Upsample", X, np.float32([1, 1, 1.5, 2.3]), opset=9), case("Resize", X, np.float32([1, 1, 2, 0.5]), opset=10)]
+    for rounds in ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil"):
+        for where in ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"):
+            sizes = (ints(1, 4, 14, 27), ints(1, 4, 3, 4), ints(1, 4, 10, 13))
+            found += [case("Resize", X, None, None, s, nearest_mode=rounds, coordinate_transformation_mode=where) for s in sizes]
+    for mode in ("linear", "cubic"):
+        for where in ("half_pixel", "align_corners", "pytorch_half_pixel"):
+            options = {"mode": mode, "coordinate_transformation_mode": where}
+            found += [
+                case("Resize", X, None, np.float32([1, 1, 2, 3]), **options),
+                case("Resize", X, None, None, ints(1, 4, 5, 20), **options),
+            ]
+    found += [
+        case("Resize", LINE, None, np.float32([1, 1, 2]), mode="linear"),
+        case("Resize", X, None, np.float32([2, 2]), opset=18, axes=[2, 3]),
+    ]
+    return [*found, case("Resize", X, np.float32([]), np.float32([1, 1, 2, 2]), opset=11, mode="linear")]
+
+
+def shapes() -> list[Any]:
+    x = numbers(2, 3, 4, 6)
+    found = [
+        case("Reshape", x, ints(0, -1, 6)),
+        case("Reshape", x, ints(4, 3, 2, 6)),
+        case("Transpose", x),
+        case("Transpose", x, perm=[0, 2, 3, 1]),
+    ]
+    found += [case("Flatten", x, axis=a) for a in (0, 1, 2, 4, -1)] + [case("Flatten", numbers(3), axis=1)]
+    thin = numbers(2, 1, 3, 1)
+    found += [case("Squeeze", thin), case("Squeeze", thin, opset=11, axes=[-1]), case("Squeeze", thin, ints(1, -1))]
+    found += [case("Unsqueeze", x, opset=11, axes=[0, -1]), case("Unsqueeze", x, ints(-2, 1)), case("Expand", thin, ints(2, 5, 1, 4))]
+    found += [case("Expand", thin, ints(3, 1)), case("Tile", x, ints(1, 2, 1, 3)), case("Concat", x, numbers(2, 3, 4, 1), axis=-1)]
+    found += [case("Split", x, opset=11, split=[1, 2], axis=1, outputs=2), case("Split", x, ints(1, 2, 1), axis=-2, outputs=3)]
+    found += [case("Split", x, opset=18, num_outputs=4, axis=3, outputs=4), case("Split", x, axis=-1, outputs=2)]
+    found += [case("Slice", x, opset=9, starts=[1, 0], ends=[3, -1], axes=[2, 3]), case("Slice", x, ints(1), ints(100))]
+    found += [
+        case("Slice", x, ints(-1, -1), ints(-(2**62), 0), ints(2, -1), ints(-1, -2)),
+        case("Slice", x, ints(0), ints(5), ints(3), ints(2)),
+    ]
+    found += [case("Gather", x, np.int64(-1), axis=2), case("Gather", x, ints(0, -1, 0), axis=-1)]
+    found += [case("Gather", x, np.array([[0, 2], [1, 1]]), axis=1), case("GatherElements", x, np.array([[[[0, -1]]]]), axis=3)]
+    found += [case("Trilu", x), case("Trilu", x, np.int64(1), upper=0), case("Pad", X, opset=9, pads=[0, 0, 1, 2, 0, 0, 3, 0], value=0.5)]
+    for mode in ("constant", "reflect", "edge"):
+        found += [case("Pad", X, ints(0, 0, 1, 2, 0, 0, 3, 0), mode=mode)]
+        found += [case("Pad", X, ints(2, 1), None, ints(-1), opset=18, mode=mode)]
+    found += [
+        case("Pad", X, ints(0, 1, -1, 0, 0, 0, 0, 2), np.float32(0.3)),
+        case("Pad", LINE, ints(0, 0, 2, 0, 0, 3), opset=19, mode="wrap"),
+    ]
+    blocks = numbers(1, 8, 2, 3)
+    found += [case("DepthToSpace", blocks, blocksize=2, mode=mode) for mode in ("DCR", "CRD")]
+    found += [case("SpaceToDepth", numbers(1, 3, 4, 6), blocksize=2)]
+    return [*found, case("Where", x, np.arange(6) % 2 == 0, numbers(6))]
+
+
+def matrices() -> list[Any]:
+    x = numbers(5, 3)
+    found = [
+        case("MatMul", numbers(2, 5, 3), numbers(3, 4)),
+        case("MatMul", numbers(3), numbers(2, 3, 4)),
+        case("Gemm", x, numbers(4, 3), transB=1),
+    ]
+    found += [
+        case("Gemm", x, numbers(4, 3), numbers(4), transB=1),
+        case("Gemm", x, numbers(5, 4), numbers(1, 4), transA=1, alpha=0.5, beta=2.0),
+    ]
+    found += [case("Gemm", x, numbers(3, 4), numbers(5, 1)), case("Gemm", x, numbers(4, 3), np.float32(2), transB=1)]
+    found += [case("Einsum", numbers(2, 5, 3), numbers(4, 3), equation="bij,kj->bik")]
+    heads = numbers(1, 2, 5, 4)
+    return [
+        *found,
+        case("Attention", heads, numbers(1, 2, 6, 4), numbers(1, 2, 6, 3), opset=23),
+        case("Attention", heads, heads, heads, opset=23, is_causal=1),
+    ]
+
+
+CASES = [*entrywise(), *windows(), *normalisation(), *resampling(), *shapes(), *matrices()]
+
+
+def saved(path: Path, op: str, given: Any, opset: int, outputs: int, attributes: dict[str, Any]) -> Array:
+    """A file with the node alone, and what it is applied to, with `Where` choosing between its input and a constant."""
+    helper, names = onnx.helper, ["" if g is None else f"v{i}" for i, g in enumerate(given)]
+    first = [names[1], names[0], *names[2:]] if op == "Where" else names
+    node = helper.make_node(op, first, [f"y{i}" for i in range(outputs)], **attributes)
+    held = [onnx.numpy_helper.from_array(np.asarray(g), name) for g, name in zip(given[1:], names[1:], strict=True) if g is not None]
+    x = np.asarray(given[0])
+    kind = helper.np_dtype_to_tensor_dtype(x.dtype)
+    results = [helper.make_empty_tensor_value_info(f"y{i}") for i in range(outputs)]
+    graph = helper.make_graph([node], "g", [helper.make_tensor_value_info("v0", kind, x.shape)], results, held)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    onnx.save(model, path)
+    return x
+
+
+def run(path: Path, *given: Array) -> list[Array]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    session = onnxruntime.InferenceSession(path, options)
+    return session.run(None, {value.name: x for value, x in zip(session.get_inputs(), given, strict=True)})
+
+
+@pytest.mark.parametrize(("op", "given", "opset", "outputs", "attributes"), CASES)
+def test_a_node(tmp_path: Path, op: str, given: Any, opset: int, outputs: int, attributes: dict[str, Any]) -> None:
+    x = saved(path := tmp_path / "x.onnx", op, given, opset, outputs, attributes)
+    model = load(path)
+    expected = run(path, x)
+    found = model(torch.from_numpy(x))
+    found = found if isinstance(found, tuple) else (found,)
+    assert len(found) == len(expected)
+    for made, wanted in zip(found, expected, strict=True):
+        assert tuple(made.shape) == wanted.shape
+        np.testing.assert_allclose(made.numpy(), wanted, rtol=2e-5, atol=2e-5)
+
+
+# ---- what is worked out before ---------------------------------------------------------------------------------------------
+
+
+def folded(path: Path, nodes: list[Any], held: dict[str, Array], x: Array, opset: int = 17) -> Any:
+    """A file whose nodes make `y` from `x`, and constants."""
+    helper = onnx.helper
+    inputs = [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", *x.shape[1:]])]
+    constants = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in held.items()]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_empty_tensor_value_info("y")], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10), path)
+    return load(path, x.shape[1:])
+
+
+N = onnx.helper.make_node
+SIZES = {
+    "shape": (
+        [
+            N("Shape", ["x"], ["s"]),
+            N("Gather", ["s", "one"], ["c"]),
+            N("Mul", ["c", "two"], ["d"]),
+            N("Range", ["zero", "d", "two"], ["r"]),
+            N("Cast", ["r"], ["f"], to=1),
+            N("ReduceMean", ["f"], ["m"], keepdims=0),
+            N("Add", ["x", "m"], ["y"]),
+        ],
+        17,
+    ),
+    "part of a shape": (
+        [
+            N("Shape", ["x"], ["s"], start=1, end=-1),
+            N("Constant", [], ["v"], value_ints=[-1]),
+            N("Concat", ["v", "s"], ["t"], axis=0),
+            N("Reshape", ["x", "t"], ["y"]),
+        ],
+        17,
+    ),
+    "product": (
+        [
+            N("Shape", ["x"], ["s"]),
+            N("ReduceProd", ["s"], ["p"], keepdims=1),
+            N("Size", ["x"], ["n"]),
+            N("Equal", ["p", "n"], ["same"]),
+            N("Not", ["same"], ["other"]),
+            N("Or", ["same", "other"], ["true"]),
+            N("Xor", ["same", "other"], ["also"]),
+            N("And", ["true", "also"], ["all"]),
+            N("Where", ["all", "p", "one"], ["q"]),
+            N("Reshape", ["x", "q"], ["y"]),
+        ],
+        13,
+    ),
+    "compared": (
+        [
+            N("Size", ["x"], ["n"]),
+            N("Less", ["n", "two"], ["a"]),
+            N("LessOrEqual", ["n", "n"], ["b"]),
+            N("Greater", ["n", "two"], ["c"]),
+            N("GreaterOrEqual", ["two", "n"], ["d"]),
+            N("Where", ["a", "one", "two"], ["e"]),
+            N("Where", ["b", "e", "one"], ["f"]),
+            N("Where", ["c", "f", "one"], ["g"]),
+            N("Where", ["d", "one", "g"], ["h"]),
+            N("CastLike", ["h", "x"], ["i"]),
+            N("Mul", ["x", "i"], ["y"]),
+        ],
+        17,
+    ),
+    "filled": (
+        [
+            N("ConstantOfShape", ["dims"], ["z"], value=onnx.numpy_helper.from_array(np.float32([2.5]))),
+            N("IsNaN", ["z"], ["never"]),
+            N("Where", ["never", "x", "z"], ["w"]),
+            N("Mul", ["x", "w"], ["y"]),
+        ],
+        17,
+    ),
+    "divided": (
+        [
+            N("Constant", [], ["a"], value_int=-7),
+            N("Constant", [], ["b"], value_int=2),
+            N("Div", ["a", "b"], ["q"]),
+            N("Mod", ["a", "b"], ["r"]),
+            N("Add", ["q", "r"], ["t"]),
+            N("Cast", ["t"], ["f"], to=1),
+            N("Constant", [], ["h"], value_float=0.5),
+            N("Constant", [], ["k"], value_floats=[1.0, 2.0, 3.0, 4.0]),
+            N("Mul", ["f", "h"], ["u"]),
+            N("Mul", ["k", "u"], ["v"]),
+            N("Add", ["x", "v"], ["y"]),
+        ],
+        17,
+    ),
+    "places": (
+        [N("NonZero", ["mask"], ["at"]), N("Squeeze", ["at", "zeros"], ["places"]), N("Gather", ["x", "places"], ["y"], axis=2)],
+        13,
+    ),
+    "swish": ([N("Swish", ["x"], ["y"], alpha=0.7)], 24),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_what_depends_on_shapes_alone_is_worked_out(tmp_path: Path, name: str) -> None:
+    nodes, opset = SIZES[name]
+    held = {
+        "one": ints(1),
+        "two": ints(2),
+        "zero": np.int64(0),
+        "zeros": ints(0),
+        "dims": ints(3, 4),
+        "mask": ints(0, 1, 0, 1),
+        "none": ints(),
+    }
+    scalars = {"two": np.int64(2), "one": np.int64(1)} if name == "shape" else {}
+    x = numbers(2, 3, 4)
+    model = folded(tmp_path / "x.onnx", nodes, held | scalars, x, opset)
+    expected = x / (1 + np.exp(-0.7 * x)) if name == "swish" else np.concatenate([run(tmp_path / "x.onnx", part[None])[0] for part in x])
+    np.testing.assert_allclose(model(torch.from_numpy(x)).numpy(), expected, rtol=1e-6)
+    assert len(model.calls) <= 3
+
+
+def test_every_operator_has_a_case() -> None:
+    tried = {found.values[0] for found in CASES} | {node.op_type for nodes, _ in SIZES.values() for node in nodes}
+    assert set(OPERATORS) == tried
+
+
+def test_the_document_names_every_operator() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "formats.md").read_text().split("## Whole ONNX models")[1].split("## Pickles")[0]
+    assert set(OPERATORS) <= set(re.findall(r"`([A-Z]\w+)`", page))

@@ -1,0 +1,583 @@
+"""Experiments on single layers: simulated convolutions, their cost, those of ResNet18, dense matrices, values below the truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gramlip.errors import InputError
+from gramlip.lab.reproduce.run import Choice, Experiment, Options, Row, Task, markdown, measured, pick, title
+from gramlip.norm.methods import METHODS, bound
+from gramlip.operators.linear_maps import Conv
+from gramlip.reports.formats import read
+from gramlip.reports.pictures import figure, look
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+from collections.abc import Callable
+
+from gramlip.lab.compare import timed
+from gramlip.norm.formulas import Gram_iteration_naive, Lip_dense, Power_iteration
+from gramlip.operators.linear_maps import Dense
+from gramlip.testing import KERNELS, Case
+
+# ---- section 5.2 ---------------------------------------------------------------------------------------------------------
+#
+# Section 5.2: simulated convolutional layers over channels, kernel and input size, circular padding.
+
+PUBLISHED = (64, 64, 5, 12)  # the paper's own case: c_out, c_in, k, n
+SHAPES = (
+    PUBLISHED,
+    *((c, c, 3, 32) for c in (4, 16, 32, 64, 128)),
+    *((c, 32, 3, 32) for c in (8, 128)),
+    *((32, 32, k, 32) for k in (1, 5, 7, 9)),
+    *((32, 32, 3, n) for n in (8, 16, 64)),
+)
+QUICK = ((4, 3, 5, 6), (8, 8, 3, 8))
+CHOICES: tuple[Choice, ...] = (
+    ("certify", {}),
+    ("gram", {"n_iter": 6}),
+    ("delattre2023", {"n_iter": 5}),
+    ("singla2021", {"n_iter": 50}),
+    ("araujo2021", {"samples": 50}),
+    ("power", {"n_iter": 100}),
+    ("sedghi2019", {}),
+    ("norm2toep", {"n_iter": 2}),
+    ("aol", {}),
+    ("tensor_norm", {"n_iter": 30}),
+    ("frobenius", {}),
+    ("torch", {}),
+)
+
+
+def conv_tasks(options: Options) -> list[Task]:
+    """One task for each layer."""
+    shapes = QUICK if options.quick else SHAPES
+    return [Task(f"{o}x{i}x{k}x{k} n={n}", partial(_layer, o, i, k, n, options)) for o, i, k, n in shapes]
+
+
+def _layer(c_out: int, c_in: int, k: int, n: int, options: Options) -> list[Row]:
+    generator = torch.Generator().manual_seed(options.seed)
+    weight = torch.randn(c_out, c_in, k, k, generator=generator).to(options.device)
+    op = Conv(weight, n, padding=k // 2, padding_mode="circular")
+    exact = METHODS["sedghi2019"].value(Conv(weight.double(), n, padding=k // 2, padding_mode="circular"))
+    place: Row = {"c_out": c_out, "c_in": c_in, "k": k, "n": n}
+    return [place | row | {"exact": exact, "difference": float(row["value"]) - exact} for row in measured(op, CHOICES, options)]
+
+
+def draw_conv(rows: list[Row]) -> Figure:
+    """Relative error against time, one point for each layer."""
+    made, (ax,) = figure(width=7.5, height=4.4)
+    for method in dict.fromkeys(str(row["method"]) for row in rows):
+        some = pick(rows, method=method)
+        for below in (False, True):
+            kept = [r for r in some if (float(r["difference"]) < 0) == below]
+            if kept:
+                style: dict[str, Any] = look(method) | {"linestyle": "none", "fillstyle": "none" if below else "full"}
+                label = None if below and len(kept) < len(some) else title(some[0])
+                errors = [max(abs(float(r["difference"])) / float(r["exact"]), 1e-9) for r in kept]
+                ax.plot(
+                    [1e3 * float(r["seconds"]) for r in kept],
+                    errors,
+                    label=label,
+                    **style,
+                )
+    ax.set(xscale="log", yscale="log", xlabel="time per layer (ms)", ylabel="relative distance to the exact norm (absolute value)")
+    ax.set_title("Standard normal kernels, circular padding (hollow: below the truth)", fontsize=10)
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return made
+
+
+def tell_conv(rows: list[Row]) -> str:
+    """The layer of the paper first, then all layers."""
+    first = pick(rows, task=rows[0]["task"])
+    own = [[title(r), r["side"], r["value"], r["difference"], 1e3 * float(r["seconds"])] for r in first]
+    every: list[list[object]] = []
+    for method in dict.fromkeys(str(row["method"]) for row in rows):
+        some = pick(rows, method=method)
+        ratios = [float(r["value"]) / float(r["exact"]) - 1 for r in some]
+        below = sum(ratio < 0 for ratio in ratios)
+        every.append([title(some[0]), min(ratios), median(ratios), max(ratios), below, 1e3 * sum(float(r["seconds"]) for r in some)])
+    return (
+        f"The layer {first[0]['task']}, exact circular norm {float(first[0]['exact']):.6g}:\n\n"
+        f"{markdown(('method', 'side', 'value', 'value - exact', 'time (ms)'), own)}\n\n"
+        f"All {len({r['task'] for r in rows})} layers, value / exact - 1:\n\n"
+        f"{markdown(('method', 'least', 'median', 'largest', 'layers below the truth', 'total time (ms)'), every)}"
+    )
+
+
+CONV = Experiment("conv", "Simulated convolutions (paper, section 5.2)", conv_tasks, draw_conv, tell_conv)
+
+
+# ---- cost against size ---------------------------------------------------------------------------------------------------
+#
+# Cost against channels and against the input size.
+
+SCALED: tuple[Choice, ...] = (
+    ("certify", {}),
+    ("gram", {"n_iter": 6}),
+    ("delattre2023", {"n_iter": 6}),
+    ("sedghi2019", {}),
+    ("power", {"n_iter": 100}),
+    ("singla2021", {"n_iter": 50}),
+    ("araujo2021", {"samples": 50}),
+    ("norm2toep", {"n_iter": 2}),
+    ("tensor_norm", {"n_iter": 30}),
+)
+SWEEPS = {"channels": [(c, 16) for c in (8, 16, 32, 64, 128, 256)], "input size": [(32, n) for n in (4, 8, 16, 32, 64, 128)]}
+QUICK_SWEEPS = {"channels": [(4, 6), (8, 6)], "input size": [(4, 6), (4, 12)]}
+X = {"channels": "c", "input size": "n"}
+
+
+def scaling_tasks(options: Options) -> list[Task]:
+    """One task for each point of each sweep."""
+    sweeps = QUICK_SWEEPS if options.quick else SWEEPS
+    return [
+        Task(f"{sweep}: c={c} n={n}", partial(_scaled_layer, sweep, c, n, options)) for sweep, points in sweeps.items() for c, n in points
+    ]
+
+
+def _scaled_layer(sweep: str, c: int, n: int, options: Options) -> list[Row]:
+    generator = torch.Generator().manual_seed(options.seed)
+    weight = torch.randn(c, c, 3, 3, generator=generator) * (2 / (9 * c)) ** 0.5
+    op = Conv(weight.to(options.device), n, padding=1, padding_mode="circular")
+    place: Row = {"sweep": sweep, "c": c, "n": n}
+    return [place | row for row in measured(op, SCALED, options)]
+
+
+def draw_scaling(rows: list[Row]) -> Figure:
+    """Time against channels, and against the input size."""
+    made, axes = figure(2)
+    for ax, (sweep, x) in zip(axes, X.items(), strict=True):
+        some = pick(rows, sweep=sweep)
+        for method in dict.fromkeys(str(row["method"]) for row in some):
+            kept = pick(some, method=method)
+            ax.plot([float(r[x]) for r in kept], [1e3 * float(r["seconds"]) for r in kept], label=title(kept[0]), **look(method))
+        fixed = f"n = {some[0]['n']}" if sweep == "channels" else f"{some[0]['c']} channels"
+        ax.set(xscale="log", yscale="log", xlabel=f"{sweep} (3x3 kernel, {fixed})", ylabel="time (ms)")
+        ticks = sorted({float(r[x]) for r in some})
+        ax.set_xticks(ticks, [f"{t:.0f}" for t in ticks])
+        ax.minorticks_off()
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return made
+
+
+def tell_scaling(rows: list[Row]) -> str:
+    """Milliseconds, one table for each sweep."""
+    parts: list[str] = []
+    for sweep, x in X.items():
+        some = pick(rows, sweep=sweep)
+        points = list(dict.fromkeys(r[x] for r in some))
+        lines: list[list[object]] = []
+        for method in dict.fromkeys(str(row["method"]) for row in some):
+            kept = pick(some, method=method)
+            lines.append([title(kept[0]), *(1e3 * float(r["seconds"]) for p in points for r in pick(kept, **{x: p}))])
+        parts.append(
+            f"Time in ms against {sweep} (circular, 3x3, He weights):\n\n{markdown(['method', *(f'{x} = {p}' for p in points)], lines)}"
+        )
+    return "\n\n".join(parts)
+
+
+SCALING = Experiment("scaling", "Cost against channels and input size", scaling_tasks, draw_scaling, tell_scaling)
+
+
+# ---- section 5.3 ---------------------------------------------------------------------------------------------------------
+#
+# Section 5.3: every convolution of ResNet18 at its true size, stride and padding.
+
+Shape = tuple[str, tuple[int, int, int, int], int, int]  # name in the state dict, weight's shape, stride, input size
+TRUE: tuple[Choice, ...] = (
+    ("certify", {}),
+    ("gram", {"n_iter": 7}),
+    ("power", {"n_iter": 100}),
+    ("singla2021", {"n_iter": 50}),
+    ("araujo2021", {"samples": 20}),
+    ("norm2toep", {"n_iter": 2}),
+    ("aol", {}),
+    ("tensor_norm", {"n_iter": 30}),
+    ("frobenius", {}),
+    ("torch", {}),
+)
+REFERENCE_PADDING = "1, stride ignored"
+REFERENCE: tuple[Choice, ...] = (("power", {"n_iter": 100}),)
+CIRCULAR: tuple[Choice, ...] = (("delattre2023", {"n_iter": 7}), ("senderovich2022", {}))
+
+
+def convolutions(size: int = 224) -> list[Shape]:
+    """The 20 convolutions of ResNet18 by torchvision's names, for a square input of `size`; padding is half of the kernel.
+
+    >>> len(convolutions()), convolutions()[1]
+    (20, ('layer1.0.conv1.weight', (64, 64, 3, 3), 1, 56))
+    """
+    found: list[Shape] = [("conv1.weight", (64, 3, 7, 7), 2, size)]
+    inner, n = 64, -(-size // 4)
+    for stage, channels in enumerate((64, 128, 256, 512), 1):
+        for block in (0, 1):
+            stride = 2 if block == 0 and stage > 1 else 1
+            name = f"layer{stage}.{block}"
+            found.append((f"{name}.conv1.weight", (channels, inner, 3, 3), stride, n))
+            out = -(-n // stride)
+            found.append((f"{name}.conv2.weight", (channels, channels, 3, 3), 1, out))
+            if stride == 2:
+                found.append((f"{name}.downsample.0.weight", (channels, inner, 1, 1), 2, n))
+            inner, n = channels, out
+    return found
+
+
+def resnet18_tasks(options: Options) -> list[Task]:
+    """One task for each convolution."""
+    shapes = convolutions(16)[:2] if options.quick else convolutions()
+    given = _given(options, shapes)
+    return [Task(shape[0], partial(_resnet18_layer, i, shape, given, options)) for i, shape in enumerate(shapes)]
+
+
+def _given(options: Options, shapes: Sequence[Shape]) -> dict[str, Tensor]:
+    """The weights of the state dict, checked before the work starts; empty if weights are random."""
+    if options.weights is None:
+        return {}
+    entries = read(options.weights).entries
+    for name, shape, _, _ in shapes:
+        found = entries[name].shape if name in entries else None
+        if found != shape:
+            msg = f"{options.weights} has {name} of shape {found}; expected {shape}: save the state_dict() of torchvision's resnet18"
+            raise InputError(msg)
+    return {name: entries[name].load() for name, *_ in shapes}
+
+
+def _resnet18_layer(index: int, shape: Shape, given: dict[str, Tensor], options: Options) -> list[Row]:
+    name, sizes, stride, n = shape
+    weight = given.get(name)
+    if weight is None:
+        generator = torch.Generator().manual_seed(options.seed * 1000 + index)
+        weight = torch.randn(sizes, generator=generator) * math.sqrt(2 / (sizes[0] * sizes[2] * sizes[3]))  # He, by the outputs
+    true = Conv(weight.float().to(options.device), n, stride, sizes[-1] // 2)
+    interval = bound(true)
+    place: Row = {"weights": "given" if given else "random He", "shape": "x".join(map(str, sizes)), "stride": stride, "n": n}
+    place |= {"lower": interval.lower, "upper": float(interval.upper)}
+    rows = [{"padding": "zeros"} | row for row in measured(true, TRUE, options)]
+    published = replace(true, stride=1, padding=1)  # as the reference of the paper treats every layer
+    rows += [{"padding": REFERENCE_PADDING} | row for row in measured(published, REFERENCE, options)]
+    rows += [{"padding": "circular"} | row for row in measured(replace(true, padding_mode="circular"), CIRCULAR, options)]
+    return [place | row | {"ratio": 2 * float(row["value"]) / (interval.lower + float(interval.upper))} for row in rows]
+
+
+def draw_resnet18(rows: list[Row]) -> Figure:
+    """The ratio to the truth for each layer, the same plot near 1, and the total time."""
+    made, (ratios, near, times) = figure(3, width=5.0, height=4.6)
+    names = list(dict.fromkeys(str(row["task"]) for row in rows))
+    groups = _by_method(rows)
+    for label, some in groups.items():
+        places, values = [names.index(str(r["task"])) for r in some], [float(r["ratio"]) for r in some]
+        style = _resnet18_look(some)
+        bare: dict[str, Any] = style | {"linestyle": "none"}
+        ratios.plot(places, values, label=label, **style)
+        near.plot(places, [100 * (value - 1) for value in values], **bare)
+    half = [50 * (float(r["upper"]) - float(r["lower"])) / ((float(r["upper"]) + float(r["lower"])) / 2) for r in groups["certify"]]
+    places = range(len(names))
+    near.fill_between(places, [-h for h in half], half, step="mid", color="0.85", zorder=0, label="certified interval")
+    near.set(ylim=(-3, 3), ylabel="the same near 1: value / norm - 1 (%)")
+    near.legend(fontsize=7)
+    ratios.axhline(1.0, color="black", linewidth=0.8)
+    ratios.set(yscale="log", ylabel="value / certified norm of the layer")
+    for ax in (ratios, near):
+        ax.set_xticks(places, [name.removesuffix(".weight") for name in names], rotation=90, fontsize=6)
+    totals = [sum(float(r["seconds"]) for r in some) for some in groups.values()]
+    bars = times.barh(list(groups), totals, color=[_resnet18_look(some)["color"] for some in groups.values()])
+    times.bar_label(bars, [f"{total:.3g}" for total in totals], fontsize=6, padding=2)
+    times.set(xscale="log", xlabel=f"total time of the {len(names)} layers (s)")
+    times.set_xlim(right=3 * max(totals))
+    times.tick_params(axis="y", labelsize=7)
+    times.invert_yaxis()
+    made.legend(*ratios.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=7)
+    made.suptitle(f"ResNet18, {rows[0]['weights']} weights", fontsize=10)
+    return made
+
+
+def _by_method(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each method, and of power iteration on the layers as the reference of the paper treats them."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        reference = row["padding"] == REFERENCE_PADDING
+        found.setdefault(f"{title(row)}, padding {row['padding']}" if reference else title(row), []).append(row)
+    return found
+
+
+def _resnet18_look(some: list[Row]) -> dict[str, Any]:
+    """The style of the method; that of the reference differs."""
+    reference = some[0]["padding"] == REFERENCE_PADDING
+    return look(str(some[0]["method"])) | ({"marker": "x", "linestyle": ":", "color": "#7A3B69"} if reference else {})
+
+
+def tell_resnet18(rows: list[Row]) -> str:
+    """Products over the layers against that of power iteration, and total times; then the intervals."""
+    names = list(dict.fromkeys(str(row["task"]) for row in rows))
+    ryu = {str(r["task"]): float(r["value"]) for r in pick(rows, method="power", padding="zeros")}
+    totals: list[list[object]] = []
+    for label, some in _by_method(rows).items():
+        product = math.exp(sum(math.log(float(r["value"]) / ryu[str(r["task"])]) for r in some))
+        exact = math.exp(sum(math.log(float(r["ratio"])) for r in some))
+        below = sum(float(r["value"]) < float(r["lower"]) for r in some)
+        lowest, highest = min(float(r["ratio"]) for r in some), max(float(r["ratio"]) for r in some)
+        seconds = sum(float(r["seconds"]) for r in some)
+        totals.append([label, some[0]["side"], some[0]["padding"], product, exact, lowest, highest, below, seconds])
+    head = ("method", "side", "padding", "product / power's", "product / truth", "least ratio", "largest ratio")
+    head = (*head, "layers below the truth", "total time (s)")
+    one = [pick(rows, task=name)[0] for name in names]
+    layers = [[name, r["shape"], r["stride"], r["n"], r["lower"], r["upper"]] for name, r in zip(names, one, strict=True)]
+    half = max((float(r["upper"]) - float(r["lower"])) / (float(r["upper"]) + float(r["lower"])) for r in one)
+    return (
+        f"{len(names)} convolutions, {rows[0]['weights']} weights, zero padding, true strides. Ratio: value over the middle of the "
+        f"certified interval, whose ends lie up to {100 * half:.2g} % from it; below the truth: below its lower end.\n\n"
+        f"{markdown(head, totals)}\n\n"
+        f"{markdown(('layer', 'shape', 'stride', 'n', 'certified lower', 'certified upper'), layers)}"
+    )
+
+
+RESNET18 = Experiment(
+    "resnet18",
+    "The convolutions of ResNet18 at 224x224 (paper, section 5.3)",
+    resnet18_tasks,
+    draw_resnet18,
+    tell_resnet18,
+    takes=("weights",),
+)
+
+
+# ---- dense matrices ------------------------------------------------------------------------------------------------------
+#
+# Section 5.5: Gram iteration against power iteration on a dense matrix, error and time against steps.
+
+GRAM_STEPS = tuple(range(1, 16))
+POWER_STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+SVD_ACCURACY = 1e-14  # the accuracy of the SVD that stands for the truth
+STYLES: dict[str, dict[str, Any]] = {
+    "gram": look("gram"),
+    "naive": look("araujo2021") | {"linestyle": "--", "markersize": 3},
+    "power": look("power"),
+}
+METHOD_NAMES = {"gram": "Gram iteration", "naive": "naive Gram iteration", "power": "power iteration"}
+
+
+def dense_tasks(options: Options) -> list[Task]:
+    """One task for each precision, method and number of steps."""
+    m, n = (50, 40) if options.quick else (500, 400)
+    limit = 20 if options.quick else 10**9
+    found: list[Task] = []
+    for dtype in (torch.float32, torch.float64):
+        for method, steps in (("gram", GRAM_STEPS), ("naive", GRAM_STEPS), ("power", POWER_STEPS)):
+            for k in steps:
+                if k <= limit:
+                    found.append(Task(f"{_dtype_name(dtype)} {method} {k}", partial(_dense_row, m, n, dtype, method, k, options)))
+    return found
+
+
+def _dense_row(m: int, n: int, dtype: torch.dtype, method: str, steps: int, options: Options) -> list[Row]:
+    generator = torch.Generator().manual_seed(options.seed)
+    g = torch.randn(m, n, dtype=torch.float64, generator=generator).to(dtype)
+    truth = float(torch.linalg.matrix_norm(g.double(), 2))
+    g = g.to(options.device)
+    start = torch.Generator(options.device)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "gram": lambda: Lip_dense(g, steps),
+        "naive": lambda: Gram_iteration_naive(g, steps),
+        "power": lambda: Power_iteration(g, steps, generator=start.manual_seed(options.seed)),
+    }
+    value, seconds = timed(lambda: float(ways[method]()), options.device, options.trials)
+    error = value / truth - 1
+    row: Row = {"m": m, "n": n, "dtype": _dtype_name(dtype), "method": method, "steps": steps, "value": value, "truth": truth}
+    return [row | {"difference": value - truth, "relative_error": error, "seconds": seconds}]
+
+
+def draw_dense(rows: list[Row]) -> Figure:
+    """Error against steps and against time, for each precision."""
+    made, axes = figure(2, 2)
+    panels = [(dtype, x, scale) for dtype in ("float32", "float64") for x, scale in (("steps", 1.0), ("seconds", 1e3))]
+    for ax, (dtype, x, scale) in zip(axes, panels, strict=True):
+        for method, style in STYLES.items():
+            some = pick(rows, dtype=dtype, method=method)
+            known = [row for row in some if _usable(row)]
+            hollow: dict[str, Any] = style | {"linestyle": "none", "fillstyle": "none", "markeredgewidth": 1.2}
+            for below, shown in ((False, style), (True, hollow)):
+                # The line runs through all points; points below the truth are hollow.
+                kept = [row for row in known if _below(row)] if below else known
+                points = [scale * float(row[x]) for row in kept], [max(abs(float(row["relative_error"])), 1e-17) for row in kept]
+                if below:
+                    ax.plot(*points, linestyle="none", marker=style["marker"], markersize=5, color="white")
+                ax.plot(*points, label=None if below else METHOD_NAMES[method], **shown)
+            if known and len(known) < len(some) and x == "steps":
+                ax.axvline(
+                    max(float(row["steps"]) for row in known), color=style["color"], linestyle=":", label="naive: overflows after this step"
+                )
+        ax.set(xscale="log", yscale="log", title=f"{dtype} (hollow: below the truth)", ylabel="relative error (absolute value)")
+        ax.set_xlabel("steps" if x == "steps" else "time (ms)")
+    made.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return made
+
+
+def _usable(row: Row) -> bool:
+    """Neither overflowed nor underflowed."""
+    return 0 < float(row["value"]) < math.inf
+
+
+def _below(row: Row) -> bool:
+    return float(row["relative_error"]) < -SVD_ACCURACY
+
+
+def tell_dense(rows: list[Row]) -> str:
+    """The results after the last steps of each method."""
+    found: list[list[object]] = []
+    for dtype in ("float64", "float32"):
+        for method in STYLES:
+            some = pick(rows, dtype=dtype, method=method)
+            finite = [r for r in some if _usable(r)]
+            last = max(finite, key=lambda r: float(r["steps"]))
+            below = sum(_below(r) for r in finite)
+            lost = len(some) - len(finite)
+            found.append(
+                [dtype, method, last["steps"], last["difference"], last["relative_error"], 1e3 * float(last["seconds"]), below, lost]
+            )
+    head = (
+        "dtype",
+        "method",
+        "last finite step",
+        "value - truth",
+        "relative error",
+        "time (ms)",
+        "rows below",
+        "rows lost to overflow",
+    )
+    first = rows[0]
+    text = f"Standard normal matrix {first['m']}x{first['n']}; truth by SVD in float64, below it: by more than {SVD_ACCURACY} of it."
+    return f"{text}\n\n{markdown(head, found)}"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+DENSE = Experiment("dense", "Dense matrix: error and time against steps (paper, section 5.5)", dense_tasks, draw_dense, tell_dense)
+
+
+# ---- values below the truth ----------------------------------------------------------------------------------------------
+#
+# How often the "bound" of each method lies below the true norm, which the oracle takes from the real torch layer.
+
+ORACLE_ACCURACY = 1e-12  # accuracy of the truth: a value closer to it is not called below
+Claim = Callable[[Conv | Dense], float]
+
+
+def _value(name: str, **settings: object) -> Claim:
+    return lambda op: METHODS[name].value(op, **settings)
+
+
+def _misapplied(op: Conv | Dense) -> float:
+    """The circular n-grid for a zero-padded layer, a common mistake."""
+    if isinstance(op, Dense) or op.padding_mode != "zeros":
+        msg = "only for zero padding"
+        raise InputError(msg)
+    return METHODS["delattre2023"].value(replace(op, padding_mode="circular"), n_iter=12)
+
+
+CLAIMS: dict[str, Claim] = {
+    "certify, upper": lambda op: float(bound(op).upper),
+    "gram, upper of its Bound": lambda op: float(METHODS["gram"](op).upper),
+    "gram (6)": _value("gram", n_iter=6),
+    "gram (12)": _value("gram", n_iter=12),
+    "delattre2023 (6)": _value("delattre2023", n_iter=6),
+    "delattre2023 (12)": _value("delattre2023", n_iter=12),
+    "delattre2023 (12) taken for zero padding": _misapplied,
+    "sedghi2019": _value("sedghi2019"),
+    "singla2021, exact": _value("singla2021"),
+    "singla2021 (50)": _value("singla2021", n_iter=50),
+    "araujo2021 (20)": _value("araujo2021", samples=20),
+    "norm2toep (3)": _value("norm2toep", n_iter=3),
+    "aol": _value("aol"),
+    "tensor_norm (30)": _value("tensor_norm", n_iter=30),
+    "frobenius": _value("frobenius"),
+    "torch": _value("torch"),
+    "power (100)": _value("power", n_iter=100),
+}
+
+
+def certificate_tasks(options: Options) -> list[Task]:
+    """One task for each precision, padding and family of kernels; random kernels are drawn many times."""
+    found: list[Task] = []
+    for dtype in (torch.float32, torch.float64):
+        for mode in ("dense", "zeros", "circular"):
+            for kernel in sorted(KERNELS):
+                task = f"{str(dtype).removeprefix('torch.')} {mode} {kernel}"
+                found.append(Task(task, partial(_family, kernel, mode, dtype, options)))
+    return [t for t in found if t.name.endswith((" random", " ones"))][::2] if options.quick else found
+
+
+def _cases(kernel: str, mode: str, dtype: torch.dtype, options: Options) -> list[Case]:
+    seeds = range(options.seed, options.seed + ((2 if options.quick else 50) if kernel == "random" else 1))
+    if mode == "dense":
+        return [Case(kernel, shape, dtype=dtype, seed=s) for s in seeds for shape in ((16, 12), (12, 12), (5, 16))]
+    sizes = (5,) if options.quick else (3, 5, 6, 7)
+    geometry: dict[str, Any] = {"padding": ((1, 1), (1, 1)), "padding_mode": mode, "dtype": dtype}
+    return [Case(kernel, (3, 2, 3, 3), (n, n), seed=s, **geometry) for s in seeds for n in sizes]
+
+
+def _family(kernel: str, mode: str, dtype: torch.dtype, options: Options) -> list[Row]:
+    cases = [case for case in _cases(kernel, mode, dtype, options) if case.truth > 0.0]
+    rows: list[Row] = []
+    for name, claim in CLAIMS.items():
+        ratios: list[float] = []
+        for case in cases:
+            try:
+                ratios.append(claim(case.operator()) / case.truth)
+            except InputError:
+                continue
+        if ratios:
+            row: Row = {"dtype": str(dtype).removeprefix("torch."), "padding": mode, "kernel": kernel, "method": name, "cases": len(ratios)}
+            below = sum(not r >= 1 - ORACLE_ACCURACY for r in ratios)
+            rows.append(row | {"below": below, "least_ratio": min(ratios), "median_ratio": median(ratios), "largest_ratio": max(ratios)})
+    return rows
+
+
+def draw_certificates(rows: list[Row]) -> Figure:
+    """Share of cases below the truth, by method and precision."""
+    made, (ax,) = figure(width=7.0, height=4.6)
+    names = [name for name in CLAIMS if pick(rows, method=name)]
+    for shift, (dtype, colour) in enumerate((("float32", "#E69F00"), ("float64", "#004C7F"))):
+        shares = [_share(pick(rows, method=name, dtype=dtype)) for name in names]
+        places = [i + 0.4 * shift - 0.2 for i in range(len(names))]
+        bars = ax.barh(places, [100 * s for s in shares], height=0.38, color=colour, label=dtype)
+        ax.bar_label(bars, [f"{100 * s:.3g}" for s in shares], fontsize=6, padding=2)
+    ax.set_yticks(range(len(names)), names, fontsize=7)
+    ax.set(xlabel="cases below the true norm (%)", xlim=(0, 108))
+    ax.invert_yaxis()
+    ax.legend(fontsize=8, loc="lower right")
+    return made
+
+
+def tell_certificates(rows: list[Row]) -> str:
+    """Counts by method and precision, and the worst case."""
+    lines: list[list[object]] = []
+    for name in CLAIMS:
+        for dtype in ("float32", "float64"):
+            some = pick(rows, method=name, dtype=dtype)
+            if some:
+                worst = min(some, key=lambda r: float(r["least_ratio"]))
+                total, below = sum(int(r["cases"]) for r in some), sum(int(r["below"]) for r in some)
+                where = f"{worst['kernel']}, {worst['padding']}"
+                gap = float(worst["least_ratio"]) - 1
+                lines.append([name, dtype, total, below, gap, where, median(float(r["median_ratio"]) for r in some)])
+    head = ("method", "dtype", "cases", "below the truth", "least value / truth - 1", "found at", "median of value / truth")
+    return f"Truth: the matrix of the real torch layer in float64, by SVD.\n\n{markdown(head, lines)}"
+
+
+def _share(rows: list[Row]) -> float:
+    cases = sum(int(r["cases"]) for r in rows)
+    return sum(int(r["below"]) for r in rows) / cases if cases else math.nan
+
+
+CERTIFICATES = Experiment("certificates", 'How often a "bound" is below the truth', certificate_tasks, draw_certificates, tell_certificates)

@@ -1,1 +1,0 @@
-"""Which frequencies can hold the norm: a lower side moved uphill, and cells that are proved or cut."""

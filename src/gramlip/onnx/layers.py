@@ -1,0 +1,375 @@
+"""Operators with weights or windows: matrices, convolutions, pooling, normalisation, resampling, attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gramlip.onnx.registry import Function, Node, RefusedError, plain, register, sized
+
+# ---- matrices ------------------------------------------------------------------------------------------------------------
+
+plain("MatMul", torch.matmul)
+
+
+@register("Gemm")
+def _gemm(node: Node) -> Function:
+    alpha, beta = node.get("alpha", 1.0), node.get("beta", 1.0)
+    turned = [bool(node.get(name, 0)) for name in ("transA", "transB")]
+    if alpha == beta == 1 and turned == [False, True] and (not node.has(2) or len(node.shape(2)) == 1):
+        return F.linear
+
+    def run(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+        product = (a.t() if turned[0] else a) @ (b.t() if turned[1] else b)
+        product = product if alpha == 1 else product * alpha
+        return product if c is None else product + (c if beta == 1 else c * beta)
+
+    return run
+
+
+@register("Einsum")
+def _einsum(node: Node) -> Function:
+    equation: str = node.get("equation", "")
+    return lambda *xs: torch.einsum(equation, *xs)
+
+
+# ---- windows -------------------------------------------------------------------------------------------------------------
+
+
+class Windows:
+    """Along each spatial axis: the size, the window, its step, and how much is padded before and behind."""
+
+    def __init__(self, node: Node, kernel: Sequence[int]) -> None:
+        self.sizes = node.shape()[2:]
+        n = len(self.sizes)
+        self.kernel = list(kernel)
+        self.stride: list[int] = node.get("strides") or [1] * n
+        self.dilation: list[int] = node.get("dilations") or [1] * n
+        pads: list[int] = node.get("pads") or [0] * 2 * n
+        if not n or any(len(x) != n for x in (self.kernel, self.stride, self.dilation)) or len(pads) != 2 * n:
+            msg = f"a window {self.kernel} of {n} axes, strides {self.stride}, dilations {self.dilation}, pads {pads}"
+            raise RefusedError(msg)
+        if min((*self.kernel, *self.stride, *self.dilation)) < 1 or min(pads) < 0:
+            msg = f"a window {self.kernel}, strides {self.stride}, dilations {self.dilation}, pads {pads}; expected positive ones"
+            raise RefusedError(msg)
+        self.auto: str = node.only("auto_pad", "NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER")
+        self.before, self.behind = pads[:n], pads[n:]
+        if self.auto != "NOTSET":
+            self.before, self.behind = [0] * n, [0] * n
+        self.reach = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
+
+    def same(self) -> None:
+        """Padding by which the output is the input's size over the step, the larger half behind, or before where `auto_pad` says lower."""
+        for j, (n, s, r) in enumerate(zip(self.sizes, self.stride, self.reach, strict=True)):
+            if self.auto.startswith("SAME"):
+                total = max((-(-n // s) - 1) * s + r - n, 0)
+                small, large = total // 2, total - total // 2
+                self.before[j], self.behind[j] = (small, large) if self.auto == "SAME_UPPER" else (large, small)
+
+    def outputs(self, ceil: bool) -> list[int]:
+        """The sizes of the output; of a window that starts in what is padded behind nothing is taken."""
+        found: list[int] = []
+        for n, s, r, b, e in zip(self.sizes, self.stride, self.reach, self.before, self.behind, strict=True):
+            room = n + b + e - r
+            count = (-(-room // s) if ceil else room // s) + 1
+            found.append(count - (ceil and (count - 1) * s >= n + b))
+        if min(found) < 1:
+            msg = f"a window {self.reach} on an input of the size {list(self.sizes)}, which it does not fit in"
+            raise RefusedError(msg)
+        return found
+
+    def padding(self, behind: Sequence[int] | None = None) -> list[int]:
+        """What is padded, in torch's order."""
+        pairs = list(zip(self.before, behind or self.behind, strict=True))
+        return [side for pair in reversed(pairs) for side in pair]
+
+
+def _padded(x: Tensor, padding: Sequence[int], value: float = 0.0) -> Tensor:
+    return F.pad(x, list(padding), value=value) if any(padding) else x
+
+
+def _kernel(node: Node) -> list[int]:
+    weight = node.shape(1)
+    kernel: list[int] = node.get("kernel_shape") or list(weight[2:])
+    if list(weight[2:]) != kernel or len(weight) != len(node.shape()):
+        msg = f"kernel_shape={kernel} with a weight of the shape {weight} on an input of the shape {node.shape()}"
+        raise RefusedError(msg)
+    return kernel
+
+
+def _dimensional(name: str, axes: int) -> Function:
+    found = getattr(F, f"{name}{axes}d", None)
+    if found is None:
+        msg = f"{axes} spatial axes; expected one, two or three"
+        raise RefusedError(msg)
+    return found
+
+
+@register("Conv")
+def _conv(node: Node) -> Function:
+    windows, groups = Windows(node, _kernel(node)), node.get("group", 1)
+    windows.same()
+    call = _dimensional("conv", len(windows.kernel))
+    sized([*node.shape()[:1], node.shape(1)[0], *windows.outputs(ceil=False)])
+    even = windows.before == windows.behind
+    padding, ahead = windows.before if even else 0, [] if even else windows.padding()
+    return lambda x, w, b=None: call(_padded(x, ahead), w, b, windows.stride, padding, windows.dilation, groups)
+
+
+@register("ConvTranspose")
+def _conv_transpose(node: Node) -> Function:
+    """What `pads` takes away is the same on both sides for torch; else all of it is computed and cut."""
+    windows, groups = Windows(node, _kernel(node)), node.get("group", 1)
+    n = len(windows.kernel)
+    call = _dimensional("conv_transpose", n)
+    beyond: list[int] = node.get("output_padding") or [0] * n
+    full = [(m - 1) * s + r + o for m, s, r, o in zip(windows.sizes, windows.stride, windows.reach, beyond, strict=True)]
+    wanted: list[int] | None = node.get("output_shape")
+    if wanted is None and windows.auto.startswith("SAME"):
+        wanted = [m * s for m, s in zip(windows.sizes, windows.stride, strict=True)]
+    if wanted is not None:
+        cut = [f - w for f, w in zip(full, wanted[-n:], strict=True)]
+        upper = windows.auto == "SAME_UPPER"
+        windows.before = [c // 2 if upper else c - c // 2 for c in cut]
+        windows.behind = [c - b for c, b in zip(cut, windows.before, strict=True)]
+    sizes = [f - b - e for f, b, e in zip(full, windows.before, windows.behind, strict=True)]
+    if min((*windows.before, *windows.behind)) < 0 or min(sizes) < 1:
+        msg = f"an output of the size {sizes} from a full one of {full}; expected a part of it"
+        raise RefusedError(msg)
+    sized([*node.shape()[:1], node.shape(1)[1] * groups, *full])
+    options: tuple[Any, ...] = (beyond, groups, windows.dilation)
+    if windows.before == windows.behind:
+        return lambda x, w, b=None: call(x, w, b, windows.stride, windows.before, *options)
+    parts = (..., *(slice(b, b + m) for b, m in zip(windows.before, sizes, strict=True)))
+    return lambda x, w, b=None: call(x, w, b, windows.stride, 0, *options)[parts]
+
+
+def _pool(node: Node) -> tuple[Windows, int, bool, bool]:
+    """The windows of a pooling, the number of axes, `ceil_mode`, and whether torch has just these."""
+    node.single()
+    windows, ceil = Windows(node, node.get("kernel_shape")), bool(node.get("ceil_mode", 0))
+    windows.same()
+    even = windows.before == windows.behind and all(2 * b <= k for b, k in zip(windows.before, windows.kernel, strict=True))
+    windows.outputs(ceil)
+    return windows, len(windows.kernel), ceil, even
+
+
+def _whole(windows: Windows, ceil: bool) -> list[int]:
+    """What is padded so that each output's window lies inside."""
+    sides = zip(windows.outputs(ceil), windows.stride, windows.reach, windows.sizes, windows.before, strict=True)
+    return windows.padding([max((m - 1) * s + r - n - b, 0) for m, s, r, n, b in sides])
+
+
+@register("MaxPool")
+def _max_pool(node: Node) -> Function:
+    windows, n, ceil, even = _pool(node)
+    call = _dimensional("max_pool", n)
+    if even:
+        return lambda x: call(x, windows.kernel, windows.stride, windows.before, windows.dilation, ceil_mode=ceil)
+    padding = _whole(windows, ceil)
+    return lambda x: call(_padded(x, padding, -math.inf), windows.kernel, windows.stride, 0, windows.dilation)
+
+
+@register("AveragePool")
+def _average_pool(node: Node) -> Function:
+    windows, n, ceil, even = _pool(node)
+    call = _dimensional("avg_pool", n)
+    if max(windows.dilation) > 1:
+        msg = f"dilations={windows.dilation}; expected none"
+        raise RefusedError(msg)
+    counted = bool(node.get("count_include_pad", 0))
+    if even:
+        return lambda x: call(x, windows.kernel, windows.stride, windows.before, ceil_mode=ceil, count_include_pad=counted)
+    padding = _whole(windows, ceil)
+    ones = torch.ones(1, 1, *windows.sizes, dtype=torch.float64)
+    ones = _padded(_padded(ones, windows.padding(), float(counted)), [w - p for w, p in zip(padding, windows.padding(), strict=True)])
+    area = math.prod(windows.kernel)
+    counts = (call(ones, windows.kernel, windows.stride) * area).round()
+    if bool((counts == area).all()):
+        return lambda x: call(_padded(x, padding), windows.kernel, windows.stride)
+    node.extra.append(counts.to(node.tensor().dtype))
+    return lambda x, by: call(_padded(x, padding), windows.kernel, windows.stride) * area / by
+
+
+@register("GlobalAveragePool")
+def _global_average(node: Node) -> Function:
+    axes = len(node.shape()) - 2
+    return partial(_dimensional("adaptive_avg_pool", axes), output_size=(1,) * axes)
+
+
+@register("GlobalMaxPool")
+def _global_max(node: Node) -> Function:
+    dims = list(range(2, len(node.shape())))
+    return lambda x: torch.amax(x, dims, keepdim=True)
+
+
+# ---- normalisation -------------------------------------------------------------------------------------------------------
+
+
+@register("BatchNormalization")
+def _batch_norm(node: Node) -> Function:
+    node.single()
+    node.only("training_mode", 0)
+    node.only("spatial", 1)
+    eps = node.get("epsilon", 1e-5)
+    return lambda x, w, b, mean, var: F.batch_norm(x, mean, var, w, b, False, 0.0, eps)
+
+
+@register("InstanceNormalization")
+def _instance_norm(node: Node) -> Function:
+    eps = node.get("epsilon", 1e-5)
+    return lambda x, w, b: F.instance_norm(x, weight=w, bias=b, eps=eps)
+
+
+@register("LayerNormalization")
+def _layer_norm(node: Node) -> Function:
+    node.single()
+    axis, eps = node.axis(-1), node.get("epsilon", 1e-5)
+    shape = node.shape()[axis:]
+    return lambda x, w, b=None: F.layer_norm(x, shape, w.expand(shape), b if b is None else b.expand(shape), eps)
+
+
+@register("RMSNormalization")
+def _rms_norm(node: Node) -> Function:
+    axis, eps = node.axis(-1), node.get("epsilon", 1e-5)
+    shape = node.shape()[axis:]
+    return lambda x, w: F.rms_norm(x, shape, w.expand(shape), eps)
+
+
+@register("GroupNormalization")
+def _group_norm(node: Node) -> Function:
+    """Before version 21 weight and bias have an entry for each group."""
+    groups, eps, channels = node.get("num_groups"), node.get("epsilon", 1e-5), node.shape()[1]
+
+    def each(w: Tensor) -> Tensor:
+        return w[:, None].expand(groups, channels // groups).reshape(channels) if node.opset < 21 else w
+
+    return lambda x, w, b: F.group_norm(x, groups, each(w), each(b), eps)
+
+
+@register("LRN")
+def _local_response_norm(node: Node) -> Function:
+    size = node.get("size", 0)
+    if size % 2 == 0:
+        msg = f"size={size}; expected an odd one"
+        raise RefusedError(msg)
+    return partial(F.local_response_norm, size=size, alpha=node.get("alpha", 1e-4), beta=node.get("beta", 0.75), k=node.get("bias", 1.0))
+
+
+@register("Dropout")
+def _dropout(node: Node) -> Function:
+    node.single()
+    if node.number(2, False):
+        msg = "training_mode; expected a model in evaluation mode"
+        raise RefusedError(msg)
+    return lambda x, *_: x
+
+
+@register("Attention")
+def _attention(node: Node) -> Function:
+    """Queries, keys and values of four axes, with a mask of numbers or without."""
+    node.single()
+    for name, expected in (("softcap", 0.0), ("qk_matmul_output_mode", 0)):
+        node.only(name, expected)
+    if any(len(node.shape(i)) != 4 for i in range(3)) or any(node.has(i) for i in range(4, len(node.given))):
+        msg = "heads in one axis, or values of earlier calls; expected queries, keys and values of four axes"
+        raise RefusedError(msg)
+    options = {"is_causal": bool(node.get("is_causal", 0)), "scale": node.get("scale"), "enable_gqa": node.shape()[1] != node.shape(1)[1]}
+    return lambda q, k, v, mask=None: F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+
+# ---- resampling ----------------------------------------------------------------------------------------------------------
+
+
+@register("Upsample", "Resize")
+def _resize(node: Node) -> Function:
+    """Resampling as torch has it; nearest neighbours of every kind, by their places."""
+    sizes, scales, first = node.shape(), _scales(node), node.opset < 11
+    mode = node.only("mode", "nearest", "linear", "cubic")
+    for name, expected in (("antialias", 0), ("exclude_outside", 0), ("keep_aspect_ratio_policy", "stretch")):
+        node.only(name, expected)
+    outputs = sized(scales[1])
+    where = "asymmetric" if first else node.get("coordinate_transformation_mode", "half_pixel")
+    if mode == "nearest":
+        rounds = "floor" if first else node.get("nearest_mode", "round_prefer_floor")
+        return _nearest(node, [_places(n, m, s, where, rounds) for n, m, s in zip(sizes, outputs, scales[0], strict=True)])
+    whole = all(n * s == m for n, m, s in zip(sizes, outputs, scales[0], strict=True))
+    if list(sizes) == outputs and whole:
+        return lambda x, *_: x
+    corners = where == "align_corners"
+    if not corners and not (where == "half_pixel" or (where == "pytorch_half_pixel" and min(outputs[2:]) > 1)):
+        msg = f"mode={mode!r} with coordinate_transformation_mode={where!r}; expected half_pixel or align_corners"
+        raise RefusedError(msg)
+    spatial = len(sizes) - 2
+    name = {("linear", 1): "linear", ("linear", 2): "bilinear", ("linear", 3): "trilinear", ("cubic", 2): "bicubic"}.get((mode, spatial))
+    if name is None or list(sizes[:2]) != outputs[:2] or not (whole or corners):
+        msg = f"mode={mode!r} from {tuple(sizes)} to {tuple(outputs)}; expected spatial axes alone, by scales that give whole sizes"
+        raise RefusedError(msg)
+    if mode == "cubic" and node.get("cubic_coeff_a", -0.75) != -0.75:
+        msg = f"cubic_coeff_a={node.get('cubic_coeff_a')}; expected -0.75"
+        raise RefusedError(msg)
+    return lambda x, *_: F.interpolate(x, outputs[2:], mode=name, align_corners=corners)
+
+
+def _scales(node: Node) -> tuple[list[Fraction], list[int]]:
+    """The scale of each axis, and the shape of the result."""
+    shape, axes = node.shape(), node.get("axes")
+    dims = list(range(len(shape))) if axes is None else node.axes_of(axes)
+    by, to = node.setting("scales", 1 if node.opset < 11 else 2), None if node.opset < 11 else node.setting("sizes", 3)
+    given = by or to
+    if not given or len(given) != len(dims) or min(given) <= 0:
+        msg = f"scales={by}, sizes={to} for an input of the shape {shape}; expected one positive number for each axis"
+        raise RefusedError(msg)
+    scales, outputs = [Fraction(1)] * len(shape), list(shape)
+    for axis, number in zip(dims, given, strict=True):
+        scales[axis] = Fraction(number) if by else Fraction(int(number), shape[axis])
+        outputs[axis] = math.floor(shape[axis] * scales[axis])
+    return scales, outputs
+
+
+_ROUNDS = {
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "round_prefer_floor": lambda x: math.ceil(x - Fraction(1, 2)),
+    "round_prefer_ceil": lambda x: math.floor(x + Fraction(1, 2)),
+}
+
+
+def _places(n: int, m: int, scale: Fraction, where: str, rounds: str) -> list[int]:
+    """Which entry of an axis of n each of m outputs is, in rational numbers."""
+    half = Fraction(1, 2)
+    known = {
+        "half_pixel": lambda j: (j + half) / scale - half,
+        "pytorch_half_pixel": lambda j: (j + half) / scale - half if m > 1 else Fraction(0),
+        "asymmetric": lambda j: j / scale,
+        "align_corners": lambda j: Fraction(j * (n - 1), m - 1) if m > 1 else Fraction(0),
+    }
+    if where not in known or rounds not in _ROUNDS:
+        msg = f"coordinate_transformation_mode={where!r}, nearest_mode={rounds!r}; expected one of {', '.join(known)}"
+        raise RefusedError(msg)
+    return [min(max(int(_ROUNDS[rounds](known[where](Fraction(j)))), 0), n - 1) for j in range(m)]
+
+
+def _nearest(node: Node, places: list[list[int]]) -> Function:
+    sizes, outputs = node.shape(), [len(at) for at in places]
+    if all(at == list(range(n)) for at, n in zip(places, sizes, strict=True)):
+        return lambda x, *_: x
+    repeats = all(m % n == 0 and at == [j * n // m for j in range(m)] for at, n, m in zip(places, sizes, outputs, strict=True))
+    if repeats and 3 <= len(sizes) <= 5 and list(sizes[:2]) == outputs[:2]:
+        return lambda x, *_: F.interpolate(x, outputs[2:], mode="nearest")
+    moved = [axis for axis, n in enumerate(sizes) if places[axis] != list(range(n))]
+    node.extra.extend(torch.tensor(places[axis]) for axis in moved)
+
+    def run(x: Tensor, *others: Any) -> Tensor:
+        for axis, at in zip(moved, others[-len(moved) :], strict=True):
+            x = torch.index_select(x, axis, at)
+        return x
+
+    return run
