@@ -59,6 +59,7 @@ from test_local import (
     test_a_local_constant_is_never_below_what_points_of_the_ball_show_and_falls_with_the_radius,
     test_an_activation_stays_within_its_line,
     test_every_entry_of_the_result_stays_in_its_interval,
+    test_slopes_and_values_on_random_intervals,
 )
 from test_network_multipliers import check_slopes_at_their_ends, network_of, steepest, upper_of
 from test_network_steps import (
@@ -949,7 +950,15 @@ def gates_by_their_function_alone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(activations, "_gate", lambda name, scale, *others, **options: right(name, 1 + 0 * scale, *others, **options))
 
 
+def gates_on_an_interval_unscaled(patch: pytest.MonkeyPatch) -> None:
+    """The slopes of a gate of `b x` on an interval of x, not of `b x`."""
+    patch.setattr(activations, "_rescaled", lambda within, b, scale, room: within)
+
+
 MUTANTS: dict[str, Mutant] = {
+    "N1: gates on an interval unscaled": Mutant(
+        gates_on_an_interval_unscaled, lambda: test_slopes_and_values_on_random_intervals("quick gelu")
+    ),
     "N1: gates by their function alone": Mutant(
         gates_by_their_function_alone, lambda: test_maps_are_bounded_above_their_jacobians_and_tightly("gelu without half")
     ),
