@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import gramlip as gl
 from gramlip.network.audit import steps_of
 from gramlip.network.compose import constants
-from gramlip.network.coupling import coupled, elimination, segments, total
+from gramlip.network.coupling import coupled, elimination, segments
 from gramlip.network.coupling.elimination import narrowed, narrowed_matrix, transposed
 from gramlip.network.coupling.linear_forms import Entries, Slopes, system
 from gramlip.network.coupling.multipliers import closed_logarithms, newton, proved
@@ -47,7 +47,7 @@ def upper_of(network: Network, effort: float) -> float:
     shapes = [[network.steps[s].shape for s in step.sources] for step in network.steps]
     found = coupled(network, constants(network.steps, shapes), Effort(effort))
     assert found is not None
-    return total(found)
+    return math.prod(segment.upper for segment in found)
 
 
 def norm(matrix: Tensor) -> float:
