@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
 from gramlip.network import compose, executed, execution, fold, in_place, linear_stretches, lower_bound, ranges, running_errors
-from gramlip.network.coupling import elimination, linear_forms, schur, segments
+from gramlip.network.coupling import circulant, elimination, linear_forms, schur, segments
 from gramlip.network.local import chords, columns, intervals, jacobians, relaxations, tiles
 from gramlip.network.rules import activations, fourier, patterns
 from gramlip.network.rules import shapes as joins
@@ -66,6 +66,7 @@ from test_local_columns import (
     test_a_convolution_of_a_box_is_that_of_all_entries,
     test_chords_from_the_centre,
     test_columns_are_never_below_points_of_the_ball,
+    test_slopes_that_the_places_of_a_channel_share_hold_those_of_each,
     test_values_of_folded_networks_are_in_their_intervals,
 )
 from test_network_multipliers import check_slopes_at_their_ends, network_of, steepest, upper_of
@@ -935,6 +936,17 @@ def chords_upwards(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(chords, "_means", lambda what, one, other, end, width: right(what, one, other, torch.maximum(one, end), width))
 
 
+def slopes_of_the_first_place(patch: pytest.MonkeyPatch) -> None:
+    """The slopes at one place of a channel for all of them."""
+
+    def first(step: Any) -> Any:
+        if not isinstance(step.what, Slope) or not isinstance(step.what.low, Tensor):
+            return step
+        return replace(step, what=replace(step.what, low=step.what.low[..., :1, :1], high=step.what.high[..., :1, :1]))
+
+    patch.setattr(circulant, "_of_channel", first)
+
+
 def boxes_that_do_not_grow(patch: pytest.MonkeyPatch) -> None:
     """A convolution's result in the box of what it reads."""
     patch.setattr(tiles, "_seen", lambda op, box: box)
@@ -1004,6 +1016,7 @@ MUTANTS: dict[str, Mutant] = {
     "L8: middle slopes": Mutant(switches_forgotten, around("residual of relus")),
     "L10: mean of switches": Mutant(mean_of_what_switches, lambda: test_columns_are_never_below_points_of_the_ball("relu images")),
     "L11: chords upwards": Mutant(chords_upwards, lambda: test_chords_from_the_centre("relu")),
+    "coupling: slopes of one place": Mutant(slopes_of_the_first_place, test_slopes_that_the_places_of_a_channel_share_hold_those_of_each),
     "L12: boxes": Mutant(boxes_that_do_not_grow, lambda: test_a_convolution_of_a_box_is_that_of_all_entries(GEOMETRY[0])),
     "folding: constants": Mutant(constants_of_the_outer_map_alone, lambda: test_values_of_folded_networks_are_in_their_intervals("zeros")),
     "L7: inner balls": Mutant(inner_balls_for_outer_ones, radii_on_rays_hold),

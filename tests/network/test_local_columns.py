@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gramlip.network.coupling import slopes_of_channels
 from gramlip.network.fold import fold
 from gramlip.network.graph import export
 from gramlip.network.local import Around, Region, columns_norm, region, restricted
@@ -110,6 +111,22 @@ def test_rows_of_pairs_of_results_hold_from_the_centre() -> None:
     with torch.no_grad():
         moved = ((model(xs) - model(x)) @ pairs.T).abs() / (xs - x).flatten(1).norm(dim=1)[:, None]
     assert bool((moved <= rows).all())
+
+
+def test_slopes_that_the_places_of_a_channel_share_hold_those_of_each() -> None:
+    network, area = around(convolutions(2, nn.ReLU), centre((2, 9, 9), 3), 0.3)
+    local = restricted(network, area).network
+    shared = slopes_of_channels(local)
+    assert shared is not None
+    kinds = [(old.what, new.what) for old, new in zip(local.steps, shared.steps, strict=True) if isinstance(old.what, Slope)]
+    assert kinds
+    for old, new in kinds:
+        assert isinstance(new, Slope)
+        low, high, least, most = (torch.as_tensor(end, dtype=torch.float64) for end in (old.low, old.high, new.low, new.high))
+        assert least.numel() == most.numel() == low.shape[1]
+        assert bool((least <= low).all())
+        assert bool((high <= most).all())
+    assert slopes_of_channels(shared) is None
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Real
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network.compose import Composition, compose, constants, kind
-from gramlip.network.coupling import coupled
+from gramlip.network.coupling import coupled, slopes_of_channels
 from gramlip.network.effort import Effort, Watch
 from gramlip.network.fold import fold
 from gramlip.network.graph import Program, export, undisturbed
@@ -311,29 +311,11 @@ def _coupling(whole: Whole, best: float, effort: Effort) -> Upper | None:
     The second is left out where another way is so far below composition that it will not be needed.
     """
     found = _coupled(whole, whole.network, effort)
-    shared = _of_channels(whole.network)
+    shared = slopes_of_channels(whole.network)
     if shared is None or best * COUPLING_GAINS < whole.composed.upper:
         return found
     wide = _coupled(whole, shared, effort)
     return min((upper for upper in (found, wide) if upper is not None), key=lambda upper: upper.value, default=None)
-
-
-def _of_channels(network: Network) -> Network | None:
-    """The network with the slopes of whole channels, None where no others are known."""
-    steps = [_of_channel(step) for step in network.steps]
-    changed = any(made is not step for made, step in zip(steps, network.steps, strict=True))
-    return Network(steps, network.outputs) if changed else None
-
-
-def _of_channel(step: Step) -> Step:
-    what = step.what
-    if not isinstance(what, Slope) or len(step.shape) < 3:
-        return step
-    low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (what.low, what.high))
-    if low.ndim < 3 or low.shape[2:].numel() * high.shape[2:].numel() == 1:
-        return step
-    places = (0, *range(2, low.ndim))
-    return replace(step, what=replace(what, low=low.amin(places, keepdim=True), high=high.amax(places, keepdim=True)))
 
 
 def _coupled(whole: Whole, network: Network, effort: Effort) -> Upper | None:

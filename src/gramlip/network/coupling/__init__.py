@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gramlip.network.coupling.circulant import slopes_of_channels
 from gramlip.network.coupling.segments import Segment, coupled
 
-__all__ = ["Segment", "coupled"]
+__all__ = ["Segment", "coupled", "slopes_of_channels"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Protocol
@@ -218,6 +218,27 @@ def _pointwise(step: Step) -> bool:
     if isinstance(what, Linear):
         return isinstance(what.op, Scale) and shared(what.op.weight)
     return isinstance(what, Sum) or (isinstance(what, Join | Slice) and what.axis == 1)
+
+
+def slopes_of_channels(network: Network) -> Network | None:
+    """The network with slopes that all places of a channel share, which a torus takes: the least and the largest of each channel.
+
+    None where no others are known.
+    """
+    steps = [_of_channel(step) for step in network.steps]
+    changed = any(made is not step for made, step in zip(steps, network.steps, strict=True))
+    return Network(steps, network.outputs) if changed else None
+
+
+def _of_channel(step: Step) -> Step:
+    what = step.what
+    if not isinstance(what, Slope) or len(step.shape) < 3:
+        return step
+    low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (what.low, what.high))
+    if low.shape != step.shape or high.shape != step.shape:
+        return step
+    places = (0, *range(2, low.ndim))
+    return replace(step, what=replace(what, low=low.amin(places, keepdim=True), high=high.amax(places, keepdim=True)))
 
 
 # ---- links ---------------------------------------------------------------------------------------------------------------
