@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
 from gramlip.network import compose, executed, execution, fold, in_place, linear_stretches, lower_bound, ranges, running_errors
-from gramlip.network.coupling import elimination, linear_forms, segments
+from gramlip.network.coupling import elimination, linear_forms, schur, segments
 from gramlip.network.local import columns, intervals, jacobians, relaxations
 from gramlip.network.rules import activations, fourier, patterns
 from gramlip.network.rules import shapes as joins
@@ -50,6 +50,7 @@ from gramlip.robust import around as radii_around
 from gramlip.rules import Call, Var
 from rule_cases import Map
 from test_around import test_no_radius_is_beyond_where_a_margin_is_used_up_on_a_ray
+from test_elimination import check_inverses, check_proved_forms
 from test_execution import test_the_worst_order_of_a_sum_is_covered, test_weights_that_the_format_does_not_hold_count
 from test_formats import test_products_of_two_vectors_exactly
 from test_fourier import test_a_spectrum_of_an_even_signal_read_as_another_length
@@ -836,6 +837,22 @@ def slopes_of_each_layer_count() -> None:
     assert steepest(weights, ends) * (1 - 1e-12) <= upper_of(network_of(weights, ends), 0.0)
 
 
+def steep_slopes_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """What is left of slopes in [-b, b] or [a, b] with 0 < a taken for what is left of those in [0, b]."""
+    patch.setattr(linear_forms.Anchor, "rest", lambda self, weights: torch.zeros_like(weights))
+
+
+def inverses_as_computed(patch: pytest.MonkeyPatch) -> None:
+    """The inverse of a computed factor taken for that of the exact one."""
+    right = schur.inverse
+
+    def wrong(own: Tensor, weights: Tensor) -> schur.Inverse | None:
+        found = right(own, weights)
+        return None if found is None else replace(found, growth=torch.zeros_like(found.growth))
+
+    patch.setattr(schur, "inverse", wrong)
+
+
 def errors_of_wide_matrices_dropped(patch: pytest.MonkeyPatch) -> None:
     """R R* >= W W* for the weight as computed, whatever its error."""
     right = elimination.narrowed_matrix
@@ -963,6 +980,8 @@ MUTANTS: dict[str, Mutant] = {
     "slopes of the first term of a sum": Mutant(slopes_of_the_first_term, _stretches(lambda x: x + torch.tanh(x), 1.99)),
     "N6: slopes from zero": Mutant(slopes_from_zero, check_slopes_at_their_ends),
     "N24: slopes in their old order": Mutant(slopes_in_their_old_order, slopes_of_each_layer_count),
+    "N26: slopes of other centres": Mutant(steep_slopes_forgotten, check_proved_forms),
+    "N27: inverses as computed": Mutant(inverses_as_computed, check_inverses),
     "N25: errors of wide matrices dropped": Mutant(errors_of_wide_matrices_dropped, narrow_matrices),
     "squares one after the other": Mutant(squares_one_after_the_other, test_norms_of_many_equal_entries),
     "products one after the other": Mutant(products_one_after_the_other, test_products_of_many_rows),
