@@ -209,7 +209,7 @@ class _Search:
             return STEP * max(self._proved, FIRST)
         begin = max(self._proved, FIRST * top)
         if failed is None:
-            return top if goal < INF and (self._trials or top <= STEP * begin) else math.sqrt(begin * top)
+            return top if goal < INF and top <= STEP * begin else math.sqrt(begin * top)
         share = 0.5
         if limit < INF and not self._idle(failed):
             use = float((failed.on.rates / self._known.margins).max()) * failed.radius
