@@ -180,10 +180,43 @@ def test_activations_that_are_exported_in_pieces(tmp_path: Path, opset: int, dyn
         assert torch.allclose(found(x), session(path)(x), rtol=1e-5, atol=1e-5)
 
 
+IDIOMS: dict[str, tuple[list[Any], dict[str, Any], list[str]]] = {
+    "quotient": (
+        [N("Sqrt", ["v"], ["s"]), N("Div", ["one", "s"], ["t"]), N("Mul", ["t", "x"], ["y"])],
+        {"one": np.float32(1)},
+        ["Sqrt_0", "Mul_2"],
+    ),
+    "inverse": ([N("Sqrt", ["v"], ["s"]), N("Reciprocal", ["s"], ["t"]), N("Mul", ["x", "t"], ["y"])], {}, ["Sqrt_0", "Mul_2"]),
+    "linear": ([N("MatMul", ["x", "w"], ["p"]), N("Add", ["b", "p"], ["y"])], {}, ["MatMul_0"]),
+    "masked": (
+        [N("Softmax", ["x"], ["p"]), N("IsNaN", ["p"], ["n"]), N("Where", ["n", "zero", "p"], ["y"])],
+        {"zero": np.float32(0)},
+        ["Softmax_0", "Where_2"],
+    ),
+    "bias of a value": ([N("MatMul", ["x", "w"], ["p"]), N("Add", ["x", "p"], ["y"])], {}, ["MatMul_0", "Add_1"]),
+    "bias of a matrix": ([N("MatMul", ["x", "w"], ["p"]), N("Add", ["p", "w"], ["y"])], {}, ["MatMul_0", "Add_1"]),
+}
+
+
+@pytest.mark.parametrize("name", IDIOMS)
+def test_idioms_compute_the_same(tmp_path: Path, name: str) -> None:
+    nodes, held, calls = IDIOMS[name]
+    rng = np.random.default_rng(0)
+    w, b, v = (x.astype(np.float32) for x in (rng.normal(size=(4, 4)), rng.normal(size=4), rng.uniform(1, 2, size=(1, 4))))
+    onnx.save(small(nodes, {"w": w, "b": b, "v": v} | held), tmp_path / "x.onnx")
+    found = load(tmp_path / "x.onnx")
+    assert found.calls == calls
+    x = torch.randn(3, 4)
+    assert torch.allclose(found(x), session(tmp_path / "x.onnx")(x), atol=1e-6)
+
+
 def test_what_is_like_an_idiom_is_left_as_it_is(tmp_path: Path) -> None:
     nodes = [N("Softplus", ["x"], ["s"]), N("Tanh", ["s"], ["t"]), N("Mul", ["s", "t"], ["y"])]
     onnx.save(small(nodes), tmp_path / "x.onnx")
     assert load(tmp_path / "x.onnx").calls == ["Softplus_0", "Tanh_1", "Mul_2"]
+    nodes = [N("Sqrt", ["x"], ["s"]), N("Div", ["k", "s"], ["t"]), N("Mul", ["x", "t"], ["y"])]
+    onnx.save(small(nodes, {"k": np.float32(2)}), tmp_path / "x.onnx")
+    assert load(tmp_path / "x.onnx").calls == ["Sqrt_0", "Div_1", "Mul_2"]
     nodes = [N("Greater", ["x", "k"], ["g"]), N("Softplus", ["x"], ["s"]), N("Div", ["s", "k"], ["d"]), N("Where", ["g", "x", "d"], ["y"])]
     onnx.save(small(nodes, {"k": np.float32(2)}), tmp_path / "x.onnx")
     assert load(tmp_path / "x.onnx").calls[-1] == "Where_3"

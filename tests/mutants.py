@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip.network import compose, executed, execution, fold, in_place, linear_stretches, lower_bound, running_errors
+from gramlip.network import compose, executed, execution, fold, in_place, linear_stretches, lower_bound, ranges, running_errors
 from gramlip.network.coupling import elimination, linear_forms, segments
 from gramlip.network.local import columns, intervals, jacobians, relaxations
-from gramlip.network.rules import activations, fourier, statistics
+from gramlip.network.rules import activations, fourier, patterns
 from gramlip.network.rules import shapes as joins
 from gramlip.network.steps import Pad, Slope
 from gramlip.nn import parametrize, tracker
@@ -43,11 +43,12 @@ from gramlip.norm.padding_theorems import PADDING, Circle
 from gramlip.numerics import eigenvalues, gram_iteration, precision
 from gramlip.numerics import rounding as rd
 from gramlip.operators import describe, given, linear_maps
-from gramlip.operators.linear_maps import Axis
+from gramlip.operators.linear_maps import Axis, Scale
 from gramlip.reports import checkpoint, formats
 from gramlip.reports.readers import Entry, Stored
 from gramlip.robust import around as radii_around
-from gramlip.rules import Call
+from gramlip.rules import Call, Var
+from rule_cases import Map
 from test_around import test_no_radius_is_beyond_where_a_margin_is_used_up_on_a_ray
 from test_execution import test_the_worst_order_of_a_sum_is_covered, test_weights_that_the_format_does_not_hold_count
 from test_formats import test_products_of_two_vectors_exactly
@@ -57,10 +58,10 @@ from test_local import (
     test_a_local_constant_is_never_below_what_points_of_the_ball_show_and_falls_with_the_radius,
     test_an_activation_stays_within_its_line,
     test_every_entry_of_the_result_stays_in_its_interval,
+    test_slopes_and_values_on_random_intervals,
 )
 from test_network_multipliers import check_slopes_at_their_ends, network_of, steepest, upper_of
 from test_network_steps import (
-    Applied,
     test_a_choice_between_branches_has_no_lower_side,
     test_a_coupled_transposed_convolution_keeps_the_side_that_is_not_padded,
     test_replicate_padding_by_50_repeats_the_error_51_times,
@@ -560,22 +561,34 @@ def views_left_as_they_were(patch: pytest.MonkeyPatch) -> None:
 
 def sums_as_means(patch: pytest.MonkeyPatch) -> None:
     """Theorem N13 (a) for a value less its sum."""
-    right = statistics._reduces
-    patch.setattr(statistics, "_reduces", lambda call, y, name, x: any(right(call, y, kind, x) for kind in ("mean", "sum")))
+    right = patterns._reduces
+    patch.setattr(patterns, "_reduces", lambda call, y, name, x: any(right(call, y, kind, x) for kind in ("mean", "sum")))
+
+
+def lengths_of_anything(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N13 (b) for a value over the length of other groups than its own."""
+    right = patterns._divided
+    patch.setattr(patterns, "_divided", lambda call, x, divisor: right(call, Var(divisor.radius.of, x.shape), divisor))
+
+
+def half_lines_turned_over(patch: pytest.MonkeyPatch) -> None:
+    """The range of `2 x` for x above 0 taken for that of `-2 x`."""
+    right = ranges._half_line
+    patch.setattr(ranges, "_half_line", lambda what, r: right(replace(what, op=Scale(-what.op.weight)), r))
 
 
 def _stretches(call: Callable[[Tensor], Tensor], least: float, size: int = 4) -> Callable[[], None]:
     """The audit of a function is not below a stretch that it has."""
 
     def run() -> None:
-        assert gl.audit(Applied(call), (size,)).upper >= least * (1 - 1e-12)
+        assert gl.audit(Map(call), (size,)).upper >= least * (1 - 1e-12)
 
     return run
 
 
 def a_range_claims_nothing_below() -> None:
     """`exp(sin x cos x)` has slopes of at most 1.649, its range as intervals know it promises 2.718."""
-    report = gl.audit(Applied(lambda x: torch.exp(torch.sin(x) * torch.cos(x))), (2,), domain=(-4.0, 4.0))
+    report = gl.audit(Map(lambda x: torch.exp(torch.sin(x) * torch.cos(x))), (2,), domain=(-4.0, 4.0))
     assert report.layers[-1].bound.lower <= 1.649
 
 
@@ -920,7 +933,15 @@ def gates_by_their_function_alone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(activations, "_gate", lambda name, scale, *others, **options: right(name, 1 + 0 * scale, *others, **options))
 
 
+def gates_on_an_interval_unscaled(patch: pytest.MonkeyPatch) -> None:
+    """The slopes of a gate of `b x` on an interval of x, not of `b x`."""
+    patch.setattr(activations, "_rescaled", lambda within, b, scale, room: within)
+
+
 MUTANTS: dict[str, Mutant] = {
+    "N1: gates on an interval unscaled": Mutant(
+        gates_on_an_interval_unscaled, lambda: test_slopes_and_values_on_random_intervals("quick gelu")
+    ),
     "N1: gates by their function alone": Mutant(
         gates_by_their_function_alone, lambda: test_maps_are_bounded_above_their_jacobians_and_tightly("gelu without half")
     ),
@@ -935,6 +956,10 @@ MUTANTS: dict[str, Mutant] = {
     "L7: stretches": Mutant(stretches_from_the_centre, radii_on_rays_hold),
     "L5: middle slopes": Mutant(middle_slopes_alone, around("tanh")),
     "N18: half of a result": Mutant(half_of_a_result_forgotten, affine_models_hold),
+    "N13: lengths of anything": Mutant(
+        lengths_of_anything, _stretches(lambda x: 1e6 * x / (torch.linalg.vector_norm(x.flip(1), dim=1, keepdim=True) + 0.1), 1e8)
+    ),
+    "half lines turned over": Mutant(half_lines_turned_over, _stretches(lambda x: torch.exp(2 * torch.relu(x)), 1e300)),
     "slopes of the first term of a sum": Mutant(slopes_of_the_first_term, _stretches(lambda x: x + torch.tanh(x), 1.99)),
     "N6: slopes from zero": Mutant(slopes_from_zero, check_slopes_at_their_ends),
     "N24: slopes in their old order": Mutant(slopes_in_their_old_order, slopes_of_each_layer_count),

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 A = torch.ops.aten
 Call = Callable[[Tensor], Tensor]
@@ -22,6 +22,17 @@ L, P, Q = (2, 6), (2, 5, 5), (2, 4, 4, 4)  # samples with one, two and three spa
 ONE = torch.ones(2)
 
 CASES: dict[str, tuple[Call, tuple[int, ...]]] = {}
+
+
+class Map(nn.Module):
+    """A function of one tensor as a module."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)
 
 
 def entrywise(names: str) -> None:

@@ -25,11 +25,11 @@ class InputError(ValueError):
 
 
 class UndefinedError(InputError):
-    """A call whose result torch does not define: it must not be run, not even to look for a lower side."""
+    """A call whose result torch does not define. It must not be run, not even to search for a lower bound."""
 
 
 class UnsupportedError(TypeError):
-    """A layer or operation that no rule covers; it is never guessed.
+    """A layer or operation without a rule; its constant is never guessed.
 
     >>> import gramlip
     >>> try:
@@ -41,7 +41,7 @@ class UnsupportedError(TypeError):
 
 
 def check_integers(least: int, **values: object) -> None:
-    """InputError that names the first of the values which is no integer of at least `least`.
+    """Raise an InputError for the first value that is not an integer of at least `least`.
 
     >>> check_integers(1, steps=3, peaks=2)
     """
@@ -52,19 +52,19 @@ def check_integers(least: int, **values: object) -> None:
 
 
 class Terminated(SystemExit):
-    """The process was asked to end while training, which ends its epoch first; the exit code is that of SIGTERM."""
+    """The process received SIGTERM during training, which finished its epoch; the exit code is that of SIGTERM."""
 
     def __init__(self) -> None:
         super().__init__(143)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type where it says nothing."""
+    """The first line of an error's message, or the name of its type if the message is empty."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is not so much memory; torch's own has no type on a CPU.
+    """Whether an error reports a lack of memory; on a CPU, torch raises a plain RuntimeError.
 
     >>> out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory")), out_of_memory(RuntimeError("shapes differ"))
     (True, False)
@@ -79,22 +79,22 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def is_command() -> bool:
-    """Whether this process is the `gramlip` script or `python -m gramlip`, and not a program that uses the library."""
-    if sys.argv[:1] == ["-m"]:  # while a package is found that is to be run, no file has taken its place
+    """Whether this process is the `gramlip` script or `python -m gramlip`, rather than a program that uses the library."""
+    if sys.argv[:1] == ["-m"]:  # `python -m` sets argv[0] to "-m" until it has found the package
         after = [following for word, following in zip(sys.orig_argv, sys.orig_argv[1:], strict=False) if word == "-m"]
         return after[:1] == ["gramlip"] or "-mgramlip" in sys.orig_argv
     return bool(sys.argv) and PurePath(sys.argv[0]).name in ("gramlip", "gramlip.exe")
 
 
 def _leave(signum: int, frame: FrameType | None) -> NoReturn:
-    """End at once: nothing is written yet, and an exception may end in the middle of a library's import."""
+    """End the process at once: nothing is written yet, and an exception could leave a library half imported."""
     with suppress(OSError):
         os.write(2, b"gramlip: interrupted\n")
     os._exit(130)
 
 
 def ready() -> None:
-    """From here on Ctrl-C is an exception, which the command line handles."""
+    """Turn Ctrl-C back into an exception, which the command line handles from here on."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

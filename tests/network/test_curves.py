@@ -143,6 +143,69 @@ PATTERNS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] =
     "softsign of another": (lambda x: x / (1 + x.flip(1).abs()), (4,), math.inf),
     "steep softsign": (lambda x: x / (0.25 + x.abs()), (4,), 4.0 + 1e-9),
     "smooth modulus": (lambda x: torch.sqrt(x**2 + 1), (4,), 1.0),
+    "normalize": (lambda x: F.normalize(x, dim=1, eps=0.01), (4,), 100.0 + 1e-6),
+    "normalize channels": (lambda x: F.normalize(x, dim=1, eps=0.1), (3, 4), 10.0 + 1e-9),
+    "length plus a number": (lambda x: x / (x.norm(dim=-1, keepdim=True) + 0.1), (4,), 10.0 + 1e-9),
+    "one over its length": (lambda x: x * (1 / (2 * x.norm(dim=-1, keepdim=True) + 0.1)), (4,), 10.0 + 1e-9),
+    "clipped length": (lambda x: x / x.norm(dim=-1, keepdim=True).clamp_min(0.5), (4,), 2.0 + 1e-9),
+    "length of all": (lambda x: x / (x.norm() + 0.5), (4, 2), 2.0 + 1e-9),
+    "length without a number": (lambda x: x / x.norm(dim=-1, keepdim=True), (4,), math.inf),
+    "length of another": (lambda x: x / (x.flip(1).norm(dim=-1, keepdim=True) + 0.1), (4,), math.inf),
+    "length that lies across": (lambda x: x / (x.norm(dim=-1) + 0.1), (4, 4), math.inf),
+    "length less a number": (lambda x: x / (x.norm(dim=-1, keepdim=True) - 0.1), (4,), math.inf),
+    "length that is capped": (lambda x: x / x.norm(dim=-1, keepdim=True).clamp(0.1, 1.0), (4,), 10.0 + 1e-9),
+    "a number less the length": (lambda x: x / (2.0 - x.norm(dim=-1, keepdim=True)), (4,), math.inf),
+    "sum of moduli": (lambda x: x / (torch.linalg.vector_norm(x, 1, dim=-1, keepdim=True) + 0.1), (4,), math.inf),
+    "root of a sum of squares": (lambda x: torch.sqrt((x * x).sum(-1)), (4, 3), 1.0),
+    "root of a mean of squares": (lambda x: x.pow(2).mean(1).sqrt(), (4,), 0.5 + 1e-9),
+    "smooth length": (lambda x: torch.sqrt(x.pow(2).sum(1) + 0.25), (4,), 1.0),
+    "over a root written out": (lambda x: x / (x.pow(2).sum(1, keepdim=True).sqrt() + 0.1), (4,), 10.0 + 1e-9),
+    "layer norm by var": (
+        lambda x: 3 * (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True, correction=0) + 0.01),
+        (4,),
+        30.0 + 1e-9,
+    ),
+    "layer norm by std": (lambda x: (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 0.1), (4,), 10.0 + 1e-9),
+    "a scaled value over its std": (lambda x: 0.5 * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 0.1), (4,), 5.0 + 1e-9),
+    "std along another axis": (lambda x: (x - x.mean(2, keepdim=True)) / (x.std(1, keepdim=True) + 0.1), (4, 4), math.inf),
+    "std of what is not centred": (lambda x: x / (x.std(-1, keepdim=True) + 0.1), (4,), math.inf),
+    "cosine to a vector": (
+        lambda x: F.cosine_similarity(x, torch.tensor([[3.0, 4.0, 0.0]], dtype=torch.float64), dim=-1, eps=0.1),
+        (3,),
+        10.0 + 1e-4,
+    ),
+    "softmax written out": (
+        lambda x: torch.exp(x - x.amax(1, keepdim=True)) / torch.exp(x - x.amax(1, keepdim=True)).sum(1, keepdim=True),
+        (4,),
+        0.5,
+    ),
+    "powers over their sum": (lambda x: (lambda e: e / e.sum((1, 2), keepdim=True))(torch.exp(2 * x)), (2, 2), 1.0 + 1e-9),
+    "powers less the largest of others": (
+        lambda x: (lambda e: e / e.sum(1, keepdim=True))(torch.exp(x - 2 * x.amax(1, keepdim=True))),
+        (4,),
+        1.0 + math.sqrt(4.0),
+    ),
+    "powers over the sum of others": (lambda x: torch.exp(x) / torch.exp(x).flip(1).cumsum(1)[:, -1:], (4,), math.inf),
+    "gaussian": (lambda x: torch.exp(-(x**2) / 0.02), (4,), 10 * math.exp(-0.5) + 1e-9),
+    "gaussian of a length": (lambda x: torch.exp(-2 * (x - 0.1).pow(2).sum(1)), (4,), 2 * math.exp(-0.5) + 1e-9),
+    "gaussian of distances": (
+        lambda x: torch.exp(-(torch.cdist(x, torch.eye(4, 3, dtype=torch.float64)) ** 2)),
+        (2, 3),
+        2 * math.sqrt(2 / math.e) + 1e-9,
+    ),
+    "gaussians of several widths": (lambda x: torch.exp(-torch.tensor([1.0, 8.0]) * x**2), (2,), 4 * math.exp(-0.5) + 1e-9),
+    "growing gaussian": (lambda x: torch.exp(x**2), (4,), math.inf),
+    "decay": (lambda x: torch.exp(-3 * F.relu(x)), (4,), 3.0 + 1e-9),
+    "growth": (lambda x: torch.exp(3 * F.relu(x)), (4,), math.inf),
+    "decay of both signs": (lambda x: torch.exp(-F.relu(x) * torch.tensor([1.0, -1.0])), (2,), math.inf),
+    "decay after a shift": (lambda x: torch.exp(0.5 - F.relu(x)), (4,), math.exp(0.5) + 1e-7),
+    "decay of what is small": (lambda x: torch.exp(2 * (-F.relu(x) + 1)), (4,), 2 * math.exp(2.0) + 1e-6),
+    "logistic loss": (lambda x: torch.log1p(torch.exp(-x.abs())) + F.relu(x), (4,), 2.0 + 1e-9),
+    "running product": (lambda x: torch.sigmoid(x).cumprod(1), (4, 2), 1.4),
+    "running products of whole numbers": (lambda x: x.cumprod(1), (3,), math.inf),
+    "product": (lambda x: torch.tanh(x).prod(-1), (4,), 4.0 + 1e-9),
+    "product of all": (lambda x: torch.tanh(x).prod(), (2, 2), 4.0 + 1e-9),
+    "product that keeps its axis": (lambda x: torch.tanh(x).prod(1, keepdim=True), (1, 2), 1.0 + 1e-9),
 }
 
 
@@ -157,6 +220,27 @@ def test_patterns_are_bounded_above_their_jacobians_and_tightly(name: str) -> No
         assert not float(torch.linalg.matrix_norm(matrix.nan_to_num(), 2)) > upper * (1 + 1e-9)
     assert upper <= most
     assert (upper == math.inf) == (most == math.inf)
+
+
+BENT = [
+    name
+    for name in PATTERNS
+    if any(word in name for word in ("normalize", "length", "std", "var", "gaussian", "softmax", "powers", "decay", "product"))
+]
+
+
+@pytest.mark.parametrize("name", BENT)
+def test_patterns_around_a_point_hold_its_jacobians(name: str) -> None:
+    call, shape, _ = PATTERNS[name]
+    generator = torch.Generator().manual_seed(2)
+    for scale, radius in ((0.02, 0.01), (0.3, 0.1), (2.0, 0.5)):
+        at = scale * torch.randn(1, *shape, generator=generator, dtype=torch.float64)
+        upper = audit(Map(call).eval(), at, effort=-1, at=at, radius=radius).upper
+        for _ in range(5):
+            step = torch.randn(at.shape, generator=generator, dtype=torch.float64)
+            x = at + 0.999 * radius * step / step.norm()
+            matrix = torch.autograd.functional.jacobian(call, x).reshape(-1, x.numel())
+            assert not float(torch.linalg.matrix_norm(matrix.nan_to_num(), 2)) > upper * (1 + 1e-9)
 
 
 def test_rows_of_a_norm_across_rows_are_not_taken_for_bounded() -> None:

@@ -12,15 +12,7 @@ from torch import Tensor, nn
 import gramlip as gl
 from gramlip.errors import UnsupportedError
 from gramlip.network.graph import export
-
-
-class Map(nn.Module):
-    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.call = call
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(x)
+from rule_cases import Map
 
 
 def matrix(call: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:

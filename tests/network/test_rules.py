@@ -9,12 +9,13 @@ import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network.audit import audit
 from gramlip.network.rules.activations import SLOPES
 from gramlip.rules import RULES, register
+from rule_cases import Map
 
 A = torch.ops.aten
 
@@ -75,15 +76,6 @@ def test_slopes_and_images_hold_on_a_grid(name: str) -> None:
     assert image[0] - 1e-9 <= float(y.min())
     assert float(y.max()) <= image[1] + 1e-9
     assert at_zero[0] <= float(CALLS[name](torch.zeros(1, dtype=torch.float64))) <= at_zero[1]
-
-
-class Map(nn.Module):
-    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.call = call
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(x)
 
 
 SMALL = (3, 6, 6)

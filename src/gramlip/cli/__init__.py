@@ -16,14 +16,14 @@ from gramlip.reports.output import note, settle
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors of usage are one line, like all others; options are written in full, and `-1,2` is a value."""
+    """A parser whose usage errors are one line, like all errors; options must be written in full, and `-1,2` is a value."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         self._negative_number_matcher = re.compile(r"-[.\d]")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Each command refuses what it does not know itself: its own help then is what to type."""
+        """Refuse unknown arguments in the parser of the command, so that the error names the help of that command."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")

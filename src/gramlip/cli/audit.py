@@ -1,4 +1,4 @@
-"""`gramlip audit TARGET...`: an interval for every layer, and for the network where the model is known; `gramlip diff A B`."""
+"""`gramlip audit TARGET...`: an interval for every layer, and for the network if the model is known; `gramlip diff A B`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _html(reports: Sequence[Report], _: Limit) -> str:
 
 
 def _cases(report: Report, limit: Limit) -> list[tuple[str, str, str, float]]:
-    """Each layer, each weight without a bound and the network: name, what is known, what is wrong with it or nothing, seconds."""
+    """Each layer, each weight without a bound, and the network: name, interval, failure or None, seconds."""
     rows = [(row.name, str(row.bound), row.upper, row.seconds or 0.0) for row in report.layers if row.weight_shape]
     rows += [(row.name, f"no bound: {row.reason}", math.inf, 0.0) for row in report.left_out if row.is_weight]
     if report.network is not None:
@@ -58,7 +58,7 @@ def _cases(report: Report, limit: Limit) -> list[tuple[str, str, str, float]]:
 
 
 def junit(reports: Sequence[Report], limit: Limit) -> str:
-    """JUnit's XML: a suite for each target, a case for each layer, which fails where it is not proved to be at most the limit."""
+    """JUnit XML: a suite for each target, a case for each layer; it fails unless the norm is proved to be at most the limit."""
     root = ElementTree.Element("testsuites", name="gramlip audit")
     for report in reports:
         cases = _cases(report, limit)
@@ -78,7 +78,7 @@ _RULES = {"above-limit": "The norm is not proved to be at most the limit.", "int
 
 
 def sarif(reports: Sequence[Report], limit: Limit) -> str:
-    """SARIF 2.1.0: a result for each layer, an error where it is not proved to be at most the limit."""
+    """SARIF 2.1.0: a result for each layer; an error unless the norm is proved to be at most the limit."""
     results = [
         {
             "ruleId": "above-limit" if problem else "interval",
@@ -103,7 +103,7 @@ def sarif(reports: Sequence[Report], limit: Limit) -> str:
 
 
 FORMATS: dict[str, Callable[[Sequence[Report], Limit], str]] = {"--json": _json, "--html": _html, "--junit": junit, "--sarif": sarif}
-"""Option -> how the reports are written to its FILE."""
+"""Option -> function that turns the reports into the text of its FILE."""
 
 
 # ---- audit ---------------------------------------------------------------------------------------------------------------
@@ -118,35 +118,44 @@ def _model_options(parser: ArgumentParser) -> None:
     parser.add_argument("--input", type=shape, metavar="3,224,224", help="shape of the model's input without the batch")
     parser.add_argument("--rtol", type=tolerance, default=1e-2, metavar="R", help="relative width upper/lower - 1 to reach (default 1e-2)")
     parser.add_argument(
-        "--assume", type=assumption, action="append", default=[], metavar="NAME=L", help="believe a constant; stands in the report"
+        "--assume",
+        type=assumption,
+        action="append",
+        default=[],
+        metavar="NAME=L",
+        help="assume this constant for a module or operation; the report says so",
     )
-    parser.add_argument("--domain", type=interval, metavar="LOW,HIGH", help="every input entry lies there; makes products of values finite")
-    parser.add_argument("--at", type=Path, metavar="FILE", help="around this input: .npy, .pt, or a picture as pixels in [0, 1]")
-    parser.add_argument("--radius", type=radius, metavar="R", help="and so far from it, in the l2 norm of what the model takes")
+    parser.add_argument(
+        "--domain", type=interval, metavar="LOW,HIGH", help="range of every input entry; gives products of values a finite constant"
+    )
+    parser.add_argument(
+        "--at", type=Path, metavar="FILE", help="local constant around this input: .npy, .pt, or a picture (pixels in [0, 1])"
+    )
+    parser.add_argument("--radius", type=radius, metavar="R", help="with --at: l2 radius of the ball around it, in the model's input units")
     for side in ("inputs", "outputs"):
-        parser.add_argument(f"--{side}", type=numbers, metavar="0,2", help=f"only these entries of the flat {side[:-1]} count")
+        parser.add_argument(f"--{side}", type=numbers, metavar="0,2", help=f"count only these entries of the flattened {side[:-1]}")
     parser.add_argument(
         "--effort", type=effort, default=1.0, metavar="E", help="search for coupled bounds (default 1; 0: closed forms; -1: none)"
     )
-    parser.add_argument("--time-limit", type=seconds, metavar="S", help="seconds after which nothing more is searched for (default: none)")
+    parser.add_argument("--time-limit", type=seconds, metavar="S", help="start no new search after S seconds (default: no limit)")
 
 
 def add_audit(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
     parser = subparsers.add_parser(
         "audit",
-        help="an interval for every layer, and for the network where the model is known",
-        description="Prove an interval for the norm of every layer and, where the model is known, for its Lipschitz constant.",
+        help="an interval for every layer, and for the network if the model is known",
+        description="Prove an interval for the norm of every layer and, if the model is known, for its Lipschitz constant.",
         epilog=examples(
             {
                 "gramlip audit demo": "a small trained network that ships with the package",
                 "gramlip audit model.safetensors --rtol 1e-3": "every layer of a file of weights, each interval at most 0.1% wide",
                 "gramlip audit package.module:make --input 3,224,224": "the model that make() returns: layers and network",
                 "gramlip audit model.onnx --input 3,224,224": "the graph of an ONNX file: layers and network",
-                "gramlip audit package.module:make --input 3,32,32 --at image.png --radius 0.25": "around one input alone",
+                "gramlip audit package.module:make --input 3,32,32 --at image.png --radius 0.25": "the local constant around one input",
                 "gramlip audit model.safetensors --fail-above 10": "exit code 1 unless every layer is proved to be at most 10",
                 "gramlip audit model.safetensors --json - --rtol 1e-4": "the report as JSON, alone on standard output",
-                "gramlip audit model.safetensors --resume audit.journal": "goes on where an interrupted audit stopped",
+                "gramlip audit model.safetensors --resume audit.journal": "resumes an interrupted audit",
                 "gramlip audit demo demo-regularised --verbose": "two targets, with every reason and every tensor that is left out",
             }
         ),
@@ -156,14 +165,16 @@ def add_audit(subparsers: _SubParsersAction[Any]) -> None:
     names = {"--json": "JSON", "--html": "a page", "--junit": "JUnit's XML", "--sarif": "SARIF"}
     for name in FORMATS:
         parser.add_argument(name, metavar="FILE", help=f"write the report as {names[name]}; - for standard output, alone")
-    parser.add_argument("--resume", metavar="JOURNAL", help="keep what is done in this file, layer by layer, and go on from there")
-    parser.add_argument("--verbose", action="store_true", help="print the reasons of every row and every name that is left out")
-    parser.add_argument("--fail-above", type=limit, metavar="X", help="exit 1 unless every upper side is at most X")
+    parser.add_argument("--resume", metavar="JOURNAL", help="store finished layers in this file, and resume from it")
+    parser.add_argument(
+        "--verbose", action="store_true", help="print the reasons of every row, and the names of all tensors that are left out"
+    )
+    parser.add_argument("--fail-above", type=limit, metavar="X", help="exit with code 1 unless every upper bound is at most X")
     parser.set_defaults(run=run_audit)
 
 
 def source_of(target: str, args: Namespace) -> Source:
-    """The source that a target names, with the options that only a model has."""
+    """The source for a target, with the options that only models accept."""
     source = resolve(target, args.input)
     if isinstance(source, Model):
         at = None if args.at is None else read_input(args.at)
@@ -185,7 +196,7 @@ def _journal(args: Namespace, sources: Sequence[Source]) -> Path | None:
 
 
 def run_audit(args: Namespace) -> int:
-    """Audit, write, print; 1 where `--fail-above` is exceeded. Of several ranks the first writes and prints."""
+    """Audit, write and print; return 1 if `--fail-above` is exceeded. With several ranks, only the first writes and prints."""
     files = check_outputs({name: getattr(args, name[2:]) for name in FORMATS})
     if len(args.targets) > 1 and args.html is not None:
         _html([None] * len(args.targets), None)  # type: ignore[list-item]
@@ -221,7 +232,7 @@ def add_diff(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
     parser = subparsers.add_parser(
         "diff",
-        help="the intervals of two targets side by side, and how much each layer grew",
+        help="the intervals of two targets side by side, and the growth of each layer",
         epilog=examples(
             {
                 "gramlip diff before.safetensors after.safetensors": "the layers of two files",
@@ -230,14 +241,14 @@ def add_diff(subparsers: _SubParsersAction[Any]) -> None:
         ),
     )
     parser.add_argument("a", metavar="A", help=TARGET)
-    parser.add_argument("b", metavar="B", help="the same, later")
+    parser.add_argument("b", metavar="B", help="the target to compare with A")
     _model_options(parser)
     parser.add_argument("--json", metavar="FILE", help="write the comparison as JSON; - for standard output, alone")
     parser.set_defaults(run=run_diff)
 
 
 def ratio(a: Bound, b: Bound) -> tuple[float, float]:
-    """What b's norm over a's lies between, rounded outward; two zero maps have the ratio 1.
+    """The interval of the norm of b divided by that of a, rounded outward; the ratio of two zero maps is 1.
 
     >>> ratio(Bound(1.0, 2.0, "a"), Bound(4.0, 4.0, "b"))
     (1.9999999999999998, 4.000000000000001)
@@ -249,7 +260,7 @@ def ratio(a: Bound, b: Bound) -> tuple[float, float]:
 
 
 def diff(a: Report, b: Report) -> dict[str, Any]:
-    """Two reports as JSON types: layers of both with their ratio, and the names that only one of them has."""
+    """The comparison of two reports as JSON types: common layers with their ratio, and names that only one report has."""
     before, after = ({row.name: row.bound for row in report.layers} for report in (a, b))
     if a.network is not None and b.network is not None:
         before["network"], after["network"] = a.network, b.network

@@ -1,4 +1,4 @@
-"""What measures and trains: `gramlip bench`, `certify`, `compare`, `reproduce` and `train`."""
+"""Commands that measure and train: `gramlip bench`, `certify`, `compare`, `reproduce` and `train`."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def add_bench(subparsers: _SubParsersAction[Any]) -> None:
         epilog=examples(
             {
                 "gramlip bench --quick": "small layers, in seconds",
-                "gramlip bench --full --json bench.json": "every row, also those that take minutes, and a file of the result",
+                "gramlip bench --full --json bench.json": "every row, including those that take minutes, and the result in a file",
             }
         ),
     )
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="some of the rows (default: all); an unknown name lists them")
-    parser.add_argument("--quick", action="store_true", help="small layers that take seconds, to see that it works")
-    parser.add_argument("--full", action="store_true", help="also what takes minutes: a weight of 8192x28672 with its memory")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="rows to run (default: all); an unknown name lists them")
+    parser.add_argument("--quick", action="store_true", help="small layers that take seconds, as a check that it works")
+    parser.add_argument("--full", action="store_true", help="also rows that take minutes, such as a weight of 8192x28672 with its memory")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output, alone")
     parser.add_argument("--threads", type=count, default=2, metavar="N", help="CPU threads (default 2)")
     parser.add_argument("--trials", type=count, default=3, metavar="T", help="timed runs of each contender, after one dropped (default 3)")
@@ -64,7 +64,7 @@ def add_bench(subparsers: _SubParsersAction[Any]) -> None:
 
 
 def run_bench(args: Namespace) -> int:
-    """Measure, write, print; 0 whatever the numbers say."""
+    """Measure, write and print; return 0 whatever the result."""
     from gramlip.lab.bench import Options as BenchOptions
     from gramlip.lab.bench import Result, bench
 
@@ -105,11 +105,9 @@ def add_compare(subparsers: _SubParsersAction[Any]) -> None:
     )
     parser.add_argument("target", metavar="TARGET", help="as for audit")
     parser.add_argument("--input", type=shape, metavar="3,224,224", help="shape of the model's input without the batch")
-    parser.add_argument("--circular", type=count, metavar="N", help="take each convolution as circular, stride 1, at input size N")
-    parser.add_argument("--methods", type=names, default=(), metavar="A,B", help="some of the methods (default: all)")
-    parser.add_argument(
-        "--rtol", type=tolerance, default=1e-4, metavar="R", help="width of the interval that all are held against (default 1e-4)"
-    )
+    parser.add_argument("--circular", type=count, metavar="N", help="treat each convolution as circular, with stride 1, at input size N")
+    parser.add_argument("--methods", type=names, default=(), metavar="A,B", help="methods to run (default: all)")
+    parser.add_argument("--rtol", type=tolerance, default=1e-4, metavar="R", help="relative width of the reference interval (default 1e-4)")
     parser.add_argument("--trials", type=count, default=3, metavar="T", help="timed runs of each method (default 3)")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON; - for standard output, alone")
     parser.add_argument("--plot", metavar="FILE", help="draw error against time to a .png, .pdf or .svg")
@@ -147,7 +145,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def _circular(operators: Iterable[tuple[str, Dense | Conv]], size: int) -> Iterator[tuple[str, Dense | Conv]]:
-    """The published methods' own case: the output as large as the input, nothing lost at the edges."""
+    """The layer as the published methods assume it: circular padding, stride 1, and an output of the size of the input."""
     for name, op in operators:
         if isinstance(op, Dense):
             yield name, op
@@ -177,7 +175,7 @@ def add_reproduce(subparsers: _SubParsersAction[Any]) -> None:
     titles = "; ".join(f"{name}: {experiment.title}" for name, experiment in EXPERIMENTS.items())
     parser.add_argument("experiment", choices=list(EXPERIMENTS), metavar="EXPERIMENT", help=titles.replace("%", "%%"))
     parser.add_argument(
-        "--out", type=folder, metavar="DIR", help="folder of the results, resumed where it exists (default runs/EXPERIMENT)"
+        "--out", type=folder, metavar="DIR", help="folder of the results; an existing one is resumed (default runs/EXPERIMENT)"
     )
     parser.add_argument("--weights", type=Path, metavar="FILE", help="resnet18: torchvision's state dict (default: random He weights)")
     parser.add_argument("--data", metavar="DIR", help="training: folder of CIFAR-10's parquet files, or uoft-cs/cifar10 for the hub's")
@@ -185,7 +183,7 @@ def add_reproduce(subparsers: _SubParsersAction[Any]) -> None:
     parser.add_argument("--trials", type=count, default=5, metavar="T", help="timed runs, after one dropped (default 5)")
     parser.add_argument("--seed", type=whole, default=0, metavar="S", help="seed of random weights (default 0)")
     parser.add_argument("--device", type=device, default=torch.device("cpu"), metavar="D", help="cpu or cuda (default cpu)")
-    parser.add_argument("--quick", action="store_true", help="a small version that takes seconds, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="a small version that takes seconds, as a check that it works")
     parser.set_defaults(run=run_reproduce)
 
 
@@ -339,27 +337,25 @@ def _model(target: str, normalised: bool) -> tuple[nn.Module, tuple[float, ...],
 
 # ---- train ---------------------------------------------------------------------------------------------------------------
 #
-# `gramlip train RECIPE`: a recipe's network, trained, certified and written to a folder; resumed where it stopped.
+# `gramlip train RECIPE`: train the network of a recipe, certify it and write it to a folder; an interrupted run is resumed.
 
 
 def add_train(subparsers: _SubParsersAction[Any]) -> None:
     """Add the command."""
     parser = subparsers.add_parser(
         "train",
-        help="train a recipe and certify what comes out; needs the extra gramlip[train]",
+        help="train a recipe and certify the result; needs the extra gramlip[train]",
         epilog=examples(
             {
-                "gramlip train small --data cifar10 --out runs/small": "a small network, minutes on a CPU; the same command goes on",
+                "gramlip train small --data cifar10 --out runs/small": "a small network, minutes on a CPU; repeat the command to resume",
                 "gramlip train small-penalised --data cifar10 --out runs/two --set epochs=2": "with a penalty, for two epochs",
             }
         ),
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="such as resnet18-penalised or small-normalised; an unknown name lists them all")
+    parser.add_argument("recipe", metavar="RECIPE", help="name such as resnet18-penalised or small-normalised; an unknown name lists all")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of CIFAR-10's parquet files, or uoft-cs/cifar10 for the hub's")
-    parser.add_argument(
-        "--out", type=folder, required=True, metavar="DIR", help="folder of the run; one that holds a checkpoint is gone on with"
-    )
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of everything random (default 0)")
+    parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder of the run; a run with a checkpoint is resumed")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="seed of all random numbers (default 0)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the recipe: --set epochs=2")
     parser.set_defaults(run=run_train)
 
@@ -373,8 +369,11 @@ def run_train(args: Namespace) -> int:
         raise InputError(msg) from error
     changes = dict(_change(text) for text in args.set)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # the progress bar: standard output is for the results alone
-        warnings.filterwarnings("ignore", module="lightning")  # its own use of what torch has deprecated, and advice on workers
+    with (
+        warnings.catch_warnings(),
+        redirect_stdout(sys.stderr),
+    ):  # the progress bar goes to standard error: standard output is for the results alone
+        warnings.filterwarnings("ignore", module="lightning")  # for its use of deprecated functions of torch, and advice on workers
         results = module.train(args.recipe, args.data, args.out, seed=args.seed, **changes)
     if "constant" not in results:
         note(f"stopped after {results['finished_epochs']} of {results['epochs']} epochs; the same command goes on")

@@ -17,14 +17,14 @@ import torch
 from gramlip.norm.methods import WIDEST, check_rtol
 
 # ---- commands ------------------------------------------------------------------------------------------------------------
-#
-# What a module of commands has.
+# The type of `COMMANDS` in each module of commands: name -> function that adds the command. The parser's default `run` takes
+# the arguments.
 
 Commands: TypeAlias = dict[str, Callable[["_SubParsersAction[Any]"], None]]
 
 
 def examples(meaning: Mapping[str, str]) -> str:
-    """The end of a command's help: what can be typed, and what it does.
+    """The epilog of a command's help: commands to type, and their meaning.
 
     >>> examples({"gramlip audit demo": "every layer of the demo"}).splitlines()
     ['examples:', '  gramlip audit demo', '      every layer of the demo']
@@ -33,8 +33,7 @@ def examples(meaning: Mapping[str, str]) -> str:
 
 
 # ---- types of options ----------------------------------------------------------------------------------------------------
-#
-# Types of command line options, each of which says what was given and what was expected.
+# Types of command line options. Their errors say what was given and what was expected.
 
 
 def tolerance(text: str) -> float:
@@ -53,7 +52,7 @@ def tolerance(text: str) -> float:
 
 
 def limit(text: str) -> Decimal:
-    """A number of at least 0, exactly as typed: `0.1` is one tenth, not the float beside it.
+    """A number of at least 0, exactly as typed: `0.1` is one tenth, not the nearest float.
 
     >>> limit("0.1") < 0.1
     True
@@ -103,7 +102,7 @@ def count(text: str) -> int:
 
 
 def assumption(text: str) -> tuple[str, float]:
-    """A name and the constant to believe, `block.norm=1.0`.
+    """A name and its assumed constant, `block.norm=1.0`.
 
     >>> assumption("block.norm=1.0")
     ('block.norm', 1.0)
@@ -136,7 +135,7 @@ def interval(text: str) -> tuple[float, float]:
 
 
 def numbers(text: str) -> list[int]:
-    """Numbers of entries, `0,2`; negative ones count from the end.
+    """Indices of entries, `0,2`; negative ones count from the end.
 
     >>> numbers("0,-1")
     [0, -1]
@@ -149,7 +148,7 @@ def numbers(text: str) -> list[int]:
 
 
 def _number(text: str) -> float:
-    """The number in a text, NaN where there is none."""
+    """The number in a text; NaN if there is none."""
     try:
         return float(text)
     except ValueError:
@@ -208,7 +207,7 @@ def folder(text: str) -> Path:
 
 
 def device(text: str) -> torch.device:
-    """A device that is there.
+    """A device that is available.
 
     >>> device("cpu")
     device(type='cpu')

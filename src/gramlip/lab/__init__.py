@@ -1,1 +1,1 @@
-"""Everything that measures: the benchmark, the paper's experiments, training recipes, and methods compared."""
+"""Everything that measures: the benchmark, the paper's experiments, training recipes, and the comparison of methods."""

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 # ---- measuring from outside ----------------------------------------------------------------------------------------------
 #
-# Measuring from outside: what ran where, and how long it took. Nothing that is measured knows of it.
+# Measurements from outside: environment and time. The measured code does not know of them.
 
 T = TypeVar("T")
-WARM_UP = 1  # runs dropped before the first that counts
-LEAST, MOST = 0.1, 20  # seconds that a trial is to last, and runs that one may take for it
+WARM_UP = 1  # warm-up runs, which do not count
+LEAST, MOST = 0.1, 20  # target duration of a trial in seconds, and the largest number of runs in it
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -50,7 +50,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 @dataclass(frozen=True)
 class Timing(Generic[T]):
-    """The last value that a function gave, and the seconds of a run in each trial that counts."""
+    """The last value of a function, and the seconds per run in each trial that counts."""
 
     value: T
     seconds: tuple[float, ...]
@@ -67,10 +67,10 @@ class Timing(Generic[T]):
 
 
 def interleaved(functions: Mapping[str, Callable[[], T]], device: torch.device, trials: int) -> dict[str, Timing[T]]:
-    """Time functions against each other: each trial runs all of them in turn, so that what else the machine does meets all alike.
+    """Time functions against each other: each trial runs all of them in turn, so that other load affects all alike.
 
-    A short function runs several times in each trial, whose seconds are the mean. The warm-up runs are dropped; a GPU is
-    waited for before and after each run, and keeps the time itself, by CUDA events.
+    A short function runs several times in each trial, and the trial takes the mean. Warm-up runs are dropped. A GPU is synchronised
+    before and after each run, and measures the time by CUDA events.
     """
     values: dict[str, T] = {}
     seconds: dict[str, list[float]] = {name: [] for name in functions}
@@ -90,13 +90,13 @@ def interleaved(functions: Mapping[str, Callable[[], T]], device: torch.device, 
 
 
 def timed(function: Callable[[], float], device: torch.device, trials: int) -> tuple[float, float]:
-    """The function's value and the median seconds of `trials` runs after the warm-up; a GPU is waited for."""
+    """The function's value and the median seconds of `trials` runs after the warm-up; a GPU is synchronised."""
     timing = interleaved({"": function}, device, trials)[""]
     return timing.value, timing.median
 
 
 def _watch(device: torch.device) -> Callable[[], float]:
-    """Start a clock; what is returned stops it and gives the seconds."""
+    """Start a clock; return a function that stops it and returns the seconds."""
     if device.type != "cuda":
         start = perf_counter()
         return lambda: perf_counter() - start
@@ -113,7 +113,7 @@ def _watch(device: torch.device) -> Callable[[], float]:
 
 
 def _processor() -> str:
-    """The processor's name where the system tells it."""
+    """The processor's name, if the system provides it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
@@ -131,9 +131,9 @@ _SIDES = {"exact": "exact", "upper": "upper", "lower": "lower", "estimate": "eit
 
 @dataclass(frozen=True)
 class Value:
-    """One method on one layer; `value` is None where the method is not valid for it, and `refused` says why.
+    """One method on one layer; if the method is not valid for it, `value` is None and `refused` says why.
 
-    `error` is what is proved of its error: the relative distance to the certified interval [lower, upper], 0 inside.
+    `error` is the proved part of its error: the relative distance to the certified interval [lower, upper], 0 inside.
     """
 
     layer: str
@@ -148,13 +148,13 @@ class Value:
 
     @property
     def error(self) -> float | None:
-        """Relative distance to the interval, None without a finite value or for a zero layer."""
+        """Relative distance to the interval; None without a finite value or for a zero layer."""
         value = finite(self.value)
         return None if value is None or self.lower <= 0.0 else value / min(max(value, self.lower), self.upper) - 1
 
     @property
     def verdict(self) -> str:
-        """Where the value is seen to stand: "below", "inside" or "above" the certified interval."""
+        """The position of the value: "below", "inside" or "above" the certified interval."""
         if self.value is None:
             return ""
         return "below" if self.value < self.lower else "above" if self.value > self.upper else "inside"
@@ -179,7 +179,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All methods on all layers; `print` it for a table."""
+    """The results of all methods on all layers; `print` it for a table."""
 
     target: str
     values: tuple[Value, ...]
@@ -242,18 +242,18 @@ def compare(
     trials: int = 3,
     watch: Callable[[list[tuple[str, Dense | Conv]]], Iterable[tuple[str, Dense | Conv]]] = iter,
 ) -> Comparison:
-    """Every method's plain value beside the certified interval, for each operator.
+    """Compute the published value of every method, beside the certified interval, for each operator.
 
     Args:
         target: the title.
         operators: (name, operator) pairs.
-        methods: names in `METHODS`, each taken once; all of them by default.
-        rtol: width of the certified interval that errors are taken against; certify's own row keeps its default.
-        trials: timed runs of each method, after one that is dropped; the median counts.
-        watch: may show progress.
+        methods: names in `METHODS`; all of them by default.
+        rtol: relative width of the certified interval for the errors; the row of `certify` keeps its default.
+        trials: timed runs of each method after a warm-up run; the median counts.
+        watch: wraps the iteration, for instance to show progress.
 
     Raises:
-        InputError: a method's name that is unknown, or nothing to compare.
+        InputError: an unknown method, or nothing to compare.
 
     >>> import torch
     >>> table = compare("a matrix", [("weight", Dense(torch.eye(3)))], ["frobenius", "gram"], trials=1)

@@ -1,4 +1,4 @@
-"""Everything that decides a training run: RECIPES by name, their networks and their data. Name and seed reproduce a run."""
+"""Training recipes: `RECIPES` by name, their networks and their data. Name and seed determine a run completely."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gramlip.targets import snapshot
 
 # ---- recipes -------------------------------------------------------------------------------------------------------------
 #
-# RECIPES: name -> everything that decides a training run, so that name and seed reproduce it.
+# `RECIPES`: name -> everything that determines a training run, apart from the seed.
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 """Of CIFAR-10's training pixels, by channel."""
@@ -42,16 +42,17 @@ NUMBERS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(("centre", "whiten", "augment"), (bool, lambda _: True, "true or false")),
 }
-"""Field -> its type, the values that it takes, and both in words."""
+"""Field -> its type, a test of its values, and a description of both."""
 OPTIONAL = ("samples", "test_samples", "clip")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run: `model` and `task`, what keeps its constant down (`control`), and the schedule.
+    """A training run: `model`, `task`, the way to hold the Lipschitz constant down (`control`), and the schedule.
 
-    `scale` multiplies the logits of the loss, which a network with a small constant needs to be able to fit. `centre` takes CIFAR-10's
-    mean off the pixels, which no constant notices, and `whiten` divides by its std, which the certificate takes into account.
+    `scale` multiplies the logits in the loss; a network with a small constant needs this to fit the data. `centre` subtracts the mean
+    of CIFAR-10 from the pixels, which changes no Lipschitz constant, and `whiten` divides by its std, which the certificate takes into
+    account.
     """
 
     model: str
@@ -76,10 +77,10 @@ class Recipe:
     test_samples: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no run could be made of.
+        """Check the fields.
 
         Raises:
-            InputError: a word that is not among the choices, or a number out of its range.
+            InputError: an unknown choice, or a number out of range.
         """
         for field, choices in CHOICES.items():
             if (value := getattr(self, field)) not in choices:
@@ -102,12 +103,12 @@ class Recipe:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """What is taken off the pixels."""
+        """The mean that is subtracted from the pixels."""
         return MEAN if self.centre else (0.0,) * 3
 
     @property
     def std(self) -> tuple[float, ...]:
-        """What the pixels are then divided by."""
+        """The std by which the pixels are then divided."""
         return STD if self.whiten else (1.0,) * 3
 
 
@@ -124,7 +125,9 @@ RECIPES: dict[str, Recipe] = {
     "small": SMALL,
     "small-penalised": replace(SMALL, control="penalised", strength=0.1),
     "small-gram": replace(SMALL, control="gram", strength=0.1),
-    "small-gram-equal": replace(SMALL, control="gram", strength=0.1, epochs=3),  # the epochs that the tracked penalty's time buys
+    "small-gram-equal": replace(
+        SMALL, control="gram", strength=0.1, epochs=3
+    ),  # as many epochs as the tracked penalty completes in the same time
     "small-reshaped": replace(SMALL, control="reshaped", strength=0.1),
     "small-normalised": replace(SMALL, control="normalised", scale=4.0),
     "small-rescaled": replace(SMALL, control="rescaled", scale=4.0),
@@ -154,7 +157,7 @@ def recipe(name: str) -> Recipe:
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with batch norm beside the identity, or a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions with batch norm, plus the identity, or a 1x1 convolution if the shape changes."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -182,7 +185,7 @@ def resnet18(classes: int = 10) -> nn.Module:
 
 
 class MaxMin(nn.Module):
-    """Neighbouring channels sorted in pairs: 1-Lipschitz, and no vector gets shorter (GroupSort of arXiv 1811.05381 in twos)."""
+    """Sort channels in pairs: 1-Lipschitz, and it keeps the length of every vector (GroupSort of arXiv 1811.05381 with groups of two)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, ...) -> the same shape; the number of channels is even."""
@@ -190,9 +193,9 @@ class MaxMin(nn.Module):
 
 
 def small(classes: int = 10) -> nn.Module:
-    """Four convolutions and two linear layers in a chain, made to be trained with a constant of 1.
+    """A chain of four convolutions and two linear layers, for training with a Lipschitz constant of 1.
 
-    Strides equal to the kernel and an orthogonal start, so that a layer can keep the length of what it is given, and `MaxMin`, which does.
+    The strides equal the kernel sizes and the initial weights are orthogonal, so a layer can preserve lengths, as `MaxMin` does.
     """
     net = nn.Sequential(
         nn.Conv2d(3, 32, 4, 4),
@@ -216,7 +219,7 @@ def small(classes: int = 10) -> nn.Module:
 
 @torch.no_grad()
 def _orthogonal(layer: nn.Conv2d | nn.Linear) -> None:
-    """Orthogonal where the layer is a matrix on patches; otherwise its centre tap is, beside a tenth of the usual noise."""
+    """Initialise a layer as an orthogonal matrix on patches, or else its centre tap as one, plus a tenth of the usual noise."""
     weight = layer.weight
     if isinstance(layer, nn.Conv2d) and layer.kernel_size != layer.stride:
         centre = weight.mul_(0.1)[(..., *(k // 2 for k in layer.kernel_size))]
@@ -231,7 +234,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"resnet18": resnet18, "small": sma
 
 
 class Denoiser(nn.Module):
-    """`x - f(x)` with f four convolutions (arXiv 1608.03981, smaller): the usual form, with nothing that keeps its constant down."""
+    """`x - f(x)` with four convolutions in f (arXiv 1608.03981, smaller): the usual denoiser, without any control of its constant."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -255,7 +258,7 @@ def blocks(depth: int = 6, width: int = 24) -> nn.Module:
 
 
 def build(name: str, control: str) -> nn.Module:
-    """The network of a recipe, before anything is parametrized but a denoiser's blocks."""
+    """The network of a recipe; only the blocks of a denoiser are parametrized already."""
     if name == "denoiser":
         return blocks() if control == "rescaled" else Denoiser()
     return MODELS[name]()
@@ -263,13 +266,13 @@ def build(name: str, control: str) -> nn.Module:
 
 # ---- data ----------------------------------------------------------------------------------------------------------------
 #
-# CIFAR-10 from a folder of parquet files or from the hub, whole in memory, in an order that seed and epoch decide.
+# CIFAR-10 from a folder of parquet files or from the hub, held in memory, in an order that depends on seed and epoch only.
 
 HUB = "uoft-cs/cifar10"
 
 
 def files(source: str | Path, split: str) -> list[Path]:
-    """The split's parquet files: of a folder, or of the hub's data set where `source` is its name."""
+    """The parquet files of a split: from a folder, or from the hub's data set if `source` is its name."""
     folder = Path(source)
     if not folder.is_dir() and str(source) == HUB:
         folder = snapshot(HUB, HUB, ["*.parquet"], "dataset")
@@ -335,7 +338,7 @@ def _pixels(name: str, picture: Any) -> Tensor:
 
 
 class Order(Sampler[int]):
-    """A permutation for each epoch, a function of seed and epoch alone: what is resumed sees what it would have seen."""
+    """A permutation for each epoch, a function of seed and epoch alone: a resumed run sees the same data as an uninterrupted one."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed, self.epoch = count, seed, 0
@@ -352,7 +355,7 @@ class Order(Sampler[int]):
 
 
 def generator(seed: int, step: int) -> torch.Generator:
-    """A generator that seed and step alone decide."""
+    """A generator whose state depends on seed and step alone."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 

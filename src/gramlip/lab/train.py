@@ -1,4 +1,4 @@
-"""`train`: a recipe from its name to certified results in one folder, resumed where it stopped."""
+"""`train`: a recipe from its name to certified results in one folder; an interrupted run is resumed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ from gramlip.reports.output import write_bytes_whole, write_whole
 
 # ---- Lightning modules ---------------------------------------------------------------------------------------------------
 #
-# The Lightning modules: classification and denoising, with what keeps the constant down, and the audit during training.
+# The Lightning modules: classification and denoising, with the control of the Lipschitz constant, and the audit during
+# training.
 
 EXAMPLE = (1, 3, 32, 32)
 
@@ -86,7 +87,7 @@ class Task(lightning.LightningModule):
         return loss + self.recipe.strength * extra
 
     def _extra(self) -> Tensor | None:
-        """What is added to the loss: the tracked penalty, the published Gram bound of every layer, or the reshaped matrices' norms."""
+        """The term added to the loss: the tracked penalty, the published Gram bound of every layer, or the norms of reshaped matrices."""
         if self.penalty is not None:
             return self.penalty()
         if self.recipe.control == "gram":
@@ -141,7 +142,7 @@ class Audit(Callback):
 
 
 def chain(net: nn.Module) -> Bound:
-    """Interval of a chain of residual blocks: the product of theirs."""
+    """Interval of a chain of residual blocks: the product of their intervals."""
     total = Bound(1.0, 1.0, "identity")
     for block in net.children():
         if isinstance(block, Residual):
@@ -154,7 +155,7 @@ def chain(net: nn.Module) -> Bound:
 # `train`: a recipe from its name to certified results in one folder, resumed where it stopped.
 
 WRITTEN = ("last.ckpt", "logs", "weights.safetensors", "results.json")
-"""What a run puts into its folder after `recipe.json`."""
+"""The files that a run writes after `recipe.json`."""
 
 
 def train(
@@ -167,9 +168,9 @@ def train(
     audit_every_epoch: bool = True,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Train a recipe, or go on with it where `out` holds a checkpoint, and return its results: what `results.json` in `out` holds.
+    """Train a recipe, or resume it from a checkpoint in `out`, and return its results, the content of `results.json`.
 
-    A run that has ended stays as it is.
+    A finished run is not changed.
 
     `out` gets `last.ckpt` (written whole, after every epoch), `logs/metrics.csv`, `weights.safetensors` (baked: plain and certified)
     and `results.json`.
@@ -178,14 +179,14 @@ def train(
         name: a name in `gramlip.lab.recipes.RECIPES`.
         source: folder of CIFAR-10's parquet files, or "uoft-cs/cifar10".
         out: folder of the run.
-        seed: of everything random.
-        stop_after: epochs after which to stop early, to go on later; the schedule stays that of the whole run.
+        seed: seed of all random numbers.
+        stop_after: number of epochs after which to stop, to resume later; the schedule remains that of the whole run.
         audit_every_epoch: certify every layer after every epoch.
         **changes: fields of the recipe to change, such as `epochs=1`.
 
     Raises:
         InputError: unknown recipe or field, less than a batch of images, or a folder that holds another run or a damaged one.
-        Terminated: SIGTERM came; the epoch was ended first, and the same call goes on after it.
+        Terminated: SIGTERM was received; the epoch is finished and saved, and the same call resumes after it.
     """
     plan, folder = recipe(name), Path(out)
     unknown = set(changes) - set(plan.to_dict())
@@ -196,7 +197,7 @@ def train(
     header = {"recipe": name, "seed": seed, **plan.to_dict()}
     _check(folder, header)
     if all((folder / file).exists() for file in ("results.json", "weights.safetensors")):
-        return _read(folder / "results.json")  # it has ended, and stays as it is
+        return _read(folder / "results.json")  # a finished run is not changed
     sets = [recipes.load(source, split, n) for split, n in (("train", plan.samples), ("test", plan.test_samples))]
     if (count := len(sets[0][1])) < plan.batch:
         msg = f"{count} training images were given with batch={plan.batch}; expected a whole batch: type --set batch={count}"
@@ -209,7 +210,7 @@ def train(
 
 @contextmanager
 def _global_state_kept() -> Generator[None, None, None]:
-    """What a deterministic trainer switches for the whole process is switched back, generators and environment included."""
+    """Restore the global state that a deterministic trainer changes, generators and environment included."""
     strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     state, numbers, words = random.getstate(), np.random.get_state(), dict(os.environ)  # noqa: NPY002 (what Lightning seeds)
@@ -228,11 +229,11 @@ def _global_state_kept() -> Generator[None, None, None]:
 
 @contextmanager
 def _signals() -> Generator[None, None, None]:
-    """Lightning makes exits with code 0 and 1, those of success and failure, of SIGTERM and of Ctrl-C; here they are what they were.
+    """Turn the exits 0 and 1 that Lightning makes of SIGTERM and Ctrl-C back into the original signals.
 
     Raises:
-        Terminated: SIGTERM came; the epoch has ended and is kept.
-        KeyboardInterrupt: Ctrl-C came.
+        Terminated: SIGTERM was received; the epoch is finished and saved.
+        KeyboardInterrupt: Ctrl-C was pressed.
     """
     try:
         yield
@@ -276,7 +277,7 @@ def _run(
 
 
 def _logger(folder: Path, last: Path) -> CSVLogger:
-    """The CSV logs, with the rows of a run that is gone on with, up to its checkpoint: Lightning would start an empty file."""
+    """The CSV logs; a resumed run keeps its rows up to the checkpoint, where Lightning would start an empty file."""
     file, rows = folder / "logs" / "metrics.csv", list[dict[str, str]]()
     if file.exists() and last.exists():
         done = _steps(last)
@@ -290,16 +291,16 @@ def _logger(folder: Path, last: Path) -> CSVLogger:
 
 
 def _steps(last: Path) -> int:
-    """How many steps a checkpoint stands after."""
+    """The number of steps that a checkpoint has completed."""
     try:
         return int(torch.load(last, weights_only=True, map_location="cpu")["global_step"])
-    except Exception as error:  # a damaged file shows in many ways
+    except Exception as error:  # a damaged file raises many kinds of errors
         msg = f"{last} is damaged ({first_line(error)}); expected what gramlip train wrote: type rm {last} to start the run again"
         raise InputError(msg) from error
 
 
 class _Clock(lightning.Callback):
-    """CPU seconds of every step, forward, backward and update: what a step costs however busy the machine is."""
+    """CPU seconds of every step (forward, backward and update), a measure that does not depend on other load."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -326,7 +327,7 @@ class _Stop(lightning.Callback):
 
 
 def _check(folder: Path, plan: dict[str, Any]) -> None:
-    """The folder belongs to one run: its plan is written first, and compared ever after."""
+    """Tie the folder to one run: its plan is written at the start, and compared at every later start."""
     file = folder / "recipe.json"
     if file.exists() and (there := _read(file)) != json.loads(json.dumps(plan)):
         changed = sorted(k for k in plan if there.get(k) != plan[k])
@@ -359,7 +360,7 @@ def _loader(split: tuple[Tensor, Tensor], plan: Recipe, order: recipes.Order | N
 
 
 def evaluate(task: Task, test_set: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Bake the network in place, then certify: its constant, and the accuracies or the PSNR that go with it."""
+    """Bake the network in place, then certify its constant and compute accuracies or PSNR."""
     plan, net = task.recipe, task.net.cpu().eval()
     if next(iter(parametrized(net)), None) is not None:
         remove(net)

@@ -175,7 +175,7 @@ def _above(*terms: float) -> float:
 def _linear(what: Linear, r: Range, entries: int) -> tuple[float, float, float]:
     """Interval and row norm of a linear map of so many entries; its error, a norm, may turn all of them into one entry."""
     if r.size == INF:
-        return -INF, INF, INF
+        return (*_half_line(what, r), INF)
     lost = rd.mul_up(what.error, rd.mul_up(rd.sqrt_up(float(entries)), r.size))
     bias = torch.as_tensor(what.bias, dtype=torch.float64)
     shift, room = (float(bias.min()), float(bias.max())), float(bias.abs().max())
@@ -197,6 +197,21 @@ def _linear(what: Linear, r: Range, entries: int) -> tuple[float, float, float]:
         a, b = max(a, -most), min(b, most)
     stray = rd.add_up(_slack(rd.add_up(rd.mul_up(float(rows.abs().sum(1).max()), r.size), room), rows.shape[1]), stray)
     return _below(a, shift[0], -stray), _above(b, shift[1], stray), row
+
+
+def _half_line(what: Linear, r: Range) -> tuple[float, float]:
+    """Interval of the multiples, of one sign, of what has an end on one side alone."""
+    ends = [end for end in (r.low, r.high) if abs(end) < INF]
+    if not ends or not isinstance(what.op, Scale) or what.error:
+        return -INF, INF
+    weight, bias = what.op.weight, torch.as_tensor(what.bias, dtype=torch.float64)
+    sides, shift = (float(weight.min()), float(weight.max())), (float(bias.min()), float(bias.max()))
+    if sides[0] < 0.0 < sides[1]:
+        return -INF, INF
+    near = [w * ends[0] for w in sides]
+    room = rd.add_up(what.bias_error, _slack(rd.add_up(*map(abs, near), *map(abs, shift)), 4))
+    above = (r.high == INF) == (sides[1] > 0.0)
+    return (_below(min(near), shift[0], -room), INF) if above else (-INF, _above(max(near), shift[1], room))
 
 
 def quick_norm(matrix: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Training with a Lipschitz constant: normalise, rescale, penalise, cap, watch, and bake what was learned into certified weights."""
+"""Training with a Lipschitz constant: normalise, rescale, penalise, cap or monitor weights, and bake certified plain weights."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`LightningMonitor` and `TrainerMonitor`, whose base classes stand in packages that are imported when they are asked for."""
+    """Return `LightningMonitor` or `TrainerMonitor`; the package of its base class is imported only now."""
     return getattr(monitor, name)

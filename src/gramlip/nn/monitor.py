@@ -24,22 +24,22 @@ from gramlip.operators.linear_maps import Ints
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """A layer's weight as it is now."""
+    """The current weight of a layer."""
     return cast("Tensor", module.weight)
 
 
 class Norms(nn.Module):
-    """Lower estimates of the norms of a network's linear and convolution layers for every input size, tracked from call to call.
+    """Lower estimates of the norms of a network's linear and convolution layers, for every input size, tracked from call to call.
 
     Args:
-        model: the network. Its layers are those that it has now, and their weights are read at every call.
-        example: an input that one forward pass runs on to learn input sizes (they decide how strides split), or None.
+        model: the network. The list of layers is fixed now; their weights are read at every call.
+        example: an input for one forward pass, which records input sizes (they decide how strides split), or None.
         every: calls between two searches over all frequencies; 1 searches at every call.
         steps: tracking steps per call.
-        peaks: frequencies followed in each group.
+        peaks: number of frequencies tracked in each group.
         torus: grid points per axis in a search.
-        where: keep only layers for which `where(path, module)` holds.
-        shared: each of several ranks has its share of the layers.
+        where: keep only layers for which `where(path, module)` is true.
+        shared: with several ranks, each tracks only its share of the layers.
     """
 
     calls: Tensor
@@ -82,7 +82,7 @@ class Norms(nn.Module):
         self._tracked = tuple(module for group in alike.values() for _, module in group)
 
     def sigmas(self) -> dict[str, Tensor]:
-        """One tracking step: {path: norm estimate, a scalar with its graph}; a search where it is due."""
+        """Take one tracking step, or a search if one is due; return {path: norm estimate}, scalars with their graph."""
         call, first, values = int(self.calls), 0, []
         due = self._due(call)
         for tracker, weights in self.tracked():
@@ -93,7 +93,7 @@ class Norms(nn.Module):
         return dict(zip(self._paths, values, strict=True))
 
     def tracked(self) -> Iterator[tuple[Tracker, list[Tensor]]]:
-        """Each tracker with the weights of its layers as they are now."""
+        """Each tracker with the current weights of its layers."""
         modules = iter(self._tracked)
         for tracker in cast("list[Tracker]", list(self.trackers)):
             yield tracker, [weight_of(module) for module in islice(modules, len(tracker))]
@@ -104,7 +104,7 @@ class Norms(nn.Module):
         return [tracker.plan for tracker in cast("list[Tracker]", list(self.trackers)) for _ in range(len(tracker))]
 
     def _rests(self, tracker: Tracker, turn: int) -> bool:
-        """Whether the last estimates do for a call that is to search none of these layers."""
+        """Whether this call may reuse the last estimates; asked only if it searches none of these layers."""
         return False
 
     def _count(self, calls: Tensor) -> tuple[Tensor]:
@@ -112,14 +112,14 @@ class Norms(nn.Module):
         return (calls.clone(),)
 
     def _due(self, call: int) -> list[int]:
-        """The layers that a call searches: all at first, then each once in `every` calls, as evenly as it goes."""
+        """The layers that this call searches: all in the first call, then each once in `every` calls, spread evenly."""
         count = len(self._paths)
         if call == 0:
             return list(range(count))
         return [i % count for i in range(call * count // self.every, (call + 1) * count // self.every)]
 
     def certify(self, rtol: float = 1e-2) -> dict[str, Bound]:
-        """{path: interval that holds}, for the input sizes of the example, by `gramlip.bound`; work is shared over the ranks."""
+        """Return {path: certified interval} by `gramlip.bound`, for the input sizes of the example; ranks share the work."""
         sized: list[tuple[nn.Module, Ints | None]] = [(module, size) for _, module, size in self._layers]
         with in_eval_mode(nn.ModuleList(module for _, module, _ in self._layers)):
             found = distributed.bounds(sized, rtol=rtol)
@@ -128,24 +128,26 @@ class Norms(nn.Module):
 
 # ---- monitor -------------------------------------------------------------------------------------------------------------
 #
-# `Monitor`: the norms and stable ranks of a network's layers as numbers to log, at a small fraction of a training step.
+# `Monitor` returns the norms and stable ranks of a network's layers as numbers to log, at a small fraction of the cost of a
+# training step.
 
 
 class Monitor(Norms):
-    """Read a network's norms as it trains, without touching it.
+    """Read the norms of a network during training, without changing it.
 
-    `monitor()` returns {path: {"sigma": ..., "stable_rank": ...}} of floats: a lower estimate of the layer's norm for every input size,
-    tracked from call to call, and `||W||_F^2 / max ||D(w)||^2` with it, which for a matrix is its stable rank and for a convolution
-    that of its operator, by position of the (strided) output. `monitor.certify(rtol)` gives the intervals that hold; with
-    `certify_every=k` every k-th call adds them as "lower" and "upper". `monitor.log(writer, step)` writes what a call returns.
+    `monitor()` returns {path: {"sigma": ..., "stable_rank": ...}}. `sigma` is a lower estimate of the layer's norm for every input
+    size, tracked from call to call. `stable_rank` is `||W||_F^2 / max ||D(w)||^2`: for a matrix its stable rank, for a convolution that
+    of its operator per position of the (strided) output. `monitor.certify(rtol)` returns certified intervals; with `certify_every=k`
+    every k-th call adds them as "lower" and "upper". `monitor.log(writer, step)` writes the numbers of a call to a logger.
 
     Args:
-        model: the network. Its layers are those that it has now, and their weights are read at every call, in eval mode.
-        example: an input, a tuple of them, or the shape of one sample, that one forward pass runs on; None holds for every size.
-        every: calls between two searches of a layer over all frequencies; 1 where calls are many training steps apart.
-        certify_every: calls between two certificates; None for none.
-        where: keep only layers for which `where(path, module)` holds.
-        peaks: frequencies followed in each group.
+        model: the network. The list of layers is fixed now; their weights are read at every call, in eval mode.
+        example: an input, a tuple of inputs, or the shape of one sample, for one forward pass that records input sizes; None: the norms
+            hold for every size.
+        every: calls between two searches of a layer over all frequencies; use 1 if calls are many training steps apart.
+        certify_every: calls between two certificates; None: no certificates.
+        where: keep only layers for which `where(path, module)` is true.
+        peaks: number of frequencies tracked in each group.
         torus: grid points per axis in a search.
 
     Raises:
@@ -176,7 +178,7 @@ class Monitor(Norms):
         self.certify_every = certify_every
 
     def forward(self) -> dict[str, dict[str, float]]:
-        """{path: its numbers}, after one tracking step."""
+        """Take one tracking step; return {path: numbers of the layer}."""
         with evaluating(nn.ModuleList(self._tracked)):  # reading a normalised weight moves nothing
             sigmas = torch.stack([sigma.to(torch.float64) for sigma in self.sigmas().values()])
             sizes = [_size(weight_of(module).detach(), sigma) for module, sigma in zip(self._tracked, sigmas.tolist(), strict=True)]
@@ -190,7 +192,7 @@ class Monitor(Norms):
         return found
 
     def log(self, *writers: Any, step: int) -> dict[str, float]:
-        """Read the norms once and write them as scalars `sigma/PATH`, `stable_rank/PATH`; what was written is returned.
+        """Read the norms once, write them as scalars `sigma/PATH` and `stable_rank/PATH`, and return them.
 
         Args:
             *writers: each a TensorBoard `SummaryWriter`, a W&B run (or `wandb` itself), or a logger of Lightning.
@@ -207,13 +209,13 @@ class Monitor(Norms):
 
 
 def _size(weight: Tensor, sigma: float) -> Tensor:
-    """||W||_F, in a wider precision where squares might leave the range of the weight's own."""
+    """||W||_F, in a wider precision if squares could leave the range of the weight's dtype."""
     safe = weight.dtype == torch.float64 or (weight.dtype == torch.float32 and 1e-9 < sigma < 1e9)
     return norm((weight if safe else weight.to(torch.float64)).flatten()).to(torch.float64)
 
 
 def _way(writer: Any) -> Callable[[dict[str, float], int], object]:
-    """How a writer takes numbers; it is known by its method, so that none of these packages is imported."""
+    """The function that passes numbers to a writer. The writer is recognised by its method, so none of these packages is imported."""
     if callable(getattr(writer, "add_scalar", None)):
         return lambda found, step: [writer.add_scalar(name, value, step) for name, value in found.items()]
     if callable(getattr(writer, "log_metrics", None)):
@@ -235,7 +237,7 @@ def _way(writer: Any) -> Callable[[dict[str, float], int], object]:
 
 
 class _Readings:
-    """The monitor of a network that is known when training begins, and the steps at which it reads."""
+    """A monitor that is made when training begins, since the network is known only then, and the steps at which it reads."""
 
     def __init__(self, example: Any = None, every: int = 50, **options: Any) -> None:
         check_integers(1, every=every)
@@ -244,11 +246,11 @@ class _Readings:
         self._last = 0
 
     def begin(self, model: nn.Module, step: int) -> None:
-        """A run begins, or goes on, on this network."""
+        """Start, or resume, a run on this network."""
         self.monitor, self._last = self._make(model), step - self.every
 
     def due(self, step: int) -> Monitor | None:
-        """The monitor, where this step is one that reads; a step that is seen several times reads once."""
+        """Return the monitor if it reads at this step, otherwise None. A step that is seen several times is read once."""
         if self.monitor is None or step - self._last < self.every:
             return None
         self._last = step
@@ -269,7 +271,7 @@ def _lightning_monitor() -> type:
     class LightningMonitor(base):
         """A callback for `lightning.Trainer` that logs the norms of the module that trains.
 
-        All loggers of the trainer get `sigma/PATH` and `stable_rank/PATH`, and `trainer.callback_metrics` has them for other callbacks.
+        All loggers of the trainer receive `sigma/PATH` and `stable_rank/PATH`; other callbacks find them in `trainer.callback_metrics`.
 
         Args:
             example: an input of the module, the shape of one sample, or None, as for `Monitor`.
@@ -299,12 +301,12 @@ def _trainer_monitor() -> type:
     base = _base("transformers", "transformers", "TrainerCallback")
 
     class TrainerMonitor(base):
-        """A callback for `transformers.Trainer` that logs the norms of its model by `trainer.log`, so wherever the trainer reports.
+        """A callback for `transformers.Trainer` that logs the norms of its model by `trainer.log`, to wherever the trainer reports.
 
-        `trainer.add_callback(TrainerMonitor(trainer))`.
+        Type `trainer.add_callback(TrainerMonitor(trainer))`.
 
         Args:
-            trainer: whose model is read.
+            trainer: the trainer of the model that is read.
             example: an input of the model, the shape of one sample, or None, as for `Monitor`.
             every: optimizer's steps between two readings.
             **options: those of `Monitor`; `certify_every` counts readings.
@@ -328,7 +330,7 @@ def _trainer_monitor() -> type:
 
 
 def _public(made: type) -> type:
-    """The class under the name by which it is found again, as pickle asks for it."""
+    """The class under its public name, by which pickle finds it again."""
     made.__module__, made.__qualname__ = __name__, made.__name__
     return made
 

@@ -1,8 +1,8 @@
 """The norm of a layer as a function of its weight alone: one opaque, differentiable operation for eager, compiled and exported code.
 
-`NormGeometry` is the layer's geometry, worked out once; `NormGeometry.sigma(weight)` is the upper bound, with the gradient
-of the largest block.
-Eager code goes through `_Sigma`, which knows the transforms of `torch.func`; code that torch compiles or traces takes the operation itself.
+`NormGeometry` is the layer's geometry, computed once; `NormGeometry.sigma(weight)` is the upper bound, with the gradient of the largest
+block. Eager code calls `_Sigma`, which supports the transforms of `torch.func`; code that torch compiles or traces calls the operation
+itself.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from gramlip.numerics.precision import in_norm_precision, norm, real_dtype, with
 from gramlip.operators.given import is_sharded
 from gramlip.operators.linear_maps import Conv, Dense, axes
 
-POWER_STEPS = 4  # cheap lower estimates that say which blocks cannot be the largest
+POWER_STEPS = 4  # cheap lower estimates that rule out blocks which cannot be the largest
 
 
 @dataclass(frozen=True)
 class NormGeometry:
     """Geometry of a layer without its weight: `norm <= factor * max over the grid of ||D(w)||`, for any weight of that shape.
 
-    A lower estimate of the largest block times `attained` is one of the layer's norm: the padding's factor where it is exact, otherwise 1.
+    A lower estimate of the largest block, times `attained`, is a lower estimate of the layer's norm. `attained` is the factor of the
+    padding theorem if that is exact, otherwise 1.
     """
 
     groups: int
@@ -43,7 +44,7 @@ class NormGeometry:
 
     @staticmethod
     def of(op: Dense | Conv, torus: int = 16) -> NormGeometry:
-        """The plan of an operator: on each axis the padding theorem's own grid, or one of `torus` points where that is smaller.
+        """The geometry of an operator: on each axis the grid of the padding theorem, or one of `torus` points if that is smaller.
 
         On a grid of N points the supremum over all frequencies costs the factor `1 / cos(pi (k - 1) / (2 N))`:
         docs/theory.md#from-a-grid-to-the-torus.
@@ -79,11 +80,11 @@ class NormGeometry:
         )
 
     def kernel(self, weight: Tensor) -> Tensor:
-        """The polyphase kernel (groups, m, n, *k) of a weight; linear."""
+        """The polyphase kernel (groups, m, n, *k) of a weight; a linear function of it."""
         return kernel(weight, self.groups, self.strides)
 
     def columns(self, shape: Sequence[int]) -> Tensor:
-        """Which column of the plain weight (groups, m, -1) each column (n, *k) of the polyphase kernel is; -1 where it is zero."""
+        """For each column (n, *k) of the polyphase kernel, its column in the plain weight (groups, m, -1); -1 for a zero column."""
         numbers = torch.arange(math.prod(shape[1:])).reshape(1, *shape[1:]) + 1
         return self.kernel(numbers.expand(self.groups, *shape[1:]))[0, 0] - 1
 
@@ -101,7 +102,7 @@ class NormGeometry:
 
 
 def replicated(weight: Tensor) -> tuple[Tensor, Any] | None:
-    """For a DTensor: the full tensor and the way back to a replicated DTensor. None for a plain tensor."""
+    """For a DTensor, the full tensor and the function back to a replicated DTensor. None for a plain tensor."""
     if not is_sharded(weight):
         return None
     from torch.distributed.tensor import DTensor, Replicate
@@ -112,7 +113,7 @@ def replicated(weight: Tensor) -> tuple[Tensor, Any] | None:
 
 
 def kernel(weight: Tensor, groups: int, strides: Sequence[int]) -> Tensor:
-    """A weight as (groups, m, n, *k), the phases of each strided axis moved to the columns; missing taps are zeros."""
+    """The weight as (groups, m, n, *k): the phases of each strided axis become columns, and missing taps are zeros."""
     out = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     split_axes = [j for j, stride in enumerate(strides) if stride > 1]
     for j in reversed(split_axes):
@@ -134,24 +135,24 @@ def _largest(weight: Tensor, groups: int, strides: list[int], grid: list[int], n
 
 
 def max_gram_bound(blocks: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
-    """Largest `gram_norm` of blocks (F, m, n) and its index; blocks that a lower estimate rules out are dropped on the way."""
+    """Largest `gram_norm` of blocks (F, m, n) and its index; blocks that a lower estimate rules out are dropped early."""
     keep = torch.arange(blocks.shape[0], device=blocks.device)
     floor = power(blocks, POWER_STEPS)[0].amax() * (1 - 1e-5)
     for steps in (0, *(t for t in (1, 3) if t < n_iter), n_iter):
         some = blocks[keep] if len(keep) < len(blocks) else blocks
         value = gram_norm(some, steps) if steps else norm(some, 2)
-        # a NaN stays, and is seen; so does the largest, which rounding may have put below an estimate
+        # keep NaN, so that it is seen, and the largest block, which rounding may have put below an estimate
         alive = ~(value < torch.minimum(floor, value.amax()))
         keep, value = keep[alive], value[alive]
     top, where = value.max(0)  # pyright: ignore[reportPossiblyUnboundVariable]
-    # rounding may have put the estimate above: then it is the larger, and no block that was dropped has more
+    # if rounding put the estimate above the bound, take it: no dropped block is larger
     top = torch.where(floor.isfinite(), torch.maximum(top, floor), top)  # squares may have left the range
     return top, keep[where].clone()  # not a view into the middle of `keep`: compiled code asks for aligned storage
 
 
 def power(blocks: Tensor, steps: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Lower estimates (F,) of the norms of blocks (F, m, n) and their unit right vectors (F, n), by power iteration."""
-    if start is None:  # the longest row: a zero block alone maps it to zero
+    if start is None:  # start from the longest row: only a zero block maps it to zero
         rows = norm(blocks).argmax(-1)
         start = blocks.take_along_dim(rows[:, None, None], 1)[:, 0].conj()
     v = unit(start)
@@ -161,7 +162,7 @@ def power(blocks: Tensor, steps: int, start: Tensor | None = None) -> tuple[Tens
 
 
 def unit(v: Tensor) -> Tensor:
-    """Vectors of length one along the last axis; zero stays zero. Divided by the peak first: squares neither over- nor underflow."""
+    """Unit vectors along the last axis; zero stays zero. The peak is divided out first, so that squares neither over- nor underflow."""
     peak = v.abs().amax(-1, keepdim=True)
     v = v / torch.where(peak > 0, peak, 1.0)
     length = norm(v, keepdim=True)
@@ -174,7 +175,7 @@ def _(weight: Tensor, groups: int, strides: list[int], grid: list[int], n_iter: 
 
 
 def slope(weight: Tensor, index: Tensor, groups: int, strides: Sequence[int], grid: Sequence[int], n_iter: int) -> Tensor:
-    """Gradient of the Gram bound of one block with respect to the weight, differentiable itself."""
+    """Gradient of the Gram bound of one block with respect to the weight; it is differentiable again."""
     with without_autocast(weight):
         _, pull = cast("Any", torch.func.vjp)(
             lambda w: gram_norm(block_at(kernel(w, groups, strides), index, grid), n_iter), in_norm_precision(weight)
@@ -223,7 +224,7 @@ def _pull(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _times(grad: Tensor | None, direction: Tensor) -> Tensor | None:
-    """A scalar's gradient times a direction, in the direction's precision."""
+    """The gradient of a scalar times a direction, in the precision of the direction."""
     return None if grad is None else grad.to(direction.real.dtype if direction.is_complex() else direction.dtype) * direction
 
 

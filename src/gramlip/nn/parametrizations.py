@@ -1,4 +1,4 @@
-"""Parametrizations that fix the norm of a layer: `spectral_norm`, which divides, and spectral rescaling, by a diagonal."""
+"""Parametrizations that hold the norm of a layer: `spectral_norm` divides by it, spectral rescaling scales columns by a diagonal."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from gramlip.operators.linear_maps import Conv, Ints
 # Spectral rescaling: a diagonal that makes any layer 1-Lipschitz, from the row sums of a Gram iterate; one step is AOL.
 
 M = TypeVar("M", bound=nn.Module)
-PEAKS = 4  # frequencies that are followed: more cost little, as they share each pass over the weight
+PEAKS = 4  # tracked frequencies: more of them cost little, since they share each pass over the weight
 
 
 class SpectralRescaling(Normalised):
-    """`weight -> weight * d`, one d for each input channel and phase of the stride, so that the layer's norm is at most `target`."""
+    """`weight -> weight * d`, one d for each input channel and phase of the stride; the layer's norm is then at most `target`."""
 
     def __init__(self, plan: NormGeometry, input_size: Ints | None, target: float, n_iter: int) -> None:
         super().__init__(input_size, target)
         self.plan, self.n_iter = plan, n_iter
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The rescaled weight, of the same shape and dtype; the sums are taken in float64."""
+        """The rescaled weight, of the same shape and dtype; sums are computed in float64."""
         with without_autocast(weight):
             peak = weight.detach().abs().amax()
             scaled = weight.to(torch.float64) / torch.where(peak == 0, 1.0, peak).to(torch.float64)
@@ -56,20 +56,20 @@ class SpectralRescaling(Normalised):
         return out.reshape(size)
 
     def extra_repr(self) -> str:
-        """What is asked for, and by which theorem it holds."""
+        """The options, and the theorem behind the bound."""
         return f"target={self.target}, n_iter={self.n_iter}, because={self.plan.because!r}"
 
 
 def rescaling(kernel: Tensor, n_iter: int) -> Tensor:
     """The diagonal d (groups, n) for which `kernel * d` has norm at most 1 (up to rounding) at every frequency, differentiable.
 
-    With A the kernel's autocorrelation and m = 2^(n_iter - 1): `d_i = (sum_jq |(A^m)_ij(q)|)^(-1 / (2 m))`, the power taken by
-    convolution of the taps. Columns of zeros get d = 1. The taps come from products on a grid of frequencies that is large enough
-    for them not to meet. Proof: docs/training.md#rescale.
+    With A the kernel's autocorrelation and m = 2^(n_iter - 1): `d_i = (sum_jq |(A^m)_ij(q)|)^(-1 / (2 m))`, where the power is a
+    convolution of the taps. Columns of zeros get d = 1. The products are taken on a frequency grid that is large enough to avoid
+    wrap-around of the taps. Proof: docs/training.md#rescale.
 
     Args:
         kernel: (groups, m, n, *k).
-        n_iter: 1 is AOL (arXiv 2208.03160); each step more takes squares of larger kernels.
+        n_iter: 1 is AOL (arXiv 2208.03160); each further step squares a larger kernel.
 
     Reference: arXiv 2402.00240, spectral rescaling.
     """
@@ -92,25 +92,24 @@ def rescaling(kernel: Tensor, n_iter: int) -> Tensor:
 
 
 def _unit(x: Tensor, log: Tensor | float) -> tuple[Tensor, Tensor]:
-    """X over its largest entry, and log plus that entry's logarithm."""
+    """X divided by its largest entry, and `log` plus the logarithm of that entry."""
     peak = x.detach().abs().amax()
     peak = torch.where(peak == 0, 1.0, peak)
     return x / peak, log + peak.log()
 
 
 def spectral_rescaling(module: M, name: str = "weight", *, input_size: Ints | None = None, target: float = 1.0, n_iter: int = 2) -> M:
-    """Parametrize a layer so that its l2 norm is at most `target` (up to rounding), by scaling its input channels one by one.
+    """Parametrize a layer so that its l2 norm is at most `target` (up to rounding), by one scale for each input channel.
 
-    Each channel has its own scale, and there is no search: orthogonal columns of any length become orthonormal. The scales depend on
-    the weight alone. Undone by `torch.nn.utils.parametrize.remove_parametrizations`, or by
-    `gramlip.nn.remove`, which leaves a certified weight.
+    No search is needed, and orthogonal columns of any length become orthonormal. The scales depend on the weight alone. Remove it with
+    `torch.nn.utils.parametrize.remove_parametrizations`, or with `gramlip.nn.remove`, which leaves a certified weight.
 
     Args:
-        module: `nn.Linear`, `nn.Conv*d`, `nn.ConvTranspose*d`, or registered with `gramlip.describe`.
-        name: the tensor to rescale; other than "weight" it must be a matrix.
-        input_size: spatial size of the input; None holds for every size.
+        module: `nn.Linear`, `nn.Conv*d`, `nn.ConvTranspose*d`, or a layer registered with `gramlip.describe`.
+        name: the tensor to rescale; any tensor other than "weight" must be a matrix.
+        input_size: spatial size of the input; None: the norm holds for every size.
         target: any positive number.
-        n_iter: steps, at least 1, which is AOL; more are tighter.
+        n_iter: steps, at least 1; 1 is AOL, more are tighter.
 
     Returns:
         The module.
@@ -147,12 +146,13 @@ def spectral_rescaling_(model: M, example: Any = None, *, where: Callable[[str, 
 class Residual(nn.Module):
     """The residual block `x - 2 V^T s(V x + b)`, 1-Lipschitz for a layer V of norm at most 1 and s with slopes between 0 and 1.
 
-    The layer is rescaled here. The block's Jacobian is `I - 2 V^T S V` with S diagonal in [0, 1], symmetric with eigenvalues in
-    [-1, 1]: docs/training.md#residual. The input is never shrunk where the layer is inactive, so that such blocks stack deeply.
+    The constructor rescales the layer. The Jacobian of the block is `I - 2 V^T S V` with S diagonal in [0, 1]; it is symmetric with
+    eigenvalues in [-1, 1]: docs/training.md#residual. Where the layer is inactive the block is the identity, so many blocks can be
+    stacked.
 
     Args:
         layer: `nn.Linear`, or `nn.Conv*d` with zero padding and stride 1 that keeps the size of its input.
-        activation: slopes between 0 and 1: "relu", "sigmoid" or "tanh" (for others the proof does not hold).
+        activation: "relu", "sigmoid" or "tanh", whose slopes lie between 0 and 1, as the proof needs.
         n_iter: as for `spectral_rescaling`.
 
     Raises:
@@ -194,7 +194,7 @@ class Residual(nn.Module):
         return back(y, weight, stride=1, padding=self.padding, dilation=layer.dilation, groups=layer.groups)
 
     def bound(self, input_size: Ints | None = None, rtol: float = 1e-3) -> Bound:
-        """Interval of the block's constant: at most `max(1, 2 u^2 - 1)`, u the certified norm of its layer as it stands.
+        """Interval of the block's Lipschitz constant: at most `max(1, 2 u^2 - 1)`, with u the certified norm of its current layer.
 
         >>> from gramlip.nn import remove
         >>> remove(Residual(nn.Conv2d(4, 16, 3, padding=1))).bound().upper
@@ -213,21 +213,22 @@ def _(module: Residual, input_size: Ints | None = None) -> Bound:
 
 # ---- spectral normalisation ----------------------------------------------------------------------------------------------
 #
-# `spectral_norm`: torch's parametrization, true for convolutions; tracked, or stateless and exact.
+# `spectral_norm`: the parametrization of torch, correct for convolutions; tracked, or stateless and exact.
 
 
 def _forget(state_dict: dict[str, Any], prefix: str, own: frozenset[str]) -> None:
-    """Drop what the other forms of `spectral_norm`, torch's too, keep beside a weight, so that a state of theirs is loaded."""
+    """Drop the buffers that other forms of `spectral_norm` (torch's too) store beside a weight: their state_dict can then be loaded."""
     theirs = {"_u", "_v", "calls", *(f"tracker.{name}" for name in ("frequency", "vector", "height"))} - own
     for name in theirs:
         state_dict.pop(prefix + name, None)
 
 
 class TrackedSpectralNorm(Normalised):
-    """`weight -> weight * target / sigma`, sigma a lower estimate of the layer's norm that is followed from call to call.
+    """`weight -> weight * target / sigma`, with sigma a lower estimate of the layer's norm that is tracked from call to call.
 
-    In training mode each call moves the frequencies and vectors that are followed by one step, and one in `every` searches afresh; in
-    eval mode nothing moves. Where the weight changed by more than a step can follow (it was loaded, averaged or set) it is searched again.
+    In training mode each call moves the tracked frequencies and vectors by one step, and one call in `every` searches all frequencies;
+    in eval mode nothing moves. If the weight changed by more than a step can follow (it was loaded, averaged or set), the call
+    searches.
     """
 
     calls: Tensor
@@ -239,7 +240,7 @@ class TrackedSpectralNorm(Normalised):
         self.soft, self.margin, self.every = soft, margin, every
         self.tracker = Tracker(plan, [weight], 1, PEAKS)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-        self._at = 0  # the same number: a GPU that is asked for it makes the call wait
+        self._at = 0  # the same number on the host: reading it from a GPU would make the call wait
         if not weight.is_meta:
             self.tracker([weight.detach()], [0])
 
@@ -250,9 +251,11 @@ class TrackedSpectralNorm(Normalised):
         return self.tracker.divided(weight, goal, most, self._due(), still=not self.training)
 
     def _due(self) -> list[int]:
-        """The one layer where a search is due, which each call in training counts; code that is compiled searches when it jumps.
+        """[0], the layer to search, if a search is due, otherwise []; each call in training mode counts.
 
-        Fresh weights grow directions that nothing has followed: the calls 1, 2, 4, 8, ... search as well.
+        Compiled code searches only if the weight jumps.
+
+        New weights grow directions that are not tracked yet: the calls 1, 2, 4, 8, ... search as well.
         """
         if not self.training or torch.compiler.is_compiling() or self.calls.is_meta:
             return []
@@ -260,29 +263,29 @@ class TrackedSpectralNorm(Normalised):
         return [0] if self._at % self.every == 0 or self._at.bit_count() == 1 else []
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """The count is written where it is read: a call in training has no time for it."""
+        """Write the count into its buffer only here: doing so at every call in training would cost time."""
         if not self.calls.is_meta:
             self.calls.fill_(self._at)
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """A state of torch's own `spectral_norm`, or of the stateless form, leaves the estimate to be searched afresh."""
+        """Load the weight from a state of torch's `spectral_norm`, or of the stateless form; the next call searches."""
         _forget(state_dict, prefix, frozenset(self.state_dict()))
         held = {f"{prefix}calls": self.calls} | {f"{prefix}tracker.{name}": value for name, value in self.tracker.state_dict().items()}
         if not any(name in state_dict for name in held):
             state_dict.update(held)
             self.calls.zero_()
-            self.tracker.height.zero_()  # nothing is as high as zero: the next call searches
+            self.tracker.height.zero_()  # an estimate of zero makes the next call search
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._at = 0 if self.calls.is_meta else int(self.calls)
 
     def extra_repr(self) -> str:
-        """What is asked for, and by which theorem it holds."""
+        """The options, and the theorem behind the bound."""
         return f"target={self.target}, soft={self.soft}, margin={self.margin}, every={self.every}, because={self.tracker.plan.because!r}"
 
 
 class SpectralNorm(Normalised):
-    """`weight -> weight * target / sigma(weight)`, sigma the Gram upper bound of the layer's norm; zero stays zero."""
+    """`weight -> weight * target / sigma(weight)`, with sigma the Gram upper bound of the layer's norm; zero stays zero."""
 
     def __init__(self, plan: NormGeometry, input_size: Ints | None, target: float, soft: bool, n_iter: int) -> None:
         super().__init__(input_size, target)
@@ -291,21 +294,21 @@ class SpectralNorm(Normalised):
     def forward(self, weight: Tensor) -> Tensor:
         """The normalised weight, of the same shape and dtype; the norm is computed in float32 at least, whatever autocast says."""
         with without_autocast(weight):
-            # A norm is homogeneous: the peak is divided out first, so that no weight is too small or too large for its square.
+            # The norm is homogeneous: divide the peak out first, so that no square over- or underflows.
             peak = weight.detach().abs().amax()
             peak = torch.where(peak == 0, 1.0, peak).to(real_dtype(weight))
             shape = weight / peak  # in float32 at least
             sigma = self.plan.sigma(shape, self.n_iter)
-            scale = self.target / torch.where(sigma == 0, 1.0, sigma)  # what is no number stays one that is seen
+            scale = self.target / torch.where(sigma == 0, 1.0, sigma)  # NaN stays NaN, so that it is seen
             return (shape * (torch.minimum(scale, peak) if self.soft else scale)).to(weight.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """A state of torch's own `spectral_norm`, or of the tracked form, leaves the weight."""
+        """Load the weight from a state of torch's `spectral_norm`, or of the tracked form."""
         _forget(state_dict, prefix, frozenset())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        """What is asked for, and by which theorem it holds."""
+        """The options, and the theorem behind the bound."""
         return f"target={self.target}, soft={self.soft}, n_iter={self.n_iter}, because={self.plan.because!r}"
 
 
@@ -325,36 +328,37 @@ def spectral_norm(
     n_iter: int = 6,
     torus: int = 16,
 ) -> M:
-    """Parametrize a layer so that its l2 norm is close to `target` in training, for the map that the layer really is.
+    """Parametrize a layer so that the l2 norm of its operator (not of its reshaped weight) stays close to `target` in training.
 
-    The call of `torch.nn.utils.parametrizations.spectral_norm`, in place; undone by
-    `torch.nn.utils.parametrize.remove_parametrizations`, or by `gramlip.nn.remove`, which leaves a weight whose certified norm is at
-    most `target`, always.
+    It works in place and takes the arguments of `torch.nn.utils.parametrizations.spectral_norm`. Remove it with
+    `torch.nn.utils.parametrize.remove_parametrizations`, or with `gramlip.nn.remove`, which leaves a weight whose certified norm is at
+    most `target`.
 
-    By default the norm is tracked, at about the price of torch's own: the highest frequencies and their singular vectors are followed
-    from call to call in training mode, and searched afresh in turns and where the weight jumps. What is divided by is an estimate from
-    below: in training the norm lies above the target by as much as the weight moves in a few steps (docs/training.md#normalise), which
-    `margin` makes up for. In eval mode nothing moves. A state_dict of torch's `spectral_norm`, or of the exact form, can be loaded.
+    By default the norm is tracked, at about the cost of torch's own: in training mode the frequencies of the largest blocks and their
+    singular vectors are updated at every call. All frequencies are searched again once in `every` calls, and when the weight jumps. The
+    divisor is a lower estimate, so in training the norm can exceed the target by as much as the weight moves in a few steps
+    (docs/training.md#normalise); `margin` compensates for this. In eval mode nothing is updated. A state_dict of torch's
+    `spectral_norm`, or of the exact form, can be loaded.
 
-    With `exact=True` what is divided by is the Gram upper bound, a function of the weight alone, in train and eval, at the first call
-    and the last: the norm is at most the target up to rounding, at many times the price. It is above the norm by
-    `log(c) / 2**(n_iter + 1)` at most and the grid's cosine factor.
+    With `exact=True` the divisor is the Gram upper bound, a function of the weight alone, in train and eval mode alike. The norm is
+    then at most the target, up to rounding, at many times the cost. The relative error of the bound is at most `log(c) / 2**(n_iter +
+    1)`, apart from the cosine factor of the grid.
 
     Args:
-        module: `nn.Linear`, `nn.Conv*d`, `nn.ConvTranspose*d`, or registered with `gramlip.describe`.
-        name: the tensor to normalise; other than "weight" it must be a matrix.
-        n_power_iterations: accepted so that the import can be exchanged; the tracked form takes one step a call.
-        eps: accepted likewise; no epsilon is added.
-        dim: accepted likewise; the norm does not depend on which axis comes first.
-        input_size: spatial size of the input; None holds for every size.
+        module: `nn.Linear`, `nn.Conv*d`, `nn.ConvTranspose*d`, or a layer registered with `gramlip.describe`.
+        name: the tensor to normalise; any tensor other than "weight" must be a matrix.
+        n_power_iterations: ignored, accepted for compatibility with torch; the tracked form takes one step a call.
+        eps: ignored, accepted for compatibility; no epsilon is added.
+        dim: ignored, accepted for compatibility; the norm does not depend on the order of the axes.
+        input_size: spatial size of the input; None: the norm holds for every size.
         target: any positive number.
-        soft: divide only where the norm exceeds the target.
-        exact: stateless, from above, and slow.
-        margin: in [0, 1): the estimate is divided down to `target * (1 - margin)`; tracked form only.
+        soft: divide only if the norm exceeds the target.
+        exact: divide by a stateless upper bound, which is slow.
+        margin: in [0, 1): aim at `target * (1 - margin)`; tracked form only.
         every: calls in training mode between two searches over all frequencies; tracked form only.
         n_iter: Gram steps; exact form only.
-        torus: grid points per axis; in the exact form 16 costs 4 % of a 3x3 layer's norm, 32 costs 1 %; the tracked
-            one searches half as many.
+        torus: grid points per axis; in the exact form 16 overestimates the norm of a 3x3 layer by up to 4 %, 32 by 1 %; the tracked
+            form searches half as many points.
 
     Returns:
         The module.
@@ -376,7 +380,7 @@ def spectral_norm(
         msg = f"margin={margin!r} was given; expected a share of the target in [0, 1), such as 0.01"
         raise InputError(msg)
     op, goal = operator(module, name, input_size), positive("target", target)
-    if exact or op.weight.is_complex():  # what is followed are vectors of real kernels
+    if exact or op.weight.is_complex():  # tracking follows vectors of real kernels only
         attach(module, name, SpectralNorm(NormGeometry.of(op, torus), input_size, goal, soft, n_iter))
         return module
     plan = NormGeometry.of(op, max(4, torus // 2))
@@ -389,11 +393,10 @@ def spectral_norm_(model: M, example: Any = None, *, where: Callable[[str, nn.Mo
 
     Args:
         model: the network.
-        example: an input, a tuple of them, or the shape of one sample, that one forward pass runs on (in eval mode, without
-            gradient) to learn each layer's input size; None holds for every size. A layer seen at several sizes is normalised for
-            every size.
-        where: keep only layers for which `where(path, module)` holds.
-        **options: those of `spectral_norm`.
+        example: an input, a tuple of inputs, or the shape of one sample. One forward pass (in eval mode, without gradient) records the
+            input size of each layer. None, or a layer seen at several sizes: the norm holds for every size.
+        where: keep only layers for which `where(path, module)` is true.
+        **options: options of `spectral_norm`.
 
     Returns:
         The model.

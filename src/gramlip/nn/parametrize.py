@@ -1,4 +1,4 @@
-"""What the parametrizations share: the layers of a model, attaching to them, pickling, and baking into certified plain weights."""
+"""Shared by the parametrizations: the layers of a model, attaching, pickling, and baking into certified plain weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from gramlip.operators.linear_maps import Conv, Dense, Ints
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Generator[None, None, None]:
-    """The model in eval mode; every module's own mode is put back, whatever is raised."""
+    """Put the model in eval mode; restore the mode of every module afterwards, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -41,7 +41,7 @@ def in_eval_mode(model: nn.Module) -> Generator[None, None, None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None, None, None]:
-    """The same without gradient.
+    """Put the model in eval mode, without gradient.
 
     >>> model = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
     >>> with evaluating(model):
@@ -61,9 +61,9 @@ Where = Callable[[str, nn.Module], bool]
 
 
 def layers(model: nn.Module, example: Any, where: Where | None, stacklevel: int = 4) -> list[tuple[str, nn.Module, Ints | None]]:
-    """The linear layers that a forward pass of `example` uses, with their input sizes; None where sizes differ or none is given.
+    """The linear layers that a forward pass of `example` uses, with their input sizes; None if sizes differ or no example is given.
 
-    Other tensors of two axes or more are named in a warning, unless `where` chooses: nothing is left out silently.
+    Other tensors of two or more axes are named in a warning, unless `where` is given: nothing is left out silently.
     """
     model = unwrapped(model)
     args = () if example is None else example_inputs(model, example)
@@ -89,7 +89,7 @@ def layers(model: nn.Module, example: Any, where: Where | None, stacklevel: int 
             f"{', '.join(left)}: no linear or convolution layer, so not among the layers; for a matrix type "
             "gramlip.nn.spectral_norm(module, name), or where=lambda path, module: True to leave them out knowingly"
         )
-        warnings.warn(msg, stacklevel=stacklevel)  # the line of the user's that names the model
+        warnings.warn(msg, stacklevel=stacklevel)  # points at the line of the user's code that passes the model
     if example is None:
         return [(path, module, None) for path, module in found.items()]
     sizes: dict[str, set[tuple[int, ...]]] = {path: set() for path in found}
@@ -109,22 +109,22 @@ def layers(model: nn.Module, example: Any, where: Where | None, stacklevel: int 
 
 
 def _left_out(model: nn.Module, found: list[nn.Module]) -> list[str]:
-    """Names of the parameters of two axes or more that belong to none of the layers."""
+    """Names of the parameters of two or more axes that belong to none of the layers."""
     taken = {id(p) for module in found for p in module.parameters()}
     return [name for name, p in model.named_parameters() if id(p) not in taken and p.ndim >= 2]
 
 
 # ---- parametrizations ----------------------------------------------------------------------------------------------------
 #
-# What the parametrizations share: attaching them to a layer, pickling, walking a model, and baking into certified plain weights.
+# Attaching parametrizations to a layer, pickling, walking a model, and baking into certified plain weights.
 
-SHRINK_ATTEMPTS = 40  # each try widens the margin twofold: from one rounding unit to far more than a cast can lose
+SHRINK_ATTEMPTS = 40  # each try doubles the margin: from one rounding unit to far more than a cast can lose
 
 
 class Normalised(nn.Module):
-    """Base of the parametrizations: a weight's value with a norm of at most `target`, or close to it.
+    """Base class of the parametrizations: the value of the weight has a norm of at most `target`, or close to it.
 
-    The exact ones are functions of the weight alone and hold no tensors: nothing to synchronise, save, average or freeze.
+    The exact ones are functions of the weight alone and hold no tensors, so there is nothing to synchronise, save, average or freeze.
     """
 
     def __init__(self, input_size: Ints | None, target: float) -> None:
@@ -133,12 +133,12 @@ class Normalised(nn.Module):
         self.target = target
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Assigning a weight stores it; what the layer then uses is its normalised value."""
+        """Store an assigned weight as it is; the layer uses its normalised value."""
         return weight
 
 
 def positive(name: str, value: float) -> float:
-    """The value as a float, refused unless positive and finite."""
+    """The value as a float; InputError unless it is positive and finite."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < float("inf"):
         msg = f"{name}={value!r} was given; expected a positive number such as 1.0"
         raise InputError(msg)
@@ -146,7 +146,7 @@ def positive(name: str, value: float) -> float:
 
 
 def operator(module: nn.Module, name: str, input_size: Ints | None) -> Dense | Conv:
-    """The operator whose weight is `module.name`: by its rule for "weight", otherwise a matrix."""
+    """The operator whose weight is `module.name`: described by the rule of the layer for "weight", otherwise a matrix."""
     if not isinstance(module, nn.Module):
         msg = (
             f"a {type(module).__name__} was given; expected a module such as nn.Linear: type gramlip.gram_norm(matrix) for a tensor's norm"
@@ -173,12 +173,12 @@ def operator(module: nn.Module, name: str, input_size: Ints | None) -> Dense | C
 
 
 def _zeros(weight: Tensor) -> Tensor:
-    """Zeros of a weight's shape and dtype in the memory of one: a geometry needs no values."""
+    """Zeros of the shape and dtype of a weight, in the memory of a single zero: a geometry needs no values."""
     return torch.zeros((), dtype=weight.dtype).expand(weight.shape)
 
 
 def _shaped(module: nn.Module) -> nn.Module:
-    """A twin of a module on the meta device that holds zeros."""
+    """A copy of a module on the meta device that holds zeros."""
     twin = object.__new__(type(module))
     held = {name: p if p is None else _zeros(p) for name, p in vars(module)["_parameters"].items()}
     vars(twin).update(vars(module), _parameters=held)
@@ -186,14 +186,14 @@ def _shaped(module: nn.Module) -> nn.Module:
 
 
 def real(op: Dense | Conv, what: str) -> None:
-    """Refuse complex weights, which `what` does not take."""
+    """Refuse complex weights, which `what` does not support."""
     if op.weight.is_complex():
         msg = f"a weight of dtype {op.weight.dtype} was given to {what}; expected real weights: type gramlip.nn.spectral_norm(module)"
         raise UnsupportedError(msg)
 
 
 def refuse_held(module: nn.Module, name: str, path: str = "") -> None:
-    """Refuse a weight that is normalised already, or that a hook sets."""
+    """Refuse a weight that is already normalised, or set by a hook."""
     given = f"{path or type(module).__name__}.{name}"
     if parametrize.is_parametrized(module, name):
         if any(isinstance(p, Normalised) for p in module.parametrizations[name]):  # type: ignore[union-attr,index]
@@ -208,7 +208,7 @@ def refuse_held(module: nn.Module, name: str, path: str = "") -> None:
 
 
 def attach(module: nn.Module, name: str, parametrization: Normalised) -> None:
-    """Register it on `module.name`, once, so that the whole module can still be pickled."""
+    """Register the parametrization on `module.name`, once, such that the module can still be pickled."""
     module = unwrapped(module)
     refuse_held(module, name)
     parametrize.register_parametrization(module, name, parametrization)
@@ -216,13 +216,13 @@ def attach(module: nn.Module, name: str, parametrization: Normalised) -> None:
 
 
 def _teach(kind: type[nn.Module]) -> None:
-    """Give the class that torch made for one parametrized module a way to be pickled and copied."""
+    """Make the class that torch created for one parametrized module picklable and copyable."""
     kind.__reduce_ex__ = _reduce  # type: ignore[assignment,method-assign]
     kind.__deepcopy__ = _deepcopy  # type: ignore[attr-defined]
 
 
 def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy with a class of its own: removing the parametrization of one leaves the other alone, which torch's copy does not."""
+    """Copy the module with its own class, so that removing the parametrization of one leaves the other unchanged."""
     kind = type(module)
     own = type(kind.__name__, kind.__bases__, {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")})
     memo[id(module)] = twin = own.__new__(own)
@@ -231,7 +231,7 @@ def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """Pickle a parametrized module as its plain class, that class's state and the parametrizations (torch refuses otherwise)."""
+    """Pickle a parametrized module as its plain class, the state of that class and the parametrizations (torch refuses otherwise)."""
     plain = type(module).__mro__[1]
     get = getattr(plain, "__getstate__", None)  # every class has one from Python 3.11 on
     state = dict(get(module) if get is not None else module.__dict__)
@@ -242,7 +242,7 @@ def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
 def _restore(plain: type[nn.Module], state: dict[str, Any], chains: nn.ModuleDict) -> nn.Module:
     module = plain.__new__(plain)
     module.__setstate__(state)
-    for name in chains:  # torch makes the class and its properties; what was registered is put back as it was, not made anew
+    for name in chains:  # torch makes the class and its properties; then the pickled parametrizations replace the new ones
         module.register_parameter(name, nn.Parameter(torch.zeros(())))
         parametrize.register_parametrization(module, name, nn.Identity())
     module.parametrizations = chains
@@ -251,9 +251,9 @@ def _restore(plain: type[nn.Module], state: dict[str, Any], chains: nn.ModuleDic
 
 
 def normalised(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Normalised]]:
-    """Every (path, module, tensor name, parametrization) of ours in a model, each module once."""
+    """Every (path, module, tensor name, parametrization) of gramlip in a model, each module once."""
     for path, module in list(unwrapped(model).named_modules()):
-        if parametrize.is_parametrized(module) and not is_wrapper(module):  # a compiled module shows what the one inside of it has
+        if parametrize.is_parametrized(module) and not is_wrapper(module):  # a compiled module shows the modules of the one inside it
             for name, chain in list(module.parametrizations.items()):  # type: ignore[union-attr,operator]
                 for parametrization in chain:
                     if isinstance(parametrization, Normalised):
@@ -261,15 +261,14 @@ def normalised(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Normalis
 
 
 def remove(model: nn.Module, rtol: float = 1e-3) -> nn.Module:
-    """Bake: replace every parametrization of gramlip by a plain weight whose certified norm is at most its target.
+    """Replace every parametrization of gramlip by a plain weight whose certified norm is at most its target.
 
-    The weights keep the values that the network used, shrunk, where `gramlip.bound` asks for it, until
-    `gramlip.bound(layer, input_size).upper <= target` holds for the stored numbers in their own dtype, at the default width and at
-    `rtol`. In place.
+    The weights keep the values that the network used. If necessary they are scaled down until `gramlip.bound(layer, input_size).upper
+    <= target` holds for the stored numbers in their own dtype, at the default `rtol` and at the given one. In place.
 
     Args:
         model: a layer or a whole network.
-        rtol: another width at which the certificate holds; the weights shrink by at most about the wider of the two.
+        rtol: another relative width at which the certificate shall hold; the weights shrink by at most about the larger of the two.
 
     Raises:
         InputError: nothing to remove, or a target below what the dtype can hold.
@@ -295,9 +294,9 @@ def remove(model: nn.Module, rtol: float = 1e-3) -> nn.Module:
 
 
 def _baked(model: nn.Module, found: list[tuple[str, nn.Module, str, Normalised]], rtol: float) -> list[tuple[Tensor, nn.Parameter | None]]:
-    """The certified weights, for which nothing is changed yet, each with a parameter of its own where what is stored is used elsewhere.
+    """The certified weights; the model is not changed yet. A stored weight that is used elsewhere gets a new parameter here.
 
-    Layers that share a stored weight and make the same value of it get one weight, which serves all of them.
+    Layers that share a stored weight and compute the same value from it get one common weight.
     """
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     groups: list[tuple[Any, Tensor, list[int]]] = []
@@ -329,7 +328,7 @@ def _baked(model: nn.Module, found: list[tuple[str, nn.Module, str, Normalised]]
 
 
 def shrunk(value: Tensor, limits: list[tuple[Dense | Conv, float]], rtol: float) -> tuple[Tensor, float]:
-    """The value scaled down, in its own dtype, until its certified norm is at most each target by default and at `rtol`; and the scale."""
+    """The value scaled down until its certified norm is at most each target, at the default `rtol` and the given one; the scale."""
     weight, margin, scale = value.clone(), torch.finfo(value.dtype).eps / 4, 1.0
     for _ in range(SHRINK_ATTEMPTS):
         bounds = [
@@ -349,7 +348,7 @@ def shrunk(value: Tensor, limits: list[tuple[Dense | Conv, float]], rtol: float)
 
 
 def each(model: nn.Module, example: Any, where: Where | None, one: Callable[..., object]) -> None:
-    """`one(module, input_size=...)` on every layer of a model, none of which is changed where one cannot be."""
+    """Call `one(module, input_size=...)` on every layer of a model; if it fails on one layer, no layer is changed."""
     chosen = layers(model, example, where)
     for path, module, size in chosen:
         refuse_held(module, "weight", path)

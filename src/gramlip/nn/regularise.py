@@ -18,7 +18,7 @@ from gramlip.norm.methods import check_rtol
 
 
 def _paper(sigma: Tensor, threshold: float) -> Tensor:
-    return torch.where(sigma <= threshold, 0.0, sigma)  # what is no number stays one that is seen
+    return torch.where(sigma <= threshold, 0.0, sigma)  # NaN stays NaN, so that it is seen
 
 
 def _hinge(sigma: Tensor, threshold: float) -> Tensor:
@@ -42,35 +42,35 @@ def _product(sigmas: dict[str, Tensor]) -> Tensor:
 
 
 FORMS: dict[str, Callable[[Tensor, float], Tensor]] = {"paper": _paper, "hinge": _hinge, "square": _square, "log": _log}
-"""Name -> what one norm, or the composed constant, costs above its threshold. "paper" jumps there, the others are continuous."""
+"""Name -> cost of a norm, or of the composed constant, above the threshold. Only "paper" jumps there."""
 
 COMPOSE: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {"layers": _layers, "product": _product}
-"""Name -> what is penalised: every layer on its own, or the constant of a chain of them."""
+"""Name -> penalised quantity: the norm of every layer, or the Lipschitz constant of the chain of layers."""
 
 
 class LipschitzPenalty(Norms):
-    """Penalty of the norms of a network's linear and convolution layers, differentiable, to be added to the loss.
+    """Differentiable penalty on the norms of a network's linear and convolution layers, to be added to the loss.
 
-    `penalty()` returns a scalar: with the defaults `sum of (sigma if sigma > threshold else 0)`, the paper's. The norms hold for
-    every input size. They are tracked: the frequency and singular vector of each layer are kept from step to step and found afresh
-    every `every` calls, so that a call costs a few products of the kernels with a vector. They are lower estimates, made to be
-    minimised; `penalty.certify()` gives the intervals that hold.
+    `penalty()` returns a scalar; by default `sum of (sigma if sigma > threshold else 0)`, as in the paper. The norms hold for every
+    input size. They are tracked: the frequencies and singular vectors of each layer are kept from step to step, and searched again once
+    in `every` calls, so a call costs a few products of the kernels with a vector. They are lower estimates, meant for minimisation;
+    `penalty.certify()` returns certified intervals.
 
     Args:
-        model: the network. Its layers are those that it has now, and their weights are read at every call: where a layer is replaced
-            by another, make a new penalty.
-        example: an input that one forward pass runs on to learn input sizes (they decide how strides split), or None.
-        threshold: what costs nothing.
+        model: the network. The list of layers is fixed now; their weights are read at every call. After replacing a layer, make a new
+            penalty.
+        example: an input for one forward pass, which records input sizes (they decide how strides split), or None.
+        threshold: norms up to it cost nothing.
         form: a name in `FORMS`: "paper", "hinge", "square" or "log".
         over: "layers", "product" (the constant of a chain), or a function from {path: sigma} to the tensor of constants to penalise.
         every: calls between two searches over all frequencies; 1 searches at every call.
         steps: tracking steps per call.
-        peaks: frequencies followed in each group.
+        peaks: number of frequencies tracked in each group.
         torus: grid points per axis in a search.
-        where: keep only layers for which `where(path, module)` holds.
-        shared: with several ranks each computes its share of the layers, times the number of ranks: gradients that are averaged over
-            the ranks, as `DistributedDataParallel` does, are those of the whole penalty. The state is each rank's own: keep the penalty
-            outside of the module that is wrapped.
+        where: keep only layers for which `where(path, module)` is true.
+        shared: with several ranks, each computes the penalty of its share of the layers, times the number of ranks. Gradients that are
+            averaged over the ranks, as `DistributedDataParallel` does, are then those of the whole penalty. Each rank has its own
+            state: keep the penalty outside the wrapped module.
 
     Raises:
         InputError: options that cannot be used, or a model without such layers.
@@ -123,25 +123,26 @@ class LipschitzPenalty(Norms):
 #
 # `Cap` and `cap_` scale weights down in place if the norm of their layer exceeds a target.
 
-FAR = 0.8  # of the target: a norm below it does not come to the target in the few steps until it is read again
+FAR = 0.8  # of the target: a smaller norm does not reach the target in the few steps until it is read again
 TURNS = 8  # calls between two readings of such a layer
 
 
 class Cap(Norms):
-    """After an optimizer's step: layers whose tracked norm exceeds the target are scaled down to it, in place.
+    """A hook for after the optimizer's step: scales layers whose tracked norm exceeds the target down to it, in place.
 
-    The layers keep their plain weights. The norms are tracked as those of `LipschitzPenalty` are, so that a call costs a few products
-    of the kernels with a vector, and are estimates from below: a layer may stand above the target by as much as a few steps move it.
-    Layers of one shape that are all below 0.8 of the target are read at one call in eight. `cap_` certifies, at the end of training or
-    at a checkpoint.
+    The layers keep their plain weights. The norms are tracked as in `LipschitzPenalty`, so a call costs a few products of the kernels
+    with a vector. They are lower estimates: the norm of a layer can exceed the target by as much as it moves in a few steps. If all
+    layers of one shape are below 0.8 of the target, they are read at one call in eight. For a certificate call `cap_`, at the end of
+    training or at a checkpoint.
 
     Args:
-        model: the network. Its layers are those that it has now.
+        model: the network. The list of layers is fixed now.
         target: any positive number, for every layer.
-        example: an input, a tuple of them, or the shape of one sample, that one forward pass runs on; None holds for every size.
-        where: keep only layers for which `where(path, module)` holds.
+        example: an input, a tuple of inputs, or the shape of one sample, for one forward pass that records input sizes; None: the norms
+            hold for every size.
+        where: keep only layers for which `where(path, module)` is true.
         every: calls between two searches of a layer over all frequencies.
-        peaks: frequencies followed in each group.
+        peaks: number of frequencies tracked in each group.
         torus: grid points per axis in a search.
 
     Raises:
@@ -171,17 +172,17 @@ class Cap(Norms):
         super().__init__(model, example, every=every, peaks=peaks, torus=torus, where=where)
         for path, module, _ in self._layers:
             _refuse(path, module)
-        # what is not attained is made up for, so that the bound that holds for the padding comes down to the target
+        # a factor for what the padding does not attain: the upper bound for this padding shall come down to the target
         self._stretch = [math.sqrt(plan.square) / plan.attained for plan in self.plans]
 
     def _rests(self, tracker: Tracker, turn: int) -> bool:
-        """Layers far below the target wait for their turn."""
+        """Whether the layers are far below the target and not yet due."""
         plan = tracker.plan
         return turn % TURNS > 0 and float(tracker.last().amax()) * math.sqrt(plan.square) / plan.attained < FAR * self.target
 
     @torch.no_grad()
     def forward(self, *of_a_hook: Any) -> dict[str, float]:
-        """{path: factor} of the layers that were scaled down; what an optimizer's hook is given is not looked at."""
+        """Scale layers down where needed; return {path: factor} of these layers. The arguments of an optimizer's hook are ignored."""
         found = self.sigmas()
         if not found:
             return {}
@@ -209,17 +210,17 @@ def cap_(
     where: Where | None = None,
     rtol: float = 1e-2,
 ) -> dict[str, float]:
-    """Scale down, in place, every layer whose certified norm exceeds the target: afterwards each has `gramlip.bound(...).upper <= target`.
+    """Scale every layer whose certified norm exceeds the target down, in place: then `gramlip.bound(...).upper <= target` for each.
 
-    It certifies each layer, so it belongs at the end of training or at a checkpoint; `Cap` is for every step. Where one layer cannot be
-    capped, none is changed.
+    It certifies each layer, so it belongs at the end of training or at a checkpoint; use `Cap` at every step. If a layer cannot be
+    capped, no layer is changed.
 
     Args:
         model: the network, with plain weights.
         target: any positive number, for every layer.
-        example: an input, a tuple of them, or the shape of one sample; None holds for every size.
-        where: keep only layers for which `where(path, module)` holds.
-        rtol: width at which the certificate holds, beside the default one.
+        example: an input, a tuple of inputs, or the shape of one sample; None: the norms hold for every size.
+        where: keep only layers for which `where(path, module)` is true.
+        rtol: another relative width at which the certificate shall hold, besides the default one.
 
     Returns:
         {path: factor} of the layers that were scaled down.

@@ -1,7 +1,7 @@
 """The taps of a kernel, and Gram blocks from them.
 
-From the autocorrelation's taps `A_q = sum_p K_p* K_{p+q}`, of which all Gram blocks are combinations
-(docs/theory.md#autocorrelation), or, where few blocks are needed, as squares of their symbols.
+The blocks are combinations of the autocorrelation's taps `A_q = sum_p K_p* K_{p+q}` (docs/theory.md#autocorrelation) or, if few blocks
+are needed, squares of their symbols.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from gramlip.numerics import rounding as rd
 from gramlip.numerics.segmented import Complexes, Ints, Reals, frozen, integers, on, pieces
 
 HALF = 2.0**-24  # unit roundoff of single precision
-TOGETHER = 3  # taps that are accumulated in double at once before they are stored in single precision
-STRIP, STRIPS = 128, 8  # the least rows of a strip, and how many strips there are of a large matrix
+TOGETHER = 3  # number of taps accumulated in double at a time, before they are stored in single precision
+STRIP, STRIPS = 128, 8  # smallest number of rows of a strip, and number of strips of a large matrix
 SLAB_BYTES = 8 << 20  # rows of all taps that are combined at once
 NORMS_BYTES = 16 << 20  # taps whose norms are taken at once,
 HALVED_BYTES = 4 << 20  # that are halved at once,
@@ -32,18 +32,18 @@ SQUARE_ROWS = 64  # rows of a symbol that one product of its square adds up
 SQUARE_BYTES, SMALL_SQUARE_BYTES = 24 << 20, 1 << 20  # of symbols at once, large ones and small ones
 
 Run = tuple[int, int, int]
-"""Two taps of the kernel, whose product is a part of one tap of the autocorrelation, and how many such pairs lie side by side."""
+"""Two taps of the kernel whose product is a part of one tap of the autocorrelation, and the number of such adjacent pairs."""
 
 
 @lru_cache(maxsize=64)
 def tap_positions(span: tuple[int, ...]) -> Ints:
-    """The exponents p of the kernel's taps, (P, axes)."""
+    """The positions p of the kernel's taps, (P, axes)."""
     return frozen(integers(list(itertools.product(*map(range, span)))).reshape(math.prod(span), len(span)))
 
 
 @lru_cache(maxsize=64)
 def tap_offsets(span: tuple[int, ...]) -> Ints:
-    """The differences q > 0 of two of them, one of each pair q and -q, (T, axes)."""
+    """The differences q > 0 of two positions, one of each pair q and -q, (T, axes)."""
     ranges = [range(1 - k, k) for k in span]
     found = [q for q in itertools.product(*ranges) if q > (0,) * len(span)]
     return frozen(integers(found).reshape(len(found), len(span)))
@@ -51,12 +51,12 @@ def tap_offsets(span: tuple[int, ...]) -> Ints:
 
 @lru_cache(maxsize=64)
 def tap_runs(span: tuple[int, ...]) -> tuple[tuple[Run, ...], ...]:
-    """For the difference 0 and each of the offsets the pairs of taps that are so far apart, neighbours joined."""
+    """For the difference 0 and each offset, the runs of pairs of taps with that difference."""
     return (_apart((0,) * len(span), span), *(_apart(tuple(q), span) for q in tap_offsets(span).tolist()))
 
 
 def _apart(q: tuple[int, ...], span: tuple[int, ...]) -> tuple[Run, ...]:
-    # behind the last axis on which they differ the pairs lie side by side
+    # after the last axis on which they differ, the pairs are adjacent
     last = max((j for j, at in enumerate(q) if at), default=0)
     strides = [math.prod(span[j + 1 :]) for j in range(len(span))]
     between = sum(at * stride for at, stride in zip(q, strides, strict=True))
@@ -74,7 +74,7 @@ def correlate(tall: TallKernel, runs: Sequence[Sequence[Run]], out: Tensor) -> N
     for piece in tall.pieces():
         flat, rows = piece.flatten(1, 2), piece.shape[2]
         for tap, pairs in zip(out, runs, strict=True):
-            for left, right, count in pairs:  # one product, the pairs one below the other
+            for left, right, count in pairs:  # one product, with the pairs stacked
                 a, b = (flat.narrow(1, start * rows, count * rows) for start in (left, right))
                 _add_product(tap, a, b, parts if left == right else parts[:0])
     for tap, pairs in zip(out, runs, strict=True):
@@ -83,7 +83,7 @@ def correlate(tall: TallKernel, runs: Sequence[Sequence[Run]], out: Tensor) -> N
 
 
 def _add_product(tap: Tensor, a: Tensor, b: Tensor, parts: list[tuple[int, int]]) -> None:
-    """Add `a* b` to a tap (groups, c, c), of a Hermitian one only the strips up to their diagonal blocks."""
+    """Add `a* b` to a tap (groups, c, c); for a Hermitian one only the strips up to their diagonal blocks."""
     if len(parts) <= 1:
         tap.baddbmm_(a.mH, b)
         return
@@ -92,12 +92,12 @@ def _add_product(tap: Tensor, a: Tensor, b: Tensor, parts: list[tuple[int, int]]
 
 
 def strips(side: int, size: int) -> list[tuple[int, int]]:
-    """First and last row of strips of a square matrix, of which each is to be formed up to its diagonal block."""
+    """First and last row of the strips of a square matrix; each strip is formed up to its diagonal block."""
     return [(i, min(i + size, side)) for i in range(0, side, size)]
 
 
 def mirror(blocks: Tensor, parts: list[tuple[int, int]]) -> None:
-    """Fill what lies above the strips of Hermitian blocks (F, c, c)."""
+    """Fill the part above the strips of Hermitian blocks (F, c, c)."""
     for i, j in parts:
         blocks[:, :i, i:j] = blocks[:, i:j, :i].mH
 
@@ -119,7 +119,7 @@ def combined(weights: Tensor, taps: Tensor, group: Ints) -> Tensor:
 class Taps:
     """The taps of all groups in double, and blocks from them.
 
-    The first blocks turn them into the coefficients of the cosines and sines, `A_q + A_q*` and `A_q - A_q*`.
+    The first call of `combine` replaces them by the coefficients of cosines and sines, `A_q + A_q*` and `A_q - A_q*`.
     """
 
     def __init__(self, tall: TallKernel, runs: Sequence[Sequence[Run]], dtype: torch.dtype, device: torch.device) -> None:
@@ -139,7 +139,7 @@ class Taps:
         grow = _grow(self.found.shape[-1])
         if self._odd is None:
             return _frobenius(self.found[1:]) * grow
-        return np.hypot(_frobenius(self.found[1:]), _frobenius(self._odd)) / 2 * grow  # the two are orthogonal
+        return np.hypot(_frobenius(self.found[1:]), _frobenius(self._odd)) / 2 * grow  # the two parts are orthogonal
 
     def norms(self) -> Reals:
         """Upper bounds of `||A_q||`, q > 0, (groups, taps), by one Gram step more than the Frobenius norm."""
@@ -162,10 +162,12 @@ class Taps:
         return real if sines is None else torch.complex(real, _weighted(sines, odd, group))
 
     def _halve(self) -> Tensor:
-        """The coefficients of the sines; those of the cosines take the places of the taps."""
+        """Compute the coefficients of the sines; those of the cosines replace the taps."""
         if self._odd is None:
             self._odd = torch.empty_like(self.found[1:])
-            step = max(1, HALVED_BYTES // (self.found[0].numel() * self.found.element_size()))  # the copies of all at once would be many
+            step = max(
+                1, HALVED_BYTES // (self.found[0].numel() * self.found.element_size())
+            )  # copies of all taps at once would take too much memory
             for later, apart in zip(self.found[1:].split(step), self._odd.split(step), strict=True):
                 adjoint = later.mH.clone()
                 torch.sub(later, adjoint, out=apart)
@@ -174,7 +176,7 @@ class Taps:
 
 
 class Narrow:
-    """Taps of real kernels too wide to be kept in double: `A_0` in double, the others in single precision.
+    """Taps of real kernels that are too large for double precision: `A_0` in double, the others in single precision.
 
     `noise[g]` bounds what storing them adds to the error of any block of group g: docs/rounding.md#r2-symbol.
     """
@@ -194,7 +196,7 @@ class Narrow:
             for i, tap in enumerate(exact, start - 1):
                 lost += torch.linalg.vector_norm(tap, dim=(-2, -1))
                 self.rest[:, i] = tap
-        # each entry loses half a unit, or all of itself below the normal range; every tap occurs with its adjoint
+        # each entry loses half a unit, or everything below the normal range; every tap occurs together with its adjoint
         tiny = 2.0**-125 * tall.side * (len(runs) - 1)
         self.noise = [rd.up(2 * (HALF * x * (1 + 1e-6) + tiny)) for x in lost.tolist()]
 

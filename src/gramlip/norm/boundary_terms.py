@@ -1,8 +1,8 @@
-"""Reflect and replicate padding: what the boundary adds to the supremum of the symbol. docs/theory.md#reflect-and-replicate.
+"""Reflect and replicate padding: the terms that the boundary adds to the supremum of the symbol. docs/theory.md#reflect-and-replicate.
 
-`T T* = sum_{p,p'} K_p K_p'* (x) N_pp'` with `N_pp'` the outputs that tap p and tap p' make read the same input. On every axis
-`N = Toeplitz + F`, F supported on a few outputs at each end. The Toeplitz part alone is bounded by S^2; each set of axes
-that takes its F instead adds the positive part of its largest eigenvalue.
+`T T* = sum_{p,p'} K_p K_p'* (x) N_pp'` where `N_pp'` marks the pairs of outputs at which the taps p and p' read the same input. On
+every axis `N = Toeplitz + F`, with F supported on a few outputs at each end. The Toeplitz part alone is bounded by S^2. Each set of
+axes that takes F instead adds the positive part of its largest eigenvalue.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from gramlip.numerics.precision import scaled_float64
 from gramlip.numerics.segmented import integers, pieces
 from gramlip.operators.linear_maps import Axis, Conv, axes, index_map
 
-LARGEST = 1536  # order of the largest boundary matrix that is formed
-LEAST = 2.0**-600  # what a boundary term is taken to be at least: margins relative to it are normal numbers
+LARGEST = 1536  # largest order of a boundary matrix
+LEAST = 2.0**-600  # lower limit for a boundary term, so that margins relative to it are normal numbers
 POINTS = (48, 24, 12, 8)  # frequencies a side on the axes that stay Toeplitz, for each unit of degree: as many as are cheap
 FORMED = 1 << 28  # entries of the boundary matrices of one axis over all its sizes
-OPERATIONS = 2e10  # that the boundary terms of all groups over one set of axes may take
+OPERATIONS = 2e10  # operations for the boundary terms of all groups over one set of axes
 
 
 def upper_side(op: Conv, exponent: int, tap_norm_sums: Sequence[float], supremum: float) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
@@ -45,7 +45,7 @@ def upper_side(op: Conv, exponent: int, tap_norm_sums: Sequence[float], supremum
     padded = [j for j in range(op.dims) if parts[j] != []]
 
     def term(kernel: Callable[[], Tensor], m: int, tap_norm_sum: float, chosen: tuple[int, ...]) -> float | None:
-        """The largest eigenvalue of a boundary term, or zero; None where its matrices are too large or too many."""
+        """The largest eigenvalue of a boundary term, at least zero; None if its matrices are too large or too many."""
         if tap_norm_sum == 0.0:
             return 0.0
         some = [parts[j] or [] for j in chosen]
@@ -58,7 +58,7 @@ def upper_side(op: Conv, exponent: int, tap_norm_sums: Sequence[float], supremum
 
     def least(weight: Tensor, tap_norm_sum: float) -> tuple[float, tuple[int, ...]]:
         """The square of the bound of one group, from the best set of axes."""
-        kernel = cache(lambda: scaled_float64(weight, exponent)[0].cpu())  # where a term is small enough to be formed
+        kernel = cache(lambda: scaled_float64(weight, exponent)[0].cpu())  # if the term is small enough to be formed
         terms = {chosen: term(kernel, weight.shape[0], tap_norm_sum, chosen) for chosen in _subsets(padded) if chosen}
         found: list[tuple[float, tuple[int, ...]]] = []
         for added in _subsets(padded):
@@ -80,21 +80,23 @@ def _subsets(of: list[int]) -> list[tuple[int, ...]]:
 
 
 def _points(geometry: list[Axis], chosen: tuple[int, ...], ends: list[list[Tensor]], m: int, groups: int) -> int | None:
-    """How many frequencies for each unit of degree the terms of all groups can afford; None where even the fewest are too many."""
+    """The affordable number of frequencies for each unit of degree, for the terms of all groups; None if even the smallest is too large."""
     rest = [axis.kernel - 1 for j, axis in enumerate(geometry) if j not in chosen]
     taps, each = [geometry[j].kernel for j in chosen], 0.0
     for r in itertools.product(*([f.shape[-1] for f in some] for some in ends)):
         forming = sum((math.prod(taps[i:]) * math.prod(r[: i + 1])) ** 2 for i in range(len(r)))
         side = m * math.prod(r)
-        each += side**3 + 4e3 * side + m**2 * forming  # eigenvalues and a factorisation, what a call takes, the contractions
-    each *= groups * (1.5 if rest else 0.5)  # half of the frequencies, three times dearer where they are complex
+        each += (
+            side**3 + 4e3 * side + m**2 * forming
+        )  # operations of eigenvalues and a factorisation, of a call's overhead, and of the contractions
+    each *= groups * (1.5 if rest else 0.5)  # half of the frequencies, at three times the cost if complex
     return next((points for points in POINTS if each * math.prod(max(1, points * degree) for degree in rest) <= OPERATIONS), None)
 
 
 def _ends(axis: Axis, mode: str) -> list[Tensor] | None:
     """The distinct matrices F (k, k, r, r) of the two ends of an axis, for its size or for every size; none without padding.
 
-    None where there would be too much to form.
+    None if they are too large.
     """
     if axis.before == axis.after == 0:
         return []
@@ -116,7 +118,7 @@ def _ends(axis: Axis, mode: str) -> list[Tensor] | None:
 
 
 def _boundary(axis: Axis, mode: str) -> Tensor:
-    """N - Toeplitz, (k, k, outputs, outputs), entries 0 or 1: what reads the same input but would not without padding."""
+    """N - Toeplitz, (k, k, outputs, outputs), entries 0 or 1: pairs that read the same input only because of the padding."""
     reads = index_map(axis, mode)
     free = torch.arange(axis.kernel)[:, None] * axis.dilation + torch.arange(reads.shape[1])[None, :] * axis.stride
     same = reads[:, None, :, None] == reads[None, :, None, :]
@@ -161,7 +163,7 @@ def _largest(
 
 @dataclass(frozen=True)
 class BoundaryTerm:
-    """What the ends of some axes add to the Gram matrix, as a polynomial over the frequencies of the other axes.
+    """The part of the Gram matrix from the ends of some axes, as a polynomial in the frequencies of the other axes.
 
     `taps` is the kernel (m, n, taps of the other axes, taps of the axes with ends), `spans` the sides of the other axes' taps, `ends`
     the matrices F (k, k, r, r), one for each axis with ends.
@@ -178,13 +180,13 @@ class BoundaryTerm:
 
     @property
     def products(self) -> int:
-        """Terms that meet in an entry."""
+        """The number of terms in an entry."""
         _, n, taps, picks = self.taps.shape
         return n * taps * picks**2
 
     @property
     def frequencies_at_once(self) -> int:
-        """So many matrices, and what they are made from, fit in 32 MiB."""
+        """The number of matrices that fit, with their intermediate results, in 32 MiB."""
         m, _, taps, picks = self.taps.shape
         return max(1, (32 << 20) // (16 * max(max(self.side, m * picks) ** 2, taps)))
 

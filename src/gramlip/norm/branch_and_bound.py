@@ -1,13 +1,13 @@
-"""The search over frequencies: which cells of the torus, or of a grid, can hold the norm.
+"""Branch and bound over frequencies: which cells of the torus, or of a grid, can contain the norm.
 
 The corner theorem (docs/theory.md#corner-theorem): with S the supremum over the torus, every point x of a box with
 half-widths h satisfies
 
     ||D(x)|| <= max over the box's corners of ||D|| + S sum_j (1 - cos(degree_j h_j)),
 
-so that corners below a threshold settle the whole box, for a grid and for the torus alike. Flat layers are settled by the
-taps of the autocorrelation instead (docs/theory.md#tap-bound). What is left is split. Layers of equal shape are searched
-together, each with its own target.
+so if its corners are below a threshold, so is the whole box, on a grid as on the torus. For flat layers the taps of the autocorrelation
+give a better bound (docs/theory.md#tap-bound). Cells that are not proved are split. Layers of equal shape are searched together, each
+with its own target.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.segmented import Flags, Ints, Reals, integers, leading, named, on, pieces, segment_min
 
-BUDGET = 4e12  # real operations after which the search stops with what it has proved
-REFINE = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)  # resolutions of the first cells, of which the cheapest is taken
-PEAK = 0.2  # parts of the torus so small may be left to the refinement
-LEVELS = 6  # halvings that this estimate looks ahead
-SPREAD = 0.6180339887498949  # multiples of the golden ratio fall evenly into the unit interval
-SECOND_LOOKS = 64  # corners of a sweep that are looked at once more for a higher peak
-RISEN = 0.25  # parts of the width by which a lower side that rises is worth another look at the same cells
-WIDER = (1.00001, 1.0001, 1.001, 1.005, 1.02, 1.05, 1.1, 1.25, 2.0)  # multiples of a target beyond the budget; those wider than it count
-CELLS = 1 << 20  # that may be left at a time, for the memory they take
+BUDGET = 4e12  # real operations after which the search stops with the bound proved so far
+REFINE = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)  # candidate resolutions of the first cells; the cheapest is used
+PEAK = 0.2  # parts of the torus up to this size may be left to the refinement
+LEVELS = 6  # number of halvings in this cost estimate
+SPREAD = 0.6180339887498949  # multiples of the golden ratio are evenly distributed modulo one
+SECOND_LOOKS = 64  # corners of a sweep that are examined again for a higher peak
+RISEN = 0.25  # rise of the lower bound, as a part of the width, that justifies another test of the same cells
+WIDER = (1.00001, 1.0001, 1.001, 1.005, 1.02, 1.05, 1.1, 1.25, 2.0)  # multiples of the target width to try when the budget is exceeded
+CELLS = 1 << 20  # largest number of open cells, because of their memory
 
 
 @dataclass(frozen=True)
 class Enclosure:
-    """`lower <= max ||D|| / 2**exponent <= upper`, where the lower side is attained, and what it took."""
+    """`lower <= max ||D|| / 2**exponent <= upper`, the place where `lower` is attained, and the cost."""
 
     lower: float
     upper: float
@@ -53,15 +53,16 @@ class Enclosure:
 
 
 class Targets:
-    """The norm that is to be proved of each layer: its lower side plus nearly all of the width asked for, or a multiple of that.
+    """The norm to prove for each layer: its lower bound plus nearly all of the requested width, or a multiple of that width.
 
-    A multiple beyond 1 means that the width asked for cannot be had, an infinite one that the layer is given up. Targets never fall.
+    A multiple above 1 means that the requested width is out of reach; an infinite one, that the layer is given up. Targets never
+    decrease.
     """
 
     def __init__(self, lower: LowerBounds, rtol: float | Reals, floor: Reals, layers: Sequence[int]) -> None:
         """For the given `layers`; a norm of `floor` is good enough for each."""
         self._lower, self._floor, self.layers = lower, floor, list(layers)
-        self.width = np.maximum(rtol, lower.attainable_rtol())  # closer is asked for in vain
+        self.width = np.maximum(rtol, lower.attainable_rtol())  # a smaller width cannot be proved
         self._narrow = self.width > rtol
         self.multiple = np.ones(len(lower.best))
 
@@ -74,26 +75,26 @@ class Targets:
         return self.at_asked_width() * self.multiple
 
     def min_relative_gap(self) -> float:
-        """The least relative distance of these layers' targets from their lower sides: what factorisations are to tell."""
+        """The smallest relative gap between the targets of these layers and their lower bounds, which factorisations must resolve."""
         return float((self.at_asked_width()[self.layers] / np.sqrt(self._lower.best[self.layers]).clip(min=1e-300) - 1).min())
 
     def take_next_multiple(self, items: Ints) -> None:
-        """The next of the multiples for these layers; infinite behind the last one."""
+        """Take the next multiple for these layers; infinite after the last one."""
         wider, least = np.array([*WIDER, math.inf]), np.maximum(self.multiple, 1 + self.width)[items]
         self.multiple[items] = wider[np.searchsorted(wider, least, side="right").clip(max=len(WIDER))]
 
     def add_a_little(self, items: Ints) -> None:
-        """Add a part of the width to the multiples of these layers, in steps that grow with what they add up to."""
+        """Add a part of the width to the multiples of these layers, in growing steps."""
         self.multiple[items] += np.maximum(self.width[items], self.multiple[items] - 1) / 4
 
     def kept(self, item: int) -> bool:
-        """Whether the width asked for is the one that the target stands for."""
+        """Whether the target still stands for the requested width."""
         return bool(self.multiple[item] == 1.0 and not self._narrow[item])
 
 
 @dataclass
 class ProofState:
-    """How far a proof has come: a layer is proved when none of its cells is left."""
+    """The state of a proof: a layer is proved when none of its cells is left."""
 
     cells: Cells
     allowed: float  # operations after which targets become wider
@@ -103,7 +104,7 @@ class ProofState:
 
     @property
     def count(self) -> int:
-        """How many cells are left."""
+        """The number of cells that are left."""
         return len(self.cells[0])
 
 
@@ -117,32 +118,32 @@ class FailedCorners:
 
 
 class BranchAndBound:
-    """Encloses the largest norm of a symbol over a grid (`points`) or, on axes where it is None, the whole circle.
+    """Bounds the largest norm of a symbol over a grid of `points`, or over all frequencies on axes where that is None.
 
-    `start` finds the lower side, `close` proves the upper one. `items` says to which layer each group belongs; every layer has its
-    own lower side and its own target.
+    `start` finds the lower bound, `close` proves the upper one. `items` gives the layer of each group; every layer has its own lower
+    bound and target.
     """
 
     def __init__(self, symbol: GramSymbol, points: tuple[int | None, ...], items: Ints | None = None, budget: float = BUDGET) -> None:
-        """Lay the lattice; nothing is computed yet."""
+        """Make the lattice; no block is computed yet."""
         self.symbol, self.budget, self.tally = symbol, budget, Tally()
         self.limit = math.inf  # operations after which no more blocks are tested
-        self.min_relative_gap = 0.0  # of the targets from the lower sides: what factorisations are to tell
+        self.min_relative_gap = 0.0  # smallest relative gap of targets and lower bounds, which factorisations must resolve
         self.lattice = Lattice(symbol.span, points, symbol.groups, not symbol.is_complex)
         self.items = items if items is not None else np.zeros(symbol.groups, dtype=np.int64)
         self.cache = BlockCache(symbol, self.lattice, self.tally)
         self.lower = LowerBounds(self.cache, self.items, points)
-        self.floor = self.lower.least_norms()  # upper sides so small are good enough
+        self.floor = self.lower.least_norms()  # an upper bound of at most this is good enough
 
     def start(self, rtol: float, thorough: bool = False) -> None:
-        """The lower side; `thorough` takes steps at every frequency of a small grid."""
+        """Find the lower bound; `thorough` takes steps at every frequency of a small grid."""
         self.lower.start(rtol, thorough, self.budget)
         self.floor = self.lower.least_norms()
 
     def close(self, rtol: float | Reals, only: Sequence[int] | None = None, ceiling: Reals | None = None) -> list[Enclosure]:
-        """Prove for every layer (or `only` these) that nothing exceeds its lower side by more than `rtol`, or than can be proved.
+        """Prove for every layer (or `only` these) that its norm exceeds its lower bound by at most `rtol`, or by what can be proved.
 
-        A value in `ceiling` is good enough as well where it is larger.
+        An upper bound of at most the layer's value in `ceiling` is good enough, too.
         """
         if ceiling is not None:
             self.floor = np.maximum(self.floor, ceiling)
@@ -175,7 +176,7 @@ class BranchAndBound:
         return groups if taps is None else groups[~self._flat(groups, taps, targets.at_asked_width()[self.items[groups]])]
 
     def _test_corners(self, state: ProofState, targets: Targets, taps: Reals | None) -> FailedCorners:
-        """Test the corners of the cells that are left, and leave those cells that have a corner where the proof fails."""
+        """Test the corners of the cells that are left, and keep only cells with a corner where the proof fails."""
         names, back = named(self.lattice.corner_keys(state.cells))
         below = self._corner_thresholds(state.cells, taps, targets.norms()[self.items[state.cells[0]]])
         least = segment_min(len(names), back.ravel(), below.repeat(back.shape[1]))
@@ -188,7 +189,7 @@ class BranchAndBound:
         return FailedCorners(names[failed], least[failed], len(test))
 
     def _widen_targets(self, state: ProofState, targets: Targets) -> None:
-        """Beyond the budget: wider targets from wider cells for the layers that are left, then what needs no frequency."""
+        """When the budget is exceeded: take wider targets for the layers that are left, finally the bound without frequencies."""
         targets.take_next_multiple(np.unique(self.items[state.cells[0]]))
         state.cells = self._without_given_up(state.cells, targets)
         state.allowed = self.limit = self.tally.operations + self.budget / 8
@@ -196,29 +197,29 @@ class BranchAndBound:
             state.cells = self._first_cells(np.unique(state.cells[0]), targets.norms())
 
     def _without_given_up(self, cells: Cells, targets: Targets) -> Cells:
-        """The cells of the layers that are still searched: a layer without a target left is bounded by its taps alone."""
+        """The cells of the layers that are still searched; a layer that is given up is bounded by its taps alone."""
         return select(cells, np.isfinite(targets.multiple[self.items[cells[0]]]))
 
     def _raise_and_split(self, state: ProofState, targets: Targets, failed: FailedCorners) -> None:
-        """Look for higher peaks at the corners that failed, and split the cells of the layers whose lower side did not rise."""
+        """Search for higher peaks at the corners that failed, and split the cells of layers whose lower bound did not rise."""
         best, before, count = self.lower.best, self.lower.best.copy(), state.count
-        # where the work grows, a higher peak may be what is missing: every candidate is looked at, not the best blocks alone
+        # if the work grows, a higher peak may be missing: examine every candidate, not only the best blocks
         self._learn(failed, targets, state.steps, failed.tested > state.tested)
         state.tested = failed.tested
         if (best > before).any():
             self.min_relative_gap = targets.min_relative_gap()
         rose = (best > before * (1 + self.min_relative_gap * RISEN))[self.items[state.cells[0]]]  # may pass as they are
         state.cells = joined(select(state.cells, rose), self.lattice.split(select(state.cells, ~rose)))
-        if state.count == count and (before == best).all():  # nothing left to split, and no better vector
+        if state.count == count and (before == best).all():  # no cell can be split, and no better vector is known
             if state.steps < self.symbol.side:
                 state.steps *= 2
             else:
                 targets.add_a_little(np.unique(self.items[state.cells[0]]))
 
     def _swept(self, targets: Targets) -> bool:
-        """Whether all corners of a sweep are proved to be so far below the targets that nothing between them exceeds them.
+        """Whether all corners of a sweep are proved to be so far below the targets that the targets hold between them, too.
 
-        Those that are not may hold a higher peak, with which they are tried again.
+        Corners that fail may reveal a higher peak; then they are tested again with the new targets.
         """
         keys, corners = self.lower.coarse, self.lower.corners
         left, loss, rising = np.arange(len(keys)), np.tile(corners.loss, self.symbol.groups), True
@@ -240,7 +241,7 @@ class BranchAndBound:
         done = np.zeros(len(keys), dtype=np.bool_)
         tried = settled = 0
         for part in pieces(len(keys), self.symbol.chunk()):
-            # the moments are tried for as long as they settle one block in eight, and where a factorisation costs more
+            # moments are tried while they prove at least one block in eight, and if a factorisation costs more
             try_moments = 8 * settled >= tried and not self.symbol.parallel
             done[part], by_moments = self._prove_piece(keys[part], thresholds[part], try_moments)
             tried, settled = tried + try_moments * len(done[part]), settled + by_moments
@@ -249,7 +250,7 @@ class BranchAndBound:
         return done
 
     def _prove_piece(self, keys: Ints, thresholds: Reals, try_moments: bool) -> tuple[Flags, int]:
-        """Where a threshold is proved for a few blocks, and how many of them two moments settled, if they are tried at all."""
+        """For a few blocks, where the threshold is proved, and how many of them two moments proved, if tried."""
         noise = self.lower.noise[self.lattice.groups(keys)]
         passed, blocks = self._by_moments(keys, thresholds, noise) if try_moments else (np.zeros(len(keys), dtype=np.bool_), None)
         left = (~passed).nonzero()[0]
@@ -269,9 +270,9 @@ class BranchAndBound:
         return passed, settled
 
     def _single_precision(self) -> tuple[bool, bool]:
-        """Whether factorisations in single precision tell enough, and whether they are worth a first try before those in double.
+        """Whether factorisations in single precision suffice, and whether they are worth a try before those in double.
 
-        A shift takes from the cells' width, and where there are none from nothing else.
+        A shift reduces the width that is left for the cells; without cells only the gap itself matters.
         """
         c, gap = self.symbol.side, self.min_relative_gap
         shift = math.inf if self.symbol.parallel else eigenvalues.single_shift(c)
@@ -279,13 +280,13 @@ class BranchAndBound:
         return single, not single and c > eigenvalues.TRACE_ORDER and shift <= 2 * gap
 
     def _factorised(self, blocks: Tensor, thresholds: Reals, noise: Reals, **how: bool) -> Tensor:
-        """Where a Cholesky factorisation proves it, booked."""
+        """Where a Cholesky factorisation proves the threshold; counts the factorisations."""
         self.tally.factorizations += len(blocks)
         self.tally.operations += len(blocks) * (4 / 3) * self.symbol.side**3
         return eigenvalues.cholesky(blocks, on(blocks.device, thresholds), on(blocks.device, noise), **how)
 
     def _by_moments(self, keys: Ints, thresholds: Reals, noise: Reals) -> tuple[Flags, Tensor | None]:
-        """Where two moments prove it, booked, and the blocks where they had to be formed for that."""
+        """Where two moments prove the threshold, and the blocks if they had to be formed for that; counts the work."""
         self.tally.gram_steps += len(keys)
         known = look_up(self.lower.moments, keys) + noise
         if np.isfinite(known).all():
@@ -294,12 +295,12 @@ class BranchAndBound:
         return eigenvalues.moments(blocks, on(blocks.device, noise)).cpu().numpy() <= thresholds, blocks
 
     def _corner_thresholds(self, cells: Cells, taps: Reals | None, target_norm: Reals) -> Reals:
-        """What the largest eigenvalue at the corners of each cell must not exceed for the cell to stay below the target's square."""
+        """The largest eigenvalue that the corners of each cell may have, for the whole cell to stay below the square of the target."""
         half = self.lattice.half_widths(cells)
         ratio = self.lattice.slack(half) / self.lattice.spread
         threshold = np.maximum(target_norm * (1 - ratio * (1 + 1e-14)), 0.0) ** 2
         if taps is not None:
-            # b_q of docs/theory.md#tap-bound; the norms are of the computed taps, whose errors add up to less than `noise`
+            # b_q of docs/theory.md#tap-bound; these are norms of computed taps, whose errors sum to less than `noise`
             bend = np.minimum((self.symbol.offsets * half[:, None]) ** 2 / 2, 2.0).sum(-1)
             beta = (2 * bend * taps[cells[0]]).sum(-1) * (1 + 1e-12) + 4 * self.lattice.axes * self.lower.noise[cells[0]]
             threshold = np.maximum(threshold, target_norm * target_norm - beta)
@@ -328,7 +329,7 @@ class BranchAndBound:
         return self.lattice.cells(self._cheapest(target_norm)[1], groups)
 
     def _open(self, groups: Ints, targets: Targets) -> Cells:
-        """The first cells. Targets take the least multiple for which the blocks to test are predicted to stay within the budget."""
+        """The first cells. Targets take the smallest multiple for which the predicted number of tests stays within the budget."""
         target_norm = targets.at_asked_width()
         if self.symbol.fine is not None or self.lattice.listed or not len(groups):
             return self._first_cells(groups, target_norm)
@@ -343,16 +344,16 @@ class BranchAndBound:
         return self._first_cells(groups, target_norm * multiple)
 
     def _cheapest(self, target_norm: Reals, peak: float = 0.0) -> tuple[float, float]:
-        """How many blocks of a group are to be tested at the best resolution of the first cells, and that resolution.
+        """The predicted number of blocks to test in a group at the best resolution of the first cells, and that resolution.
 
-        A part of the torus that is less than `peak` is left out: how far it is refined is not known beforehand.
+        Parts of the torus smaller than `peak` are ignored: how far they are refined is not known in advance.
         """
         item = self.items[self.lattice.groups(self.lower.coarse)]
         ratio = np.sort(np.sqrt(self.lower.estimates.clip(min=0)) / target_norm[item].clip(min=1e-300)).tolist()
         outlook = cache(self.lattice.outlook)
 
         def cost(refine: float) -> float:
-            """Blocks to test when what fails is halved again and again; a cell fails where one of its corners does."""
+            """The number of blocks to test if failed cells are halved repeatedly; a cell fails if one of its corners does."""
             total, share = 0.0, 1.0
             for _ in range(LEVELS):
                 count, loss = outlook(refine)
@@ -365,11 +366,11 @@ class BranchAndBound:
         return min((cost(refine), refine) for refine in REFINE)
 
     def _learn(self, failed: FailedCorners, targets: Targets, steps: int, every: bool) -> None:
-        """Raise the lower side at corners that are above it, or nearly: at `every` one of them, or at the best by their moments."""
+        """Raise the lower bound at corners that may exceed it: at `every` one of them, or at those with the largest moments."""
         lower, keys = self.lower, self._near_peaks(failed)
         if not len(keys):
             return
-        if every:  # more steps, and the vector of the best block for what is left of the way to its peak
+        if every:  # more steps, which start from the vector of the best block, close to its peak
             held = (self.cache.blocks(keys), np.arange(len(keys))) if self.cache.fits(len(keys)) else None
             far = lower.raise_lower(keys, 2 * steps, held=held).values
             values = np.maximum(far, lower.raise_lower(keys, steps, lower.best_vectors(keys), held).values)
@@ -381,7 +382,7 @@ class BranchAndBound:
             lower.climb(rising, 1 if self.min_relative_gap > 1e-3 else 3, self.min_relative_gap)
 
     def _near_peaks(self, failed: FailedCorners) -> Ints:
-        """Some corners of each group whose thresholds are close to the lower side or above it, not the lowest frequencies alone."""
+        """Some corners of each group with thresholds close to the lower bound or above it, spread over all frequencies."""
         group = self.lattice.groups(failed.keys)
         close = failed.thresholds > 0.97 * self.lower.best[self.items[group]]
         keys = failed.keys[close]
@@ -390,7 +391,7 @@ class BranchAndBound:
         return keys[np.sort(order[before.argsort(kind="stable")[: 4 * self.symbol.chunk()]])]
 
     def _enclosure(self, item: int, targets: Targets) -> Enclosure:
-        """The layer's interval; a layer that was given up is bounded by its taps, without any frequency."""
+        """The layer's interval; a layer that was given up has the upper bound from its taps."""
         peak = self.lower.peak(item)
         sign = -1 if peak.flipped else 1
         frequency = tuple(math.remainder(sign * turn, 2 * math.pi) for turn in peak.frequency)

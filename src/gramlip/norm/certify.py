@@ -26,15 +26,16 @@ from gramlip.operators.linear_maps import Conv, Dense, Diagonal, Operator, Separ
 
 # ---- sparse matrices -----------------------------------------------------------------------------------------------------
 #
-# The interval of a sparse matrix: of its matrix or Gram matrix where they are small, else Schur's test. docs/theory.md#sparse-matrices.
+# The interval of a sparse matrix: from the dense matrix or Gram matrix if small, otherwise by Schur's test.
+# docs/theory.md#sparse-matrices.
 
-ENTRIES = 1 << 24  # of the largest matrices that are formed as a whole
-SIDE = 1 << 12  # of the largest Gram matrices that are formed,
-PRODUCTS = 1 << 28  # from at most so many products
-FLOOR = 2.0**-200  # the least entry of a vector of Schur's test, whose largest is 1
-WEIGHINGS, PATIENCE = 400, 10  # vectors of Schur's test that are tried, and how many of them may bring little
+ENTRIES = 1 << 24  # entries of the largest matrix that is formed densely
+SIDE = 1 << 12  # order of the largest Gram matrix that is formed,
+PRODUCTS = 1 << 28  # and its largest number of products
+FLOOR = 2.0**-200  # smallest entry of a vector in Schur's test; the largest is 1
+WEIGHINGS, PATIENCE = 400, 10  # vectors that Schur's test tries, and how many may improve the bound only a little before it stops
 STEPS, ROUNDS = 40, 12  # Lanczos steps between restarts, and restarts
-BASIS_BYTES = 256 << 20  # of the largest basis of theirs
+BASIS_BYTES = 256 << 20  # memory of the largest Lanczos basis
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Entries:
 
     @staticmethod
     def of(op: Sparse) -> tuple[Entries, int]:
-        """The entries that are not zero, divided by a power of two so that the largest lies in [1/2, 1), and its exponent."""
+        """The nonzero entries, divided by a power of two so that the largest lies in [1/2, 1), and the exponent."""
         places, stored = op.weight.indices(), op.weight.values()
         values, exponent = scaled_float64(stored, None) if len(stored) else (stored.to(torch.float64), 0)
         kept = (values != 0).nonzero()[:, 0]
@@ -67,22 +68,22 @@ class Entries:
 
     @property
     def longest(self) -> int:
-        """The most entries in a row or a column."""
+        """The largest number of entries in a row or a column."""
         return max(int(axis.bincount().max()) for axis in self.places)
 
     def moduli(self) -> Entries:
-        """The matrix of the moduli; complex ones are rounded up."""
+        """The matrix of absolute values; those of complex entries are rounded up."""
         if not self.values.is_complex():
             return Entries(self.places, self.values.abs(), self.shape)
         parts = torch.view_as_real(self.values)
         return Entries(self.places, torch.hypot(parts[:, 0], parts[:, 1]).mul_(1 + 2.0**-48), self.shape)
 
     def dense(self) -> Tensor:
-        """The matrix as a whole."""
+        """The dense matrix."""
         return self.values.new_zeros(self.shape).index_put_((self.places[0], self.places[1]), self.values)
 
     def gram(self) -> Tensor | None:
-        """The Gram matrix of the smaller side as a whole, rounded; None where that takes too much."""
+        """The dense Gram matrix of the smaller side, rounded; None if it is too large."""
         small = self.shape[1] <= self.shape[0]
         each = self.places[0 if small else 1].bincount().to(torch.float64)
         if min(self.shape) > SIDE or float(each.square().sum()) > PRODUCTS:
@@ -95,7 +96,7 @@ class Entries:
 
 
 def enclosure(op: Sparse, rtol: float, certify: Callable[[Dense], Bound]) -> Bound:
-    """The interval, by `certify` for what is formed as a whole."""
+    """The interval; by `certify` if the matrix or its Gram matrix is formed densely."""
     entries, exponent = Entries.of(op)
     m, n = op.weight.shape
     reason = f"a sparse matrix {m}x{n} with {len(entries.values)} entries"
@@ -124,7 +125,7 @@ def enclosure(op: Sparse, rtol: float, certify: Callable[[Dense], Bound]) -> Bou
 def _schur(entries: Entries, rtol: float) -> float:
     """Upper bound of the square of the norm, by Schur's test on the moduli, with vectors of their power iteration.
 
-    They are tried until ten of them bring less than a tenth of `rtol`. docs/rounding.md#sparse-matrices.
+    It stops when ten vectors improve the bound by less than a tenth of `rtol`. docs/rounding.md#sparse-matrices.
     """
     moduli, best, before = entries.moduli(), math.inf, math.inf
     slack = rd.gamma(8.0 * (entries.longest + 8))
@@ -142,14 +143,14 @@ def _schur(entries: Entries, rtol: float) -> float:
 
 
 def _rayleigh(entries: Entries, v: Tensor, square: float) -> float:
-    """Lower bound `||A v|| / ||v||` less the rounding of A v, at most `gamma || |A| || ||v||`: docs/rounding.md#sparse-matrices."""
+    """Lower bound `||A v|| / ||v||` minus the rounding error of A v, at most `gamma || |A| || ||v||`: docs/rounding.md#sparse-matrices."""
     error = rd.mul_up(rd.gamma(8.0 * (entries.longest + 8)), rd.sqrt_up(square))
     quotient = float(torch.linalg.vector_norm(entries.times(v)) / torch.linalg.vector_norm(v))
     return max(0.0, rd.down(quotient * rd.down(1 - 4 * rd.gamma(4.0 * (sum(entries.shape) + 16))) - error))
 
 
 def _ascend(entries: Entries, above: float, rtol: float) -> Tensor:
-    """A unit vector that the matrix stretches nearly by `above`, or as much as any, by restarted Lanczos steps on `A* A`."""
+    """A unit vector with `||A v||` close to `above`, or to the norm, by restarted Lanczos steps on `A* A`."""
     count, size = entries.shape[1], 0.0
     v = start(count, entries.values.device)
     v = v if entries.values.is_complex() else v.real
@@ -163,7 +164,7 @@ def _ascend(entries: Entries, above: float, rtol: float) -> Tensor:
 
 
 def _leading(entries: Entries, v: Tensor, steps: int) -> Tensor:
-    """The leading Ritz vector after so many Lanczos steps, each new vector orthogonal to all before."""
+    """The leading Ritz vector after a number of Lanczos steps with full orthogonalisation."""
     basis, small = v.new_zeros(steps, len(v)), torch.zeros(steps, steps, dtype=torch.float64)
     for j in range(steps):
         basis[j] = v
@@ -187,11 +188,11 @@ def _leading(entries: Entries, v: Tensor, steps: int) -> Tensor:
 #
 # `certify`: the enclosure of an operator's norm to a relative width, rounding included.
 
-AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself while its estimated operations stay below this
+AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself if its estimated operations stay below this
 FINITE_BYTES = 384 << 20  # and never with more memory than this
-TOGETHER = 1 << 19  # kernels of at most so many entries are searched together
-TRIED = 1 << 22  # numbers read by a small layer that is tried as a lower side for every size
-LEAST_SIDE = 16  # the order to which smaller blocks are filled up
+TOGETHER = 1 << 19  # kernels with at most this many entries are searched together
+TRIED = 1 << 22  # largest input of a small layer whose lower bound serves every size
+LEAST_SIDE = 16  # smaller blocks are padded with zeros to this order
 ASCENT_ATTEMPTS = 12
 PROOF_NAMES = {
     "Cholesky": "Cholesky (R3)",
@@ -202,7 +203,7 @@ PROOF_NAMES = {
 
 
 def certify(op: Operator, *, rtol: float = 1e-2, finite: bool | str = "auto") -> Bound:
-    """Certified interval of the operator's norm: the search over its symbol, and the finite layer where that is closer.
+    """Certified interval of the operator's norm: by the search over its symbol, and by the finite layer if that is tighter.
 
     Reference: docs/theory.md and docs/rounding.md.
     """
@@ -210,7 +211,7 @@ def certify(op: Operator, *, rtol: float = 1e-2, finite: bool | str = "auto") ->
 
 
 def certify_all(ops: Sequence[Operator], *, rtol: float = 1e-2, finite: bool | str = "auto") -> list[Bound]:
-    """The intervals of many operators; small layers of like shape are searched together, which costs little more than one."""
+    """The intervals of many operators; small layers of similar shape share one search, which costs little more than one layer."""
     with torch.no_grad(), on_cpu():
         bounds: list[Bound | None] = [None] * len(ops)
         together: dict[object, list[int]] = {}
@@ -234,9 +235,9 @@ def certify_all(ops: Sequence[Operator], *, rtol: float = 1e-2, finite: bool | s
 
 
 def _alike(op: Dense | Conv, sym: Symbol) -> object:
-    """What symbols that are searched together have in common.
+    """A key that is equal for symbols that can share a search.
 
-    Blocks of nearly equal order are filled up with zeros, but not where a finite layer is to start from its block's vector.
+    Blocks of nearly equal order are padded with zeros, unless a finite layer will start from the vector of its block.
     """
     kernel = sym.kernel
     groups, rows, columns, *span = kernel.shape
@@ -247,7 +248,7 @@ def _alike(op: Dense | Conv, sym: Symbol) -> object:
 
 
 def _stack(kernels: Sequence[Tensor]) -> Tensor:
-    """Kernels (groups, m, n, *k) along a new first axis, filled up with zeros to the largest m and n."""
+    """Stack kernels (groups, m, n, *k) along a new first axis, padded with zeros to the largest m and n."""
     rows, columns = (max(k.shape[j] for k in kernels) for j in (1, 2))
     out = kernels[0].new_zeros(len(kernels), len(kernels[0]), rows, columns, *kernels[0].shape[3:])
     for place, kernel in zip(out, kernels, strict=True):
@@ -265,27 +266,27 @@ def _diagonal(op: Diagonal) -> Bound:
 def _separable(op: Separable, rtol: float) -> Bound:
     """The norm of a Kronecker product is the product of the norms: docs/theory.md#fixed-maps."""
     digits, exponent = math.frexp(abs(op.scale))
-    lower, upper, exponent = 2 * digits, 2 * digits, exponent - 1  # a power of two has the digits 1, which cost no rounding
+    lower, upper, exponent = 2 * digits, 2 * digits, exponent - 1  # a power of two is multiplied without rounding
     for factor in op.factors:
         wide, power = scaled_float64(factor.detach(), None)
         part = certify(Dense(wide), rtol=rtol / len(op.factors) * 0.99)
         exponent += power
         lower, upper = rd.mul_down(lower, part.lower), rd.mul_up(upper, float(part.upper))
-    grow = sum(rd.interpolated(factor.shape[1]) for factor in op.factors)  # the entries come from torch's float64
+    grow = sum(rd.interpolated(factor.shape[1]) for factor in op.factors)  # torch computed the entries in float64
     lower, upper = (rd.down(lower * (1 - grow)), rd.up(upper * (1 + grow))) if upper else (0.0, 0.0)
     return scaled(lower, upper, exponent, "product of the norms of the axes of a separable map")
 
 
 def _with_lower(above: Bound, lower: float, because: str) -> Bound:
-    """The interval with its lower side."""
-    if lower > above.upper:  # a vector that the layer stretches more than the theorem allows: never to be hidden
+    """The interval with this lower bound; ArithmeticError if it contradicts the upper bound."""
+    if lower > above.upper:  # a vector that contradicts the theorem: never hide it
         msg = f"{above.because}: the layer stretches a vector by {lower}, beyond the bound {above.upper}; expected none: please report this"
         raise ArithmeticError(msg)
     return replace(above, lower=lower, because=f"{above.because}; {because}")
 
 
 def _repeated_most(op: Conv) -> Conv | None:
-    """A layer of every size at the size where its padding repeats most; None where it repeats nothing, or too much to try."""
+    """The layer at the size where its padding repeats inputs most; None if it repeats none, or that size is too large."""
     if op.padding_mode not in ("reflect", "replicate") or not any(map(any, op.pads)):
         return None
     ends = [max(pair) if op.padding_mode == "replicate" else sum(pair) for pair in op.pads]
@@ -295,7 +296,7 @@ def _repeated_most(op: Conv) -> Conv | None:
 
 
 def _searched_together(ops: Sequence[Conv | Dense], syms: Sequence[Symbol], rtol: float, finite: bool | str) -> list[Bound]:
-    """Enclosures of layers with symbols of equal shape, in their order, from one search."""
+    """The intervals of layers with symbols of equal shape, in the given order, from one search."""
     if len(ops) == 1:
         gram = GramSymbol(syms[0].plain, syms[0].strides, rtol, syms[0].frequencies)
         exponents = [0]
@@ -312,7 +313,7 @@ def _searched_together(ops: Sequence[Conv | Dense], syms: Sequence[Symbol], rtol
 
 
 def _bounds(tasks: Sequence[LayerTask], search: BranchAndBound, rtol: float) -> list[Bound]:
-    """The intervals of layers in one search: the lower sides, the search, then each layer from its own enclosure."""
+    """The intervals of layers in one search: lower bounds first, then the search, then each layer from its enclosure."""
     search.start(rtol, not all(task.symbol.exact for task in tasks))
     widths, ceilings = np.full(len(tasks), rtol), np.zeros(len(tasks))
     done: dict[int, Bound] = {}
@@ -334,7 +335,7 @@ def _bounds(tasks: Sequence[LayerTask], search: BranchAndBound, rtol: float) -> 
 def layer_norm_sums(sym: Symbol, tap_norm_sums: Sequence[float]) -> list[float]:
     """Upper bounds of `sum_p ||K_p||_F` over the taps of the layer itself, from those over the taps of its symbol, for each group.
 
-    A symbol adds up the squares over the phases of a stride; padding that repeats inputs lets phases read the same ones.
+    The symbol sums squares over the phases of a stride; with padding that repeats inputs, several phases may read the same input.
     """
     phases = math.prod(min(s, k) for s, k in zip(sym.strides, sym.plain.shape[3:], strict=True))
     return [rd.mul_up(norms, rd.sqrt_up(float(phases))) for norms in tap_norm_sums]
@@ -342,7 +343,7 @@ def layer_norm_sums(sym: Symbol, tap_norm_sums: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class FiniteSide:
-    """A finite layer's own lower side, the norm of its blocks when that was found, and its own interval where it has one."""
+    """The lower bound of a finite layer, the norm of its blocks at that time, and the interval from its matrix, if there is one."""
 
     lower: float
     peak: float
@@ -351,7 +352,7 @@ class FiniteSide:
 
 @dataclass(frozen=True)
 class FiniteStart:
-    """A finite layer that is applied, the group of its symbol's best block, and a vector there with its Rayleigh quotient."""
+    """A finite layer to apply, the group of the best block of its symbol, and a vector of that group with its Rayleigh quotient."""
 
     op: Conv
     layer: FiniteLayer
@@ -362,7 +363,7 @@ class FiniteStart:
 
 @dataclass(frozen=True)
 class LayerTask:
-    """One of the layers that are searched together: its interval from that of its symbol, and from the finite layer itself.
+    """One of the layers in a search: computes its interval from that of its symbol and from the finite layer itself.
 
     Weights are divided by `2**exponent`. `tap_norm_sums` are those of the layer's groups.
     """
@@ -378,24 +379,24 @@ class LayerTask:
 
     @property
     def needs_own_side(self) -> bool:
-        """Whether its blocks bound it from above only: its lower side is that of the finite layer."""
+        """Whether its blocks give only an upper bound, so that the lower bound must come from the finite layer."""
         return isinstance(self.op, Conv) and self.op.input_size is not None and not self.symbol.exact
 
     @property
     def peak_norm(self) -> float:
-        """What the best block says of the layer's norm so far."""
+        """The current lower estimate of the layer's norm from the best block."""
         return math.sqrt(float(self.search.lower.best[self.number]) * self.symbol.padding_norm_squared)
 
     def room(self, lower: float) -> tuple[float, float]:
-        """What the blocks' norm may reach for the layer's interval to close, and how close to their peak it is worth while to prove it."""
-        # the width asked for is that of the layer, not of its blocks
+        """The largest norm of the blocks at which the layer's interval still closes, and the relative width worth proving."""
+        # `rtol` is the width for the layer, not for its blocks
         ceiling = lower * (1 + self.rtol * 0.98) / math.sqrt(self.symbol.padding_norm_squared)
         peak = math.sqrt(float(self.search.lower.best[self.number]))
         room = ceiling / peak - 1 if peak else 0.0
         return ceiling, self.rtol / 2 if room <= 0 else min(max(room, self.rtol / 16), self.rtol / 4)
 
     def finite_side(self) -> FiniteSide:
-        """The lower side of a layer of given size, and its own interval where that is needed and within reach."""
+        """The lower bound of a layer of given size, and the interval from its matrix if needed and affordable."""
         peak, start = self.peak_norm, self._finite_start()
         gap = max(peak / start.lower - 1, 0.0) if start.lower else math.inf
         whole = start.op is self.op
@@ -408,7 +409,7 @@ class LayerTask:
         return FiniteSide(start.lower, peak, self._banded_bound(start) if near and self._affordable(start) else None)
 
     def _affordable(self, start: FiniteStart) -> bool:
-        """Whether the finite layer's own certificate fits in memory, and in time where it was not asked for."""
+        """Whether the certificate of the finite layer fits in memory and, unless `finite=True`, in the time limit."""
         certificate = Certificate(start.layer, start.group)
         fits = certificate.bytes <= FINITE_BYTES
         if self.finite is True and not fits:
@@ -420,7 +421,7 @@ class LayerTask:
         return fits and (self.finite is True or certificate.cost * len(self.tap_norm_sums) <= AUTO_OPERATIONS)
 
     def _finite_start(self) -> FiniteStart:
-        """The layer or a smaller one, with Lanczos steps until its quotient is as close to the blocks' norm as it can come."""
+        """The layer, or a smaller one, with a vector from Lanczos steps whose quotient approaches the norm of the blocks."""
         assert isinstance(self.op, Conv)
         part, modes = sample(self.op)
         layer, peak = FiniteLayer(part, self.exponent, modes), self.search.lower.peak(self.number)
@@ -437,11 +438,11 @@ class LayerTask:
         return FiniteStart(part, layer, group, x, best)
 
     def _group(self, group: int) -> int:
-        """The layer's own number of a group of the search."""
+        """The group of the layer for a group of the search."""
         return group - self.number * len(self.tap_norm_sums)
 
     def bound(self, enclosure: Enclosure, side: FiniteSide | None) -> Bound:
-        """The layer's interval from its symbol's and, where its blocks bound it from above only, its own lower side."""
+        """The layer's interval from that of its symbol and, if the blocks give only an upper bound, from its own lower bound."""
         upper, reason = self._above(enclosure)
         if side is not None:
             return self._from_own_side(upper, reason, side)
@@ -463,7 +464,7 @@ class LayerTask:
         return _with_lower(self._scaled(0.0, upper, reason), lower, f"lower side: {inputs}")
 
     def _from_own_side(self, upper: float, reason: str, side: FiniteSide) -> Bound:
-        """The interval with the layer's own lower side, which is looked for again where the blocks have a higher peak since."""
+        """The interval with the lower bound of the finite layer, which is computed again if a higher block was found since."""
         lower = side.lower
         if upper > lower * (1 + self.rtol) and self.peak_norm > side.peak * (1 + self.rtol / 8):
             again = self.finite_side()
@@ -474,7 +475,7 @@ class LayerTask:
         return _with_lower(self._scaled(0.0, upper, reason), rd.ldexp_down(lower, self.exponent), "lower side from the layer itself")
 
     def _closed_again(self, lower: float, upper: float, reason: str) -> tuple[float, str]:
-        """The upper side from another search of this layer alone, where its interval can still close."""
+        """The upper bound from a second search of this layer alone, if its interval can still close."""
         ceilings = np.zeros_like(self.search.lower.best)
         ceilings[self.number], width = self.room(lower)
         if upper <= lower * (1 + self.rtol) or width >= self.rtol / 2:
@@ -482,7 +483,7 @@ class LayerTask:
         return self._above(self.search.close(width, [self.number], ceilings)[0])
 
     def _above(self, enclosure: Enclosure) -> tuple[float, str]:
-        """The layer's upper bound from the symbol's: times the padding's factor, or plus what the boundary adds; and the reason."""
+        """The layer's upper bound from that of the symbol, times the factor of the padding or plus the boundary terms; and the reason."""
         op, square, reason = self.op, self.symbol.padding_norm_squared, self._reason(enclosure)
         if square > 1 and isinstance(op, Conv) and op.padding_mode in ("reflect", "replicate"):
             upper, alone, ends = upper_side(op, self.exponent, self.tap_norm_sums, enclosure.upper)
@@ -493,7 +494,7 @@ class LayerTask:
         return rd.mul_up(enclosure.upper, rd.sqrt_up(float(square))), reason + factor
 
     def closed(self, bound: Bound) -> Bound:
-        """The tighter of two intervals, the second from the matrix of a small finite layer; it says so where it is wider than asked for."""
+        """The tighter of two intervals, the second from a small finite layer's matrix; `because` says so if it exceeds `rtol`."""
         op = self.op
         if bound.rtol > self.rtol and self.finite is not False and isinstance(op, Conv) and op.input_size is not None and small(op):
             bound = min(bound, self._whole(FiniteLayer(op, self.exponent)), key=lambda b: (b.rtol, float(b.upper)))
@@ -504,7 +505,7 @@ class LayerTask:
     def _whole(self, layer: FiniteLayer) -> Bound:
         """The interval of a finite layer's matrix, group by group."""
         parts = [rounded(layer, group, rd.ldexp_up(norms, self.exponent)) for group, norms in enumerate(self.tap_norm_sums)]
-        if not all(bool(matrix.isfinite().all()) for matrix, _ in parts):  # taps that meet add up beyond the largest number
+        if not all(bool(matrix.isfinite().all()) for matrix, _ in parts):  # coinciding taps sum to more than the largest float
             return Bound(0.0, math.inf, "entries beyond the largest number")
         closed = certify_all([Dense(matrix) for matrix, _ in parts], rtol=self.rtol)
         errors = [error for _, error in parts]
@@ -515,7 +516,7 @@ class LayerTask:
         return Bound(max(low, 0.0), high, f"{self._itself(layer)} {entries}, as {closed[most].because}")
 
     def _banded_bound(self, start: FiniteStart) -> Bound:
-        """The finite layer's own interval, from its block-banded certificate."""
+        """The interval of the finite layer from its block-banded certificate."""
         lower, upper, reason = banded(start.layer, self.tap_norm_sums, self.rtol, start.group, start.lower, start.vector)
         return self._scaled(lower, upper, f"{self._itself(start.layer)}, {reason}")
 
@@ -526,7 +527,7 @@ class LayerTask:
         return scaled(lower, upper, self.exponent, reason)
 
     def _reason(self, enclosure: Enclosure) -> str:
-        """How the symbol's interval was found."""
+        """The reason for the symbol's interval."""
         tally, side = enclosure.tally, self.search.symbol.side
         proofs = " and ".join(PROOF_NAMES[name] for name in sorted(tally.proofs))
         where = f"; attained at frequency ({', '.join(f'{w + 0.0:.4g}' for w in enclosure.frequency)})" if enclosure.frequency else ""

@@ -1,6 +1,6 @@
 """The layer of a known input size: its action, lower bounds by Rayleigh quotients, and certificates from its matrix.
 
-Every geometry is exact here: one index map for each axis says which input each tap of each output reads.
+Every geometry is exact: one index map per axis gives the input position that each tap of each output reads.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from gramlip.numerics.eigenvalues import shift
 from gramlip.numerics.precision import full_products, scaled_float64
 from gramlip.operators.linear_maps import Conv, axes, index_map
 
-WIDE_BYTES = 48 << 20  # a copy of a kernel in the precision of the vectors is kept while it is smaller than this
-PIECE_BYTES = 2 << 20  # else pieces of about this size, which caches hold, are cast when they are used
-STEPS, LEAST_STEPS = 32, 3  # Lanczos steps between restarts, and before they may end for adding little
-LOOK = 4  # of which a GPU takes so many before they are looked at
-BASIS_BYTES = 48 << 20  # or fewer, whose vectors are smaller than this together
-SINGLE_RTOL = 1e-3  # intervals so wide take their vectors from single precision
-SINGLE_PRODUCTS = 1 << 21  # where the layer multiplies so many numbers
-READS = 1 << 29  # places that an index map may have
+WIDE_BYTES = 48 << 20  # keep a copy of the kernel in the precision of the vectors if it is smaller than this
+PIECE_BYTES = 2 << 20  # otherwise cast pieces of about this size, which fit in caches, at each use
+STEPS, LEAST_STEPS = 32, 3  # Lanczos steps between restarts, and the minimum before an early end
+LOOK = 4  # number of steps on a GPU between two looks at the result
+BASIS_BYTES = 48 << 20  # or fewer, such that their vectors together are smaller than this
+SINGLE_RTOL = 1e-3  # for a requested width of at least this, vectors are computed in single precision
+SINGLE_PRODUCTS = 1 << 21  # if the layer takes at least this many multiplications
+READS = 1 << 29  # largest index map
 
 
 class FiniteLayer:
     """One group's finite linear map, scaled by `2**-exponent`: the convolution, or the one whose adjoint it is.
 
-    Inputs and outputs are matrices with a row for each position and a column for each channel, in float64 or, where no proof
-    rests on them, in single precision.
+    Inputs and outputs are matrices with a row for each position and a column for each channel, in float64, or in single precision if no
+    proof depends on them.
     """
 
     def __init__(self, op: Conv, exponent: int, modes: Sequence[str] | None = None) -> None:
-        """Index maps of all axes, each with its own padding mode where `modes` are given.
+        """Make the index maps of all axes, each with its own padding mode if `modes` are given.
 
-        The kernel (groups, m, n, *k) is copied where it is small, else cast piece by piece.
+        A small kernel (groups, m, n, *k) is copied, a large one is cast piece by piece.
         """
         self.geometry = axes(op)
         self.source, self.exponent = grouped(op).detach(), exponent
@@ -65,7 +65,7 @@ class FiniteLayer:
         self.reads = self._positions()
 
     def _positions(self) -> Tensor:
-        """The input position that each tap of each output reads, (outputs * taps,); the one after the last for a padded zero."""
+        """The input position that each tap of each output reads, (outputs * taps,); a padded zero is at the position after the last."""
         reads = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         for m, size in zip(self.maps, self.sizes, strict=True):
             one, two = reads[:, None, :, None], m.mT[None, :, None, :].to(self.device)
@@ -78,7 +78,7 @@ class FiniteLayer:
         return scaled_float64(self.source[group], self.exponent)[0]
 
     def _pieces(self, group: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of the kernel, (r, taps n), in turn: at once where it is kept."""
+        """Yield rows of the kernel, (r, taps n); all at once if it is kept."""
         if dtype.itemsize * self.source[0].numel() <= WIDE_BYTES:
             if dtype not in self._kept or self._kept[dtype][0] != group:
                 self._kept[dtype] = group, self._piece(group, slice(None), dtype)
@@ -95,13 +95,13 @@ class FiniteLayer:
         return scaled_float64(part, self.exponent)[0].to(dtype) if exact else part * 2.0**-self.exponent
 
     def forward(self, x: Tensor, group: int) -> Tensor:
-        """The layer on x (positions, n), zeros where a tap reads padding: (output positions, m)."""
+        """Apply the layer to x (positions, n); taps that read padding get zeros. The result is (output positions, m)."""
         columns = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, self.reads).reshape(math.prod(self.outputs), -1)
         parts = [columns @ piece.mT for _, piece in self._pieces(group, x.dtype)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def adjoint(self, y: Tensor, group: int) -> Tensor:
-        """The adjoint on y (output positions, m): (positions, n)."""
+        """Apply the adjoint to y (output positions, m). The result is (positions, n)."""
         columns = None
         for rows, piece in self._pieces(group, y.dtype):
             part = y[:, rows]
@@ -111,7 +111,7 @@ class FiniteLayer:
         return x.index_add_(0, self.reads, columns.reshape(-1, self.shape[2]))[:-1]
 
     def lower(self, x: Tensor, group: int, tap_norm_sum: float) -> float:
-        """Lower bound `||T x|| / ||x||` less its rounding, at most `gamma tap_norm_sum ||x||`: docs/rounding.md#r6-rayleigh-quotients."""
+        """Lower bound `||T x|| / ||x||` minus rounding, at most `gamma tap_norm_sum ||x||`: docs/rounding.md#r6-rayleigh-quotients."""
         length = math.prod(self.shape[2:]) + 8
         error = rd.mul_up(rd.mul_up(rd.gamma(8.0 * length), tap_norm_sum), rd.sqrt_up(float(self.shared)))
         size = rd.gamma(4.0 * (x.numel() + math.prod(self.outputs) * self.shape[1]) + 64)
@@ -119,10 +119,10 @@ class FiniteLayer:
         return max(0.0, rd.down(quotient * rd.down(1 - 4 * size) - error))
 
     def ascend(self, x: Tensor, group: int, above: float = math.inf, rtol: float = 0.0, steps: int = STEPS) -> tuple[Tensor, bool]:
-        """The leading Ritz vector of `T* T` after Lanczos steps from x, and whether more of them would add little.
+        """The leading Ritz vector of `T* T` after Lanczos steps from x, and whether further steps would add little.
 
-        They end early within `rtol / 4` of `above`, or where two of them add little beside `rtol`. Large layers take them in
-        single precision for a wide interval, unless the global settings cut its products short.
+        The steps end early within `rtol / 4` of `above`, or if two of them add little compared with `rtol`. Large layers take them in
+        single precision for a wide interval, unless global settings lower the precision of float32 products.
         """
         large = self.source[0].numel() * math.prod(self.outputs) >= SINGLE_PRODUCTS
         single = rtol >= SINGLE_RTOL and large and (self.is_complex or full_products())
@@ -131,7 +131,9 @@ class FiniteLayer:
         ritz = _RitzValues(steps, 1e-6 if single else 1e-13, above, rtol)
         basis = torch.empty(steps, x.numel(), dtype=dtype, device=self.device)
         w = (x / torch.linalg.vector_norm(x)).to(dtype)
-        waiting = [w.new_zeros((), dtype=w.real.dtype)]  # subdiagonal and diagonal not looked at yet: that waits for the device
+        waiting = [
+            w.new_zeros((), dtype=w.real.dtype)
+        ]  # subdiagonal and diagonal entries that are not read yet: reading waits for the device
         while not ritz.ended:
             j = len(ritz.tops) + len(waiting) // 2
             basis[j] = w.flatten()
@@ -149,7 +151,7 @@ class FiniteLayer:
 
 
 def _orthogonal(w: Tensor, basis: Tensor) -> Tensor:
-    """What is left of w beside the rows of the basis, which are orthonormal; taken twice, since once leaves rounding behind."""
+    """The part of w orthogonal to the orthonormal rows of the basis; projected twice, since rounding spoils the first projection."""
     for _ in range(2):
         w = w - (basis.mT @ (basis.conj() @ w.flatten())).reshape(w.shape)
     return w
@@ -157,10 +159,10 @@ def _orthogonal(w: Tensor, basis: Tensor) -> Tensor:
 
 @dataclass
 class _RitzValues:
-    """The roots `tops` of the largest eigenvalues of Lanczos' tridiagonal matrices of 1, 2, ... vectors, and when there are enough.
+    """The square roots `tops` of the largest eigenvalues of the tridiagonal Lanczos matrices of 1, 2, ... vectors, and when to stop.
 
-    They end at so many `steps`, where a new vector has a length of at most `negligible` times the first value, or where they
-    `converged`: within `rtol / 4` of `above`, or adding little beside `rtol`.
+    The steps stop after `steps` vectors, at a new vector of length at most `negligible` times the first value, or if they `converged`:
+    within `rtol / 4` of `above`, or adding little compared with `rtol`.
     """
 
     steps: int
@@ -176,11 +178,11 @@ class _RitzValues:
 
     @property
     def ended(self) -> bool:
-        """Whether no further vector is asked for."""
+        """Whether no further vector is needed."""
         return self.converged or self.exhausted or len(self.tops) == self.steps
 
     def add(self, rows: list[list[float]]) -> None:
-        """The next rows of the matrix, subdiagonal and diagonal; those after the end are left out."""
+        """Add the next rows of the matrix, subdiagonal and diagonal; rows after the end are ignored."""
         for below, diagonal in rows:
             if not self.ended:
                 self._add(below, diagonal)
@@ -193,7 +195,7 @@ class _RitzValues:
         self._matrix[i, i] = diagonal
         self._matrix[i, max(i - 1, 0)] += below
         tops.append(float(torch.linalg.eigvalsh(self._matrix[: i + 1, : i + 1])[-1].clamp_min(0).sqrt()))
-        # near: a little more may close the interval, or leave more of it to the proof
+        # close to the target: a few more steps may close the interval, or widen the gap for the proof
         near = bool(tops[i]) and self.above / tops[i] - 1 < 1.3 * self.rtol
         little = i >= LEAST_STEPS and tops[i] - tops[i - 2] < tops[i] * self.rtol / (32 if near else 8)
         self.converged = little or tops[i] >= self.above * (1 - self.rtol / 4)
@@ -208,13 +210,14 @@ class _RitzValues:
 #
 # Start vectors for the lower bound of a finite layer, from the best frequency of its symbol. docs/theory.md#lower-side.
 
-SAMPLE_BYTES = 48 << 20  # what one application of a finite layer may hold
+SAMPLE_BYTES = 48 << 20  # memory of one application of a finite layer
 
 
 def sample(op: Conv) -> tuple[Conv, tuple[str, ...]]:
-    """The layer and the padding mode of each axis, or a smaller layer whose norm it cannot exceed (lemma 10).
+    """The layer and the padding mode of each axis, or a smaller layer whose norm is a lower bound of the layer's (lemma 10).
 
-    Inputs on a window of an axis meet what a zero-padded axis of the window's size does, so only the axes that were cut are zero-padded.
+    Inputs that are restricted to a window of an axis see the same map as on a zero-padded axis of the window's size. Only axes that are
+    cut become zero-padded.
     """
     scalar = 16 if op.weight.is_complex() else 8
     taps, sizes, small = math.prod(op.weight.shape[1:]), list(op.sizes or ()), op
@@ -227,7 +230,7 @@ def sample(op: Conv) -> tuple[Conv, tuple[str, ...]]:
         if scalar * max(reads, held) <= SAMPLE_BYTES or sizes[longest] <= 8 * max(op.spans):
             return small, tuple(modes)
         pad, whole = max(op.pads[longest]), sizes[longest]
-        # a window of an axis that repeats inputs stands farther from its ends than the padding reaches
+        # on an axis whose padding repeats inputs, the window keeps a distance from the ends that the padding cannot reach
         room = whole if modes[longest] == "zeros" else whole - 2 * (pad + op.strides[longest])
         cut = min(max(whole * 3 // 4 - pad, max(op.spans)), room)
         if cut < 1 or cut + sum(op.pads[longest]) < op.spans[longest]:
@@ -237,7 +240,7 @@ def sample(op: Conv) -> tuple[Conv, tuple[str, ...]]:
 
 
 def wave(peak: Peak, layer: FiniteLayer, group: int) -> Tensor:
-    """A start for the layer's own power steps: the best block's singular vector on a plane wave under a sine window.
+    """A start vector for iterations on the layer: the singular vector of the best block on a plane wave with a sine window.
 
     The vector lives on the inputs, split into the phases of a stride, or on the outputs where the blocks were flipped.
     """
@@ -245,14 +248,14 @@ def wave(peak: Peak, layer: FiniteLayer, group: int) -> Tensor:
         return start_like(layer, _blank(layer))
     flipped, vector = peak.flipped, peak.vector
     phases = [1 if flipped else min(axis.stride, axis.kernel) for axis in layer.geometry]
-    if vector.numel() != layer.shape[1 if flipped else 2] * math.prod(phases):  # the stride was taken as a divisor of itself
+    if vector.numel() != layer.shape[1 if flipped else 2] * math.prod(phases):  # the symbol used a divisor of the stride
         return start_like(layer, _blank(layer))
     x = vector.reshape(-1, *phases)
     for j, (axis, turn, count) in enumerate(zip(layer.geometry, peak.frequency, phases, strict=True)):
         size = (axis.outputs if flipped else axis.size) or 0
         place = torch.arange(size, device=vector.device)
         window = (math.pi / (size + 1) * (place + 1).to(torch.float64)).sin()
-        # input i has i + before = stride t + phase, and stands at t; an output stands at its own number
+        # input i with i + before = stride t + phase has place t; output j has place j
         step = 1 if flipped else axis.stride
         shifted = place if flipped else place + axis.before
         phase, t = shifted.remainder(step), shifted.div(step, rounding_mode="floor").to(torch.float64)
@@ -264,7 +267,7 @@ def wave(peak: Peak, layer: FiniteLayer, group: int) -> Tensor:
         x = real if float(real.norm()) >= float(imaginary.norm()) else imaginary
     x = x.flatten(1).mT.contiguous()
     x = layer.adjoint(x, group) if flipped else x
-    return x if bool(x.any()) else start_like(layer, x)  # taps that read padding alone leave nothing
+    return x if bool(x.any()) else start_like(layer, x)  # if all taps read padding, the wave is zero
 
 
 def _blank(layer: FiniteLayer) -> Tensor:
@@ -272,13 +275,13 @@ def _blank(layer: FiniteLayer) -> Tensor:
 
 
 def start_like(layer: FiniteLayer, x: Tensor, number: int = 0) -> Tensor:
-    """A deterministic start vector of the shape of x, another one for each number."""
+    """A deterministic start vector of the shape of x, different for each number."""
     i = torch.arange(1, x.numel() + 1, dtype=torch.float64, device=x.device)
     v = 0.3 + 0.5 * (i * (0.754877666 + 0.1 * number)).frac() * torch.where((i * i * (0.569840291 + 0.1 * number)).frac() < 0.5, -3.0, 2.0)
     return v.reshape(x.shape).to(layer.dtype)
 
 
-ENTRIES = 1 << 20  # of the largest matrices that are formed as a whole
+ENTRIES = 1 << 20  # entries of the largest matrix that is formed as a whole
 
 
 def small(op: Conv) -> bool:
@@ -288,11 +291,11 @@ def small(op: Conv) -> bool:
 
 
 def rounded(layer: FiniteLayer, group: int, tap_norm_sum: float) -> tuple[Tensor, float]:
-    """The matrix of one group, unscaled, and a bound of the norm of its error: zero where no two taps of an output read one input.
+    """The matrix of one group, unscaled, and a bound of the norm of its error (0 if no two taps of an output read the same input).
 
     `tap_norm_sum` bounds `sum_p ||K_p||_F`, unscaled too. docs/rounding.md#r8-the-matrix-of-a-layer.
     """
-    kernel = scaled_float64(layer.source[group], 0)[0].flatten(2).permute(2, 0, 1)  # exact, denormals too
+    kernel = scaled_float64(layer.source[group], 0)[0].flatten(2).permute(2, 0, 1)  # exact, also for denormals
     taps, m, n = kernel.shape
     outputs, inputs = math.prod(layer.outputs), math.prod(layer.sizes)
     reads = layer.reads.reshape(outputs, taps)
@@ -313,18 +316,18 @@ def rounded(layer: FiniteLayer, group: int, tap_norm_sum: float) -> tuple[Tensor
 # The interval of a finite layer from its matrix: a block-banded Cholesky factorisation, or a dense one if it is small.
 # docs/theory.md#finite-layer.
 
-FRESH = 3  # other start vectors that are tried before the interval stays wider than asked for
+FRESH = 3  # number of other start vectors to try before the interval stays wider than `rtol`
 
 
 def banded(layer: FiniteLayer, tap_norm_sums: Sequence[float], rtol: float, best: int, lower: float, x: Tensor) -> tuple[float, float, str]:
-    """Both ends, group by group, from a vector x of the group `best` with its quotient `lower`; wider than `rtol` where rounding is."""
+    """Both ends over all groups, from a vector x of group `best` with quotient `lower`; only rounding makes it wider than `rtol`."""
     top, floor, factorizations, width = lower, 0.0, 0, rtol * 0.98
     for group, tap_norm_sum in enumerate(tap_norm_sums):
         if rd.mul_up(tap_norm_sum, rd.sqrt_up(float(layer.shared))) <= top:
             continue
         certificate = Certificate(layer, group)
         certificate.prepare()
-        # a map that cancels to nothing is closed to what rounding can tell from zero
+        # a map whose entries cancel to zero is closed to the smallest norm that rounding can distinguish from zero
         floor = max(floor, 2 * rd.sqrt_up(certificate.noise(tap_norm_sum)))
         width = max(width, certificate.attainable_rtol(top, tap_norm_sum))
         vector = leading = x if group == best else start_like(layer, x)
@@ -339,7 +342,7 @@ def banded(layer: FiniteLayer, tap_norm_sums: Sequence[float], rtol: float, best
                 top, leading = value, vector
             if top > before * (1 + width / 50):
                 continue
-            fresh += 1  # the start may have had no part in the leading vector: others, before the interval stays wider than asked for
+            fresh += 1  # the start vector may be orthogonal to the leading vector: try others before the interval stays wider than `rtol`
             vector = start_like(layer, x, fresh) if fresh <= FRESH else leading
             width *= 1.5 if fresh > FRESH else 1.0
     upper = max(rd.mul_up(top, rd.up(1 + width)), floor)
@@ -349,13 +352,13 @@ def banded(layer: FiniteLayer, tap_norm_sums: Sequence[float], rtol: float, best
 class Certificate:
     """`||T|| <= tau` for one group of a finite layer by a block-banded Cholesky factorisation along the first axis.
 
-    The Gram matrix of the smaller side is banded in blocks of one row of the first axis (docs/theory.md#finite-layer); a
-    factorisation of `tau^2 I - T* T`, shifted as in docs/rounding.md#r3-cholesky, proves the bound for the layer itself. It is
-    done on the CPU wherever the layer is: the theorem on its error is one on LAPACK.
+    The Gram matrix of the smaller side is banded in blocks of one row of the first axis (docs/theory.md#finite-layer); a factorisation
+    of `tau^2 I - T* T`, shifted as in docs/rounding.md#r3-cholesky, proves the bound for the layer itself. It is done on the CPU
+    wherever the layer is, since the error theorem is on LAPACK.
     """
 
     def __init__(self, layer: FiniteLayer, group: int) -> None:
-        """The rows' products; `cost` estimates the operations of one factorisation with its preparation."""
+        """Prepare the products of rows; `cost` estimates the operations of one factorisation with its preparation."""
         self.layer, self.group = layer, group
         m, n = layer.shape[1:3]
         rows, columns = m * math.prod(layer.outputs[1:]), n * math.prod(layer.sizes[1:])
@@ -373,7 +376,7 @@ class Certificate:
         self.bytes = layer.bytes + scalar * (slices + (len(self.products) + (band + 1) ** 2 + 3) * self.side**2)
 
     def _pairs(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
-        """For blocks i <= j of the Gram matrix the pairs of first-axis taps whose products make it up."""
+        """For each block i <= j of the Gram matrix, the pairs of first-axis taps whose products it sums."""
         terms: dict[tuple[int, int], list[tuple[int, int]]] = {}
         reads = self.layer.maps[0].tolist()
         taps = range(len(reads))
@@ -412,23 +415,24 @@ class Certificate:
         return slices
 
     def prepare(self) -> None:
-        """Form the products of the slices, once for all thresholds."""
+        """Compute the products of the slices, once for all thresholds."""
         slices = self._slices()
         if not self.on_inputs:
             slices = [s.mH for s in slices]
         self.gram = {(p, q): slices[p].mH @ slices[q] for p, q in self.products}
 
     def noise(self, tap_norm_sum: float) -> float:
-        """Upper bound of the error of the Gram matrix that is factorised: what cannot be told from zero.
+        """Upper bound of the error of the Gram matrix that is factorised.
 
-        An entry adds up taps that meet, a product's terms and a block's products: docs/rounding.md#r9-the-gram-matrix-of-a-layer.
+        The errors come from sums of coinciding taps, of the terms of a product, and of the products in a block:
+        docs/rounding.md#r9-the-gram-matrix-of-a-layer.
         """
         bound = rd.mul_up(rd.mul_up(tap_norm_sum, tap_norm_sum), float(self.layer.shared))
         meeting, products = math.prod(self.layer.shape[4:]), max(map(len, self.pairs.values()), default=0)
         return rd.mul_up(rd.gamma(8.0 * (2 * meeting + self.inner + products + 64)), bound)
 
     def attainable_rtol(self, lower: float, tap_norm_sum: float) -> float:
-        """The least relative width above a lower side that rounding lets be proved: docs/rounding.md#the-least-width."""
+        """The smallest relative width above a lower bound that can be proved in spite of rounding: docs/rounding.md#the-least-width."""
         return math.expm1(math.log1p(2 * shift(self.side * self.steps) + 4 * self.noise(tap_norm_sum) / max(lower, 1e-150) ** 2) / 2)
 
     def proves(self, target_norm: float, tap_norm_sum: float) -> bool:
@@ -455,7 +459,7 @@ class Certificate:
         return True
 
     def _block(self, window: dict[tuple[int, int], Tensor], i: int, j: int, t: float, eye: Tensor) -> Tensor:
-        """Block (i, j) of `t I - Gram`, less what earlier rows eliminated."""
+        """Block (i, j) of `t I - Gram`, after the elimination of earlier rows."""
         done = window.pop((i, j), None)
         if done is not None:
             return done

@@ -21,14 +21,14 @@ from gramlip.operators.linear_maps import Conv, Dense, Ints, apply
 
 # ---- differentiable norms of convolutions --------------------------------------------------------------------------------
 #
-# The differentiable norm of a convolution: Gram iteration on its blocks, gradient at the arg-max block alone.
+# The differentiable norm of a convolution: Gram iteration on its blocks, with the gradient of the largest block.
 
 
 def operator_gram_norm(op: Dense | Conv, n_iter: int = 6) -> Tensor:
     """Upper bound (in exact arithmetic) of the operator's norm as a 0-d tensor with its graph.
 
-    The arg-max block is found without a graph and alone carries the gradient, which there is that of the maximum:
-    docs/methods.md#the-gradient. Memory does not grow with `n_iter`.
+    The largest block is found without a graph; its gradient is that of the maximum: docs/methods.md#the-gradient. The memory does not
+    grow with `n_iter`.
 
     >>> operator_gram_norm(Dense(torch.diag(torch.tensor([3.0, 4.0]))), n_iter=8).item()
     4.0
@@ -64,27 +64,28 @@ def conv_gram_norm(
 ) -> Tensor:
     """Upper bound (in exact arithmetic) of a convolution's spectral norm, differentiable: the paper's bound.
 
-    Zero padding uses a circulant of size n + p, stride the polyphase blocks, groups the largest of them. The two-moment
-    bound closes the iteration (see `gram_norm`). Values are not checked, so that nothing waits for the device: a weight
-    with NaN gives NaN. Rounding is not included: for a proved interval call `gramlip.bound`.
+    For zero padding it uses a circulant of size n + p, for a stride the polyphase blocks, for groups the largest norm of them. The
+    two-moment bound closes the iteration (see `gram_norm`). Values are not checked, since that would wait for the device: a weight with
+    NaN gives NaN. Rounding errors are not included: for a proved interval call `gramlip.bound`.
 
     Args:
         weight: (c_out, c_in / groups, *k), or (c_in, c_out / groups, *k) when `transposed`; 1 to 3 kernel axes.
-        input_size: spatial size of the input; None holds for every size.
+        input_size: spatial size of the input; None: the bound holds for every size.
         n_iter: Gram steps, at least 1.
         stride: as in `torch.nn`.
-        padding_mode: "circular", "zeros" (for a transposed convolution), or "reflect" and "replicate", times the norm of the padding.
-        padding: as in `gramlip.Conv`; None is half of the dilated kernel, which keeps the size at stride 1.
+        padding_mode: "circular", "zeros" (required for a transposed convolution), or "reflect" and "replicate", for which the result
+            includes the norm of the padding.
+        padding: as in `gramlip.Conv`; None: half of the dilated kernel, which keeps the size at stride 1.
         dilation: as in `torch.nn`.
         groups: as in `torch.nn`.
-        transposed: the map of `torch.nn.ConvTranspose*d`.
+        transposed: True for the map of `torch.nn.ConvTranspose*d`.
         output_padding: as in `torch.nn.ConvTranspose*d`.
 
     Returns:
         0-d real tensor in the weight's precision (float32 for half precisions); a zero weight gives zero.
 
     Raises:
-        InputError: a geometry that torch does not accept, a weight that is no floating-point tensor, or n_iter below 1.
+        InputError: a geometry that torch does not accept, a weight that is not a floating-point tensor, or n_iter below 1.
 
     Reference: arXiv 2305.16173, algorithm 3; docs/methods.md#gram.
 
@@ -106,8 +107,8 @@ def conv_gram_norm(
 
 
 def _geometry(shape: tuple[int, ...], input_size: Any, stride: Any, padding: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Groups, and strides, points, square, exact and because of the `Symbol`: numbers, which compiled code takes as they are."""
-    placeholder = torch.ones((), device="cpu").expand(shape)  # a geometry needs no values
+    """The number of groups, and the fields of the `Symbol` other than the kernel: constants for compiled code."""
+    placeholder = torch.ones((), device="cpu").expand(shape)  # the geometry does not depend on the values
     if padding is None:
         spans = Conv(placeholder, dilation=options[1]).spans
         padding = [((span - 1) // 2, span - 1 - (span - 1) // 2) for span in spans]
@@ -116,12 +117,12 @@ def _geometry(shape: tuple[int, ...], input_size: Any, stride: Any, padding: Any
     return op.groups, sym.strides, sym.points, sym.padding_norm_squared, sym.exact, sym.because
 
 
-# torch.compiler.assume_constant_result sets this too, but imports the compiler for it: most of a second at each import of gramlip
+# torch.compiler.assume_constant_result sets this too, but imports the compiler, which takes most of a second
 _geometry._dynamo_marked_constant = True  # type: ignore[reportFunctionMemberAccess,attr-defined]
 
 
 def _scaled(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The tensor over a power of two no larger than its largest entry, in two factors since one may not be representable."""
+    """The tensor divided by a power of two no larger than its largest entry, and that power as two factors, each representable."""
     exponent = torch.frexp(x.detach().abs().amax())[1] - 1
     one = torch.ones((), dtype=x.real.dtype if x.is_complex() else x.dtype, device=x.device)
     scale = torch.ldexp(one, exponent // 2), torch.ldexp(one, exponent - exponent // 2)
@@ -130,11 +131,11 @@ def _scaled(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
 
 # ---- arXiv 2305.16173 ----------------------------------------------------------------------------------------------------
 #
-# The four algorithms of arXiv 2305.16173, under the paper's names, as published but for the defects of common code.
+# The four algorithms of arXiv 2305.16173 under the paper's names, as published, without the known defects of common code.
 #
-# What they leave out is what the rest of gramlip adds: rounding, zero padding, stride. For a proved interval call `gramlip.bound`; for
-# training call `gramlip.gram_norm` and `gramlip.conv_gram_norm`, whose memory does not grow with the steps. Here autograd differentiates
-# step by step.
+# They do not cover rounding, zero padding and stride, as the rest of gramlip does. For a proved interval call `gramlip.bound`;
+# for training call `gramlip.gram_norm` and `gramlip.conv_gram_norm`, whose memory does not grow with the steps. Here autograd
+# differentiates every step.
 
 
 def Power_iteration(G: Tensor, Niter: int = 100, *, generator: torch.Generator | None = None) -> Tensor:
@@ -142,11 +143,11 @@ def Power_iteration(G: Tensor, Niter: int = 100, *, generator: torch.Generator |
 
     Args:
         G: matrices (..., m, n), real or complex.
-        Niter: steps, each one product with G and one with its adjoint.
-        generator: of the start; None is torch's global one.
+        Niter: steps; each takes a product with G and one with its adjoint.
+        generator: random generator of the start vector; None: torch's global one.
 
     Returns:
-        Tensor of shape (...): `||G u||` at the last unit vector u, never above the norm but for rounding.
+        Tensor of shape (...): `||G u||` at the last unit vector u; up to rounding never above the norm.
 
     >>> Power_iteration(torch.diag(torch.tensor([3.0, 4.0])), 50).item()
     4.0
@@ -185,7 +186,7 @@ def Lip_dense(G: Tensor, Niter: int = 6) -> Tensor:
         size = _size(x)
         x = x / size
         log = 2 * (log + size.log())
-        x = x @ x if step else gram(x)  # the iterates are Hermitian from the first product on
+        x = x @ x if step else gram(x)  # the iterates are Hermitian after the first product
     root = 2.0**-Niter
     return (peak * _root(norm(x, 2, keepdim=True), root) * (log * root).exp())[..., 0, 0]
 
@@ -196,12 +197,12 @@ def Lip_conv(K: Tensor, Niter: int = 6, *, n: int | Sequence[int], n0: int | Non
     Args:
         K: kernel (c_out, c_in, *k).
         Niter: Gram steps at every frequency.
-        n: input size, an integer or one per axis; taps that wrap around a smaller input are added, not cropped.
-        n0: a smaller grid to work on, of at least 2 (k - 1) points a side; the result then carries the factor
-            `prod_j (1 - (k_j - 1) / n0)^(-1/2)`, which is the paper's for square kernels, and holds for every n.
+        n: input size, an integer or one per axis. If the kernel is larger, its taps wrap around and are added, not cropped.
+        n0: points per side of a smaller grid, at least 2 (k - 1). The result then includes the factor `prod_j (1 - (k_j - 1) /
+            n0)^(-1/2)`, which is the paper's for square kernels, and holds for every n.
 
     Returns:
-        0-d tensor: the largest over the frequencies.
+        0-d tensor: the largest bound over the frequencies.
 
     >>> round(Lip_conv(torch.ones(1, 1, 3, 3), n=8).item(), 4)
     9.0
@@ -229,7 +230,7 @@ def Gram_iteration_naive(G: Tensor, Niter: int = 6) -> Tensor:
         Niter: Gram steps.
 
     Returns:
-        Tensor of shape (...): the Schatten norm of order 2^(Niter + 1), or infinity, NaN or zero once it overflowed.
+        Tensor of shape (...): the Schatten norm of order 2^(Niter + 1), or infinity, NaN or zero after an over- or underflow.
 
     >>> Gram_iteration_naive(torch.full((2, 2), 1e8), 6).isfinite().item()
     False
@@ -242,7 +243,7 @@ def Gram_iteration_naive(G: Tensor, Niter: int = 6) -> Tensor:
 
 
 def oversampling(kernel: Sequence[int], samples: int) -> float:
-    """The published factor from a grid of `samples` points a side to all frequencies: docs/methods.md#oversampling."""
+    """The published factor from a grid of `samples` points per side to all frequencies: docs/methods.md#oversampling."""
     if not isinstance(samples, int) or samples < 2 * (max(kernel) - 1) or samples < 1:
         msg = f"{samples} samples a side were given for a kernel of {tuple(kernel)}; expected at least {max(1, 2 * (max(kernel) - 1))}"
         raise InputError(msg)
@@ -250,13 +251,13 @@ def oversampling(kernel: Sequence[int], samples: int) -> float:
 
 
 def _size(x: Tensor) -> Tensor:
-    """Frobenius norms to divide by; zero counts as one."""
+    """Frobenius norms as divisors: zero is replaced by one."""
     size = norm(x, 2, keepdim=True)
     return torch.where(size > 0, size, 1.0)
 
 
 def _root(size: Tensor, power: float) -> Tensor:
-    """The power of a norm; at zero, where that has no derivative, zero with the gradient zero."""
+    """The power of a norm; at zero, where it has no derivative, both value and gradient are zero."""
     return torch.where(size == 0, 0.0, torch.where(size == 0, 1.0, size) ** power)
 
 
@@ -274,7 +275,7 @@ def _check(G: Tensor, Niter: int) -> None:
 
 # ---- raw taps ------------------------------------------------------------------------------------------------------------
 #
-# Methods that look at the raw taps: they bound the symbol at every frequency, so any padding and any input size.
+# Methods on the taps: they bound the symbol at every frequency, so they hold for any padding and any input size.
 
 
 def frobenius(op: Dense | Conv) -> Tensor:
@@ -285,7 +286,7 @@ def frobenius(op: Dense | Conv) -> Tensor:
 
 
 def torch_reshaped(op: Dense | Conv) -> Tensor:
-    """The norm of the reshaped kernel, which `torch.nn.utils.parametrizations.spectral_norm` divides by once converged."""
+    """The norm of the reshaped kernel, by which `torch.nn.utils.parametrizations.spectral_norm` divides once it has converged."""
     weight = op.weight
     if isinstance(op, Conv) and op.transposed:
         weight = weight.transpose(0, 1)
@@ -293,7 +294,7 @@ def torch_reshaped(op: Dense | Conv) -> Tensor:
 
 
 def singla2021(op: Dense | Conv, n_iter: int | None = None) -> Tensor:
-    """Fantastic Four: sqrt(taps) times the least norm of the unfoldings, each kernel axis on the row or the column side.
+    """Fantastic Four: sqrt(taps) times the smallest norm of the unfoldings, with each kernel axis on the row or the column side.
 
     `n_iter=None` takes exact norms of the unfoldings, an upper bound; a number takes that many power steps, as published,
     and the value may then fall below the bound that it estimates.
@@ -316,7 +317,7 @@ def singla2021(op: Dense | Conv, n_iter: int | None = None) -> Tensor:
 def norm2toep(op: Dense | Conv, n_iter: int = 3) -> Tensor:
     """Gram iteration on the kernel itself, `A <- A* A` as convolutions without wrap, closed by the largest absolute row sum.
 
-    The self-convolutions are products at `2^n_iter (k - 1) + 1` points a side, enough that nothing wraps: the same taps.
+    The self-convolutions are products on a grid of `2^n_iter (k - 1) + 1` points per side, large enough that no tap wraps around.
     """
     sym = symbol(op)
     kernel = sym.kernel if sym.kernel.shape[1] >= sym.kernel.shape[2] else sym.kernel.transpose(1, 2)
@@ -324,7 +325,7 @@ def norm2toep(op: Dense | Conv, n_iter: int = 3) -> Tensor:
 
 
 def aol(op: Dense | Conv) -> Tensor:
-    """The largest of `sqrt(sum |K* K|)` over the input channels, which is what AOL divides each channel by."""
+    """AOL: the largest of `sqrt(sum |K* K|)` over the input channels; AOL divides each channel by its own."""
     sym = symbol(op)
     flipped = isinstance(op, Conv) and op.transposed
     return math.sqrt(sym.padding_norm_squared) * _row_sum(sym.kernel.transpose(1, 2) if flipped else sym.kernel, 1)
@@ -390,7 +391,7 @@ def _row_sum(kernel: Tensor, n_iter: int) -> Tensor:
 
 
 def _contract(tensor: Tensor, factors: list[Tensor], keep: int) -> Tensor:
-    """The tensor applied to every factor but one."""
+    """The tensor contracted with every factor except one."""
     for axis in reversed(range(len(factors))):
         if axis > keep:
             tensor = tensor @ factors[axis]
@@ -406,7 +407,7 @@ def _unit(x: Tensor) -> Tensor:
 
 # ---- power iteration -----------------------------------------------------------------------------------------------------
 #
-# Power iteration on the layer itself, with torch's own convolution and its exact adjoint.
+# Power iteration on the layer itself, with torch's convolution and its exact adjoint.
 
 
 def power(op: Dense | Conv, n_iter: int = 100, seed: int = 0) -> Tensor:
@@ -435,19 +436,19 @@ def _unit_vector(x: Tensor) -> Tensor:
 
 # ---- the symbol on a grid ------------------------------------------------------------------------------------------------
 #
-# Methods that look at the symbol on a grid of frequencies.
+# Methods on the symbol at a grid of frequencies.
 
 
 def gram_bound(op: Dense | Conv, n_iter: int = 6) -> Tensor:
     """Gram iteration on the blocks of the padding theorem's grid, closed by the two-moment bound; differentiable.
 
-    Zero padding takes n + p points, a stride the polyphase blocks, every input size the 32-point grid with its factor.
+    Zero padding takes n + p points, a stride the polyphase blocks; for every input size it takes the 32-point grid with its factor.
     """
     return operator_gram_norm(op, n_iter)
 
 
 def delattre2023(op: Dense | Conv, n_iter: int = 6) -> Tensor:
-    """Gram iteration as published: every frequency of the full n-grid, the stride left out, Frobenius norm at the end."""
+    """Gram iteration as published: every frequency of the full n-grid, with the stride ignored and the Frobenius norm at the end."""
     if isinstance(op, Dense):
         return Lip_dense(op.weight, n_iter)
     sym = symbol(replace(op, stride=1))
@@ -468,7 +469,7 @@ def senderovich2022(op: Dense | Conv) -> Tensor:
 def araujo2021(op: Dense | Conv, samples: int = 50) -> Tensor:
     """LipGrid: the largest Frobenius norm of the symbol over a grid of the torus, times the oversampling factor.
 
-    The `samples` points a side of [0, 2 pi) are distinct: both ends of the period are one point and count once.
+    The grid has `samples` distinct points per side of [0, 2 pi): the two ends of the period are the same point and count once.
     """
     sym = symbol(op)
     if not sym.points:

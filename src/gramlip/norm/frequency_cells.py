@@ -1,4 +1,4 @@
-"""The integer lattice of frequencies on which the search works: cells, their corners, what a cell can lose, and what was proved where."""
+"""The integer lattice of frequencies for the search: cells, their corners and slack, and the table of proved thresholds."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import numpy as np
 from gramlip.errors import InputError
 from gramlip.numerics.segmented import Complexes, Flags, Ints, Reals, integers, named, pieces, segment_min
 
-START = 8  # cells a side to start from, for each unit of degree
-AT_ONCE = 1 << 16  # cells whose corners are worked out together
+START = 8  # number of first cells per side, for each unit of degree
+AT_ONCE = 1 << 16  # cells whose corners are computed together
 
 Cells = tuple[Ints, Ints, Ints]  # group (B,), lowest corner (B, axes), highest corner (B, axes)
-Thresholds = tuple[Ints, Reals]  # sorted keys and, for each, the least threshold that was proved there
+Thresholds = tuple[Ints, Reals]  # sorted keys and the smallest proved threshold of each
 
 
 class Lattice:
-    """Frequencies `2 pi i / sizes`; `points` is None on the axes that stand for the whole circle."""
+    """Frequencies `2 pi i / sizes`; `points` is None on axes that cover the whole circle."""
 
     def __init__(self, span: tuple[int, ...], points: tuple[int | None, ...], groups: int, mirrored: bool) -> None:
-        """For kernels of side `span`; `mirrored` where a frequency and its negative have the same norm."""
+        """Make the lattice for kernels of side `span`; `mirrored` if a frequency and its negative have the same norm."""
         # An axis of the torus becomes a power of two of points, as fine as one 62-bit key for group and frequency allows.
         bits = 61 - groups.bit_length() - sum(n.bit_length() for n, k in zip(points, span, strict=True) if n and k > 1)
         # the products of frequencies and exponents are integers of 64 bits too
         if bits < 0 or any(n and k > 1 and n * k >= 1 << 62 for n, k in zip(points, span, strict=True)):
             msg = (
-                f"{points} frequencies a side are too many for a kernel of side {span}; expected sizes whose product is below 2**60, "
+                f"{points} frequencies per side are too many for a kernel of side {span}; expected sizes whose product is below 2**60, "
                 f"each times the kernel's side below 2**62: pass input_size=None"
             )
             raise InputError(msg)
@@ -42,7 +42,7 @@ class Lattice:
         self._scale = np.array([math.pi / n for n in self.sizes])
         self._weight = np.array([d / n for d, n in zip(self.degrees, self.sizes, strict=True)])
         self.active = [j for j, n in enumerate(self.sizes) if n > 1]
-        # whether the first cells already have every frequency of the grid among their corners
+        # whether the corners of the first cells include every frequency of the grid
         self.listed = all(grid and (n == 1 or n <= START * d) for n, d, grid in zip(self.sizes, self.degrees, self.on_grid, strict=True))
         self.masks = np.zeros((1 << len(self.active), self.axes), dtype=np.bool_)
         self.masks[:, self.active] = list(itertools.product((False, True), repeat=len(self.active)))
@@ -54,7 +54,7 @@ class Lattice:
 
     @property
     def finest(self) -> float:
-        """What a cell of one step on each axis loses: those of a grid nothing."""
+        """The slack of a cell of one step on each axis; zero on a grid."""
         steps = zip(self.sizes, self.degrees, self.on_grid, strict=True)
         return sum(2e-15 + 2 * math.sin(math.pi * d / n / 2) ** 2 for n, d, grid in steps if not grid) / self.spread
 
@@ -71,7 +71,7 @@ class Lattice:
         return [(end, min(max(1, count), end)) for end, count in zip(ends, counts, strict=True)]
 
     def outlook(self, refine: float) -> tuple[int, float]:
-        """How many cells there are, and what each loses: nothing where it is one step of a grid."""
+        """The number of cells, and the slack of each; zero for one step of a grid."""
         count, loss = 1, 0.0
         for j in self.active:
             end, cells = self._parts(refine)[j]
@@ -81,7 +81,7 @@ class Lattice:
         return count, loss
 
     def cells(self, refine: float, groups: Ints, least: bool = False) -> Cells:
-        """Cells that cover the torus, or half of it where it is mirrored, for each group; none longer than asked for with `least`."""
+        """Cells that cover the torus (half of it if mirrored) for each group; with `least`, no cell is longer than requested."""
         edges = [
             [end * i // count for i in range(count + 1)] if n > 1 else [0, 0]
             for n, (end, count) in zip(self.sizes, self._parts(refine, least), strict=True)
@@ -121,18 +121,18 @@ class Lattice:
         return out
 
     def half_widths(self, cells: Cells) -> Reals:
-        """Half-widths in radians, (B, axes); zero for a grid cell with no point strictly inside."""
+        """Half-widths in radians, (B, axes); zero for a grid cell without a point strictly inside."""
         width = cells[2] - cells[1]
         return np.where((width <= 1) & self._grid, 0.0, width * self._scale)
 
     def slack(self, half: Reals) -> Reals:
-        """`sum_j (1 - cos(degree_j h_j))` for each cell, rounded up; beyond reach of the theorem where an angle exceeds pi/2."""
+        """`sum_j (1 - cos(degree_j h_j))` for each cell, rounded up; too large for the theorem if an angle exceeds pi/2."""
         angle = half * self._degrees
         part = np.where(angle <= math.pi / 2, 1 - np.cos(angle) + 2e-15, 1e9)
         return np.where(angle > 0, part, 0.0).sum(-1)
 
     def split(self, cells: Cells) -> Cells:
-        """The cells halved along the axes that matter most to each; a cell that cannot be halved stays."""
+        """Halve the cells along the axes that contribute most to their slack; a cell that cannot be halved stays."""
         group, lo, hi = cells
         width = hi - lo
         weight = np.where(width > 1, width * self._weight, 0.0)
@@ -158,7 +158,7 @@ def joined(cells: Cells, more: Cells) -> Cells:
 
 
 def resolution(axes: int, loss: float) -> float:
-    """Multiples of `START` cells for each unit of degree that lose such a part of the norm: theorem 7."""
+    """The multiple of `START` cells for each unit of degree whose slack is this part of the norm: theorem 7."""
     return math.pi / START * math.sqrt(max(1, axes) / (2 * loss))
 
 
@@ -185,7 +185,7 @@ def waves(index: Ints, sizes: tuple[int, ...], positions: Ints) -> Complexes:
 
 
 def look_up(table: Thresholds, keys: Ints) -> Reals:
-    """The proved threshold of each key, infinite where there is none."""
+    """The proved threshold of each key; infinite if there is none."""
     if not len(table[0]):
         return np.full(len(keys), np.inf)
     at = np.searchsorted(table[0], keys).clip(max=len(table[0]) - 1)
@@ -193,6 +193,6 @@ def look_up(table: Thresholds, keys: Ints) -> Reals:
 
 
 def merge(table: Thresholds, new: Thresholds) -> Thresholds:
-    """The table with new entries, the least of each key."""
+    """The table with new entries; the smallest threshold of each key."""
     names, back = named(np.concatenate([table[0], new[0]]))
     return names, segment_min(len(names), back, np.concatenate([table[1], new[1]]))

@@ -1,8 +1,8 @@
 """The Gram symbol `G(w) = D(w)* D(w)` on the smaller side of a layer's blocks, in float64, with a bound of its rounding error.
 
-Where it pays, all frequencies share one product: the taps of the kernel's autocorrelation, of which each G(w) is a
-combination (docs/theory.md#autocorrelation). Otherwise each block is built and multiplied on its own, in pieces, so that
-memory stays bounded. Error bounds: docs/rounding.md#r2-symbol.
+If it is cheaper, all frequencies share their products: each G(w) is a combination of the taps of the kernel's autocorrelation
+(docs/theory.md#autocorrelation). Otherwise each block is formed and squared separately, in pieces, so that memory stays bounded. Error
+bounds: docs/rounding.md#r2-symbol.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.segmented import Complexes, Ints, Reals, integers, on, pieces
 
-TAP_BYTES = 208 << 20  # the autocorrelation is kept in double while it is smaller than this
+TAP_BYTES = 208 << 20  # keep the autocorrelation in double if it is smaller than this
 NARROW_BYTES = 230 << 20  # above, in single precision while that is smaller than this,
 NARROW_RTOL = 1e-4  # for real kernels whose interval may be so wide
 MIXED_BYTES = 64 << 20  # blocks are formed in single precision from taps of at most this size there
@@ -32,14 +32,14 @@ SQUARED_PART = 0.7  # this costs at most such a part of the width, of a norm's s
 SWEPT_SLACK = 0.45  # a GPU takes cells that lose such a part of the width,
 SWEPT_BLOCKS = 1 << 15  # while there are fewer
 SWEPT_OPERATIONS = 1e12  # that are formed and squared a few times by fewer operations
-BOOKS = 1e6  # real operations in the time that the search takes for a block of any size
+BOOKS = 1e6  # overhead of the search for each block, in real operations
 CHUNK_BYTES = 4 << 20  # blocks are streamed in pieces of about this size, which caches hold,
 WAVES_BYTES = 16 << 20  # of waves at once
-GPU_CHUNK_BYTES = 76 << 20  # or this, which keeps a GPU busy
+GPU_CHUNK_BYTES = 76 << 20  # or of this size on a GPU
 
 
 class Strategy(ABC):
-    """A way to form the blocks of a symbol: what it costs, and what it adds to their error in double precision.
+    """A way to form the blocks of a symbol, with its cost and its error beyond that of double precision.
 
     `noise` is that addition for each group, `operations` the real operations that form one block, `entry_bytes` the size of an entry at
     most, and `fine` the resolution of the cells where one pass over their corners is to close the interval: `single_pass`.
@@ -64,15 +64,15 @@ class Strategy(ABC):
         each = 16 * max(self.tall.side**2, self._waves())
         if self.tall.parallel:
             return max(1, GPU_CHUNK_BYTES // max(each, 16 * self._symbol_entries()))
-        # several while memory allows: each piece reads all taps once
+        # several if memory allows: each piece reads all taps once
         return max(1, CHUNK_BYTES // each, min(8, 8 * CHUNK_BYTES // each))
 
     def _waves(self) -> int:
-        """How many waves a block is combined from."""
+        """The number of waves that a block is a combination of."""
         return self.tall.count
 
     def _symbol_entries(self) -> int:
-        """The size of the symbol that a block is the square of."""
+        """The number of entries of the symbol whose square the block is."""
         return self.tall.side * self.tall.rows
 
     def in_single(self, part: float, nonzero: Sequence[bool]) -> Strategy | None:
@@ -90,7 +90,7 @@ class SharedProducts(Strategy):
         super().__init__(tall, (4.0 * len(self.offsets) + 2.0) * tall.side**2, noise)
 
     def at(self, group: Ints, index: Ints, sizes: tuple[int, ...]) -> Tensor:
-        """A few waves at a time."""
+        """Form the blocks from a few waves at a time."""
         if not len(self.offsets):
             zero = self._stored.zero
             return zero.expand(len(group), -1, -1) if self.tall.groups == 1 else zero[on(zero.device, group)]
@@ -137,7 +137,7 @@ class SharedProductsInSingle(SharedProducts):
 
 
 class BlockByBlock(Strategy):
-    """Each block as the square of its own symbol, in double, from pieces of rows, so that no more than a few are alive."""
+    """Each block is the square of its own symbol, in double, from pieces of rows, so that only a few exist at a time."""
 
     def __init__(self, tall: TallKernel, fine: float | None = None) -> None:
         """`fine` where a GPU is to take one pass over the corners of so fine cells."""
@@ -200,7 +200,7 @@ class SquaresInSingle(BlockByBlock):
 
 
 def choose_strategy(tall: TallKernel, rtol: float, frequencies: int | None, nonzero: Sequence[bool]) -> Strategy:
-    """The way to form blocks that takes the least time, of those whose error the width allows and whose memory is bounded."""
+    """The fastest way to form blocks among those with bounded memory and an error that the requested width allows."""
     taps = _tap_count(tall.span)
     entries = tall.groups * tall.side**2
     if _few(tall, frequencies):
@@ -208,7 +208,7 @@ def choose_strategy(tall: TallKernel, rtol: float, frequencies: int | None, nonz
         if _within(errors, SQUARED_PART * rtol, _mean_eigenvalues(tall), nonzero):
             return SquaresInSingle(tall, errors)
     fine = _sweep_resolution(tall, rtol, frequencies)
-    # a matrix is one block, whatever its size
+    # a matrix is a single block, whatever its size
     if fine is None and (taps == 0 or (taps <= MOST_TAPS and (16 if tall.is_complex else 8) * entries * (2 * taps + 1) <= TAP_BYTES)):
         return SharedProducts(tall, Taps(tall, tap_runs(tall.span), torch.complex128 if tall.is_complex else torch.float64, tall.device))
     narrow = fine is None and not tall.is_complex and rtol >= NARROW_RTOL and taps <= MOST_TAPS
@@ -219,12 +219,12 @@ def choose_strategy(tall: TallKernel, rtol: float, frequencies: int | None, nonz
 
 
 def _tap_count(span: tuple[int, ...]) -> int:
-    """How many taps the autocorrelation has besides that at 0, one of each pair q and -q."""
+    """The number of taps of the autocorrelation, counting one of each pair q and -q and without that at 0."""
     return (math.prod(2 * k - 1 for k in span) - 1) // 2
 
 
 def _few(tall: TallKernel, frequencies: int | None) -> bool:
-    """Whether squaring so many blocks one by one costs less than the products of all pairs of taps, in double."""
+    """Whether squaring this number of blocks one by one is cheaper than the products of all pairs of taps, in double."""
     pairs = tall.count * (tall.count + 1) // 2
     few = frequencies is not None and frequencies <= pairs <= MOST_TAPS and (len(tall.span) > 0 or tall.side >= SQUARED_SIDE)
     return few and not tall.is_complex and not tall.parallel and tall.wide is not None
@@ -282,7 +282,7 @@ class GramSymbol:
         return [norms > 0 for norms in self.tap_norm_sums]
 
     def _use(self, strategy: Strategy) -> None:
-        """Form blocks in this way from now on."""
+        """Use this strategy from now on."""
         self.strategy = strategy
         self.noise = [rd.add_up(n, more) if n and more else n for n, more in zip(self.noise, strategy.noise, strict=True)]
 
@@ -298,7 +298,7 @@ class GramSymbol:
 
     @property
     def operations(self) -> float:
-        """Real operations to form one block, or what its books are worth."""
+        """Real operations to form one block, at least the overhead of the search."""
         return self.strategy.operations
 
     def _sum_tap_norms(self) -> list[float]:
@@ -310,10 +310,10 @@ class GramSymbol:
         return [rd.up(x * rd.up(grow)) if x else 0.0 for x in norms.sum(-1).tolist()]
 
     def tap_norms(self, items: Ints, largest: Reals) -> Reals | None:
-        """Upper bounds of `||A_q||`, q > 0, (groups, taps), or None where they cannot serve.
+        """Upper bounds of `||A_q||`, q > 0, (groups, taps), or None if they are of no use.
 
-        `largest` holds a lower bound of the largest eigenvalue of each layer, `items` the layer of each group: the taps serve
-        only where they are small beside it.
+        `largest` holds a lower bound of the largest eigenvalue of each layer, `items` the layer of each group: the taps are useful only
+        if they are small compared with it.
         """
         if self.taps is None or not len(self.offsets):
             return None
@@ -350,7 +350,7 @@ class GramSymbol:
         return self.strategy.chunk()
 
     def crude(self, group: int) -> float:
-        """Upper bound of the norm without any frequency: `sum_p ||K_p||_F`, or the root of P times `||sum_p K_p* K_p||` (lemma 14)."""
+        """Upper bound of the norm that needs no frequency: `sum_p ||K_p||_F`, or the root of P times `||sum_p K_p* K_p||` (lemma 14)."""
         if self.axes == 0:
             return self.tap_norm_sums[group]
         zero = torch.zeros(1, self.side, self.side, dtype=torch.complex128 if self.is_complex else torch.float64, device=self.device)

@@ -1,4 +1,4 @@
-"""The lower side: Rayleigh quotients at good frequencies of a symbol, moved uphill; on a GPU with the proof in one pass."""
+"""Lower bounds of a symbol's norm: Rayleigh quotients at good frequencies, improved by ascent; on a GPU the proof in one pass."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from gramlip.numerics.segmented import Complexes, Flags, Ints, Reals, integers, 
 
 # ---- in one pass ---------------------------------------------------------------------------------------------------------
 #
-# The search in one pass, for a GPU: cells so small that a good lower side and one factorisation of each corner close the interval.
+# The search in one pass, for a GPU: the cells are so small that a good lower bound and one factorisation per corner close the
+# interval.
 #
-# A call costs more there than the arithmetic of many blocks, so all corners are formed, squared and factorised together. Where the proof
-# fails the cells go to the search: `gramlip.norm.branch_and_bound`.
+# On a GPU a call costs more than the arithmetic of many blocks, so all corners are formed, squared and factorised together. If
+# the proof fails, the cells go to the search: `gramlip.norm.branch_and_bound`.
 
 SQUARINGS = 10  # of the best blocks,
 BEST = 8
-FEWER, LEAST = 5, 3  # and of all of them: the less where they take more operations than this
+FEWER, LEAST = 5, 3  # and of all of them: fewer if they take more operations than this
 SWEEP_OPERATIONS = 1e11
-SWEEP_BYTES = 112 << 20  # blocks are kept while they are smaller than this
+SWEEP_BYTES = 112 << 20  # keep the blocks if they are smaller than this
 
 
 class Corners:
-    """The corners of cells, what a cell at each can lose between them (F,), and their waves `exp(-i p.w)` at the taps (F, taps)."""
+    """The corners of cells, the slack of a cell at each corner (F,), and their waves `exp(-i p.w)` at the taps (F, taps)."""
 
     def __init__(self, lattice: Lattice, fine: float, span: tuple[int, ...], device: torch.device) -> None:
         """Keys (F,) as of the first group; the waves live on the device."""
@@ -50,7 +51,7 @@ class Corners:
 def corners(
     span: tuple[int, ...], points: tuple[int | None, ...], groups: int, mirrored: bool, fine: float, device: torch.device
 ) -> Corners:
-    """Those of the first group of a lattice, kept for the next layer of the same geometry."""
+    """The corners for the first group of a lattice, cached for the next layer of the same geometry."""
     return Corners(Lattice(span, points, groups, mirrored), fine, span, device)
 
 
@@ -99,19 +100,18 @@ def _square(blocks: Tensor, times: int) -> tuple[Tensor, Tensor]:
 
 
 # ---- the lower side ------------------------------------------------------------------------------------------------------
-#
-# The lower side: Rayleigh quotients at good frequencies of a symbol, moved uphill. docs/theory.md#lower-side.
+# Lower bounds: Rayleigh quotients at good frequencies of a symbol, improved by ascent. docs/theory.md#lower-side.
 
-KEPT_BYTES = 128 << 20  # blocks of the coarse grid are kept while they are smaller than this
+KEPT_BYTES = 128 << 20  # keep the blocks of the coarse grid if they are smaller than this
 AHEAD = 16  # groups that are searched before the others
 STEPS = 8  # Krylov steps on a block
-DENSE_STEPS = 40  # and where there is only one
-STRIDES = (1.0, 2.0)  # multiples of a step uphill where a peak is to be met closely: one with the vectors held falls short
-MIXED_PART = 0.05  # blocks are formed in single precision where this costs at most such a part of the width, of a norm's square
-SMALL_SIDE = 64  # up to this order a lower side that is met less closely at first costs less than more steps
+DENSE_STEPS = 40  # and on a single block
+STRIDES = (1.0, 2.0)  # multiples of an ascent step to try near a peak: a step with fixed vectors is too short
+MIXED_PART = 0.05  # form blocks in single precision if the error is at most this part of the width, for the squared norm
+SMALL_SIDE = 64  # up to this order, a less accurate first lower bound is cheaper than more steps
 SURVEYED = {16: (16, 6), SMALL_SIDE: (8, 6), sys.maxsize: (16, STEPS)}  # by order, blocks of a layer at first, and the Krylov steps on each
 SQUARED_SIDE = 512  # a GPU squares blocks up to this order instead
-SMALL_GRID = 100  # frequencies of a grid that may be surveyed whole
+SMALL_GRID = 100  # largest grid that is surveyed completely
 NEWTON_STEPS = 5
 NEWTON_CLOSE = 1e-5  # the next of Newton's steps is about as long as the square of this one
 
@@ -121,7 +121,7 @@ Terms = tuple[Complexes, Complexes, Complexes]  # values, gradients and Hessians
 
 @dataclass
 class Tally:
-    """What was computed: the counts that the regression guard of the tests reads."""
+    """Counts of the computed blocks and steps; a regression test reads them."""
 
     blocks: int = 0
     factorizations: int = 0
@@ -133,7 +133,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Peak:
-    """The place of a layer's lower side: its group, the frequency in radians, and the vector of the block there.
+    """The place where a layer's lower bound is attained: the group, the frequency in radians, and the vector of that block.
 
     The vector lives on the inputs, or on the outputs where the blocks are `flipped`.
     """
@@ -154,15 +154,15 @@ class Ritz:
 
 
 class BlockCache:
-    """The Gram blocks of a symbol at the keys of a lattice, each booked when it is formed; those of the coarse grid can be kept."""
+    """The Gram blocks of a symbol at keys of a lattice; counts blocks as they are formed, and can keep those of the coarse grid."""
 
     def __init__(self, symbol: GramSymbol, lattice: Lattice, tally: Tally) -> None:
-        """Keep nothing yet."""
+        """Start with an empty cache."""
         self.symbol, self.lattice, self.tally = symbol, lattice, tally
         self._kept: tuple[Ints, Tensor] | None = None
 
     def blocks(self, keys: Ints) -> Tensor:
-        """The blocks at these keys, to be read alone."""
+        """The blocks at these keys, read-only."""
         if self._kept is not None:
             at = np.minimum(np.searchsorted(self._kept[0], keys), len(self._kept[0]) - 1)
             if (self._kept[0][at] == keys).all():
@@ -172,18 +172,18 @@ class BlockCache:
         return self.symbol.at(group, index, self.lattice.sizes)
 
     def keep(self, keys: Ints, formed: Tensor | None = None) -> None:
-        """Keep the blocks at these sorted keys where they are small, or those that were `formed` already."""
+        """Keep the blocks at these sorted keys if they are small; `formed` holds them if they exist already."""
         if formed is not None:
             self._kept = keys, formed
         elif self.fits(len(keys)):
             self._kept = keys, self.blocks(keys)
 
     def fits(self, count: int) -> bool:
-        """Whether so many blocks are small enough to be kept."""
+        """Whether this number of blocks is small enough to be kept."""
         return count * self.symbol.block_bytes <= KEPT_BYTES
 
     def owned(self, blocks: Tensor) -> bool:
-        """Whether nobody else reads these blocks: neither kept ones nor the kernel's, where a matrix is its own tap."""
+        """Whether these blocks may be overwritten: they are neither kept nor, for a matrix, the kernel's own."""
         kept = self._kept is not None and blocks.untyped_storage().data_ptr() == self._kept[1].untyped_storage().data_ptr()
         return not kept and len(self.symbol.offsets) > 0
 
@@ -194,7 +194,7 @@ class BlockCache:
 
 
 class LowerBounds:
-    """Lower bounds of the largest norm of a symbol for each of the layers that are searched together.
+    """Lower bounds of the largest norm of a symbol, for each layer of a search.
 
     `items` says to which layer each group belongs. `best` are lower bounds of the largest eigenvalues of the Gram symbols, and
     `where` and `vectors` the keys and vectors that attain them.
@@ -215,9 +215,9 @@ class LowerBounds:
         self.too_long = False  # whether the coarse grid alone would take the budget
 
     def start(self, rtol: float, thorough: bool, budget: float) -> None:
-        """Krylov steps on a coarse grid, then uphill from the best frequency of each layer.
+        """Take Krylov steps on a coarse grid, then ascend from the best frequency of each layer.
 
-        Where it is `thorough`, steps are taken on all blocks of a small grid: a peak that is missed at first costs more than they do.
+        `thorough` takes steps on all blocks of a small grid: missing a peak at first would cost more.
         """
         if self.symbol.mix(MIXED_PART * rtol):
             self.noise = np.array(self.symbol.noise)
@@ -226,17 +226,17 @@ class LowerBounds:
         elif len(self.nonzero()):
             every = thorough and self.lattice.count <= SMALL_GRID
             found = self._survey_coarse(every, budget)
-            if every or self.lattice.listed:  # every frequency was seen: only the vectors can still improve
+            if every or self.lattice.listed:  # every frequency was examined: only the vectors can still improve
                 self._raise_further(found)
             else:
                 self.climb(np.arange(len(self.best)), 2 if rtol > 1e-3 else 8, rtol)
 
     def _survey_coarse(self, every: bool, budget: float) -> Ritz:
-        """Look at the coarse grid, or at `every` frequency: the groups of largest taps first, then those that can still reach them."""
+        """Survey the coarse grid, or `every` frequency: first the groups with the largest taps, then those that can still exceed them."""
         groups = self.nonzero()
         first = groups if len(groups) <= 2 * AHEAD else groups[self.tap_norm_sums[groups].argsort()[::-1][:AHEAD]]
         cells = self.lattice.cells(float(self.lattice.count) if every else 1.0, first)
-        # a grid is looked at twice, a torus many times more
+        # a grid is examined twice, a torus many times
         affordable = budget / (2 if self.lattice.listed else 8)
         self.too_long = len(cells[0]) * max(math.prod(self.symbol.span) * 1e3, self.symbol.operations) > affordable
         if self.too_long:
@@ -255,7 +255,7 @@ class LowerBounds:
         return found
 
     def _raise_further(self, found: Ritz) -> None:
-        """More steps where the largest eigenvalues are close to the best: large blocks go on from what they found, small ones need none."""
+        """Take more steps where eigenvalues are close to the best: large blocks continue from their vectors, small ones need no steps."""
         keys = self.coarse[self.estimates > self.best[self.items[self.lattice.groups(self.coarse)]] * 0.98]
         if not self.lattice.active and self.symbol.side <= 2 * DENSE_STEPS:
             return
@@ -279,7 +279,7 @@ class LowerBounds:
         return Peak(int(group[0]), tuple(2 * math.pi * i / n for i, n in turns), self.vectors[item], self.symbol.flipped)
 
     def _sweep(self, fine: float) -> None:
-        """The lower side from all corners at once, on a GPU: what lies between them is left to the width."""
+        """The lower bound from all corners at once, on a GPU; the width of the interval covers the frequencies between them."""
         symbol, device = self.symbol, self.symbol.device
         self.corners = corners(symbol.span, self.points, symbol.groups, self.lattice.mirrored, fine, device)
         found = Sweep(symbol, self.corners.waves)
@@ -296,11 +296,11 @@ class LowerBounds:
                 self.best[item], self.where[item], self.vectors[item] = value, keys[group, int(place)], vectors[group]
 
     def least_norms(self) -> Reals:
-        """What rounding lets be told from zero, for each layer."""
+        """The smallest norm that rounding can distinguish from zero, for each layer."""
         return segment_max(len(self.best), self.items, 2 * np.sqrt(self.noise))
 
     def attainable_rtol(self) -> Reals:
-        """The least relative width of an interval that rounding lets be proved, for each layer: docs/rounding.md#the-least-width."""
+        """The smallest relative width that can be proved in spite of rounding, for each layer: docs/rounding.md#the-least-width."""
         c = self.symbol.side
         lost = 2 * eigenvalues.shift(c) + rd.gamma(16.0 * (c + 4)) * c**0.5
         noise = segment_max(len(self.best), self.items, 2 * self.noise)
@@ -308,7 +308,7 @@ class LowerBounds:
         return np.where(self.best > 0, 1.05 * least, 0.0)
 
     def reaching(self, groups: Ints) -> Ints:
-        """The groups whose taps' norms add up to more than their layer's lower side: the others cannot hold the norm."""
+        """The groups whose tap norms sum to more than the lower bound of their layer; others cannot attain the norm."""
         return groups[self.tap_norm_sums[groups] ** 2 > self.best[self.items[groups]] * (1 - 1e-12)]
 
     def nonzero(self) -> Ints:
@@ -316,7 +316,7 @@ class LowerBounds:
         return self.tap_norm_sums.nonzero()[0]
 
     def survey(self, keys: Ints, steps: int, keep: bool = False) -> Ritz:
-        """Estimates of the largest eigenvalues: two moments, then Krylov steps where they are largest. The proof can `keep` the moments."""
+        """Estimates of the largest eigenvalues: two moments, then Krylov steps at the largest; `keep` saves the moments."""
         held = self.cache.blocks(keys) if len(keys) <= (1 if self.symbol.parallel else 4) * self.symbol.chunk() else None
         above, item = self._moments(keys, held), self.items[self.lattice.groups(keys)]
         if keep:
@@ -335,7 +335,7 @@ class LowerBounds:
         return np.bincount(item, values, count) / np.maximum(np.bincount(item, minlength=count), 1)
 
     def _moments(self, keys: Ints, held: Tensor | None) -> Reals:
-        """The two-moment bounds of the computed blocks at these keys, which are `held` or formed a few at a time."""
+        """The two-moment bounds of the blocks at these keys; the blocks are given as `held`, or formed a few at a time."""
         bounds: list[Reals] = []
         for part in pieces(len(keys), self.symbol.chunk()):
             blocks = self.cache.blocks(keys[part]) if held is None else held[part]
@@ -345,10 +345,10 @@ class LowerBounds:
         return np.concatenate(bounds)
 
     def raise_lower(self, keys: Ints, steps: int, begin: Tensor | None = None, held: Held | None = None) -> Ritz:
-        """Rayleigh quotients at these frequencies after Krylov steps; keeps each layer's best.
+        """Take Krylov steps and Rayleigh quotients at these frequencies; keep the best of each layer.
 
-        The steps `begin` at a vector each, if these are given. `held` are blocks and which of them are those there, where they are
-        known already.
+        `begin` gives a start vector for each frequency. `held` gives blocks that exist already and the index of each frequency among
+        them.
         """
         values, vectors = list[Reals](), list[Tensor]()
         for at in pieces(len(keys), self.symbol.chunk()):
@@ -389,7 +389,7 @@ class LowerBounds:
         self.vectors[on(v.device, at)] = v[on(v.device, better)].to(self.vectors.dtype)
 
     def climb(self, items: Ints, rounds: int, rtol: float) -> None:
-        """Move the best frequencies uphill, with the singular vectors held: docs/theory.md#lower-side."""
+        """Improve the best frequencies by ascent, with fixed singular vectors: docs/theory.md#lower-side."""
         if not self.lattice.active:
             return
         for _ in range(rounds):
@@ -410,20 +410,20 @@ class LowerBounds:
         return np.unique(np.concatenate([self._keys_near(group, index + stride * step) for stride in strides]))
 
     def _keys_near(self, group: Ints, point: Reals) -> Ints:
-        """The keys next to points (I, axes) of the lattice: on both sides along the axes of a grid."""
+        """The keys next to points (I, axes); on a grid, the neighbours on both sides along each axis."""
         ends = [(np.floor(x), np.ceil(x)) if grid else (x.round(),) for x, grid in zip(point.T, self.lattice.on_grid, strict=True)]
         return np.concatenate([self.lattice.keys(group, integers(np.stack(c, -1))) for c in itertools.product(*ends)])
 
 
 def take(blocks: Tensor, rows: Ints) -> Tensor:
-    """These rows of the blocks, to be read alone: no copy where they are neighbours."""
+    """These rows of the blocks, read-only; no copy if they are contiguous."""
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows) and (np.diff(rows) == 1).all():
         return blocks[int(rows[0]) : int(rows[-1]) + 1]
     return blocks[on(blocks.device, rows)]
 
 
 class Polynomial:
-    """A trigonometric polynomial `sum_p coefficients_p exp(-i p.w)` for each of several starts, and its derivatives."""
+    """The trigonometric polynomial `sum_p coefficients_p exp(-i p.w)` of each start, and its derivatives."""
 
     def __init__(self, coefficients: Complexes, positions: Ints) -> None:
         """Coefficients (I, taps) and exponents (taps, axes)."""
@@ -439,7 +439,7 @@ class Polynomial:
 
 
 def newton_step(value: Complexes, first: Complexes, second: Complexes) -> Reals:
-    """A step up `|p|^2`: Newton's where the surface is concave, a gradient step of the same scale elsewhere."""
+    """An ascent step for `|p|^2`: Newton's if the function is concave there, otherwise a gradient step of the same scale."""
     slope = 2 * (value.conj()[:, None] * first).real
     bend = 2 * (value.conj()[:, None, None] * second + first.conj()[:, :, None] * first[:, None, :]).real
     values, vectors = np.linalg.eigh(bend)
@@ -450,7 +450,7 @@ def newton_step(value: Complexes, first: Complexes, second: Complexes) -> Reals:
 
 
 def newton_ascent(coefficients: Complexes, positions: Ints, w: Reals) -> Reals:
-    """From each w (I, axes) a few safeguarded steps up `|sum_p coefficients_p exp(-i p.w)|^2`; taps p are `positions` (taps, axes)."""
+    """From each w (I, axes), a few safeguarded ascent steps for `|sum_p coefficients_p exp(-i p.w)|^2`, p in `positions` (taps, axes)."""
     polynomial = Polynomial(coefficients, positions)
     now = polynomial.at(w)
     for _ in range(NEWTON_STEPS):
@@ -463,7 +463,7 @@ def newton_ascent(coefficients: Complexes, positions: Ints, w: Reals) -> Reals:
 
 
 def _safeguarded(polynomial: Polynomial, w: Reals, now: Terms) -> tuple[Reals, Terms, Flags, Flags]:
-    """A step from each w, shortened where the modulus does not grow; the terms there, where it grows, and where the step is short."""
+    """Take a step from each w, shortened until the modulus grows; return the terms there, where it grew, and where the step was short."""
     step = newton_step(*now)
     after, better, close = now, *np.zeros((2, len(w)), dtype=np.bool_)
     for shorter in (1.0, 0.25, 0.25):

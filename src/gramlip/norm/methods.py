@@ -1,8 +1,8 @@
-"""METHODS: name -> method; every way to bound an operator, under one signature.
+"""`METHODS`, a registry of all methods that bound an operator, under one signature; and `bound`, which calls them.
 
-A method is a `Method`: called as `METHODS[name](op, rtol=..., finite=...)` it returns a `Bound`, `METHODS[name].value(op)` is
-the plain published number, and `side`, `valid_for`, `source`, `reads` and `doc` say what that number is. docs/methods.md has
-the table and the proofs. To add one: a function `(op, **options) -> 0-d tensor` and a line here.
+`METHODS[name](op, rtol=..., finite=...)` returns a `Bound`; `METHODS[name].value(op)` is the published number. The fields `side`,
+`valid_for`, `source`, `reads` and `doc` describe that number. docs/methods.md has the table and the proofs. To add a method, write a
+function `(op, **options) -> 0-d tensor` and a line here.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from gramlip.operators.linear_maps import Conv, Dense, Ints, Operator
 Side = Literal["exact", "upper", "lower", "estimate", "interval"]
 Reads = Literal["blocks", "kernel", "layer"]
 _Number = TypeVar("_Number", float, Tensor)
-FAR = 500  # exponents of powers of two whose products with a gradient may over- or underflow
+FAR = 500  # exponents of powers of two whose product with a gradient may over- or underflow
 
 
 @dataclass(frozen=True)
 class Method:
     """One way to bound an operator.
 
-    `method.value(op, **options)` is the number that the published formula gives in the weight's own precision: it may be on
-    the wrong side of the truth by rounding. `method(op)` is a `Bound`: the formula in float64, moved outward by a rounding
-    margin (docs/methods.md#rounding), in `lower`, in `upper`, or in neither where it is an estimate.
+    `method.value(op, **options)` is the value of the published formula in the weight's own precision; rounding may put it on the wrong
+    side of the truth. `method(op)` is a `Bound`: the formula in float64, moved outward by a rounding margin (docs/methods.md#rounding).
+    It stands in `lower` or in `upper`; an estimate stands in neither.
 
     Attributes:
-        side: where the formula stands in exact arithmetic: "exact", "upper", "lower", "estimate" (either side), or
-            "interval" for a method that proves both sides.
-        valid_for: the operators that it accepts; others are refused.
+        side: what the formula is in exact arithmetic: "exact", "upper", "lower", "estimate" (either side), or "interval" for a method
+            that proves both sides.
+        valid_for: the operators that it accepts, in words.
         source: arXiv id and formula.
-        reads: "blocks" (the matrices of each frequency), "kernel" (the raw taps) or "layer" (applies it).
+        reads: its input: "blocks" (the matrices of each frequency), "kernel" (the taps) or "layer" (it applies the layer).
         formula: (op, **options) -> 0-d tensor.
-        accepts: whether it is valid for an operator.
-        slack: the rounding margin's multiple of the Frobenius bound, from the operator.
-        keeps_graph: whether `Bound.upper` is a tensor with its graph where the weight requires grad.
+        accepts: operator -> whether the formula is valid for it.
+        slack: operator -> the rounding margin, as a multiple of the Frobenius bound.
+        keeps_graph: whether `Bound.upper` is a tensor with its graph if the weight requires grad.
     """
 
     side: Side
@@ -65,11 +65,11 @@ class Method:
 
     @property
     def doc(self) -> str:
-        """What it computes, in a sentence or two."""
+        """The docstring of the formula, in a sentence or two."""
         return (self.formula.__doc__ or "").split("\n\n", 1)[0].replace("\n    ", " ")
 
     def value(self, op: Operator, **options: object) -> float:
-        """The number as the published method computes it, in the weight's precision (half precisions in float32).
+        """The value of the published formula, in the weight's precision (float32 for half precisions).
 
         Raises:
             InputError: an operator that the method is not valid for.
@@ -79,7 +79,7 @@ class Method:
             return _times_power(float(self.formula(op, **options)), exponent)
 
     def __call__(self, op: Operator, *, rtol: float = 1e-2, finite: bool | str = "auto") -> Bound:
-        """The method as a `Bound`; `rtol` and `finite` are the certified engine's and change nothing here.
+        """The value as a `Bound`. `rtol` and `finite` are accepted for the common signature and ignored.
 
         Raises:
             InputError: an operator that the method is not valid for.
@@ -119,7 +119,7 @@ class Method:
 
 
 def _scaled(op: Dense | Conv) -> tuple[Dense | Conv, int]:
-    """The operator divided by a power of two, so that no formula over- or underflows, and the exponent taken out."""
+    """The operator divided by a power of two, so that no formula over- or underflows, and the exponent of that power."""
     exponent = math.frexp(float(op.weight.detach().abs().max()))[1]
     if abs(exponent) < 16:
         return op, 0
@@ -127,14 +127,20 @@ def _scaled(op: Dense | Conv) -> tuple[Dense | Conv, int]:
 
 
 def _times_power(x: _Number, exponent: int) -> _Number:
-    """Times a power of two, in two steps since 2.0**1024 does not exist; a gradient that would leave the range skips a large one."""
+    """The value times a power of two, in two steps since 2.0**1024 is not a float.
+
+    For large exponents the gradient skips the factor, which would overflow.
+    """
     if isinstance(x, Tensor) and x.requires_grad and abs(exponent) > FAR:
         return cast("Tensor", _Far.apply(x, exponent))
     return x * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
 
 
 class _Far(torch.autograd.Function):
-    """Times a power of two with the gradient of one: as a norm scales with its weight, the factors before and after it cancel."""
+    """Multiply by a power of two, but pass the gradient on unchanged.
+
+    The norm scales with the weight, so the factors before and after it cancel.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, exponent: int) -> Tensor:
@@ -147,7 +153,7 @@ class _Far(torch.autograd.Function):
 
 
 def describe_geometry(op: object) -> str:
-    """The operator in a few words, for an error."""
+    """The operator in a few words, for an error message."""
     if isinstance(op, Conv):
         size = "every input size" if op.input_size is None else f"input size {'x'.join(map(str, op.input_size))}"  # type: ignore[arg-type]
         kind = "a transposed convolution" if op.transposed else "a convolution"
@@ -156,7 +162,7 @@ def describe_geometry(op: object) -> str:
 
 
 def frobenius_bound(op: Dense | Conv) -> float:
-    """`sqrt(taps) ||K||_F`, which no norm of the layer exceeds: the scale of the rounding margin."""
+    """`sqrt(taps) ||K||_F`, an upper bound of the layer's norm and the scale of the rounding margin."""
     sym = symbol(op)
     kernel = sym.kernel.detach().flatten(1)
     taps = math.prod(sym.kernel.shape[3:])
@@ -174,7 +180,7 @@ def roundings(op: Dense | Conv) -> float:
 
 @dataclass(frozen=True)
 class _Certified(Method):
-    """The library's own enclosure."""
+    """The certified method of this library."""
 
     def __call__(self, op: Operator, *, rtol: float = 1e-2, finite: bool | str = "auto") -> Bound:
         return certify(op, rtol=rtol, finite=finite)
@@ -184,7 +190,7 @@ class _Certified(Method):
 
 
 def _enclosure(op: Operator) -> Tensor:
-    """A proved interval, rounding included, closed to the width asked for; its value is the upper side."""
+    """A proved interval, rounding included, closed to `rtol`; its value is the upper end."""
     return torch.tensor(float(certify(op).upper), dtype=torch.float64)
 
 
@@ -243,7 +249,7 @@ METHODS: dict[str, Method] = {
 # ---- bound ---------------------------------------------------------------------------------------------------------------
 
 
-WIDEST = 1e6  # a relative width beyond this asks for no proof at all
+WIDEST = 1e6  # a larger relative width would need no proof at all
 
 
 def bound(
@@ -254,15 +260,17 @@ def bound(
     method: str = "certify",
     finite: bool | str = "auto",
 ) -> Bound:
-    """Interval that holds the l2 norm of a layer: `lower <= ||A||_2 <= upper`, rounding included.
+    """A certified interval for the l2 norm (largest singular value) of a layer: `lower <= ||A||_2 <= upper`, rounding included.
 
     Args:
-        x: a layer (`nn.Linear`, `nn.Conv*d`, `nn.ConvTranspose*d`, or registered), an operator, or a matrix: a tensor, an array,
-            nested lists, a sparse matrix of torch or SciPy, or a `LinearOperator` of SciPy one side of which is small.
-        input_size: spatial size of the input; None holds for every size.
-        rtol: close the interval to `upper / lower - 1 <= rtol` where the geometry allows it.
-        method: a name in `METHODS`; a published method that is only a lower estimate leaves `upper` infinite.
-        finite: True closes on the finite zero-padded layer itself, False never, "auto" where it is cheap.
+        x: a layer (`nn.Linear`, `nn.Conv*d`, `nn.ConvTranspose*d`, or one registered with `gramlip.describe`), an operator, or a
+            matrix: a tensor, an array, nested lists, a sparse matrix of torch or SciPy, or a `LinearOperator` of SciPy with one small
+            side.
+        input_size: spatial size of the input; None: the bound holds for every size.
+        rtol: requested relative width `upper / lower - 1`; `because` says so if it is not reached.
+        method: a name in `METHODS`; a published method that gives only a lower estimate leaves `upper` infinite.
+        finite: whether to close the interval on the finite zero-padded layer of this size, instead of all frequencies: True always,
+            False never, "auto" if it is cheap.
 
     Raises:
         InputError: weights, sizes or options that cannot be used.
@@ -283,13 +291,13 @@ def bound(
         raise InputError(msg)
     op = describe(x) if input_size is None else describe(x, input_size)
     if is_sharded(getattr(op, "weight", None)):
-        msg = f"a weight in shards was given, a DTensor; expected a whole one: {GATHER}"
+        msg = f"a weight in shards (DTensor) was given; expected a whole one: {GATHER}"
         raise InputError(msg)
     return op if isinstance(op, Bound) else METHODS[method](op, rtol=rtol, finite=finite)
 
 
 def check_rtol(rtol: float) -> None:
-    """InputError for a relative width that is no positive number of at most `WIDEST`."""
+    """Raise an InputError unless `rtol` is a positive number of at most `WIDEST`."""
     if not isinstance(rtol, float | int) or isinstance(rtol, bool) or not 0 < rtol <= WIDEST:
         msg = f"rtol={rtol!r} was given; expected a positive number such as 1e-2, and at most {WIDEST:g}"
         raise InputError(msg)

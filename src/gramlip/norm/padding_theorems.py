@@ -1,8 +1,8 @@
 """Padding theorems: one axis of a convolution becomes points of a circle, a stride and a factor.
 
-Each entry of `PADDING` maps the geometry of an axis to a `Circle`: the layer's norm is at most `factor` times the largest
-norm of the polyphase symbol (stride `stride`, dilation 1) over the frequencies `2 pi j / points`, or over the whole circle
-where `points` is None. Proofs: docs/theory.md, the section named in each docstring.
+Each entry of `PADDING` maps the geometry of an axis to a `Circle`: the layer's norm is at most `factor` times the largest norm of the
+polyphase symbol (stride `stride`, dilation 1) over the frequencies `2 pi j / points`, or over all frequencies if `points` is None.
+Proofs: docs/theory.md, the section named in each docstring.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gramlip.operators.linear_maps import Axis, index_map
 
 @dataclass(frozen=True)
 class Circle:
-    """What an axis became; `exact` where the bound is attained, `norm_squared` is the factor of the norm, squared (an integer)."""
+    """The circle for an axis; `exact` if the bound is attained, `norm_squared` is the square of the factor (an integer)."""
 
     points: int | None
     stride: int
@@ -33,7 +33,7 @@ def zeros(axis: Axis) -> Circle:
     reach = axis.span - 1
     last = (axis.outputs - 1) * axis.stride - axis.before + axis.span
     least = max(axis.size + min(axis.before, reach), min(last, axis.size + reach), 1)
-    # Any larger circulant serves as well; a multiple of stride and dilation decouples their phases.
+    # Any larger circulant is valid too; a multiple of stride and dilation decouples their phases.
     points = -(-least // math.lcm(axis.stride, axis.dilation))
     because = f"zero padding: restriction of a circulant of size {points * math.lcm(axis.stride, axis.dilation)} >= n + p (theorem 4)"
     first = -(-axis.before // axis.stride)  # the first output that does not read padding before the input
@@ -42,7 +42,7 @@ def zeros(axis: Axis) -> Circle:
 
 
 def circular(axis: Axis) -> Circle:
-    """Circular padding keeps rows of a circulant, each as often as the outputs wrap. docs/theory.md#circular-padding."""
+    """Circular padding selects rows of a circulant, each as often as the outputs wrap around. docs/theory.md#circular-padding."""
     if axis.size is None or axis.outputs is None:
         square = max(_wraps(axis, n) for n in _small_sizes(axis))
         stride = axis.stride // math.gcd(axis.stride, axis.dilation) if axis.stride == 1 else 1
@@ -74,18 +74,18 @@ def _wraps(axis: Axis, size: int) -> int:
 
 
 def _small_sizes(axis: Axis) -> range:
-    """The sizes that torch accepts, up to where the number of wraps no longer grows: docs/theory.md#circular-padding."""
+    """The sizes that torch accepts, up to the size at which the number of wraps stops growing: docs/theory.md#circular-padding."""
     least = max(axis.before, axis.after, axis.span - axis.before - axis.after, 1)
     return range(least, least + axis.stride * (axis.before + axis.after + 2 * axis.stride) + 2)
 
 
 def reflect(axis: Axis) -> Circle:
-    """Reflect padding repeats inputs: its factor times the supremum. docs/theory.md#reflect-and-replicate."""
+    """Reflect padding repeats inputs: the bound is its norm times the supremum of the symbol. docs/theory.md#reflect-and-replicate."""
     return _repeating(axis, "reflect")
 
 
 def replicate(axis: Axis) -> Circle:
-    """Replicate padding repeats the edge: its factor times the supremum. docs/theory.md#reflect-and-replicate."""
+    """Replicate padding repeats the edge: the bound is its norm times the supremum of the symbol. docs/theory.md#reflect-and-replicate."""
     return _repeating(axis, "replicate")
 
 
@@ -95,16 +95,16 @@ def _repeating(axis: Axis, mode: str) -> Circle:
         square = _of_one_input(axis)
     elif axis.size is not None:
         square = int(index_map(Axis(axis.size, axis.size + lo + hi, 1, 1, 1, lo, hi), mode).flatten().bincount().max())
-    elif mode == "replicate":  # an end of two or more inputs is repeated on its own side alone
+    elif mode == "replicate":  # with two or more inputs, each end is repeated only on its own side
         square = max(1 + max(lo, hi), _of_one_input(axis))
-    else:  # reflected from both ends an input is there three times
+    else:  # an input that is reflected from both ends occurs three times
         square = 1 + (lo > 0) + (hi > 0)
     because = f"{mode} padding: supremum over all frequencies (theorem 12)"
     return Circle(None, axis.stride // math.gcd(axis.stride, axis.dilation), square, False, because)
 
 
 def _of_one_input(axis: Axis) -> int:
-    """The factor's square on an axis with a single input, which all taps read; at most 0 where it is smaller than the kernel."""
+    """The square of the factor on an axis with one input, which all taps read; not positive if the kernel exceeds the padded input."""
     stride = axis.stride // math.gcd(axis.stride, axis.dilation)
     outputs = (1 + axis.before + axis.after - axis.span) // axis.stride + 1
     return min(1 + axis.before + axis.after, outputs * min(stride, axis.kernel))

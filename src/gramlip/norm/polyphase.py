@@ -1,4 +1,4 @@
-"""Operator -> blocks: a batch of small matrices whose largest norm, times a factor, bounds the operator's."""
+"""From an operator to its blocks: small matrices whose largest norm, times a factor, bounds the norm of the operator."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from gramlip.operators.linear_maps import Conv, Dense, axes
 class Symbol:
     """A layer as the matrix trigonometric polynomial `D(w) = sum_p K[..., p] exp(-i p.w)`.
 
-    `kernel` is (groups, m, n, *k): polyphase for a stride, alias-free, real or complex; it is made from `plain`, the kernel
-    without phases, and `strides` when it is read. The layer's norm is at most `sqrt(padding_norm_squared) max_w ||D(w)||` over the
-    grid of `points[j]` equidistant frequencies on axis j, all of them where None.
+    `kernel` is (groups, m, n, *k), real or complex, polyphase for a stride. It is made from `plain`, the kernel without phases, and
+    `strides` when it is read. The layer's norm is at most `sqrt(padding_norm_squared) max_w ||D(w)||` over the grid of `points[j]`
+    equidistant frequencies on axis j, or over all frequencies if that is None.
     """
 
     plain: Tensor
@@ -36,7 +36,7 @@ class Symbol:
     def kernel(self) -> Tensor:
         """The polyphase kernel, with the weight's graph.
 
-        For a stride it is a new copy each time: one kept from under `no_grad` would have no graph.
+        For a stride it is a new copy at each access: a copy made under `no_grad` would have no graph.
         """
         kernel = self.plain
         for j, stride in enumerate(self.strides):
@@ -45,7 +45,7 @@ class Symbol:
 
     @property
     def frequencies(self) -> int | None:
-        """How many blocks the grid has, of which a real kernel needs half; None for the torus."""
+        """The number of blocks of the grid (a real kernel needs half of them); None for the torus."""
         known = [n for n in self.points if n is not None]
         count = math.prod(known) if len(known) == len(self.points) else None
         return count if count is None or self.plain.is_complex() else count // 2 + 1
@@ -60,7 +60,7 @@ class Symbol:
         kernel = self.kernel.flatten(3)
         taps = (torch.arange(k, dtype=frequencies.dtype, device=frequencies.device) for k in self.kernel.shape[3:])
         places = torch.cartesian_prod(*taps).reshape(kernel.shape[-1], -1)
-        angles = (frequencies[:, None] * places).sum(-1)  # no product of matrices, which settings cut short
+        angles = (frequencies[:, None] * places).sum(-1)  # elementwise, since global settings may lower the precision of matrix products
         waves = torch.polar(torch.ones_like(angles), -angles)
         return torch.einsum("gmnp,fp->gfmn", kernel.to(waves.dtype), waves)
 
@@ -76,7 +76,7 @@ class Blocks:
 
 
 def symbol(op: Dense | Conv) -> Symbol:
-    """The operator's symbol and the grid on which it is to be bounded; keeps the weight's graph.
+    """The symbol of an operator and the grid on which to bound it; keeps the weight's graph.
 
     >>> symbol(Conv(torch.ones(4, 2, 3, 3), input_size=8, padding=1, stride=2)).kernel.shape
     torch.Size([1, 4, 8, 2, 2])
@@ -101,12 +101,12 @@ def grouped(op: Conv) -> Tensor:
 
 
 def polyphase(kernel: Tensor, axis: int, stride: int) -> Tensor:
-    """Phases of the axis moved to the input channels; phases without a tap are left out."""
+    """Move the phases of the axis to the input channels; phases without a tap are left out."""
     return kernel if stride == 1 else split(kernel, axis, stride).movedim(axis + 1, 3).flatten(2, 3)
 
 
 def split(kernel: Tensor, axis: int, stride: int) -> Tensor:
-    """The axis as two, taps and phases, without moving anything."""
+    """Split the axis into two, taps and phases, as a view."""
     k = kernel.shape[axis]
     taps, phases = -(-k // stride), min(stride, k)
     room = torch.zeros_like(kernel.narrow(axis, 0, 1)).repeat_interleave(taps * stride - k, axis) if taps * stride > k else None
@@ -126,7 +126,7 @@ def blocks(op: Dense | Conv, torus: int = 32) -> Blocks:
 
 
 def grid(sym: Symbol, torus: int = 32) -> tuple[list[int], float, str]:
-    """The points of each axis, the factor from their largest block to the operator's norm, and why."""
+    """The points of each axis, the factor from their largest block to the operator's norm, and the reason."""
     sides, factor, because = [], math.sqrt(sym.padding_norm_squared), sym.because
     for points, degree in zip(sym.points, sym.degrees, strict=True):
         side = points if points is not None else torus * max(1, math.ceil(degree / 2)) if degree else 1
@@ -150,7 +150,7 @@ def transform(kernel: Tensor, grid: list[int]) -> Tensor:
 
 
 def _wrap(kernel: Tensor, axis: int, n: int) -> Tensor:
-    """Alias-add: taps n apart meet at every frequency of an n-grid (an FFT would crop them)."""
+    """Add taps that are n apart: they coincide at every frequency of an n-grid (an FFT would crop them)."""
     k = kernel.shape[axis]
     if k <= n:
         return kernel
@@ -163,9 +163,10 @@ def _wrap(kernel: Tensor, axis: int, n: int) -> Tensor:
 
 # ---- the taller side -----------------------------------------------------------------------------------------------------
 #
-# A layer's polyphase kernel on its taller side, read in exact float64 pieces of rows: only small kernels are copied whole.
+# A layer's polyphase kernel on its taller side, read as exact float64 copies of row ranges; only small kernels are copied
+# whole.
 
-WIDE_BYTES = 32 << 20  # the float64 copy of the whole kernel is kept while it is smaller than this
+WIDE_BYTES = 32 << 20  # keep a float64 copy of the whole kernel if it is smaller than this
 PIECE_BYTES = 8 << 20  # pieces of larger kernels have about this size,
 GPU_PIECE_BYTES = 64 << 20  # or this on a GPU
 
@@ -177,7 +178,7 @@ class TallKernel:
     """
 
     def __init__(self, kernel: Tensor, strides: tuple[int, ...] | None = None) -> None:
-        """Orient the kernel; nothing but its exponent is computed, and a copy made where it is small."""
+        """Orient the kernel and compute its exponent; a small kernel is copied."""
         self.source = kernel.detach()
         self.device, self.parallel = kernel.device, precision.parallel(kernel.device)
         taps = kernel.shape[3:]
@@ -189,7 +190,7 @@ class TallKernel:
         self.groups, self.rows, self.side = kernel.shape[0], max(m, n), min(m, n)
         self.count = math.prod(self.span)
         self.is_complex = kernel.is_complex()
-        self._unit = phases if self.flipped else 1  # rows that come from one row of the source
+        self._unit = phases if self.flipped else 1  # rows that stem from one row of the source
         scalar = 16 if self.is_complex else 8
         self._row_bytes = scalar * self._unit * self.side * self.count
         self.small = scalar * self.groups * self.rows * self.side * self.count <= WIDE_BYTES
@@ -197,7 +198,7 @@ class TallKernel:
         self.wide = self._cast(0, self.rows // self._unit, slice(None)) if self.small else None
 
     def _exponent(self) -> int:
-        """The exponent of the largest entry, 0 where all are zero."""
+        """The exponent of the largest entry; 0 if all entries are zero."""
         each = 8 * self.source.numel() // self.source.shape[1]
         found = (exponent_of(part) for part in self.source.split(max(1, PIECE_BYTES // each), 1))
         return max((exponent for exponent in found if exponent is not None), default=0)
@@ -216,7 +217,7 @@ class TallKernel:
             yield self.wide[chosen, :, start * self._unit : stop * self._unit] if self.wide is not None else self._cast(start, stop, chosen)
 
     def images(self, group: Ints, v: Tensor) -> Tensor:
-        """All taps of the groups (I,) times a vector each (I, side): (I, P, rows), complex."""
+        """All taps of the groups (I,) times one vector per group (I, side): (I, P, rows), complex."""
         rows: list[int] = group.tolist()
         if self.wide is not None:
             every = rows == list(range(self.groups))
@@ -225,7 +226,7 @@ class TallKernel:
         return torch.cat([torch.cat([_apply(piece, one) for piece in self.pieces(at)], -1) for at, one in each])
 
     def _cast(self, start: int, stop: int, groups: slice) -> Tensor:
-        """The exact copy of these rows of the source, conjugated where the sides were exchanged."""
+        """The exact copy of these rows of the source, conjugated if the sides were exchanged."""
         part = self.source[groups].narrow(2 if self.flipped else 1, start, stop - start)
         for j, stride in enumerate(self.strides):
             part = polyphase(part, 3 + j, stride)

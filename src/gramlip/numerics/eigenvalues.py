@@ -14,10 +14,10 @@ from torch import Tensor
 from gramlip.numerics import precision
 from gramlip.numerics import rounding as rd
 
-SINGLE_ORDER = 8192  # up to this order sums of nonnegative numbers in single precision err by less than a thousandth
-TRACE_ORDER = 128  # up to this order the trace is a good enough bound of a single-precision factorisation's error
-LARGE_BYTES = 16 << 20  # blocks each so large are factorised without another copy where nobody needs them any more
-HALVED = range(64, 129)  # complex matrices of these orders, which LAPACK takes column by column, take less time in two halves
+SINGLE_ORDER = 8192  # up to this order, float32 sums of nonnegative numbers have a relative error below 1/1000
+TRACE_ORDER = 128  # up to this order, the trace bounds the error of a single-precision factorisation well enough
+LARGE_BYTES = 16 << 20  # blocks of at least this size are factorised in place if the caller allows it
+HALVED = range(64, 129)  # complex matrices of these orders are faster in two halves: LAPACK factorises them column by column
 
 
 def shift(side: int) -> float:
@@ -33,8 +33,8 @@ def shift(side: int) -> float:
 def single_shift(side: int) -> float:
     """The shift for a factorisation in single precision, of a matrix formed in double: docs/rounding.md#single-precision.
 
-    Up to `TRACE_ORDER` the trace bounds the error beforehand; above, the factor itself does afterwards, and this is what it
-    comes to for flat spectra. Infinite above `SINGLE_ORDER`.
+    Up to `TRACE_ORDER` the trace bounds the error in advance. Above, the computed factor bounds it afterwards; the value here is what
+    to expect for flat spectra. Infinite above `SINGLE_ORDER`.
     """
     if side > SINGLE_ORDER:
         return math.inf
@@ -49,8 +49,8 @@ def _single_gamma(side: int) -> float:
 def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = False, overwrite: bool = False) -> Tensor:
     """True where `lambda_1(G) <= threshold` is proved for blocks g (F, c, c) known up to `noise` (F,).
 
-    `single` factorises in single precision, about three times faster, and proves a little less. Blocks may be used up where they are
-    to `overwrite`.
+    `single` factorises in single precision, about three times faster, with a slightly larger shift. With `overwrite` the blocks may be
+    destroyed.
     """
     side = g.shape[-1]
     s = single_shift(side) if single else shift(side)
@@ -60,23 +60,23 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
     matrix = _shifted(g, t, single, overwrite and not (single and side > TRACE_ORDER))
     factor, info = _factor(matrix)
     proved = (info == 0) & (t > 0)
-    if precision.parallel(g.device):  # LAPACK's backward error is a theorem; another library's is measured on its result
+    if precision.parallel(g.device):  # the backward error of LAPACK is a theorem; for other libraries it is measured on the result
         residual = frobenius(matrix.baddbmm_(factor, factor.mH, alpha=-1)) * (1 + rd.gamma(4.0 * (side + 4)))
         proved &= residual + rd.gamma(8.0 * (side + 2)) * frobenius(factor).square() <= (2 * shift(side) - 2.0**-52) * t
     if single and side > TRACE_ORDER:
         within = _growth(factor).to(torch.float64) * ((1 + 1e-3) * _single_gamma(side)) <= (0.99 * s - 2.0**-23 * side**0.5) * t
         again = (proved & ~within).nonzero()[:, 0]
         proved &= within
-        if len(again):  # rare: the factor is too large for single precision to tell
+        if len(again):  # rare: the factor is too large for a verdict in single precision
             proved[again] = _factor(_shifted(g[again], t[again], False, True))[1] == 0
     return proved
 
 
 def _factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factors and LAPACK's verdicts, zero where all went well; on a CPU in the place of the matrices.
+    """Cholesky factors and LAPACK's `info`, zero for success; on a CPU the factors overwrite the matrices.
 
-    There the transposes are factorised, in the order that LAPACK works in: into `U* U` in double, which takes less time where
-    they are small, and into `L L*` in single precision.
+    On a CPU the transposes are factorised, which is the memory order of LAPACK: into `U* U` in double precision, which is faster for
+    small blocks, and into `L L*` in single precision.
     """
     if precision.parallel(matrix.device):
         factor, info = torch.linalg.cholesky_ex(matrix)
@@ -91,7 +91,7 @@ def _from_above(matrix: Tensor) -> bool:
 
 
 def _halves(g: Tensor, t: Tensor, single: bool) -> Tensor:
-    """LAPACK's verdicts on `t I - G`: on its leading half, and on what is left of the other one. docs/rounding.md#r3-cholesky."""
+    """LAPACK's `info` for `t I - G`, from its leading half and the Schur complement of that half. docs/rounding.md#r3-cholesky."""
     half = g.shape[-1] // 2
     dtype, diagonal = torch.complex64 if single else torch.complex128, t[:, None] - g.diagonal(dim1=-2, dim2=-1).real
     leading, rest = (-part.to(dtype) for part in (g[:, :half, :half], g[:, half:, half:]))
@@ -106,9 +106,9 @@ def _halves(g: Tensor, t: Tensor, single: bool) -> Tensor:
 
 
 def _shifted(g: Tensor, t: Tensor, single: bool, overwrite: bool) -> Tensor:
-    """`t I - G`, its diagonal subtracted in double; rounded to single precision where asked, and in the place of G where that is overwrite.
+    """`t I - G`, with the diagonal subtracted in double; rounded to single precision if `single`, stored in G if `overwrite`.
 
-    On a CPU rows of `t I` are added where a power of two makes the columns of a matrix share their places in the caches:
+    On a CPU rows of `t I` are added for orders with a large power of two, whose columns would collide in the caches:
     docs/rounding.md#r3-cholesky.
     """
     wide, narrow = (torch.complex128, torch.complex64) if g.is_complex() else (torch.float64, torch.float32)
@@ -122,7 +122,7 @@ def _shifted(g: Tensor, t: Tensor, single: bool, overwrite: bool) -> Tensor:
     else:
         matrix = g.new_empty(len(g), side, side, dtype=dtype)
         torch.neg(g.to(dtype), out=matrix[:, :c, :c])
-        matrix[..., c:] = 0.0  # what lies below the diagonal is not read
+        matrix[..., c:] = 0.0  # entries below the diagonal are not read
         matrix.diagonal(dim1=-2, dim2=-1)[:, c:] = t[:, None]
     matrix.diagonal(dim1=-2, dim2=-1)[:, :c] = diagonal
     return matrix
@@ -131,9 +131,9 @@ def _shifted(g: Tensor, t: Tensor, single: bool, overwrite: bool) -> Tensor:
 def _growth(factor: Tensor) -> Tensor:
     """Upper bound of `|| |L| |L*| ||` for each factor, in its own precision, by the sums of rows: docs/rounding.md#single-precision.
 
-    The factor is used up. Its products are complex ones, as the precision of real ones may be lowered by global settings.
+    The factor is overwritten. Products are complex, since global settings may lower the precision of real ones.
     """
-    rows = factor.mT  # as LAPACK leaves it
+    rows = factor.mT  # the memory order of LAPACK's result
     parts = (torch.view_as_real(rows) if rows.is_complex() else torch.stack([rows, torch.zeros_like(rows)], -1)).abs_()
     size = torch.view_as_complex(parts)  # |re| + i |im|: the two parts of a product add up to at least that of the moduli
     sums = torch.view_as_real(size.sum(-2)).sum(-1)
@@ -141,9 +141,9 @@ def _growth(factor: Tensor) -> Tensor:
 
 
 def frobenius(g: Tensor) -> Tensor:
-    """Frobenius norms of the blocks, (F,); as sums of squares of reals, since torch takes complex moduli one by one.
+    """Frobenius norms of the blocks, (F,), as sums of real squares: torch computes complex moduli one by one, which is slow.
 
-    Each row is summed in the precision of the block, the rows in double: docs/rounding.md#r4-moments.
+    Each row is summed in the precision of the block, and the rows are combined in double: docs/rounding.md#r4-moments.
     """
     rows = torch.view_as_real(g).flatten(2) if g.is_complex() else g
     return torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=-1).to(torch.float64), dim=-1)
@@ -153,7 +153,7 @@ def frobenius(g: Tensor) -> Tensor:
 #
 # Upper bounds from moments, lower bounds from Rayleigh quotients, and the vectors to take them at.
 
-WHOLE, MANY = 16, 32  # order up to which all eigenvectors cost less than a Krylov basis, or half of it for more blocks than so many
+WHOLE, MANY = 16, 32  # up to order WHOLE (half of it for more than MANY blocks) a full eigendecomposition is cheaper than a Krylov basis
 SHORT, LONG = 8, 16  # rows of a Krylov basis in single and in double precision
 
 
@@ -165,7 +165,7 @@ def moments(g: Tensor, noise: Tensor) -> Tensor:
     side = g.shape[-1]
     mean = g.diagonal(dim1=-2, dim2=-1).real.sum(-1, dtype=torch.float64) / side
     size = frobenius(g)
-    if g.dtype in (torch.float32, torch.complex64):  # the norms of the rows, and squares that vanish
+    if g.dtype in (torch.float32, torch.complex64):  # for the float32 norms of rows, and squares that underflow
         size.mul_(1 + rd.gamma(2.0 * (side + 4), 2.0**-24)).add_(side * 2.0**-60)
     slack, square = rd.gamma(16.0 * side * side), size.square()
     spread = torch.addcmul(square, mean, mean, value=-side).clamp_min_(0.0)
@@ -175,7 +175,7 @@ def moments(g: Tensor, noise: Tensor) -> Tensor:
 
 
 def gram(g: Tensor, noise: Tensor) -> Tensor:
-    """The same one Gram step further, with the a posteriori rounding of that step: docs/rounding.md#r5-gram; (F,)."""
+    """Upper bound of `lambda_1(G)` by moments after one more Gram step, with the rounding of that step: docs/rounding.md#r5-gram; (F,)."""
     side = g.shape[-1]
     size = frobenius(g)
     scale = torch.where(size > 0, size, 1.0)
@@ -185,27 +185,27 @@ def gram(g: Tensor, noise: Tensor) -> Tensor:
 
 
 def rayleigh(g: Tensor, v: Tensor, noise: Tensor) -> Tensor:
-    """Lower bound of `lambda_1(G)` from a vector each, (F,): the Rayleigh quotient less its rounding.
+    """Lower bound of `lambda_1(G)` from one vector per block, (F,): the Rayleigh quotient minus its rounding error.
 
     docs/rounding.md#r6-rayleigh-quotients.
     """
     image = _times(g, v)
     square = (v.conj() * v).sum(-1).real
-    quotient = (v.conj() * image).sum(-1).real / torch.where(square > 0, square, 1.0)  # a zero block may leave no vector
+    quotient = (v.conj() * image).sum(-1).real / torch.where(square > 0, square, 1.0)  # the vector of a zero block may be zero
     error = rd.gamma(16.0 * (v.shape[-1] + 4)) * frobenius(g)
     return (quotient - error - noise).clamp_min(0.0)
 
 
 def _times(g: Tensor, v: Tensor) -> Tensor:
-    """`G v` for Hermitian blocks, as a row times a matrix, which a CPU does many times faster than a matrix times a column."""
+    """`G v` for Hermitian blocks, as row times matrix: on a CPU this is many times faster than matrix times column."""
     return torch.bmm(v.conj()[:, None], g)[:, 0].conj()
 
 
 def krylov(g: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Leading Ritz values and vectors of the blocks in Krylov spaces of so many products from `start` (F, c).
+    """Leading Ritz values and vectors of the blocks, from Krylov spaces of `steps` products with the vectors `start` (F, c).
 
-    A Chebyshev basis stays well enough conditioned to be orthogonalised at once, which takes fewer calls than Lanczos steps.
-    Small blocks take less time as a whole.
+    A Chebyshev basis is well enough conditioned to be orthogonalised at once, with fewer calls than Lanczos steps. Small blocks get a
+    full eigendecomposition, which is faster.
     """
     if g.shape[-1] <= (WHOLE if len(g) <= MANY else WHOLE // 2) or (len(g) == 1 and g.shape[-1] <= 2 * steps):
         found, vectors = torch.linalg.eigh(g)
@@ -220,11 +220,12 @@ def krylov(g: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def _chebyshev(g: Tensor, start: Tensor, count: int) -> Tensor:
-    """Chebyshev polynomials of the blocks, over twice the growth of two power steps, times their result: rows (F, count, c).
+    """Chebyshev basis of the Krylov space, rows (F, count, c): the argument is scaled by the growth of two power steps.
 
-    The norm is at least the Frobenius norm over the root of c: so the polynomials stay in range where the steps miss it.
+    The scale is at least the Frobenius norm over the root of c, a lower bound of the norm, so the polynomials stay in range even if the
+    power steps miss the largest eigenvalue.
     """
-    floor = 1e-15 if g.dtype in (torch.float32, torch.complex64) else 1e-100  # whose square is a normal number
+    floor = 1e-15 if g.dtype in (torch.float32, torch.complex64) else 1e-100  # its square is a normal number
     row = torch.bmm(start.conj()[:, None], g)
     row = torch.bmm(row / torch.linalg.vector_norm(row, dim=-1, keepdim=True).clamp_min(floor), g)
     growth = torch.linalg.vector_norm(row, dim=-1, keepdim=True).clamp_min(floor)
@@ -236,23 +237,24 @@ def _chebyshev(g: Tensor, start: Tensor, count: int) -> Tensor:
         row = torch.baddbmm(before, row * (factor / 2 if j == 1 else factor), g, beta=-1)
         rows.append(row)
     basis = torch.cat(rows, 1)
-    # where they span less, what orthogonalising leaves of each is less by a factor of epsilon than of the last, until it underflows
+    # if the rows are dependent, each step of the orthogonalisation leaves only a fraction epsilon of the last, until it
+    # underflows
     basis.diagonal(dim1=-2, dim2=-1).add_(torch.finfo(g.dtype).eps ** 0.6)
     return basis
 
 
 @lru_cache(maxsize=32)
 def start(side: int, device: torch.device) -> Tensor:
-    """A deterministic start vector, to be read alone, without touching the global generator."""
+    """A deterministic start vector, read-only, made without the global generator."""
     i = torch.arange(1, side + 1, dtype=torch.float64, device=device)
     return torch.polar(1 + 0.5 * (i * 0.754877666).frac(), 2 * math.pi * (i * i * 0.569840291).frac())
 
 
 def squared(g: Tensor, start: Tensor, times: int) -> tuple[Tensor, Tensor]:
-    """The same from repeated squaring of the blocks: few calls, and much arithmetic."""
+    """Leading Rayleigh quotients and unit vectors from repeated squaring of the blocks: few calls, much arithmetic."""
     power = g
     for i in range(times):
-        if i % 2 == 0:  # four powers do not leave the range
+        if i % 2 == 0:  # a fourth power stays in range
             power = power / frobenius(power).to(g.real.dtype).clamp_min(1e-30)[:, None, None]
         power = torch.bmm(power, power)
     v = _unit(_times(power, start))
@@ -260,5 +262,5 @@ def squared(g: Tensor, start: Tensor, times: int) -> tuple[Tensor, Tensor]:
 
 
 def _unit(v: Tensor) -> Tensor:
-    """Vectors of length one; zero ones stay as they are."""
+    """Unit vectors; zero vectors stay zero."""
     return v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(1e-30)

@@ -12,24 +12,24 @@ from gramlip.numerics.precision import gram, in_norm_precision, norm, real_dtype
 
 
 def reals(x: Tensor) -> Tensor:
-    """Matrices as rows of reals, of the same Frobenius norm: a CPU takes complex moduli and quotients one by one."""
+    """Matrices as rows of real numbers with the same Frobenius norm: complex moduli and quotients are slow on a CPU."""
     return torch.view_as_real(x.resolve_conj()).flatten(-3) if x.is_complex() else x.flatten(-2)
 
 
 def _divided(x: Tensor, by: Tensor) -> Tensor:
-    """The matrices divided by a positive number each, zero by one."""
+    """The matrices, each divided by a nonnegative number; a divisor of zero counts as one."""
     by = torch.where(by > 0, by, 1.0)
     return torch.view_as_complex(torch.view_as_real(x.resolve_conj()) / by[..., None]) if x.is_complex() else x / by
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Frobenius-normalised matrices and the log of what was divided out; zero stays zero."""
+    """Frobenius-normalised matrices and the log of the divisor; zero stays zero."""
     size = norm(x, 2, keepdim=True)
     return _divided(x, size), torch.where(size > 0, size, 1.0).log()
 
 
 def _scaled(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The blocks, tall, divided by their largest part so that no square over- or underflows."""
+    """The blocks in tall shape, divided by their largest entry so that no square over- or underflows; and that entry."""
     peak = reals(blocks.detach()).abs().amax(dim=-1)[..., None, None]
     scaled = _divided(blocks, peak)
     return scaled if blocks.shape[-2] >= blocks.shape[-1] else scaled.mH, peak
@@ -41,7 +41,7 @@ def _spread(x: Tensor) -> tuple[Tensor, Tensor, float]:
     eye = torch.eye(c, dtype=x.dtype, device=x.device)
     mean = x.diagonal(dim1=-2, dim2=-1).real.sum(-1)[..., None, None] / c
     deviation = x - mean * eye
-    # For flat spectra the deviation is rounding alone: centre it once more, or the gradient sees its trace.
+    # For flat spectra the deviation is pure rounding error: centre it again, or its trace enters the gradient.
     drift = deviation.diagonal(dim1=-2, dim2=-1).real.sum(-1)[..., None, None] / c
     return mean + drift, deviation - drift * eye, ((c - 1) / c) ** 0.5
 
@@ -61,14 +61,14 @@ def _slope(blocks: Tensor, value: Tensor, n_iter: int) -> Tensor:
     slope = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) / x.shape[-1]
     slope = slope + weight * _divided(deviation, norm(deviation, 2, keepdim=True))
     grad = tall @ (power @ slope)
-    # The value is homogeneous of degree one: Re <grad, blocks> = value (Euler) gives back the lengths divided out.
+    # The value is homogeneous of degree one: Re <grad, blocks> = value (Euler) restores the scale that was divided out.
     length = (reals(grad) * reals(tall)).sum(-1)[..., None, None]
     grad = _divided(grad, length) * (value[..., None, None] / torch.where(peak > 0, peak, 1.0))
     return grad if blocks.shape[-2] >= blocks.shape[-1] else grad.mH
 
 
 class _GramNorm(torch.autograd.Function):
-    """Value and closed-form gradient; memory does not grow with the number of steps."""
+    """Value and closed-form gradient; the memory does not depend on the number of steps."""
 
     generate_vmap_rule = True
 
@@ -98,7 +98,7 @@ class _GramNorm(torch.autograd.Function):
 
 
 class _GramNormForward(_GramNorm):
-    """The same with forward mode, which torch does not compile."""
+    """The same with forward-mode derivatives, which torch cannot compile."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
@@ -113,7 +113,7 @@ class _GramNormForward(_GramNorm):
 
 
 def check_matrices(name: str, x: object) -> None:
-    """InputError for what is no tensor (..., m, n) of real or complex floating-point matrices."""
+    """Raise an InputError unless x is a tensor (..., m, n) of real or complex floating-point matrices."""
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         msg = f"{name} of {kind} was given; expected a tensor of real or complex floating-point matrices: type {name}.double()"
@@ -126,9 +126,9 @@ def check_matrices(name: str, x: object) -> None:
 def gram_norm(blocks: Tensor, n_iter: int = 6) -> Tensor:
     """Upper bound (in exact arithmetic) of the spectral norm of each matrix, differentiable.
 
-    Gram iteration on the smaller side, rescaled at every step, closed by the two-moment bound of Wolkowicz and Styan,
-    which is never above the Frobenius norm of the last iterate that the paper uses and exact for flat spectra.
-    Rounding is not included: for a proved interval call `gramlip.bound`. Derivatives of any order, in reverse and forward mode.
+    Gram iteration on the smaller side, rescaled at every step. The last iterate is bounded by the two moments of Wolkowicz and Styan,
+    which is never above its Frobenius norm (the paper's choice) and exact for flat spectra. Rounding errors are not included: for a
+    proved interval call `gramlip.bound`. Derivatives of any order, in reverse and forward mode.
 
     Args:
         blocks: real or complex matrices of shape (..., m, n).
@@ -138,7 +138,7 @@ def gram_norm(blocks: Tensor, n_iter: int = 6) -> Tensor:
         Tensor of shape (...), real, same precision (float32 for half precisions); zero matrices give zero.
 
     Raises:
-        InputError: no tensor of real or complex floating-point matrices, or an `n_iter` that is no integer of at least 1.
+        InputError: `blocks` is not a tensor of real or complex floating-point matrices, or `n_iter` is not an integer of at least 1.
 
     Reference: arXiv 2305.16173, algorithm 2 and theorem 3.1; docs/theory.md#gram.
 

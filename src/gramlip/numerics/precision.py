@@ -15,26 +15,25 @@ from gramlip.errors import InputError
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128)
 
 # ---- settings ------------------------------------------------------------------------------------------------------------
-#
-# What the global settings make of float32 products: they are read, never changed, and no proof rests on them.
+# The effect of global settings on float32 products. They are read, never changed, and no proof depends on them.
 
 
 def full_products() -> bool:
-    """Whether float32 products are float32 products: no TF32 and no bfloat16 behind them."""
+    """Whether float32 products are computed in float32, without TF32 or bfloat16."""
     backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     modes = [getattr(backend, "fp32_precision", None) for backend in backends]
-    if modes[0] is None:  # before torch 2.9 there was one switch
+    if modes[0] is None:  # torch before 2.9 has a single switch
         return torch.get_float32_matmul_precision() == "highest"
     return all(mode in (None, "none", "ieee") for mode in modes)
 
 
 def in_norm_precision(x: Tensor) -> Tensor:
-    """A tensor in the precision that norms are computed in: at least float32, float64 where float32 products are cut short.
+    """The tensor in the precision for norms: at least float32, and float64 if float32 products have a lower precision.
 
-    Code that torch compiles cannot ask for that: there they are what the settings say.
+    Compiled code cannot query the settings: it uses float32 products as they are.
     """
     full = torch.compiler.is_compiling() or full_products()
-    x = x.float() if x.dtype.itemsize == 1 else x  # torch promotes no type of 8 bits
+    x = x.float() if x.dtype.itemsize == 1 else x  # torch does not promote 8-bit types
     return x.to(torch.promote_types(x.dtype, torch.float32 if full else torch.float64))
 
 
@@ -44,23 +43,22 @@ def real_dtype(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Without autocast on the tensor's device, where that has one."""
+    """Disable autocast on the tensor's device, if that has autocast."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 # ---- devices -------------------------------------------------------------------------------------------------------------
-#
-# What differs on a GPU: a call costs more than the arithmetic of many blocks, and no theorem on LAPACK holds.
+# Differences on a GPU: a call costs more than the arithmetic of many blocks, and theorems on LAPACK do not apply.
 
 
 def parallel(device: torch.device) -> bool:
-    """Whether the device works on many blocks in the time of a call."""
+    """Whether the device processes many blocks in the time of a call, as a GPU does."""
     return device.type != "cpu"
 
 
 def on_cpu() -> AbstractContextManager[object]:
-    """New tensors on the CPU, whatever the default device; the context costs time, so only where it is needed."""
+    """Create new tensors on the CPU, whatever the default device; the context costs time, so it is entered only if needed."""
     return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
@@ -72,18 +70,18 @@ _LAYOUTS = {torch.float32: (torch.int32, 23, -149), torch.float64: (torch.int64,
 
 
 def scaled_float64(x: Tensor, exponent: int | None) -> tuple[Tensor, int]:
-    """The values of x divided by `2**exponent`, as float64 or complex128, to be read alone, and the exponent.
+    """The values of x divided by `2**exponent`, as float64 or complex128, read-only, and the exponent.
 
-    With None the exponent is chosen so that the largest entry lies in [1/2, 1). The copy is exact but for entries below
-    `2**-1022` of the scale, which lose less than that: docs/rounding.md#r1-weights. Denormal weights are decoded from their
-    bits, since a thread that flushes them would read zeros.
+    With None the exponent is chosen so that the largest entry lies in [1/2, 1). The copy is exact except for entries below `2**-1022`
+    of the scale, whose error is smaller than that: docs/rounding.md#r1-weights. Denormal weights are decoded from their bits, since a
+    thread that flushes denormals would read zeros.
     """
     wide, exponents = scaled_float64_each(x[None], None if exponent is None else [exponent])
     return wide[0], exponents[0]
 
 
 def scaled_float64_each(x: Tensor, exponents: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
-    """The same for each of the tensors along the first axis, with an exponent of its own."""
+    """`scaled_float64` of each tensor along the first axis, each with its own exponent."""
     if x.is_complex():
         parts, found = scaled_float64_each(torch.view_as_real(x.resolve_conj()), exponents)
         return torch.view_as_complex(parts), found
@@ -101,31 +99,31 @@ def scaled_float64_each(x: Tensor, exponents: Sequence[int] | None = None) -> tu
 
 
 def to_float64(x: Tensor) -> Tensor:
-    """Real numbers of any dtype as float64, to be read alone: denormal ones too, whether or not this thread flushes them."""
+    """Real numbers of any dtype as float64, read-only; denormals are kept even if this thread flushes them."""
     if x.is_floating_point():
         return scaled_float64(x.detach(), 0)[0]
     wide = x.detach().to(torch.float64)
     if x.dtype == torch.int64 and bool(((wide >= 2.0**63) | (wide.to(torch.int64) != x)).any()):
         largest = int(x.flatten()[wide.abs().argmax()])
-        msg = f"an integer such as {largest} was given, which float64 does not hold; expected moduli of at most 2**53: type .double()"
+        msg = f"an integer such as {largest} was given, which float64 cannot hold; expected moduli of at most 2**53: type .double()"
         raise InputError(msg)
     return wide
 
 
 def exponent_of(x: Tensor) -> int | None:
-    """The exponent of the power of two above the largest entry; None where all entries are zero."""
+    """The exponent of the smallest power of two above the largest entry; None if all entries are zero."""
     _, magnitude, width, least = _bits(torch.view_as_real(x.resolve_conj()) if x.is_complex() else x)
     return _exponent(int(magnitude.max()), width, least)
 
 
 def _exponent(top: int, width: int, least: int) -> int | None:
-    field = top >> width  # from the bits: frexp itself may flush
+    field = top >> width  # from the bits: frexp may flush denormals
     bias = 126 if width == 23 else 1022
     return (field - bias if field else top.bit_length() + least) if top else None
 
 
 def _bits(x: Tensor) -> tuple[Tensor, Tensor, int, int]:
-    """A contiguous float32 or float64 copy of x, the bits of its moduli, the bits of a mantissa and the least exponent."""
+    """A contiguous float32 or float64 copy of x, the bits of its absolute values, the number of mantissa bits and the least exponent."""
     if x.dtype == torch.bfloat16:
         x = (x.contiguous().view(torch.int16).to(torch.int32) << 16).view(torch.float32)
     elif x.dtype not in (torch.float32, torch.float64):
@@ -136,7 +134,7 @@ def _bits(x: Tensor) -> tuple[Tensor, Tensor, int, int]:
 
 
 def _scaled_in_place(x: Tensor, exponents: list[int]) -> Tensor:
-    """Each tensor times a power of two, in two steps where the factor itself would over- or underflow."""
+    """Multiply each tensor by a power of two, in two steps if the factor itself would over- or underflow."""
     halves = [[e // 2 for e in exponents], [e - e // 2 for e in exponents]] if max(map(abs, exponents)) >= 1000 else [exponents]
     for half in halves:
         factors = [2.0**e for e in half]
@@ -150,17 +148,17 @@ def _scaled_in_place(x: Tensor, exponents: list[int]) -> Tensor:
 # float32 sum stops growing. Here the entries are summed in pieces, and the norms of the pieces are combined in float64.
 # `torch.sum` adds in pairs and needs no such care.
 
-PIECE = 1 << 8  # entries whose squares are added in the tensor's own precision
-ROWS = 1 << 12  # terms of an inner product that one call of a matrix product adds, or as many as there are columns
+PIECE = 1 << 8  # number of entries whose squares are added in the tensor's own precision
+ROWS = 1 << 12  # number of terms of an inner product in one matrix product; at least the number of columns
 
 
 def norm(x: Tensor, axes: int = 1, keepdim: bool = False) -> Tensor:
-    """The l2 norm over the last `axes` axes, in the precision of `x`, differentiable; zero has the gradient zero.
+    """The l2 norm over the last `axes` axes, in the precision of `x`, differentiable; the gradient at zero is zero.
 
     Args:
         x: real or complex, of any shape.
-        axes: how many of the last axes are taken together.
-        keepdim: keep them as axes of one entry.
+        axes: number of last axes that are reduced.
+        keepdim: keep them as axes of length one.
 
     >>> norm(torch.full((2, 3, 4), 2.0), axes=2)
     tensor([6.9282, 6.9282])
@@ -182,7 +180,7 @@ def _lengths(rows: Tensor) -> Tensor:
 
 
 class _Lengths(torch.autograd.Function):
-    """`_lengths` with the derivatives of a norm, of any order: those of norms of norms are NaN in the second where a piece is zero."""
+    """`_lengths` with derivatives of any order. Without it, the second derivative of the nested norms is NaN if a piece is zero."""
 
     generate_vmap_rule = True
 
@@ -207,7 +205,7 @@ class _Lengths(torch.autograd.Function):
 
 
 def gram(tall: Tensor) -> Tensor:
-    """`A* A` of matrices (..., m, n) in their own precision; where there are far more rows than columns in pieces, added in pairs.
+    """`A* A` of matrices (..., m, n) in their own precision; with far more rows than columns, in pieces that are added in pairs.
 
     >>> gram(torch.ones(3, 2))
     tensor([[3., 3.],

@@ -1,8 +1,8 @@
 """Outward rounding: directed scalar arithmetic, error bounds of products, the shift of a Cholesky certificate.
 
-Every statement is proved in docs/rounding.md. Nothing here trusts a global setting: certified work runs in float64,
-which TF32, the matmul precision and autocast leave alone, and results below the normal range are pushed outward so that
-flushed denormals cannot void them.
+Every statement is proved in docs/rounding.md. Nothing here depends on a global setting: certified work runs in float64, which TF32, the
+matmul precision and autocast do not affect, and results below the normal range are moved outward so that flushed denormals cannot
+invalidate them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-TINY = sys.float_info.min  # the least normal number: what a flushed denormal may have hidden
+TINY = sys.float_info.min  # the smallest normal number: an upper bound of every flushed denormal
 UNIT = 2.0**-53  # unit roundoff of float64
 
 
@@ -33,7 +33,7 @@ def down(x: float) -> float:
 
 
 def add_up(*terms: float) -> float:
-    """Upper bound of a sum of nonnegative numbers; exact zeros cost nothing."""
+    """Upper bound of a sum of nonnegative numbers; zeros are skipped, so they cost no rounding."""
     total = 0.0
     for term in terms:
         total = term if total == 0.0 else total if term == 0.0 else up(total + term)
@@ -41,7 +41,7 @@ def add_up(*terms: float) -> float:
 
 
 def mul_up(a: float, b: float) -> float:
-    """Upper bound of a product of nonnegative numbers; zero annihilates, one is neutral."""
+    """Upper bound of a product of nonnegative numbers; exact if a factor is zero or one."""
     if a == 0.0 or b == 0.0:
         return 0.0
     if a == 1.0 or b == 1.0:
@@ -57,7 +57,7 @@ def mul_down(a: float, b: float) -> float:
 
 
 def sqrt_up(x: float) -> float:
-    """Upper bound of a square root, exact where the root has at most 26 bits (its square is then computed exactly)."""
+    """Upper bound of a square root; exact if the root has at most 26 bits, since its square is then computed exactly."""
     root = math.sqrt(x)
     short = (math.frexp(root)[0] * 2.0**26).is_integer() and root > 2.0**-500
     return root if x == 0.0 or (short and root * root == x) else up(root)
@@ -87,7 +87,7 @@ def gamma(n: float, unit: float = UNIT) -> float:
 
 
 def interpolated(n: int) -> float:
-    """Upper bound of the relative error of the norm of torch's matrix of an interpolation from n points: docs/rounding.md#fixed-maps."""
+    """Upper bound of the relative error of the norm of an interpolation from n points, computed by torch: docs/rounding.md#fixed-maps."""
     return 2.0**-44 + 2.0**-46 * n
 
 
@@ -115,7 +115,7 @@ def ldexp_down(x: float, exponent: int) -> float:
 
 
 def row_norms_up(rows: Tensor) -> Tensor:
-    """Upper bounds of the norms along the last axis; zero for zeros alone."""
+    """Upper bounds of the norms along the last axis; exactly zero for rows of zeros."""
     top = rows.abs().amax(-1, keepdim=True).clamp_min(TINY)
     size = torch.linalg.vector_norm(rows / top, dim=-1) * top[..., 0] * (1.0 + gamma(rows.shape[-1] + 8.0))
     return torch.where(size > 0.0, size.clamp_min(TINY), size)

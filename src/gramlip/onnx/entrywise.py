@@ -211,15 +211,13 @@ def _reduction(function: Callable[..., Tensor]) -> Callable[[Node], Function]:
     """A function of entries along axes; without axes of all, or of none if `noop_with_empty_axes` says so."""
 
     def build(node: Node) -> Function:
-        axes = node.setting("axes", 1)
-        if not axes and node.get("noop_with_empty_axes", 0):
-            axes = []
+        axes, keep = node.setting("axes", 1), bool(node.get("keepdims", 1))
+        if node.get("noop_with_empty_axes", 0) and not axes:
             if node.op not in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"):
                 msg = "noop_with_empty_axes of an operator that changes single entries"
                 raise RefusedError(msg)
             return lambda x, *_: x
         dims = sorted(node.axes_of(axes or range(len(node.shape()))))
-        keep = bool(node.get("keepdims", 1))
         return (lambda x, *_: function(x, dim=dims, keepdim=keep)) if dims else lambda x, *_: function(x[None], dim=[0], keepdim=False)
 
     return build
@@ -230,9 +228,9 @@ def _root_of_squares(x: Tensor, *, dim: Any, keepdim: bool) -> Tensor:
 
 
 def _mean(x: Tensor, *, dim: list[int], keepdim: bool) -> Tensor:
-    """Over all axes behind the first two it is a pooling, which is bounded as such."""
+    """Over the axes of an image, or of a volume, it is a pooling, which is bounded as such."""
     axes = x.ndim - 2
-    if 1 <= axes <= 3 and dim == list(range(2, x.ndim)):
+    if 2 <= axes <= 3 and dim == list(range(2, x.ndim)):
         pooled = getattr(F, f"adaptive_avg_pool{axes}d")(x, (1,) * axes)
         return pooled if keepdim else pooled.flatten(1)
     return torch.mean(x, dim=dim, keepdim=keepdim)
@@ -258,6 +256,7 @@ def _product(node: Node) -> Function:
     if not all(node.known):
         msg = "a product of many entries of a value"
         raise RefusedError(msg)
+    node.get("noop_with_empty_axes")
     dims = node.axes_of(node.setting("axes", 1) or range(len(node.shape())))
     keep = bool(node.get("keepdims", 1))
     return lambda x, *_: reduce(lambda y, dim: torch.prod(y, dim, keepdim=keep), sorted(dims, reverse=True), x)

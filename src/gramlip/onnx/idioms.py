@@ -1,4 +1,4 @@
-"""Activations that exporters write as several nodes, put back into one: the same function, for which there is one rule."""
+"""What exporters write as several nodes, put back into one: the same function of real numbers, for which there is one rule."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from gramlip.onnx.files import Operation
 def rewritten(operations: Iterable[Operation], constants: Mapping[str, Tensor]) -> list[Operation]:
     """The operations with idioms in one node each; those that only an idiom used stay, and are not needed any more.
 
-    `where(b x > t, x, softplus(b x) / b)` is torch's softplus, `x tanh(softplus(x))` Mish.
+    `where(b x > t, x, softplus(b x) / b)` is torch's softplus, `x tanh(softplus(x))` Mish, `x (1 / sqrt(v))` a quotient, `x W + b` a
+    linear layer, and a softmax whose NaN are replaced is the softmax: it has none but where all of a row is masked, whatever the input.
     """
     graph = _Graph(constants)
     return [graph.add(operation) for operation in operations]
 
 
-_OF_ONE = ("Softplus", "Tanh")
+_OF_ONE = ("Softplus", "Tanh", "IsNaN", "Softmax", "Sqrt", "Reciprocal")
 
 
 class _Graph:
@@ -33,8 +34,12 @@ class _Graph:
         """The operation, or the one that it ends."""
         if operation.op == "Constant" and isinstance(held := operation.attributes.get("value"), Tensor):
             self.constants[operation.outputs[0]] = held
-        idiom = {("Where", 3): self._softplus, ("Mul", 2): self._mish}.get((operation.op, len(operation.inputs)))
-        found = (idiom and idiom(operation)) or operation
+        idioms = {
+            ("Where", 3): (self._softplus, self._softmax),
+            ("Mul", 2): (self._mish, self._quotient),
+            ("Add", 2): (self._linear,),
+        }.get((operation.op, len(operation.inputs)), ())
+        found = next((made for idiom in idioms if (made := idiom(operation)) is not None), operation)
         self.makers |= dict.fromkeys(operation.outputs, found)
         return found
 
@@ -72,3 +77,27 @@ class _Graph:
             if tanh and self._made(tanh[0], "Softplus") == (x,) and not self.makers[tanh[0]].attributes:
                 return replace(operation, op="Mish", inputs=(x,))
         return None
+
+    def _softmax(self, operation: Operation) -> Operation | None:
+        condition, _, x = operation.inputs
+        if self._made(condition, "IsNaN") == (x,) and self._made(x, "Softmax"):
+            return replace(operation, op="Identity", inputs=(x,))
+        return None
+
+    def _quotient(self, operation: Operation) -> Operation | None:
+        for x, inverse in (operation.inputs, operation.inputs[::-1]):
+            one = self._made(inverse, "Div")
+            root = one[1:] if one and self._number(one[0]) == 1 else self._made(inverse, "Reciprocal")
+            if root and self._made(root[0], "Sqrt"):
+                return replace(operation, op="Div", inputs=(x, root[0]))
+        return None
+
+    def _linear(self, operation: Operation) -> Operation | None:
+        for product, bias in (operation.inputs, operation.inputs[::-1]):
+            if (factors := self._made(product, "MatMul")) and self._axes(factors[1]) == 2 and self._axes(bias) == 1:
+                return replace(self.makers[product], inputs=(*factors, bias), outputs=operation.outputs)
+        return None
+
+    def _axes(self, name: str) -> int | None:
+        held = self.constants.get(name)
+        return None if held is None else held.ndim

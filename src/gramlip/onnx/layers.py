@@ -12,11 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramlip.onnx.registry import Function, Node, RefusedError, plain, register, sized
+from gramlip.onnx.registry import Function, Node, RefusedError, register, sized
 
 # ---- matrices ------------------------------------------------------------------------------------------------------------
 
-plain("MatMul", torch.matmul)
+
+@register("MatMul")
+def _matmul(node: Node) -> Function:
+    """A product of matrices; `onnx.idioms` brings the bias of a linear layer."""
+    return (lambda x, w, b: F.linear(x, w.t(), b)) if node.has(2) else torch.matmul
 
 
 @register("Gemm")
@@ -274,15 +278,27 @@ def _dropout(node: Node) -> Function:
 
 @register("Attention")
 def _attention(node: Node) -> Function:
-    """Queries, keys and values of four axes, with a mask of numbers or without."""
+    """Queries, keys and values, heads in an axis of their own or side by side; with a mask or without, of one call alone."""
     node.single()
     for name, expected in (("softcap", 0.0), ("qk_matmul_output_mode", 0)):
         node.only(name, expected)
-    if any(len(node.shape(i)) != 4 for i in range(3)) or any(node.has(i) for i in range(4, len(node.given))):
-        msg = "heads in one axis, or values of earlier calls; expected queries, keys and values of four axes"
+    counts = [node.get("q_num_heads", 0), *[node.get("kv_num_heads", 0)] * 2]
+    if any(node.has(i) for i in range(4, len(node.given))) or any(len(node.shape(i)) != (3 if counts[0] else 4) for i in range(3)):
+        msg = f"values of earlier calls, or queries, keys and values of the shapes {[node.shape(i) for i in range(3)]}"
         raise RefusedError(msg)
-    options = {"is_causal": bool(node.get("is_causal", 0)), "scale": node.get("scale"), "enable_gqa": node.shape()[1] != node.shape(1)[1]}
-    return lambda q, k, v, mask=None: F.scaled_dot_product_attention(q, k, v, mask, **options)
+    causal = bool(node.get("is_causal", 0))
+    if causal and node.has(3):
+        msg = "is_causal=1 and a mask; expected one of them"
+        raise RefusedError(msg)
+    queries, keys = (count or node.shape(i)[1] for i, count in enumerate(counts[:2]))
+    options = {"is_causal": causal, "scale": node.get("scale"), "enable_gqa": queries != keys}
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (x.unflatten(2, (n, -1)).transpose(1, 2) if n else x for x, n in zip((q, k, v), counts, strict=True))
+        made = F.scaled_dot_product_attention(q, k, v, mask, **options)
+        return made.transpose(1, 2).flatten(2) if counts[0] else made
+
+    return run
 
 
 # ---- resampling ----------------------------------------------------------------------------------------------------------
@@ -297,10 +313,13 @@ def _resize(node: Node) -> Function:
         node.only(name, expected)
     outputs = sized(scales[1])
     where = "asymmetric" if first else node.get("coordinate_transformation_mode", "half_pixel")
+    whole = all(n * s == m for n, m, s in zip(sizes, outputs, scales[0], strict=True))
+    if where == "align_corners" and not whole:
+        msg = f"align_corners from {tuple(sizes)} by {[float(s) for s in scales[0]]}; expected scales that give whole sizes"
+        raise RefusedError(msg)
     if mode == "nearest":
         rounds = "floor" if first else node.get("nearest_mode", "round_prefer_floor")
         return _nearest(node, [_places(n, m, s, where, rounds) for n, m, s in zip(sizes, outputs, scales[0], strict=True)])
-    whole = all(n * s == m for n, m, s in zip(sizes, outputs, scales[0], strict=True))
     if list(sizes) == outputs and whole:
         return lambda x, *_: x
     corners = where == "align_corners"
@@ -309,7 +328,7 @@ def _resize(node: Node) -> Function:
         raise RefusedError(msg)
     spatial = len(sizes) - 2
     name = {("linear", 1): "linear", ("linear", 2): "bilinear", ("linear", 3): "trilinear", ("cubic", 2): "bicubic"}.get((mode, spatial))
-    if name is None or list(sizes[:2]) != outputs[:2] or not (whole or corners):
+    if name is None or list(sizes[:2]) != outputs[:2] or not whole:
         msg = f"mode={mode!r} from {tuple(sizes)} to {tuple(outputs)}; expected spatial axes alone, by scales that give whole sizes"
         raise RefusedError(msg)
     if mode == "cubic" and node.get("cubic_coeff_a", -0.75) != -0.75:

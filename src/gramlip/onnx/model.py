@@ -210,6 +210,7 @@ class _Builder:
             call = Call(OPERATORS[operation.op](node), node.extra, operation.inputs, operation.outputs[:results])
             with torch.no_grad():
                 made = call(*given)
+            node.check_read()
         except RefusedError as error:
             self._refuse(operation, str(error))
             return
@@ -256,7 +257,7 @@ def _few(names: Sequence[str]) -> str:
 
 def _path(call: Call, name: str, weights: Container[str]) -> str:
     """The module that the node's weight is of, as torch names it, or the node's own name."""
-    owned = [x.rpartition(".")[0] for x in call.inputs if x in weights and x.endswith(".weight")]
+    owned = [x.rpartition(".")[0] for end in (".weight", ".bias") for x in call.inputs if x in weights and x.endswith(end)]
     path = owned[0] if owned else name.replace("/", ".")
     return ".".join(_identifier(part) for part in path.split(".") if part) or "call"
 

@@ -32,6 +32,7 @@ class Node:
         known: for each input, whether it is the same for every input of the model.
         results: how many outputs of the node are used.
         extra: constants that the operator's function is to get behind the node's inputs.
+        read: the attributes that were asked for.
     """
 
     op: str
@@ -42,9 +43,11 @@ class Node:
     known: Sequence[bool]
     results: int
     extra: list[Tensor] = field(default_factory=list[Tensor])
+    read: set[str] = field(default_factory=set[str])
 
     def get(self, name: str, default: Any = None) -> Any:
         """An attribute, or its default."""
+        self.read.add(name)
         return self.attributes.get(name, default)
 
     def has(self, i: int) -> bool:
@@ -78,8 +81,8 @@ class Node:
 
     def setting(self, name: str, i: int) -> Any:
         """A list of numbers that old versions have as the attribute `name`, new ones as the i-th input; None where there is neither."""
-        if name in self.attributes:
-            return self.attributes[name]
+        if (held := self.get(name)) is not None:
+            return held
         value = self.constant(i)
         return None if value is None else value.tolist()
 
@@ -121,6 +124,25 @@ class Node:
             msg = "an output beside the first is used"
             raise RefusedError(msg)
 
+    def check_read(self) -> None:
+        """RefusedError for an attribute that nobody asked for: a later version's, whose meaning is not known."""
+        unread = sorted(set(self.attributes) - self.read - {*_WITHOUT_MEANING.get(self.op, ())})
+        if unread:
+            named = ", ".join(f"{name}={self.attributes[name]!r}" for name in unread)
+            msg = f"{named}: an attribute that is not known"
+            raise RefusedError(msg)
+
+
+_WITHOUT_MEANING: dict[str, tuple[str, ...]] = {
+    "BatchNormalization": ("momentum",),
+    "Dropout": ("ratio", "seed"),
+    **dict.fromkeys(("LayerNormalization", "RMSNormalization", "GroupNormalization"), ("stash_type",)),
+    **dict.fromkeys(("Cast", "CastLike"), ("saturate", "round_mode")),
+    "MaxPool": ("storage_order",),
+    "Attention": ("softmax_precision",),
+    "Resize": ("extrapolation_value", "cubic_coeff_a", "nearest_mode", "coordinate_transformation_mode"),
+}
+"""Attributes that do not change the first output of an operator in evaluation mode, or not of the kinds that are covered."""
 
 Builder = Callable[[Node], Function]
 OPERATORS: dict[str, Builder] = {}

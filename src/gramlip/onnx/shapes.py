@@ -18,7 +18,7 @@ from gramlip.onnx.registry import LARGEST, Function, Node, RefusedError, registe
 def _constant(node: Node) -> Function:
     if (held := node.get("value")) is None:
         kinds = {"value_float": torch.float32, "value_floats": torch.float32, "value_int": torch.int64, "value_ints": torch.int64}
-        name = next((name for name in kinds if name in node.attributes), None)
+        name = next((name for name in kinds if node.get(name) is not None), None)
         if name is None:
             msg = f"a constant by {', '.join(node.attributes) or 'nothing'}; expected numbers"
             raise RefusedError(msg)
@@ -264,6 +264,8 @@ def _depth_to_space(node: Node) -> Function:
 def _space_to_depth(node: Node) -> Function:
     b = node.get("blocksize")
     n, c, h, w = _four(node)
+    if node.only("mode", "DCR", "CRD") == "CRD":
+        return partial(F.pixel_unshuffle, downscale_factor=b)
     h, w = h // b, w // b
     return lambda x: x.reshape(n, c, h, b, w, b).permute(0, 3, 5, 1, 2, 4).reshape(n, c * b * b, h, w)
 

@@ -1,4 +1,4 @@
-"""`describe`: one registered rule per torch layer; users register their own the same way."""
+"""`describe`: one registered rule per torch layer; users register rules for their own layers in the same way."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from gramlip.operators.given import (
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import SPARSE, Axis, Conv, Dense, Diagonal, Ints, Operator, Separable, Sparse, checked, index_map
 
-FORWARD = ("forward", "_conv_forward", "_output_padding", "__call__", "_call_impl")  # what a layer's map is made of
-WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)  # hooks of torch that set a tensor before each forward pass, and do no more
+FORWARD = ("forward", "_conv_forward", "_output_padding", "__call__", "_call_impl")  # the methods that define the map of a layer
+WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)  # hooks of torch that only set a tensor before each forward pass
 
 
 def _unknown(module: object, input_size: Ints | None = None) -> Operator | Bound:
@@ -59,14 +59,15 @@ def _unknown(module: object, input_size: Ints | None = None) -> Operator | Bound
 
 
 class _Describe:
-    """The linear operator that a layer is, or its Lipschitz interval where that is a known constant.
+    """The linear operator of a layer, or its Lipschitz interval if that is a known constant.
 
-    Register your own with `@describe.register` on a function `(module: MyLayer, input_size=None) -> operator`. A layer is what its
-    forward pass in eval mode computes: torch's `weight_norm`, `spectral_norm`, pruning and parametrizations count as they stand, and
-    a layer inside `torch.compile`, `DataParallel` or `DistributedDataParallel` is the layer.
+    Register a rule of your own with `@describe.register` on a function `(module: MyLayer, input_size=None) -> operator`. The operator
+    is the map of the forward pass in eval mode: `weight_norm`, `spectral_norm`, pruning and parametrizations of torch are applied as
+    they are, and wrappers such as `torch.compile`, `DataParallel` and `DistributedDataParallel` are removed.
 
     Raises:
-        UnsupportedError: no rule for this type, a subclass with a forward pass of its own and no rule, or a hook that may change the map.
+        UnsupportedError: no rule for this type, a subclass without a rule that overrides the forward pass, or a hook that may change
+            the map.
 
     >>> describe(nn.Linear(3, 2)).weight.shape
     torch.Size([2, 3])
@@ -93,7 +94,7 @@ describe = _Describe()
 
 @contextmanager
 def _resting(module: nn.Module) -> Generator[None]:
-    """Its parametrizations in eval mode, so that none takes a step for being read."""
+    """Put the parametrizations of a module in eval mode, so that reading the weight does not update them."""
     parts = [part for part in module.parametrizations.modules() if part.training] if is_parametrized(module) else []  # type: ignore[union-attr]
     try:
         for part in parts:
@@ -105,12 +106,12 @@ def _resting(module: nn.Module) -> Generator[None]:
 
 
 def _current(module: nn.Module, kind: type) -> nn.Module:
-    """The module as its next forward pass in eval mode finds it; refused where that may be another map than the one of `kind`."""
+    """The module with the weights of its next forward pass in eval mode; refused if its map may differ from that of `kind`."""
     name = type(module).__name__
     own = [f for f in FORWARD if f in vars(module) or getattr(type(module), f, None) is not getattr(kind, f, None)]
-    if own and kind.forward is not nn.Module.forward:  # the rule of a class without a forward pass is one for its subclasses
+    if own and kind.forward is not nn.Module.forward:  # a rule for a class without a forward pass is meant for its subclasses
         msg = (
-            f"{name} has a {own[0]} of its own; expected that of {kind.__name__}, whose rule this is: "
+            f"{name} has a {own[0]} of its own; expected that of {kind.__name__}, or a rule for {name}: "
             f"type @gramlip.describe.register on a function (module: {name}, input_size=None) -> operator"
         )
         raise UnsupportedError(msg)
@@ -133,7 +134,7 @@ def _current(module: nn.Module, kind: type) -> nn.Module:
 @describe.register
 def _(module: Conv | Dense | Diagonal | Separable | Sparse, input_size: Ints | None = None) -> Operator | Bound:
     if input_size is not None:
-        msg = f"input_size={input_size!r} was given beside an operator; expected it inside: Conv(weight, input_size=...)"
+        msg = f"input_size={input_size!r} was given with an operator; expected it in the operator: type Conv(weight, input_size=...)"
         raise InputError(msg)
     return module
 
@@ -151,7 +152,13 @@ def _(module: nn.Linear, input_size: Ints | None = None) -> Dense:
 @describe.register(nn.Conv1d)
 @describe.register(nn.Conv2d)
 @describe.register(nn.Conv3d)
-def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, input_size: Ints | None = None) -> Conv:
+@describe.register(nn.ConvTranspose1d)
+@describe.register(nn.ConvTranspose2d)
+@describe.register(nn.ConvTranspose3d)
+def _(
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
+    input_size: Ints | None = None,
+) -> Conv:
     return Conv(
         module.weight,
         input_size=input_size,
@@ -160,21 +167,7 @@ def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, input_size: Ints | None = None)
         padding_mode=module.padding_mode,
         dilation=module.dilation,
         groups=module.groups,
-    )
-
-
-@describe.register(nn.ConvTranspose1d)
-@describe.register(nn.ConvTranspose2d)
-@describe.register(nn.ConvTranspose3d)
-def _(module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d, input_size: Ints | None = None) -> Conv:
-    return Conv(
-        module.weight,
-        input_size=input_size,
-        stride=module.stride,
-        padding=module.padding,  # type: ignore[arg-type]
-        dilation=module.dilation,
-        groups=module.groups,
-        transposed=True,
+        transposed=module.transposed,
         output_padding=module.output_padding,
     )
 
@@ -209,19 +202,24 @@ def _(module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNor
 
 # ---- layers without weights ----------------------------------------------------------------------------------------------
 #
-# Layers without weights: pooling, padding, interpolation, reshaping. Registered with `describe`; docs/theory.md#fixed-maps.
+# Rules for layers without weights: pooling, padding, interpolation, reshaping. docs/theory.md#fixed-maps.
 
-AXES = {"linear": 1, "bilinear": 2, "bicubic": 2, "trilinear": 3}  # modes of interpolation that take inputs of so many spatial axes alone
+AXES = {
+    "linear": 1,
+    "bilinear": 2,
+    "bicubic": 2,
+    "trilinear": 3,
+}  # interpolation modes that accept only inputs with this number of spatial axes
 
 
 def _tuple(value: Any, dims: int) -> tuple[Any, ...]:
-    """One value for each axis; torch repeats a single one, in a tuple or not."""
+    """One value for each axis; a single value is repeated, as in torch."""
     values = tuple(value) if isinstance(value, Sequence) else (value,)
     return values * dims if len(values) == 1 else values
 
 
 def _sides(module: nn.Module, input_size: Ints | None, dims: int) -> list[tuple[int, int]]:
-    """The size of the input and that of the output on each axis, as torch itself has them."""
+    """The sizes of input and output on each axis, as torch computes them."""
     name = type(module).__name__
     if input_size is None:
         msg = f"{name} was given without input_size; expected the input's spatial size: pass input_size=..."
@@ -236,25 +234,25 @@ def _sides(module: nn.Module, input_size: Ints | None, dims: int) -> list[tuple[
         why = str(error).partition("\n")[0]
         msg = f"input_size={input_size!r} was given for {module}, which torch refuses ({why}); expected a size that the layer takes"
         raise InputError(msg) from error
-    output = output[0] if isinstance(output, tuple) else output  # max pooling may return its indices too
+    output = output[0] if isinstance(output, tuple) else output  # max pooling may also return its indices
     return list(zip(sizes, output.shape[2:], strict=True))
 
 
 def _axes_of(module: nn.Module) -> int | None:
-    """The spatial axes that the name of torch's own class says, 2 for MaxPool2d; None where it says nothing."""
+    """The number of spatial axes in the name of the torch class, such as 2 for MaxPool2d; None if the name has none."""
     names = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.")]
     return next((int(name[-2]) for name in names if name[-2:] in ("1d", "2d", "3d")), None)
 
 
 def _dims(module: nn.Module) -> int:
-    """The spatial axes of a layer whose class says them."""
+    """The number of spatial axes of a layer whose class name states it."""
     dims = _axes_of(module)
     assert dims is not None
     return dims
 
 
 def _identity(module: nn.Module, input_size: Ints | None = None) -> Bound:
-    """Reorders its input or passes it on: norm exactly 1."""
+    """A layer that permutes its input or passes it on: its norm is exactly 1."""
     return Bound(1.0, 1.0, f"{type(module).__name__} permutes or passes its input")
 
 
@@ -263,19 +261,19 @@ for _kind in (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUn
 
 
 def _root(least: int, most: int, because: str) -> Bound:
-    """The root of a number of times that is known to lie between two integers."""
+    """The square root of a count that is known to lie between two integers."""
     side = math.isqrt(least)
     lower = float(side) if side * side == least else rd.sqrt_down(float(least))
     return Bound(lower, rd.sqrt_up(float(most)), because)
 
 
 def _most(index: Tensor) -> int:
-    """How often the most frequent of some indices occurs, 0 where there is none."""
+    """How often the most frequent index occurs; 0 for no indices."""
     return int(index.flatten().bincount(minlength=1).max())
 
 
 def _columns(size: int, run: Callable[[Tensor], Tensor], dims: int = 1) -> Tensor:
-    """The matrix (outputs, inputs) of a separable map along its first axis: a basis through torch itself."""
+    """The matrix (outputs, inputs) of a separable map along its first axis, from the images of a basis under torch's own function."""
     basis = torch.eye(size, dtype=torch.float64).reshape(size, 1, size, *(1,) * (dims - 1))
     return run(basis).reshape(size, -1).mT.contiguous()
 
@@ -298,7 +296,7 @@ def _average(module: Any, input_size: Ints | None = None) -> Separable | Bound:
         raise InputError(msg)
     if input_size is not None:
         return Separable(tuple(matrix(j, n) for j, (n, _) in enumerate(_sides(module, input_size, dims))), abs(scale))
-    # Every size: Schur's test on each axis, whose patterns repeat with the stride once the two ends are apart.
+    # Bounds for every size: Schur's test on each axis. Its pattern repeats with the stride once the two ends do not overlap.
     upper, lower = abs(scale), abs(scale)
     for j in range(dims):
         least = max(1, kernel[j] - 2 * padding[j])
@@ -320,7 +318,7 @@ def _maximum(module: Any, input_size: Ints | None = None) -> Bound:
     else:
         for (n, outputs), k, s, p, d in zip(_sides(module, input_size, dims), kernel, stride, padding, dilation, strict=True):
             reads = index_map(Axis(n, outputs, k, s, d, p, 0), "zeros")
-            if bool((reads < 0).all(0).any()):  # torch reads outside of the input for it
+            if bool((reads < 0).all(0).any()):  # torch would read outside of the input
                 msg = f"input_size={input_size!r} was given for {module}: a window holds no entry; expected a larger input or less padding"
                 raise InputError(msg)
             count *= _most(reads[reads >= 0])
@@ -341,7 +339,7 @@ def _adaptive_maximum(module: Any, input_size: Ints | None = None) -> Bound:
 
 
 def _resampled_axes(module: nn.Upsample, input_size: Ints | None) -> int:
-    """The spatial axes of the input, from the first that says them: the type, the mode, tuples of sizes or factors."""
+    """The number of spatial axes of the input, from the first of these that states it: type, mode, tuples of sizes or factors."""
     tuples = [len(given) for given in (module.size, module.scale_factor, input_size) if isinstance(given, Sequence)]
     sources_of_axes = [_axes_of(module), AXES.get(module.mode), *tuples]
     dims = next(filter(None, sources_of_axes), None)
@@ -359,7 +357,7 @@ def _upsample(module: nn.Upsample, input_size: Ints | None = None) -> Separable 
     sizes = [n for n, _ in _sides(module, input_size, dims)]
 
     def run(x: Tensor, j: int) -> Tensor:
-        """What the layer does along axis j, done along the first axis of x (batch, 1, n, 1, ...)."""
+        """Apply the layer's map along axis j to the first axis of x (batch, 1, n, 1, ...)."""
         options: dict[str, Any] = {"mode": module.mode, "align_corners": module.align_corners}
         others = (1,) * (x.ndim - 3)
         if module.size is not None:
@@ -375,7 +373,7 @@ def _upsample(module: nn.Upsample, input_size: Ints | None = None) -> Separable 
 
 
 def _nearest(sizes: Sequence[int], run: Callable[[Tensor, int], Tensor]) -> Bound:
-    """The entries taken most often. Which ones are taken depends on the rounding of places: docs/theory.md#fixed-maps."""
+    """Bound by the entry that is copied most often; which ones are depends on the rounding of positions: docs/theory.md#fixed-maps."""
     least = most = 1
     for j, n in enumerate(sizes):
         places = torch.arange(n, dtype=torch.float64).reshape(1, 1, n)
@@ -398,8 +396,8 @@ def _pad(mode: str) -> Callable[..., Bound]:
         for (n, outputs), lo, hi in zip(_sides(module, input_size, dims), flat[-2::-2], flat[::-2], strict=True):
             if mode == "circular" and max(lo, hi) > n + min(lo, 0) + min(hi, 0):
                 msg = f"padding={flat} was given for an axis of size {n}: it repeats more than its crop leaves; expected a smaller crop"
-                raise InputError(msg)  # torch copies what it never wrote
-            numbers = torch.arange(1, n + 1, dtype=torch.float64)  # zeros are the constants around
+                raise InputError(msg)  # torch copies uninitialised memory here
+            numbers = torch.arange(1, n + 1, dtype=torch.float64)  # the constant of zero padding
             read = F.pad(numbers[None, None], (lo, hi), mode).long() if outputs else torch.zeros(0, dtype=torch.int64)
             count *= _most(read[read > 0])
         return _root(count, count, f"{mode} padding: an entry is kept {count} times")

@@ -1,4 +1,4 @@
-"""What users give, made plain: examples and shapes as inputs, modules out of their wrappers."""
+"""User input in one form: examples and shapes as inputs, modules without wrappers, arrays as tensors."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from gramlip.numerics.precision import DTYPES
 
 # ---- examples ------------------------------------------------------------------------------------------------------------
 #
-# The example that a verb is given: an input, a tuple of inputs, or the shape of one sample.
+# The `example` argument of the public functions: an input, a tuple of inputs, or the shape of one sample.
 
 
 def example_inputs(model: nn.Module | torch.export.ExportedProgram, example: Any, *, real: bool = False) -> tuple[Any, ...]:
-    """The arguments of a forward pass; a shape stands for one sample of zeros, (1, *shape), in the model's own dtype and on its device.
+    """The arguments of a forward pass. A shape gives one sample of zeros, (1, *shape), in the dtype and on the device of the model.
 
     Args:
         model: a module or an exported program.
         example: a tensor, a tuple of inputs, or a shape.
-        real: a shape stands for real numbers, even if the model's weights are complex.
+        real: a shape gives real zeros, even if the weights of the model are complex.
 
     Raises:
         InputError: no tensor, no tuple of inputs and no shape.
@@ -51,15 +51,15 @@ def example_inputs(model: nn.Module | torch.export.ExportedProgram, example: Any
 
 
 def program_inputs(program: torch.export.ExportedProgram) -> list[Any]:
-    """What stands for the program's own inputs in its graph: a tensor without values, or a number, each."""
+    """For each input of the program its value in the graph: a tensor without data, or a number."""
     values: dict[str, Any] = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     return [values.get(name) for name in program.graph_signature.user_inputs if isinstance(name, str)]
 
 
 def _like(model: nn.Module | torch.export.ExportedProgram) -> Tensor:
-    """A tensor of the dtype and on the device that the model takes: a program's own first input, or a module's first weight.
+    """A tensor with the dtype and device that the model expects: the first input of a program, or the first weight of a module.
 
-    torch computes in no 8-bit float: such a weight is stored beside the numbers that the model works with.
+    Weights in 8-bit floats are skipped: torch does not compute in these types, so the input has another one.
     """
     if isinstance(model, nn.Module):
         return next((t for t in chain(model.parameters(), model.buffers()) if t.dtype in DTYPES), torch.empty(0))
@@ -68,9 +68,10 @@ def _like(model: nn.Module | torch.export.ExportedProgram) -> Tensor:
 
 # ---- wrappers ------------------------------------------------------------------------------------------------------------
 #
-# Modules that run another module as it is: compiled, replicated over devices, or recomputed in the backward pass.
+# Modules that run another module unchanged: compiled, replicated over devices, or recomputed in the backward pass.
 
-# By name, since to import these classes takes torch's compiler seconds. A subclass may have a forward pass of its own.
+# By name, since importing these classes would import torch's compiler, which takes seconds. Subclasses are excluded: they may
+# override the forward pass.
 _INNER = {
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
@@ -86,13 +87,13 @@ GATHER = (
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, `DataParallel`, `DistributedDataParallel` and activation checkpointing; others as they are.
+    """The module inside `torch.compile`, `DataParallel`, `DistributedDataParallel` or activation checkpointing.
 
-    So is a wrapper that has a hook or a forward pass of its own, which may change what is computed, or that splits another axis than
-    the batch's.
+    Any other module is returned unchanged. So is a wrapper with a hook or an overridden forward pass, which may change the result, and
+    one that splits an axis other than the batch.
 
     Raises:
-        InputError: `FullyShardedDataParallel`, inside of which no weight is whole.
+        InputError: `FullyShardedDataParallel`, whose weights are split into shards.
 
     >>> layer = nn.Linear(2, 2)
     >>> unwrapped(nn.DataParallel(layer)) is unwrapped(layer) is layer
@@ -107,17 +108,17 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def is_wrapper(module: object) -> bool:
-    """Whether this runs another module as it is."""
+    """Whether this module runs another module unchanged."""
     return _name(type(module)) in _INNER
 
 
 def is_flat(module: object) -> bool:
-    """Whether this is `FullyShardedDataParallel`, which joins the weights of what it wraps in one tensor and shards that."""
+    """Whether this is `FullyShardedDataParallel`, which joins the wrapped weights into one tensor and shards it."""
     return any(_name(kind) == _FLAT for kind in type(module).__mro__)
 
 
 def is_sharded(weight: object) -> bool:
-    """Whether this is a DTensor, of which a rank may hold a part."""
+    """Whether this is a DTensor, of which a rank may hold only a part."""
     if not isinstance(weight, Tensor) or type(weight) in (Tensor, nn.Parameter) or not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -126,19 +127,19 @@ def is_sharded(weight: object) -> bool:
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    """Whether a forward pass was put on this one instance, by someone other than torch's compiler, which marks its own."""
+    """Whether somebody replaced the forward pass of this instance; torch's compiler marks its own replacements."""
     forward = vars(module).get("forward")
     return forward is not None and not hasattr(forward, "_torchdynamo_orig_callable")
 
 
 def hooks(module: nn.Module) -> list[Any]:
-    """The forward hooks of a module, but for those of torch.distributed, which gather and shard weights."""
+    """The forward hooks of a module, without those of torch.distributed, which gather and shard weights."""
     found = (*vars(module)["_forward_pre_hooks"].values(), *vars(module)["_forward_hooks"].values())
     return [hook for hook in found if not str(getattr(hook, "__module__", "")).startswith("torch.distributed.")]
 
 
 def hooked(module: nn.Module, hook: Any) -> UnsupportedError:
-    """The error for a hook of which nothing is known."""
+    """The error for an unknown hook."""
     name = getattr(hook, "__qualname__", type(hook).__name__)
     return UnsupportedError(
         f"{type(module).__name__} has a forward hook, {name}, which may change what it computes; "
@@ -153,14 +154,14 @@ def _name(kind: type) -> str:
 # ---- Arrays of other libraries ---------------------------------------------------------------------------------------
 
 
-FLOATS, LONG_DOUBLES = "efdFD", "gG"  # NumPy's letters for the types that torch shares, and for those that it does not
-SIDE = 1 << 13  # a linear operator whose columns or rows are at most so many
-ENTRIES = 1 << 26  # and whose matrix has at most so many entries is formed as a whole
-COLUMNS = 256  # unit vectors that it is applied to at a time
+FLOATS, LONG_DOUBLES = "efdFD", "gG"  # NumPy's type codes: those that torch also has, and those that it lacks
+SIDE = 1 << 13  # form the matrix of a linear operator with at most this many rows or columns
+ENTRIES = 1 << 26  # and at most this many entries
+COLUMNS = 256  # unit vectors per application
 
 
 def is_array_like(x: object) -> bool:
-    """Whether x is a nested list, or an array by NumPy's protocol; no tensor, and nothing sparse.
+    """Whether x is a nested list or an array by NumPy's protocol, but neither a tensor nor sparse.
 
     >>> is_array_like([[1.0]]), is_array_like(np.eye(2)), is_array_like("text"), is_array_like(np.ndarray)
     (True, True, False, False)
@@ -181,21 +182,21 @@ def is_linear_operator(x: object) -> bool:
 
 
 def as_tensor(x: object, name: str = "weight") -> Tensor:
-    """The array as a tensor of the same numbers; it shares their memory where it can.
+    """The array as a tensor of the same numbers; it shares memory if possible.
 
     Raises:
-        InputError: no numbers, integers or truth values in an array, numbers that float64 does not hold, or a mask.
+        InputError: entries that are not numbers, an array of integers or booleans, numbers that float64 cannot hold, or a masked array.
 
     >>> as_tensor([[1, 0.5], [0, 2]])
     tensor([[1.0000, 0.5000],
             [0.0000, 2.0000]], dtype=torch.float64)
     """
     if isinstance(x, np.ma.MaskedArray):
-        msg = f"{name} is a masked array; expected entries alone: type {name}.filled(0.0), if what is masked is zero"
+        msg = f"{name} is a masked array; expected a plain array: type {name}.filled(0.0) if the masked entries are zero"
         raise InputError(msg)
     try:
         array = np.array(x, dtype=object) if isinstance(x, list | tuple) else np.asarray(x)
-    except Exception as error:  # other libraries' arrays raise what they like: one on a GPU, or a file that is closed
+    except Exception as error:  # arrays of other libraries raise any exception, for instance on a GPU or from a closed file
         msg = f"{name} is a {type(x).__name__} that is no array ({first_line(error)}); expected a matrix: type numpy.asarray({name})"
         raise InputError(msg) from error
     if array.dtype == object:
@@ -210,7 +211,7 @@ def as_tensor(x: object, name: str = "weight") -> Tensor:
 
 
 def _numbers(cells: NDArray[Any], name: str) -> NDArray[Any]:
-    """Python's numbers, of any type, as float64 or complex128; refused where that rounds one of them."""
+    """Python numbers of any type as float64 or complex128; InputError if that rounds one of them."""
     flat: list[Any] = list(cells.flat)
     for cell in flat:
         if not isinstance(cell, Number) or isinstance(cell, bool):
@@ -229,7 +230,7 @@ def _numbers(cells: NDArray[Any], name: str) -> NDArray[Any]:
 
 
 def _narrowed(array: NDArray[Any], name: str) -> NDArray[Any]:
-    """Long doubles as doubles, where nothing is lost."""
+    """Long doubles as doubles; InputError if that rounds one of them."""
     with np.errstate(over="ignore"):
         narrow = array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
     lost = array[(narrow != array) & (array == array)]
@@ -244,7 +245,7 @@ def _rounded(name: str, number: object) -> InputError:
 
 
 def sparse_tensor(x: Any, name: str = "weight") -> Tensor:
-    """A sparse matrix of SciPy as a sparse tensor, entry by entry, with its duplicates."""
+    """A sparse matrix of SciPy as a sparse tensor with the same entries, duplicates included."""
     coo = x.tocoo()
     values = as_tensor(coo.data, name)
     places = torch.from_numpy(np.stack([np.asarray(axis, dtype=np.int64) for axis in coo.coords]))
@@ -252,22 +253,22 @@ def sparse_tensor(x: Any, name: str = "weight") -> Tensor:
 
 
 def held(x: Any) -> object | None:
-    """The matrix, dense or sparse, that a linear operator of SciPy is made of, by `aslinearoperator`; None for others."""
+    """The dense or sparse matrix inside a linear operator made by SciPy's `aslinearoperator`; None for other operators."""
     made = type(x).__name__ == "MatrixLinearOperator" and type(x).__module__.startswith("scipy.sparse.linalg")
     return x.A if made else None
 
 
 def formed(x: Any, name: str = "operator") -> NDArray[Any]:
-    """The matrix of a linear operator: the images of the unit vectors under it, or under its adjoint.
+    """The matrix of a linear operator, from its images of unit vectors, or from those of its adjoint.
 
     Raises:
-        InputError: too large for that, or rows are needed and it has no adjoint.
+        InputError: the operator is too large, or its rows are needed and it has no adjoint.
     """
     m, n = map(int, x.shape)
     if min(m, n) > SIDE or m * n > ENTRIES:
         msg = (
-            f"{name} is a LinearOperator of shape {(m, n)}, which shows no entries, so that nothing bounds it from above; expected "
-            f"at most {SIDE} rows or columns and {ENTRIES} entries: type its matrix, dense or sparse, or the layer that it is"
+            f"{name} is a LinearOperator of shape {(m, n)}, which shows no entries, so no upper bound can be proved; expected "
+            f"at most {SIDE} rows or columns and {ENTRIES} entries: type its matrix, dense or sparse, or the layer itself"
         )
         raise InputError(msg)
     dtype = np.result_type(np.float64 if x.dtype is None else x.dtype, np.float32)
@@ -275,12 +276,12 @@ def formed(x: Any, name: str = "operator") -> NDArray[Any]:
         return np.concatenate([np.asarray(x.matmat(_units(n, start, dtype))) for start in range(0, n, COLUMNS)], 1)
     try:
         rows = np.concatenate([np.asarray(x.rmatmat(_units(m, start, dtype))) for start in range(0, m, COLUMNS)], 1)
-    except (NotImplementedError, TypeError) as error:  # SciPy calls what is None
-        msg = f"{name} is a LinearOperator of shape {(m, n)} without an adjoint; expected one, for its few rows: pass rmatvec=..."
+    except (NotImplementedError, TypeError) as error:  # SciPy calls a missing adjoint
+        msg = f"{name} is a LinearOperator of shape {(m, n)} without an adjoint, which its few rows need; expected one: pass rmatvec=..."
         raise InputError(msg) from error
     return rows.conj().T
 
 
 def _units(size: int, start: int, dtype: Any) -> NDArray[Any]:
-    """Some columns of the identity."""
+    """A range of columns of the identity."""
     return np.eye(size, min(COLUMNS, size - start), -start, dtype=dtype)

@@ -1,4 +1,4 @@
-"""`Bound`: an interval that holds a norm, with the reasons why."""
+"""`Bound`: an interval that contains a norm, with the reasons for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def decimals(x: float, *, upward: bool, digits: int = 6) -> str:
-    """The number in decimal with `digits` significant digits, rounded outward so that the text stays true."""
+    """The number in decimal with `digits` significant digits, rounded upward or downward so that the text stays a bound."""
     if x in (float("inf"), float("-inf")) or x != x:
         return str(x)
     context = Context(prec=digits, rounding=ROUND_CEILING if upward else ROUND_FLOOR)
@@ -26,7 +26,7 @@ def decimals(x: float, *, upward: bool, digits: int = 6) -> str:
 
 
 def _number(x: float | Tensor) -> float:
-    """The value without its graph."""
+    """The value as a float, without its graph."""
     return float(x if isinstance(x, float | int) else x.detach())
 
 
@@ -34,12 +34,12 @@ def _number(x: float | Tensor) -> float:
 class Bound:
     """A proved interval `lower <= ||A||_2 <= upper` and the chain of reasons `because`.
 
-    Both ends are floats on the certified path; `upper` is a tensor with its graph on the differentiable path.
-    `a @ b` bounds the composition, `a + b` the sum, `Bound.concat` a concatenation, `Bound.block_diagonal` maps side by side,
-    `Bound.max` one of several maps; all of them round outward. docs/theory.md#intervals-combined.
+    Both ends are floats if certified; `upper` is a tensor with its graph if it comes from a differentiable method. `a @ b` bounds the
+    composition, `a + b` the sum, `Bound.concat` a concatenation, `Bound.block_diagonal` maps side by side, and `Bound.max` a function
+    that equals one of several maps. All of them round outward. docs/theory.md#intervals-combined.
 
     Raises:
-        InputError: no interval of norms: not `0 <= lower <= upper`.
+        InputError: not `0 <= lower <= upper`.
 
     >>> print(Bound(1.0, 2.0, "given") @ Bound(3.0, 3.0, "given"))
     [0, 6.00001]  given; given; product along a chain
@@ -50,17 +50,17 @@ class Bound:
     because: str
 
     def __post_init__(self) -> None:
-        # a tensor may be traced, and to look at it makes a device wait: its value is checked where it is used
+        # not for tensors: they may be traced, and reading one makes a device wait. They are checked at use
         if isinstance(self.upper, float | int) and not 0.0 <= self.lower <= self.upper:
             msg = f"the interval [{self.lower}, {self.upper}] was given; expected 0 <= lower <= upper"
             raise InputError(msg)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Bound:
-        return self  # it never changes, and torch copies no tensor with a graph
+        return self  # it is immutable, and torch cannot copy a tensor with a graph
 
     @property
     def rtol(self) -> float:
-        """Relative width `upper / lower - 1`: 0 for the zero map, infinite where nothing below is known."""
+        """Relative width `upper / lower - 1`; 0 for the zero map, infinite if `lower` is 0 and `upper` is not."""
         upper = _number(self.upper)
         if upper == self.lower:
             return 0.0
@@ -71,7 +71,7 @@ class Bound:
         return f"{interval}  {self.because}"
 
     def _repr_html_(self) -> str:
-        """For notebooks: the interval, with the reasons behind a click."""
+        """HTML for notebooks: the interval, and the reasons in a section that opens on click."""
         interval = f"[{decimals(self.lower, upward=False)}, {decimals(_number(self.upper), upward=True)}]"
         reasons = "".join(f"<li>{escape(part)}</li>" for part in self.because.split("; "))
         return f"<details><summary><code>{interval}</code></summary><ul>{reasons}</ul></details>"
@@ -90,7 +90,7 @@ class Bound:
         return Bound(rd.down(gap), rd.add_up(one, two), f"{self.because}; {other.because}; sum of branches")
 
     def __radd__(self, other: int) -> Bound:
-        return self if isinstance(other, int) and other == 0 else NotImplemented  # where `sum` starts
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # the start value of `sum`
 
     @staticmethod
     def concat(bounds: Iterable[Bound]) -> Bound:
@@ -102,7 +102,7 @@ class Bound:
 
     @staticmethod
     def block_diagonal(bounds: Iterable[Bound]) -> Bound:
-        """Bound of `(x, y, ...) -> (A x, B y, ...)`, each map on entries of its own: both ends are the largest (theorem 15)."""
+        """Bound of `(x, y, ...) -> (A x, B y, ...)`, maps on separate entries: the largest lower and the largest upper end (theorem 15)."""
         parts = list(bounds)
         lower = max((b.lower for b in parts), default=0.0)
         upper = max((_above(b) for b in parts), default=0.0)
@@ -112,8 +112,8 @@ class Bound:
     def max(bounds: Iterable[Bound]) -> Bound:
         """Bound of a continuous function that equals one of several maps at each input: the largest upper end (theorem 15).
 
-        Its lower end is 0. A mask that takes each entry from a map of its own may stretch more than each of the maps:
-        `Bound.concat` bounds it from above.
+        The lower end is 0. If a mask chooses a map for each entry separately, the result may stretch more than every single map: use
+        `Bound.concat` for its upper bound.
         """
         parts = list(bounds)
         upper = max((_above(b) for b in parts), default=0.0)
@@ -121,7 +121,7 @@ class Bound:
 
 
 def scaled(lower: float, upper: float, exponent: int, because: str) -> Bound:
-    """The interval times `2**exponent`, outward; `because` says where that leaves the normal range of float64.
+    """The interval times `2**exponent`, rounded outward; `because` says so if that leaves the normal range of float64.
 
     >>> scaled(1.0, 1.5, 1100, "given").because, scaled(1.0, 1.5, -1023, "given").lower
     ('given; the norm is outside of the normal range of float64 (2.2e-308 to 1.8e308)', 0.0)
@@ -136,7 +136,7 @@ def scaled(lower: float, upper: float, exponent: int, because: str) -> Bound:
 
 
 def _above(bound: Bound) -> float:
-    """Its upper end without the graph: what is combined must be a number."""
+    """The upper end as a float; InputError if it is NaN."""
     upper = _number(bound.upper)
     if upper != upper:
         msg = f"a bound with an upper end of NaN was given ({bound.because}); expected a number"

@@ -22,14 +22,14 @@ Ints = int | Sequence[int]
 Shape = tuple[int, ...]
 MODES = ("circular", "reflect", "replicate", "zeros")
 SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-EIGHT_BITS = tuple(kind for name, kind in vars(torch).items() if name.startswith("float8_"))  # the same for each version of torch
+EIGHT_BITS = tuple(kind for name, kind in vars(torch).items() if name.startswith("float8_"))  # the same message in every version of torch
 
 
 def checked(weight: object, name: str = "weight") -> Tensor:
-    """The weight, of a dtype that torch computes in; what has no norm is refused: no floats, no values, empty, NaN or infinite.
+    """The weight as a tensor in a dtype that torch computes in; InputError if it has no finite float entries.
 
-    An array or a nested list becomes a tensor of the same numbers. An 8-bit float has few functions in torch; float32 holds each of
-    them exactly.
+    An array or a nested list becomes a tensor of the same numbers. An 8-bit float tensor becomes float32, which is exact: torch has few
+    functions for 8-bit floats.
     """
     if is_sparse(weight):
         msg = f"{name} is a sparse matrix; expected a dense one: type {name}.toarray(), or gramlip.bound({name}) for its norm"
@@ -71,7 +71,7 @@ def _finite(weight: Tensor, name: str) -> bool:
     parts = weight.split(max(1, (1 << 22) * weight.shape[0] // weight.numel())) if weight.ndim else (weight,)
     try:
         return all(bool(torch.isfinite(part).all()) for part in parts)
-    except (RuntimeError, TypeError) as error:  # fake, or whatever else only looks like a tensor
+    except (RuntimeError, TypeError) as error:  # a fake tensor, or another object that only looks like a tensor
         msg = f"{name} is a {type(weight).__name__} whose values cannot be read; expected a plain torch.Tensor"
         raise InputError(msg) from error
 
@@ -86,10 +86,10 @@ def _axes(name: str, value: object, dims: int, least: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A matrix of shape (m, n), real or complex, as a tensor, an array or nested lists; `because` says what it is.
+    """A real or complex matrix of shape (m, n), as a tensor, an array or nested lists; `because` says where it comes from.
 
     Raises:
-        InputError: no matrix, or no finite entries.
+        InputError: not a matrix, or entries that are not finite.
 
     >>> Dense(torch.eye(2)).weight.shape
     torch.Size([2, 2])
@@ -107,10 +107,10 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """A matrix (m, n) of which most entries are zero and not stored: a tensor of any sparse layout, kept as coordinates.
+    """A sparse matrix (m, n): a tensor of any sparse layout of torch, stored as coordinates.
 
     Raises:
-        InputError: no matrix, entries that are not finite, or one that is stored twice.
+        InputError: not a matrix, entries that are not finite, or an entry that is stored twice.
 
     >>> Sparse(torch.eye(3).to_sparse()).weight.values()
     tensor([1., 1., 1.])
@@ -123,20 +123,20 @@ class Sparse:
 
 
 def _coordinates(weight: Tensor) -> Tensor:
-    """The sparse matrix in torch's COO layout, its entries checked, in order."""
+    """The sparse matrix in torch's COO layout, sorted, with its entries checked."""
     shape = tuple(weight.shape)
     if len(shape) != 2 or weight.dense_dim() or not 0 < shape[0] * shape[1] < 2**63:
         msg = f"weight is sparse of shape {shape}; expected a matrix (m, n) of single entries, each axis at least 1"
         raise InputError(msg)
     if weight.is_meta:
-        checked(weight)  # which refuses it
+        checked(weight)  # raises the InputError
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch's, that a layout is in beta
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that a layout is in beta
         coo = weight.detach().to_sparse_coo()
     places, values = coo._indices(), coo._values()
     values = checked(values) if len(values) else checked(values.new_zeros(1))[:0]
     if bool(((places < 0) | (places >= places.new_tensor([[shape[0]], [shape[1]]]))).any()):
-        msg = f"weight is sparse of shape {shape} with places outside of it; expected places within: make it with check_invariants=True"
+        msg = f"weight is sparse of shape {shape} with places outside of it; expected none there: create it with check_invariants=True"
         raise InputError(msg)
     flat = places[0] * shape[1] + places[1]
     if not bool((flat[1:] > flat[:-1]).all()):
@@ -150,7 +150,7 @@ def _coordinates(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Diagonal:
-    """Multiplication of each entry by its own constant.
+    """A diagonal matrix: multiplication of each entry by a constant of its own.
 
     >>> Diagonal(torch.tensor([1.0, -3.0])).weight.shape
     torch.Size([2])
@@ -175,17 +175,17 @@ class Conv:
 
     Args:
         weight: (c_out, c_in / groups, *k), or (c_in, c_out / groups, *k) when `transposed`.
-        input_size: spatial size of the input, an integer for all axes or one each; None means every size.
-        stride: as in `torch.nn`, an integer for all axes or one each.
+        input_size: spatial size of the input, one integer for all axes or one per axis; None: any size.
+        stride: as in `torch.nn`, one integer for all axes or one per axis.
         padding: an integer, one per axis, a pair (before, after) per axis, "same" or "valid".
         padding_mode: "zeros", "circular", "reflect" or "replicate".
         dilation: as in `torch.nn`.
         groups: as in `torch.nn`.
-        transposed: the map of `torch.nn.ConvTranspose*d`.
-        output_padding: as in `torch.nn`, of a transposed map.
+        transposed: True for the map of `torch.nn.ConvTranspose*d`.
+        output_padding: as in `torch.nn`; only for a transposed convolution.
 
     Raises:
-        InputError: what was given, what was expected.
+        InputError: a value that torch would refuse, or entries that are not finite; it says what was expected.
 
     >>> Conv(torch.ones(1, 1, 3, 3), input_size=8, padding="same").padding
     ((1, 1), (1, 1))
@@ -207,7 +207,7 @@ class Conv:
             msg = f"weight has shape {tuple(self.weight.shape)}; expected (c_out, c_in / groups, *kernel) with 1 to 3 kernel axes"
             raise InputError(msg)
         d = self.dims
-        put = object.__setattr__  # the one moment at which the frozen fields take their normal form
+        put = object.__setattr__  # the only place where the frozen fields are set, to their normal form
         put(self, "stride", _axes("stride", self.stride, d, 1))
         put(self, "dilation", _axes("dilation", self.dilation, d, 1))
         put(self, "output_padding", _axes("output_padding", self.output_padding, d, 0))
@@ -250,7 +250,7 @@ class Conv:
 
     @property
     def sizes(self) -> tuple[int, ...] | None:
-        """The spatial size of the input, None for every size."""
+        """The spatial size of the input; None for any size."""
         return cast("tuple[int, ...] | None", self.input_size)
 
     @property
@@ -260,7 +260,7 @@ class Conv:
 
     @property
     def output_size(self) -> tuple[int, ...] | None:
-        """Spatial size of the output, None where the input's is not given."""
+        """Spatial size of the output; None if the input size is not given."""
         if self.input_size is None:
             return None
         axes = zip(self.input_size, self.spans, self.stride, self.padding, self.output_padding, strict=True)  # type: ignore[arg-type]
@@ -337,12 +337,12 @@ Operator = Dense | Sparse | Diagonal | Conv | Separable
 
 # ---- axes ----------------------------------------------------------------------------------------------------------------
 #
-# The axes of a convolution as torch has them, and which input each tap of each output reads.
+# The axes of a convolution as torch defines them, and the input position that each tap of each output reads.
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a convolution as torch has it; `size` is the input's, `outputs` the output's, None for every size."""
+    """One axis of a convolution as torch defines it; `size` of the input and `outputs` of the output are None for any size."""
 
     size: int | None
     outputs: int | None
@@ -359,7 +359,7 @@ class Axis:
 
 
 def index_map(axis: Axis, mode: str) -> Tensor:
-    """(k, outputs): the input position that tap p of output o reads, -1 for a padded zero."""
+    """The input position that tap p of output o reads, -1 for a padded zero; shape (k, outputs)."""
     assert axis.size is not None
     assert axis.outputs is not None
     n = axis.size
@@ -376,7 +376,7 @@ def index_map(axis: Axis, mode: str) -> Tensor:
 
 
 def axes(op: Conv) -> list[Axis]:
-    """The axes of the convolution, or of the one whose adjoint a transposed convolution is."""
+    """The axes of the convolution; for a transposed one, those of the convolution whose adjoint it is."""
     none = (None,) * op.dims
     inputs, outputs = op.sizes or none, op.output_size or none
     if op.transposed:
@@ -387,14 +387,14 @@ def axes(op: Conv) -> list[Axis]:
 
 # ---- operators applied ---------------------------------------------------------------------------------------------------
 #
-# Operators applied: to a batch, as torch computes it, and to a basis, which gives their matrix.
+# Operators applied to a batch, by torch's own functions, and to a basis, which gives their matrix.
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def apply(op: Dense | Conv | Scale, x: Tensor) -> Tensor:
-    """The map, without bias, on a batch, in the dtype of `x`: that of the weight, or float64."""
+    """Apply the map, without bias, to a batch. The dtype of `x` must be that of the weight, or float64."""
     weight = op.weight if op.weight.dtype == x.dtype else to_float64(op.weight)
     if isinstance(op, Scale):
         return x * weight
@@ -404,7 +404,7 @@ def apply(op: Dense | Conv | Scale, x: Tensor) -> Tensor:
 
 
 def matrix_of(op: Dense | Conv | Scale, shape: Shape) -> Tensor:
-    """The matrix (m, n) in float64 of the map on values of `shape`; a convolution's first axis is a batch."""
+    """The float64 matrix (m, n) of the map on values of `shape`; for a convolution the first axis of `shape` is a batch."""
     n = math.prod(shape)
     basis = torch.eye(n, dtype=torch.float64)
     with torch.no_grad():
@@ -420,7 +420,7 @@ def _convolution(op: Conv, weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _transposed(op: Conv, weight: Tensor, x: Tensor) -> Tensor:
-    """Torch's call takes one padding for both sides of an axis: the whole result is made, then cropped."""
+    """Compute without padding, then crop: torch's function takes only one padding for both sides of an axis."""
     y = _TRANSPOSED[op.dims](x, weight, None, op.stride, 0, 0, op.groups, op.dilation)
     extras = cast("tuple[int, ...]", op.output_padding)
     crops = [c for (lo, hi), extra in zip(reversed(op.pads), reversed(extras), strict=True) for c in (-lo, extra - hi)]

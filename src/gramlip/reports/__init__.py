@@ -1,1 +1,1 @@
-"""Files in, reports out."""
+"""Reading files of weights, and writing reports."""

@@ -1,4 +1,4 @@
-"""Weights without their model: which tensor is a linear map, which is left out and why, and the audit of them."""
+"""Weights without their model: which tensors are linear maps, which are left out for which reason, and the audit of the maps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _FLOATS = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128
 _SCALES = ("{}_scale", "{}_scale_inv", "{}_scale_2", "{}_scales", "{}.scale", "{}.absmax", "scale_{}", "scale", "scales", "SCB")
 _OF = r"(?:words?|chars?|vocab|tok(?:ens?)?(?:_types?)?|segments?|(?:[a-z]+_)?pos(?:itions?|itional)?|query|label)"
 _EMBED = r"emb(?:d|ed|eds|edding|eddings)?"
-# The whole name: `embed` and `word_embeddings`, not `emb_proj` or `patch_embed`, which are as likely linear maps without a bias.
+# Whole names only: `embed` and `word_embeddings`, but not `emb_proj` or `patch_embed`, which may be linear maps without a bias.
 _EMBEDDING = re.compile(rf"({_OF}_?)?{_EMBED}(_({_OF}|table|in))?|wte|wpe|shared", re.I)
 _TABLE = re.compile(
     rf"(^|_)(pos|position|positional|cls|class|mask|query|register)_?({_EMBED}|enc|encodings?|tokens?|table)$|(^|_)tokens?$", re.I
@@ -54,13 +54,13 @@ Watch = Callable[[list[str]], Iterable[str]]
 
 @dataclass(frozen=True)
 class Weights:
-    """Stored tensors as a source of operators; `target` is what the user typed."""
+    """Stored tensors as a source of operators; `target` is the name that the user typed."""
 
     target: str
     stored: Stored
 
     def sort(self) -> tuple[list[str], tuple[LeftOut, ...]]:
-        """The names of the linear maps, and what is left out.
+        """The names of the linear maps, and the tensors that are left out.
 
         Raises:
             InputError: nothing to bound.
@@ -81,15 +81,15 @@ class Weights:
 
     @cached_property
     def entries(self) -> Entries:
-        """The stored tensors, 8-bit codes times the scale beside them where its shape says how."""
+        """The stored tensors; 8-bit codes are multiplied by their scale if its shape shows how."""
         return {name: _rescaled(name, self.stored.entries) for name in self.stored.entries}
 
     def operator(self, name: str) -> Dense | Conv:
-        """The operator that dominates the layer of this tensor: a matrix, or a stride-1 ungrouped convolution of every size."""
+        """The operator that dominates the layer of this tensor: a matrix, or a stride-1 ungrouped convolution for every input size."""
         return self._mapped(name)[0]
 
     def _mapped(self, name: str) -> tuple[Dense | Conv, Callable[[Bound], Bound]]:
-        """The operator, and what its interval says of the tensor: the same, but for a product that is never formed."""
+        """The operator, and a function from its interval to that of the tensor. They differ only for a product that is never formed."""
         factors = self.entries[name].factors
         try:
             if factors is None:
@@ -106,10 +106,10 @@ class Weights:
             yield name, self.operator(name)
 
     def audit(self, *, rtol: float = 1e-2, watch: Watch = iter, journal: Path | None = None) -> Report:
-        """The report: for each linear map an interval with `upper` at least the layer's norm; `watch` may show progress.
+        """The report: for each linear map an interval whose `upper` is at least the layer's norm; `watch` may show progress.
 
-        Ranks of a process group share the work by its estimated cost, and all get the report. With a `journal` what is done is kept there
-        as it is done, and what stands in it is not done again.
+        Ranks of a process group share the work by its estimated cost, and all get the report. A `journal` stores finished rows at once;
+        rows that it holds already are not computed again.
 
         Proof that the operator dominates the layer: docs/weights-alone.md.
 
@@ -121,7 +121,7 @@ class Weights:
         done, error = dict[str, LayerRow](), None
         try:
             kept_before = None if journal is None else Journal(journal, self._fingerprint(kept, rtol), ranked())
-        except Exception as caught:  # whatever it is, it is raised again, on every rank
+        except Exception as caught:  # any error is raised again, on every rank
             kept_before, error = None, caught
         for part in gathered({} if kept_before is None else kept_before.rows, error):
             done |= part
@@ -135,14 +135,14 @@ class Weights:
                     if kept_before is not None:
                         kept_before.add(rows, {name: self._digest(name) for name in rows})
                     done |= rows
-        except Exception as caught:  # as above
+        except Exception as caught:  # see above
             error = caught
         for part in gathered(done, error):
             done |= part
         return Report(self.target, tuple(done[name] for name in kept), left_out, notes=(*NOTES, *self.stored.notes))
 
     def _checked(self, names: list[str], done: Mapping[str, LayerRow], journal: Journal | None) -> list[str]:
-        """What is still to do; all tensors are looked at before the work starts, and those in the journal must be the ones of then."""
+        """The names that are left to do. All tensors are checked before the work starts; those in the journal must not have changed."""
         for name in names:
             self.operator(name)
             if journal is not None and name in done and name in journal.digests and journal.digests[name] != self._digest(name):
@@ -151,7 +151,7 @@ class Weights:
         return [name for name in names if name not in done]
 
     def _groups(self, kept: list[str]) -> list[list[str]]:
-        """The tensors that are bounded together: those of one shape, where they are small, 64 at a time."""
+        """Groups of tensors to bound together: small tensors of one shape, up to 64 in a group."""
         groups: dict[object, list[list[str]]] = {}
         for name in kept:
             shape = self.entries[name].shape
@@ -166,7 +166,7 @@ class Weights:
         return float(len(group) * m * n * min(m, n) * prod(k))
 
     def _fingerprint(self, kept: list[str], rtol: float) -> dict[str, object]:
-        """What a journal belongs to."""
+        """A fingerprint of a tensor, which ties a journal to it."""
         files = [[file.name, found.st_size, found.st_mtime_ns] for file in self.stored.files for found in (file.stat(),)]
         tensors = [[name, list(self.entries[name].shape), self.entries[name].dtype] for name in kept]
         digest = blake2b(json.dumps(tensors).encode(), digest_size=16).hexdigest()
@@ -192,7 +192,7 @@ def _loaded(entry: Entry, name: str) -> Tensor:
         weight = entry.load()
     except InputError:
         raise
-    except Exception as error:  # a damaged file can raise anything when its numbers are read
+    except Exception as error:  # reading the numbers of a damaged file can raise any exception
         if out_of_memory(error):
             raise
         msg = f"{name} cannot be read ({line(error)}); expected a whole file: fetch or save it again"
@@ -212,16 +212,16 @@ def _row(name: str, op: Dense | Conv, found: Bound, seconds: float, entry: Entry
 
 # ---- products that are never formed --------------------------------------------------------------------------------------
 
-_UNDERFLOW = 2.0**-950  # more than 2^70 products that were flushed to zero can add up to
+_UNDERFLOW = 2.0**-950  # more than the sum of 2^70 products that were flushed to zero
 
 
 def low_rank(left: Tensor, right: Tensor, scale: float) -> tuple[Dense | Conv, Callable[[Bound], Bound]]:
-    """A small operator in place of `scale B A`, and the interval of the product from its own: docs/weights-alone.md#adapters.
+    """A small operator in place of `scale B A`, and the function from its interval to that of the product: docs/weights-alone.md#adapters.
 
     Args:
         left: B, (m, r) in float64.
         right: A, (r, n, *k) in float64.
-        scale: the number that multiplies them.
+        scale: the factor of the product.
     """
     root = rd.sqrt_up(float(prod(right.shape[2:])))
     if not bool(left.any()) or not bool(right.any()) or scale == 0.0:
@@ -253,7 +253,7 @@ PRODUCT = "scale B A through the triangular factors of B and A^T, rounding inclu
 
 
 def _triangular(tall: Tensor) -> tuple[Tensor, float, float]:
-    """R of tall = Q R, an upper bound of the norm of what Q R leaves, and one of the norm of Q^T Q - 1."""
+    """R of tall = Q R, and upper bounds of the norms of `tall - Q R` and `Q^T Q - 1`."""
     q, r = torch.linalg.qr(tall)
     span, size = float(r.shape[0]), rd.frobenius_up(q)
     left = rd.frobenius_up(tall - q @ r)
@@ -265,12 +265,12 @@ def _triangular(tall: Tensor) -> tuple[Tensor, float, float]:
 
 
 class Journal:
-    """Rows that are done, in a file of one line for each group of them: whole, or the line is cut, and counts for nothing.
+    """A file of finished rows, one line for each group of them; a truncated line is ignored.
 
-    Each rank writes a file of its own and reads all of them.
+    Each rank writes its own file and reads those of all ranks.
 
     Raises:
-        InputError: the file is of another checkpoint, or of another width.
+        InputError: the file belongs to another checkpoint or another `rtol`.
     """
 
     def __init__(self, path: Path, fingerprint: dict[str, object], rank: int) -> None:
@@ -305,7 +305,7 @@ class Journal:
             os.truncate(file, len(whole) + 1)
 
     def add(self, rows: Mapping[str, LayerRow], digests: Mapping[str, str]) -> None:
-        """Keep rows that were done together; when this returns they are on the disk."""
+        """Store rows of one group; they are on the disk when this returns."""
         text = json.dumps([row.to_dict() | {"digest": digests[name]} for name, row in rows.items()], allow_nan=False)
         with self.path.open("a") as file:
             file.write(text + "\n")
@@ -314,7 +314,7 @@ class Journal:
 
 
 def left_out_of(name: str, entries: Mapping[str, Entry], scales: Mapping[str, str]) -> LeftOut | None:
-    """Why this tensor is not bounded, None where it is; a weight whose layer cannot be known from it is marked so.
+    """The reason why this tensor is not bounded, or None if it is; a weight whose layer is unknown is marked.
 
     `scales` gives the weight of each scale.
     """
@@ -332,7 +332,7 @@ def left_out_of(name: str, entries: Mapping[str, Entry], scales: Mapping[str, st
 
 
 def _scales(name: str, entries: Mapping[str, Entry]) -> list[str]:
-    """The tensors beside a quantised weight that have a usual name for its scale, and fewer numbers than it."""
+    """The tensors beside a quantised weight that have a usual name of a scale, and fewer entries than the weight."""
     stem, dot, leaf = name.rpartition(".")
     entry = entries[name]
     if len(entry.shape) < 2 or entry.dtype in _FLOATS or not ("weight" in leaf or entry.dtype.startswith("float8")):
@@ -342,7 +342,7 @@ def _scales(name: str, entries: Mapping[str, Entry]) -> list[str]:
 
 
 def _rescaled(name: str, entries: Mapping[str, Entry]) -> Entry:
-    """An 8-bit weight times the one scale beside it: a number, one for each row or column, or one for each block of 2^k x 2^k."""
+    """An 8-bit weight times its scale: one number, one for each row or column, or one for each block of 2^k x 2^k."""
     entry, scales = entries[name], _scales(name, entries)
     if not entry.dtype.startswith("float8") or len(scales) != 1 or len(entry.shape) != 2:
         return entry
@@ -364,7 +364,7 @@ def _rescaled(name: str, entries: Mapping[str, Entry]) -> Entry:
 
 
 def _block(count: int, of: int) -> int | None:
-    """How many entries of an axis share a scale: all, one each, or the one power of two that makes so many blocks."""
+    """The number of entries of an axis that share a scale: all, one, or the power of two that gives this number of blocks."""
     if count in (1, of):
         return of // count
     powers = [1 << k for k in range(4, 10) if -(-of // (1 << k)) == count]
@@ -372,7 +372,7 @@ def _block(count: int, of: int) -> int | None:
 
 
 def _quantised(name: str, entries: Mapping[str, Entry]) -> str:
-    """Why the numbers that are stored for a weight are not the layer's."""
+    """The reason why the stored numbers of a weight are not those of the layer, or None."""
     dtype, (stem, dot, leaf) = entries[name].dtype, name.rpartition(".")
     if scales := [scale.removeprefix(f"{stem}{dot}") for scale in _scales(name, entries)]:
         return (
@@ -385,7 +385,7 @@ def _quantised(name: str, entries: Mapping[str, Entry]) -> str:
 
 
 def _parametrized(name: str, entries: Mapping[str, Entry]) -> tuple[str, bool] | None:
-    """Tensors from which torch computes the weight that the layer uses: that weight is not in the file."""
+    """Tensors from which torch computes the layer's weight, which itself is not in the file."""
     matrix = len(entries[name].shape) > 1
     what, tensor = "a parametrization", name
     if (found := re.search(r"(?:^|\.)parametrizations\.\w+\.", name)) is not None:
@@ -407,7 +407,7 @@ def _parametrized(name: str, entries: Mapping[str, Entry]) -> tuple[str, bool] |
 
 
 def _no_map(name: str, entries: Mapping[str, Entry]) -> tuple[str, bool] | None:
-    """Tensors that no linear map of the input is made of."""
+    """Tensors that are not part of a linear map of the input."""
     entry, (stem, _, leaf) = entries[name], name.rpartition(".")
     module, axes = stem.rpartition(".")[2], len(entry.shape)
     bias = entries.get(f"{stem}.bias" if stem else "bias")

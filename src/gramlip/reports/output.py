@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 
 def emit(text: str) -> None:
-    """Write to standard output; a reader that has gone away (`| head`) is no error.
+    """Write to standard output; a closed pipe (`| head`) is no error.
 
     Raises:
-        InputError: standard output cannot be written, a full disk for instance.
+        InputError: standard output cannot be written, for instance on a full disk.
     """
     if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison]
         return
@@ -40,14 +40,14 @@ def emit(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Write one line to standard error; where that cannot be written, the exit code alone tells."""
+    """Write one line to standard error; if that fails, only the exit code reports the problem."""
     if sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
         with suppress(OSError):
             sys.stderr.write(f"gramlip: {printable(text)}\n")
 
 
 def settle() -> None:
-    """Let go of what standard error does not take, so that the interpreter, which flushes it at exit, keeps the exit code."""
+    """Discard what standard error cannot take: otherwise the interpreter's flush at exit would change the exit code."""
     stream = sys.stderr
     if stream is not None:  # pyright: ignore[reportUnnecessaryComparison]
         try:
@@ -57,15 +57,15 @@ def settle() -> None:
 
 
 def _nowhere(stream: TextIO) -> None:
-    """What is left of a stream that cannot be written goes nowhere."""
+    """Redirect a stream that cannot be written to the null device."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager
 def aside() -> Generator[None, None, None]:
-    """What runs inside is not gramlip's: what it writes to standard output, and its children, goes to standard error.
+    """Run foreign code: its standard output, and that of its child processes, goes to standard error.
 
-    File descriptor 1 is led aside too, unless there is no standard output: the number may then be that of any file.
+    File descriptor 1 is redirected too, unless there is no standard output: then the number may belong to any file.
     """
     before, kept = sys.__stdout__, None
     with redirect_stdout(sys.stderr):
@@ -86,7 +86,7 @@ def aside() -> Generator[None, None, None]:
 
 
 def watched(items: Sequence[T]) -> Iterable[T]:
-    """The items behind a progress bar on standard error, where that is a terminal; what is a name is shown as it comes."""
+    """Yield the items with a progress bar on standard error, if that is a terminal; items that are strings are shown."""
     shown = sys.stderr is not None and sys.stderr.isatty()  # pyright: ignore[reportUnnecessaryComparison]
     bar = tqdm(items, file=sys.stderr, disable=not shown, leave=False, bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}]")
     for item in bar:
@@ -103,11 +103,11 @@ OURS = {
     "--resume": re.compile(rb'\{"gramlip journal": 1, '),
     "--plot": re.compile(rb"\x89PNG|%PDF|<\?xml"),
 }
-"""Option -> how a file begins that it wrote before, and may write again."""
+"""Option -> the first bytes of a file that it wrote earlier and may overwrite."""
 
 
 def check_outputs(options: Mapping[str, str | None]) -> dict[str, Path | None]:
-    """The file of each option that was given, None for `-`.
+    """The output file of each option that was given; None for `-`.
 
     Raises:
         InputError: as for `check_output`, or two outputs on one file.
@@ -120,9 +120,9 @@ def check_outputs(options: Mapping[str, str | None]) -> dict[str, Path | None]:
 
 
 def check_output(option: str, name: str | None) -> Path | None:
-    """The file that an option names, None for nothing or `-`; refused now if it could not be written later.
+    """The output file of an option, None if not given or `-`. A file that cannot be written is refused before any work.
 
-    Only what the option itself writes is replaced, or an empty file: so nothing that a command reads is ever lost.
+    Only an empty file, or a file written by the same option, is replaced, so no input of a command is ever lost.
 
     Raises:
         InputError: a folder, a device, another file, a folder that is missing or cannot be written.
@@ -177,14 +177,14 @@ def write_bytes_whole(path: Path, data: bytes) -> None:
 # Text for people: the width of the window, styles, tables, wrapped lines. Escape sequences go to terminals only.
 # The standard library suffices: the reports need columns, four styles and the width of a window.
 
-NARROWEST = 40  # columns: a narrower window wraps lines by itself
-PAGE = 100  # columns of prose where the reader's window is not known
+NARROWEST = 40  # columns; a narrower window wraps lines itself
+PAGE = 100  # columns of prose if the width of the window is unknown
 CODES = {"bold": "1", "dim": "2", "red": "31", "yellow": "33"}
 
 
 @dataclass(frozen=True)
 class Screen:
-    r"""Where text is shown: `width` in columns, None where lines are never cut, and whether styles are understood.
+    r"""The place where text is shown: `width` in columns (None: lines are never cut), and whether it supports `colour`.
 
     >>> Screen().styled("network", "bold"), Screen(colour=True).styled("network", "bold")
     ('network', '\x1b[1mnetwork\x1b[0m')
@@ -195,7 +195,7 @@ class Screen:
 
     @staticmethod
     def of(stream: TextIO | None) -> Screen:
-        """The window behind a stream. A pipe or a file is plain and never cut; `NO_COLOR` (no-color.org) and `TERM=dumb` count."""
+        """The window behind a stream. A pipe or a file is plain and never cut; `NO_COLOR` (no-color.org) and `TERM=dumb` are respected."""
         if stream is None or not stream.isatty():
             return Screen()
         old_windows = sys.platform == "win32" and not {"WT_SESSION", "TERM"} & set(os.environ)
@@ -208,11 +208,11 @@ class Screen:
         return PAGE if self.width is None else min(self.width, 120)
 
     def styled(self, text: str, style: str) -> str:
-        """The text in a style of `CODES`, as it is where there are none, or where `style` is empty."""
+        """The text in a style of `CODES`; unchanged without colour, or if `style` is empty."""
         return f"\x1b[{CODES[style]}m{text}\x1b[0m" if self.colour and style and text else text
 
     def wrapped(self, text: str, first: str = "", rest: str = "  ") -> list[str]:
-        """The text in lines of the page, after an indent; a long name is not broken."""
+        """The text wrapped to the page, with indents; long names are not broken."""
         lines = textwrap.wrap(
             printable(text), self.page, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
         )
@@ -220,12 +220,12 @@ class Screen:
 
 
 def printable(text: str) -> str:
-    """The text on one line, with escapes for what a terminal would act on (names come from files of unknown origin)."""
+    """The text on one line, with control characters escaped (names come from files of unknown origin)."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shortened(text: str, width: int) -> str:
-    """The text in at most `width` characters; what is cut is in the middle, since names differ at both ends.
+    """The text in at most `width` characters, cut in the middle, since names differ at both ends.
 
     >>> shortened("model.layers.0.attention.weight", 20)
     'model.laye…on.weight'

@@ -1,4 +1,4 @@
-"""`Report`: one row a layer, what was left out and why, the network's interval; as text for people, as JSON for programs."""
+"""`Report`: one row per layer, what was left out and why, and the network's interval; as text or JSON."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from gramlip.reports.output import Screen, padded, printable, shortened
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A layer's row: the operator that was bounded, and its interval; `input_size` is None where it holds for every size.
+    """The row of a layer: the operator and its interval; `input_size` is None if the interval holds for every size.
 
-    `share` is the layer's part of the logarithm of the network's constant by composition (docs/network.md#shares);
-    `operator` is what was bounded, for pictures.
+    `share` is the layer's part of the logarithm of the network's constant by composition (docs/network.md#shares); `operator` is kept
+    for pictures.
 
     >>> print(LayerRow("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix")).upper)
     1.5
@@ -41,12 +41,12 @@ class LayerRow:
 
     @property
     def lower(self) -> float:
-        """At most the norm of the operator."""
+        """A lower bound of the operator's norm."""
         return float(self.bound.lower)
 
     @property
     def upper(self) -> float:
-        """At least the norm of the operator; infinite where nothing is known."""
+        """An upper bound of the operator's norm; infinite if nothing is known."""
         return float(self.bound.upper)
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What no row covers, and why; `is_weight` where it acts on the input, so that nothing is known about that layer."""
+    """A tensor or call without a row, and the reason; `is_weight` if it acts on the input, so its layer has no bound."""
 
     name: str
     weight_shape: tuple[int, ...]
@@ -71,16 +71,16 @@ class LeftOut:
         return {"name": self.name, "weight_shape": list(self.weight_shape), "reason": self.reason, "is_weight": self.is_weight}
 
 
-VACUOUS = 1e4  # the upper side over the lower, from where the interval says little
+VACUOUS = 1e4  # ratio of upper to lower bound above which the interval says little
 
 
 @dataclass(frozen=True)
 class Report:
-    """The answer of an audit: `print` it for a table, `text(verbose=True)` for every reason, `to_dict` or `to_json` for a program.
+    """The result of an audit: `print` it for a table, use `text(verbose=True)` for every reason, `to_dict` or `to_json` for programs.
 
-    `network` bounds the whole network, None where only weights are known. `notes` state what holds for every row.
-    `unsupported` lists the calls that no rule covers, each with its place in the source; the network is unbounded then.
-    Printed numbers are rounded outward; JSON numbers are exact, and null stands for infinity (no bound).
+    `network` is the interval of the whole network, None if only weights are known. `notes` apply to every row. `unsupported` lists the
+    calls without a rule, each with its place in the source; the network then has no upper bound. Printed numbers are rounded outward;
+    JSON numbers are exact, and null stands for infinity (no bound).
 
     >>> row = LayerRow("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix"))
     >>> print(Report("w.safetensors", (row,)))
@@ -99,12 +99,12 @@ class Report:
 
     @property
     def lower(self) -> float:
-        """At most the network's Lipschitz constant; the rounding of its two forward passes is measured, not proved."""
+        """A lower bound of the network's Lipschitz constant; the rounding of its two forward passes is measured, not proved."""
         return float(self._whole().lower)
 
     @property
     def upper(self) -> float:
-        """At least the network's Lipschitz constant: proved, rounding included."""
+        """An upper bound of the network's Lipschitz constant, proved, rounding included."""
         return float(self._whole().upper)
 
     def _whole(self) -> Bound:
@@ -114,7 +114,7 @@ class Report:
         return self.network
 
     def above(self, limit: float | Decimal) -> list[str]:
-        """What is not proved to be at most `limit`, each with its upper side; empty where all of it is.
+        """(name, upper bound) of everything that is not proved to be at most `limit`.
 
         A weight that was left out counts as infinite.
         """
@@ -126,7 +126,7 @@ class Report:
 
     @property
     def advice(self) -> str:
-        """Where the upper side is more than `VACUOUS` times the lower: which steps make it so, and what narrows it; else nothing."""
+        """If the upper bound is more than `VACUOUS` times the lower: the steps that cause it, and how to narrow it; otherwise empty."""
         whole = self.network
         if whole is None or not 0.0 < VACUOUS * whole.lower < float(whole.upper) < math.inf:
             return ""
@@ -154,13 +154,13 @@ class Report:
         }
 
     def to_json(self) -> str:
-        """The report as standard JSON text: no NaN or Infinity tokens; floats survive the round trip exactly."""
+        """The report as standard JSON text, without NaN or Infinity tokens; floats survive a round trip exactly."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     def text(self, screen: Screen | None = None, *, verbose: bool = False) -> str:
-        """The report for people: a table and a line for each thing to know; with `verbose` every reason and every name.
+        """The report as text: a table and one line for each note; with `verbose` every reason and every name.
 
-        `screen` is where it is shown; without one the text is plain and no line of the table is cut.
+        `screen` says where the text is shown; without it the text is plain and no line of the table is cut.
         """
         screen = screen or Screen()
         parts = [[screen.styled(printable(self.target), "bold")], _table(self, screen, verbose=verbose)]
@@ -171,7 +171,7 @@ class Report:
         return self.text()
 
     def _repr_html_(self) -> str:
-        """For notebooks: the table, with the reasons of each row behind a click."""
+        """HTML for notebooks: the table, with reasons that open on click."""
         columns = _columns(self.layers, verbose=False)
         head = "".join(f"<th style='text-align:left'>{escape(column)}</th>" for column in columns)
         rows = [(row.bound, [_cell(column, row) for column in columns]) for row in self.layers]
@@ -188,7 +188,7 @@ class Report:
 
 # ---- the table -----------------------------------------------------------------------------------------------------------
 
-_PROOFS = (  # what a reason says -> its short name: which theorem carries the upper side
+_PROOFS = (  # pattern in a reason -> short name of the theorem behind the upper bound
     (r"whose entries are rounded|finite layer itself at size \S+ \(R8\)", "this size (R8)"),
     (r"the finite layer itself", "this size (thm 11)"),
     (r"supremum over all frequencies \(theorem (\d+)\)", r"every size (thm \1)"),
@@ -201,12 +201,12 @@ _PROOFS = (  # what a reason says -> its short name: which theorem carries the u
 )
 _LONGEST_PROOF = 24
 _LEAST_NAME = 24
-_OPTIONAL = ("proof", "shape", "share")  # dropped in this order where the window is narrow
+_OPTIONAL = ("proof", "shape", "share")  # dropped in this order if the window is narrow
 _RIGHT = ("width", "share")
 
 
 def proof_name(because: str) -> str:
-    """A short name of a proof: of the theorem that carries it, or how its first reason begins.
+    """A short name of a proof: its main theorem, or the beginning of its first reason.
 
     >>> proof_name("softmax: at most 1/2 in the l2 norm"), proof_name("zero padding: the finite layer itself at size 8x8, ...")
     ('softmax', 'this size (thm 11)')
@@ -218,7 +218,7 @@ def proof_name(because: str) -> str:
 
 
 def short_name(name: str) -> str:
-    """A folded layer's name with what its parts share said once.
+    """The name of a folded layer, without repeating the common prefix of its parts.
 
     >>> short_name("block1.spatial.conv + block1.spatial.norm")
     'block1.spatial.conv + .norm'
@@ -232,7 +232,7 @@ def short_name(name: str) -> str:
 
 
 def relative_width(bound: Bound) -> str:
-    """How much the upper side lies above the lower one, rounded up: in per cent, or as a multiple where it is far.
+    """The distance of the upper from the lower bound, rounded up: in per cent, or as a multiple if it is large.
 
     >>> relative_width(Bound(1.0, 1.01, "")), relative_width(Bound(2.0, 50.0, "")), relative_width(Bound(0.0, 1.0, ""))
     ('1.1%', '25x', '-')
@@ -245,7 +245,7 @@ def relative_width(bound: Bound) -> str:
 
 
 def _number(x: float, *, upward: bool) -> str:
-    """Five digits, rounded outward, without an exponent where that is no longer."""
+    """Five digits, rounded outward, without an exponent unless that is shorter."""
     text = decimals(x, upward=upward, digits=5)
     return f"{Decimal(text):f}" if 1e5 <= x < 1e9 else text
 
@@ -270,7 +270,7 @@ def _cell(column: str, row: LayerRow, *, verbose: bool = False) -> str:
 
 
 def _table(report: Report, screen: Screen, *, verbose: bool) -> list[str]:
-    """The lines of the table: no wider than the screen, by fewer columns and shorter names."""
+    """The lines of the table; columns are dropped and names shortened to fit the screen."""
     rows = [*report.layers, *([] if report.network is None else [report.network_row()])]
     texts = {column: [_cell(column, row, verbose=verbose) for row in rows] for column in _columns(rows, verbose=verbose)}
     if screen.width is not None:
@@ -287,7 +287,7 @@ def _table(report: Report, screen: Screen, *, verbose: bool) -> list[str]:
 
 
 def _fitted(texts: dict[str, list[str]], width: int) -> dict[str, list[str]]:
-    """The columns that fit into the width, the names of layers shortened to what the others leave."""
+    """The columns that fit into the width, with layer names shortened to the remaining space."""
     widths = {column: max(len(column), *(len(printable(cell)) for cell in cells)) for column, cells in texts.items()}
     kept, optional = list(texts), [column for column in _OPTIONAL if column in texts]
 
@@ -301,7 +301,7 @@ def _fitted(texts: dict[str, list[str]], width: int) -> dict[str, list[str]]:
 
 
 def _styles(row: LayerRow) -> dict[str, str]:
-    """Column -> style: no bound in red, an interval wider than asked for in yellow, the network in bold."""
+    """Column -> style: no bound is red, an interval wider than `rtol` yellow, the network bold."""
     if row.upper == math.inf:
         return {"interval": "red", "proof": "dim"}
     if row.name == "network" and not row.op:
@@ -318,11 +318,11 @@ def _html_cells(bound: Bound, cells: list[str]) -> str:
 
 # ---- what stands below the table -----------------------------------------------------------------------------------------
 
-_SHOWN = 3  # names, calls or nodes before "and N more"
+_SHOWN = 3  # number of names, calls or nodes before "and N more"
 
 
 def _summary(report: Report, screen: Screen) -> list[str]:
-    """One line for each thing to know, wrapped."""
+    """One wrapped line for each note."""
     ranked = sorted((row for row in report.layers if row.share is not None), key=lambda row: -(row.share or 0.0))
     shares = ", ".join(f"{short_name(row.name)} {100 * (row.share or 0.0):.0f}%" for row in ranked[:_SHOWN])
     unbounded = [row for row in report.left_out if _is_unbounded(row)]
@@ -363,7 +363,7 @@ def _verbose(report: Report, screen: Screen) -> Iterable[list[str]]:
     yield [line for note in report.notes for line in screen.wrapped(note, "  ", "    ")]
     bounds = [(row.name, row.bound) for row in report.layers] + ([] if report.network is None else [("network", report.network)])
     counts = Counter(part for _, bound in bounds for part in _parts(bound))
-    common = [part for part, n in counts.items() if n > max(1, len(bounds) / 3)]  # said once, after the rows
+    common = [part for part, n in counts.items() if n > max(1, len(bounds) / 3)]  # stated once, after the rows
     marks = {part: f"[{i}]" for i, part in enumerate(common, 1)}
     reasons: list[str] = []
     for name, bound in bounds:
@@ -388,7 +388,7 @@ def _interval(bound: Bound) -> dict[str, float | None]:
 
 
 def finite(value: float | None) -> float | None:
-    """The number as JSON has it: null where it is infinite or not a number.
+    """The number for JSON: None if it is infinite or NaN.
 
     >>> finite(1.5), finite(math.inf)
     (1.5, None)

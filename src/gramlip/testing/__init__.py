@@ -1,7 +1,7 @@
 """Tests for any library's norm of a layer: an oracle, a case table with named adversaries, a conformance run.
 
-`conformance(fn)` runs `fn(module, input_size)` over the table and says where its answer is below the truth. Needs no test
-framework. Documented with results in docs/conformance.md.
+`conformance(fn)` runs `fn(module, input_size)` over the table and reports the cases in which the result is below the true norm. It
+needs no test framework. docs/conformance.md has documentation and results.
 """
 
 from __future__ import annotations

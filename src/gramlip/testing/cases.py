@@ -19,14 +19,14 @@ from gramlip.testing.oracle import oracle, torch_layer
 
 # ---- kernels -------------------------------------------------------------------------------------------------------------
 #
-# Named adversary kernels: the shapes of weights that random draws hardly ever show.
+# Named adversary kernels, which random draws hardly ever produce.
 
 Shape = tuple[int, ...]
 Maker = Callable[[Shape, torch.Generator], Tensor]
 
 
 def weight(kernel: str, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """A weight of that shape and dtype: the kernel `KERNELS[kernel]`, with a second draw as imaginary part where complex.
+    """A weight of this shape and dtype: the kernel `KERNELS[kernel]`; for complex types with a second draw as imaginary part.
 
     >>> weight("second_difference", (1, 1, 3)).flatten().tolist()
     [1.0, -2.0, 1.0]
@@ -45,7 +45,7 @@ def _random(shape: Shape, g: torch.Generator) -> Tensor:
 
 
 def _channels(shape: Shape, filter_: Tensor) -> Tensor:
-    """The same filter from channel i to channel i, zero between different ones."""
+    """The same filter from channel i to channel i, and zero between different channels."""
     return torch.eye(*shape[:2], dtype=torch.float64).reshape(*shape[:2], *(1,) * filter_.ndim) * filter_
 
 
@@ -97,7 +97,7 @@ def _basis(rows: int, columns: int, g: torch.Generator) -> Tensor:
 
 
 def _orthogonal(shape: Shape, g: torch.Generator) -> Tensor:
-    """Each inner channel shifted by its own tap, between two orthogonal changes of channels: singular values 1 at every frequency."""
+    """A shift of each inner channel by its own tap, between two orthogonal matrices: all singular values are 1 at every frequency."""
     inner = min(shape[:2])
     taps = torch.zeros(inner, math.prod(shape[2:]), dtype=torch.float64)
     taps[torch.arange(inner), torch.arange(inner) % taps.shape[1]] = 1.0
@@ -158,12 +158,12 @@ KNOWN: dict[str, Maker] = {
     "known_square": _given(2, 7, -1, 1, 3, -8, 5, -3, 1),
     "known_row": _given(2, 7, -1, 1, 3, -8),
 }
-"""Kernels of one shape each whose norms have been published; not drawn for the table."""
+"""Kernels of a single shape with published norms; they are not drawn for the table."""
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------------
 #
-# The case table: geometries of torch's layers, each with a named adversary kernel. Data only; nothing is bounded here.
+# The case table: geometries of torch layers, each with a named adversary kernel. It is data only.
 
 Ints = tuple[int, ...]
 MODES = ("zeros", "circular", "reflect", "replicate")
@@ -172,7 +172,7 @@ DTYPES = (torch.float32, torch.float64, torch.float32, torch.float16, torch.floa
 
 @dataclass(frozen=True)
 class Case:
-    """One layer: a kernel's name, the weight's shape and the geometry as `torch.nn` names it. `nn.Linear` has no size.
+    """One layer: the name of a kernel, the shape of the weight, and the geometry with the names of `torch.nn`. `nn.Linear` has no size.
 
     `padding` is "same" or a pair (before, after) for each axis, as in `gramlip.Conv`.
 
@@ -208,7 +208,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """A name that says all of the case, so that two different cases have different names."""
+        """A name that describes the case completely, so that different cases have different names."""
         words = [self.label, self.kernel, _times(self.shape)]
         if self.dims:
             padding = self.padding if isinstance(self.padding, str) else ",".join(f"{a}.{b}" for a, b in self.padding)
@@ -238,7 +238,7 @@ class Case:
 
     @property
     def truth(self) -> float:
-        """The layer's norm by the oracle, computed once."""
+        """The layer's norm by the oracle, cached."""
         return _truth(self)
 
     def weight(self) -> Tensor:
@@ -251,7 +251,7 @@ class Case:
         return torch_layer(self.weight(), *fields)
 
     def operator(self, input_size: Ints | None = ()) -> Conv | Dense:
-        """The same as a `gramlip` operator, at its own size or at `input_size` (None: every size)."""
+        """The layer as a `gramlip` operator, at its own size or at `input_size` (None: any size)."""
         if not self.dims:
             return Dense(self.weight())
         settings = {
@@ -312,7 +312,7 @@ LIMIT = 400  # input or output entries at most, so that the oracle stays fast
 
 
 def cases(*modes: str) -> tuple[Case, ...]:
-    """The table for these padding modes (all four by default): drawn geometries, adversaries, traps. The same on every machine.
+    """The table for these padding modes (all four by default): random geometries, adversaries, traps. It is the same on every machine.
 
     >>> len(cases("zeros", "circular")) > 2000
     True
@@ -368,7 +368,7 @@ def _fits(case: Case) -> bool:
 
 
 def _adversaries(mode: str) -> Iterator[Case]:
-    """Every named kernel on the usual layers, in every dtype that holds it; square and tall matrices beside the zero-padded ones."""
+    """Every named kernel on common layers, in every dtype that can hold it; for zero padding also square and tall matrices."""
     for kernel in KERNELS:
         for dtype in _SHORT:
             if dtype == torch.float16 and kernel in ("tiny", "huge", "ill_scaled"):
@@ -439,9 +439,9 @@ TRAPS: dict[str, Case] = {
 
 # ---- conformance ---------------------------------------------------------------------------------------------------------
 #
-# `conformance`: any library's norm function over the case table, judged against the oracle.
+# `conformance`: runs the norm function of any library over the case table, and judges it against the oracle.
 
-ROUNDING = 1e-12  # of the oracle: nothing closer than this to the truth is called false
+ROUNDING = 1e-12  # accuracy of the oracle: a value closer than this to the truth is not called false
 VERDICTS = {
     "sound": "not below the truth and not too loose",
     "loose": "not below the truth, but too large",
@@ -455,7 +455,7 @@ VERDICTS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One case: what was claimed, what is true, the verdict (a key of `VERDICTS`), the exception if there was one."""
+    """One case: the claim, the true norm, the verdict (a key of `VERDICTS`), and the exception, if any."""
 
     case: Case
     truth: float
@@ -474,7 +474,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Conformance:
-    """The table of all cases; prints its counts and the worst cases of each kind of failure."""
+    """The results of all cases; printing shows the counts and the worst cases of each kind of failure."""
 
     rows: tuple[Row, ...]
     loose: float
@@ -487,11 +487,11 @@ class Conformance:
 
     @property
     def sound(self) -> bool:
-        """Whether no claim was false: nothing below, above or not a number (failures make no claim)."""
+        """Whether no claim was false: none below, above or NaN (failures make no claim)."""
         return not any(self.counts[verdict] for verdict in ("below", "above", "nan"))
 
     def of(self, verdict: str) -> tuple[Row, ...]:
-        """The rows with that verdict, the worst first."""
+        """The rows with this verdict, the worst first."""
         rows = (row for row in self.rows if row.verdict == verdict)
         return tuple(sorted(rows, key=lambda row: row.ratio, reverse=verdict == "loose"))
 
@@ -509,7 +509,7 @@ def conformance(fn: Callable[..., object], table: Iterable[Case] | None = None, 
         fn: called as `fn(module, input_size)` with a fresh torch layer (`nn.Linear`, `nn.Conv*d`, `nn.ConvTranspose*d`) and its
             spatial size, () for a linear layer. It returns an upper bound, a pair (lower, upper) or an object with these
             two attributes.
-        table: cases to run; by default all of `cases()` that are one torch layer.
+        table: cases to run; by default all of `cases()` that are a single torch layer.
         loose: an upper bound above this multiple of the truth is called loose.
 
     Reference: docs/conformance.md.
@@ -526,7 +526,7 @@ def _judge(fn: Callable[..., object], case: Case, loose: float) -> Row:
     truth = case.truth
     try:
         lower, upper = _interval(fn(case.module(), case.size))
-    except Exception as error:  # whatever a library raises is its answer
+    except Exception as error:  # any exception of the library is its result
         return Row(case, truth, 0.0, math.inf, "failed", f"{type(error).__name__}: {error}")
     return Row(case, truth, lower, upper, _verdict(truth, lower, upper, loose))
 

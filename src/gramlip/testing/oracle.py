@@ -1,4 +1,4 @@
-"""The oracle: a layer's norm from its action on a basis. Uses torch's own layers and an SVD, and nothing of gramlip's mathematics."""
+"""The oracle: a layer's norm from its action on a basis. It uses torch's layers and an SVD, and nothing of gramlip's mathematics."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _PAD: dict[str, tuple[type[nn.Module], ...]] = {
     "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
     "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
 }
-_ROWS = 1024  # basis vectors pushed through the layer at a time
+_ROWS = 1024  # basis vectors per forward pass
 
 
 def oracle(layer: nn.Module | Conv | Dense | Diagonal, input_shape: Sequence[int] | None = None) -> float:
-    """The l2 norm of an affine layer's linear part, to about 1e-13 relative: on neither side of the truth by construction.
+    """The l2 norm of an affine layer's linear part, with a relative error of about 1e-13, on either side of the truth.
 
-    The matrix of `matrix(layer, input_shape)` in float64 (complex128), scaled by a power of two, then its largest singular value.
-    The cost grows as the cube of the number of entries: meant for inputs of a few hundred entries.
+    It forms `matrix(layer, input_shape)` in float64 (complex128), scales it by a power of two, and computes the largest singular value.
+    The cost grows as the cube of the number of input entries, so it is meant for a few hundred.
 
     Args:
         layer: any affine `nn.Module`, or an operator.
-        input_shape: shape of one example without the batch axis; left out for an operator, which knows its own.
+        input_shape: shape of one example without the batch axis; omitted for an operator, which has its own.
 
     Raises:
-        InputError: an operator of every input size, or a module without `input_shape`.
+        InputError: an operator without an input size, or a module without `input_shape`.
 
     Reference: docs/conformance.md.
 
@@ -58,7 +58,7 @@ def norm(a: Tensor) -> float:
 
 
 def matrix(layer: nn.Module | Conv | Dense | Diagonal, input_shape: Sequence[int] | None = None) -> Tensor:
-    """The matrix (inputs, outputs) of an affine layer's linear part: row i is the layer's answer to basis vector i, in float64.
+    """The float64 matrix (inputs, outputs) of an affine layer's linear part: row i is the image of basis vector i.
 
     Raises:
         InputError: as in `oracle`.
@@ -94,8 +94,8 @@ def torch_layer(
 ) -> nn.Module:
     """The real torch layer with this weight: `nn.Linear`, `nn.Conv*d` or `nn.ConvTranspose*d`.
 
-    Padding that torch's layer cannot be given, a different amount before and after, becomes torch's padding (or cropping)
-    layer in front of it (behind it).
+    Padding with different amounts before and after, which torch's layer does not accept, becomes a padding layer in front of it (or a
+    cropping layer behind it).
     """
     d = weight.ndim - 2
     if d == 0:
@@ -140,7 +140,7 @@ class _Scale(nn.Module):
 
 
 def _filled(kind: Callable[..., nn.Module], weight: Tensor, *args: Any, **settings: Any) -> nn.Module:
-    """A torch layer with the given weight and no bias, without touching the global random generator."""
+    """A torch layer with the given weight and no bias; the global random generator is not used."""
     if kind is nn.Linear:
         settings["bias"] = False
     module = kind(*args, device="meta", **settings)

@@ -25,16 +25,16 @@ ROWS: dict[str, Callable[[Options], Row]] = {
     "training": contenders.training,
     "audit": contenders.networks,
 }
-"""Name -> what is measured, in the table's order. To add one: a function `Options -> Row` and a line here."""
+"""Name -> function that measures the row, in the order of the table. To add a row, write a function `Options -> Row` and a line here."""
 
 
 def bench(rows: Sequence[str] = (), options: Options | None = None, keep: Callable[[Result], None] = lambda result: None) -> Result:
-    """Time rows of `ROWS`, all of them by default, with the machine's rate of matrix products taken first.
+    """Time rows of `ROWS`, by default all, after measuring the machine's rate of matrix products.
 
-    `keep` is given what there is after every row. A quick run claims nothing: its layers are too small.
+    `keep` receives the result so far after every row. A quick run makes no claims: its layers are too small.
 
     Raises:
-        InputError: a row's name that is unknown.
+        InputError: an unknown row.
     """
     options = options or Options()
     unknown = sorted(set(rows) - set(ROWS))
@@ -61,7 +61,7 @@ def bench(rows: Sequence[str] = (), options: Options | None = None, keep: Callab
 
 
 def commit() -> str:
-    """The commit of the package's sources, with a + where they were changed since; empty outside of a repository."""
+    """The commit of the package's sources, with a + if they were changed since; empty outside a repository."""
     here = Path(__file__).parent.parent.parent
 
     def git(*words: str) -> str:

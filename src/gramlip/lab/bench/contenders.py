@@ -1,4 +1,4 @@
-"""The rows of the benchmark: our bounds against their contenders, on convolutions, on matrices, and in a step of training."""
+"""The rows of the benchmark: bounds and their contenders on convolutions, on matrices, on networks and in a training step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from gramlip.reports.formats import read
 #
 # Rows on convolutions: ResNet18 at 224, the residual networks of CIFAR, every input size, nearly orthogonal layers.
 
-STEPS = 6  # of the published method, as in its experiments
+STEPS = 6  # steps of the published method, as in its experiments
 PUBLISHED, PLAIN, POWER, ZEROS = f"delattre2023 ({STEPS})", f"rfft2 and bmm ({STEPS})", "power (100)", f"{OURS}, zero padding"
 GRAM = f"gram ({STEPS})"
 PROOFS = f"{OURS}, its blocks and factorisations alone"
@@ -47,12 +47,12 @@ MOST_STEPS = 64
 
 
 def he(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Random weights of He's variance, by the inputs."""
+    """Random weights with He's variance for the number of inputs."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * math.sqrt(2 / math.prod(shape[1:]))
 
 
 def plain(kernel: Tensor, n: int, steps: int) -> float:
-    """Gram iteration on the n-grid, written down plainly: one FFT, batched products, nothing else."""
+    """Gram iteration on the n-grid in its simplest form: one FFT and batched products."""
     x = torch.fft.rfft2(kernel, s=(n, n)).permute(2, 3, 0, 1).flatten(0, 1).contiguous()
     if x.shape[1] < x.shape[2]:
         x = x.mH.contiguous()
@@ -72,7 +72,7 @@ def published(op: Conv, steps: int = STEPS) -> Callable[[], float]:
 
 
 def gram(op: Conv) -> float:
-    """The library's own Gram iteration on a layer: rounding left out, as in the published one, and written to be fast."""
+    """The library's Gram iteration on a layer, without rounding, as in the published one."""
     return METHODS["gram"].value(op, n_iter=STEPS)
 
 
@@ -121,7 +121,7 @@ def resnet18(options: Options) -> Row:
 
 
 def cifar(options: Options) -> Row:
-    """The convolutions of two trained residual networks for CIFAR-10, for every input size, and for the published method's own."""
+    """The convolutions of two trained residual networks for CIFAR-10, for every input size, and at the size of the published method."""
     row, found = "cifar-resnet", Row()
     for name in ("resnet20",) if options.quick else ("resnet20", "resnet32"):
         path = options.models / f"{name}-cifar10.safetensors"
@@ -146,7 +146,7 @@ def cifar(options: Options) -> Row:
             works[f"{GRAM}, n = {n}"] = lambda circular=circular: sum(map(gram, circular))
         booked = (OURS, sharp, *(f"{OURS}, n = {n}" for n in sizes))
         found.entries += contest(row, case, works, options, counts={who: count(works[who]) for who in booked})
-        # a sum of norms, or a count of calls, is no norm
+        # a sum of norms or a number of calls is no norm
         found.entries = [e if e.width is not None else replace(e, value=None) for e in found.entries]
         ours = found.of(case, OURS)
         for n in sizes:
@@ -159,7 +159,7 @@ def cifar(options: Options) -> Row:
 
 
 def any_size(options: Options) -> Row:
-    """One layer for every input size, and at sizes that grow."""
+    """One layer for every input size, and at growing sizes."""
     row, channels = "any-size", 8 if options.quick else 64
     op = Conv(he((channels, channels, 3, 3), 0).to(options.device, options.dtype), None, 1, 1, "circular")
     case = f"{channels}x{channels}x3x3"
@@ -184,7 +184,7 @@ def nearly_orthogonal(options: Options) -> dict[str, Conv]:
         return torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
 
     def noise(shape: torch.Size) -> Tensor:
-        # the taps' norms add up to less than 1e-3
+        # the norms of these taps sum to less than 1e-3
         raw = torch.randn(shape, generator=generator)
         return raw * (9e-4 / float(torch.linalg.matrix_norm(raw.permute(2, 3, 0, 1), 2).sum()))
 
@@ -218,7 +218,7 @@ def orthogonal(options: Options) -> Row:
 
 # ---- matrices ------------------------------------------------------------------------------------------------------------
 #
-# Rows on matrices: a square one against its own product and factorisation, a large one by the memory that it takes.
+# Rows on matrices: the time of a square matrix against its product and factorisation, and the memory of a large one.
 
 LARGE = (8192, 28672)  # a weight of a large language model's feed-forward layer
 MEMORY = 6 << 30
@@ -242,7 +242,7 @@ def dense(options: Options) -> Row:
     found = Row(contest(row, case, works, options, truths={OURS: truth}, counts={OURS: count(works[OURS])}))
     allowed = 3 * found.of(case, product).median + found.of(case, factor).median
     found.claims = [Claim(row, "gramlip over three products and a factorisation", found.of(case, OURS).median / allowed, 1, False)]
-    # products and the factorisation are no contenders: their value is no norm
+    # the product and the factorisation are no contenders: their value is not a norm
     found.entries = [e if e.contender == OURS else _bare(e) for e in found.entries]
     if options.full:
         _large(found, options)
@@ -256,7 +256,7 @@ def _bare(e: Entry) -> Entry:
 
 
 def _large(found: Row, options: Options) -> None:
-    """In a process of its own, so that its memory is its own: once, without warm-up."""
+    """Run a large matrix once in a separate process, without warm-up, to measure its memory."""
     shape = (64, 256) if options.quick else LARGE
     options.say(f"dense: {shape[0]}x{shape[1]}")
     command = [sys.executable, "-m", "gramlip.lab.bench.contenders", *map(str, shape), str(options.device), str(torch.get_num_threads())]
@@ -272,7 +272,7 @@ def _large(found: Row, options: Options) -> None:
 
 
 def alone(rows: int, columns: int, device: str, threads: int) -> str:
-    """Seconds, lower side, upper side and peak memory in bytes of this process, which does nothing else."""
+    """Seconds, lower bound, upper bound and peak memory in bytes of this process, which does nothing else."""
     torch.set_num_threads(threads)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) / math.sqrt(columns)
     weight = weight.to(device)
@@ -364,7 +364,7 @@ def _denoiser(width: int) -> nn.Module:
 
 
 def networks(options: Options) -> Row:
-    """The audit of whole networks with its defaults: fresh weights, but the trained demo."""
+    """The audit of whole networks with default options: random weights, except for the trained demo."""
     row, found = "audit", Row()
     made: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         "demo": (demo, (3, 32, 32)),
@@ -410,7 +410,7 @@ PUBLISHED_PENALTY, BEST = f"Lip_conv ({STEPS}), every step differentiated", f"gr
 
 
 def _penalty(options: Options) -> Row:
-    """Forward and backward of the penalty on a ResNet-18 for 32x32 images, against the published iteration's and a step's."""
+    """Forward and backward pass of the penalty on a ResNet-18 for 32x32 images, against those of the published iteration and a step."""
     row, batch, name = "training", 4 if options.quick else 32, "small" if options.quick else "resnet18"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -458,13 +458,13 @@ def _convolution(_: str, module: nn.Module) -> bool:
 
 
 def _in_turn(works: list[Callable[[], Tensor]]) -> Callable[[], float]:
-    """Layer by layer, so that only one graph is alive: differentiated step by step, all of them together take many GiB."""
+    """Run layer by layer, so that only one graph exists at a time: all graphs together would take many GiB."""
     each = [_backward(work) for work in works]
     return lambda: sum(both() for both in each)
 
 
 def _backward(work: Callable[[], Tensor]) -> Callable[[], float]:
-    """Forward and backward; gradients add up in the weights, as in a step of several losses."""
+    """Forward and backward pass; gradients accumulate in the weights, as in a step with several losses."""
 
     def both() -> float:
         value = work()
@@ -476,7 +476,7 @@ def _backward(work: Callable[[], Tensor]) -> Callable[[], float]:
 
 # ---- training: steps -----------------------------------------------------------------------------------------------------
 #
-# Whole steps: forward, backward, update and what comes after it, with each way to hold norms, against the plain step.
+# Whole steps (forward, backward, update and hooks) with each way to hold norms down, against the plain step.
 
 UNCONSTRAINED, TORCHS, EXACT, RESCALED = "plain step", "torch's spectral_norm", f"{OURS}, exact=True", "spectral_rescaling_"
 PENALISED, CAPPED, MONITORED, READING = "LipschitzPenalty", "Cap", "Monitor at every step", "Monitor, a reading that searches, alone"
@@ -486,7 +486,7 @@ READ = 50  # steps between two readings of `LightningMonitor` and `TrainerMonito
 
 
 def discriminator(width: int = 64) -> nn.Sequential:
-    """The discriminator of SNGAN for images of 32x32, seven layers."""
+    """The discriminator of SNGAN for 32x32 images, with seven layers."""
     parts, channels = list[nn.Module](), 3
     for out, kernel, stride in ((1, 3, 1), (1, 4, 2), (2, 3, 1), (2, 4, 2), (4, 3, 1), (4, 4, 2)):
         parts += [nn.Conv2d(channels, out * width, kernel, stride, 1), nn.LeakyReLU(0.1)]
@@ -495,7 +495,7 @@ def discriminator(width: int = 64) -> nn.Sequential:
 
 
 def training(options: Options) -> Row:
-    """The penalty beside the published iteration, then whole steps on three networks."""
+    """The penalty against the published iteration, then whole steps on three networks."""
     found, quick = _penalty(options), options.quick
     batch, rows, side = (4, 4, 64) if quick else (64, 128, 4096)
     small = MODELS["small"] if quick else MODELS["resnet18"]
@@ -533,7 +533,7 @@ def _steps(case: str, build: Callable[[], nn.Module], shape: tuple[int, ...], wi
 
 
 def _step(name: str, model: nn.Module, x: Tensor) -> tuple[Callable[[], float], nn.Module]:
-    """A step of Adam, and the model that it trains. No call of it searches: the searches' share is added afterwards."""
+    """A step of Adam, and the model that it trains. No call searches: the cost of the searches is added afterwards."""
     example = None if isinstance(model, nn.Linear) else tuple(x.shape[1:])
     held: dict[str, Callable[[], object]] = {
         TORCHS: lambda: [parametrizations.spectral_norm(layer) for _, layer, _ in layers(model, example, None)],
@@ -544,7 +544,7 @@ def _step(name: str, model: nn.Module, x: Tensor) -> tuple[Callable[[], float], 
     if name in held:
         held[name]()
     for *_, own in normalised(model):
-        if isinstance(own, TrackedSpectralNorm):  # as after many steps: the first ones search more often
+        if isinstance(own, TrackedSpectralNorm):  # as after many steps; the first steps search more often
             own.load_state_dict(own.state_dict() | {"calls": torch.tensor(1 << 20)})
     watching: dict[str, Callable[[], Norms]] = {
         PENALISED: lambda: LipschitzPenalty(model, example, every=10**9),
@@ -568,12 +568,12 @@ def _step(name: str, model: nn.Module, x: Tensor) -> tuple[Callable[[], float], 
 
 
 def _highest(model: nn.Module, example: Any) -> float:
-    """A target that no norm exceeds, and that some are near to: those far below it are read less often."""
+    """A target slightly above all norms, so that the largest ones are read at every call."""
     return 1.1 * max(numbers["sigma"] for numbers in Monitor(model, example)().values())
 
 
 def _ratios(case: str, without: set[str], entries: list[Entry]) -> Row:
-    """The searches' shares added, the ratios to the plain step as a note, and what is claimed of them."""
+    """Add the cost of the searches, and make the note of ratios to the plain step and the claims."""
     alone = {e.contender: e for e in entries}
     search, shares = alone[SEARCHED], {OURS: BETWEEN, PENALISED: EVERY, CAPPED: EVERY, MONITORED: EVERY}
 

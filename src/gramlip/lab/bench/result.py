@@ -1,4 +1,4 @@
-"""The benchmark's entries and claims, its table and its JSON, and what a certificate took."""
+"""Results of the benchmark: entries, claims, table and JSON, and the operations of a certificate."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from gramlip.reports.output import aligned
 
 # ---- what a certificate took ---------------------------------------------------------------------------------------------
 #
-# What a certificate took, and the least it could have taken: operation counts, and the machine's rate of matrix products.
+# The operations of a certificate, and the shortest possible time for them at the machine's rate of matrix products.
 
-SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices whose product gives the rate
+SIDE = {"cpu": 1024, "cuda": 8192}  # size of the matrices whose product gives the rate
 DTYPES = (torch.float64, torch.float32, torch.complex128, torch.complex64)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What one call of the engine computed.
+    """Counts of the work in one certified bound.
 
     Attributes:
         blocks: symbols that were formed.
-        tested: blocks whose norm was to be proved below a threshold.
+        tested: blocks that were tested against a threshold.
         gram_steps: blocks on which the two moments were tried.
         factorizations: Cholesky factorisations of a block.
         matvecs: products of a block with a vector.
         forming: the fewest real operations in double precision that form the tested blocks, shared products included.
         double: real operations of the factorisations in double precision.
-        single: real operations in single precision, of either.
+        single: real operations in single precision, of both kinds.
     """
 
     blocks: int
@@ -56,12 +56,12 @@ class Counts:
     single: float
 
     def seconds(self, rates: dict[str, float]) -> float:
-        """The least seconds of these proofs at the machine's rate of matrix products: no lower side, no data moved, no calls."""
+        """The shortest time of these proofs in seconds, at the rate of matrix products, without lower bounds, memory traffic or calls."""
         return (self.forming + self.double) / rates["complex128"] + self.single / rates["complex64"]
 
 
 def count(work: Callable[[], object]) -> Counts:
-    """Run the work once, with searches and factorisations that are booked."""
+    """Run the work once, and count searches and factorisations."""
     searches: list[_Booked] = []
     flops = {False: 0.0, True: 0.0}
     plain = eigenvalues.cholesky
@@ -90,9 +90,9 @@ def count(work: Callable[[], object]) -> Counts:
 
 
 def proofs(work: Callable[[], object]) -> Callable[[], float]:
-    """What the work's certificates take by themselves: the blocks that it forms and the factorisations that it tries, again.
+    """Repeat only the blocks that the work forms and the factorisations that it tries.
 
-    Run once to record them. No lower side, no search: what is left of the work is the way to these blocks.
+    A first run records them. Lower bounds and the search are left out.
     """
     calls: list[Callable[[], Tensor]] = []
     form, factorise = GramSymbol.at, eigenvalues.cholesky
@@ -117,19 +117,19 @@ def proofs(work: Callable[[], object]) -> Callable[[], float]:
 
 
 class _Booked(BranchAndBound):
-    """A search that remembers how many blocks it tested."""
+    """A search that records how many blocks it tested."""
 
     tested = 0
 
     def prove_blocks(self, keys: Ints, thresholds: Reals) -> Flags:
-        """Book the blocks."""
+        """Count the blocks."""
         self.tested += len(keys)
         return super().prove_blocks(keys, thresholds)
 
     def forming(self) -> tuple[float, float]:
         """The fewest real operations that form the tested blocks, in double and in single precision.
 
-        Half of each Hermitian product, complex ones as four real ones.
+        A Hermitian product counts half, a complex one as four real ones.
         """
         g = self.symbol
         taps, field = math.prod(g.span), 4 if g.is_complex else 1
@@ -145,7 +145,7 @@ class _Booked(BranchAndBound):
 
 
 def rates(device: torch.device, trials: int, quick: bool = False, dtypes: Sequence[torch.dtype] = DTYPES) -> dict[str, float]:
-    """Real operations a second of a square matrix product, by dtype: the best of the trials."""
+    """Real operations per second of a square matrix product, by dtype; the best of the trials."""
     side = 128 if quick else SIDE[device.type]
     generator = torch.Generator().manual_seed(0)
     found: dict[str, float] = {}
@@ -166,9 +166,9 @@ Work = Callable[[], "Bound | list[Bound] | float"]
 
 @dataclass(frozen=True)
 class Options:
-    """What a run depends on; `dtype` is that of the weights, `models` holds trained ones.
+    """The options of a run; `dtype` is that of the weights, `models` a folder of trained ones.
 
-    `quick` shrinks the rows to seconds, `full` adds what takes minutes.
+    `quick` shrinks the rows to seconds, `full` adds rows that take minutes.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -188,16 +188,16 @@ class Entry:
     Attributes:
         row: the row's name.
         case: the layer, or "total".
-        contender: who was timed; `gramlip` and names that begin with it are ours.
-        minimum: the fastest trial in seconds; of a total, the sum over its cases.
+        contender: the name of the timed method; names that begin with `gramlip` are ours.
+        minimum: the fastest trial in seconds; for a total, the sum over its cases.
         median: the median trial, likewise.
         ratio: median over that of `gramlip` in the same case: above 1 where `gramlip` is faster.
-        value: the upper side of an interval, or the number that the method gives.
-        width: `upper / lower - 1`, the largest of several; None where nothing is certified.
-        gap: value over the truth less 1 (of several: the one farthest from 0), where an SVD gave the truth.
-        counts: what was computed.
-        limit: least seconds of the certificate's operations at the measured rate of products.
-        memory: the largest memory of a process that did this alone, in bytes.
+        value: the upper end of an interval, or the value of the method.
+        width: `upper / lower - 1`, the largest of several; None without a certificate.
+        gap: value over the truth minus 1 (of several: the one farthest from 0), if an SVD gave the truth.
+        counts: counts of the work.
+        limit: shortest time in seconds for the certificate's operations at the measured rate of products.
+        memory: peak memory in bytes of a process that did only this.
     """
 
     row: str
@@ -215,13 +215,13 @@ class Entry:
 
     @property
     def over(self) -> float | None:
-        """How many times the limit it took."""
+        """The time as a multiple of the limit."""
         return self.median / self.limit if self.limit else None
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A ratio that is to be at least, or at most, a number."""
+    """A claim that a ratio is at least, or at most, a number."""
 
     row: str
     text: str
@@ -231,13 +231,13 @@ class Claim:
 
     @property
     def met(self) -> bool:
-        """Whether it holds in this run."""
+        """Whether the claim holds in this run."""
         return self.measured >= self.bound if self.least else self.measured <= self.bound
 
 
 @dataclass
 class Row:
-    """What a row gives: entries, claims, and what was left out and why."""
+    """The result of a row: entries, claims, and notes on what was left out."""
 
     entries: list[Entry] = field(default_factory=list["Entry"])
     claims: list[Claim] = field(default_factory=list["Claim"])
@@ -257,7 +257,7 @@ def contest(
     truths: Mapping[str, float] | None = None,
     counts: Mapping[str, Counts] | None = None,
 ) -> list[Entry]:
-    """Time the contenders against each other; those that `truths` names get a gap, those that `counts` names a limit."""
+    """Time the contenders against each other; contenders in `truths` get a gap, those in `counts` a limit."""
     options.say(f"{row}: {case}")
     times = interleaved(works, options.device, options.trials)
     base = times[OURS].median if OURS in times else None
@@ -295,7 +295,7 @@ def _entry(
 
 
 def total(entries: Sequence[Entry], case: str = "total") -> list[Entry]:
-    """The sum over the cases of each contender: of times, counts and limits; the largest width and gap."""
+    """For each contender the sum of times, counts and limits over the cases, and the largest width and gap."""
     found: list[Entry] = []
     base = sum(e.median for e in entries if e.contender == OURS)
     for who in dict.fromkeys(e.contender for e in entries):
@@ -325,7 +325,7 @@ def total(entries: Sequence[Entry], case: str = "total") -> list[Entry]:
 
 @dataclass(frozen=True)
 class Result:
-    """A run: its header, and what each row gave; `print` it for tables."""
+    """The result of a run: its header, and each row; `print` it for tables."""
 
     header: dict[str, Any]
     rows: dict[str, Row]

@@ -1,4 +1,4 @@
-"""The experiments of arXiv 2305.16173, and those that its claims call for: `gramlip reproduce EXPERIMENT`."""
+"""The experiments of arXiv 2305.16173, and further ones on its claims: `gramlip reproduce EXPERIMENT`."""
 
 from __future__ import annotations
 

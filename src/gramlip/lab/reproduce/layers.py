@@ -96,7 +96,7 @@ def draw_conv(rows: list[Row]) -> Figure:
 
 
 def tell_conv(rows: list[Row]) -> str:
-    """The paper's own layer first, then all of them."""
+    """The layer of the paper first, then all layers."""
     first = pick(rows, task=rows[0]["task"])
     own = [[title(r), r["side"], r["value"], r["difference"], 1e3 * float(r["seconds"])] for r in first]
     every: list[list[object]] = []
@@ -239,7 +239,7 @@ def resnet18_tasks(options: Options) -> list[Task]:
 
 
 def _given(options: Options, shapes: Sequence[Shape]) -> dict[str, Tensor]:
-    """The weights of the state dict, checked before the work starts; none where they are to be drawn."""
+    """The weights of the state dict, checked before the work starts; empty if weights are random."""
     if options.weights is None:
         return {}
     entries = read(options.weights).entries
@@ -262,14 +262,14 @@ def _resnet18_layer(index: int, shape: Shape, given: dict[str, Tensor], options:
     place: Row = {"weights": "given" if given else "random He", "shape": "x".join(map(str, sizes)), "stride": stride, "n": n}
     place |= {"lower": interval.lower, "upper": float(interval.upper)}
     rows = [{"padding": "zeros"} | row for row in measured(true, TRUE, options)]
-    published = replace(true, stride=1, padding=1)  # as the paper's reference took every layer
+    published = replace(true, stride=1, padding=1)  # as the reference of the paper treats every layer
     rows += [{"padding": REFERENCE_PADDING} | row for row in measured(published, REFERENCE, options)]
     rows += [{"padding": "circular"} | row for row in measured(replace(true, padding_mode="circular"), CIRCULAR, options)]
     return [place | row | {"ratio": 2 * float(row["value"]) / (interval.lower + float(interval.upper))} for row in rows]
 
 
 def draw_resnet18(rows: list[Row]) -> Figure:
-    """Ratio to the truth for each layer, the same near 1, and the total time."""
+    """The ratio to the truth for each layer, the same plot near 1, and the total time."""
     made, (ratios, near, times) = figure(3, width=5.0, height=4.6)
     names = list(dict.fromkeys(str(row["task"]) for row in rows))
     groups = _by_method(rows)
@@ -301,7 +301,7 @@ def draw_resnet18(rows: list[Row]) -> Figure:
 
 
 def _by_method(rows: list[Row]) -> dict[str, list[Row]]:
-    """The rows of each method, and of power iteration on the layers as the paper's reference took them."""
+    """The rows of each method, and of power iteration on the layers as the reference of the paper treats them."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         reference = row["padding"] == REFERENCE_PADDING
@@ -310,13 +310,13 @@ def _by_method(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _resnet18_look(some: list[Row]) -> dict[str, Any]:
-    """That of the method; the reference's differs."""
+    """The style of the method; that of the reference differs."""
     reference = some[0]["padding"] == REFERENCE_PADDING
     return look(str(some[0]["method"])) | ({"marker": "x", "linestyle": ":", "color": "#7A3B69"} if reference else {})
 
 
 def tell_resnet18(rows: list[Row]) -> str:
-    """Products over the layers beside power iteration's, total times; then the intervals."""
+    """Products over the layers against that of power iteration, and total times; then the intervals."""
     names = list(dict.fromkeys(str(row["task"]) for row in rows))
     ryu = {str(r["task"]): float(r["value"]) for r in pick(rows, method="power", padding="zeros")}
     totals: list[list[object]] = []
@@ -405,7 +405,7 @@ def draw_dense(rows: list[Row]) -> Figure:
             known = [row for row in some if _usable(row)]
             hollow: dict[str, Any] = style | {"linestyle": "none", "fillstyle": "none", "markeredgewidth": 1.2}
             for below, shown in ((False, style), (True, hollow)):
-                # The line runs through all points; those below the truth are hollow, drawn over white.
+                # The line runs through all points; points below the truth are hollow.
                 kept = [row for row in known if _below(row)] if below else known
                 points = [scale * float(row[x]) for row in kept], [max(abs(float(row["relative_error"])), 1e-17) for row in kept]
                 if below:
@@ -431,7 +431,7 @@ def _below(row: Row) -> bool:
 
 
 def tell_dense(rows: list[Row]) -> str:
-    """The last steps of each method."""
+    """The results after the last steps of each method."""
     found: list[list[object]] = []
     for dtype in ("float64", "float32"):
         for method in STYLES:
@@ -469,7 +469,7 @@ DENSE = Experiment("dense", "Dense matrix: error and time against steps (paper, 
 #
 # How often the "bound" of each method lies below the true norm, which the oracle takes from the real torch layer.
 
-ORACLE_ACCURACY = 1e-12  # of the truth: nothing closer is called below
+ORACLE_ACCURACY = 1e-12  # accuracy of the truth: a value closer to it is not called below
 Claim = Callable[[Conv | Dense], float]
 
 
@@ -478,7 +478,7 @@ def _value(name: str, **settings: object) -> Claim:
 
 
 def _misapplied(op: Conv | Dense) -> float:
-    """The circular n-grid for a zero-padded layer, as much common code does."""
+    """The circular n-grid for a zero-padded layer, a common mistake."""
     if isinstance(op, Dense) or op.padding_mode != "zeros":
         msg = "only for zero padding"
         raise InputError(msg)
@@ -507,7 +507,7 @@ CLAIMS: dict[str, Claim] = {
 
 
 def certificate_tasks(options: Options) -> list[Task]:
-    """One task for each precision, padding and family of kernels; random ones many times."""
+    """One task for each precision, padding and family of kernels; random kernels are drawn many times."""
     found: list[Task] = []
     for dtype in (torch.float32, torch.float64):
         for mode in ("dense", "zeros", "circular"):

@@ -1,4 +1,4 @@
-"""An experiment as a list of tasks: each gives rows of a table that is written after every task, so that it can be resumed."""
+"""An experiment is a list of tasks. The table of their rows is written after every task, so that a run can be resumed."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ Row = dict[str, str | float | int]
 
 @dataclass(frozen=True)
 class Options:
-    """What a run depends on.
+    """The options of a run.
 
     Attributes:
-        device: where it runs.
+        device: the device to run on.
         trials: timed runs of each method.
-        seed: of everything random.
-        quick: shrinks it to seconds.
-        weights: a state dict's file.
+        seed: seed of all random numbers.
+        quick: shrink the experiment to seconds.
+        weights: the file of a state dict.
         data: folder of images, or the name of a data set on the hub.
-        preset: a name that the experiment knows; None lets the device decide.
-        scratch: folder in which a task may keep what it goes on from.
+        preset: a preset of the experiment; None: chosen by the device.
+        scratch: folder in which a task may store the state from which it resumes.
     """
 
     device: torch.device = CPU
@@ -53,7 +53,7 @@ class Options:
     scratch: Path = Path("runs")
 
     def settings(self, name: str) -> dict[str, str | int | bool | None]:
-        """The header that stands beside the rows: a run is only resumed under the same."""
+        """The settings in the header; a run is resumed only under the same settings."""
         digest = None if self.weights is None else hashlib.sha256(self.weights.read_bytes()).hexdigest()[:16]
         own = {"seed": self.seed, "quick": self.quick, "trials": self.trials, "warm_up_dropped": WARM_UP, "weights_sha256": digest}
         own |= {} if self.preset is None else {"preset": self.preset}
@@ -62,7 +62,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Task:
-    """One resumable step: its name is the rows' first column; `run` returns them without it."""
+    """One resumable step. Its name is the first column of its rows; `run` returns the rows without it."""
 
     name: str
     run: Callable[[], list[Row]]
@@ -70,15 +70,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is measured, how it is drawn, how it is settings_text.
+    """An experiment: its measurements, its figure and its summary.
 
     Attributes:
         name: the command's argument.
-        title: one line of what it shows.
-        tasks: the steps under the given options.
+        title: one line that describes it.
+        tasks: options -> tasks.
         draw: rows -> figure.
         tell: rows -> text, Markdown tables.
-        takes: which of the options "weights", "data" and "preset" it knows.
+        takes: which of the options "weights", "data" and "preset" it accepts.
     """
 
     name: str
@@ -92,19 +92,19 @@ class Experiment:
 def reproduce(
     experiment: Experiment, folder: Path, options: Options, watch: Callable[[list[Task]], Iterable[Task]] = iter
 ) -> dict[str, Path]:
-    """Run what is not yet in the folder's table, then draw and tell all of it.
+    """Run the tasks that are not yet in the folder's table, then make the figure and the summary.
 
     Args:
         experiment: one of `EXPERIMENTS`.
-        folder: made where missing; holds run.json (the header), results.csv, figure.png and summary.md.
-        options: what the run depends on.
-        watch: may show progress over the tasks left.
+        folder: created if missing; holds run.json (the header), results.csv, figure.png and summary.md.
+        options: the options of the run.
+        watch: wraps the iteration over the remaining tasks, for instance to show progress.
 
     Returns:
         The files by name.
 
     Raises:
-        InputError: the folder holds a run under other settings, or a table that is no such run's.
+        InputError: the folder holds a run under other settings, or a table of something else.
     """
     for option in ("weights", "data", "preset"):
         if getattr(options, option) is not None and option not in experiment.takes:
@@ -127,7 +127,7 @@ def reproduce(
 
 
 def _make(folder: Path) -> None:
-    """The folder, where files can be written."""
+    """Create the folder, and check that files can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -139,7 +139,7 @@ def _make(folder: Path) -> None:
 
 
 def _header(files: dict[str, Path], settings: dict[str, Any]) -> dict[str, Any]:
-    """The run's header: written at its start, the same when it is resumed."""
+    """The header of the run: written at the start, and checked on resume."""
     if files["run.json"].exists():
         try:
             found = json.loads(files["run.json"].read_text(encoding="utf-8"))
@@ -157,7 +157,7 @@ def _header(files: dict[str, Path], settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(path: Path) -> list[Row]:
-    """The rows so far, numbers as numbers."""
+    """The rows so far, with numbers parsed."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
@@ -199,13 +199,13 @@ def pick(rows: Iterable[Row], **where: object) -> list[Row]:
 
 # ---- one layer -----------------------------------------------------------------------------------------------------------
 #
-# Methods with the options of the paper's tables, measured on one layer.
+# Methods with the options of the paper's tables, measured on a layer.
 
 Choice = tuple[str, dict[str, object]]
 
 
 def measured(op: Conv, choices: Sequence[Choice], options: Options) -> list[Row]:
-    """Value and time of each method; those that are not valid for the layer are left out."""
+    """Value and time of each method; methods that are not valid for the layer are left out."""
     rows: list[Row] = []
     for method, settings in choices:
         try:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from gramlip.network.coupling.segments import Segment, coupled, total
+from gramlip.network.coupling.segments import Segment, coupled
 
-__all__ = ["Segment", "coupled", "total"]
+__all__ = ["Segment", "coupled"]

@@ -24,7 +24,6 @@ from gramlip.network.coupling.multipliers import (
 )
 from gramlip.network.effort import Effort
 from gramlip.network.steps import Input, Join, Linear, Network, Slice, Slope, Step, Sum, View
-from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.operators.interval import Bound, decimals
 from gramlip.operators.linear_maps import Conv, Dense
@@ -329,14 +328,6 @@ def coupled(network: Network, constants: Sequence[Bound], effort: Effort | None 
         found = None if effort.over else plan(network, constants, cuts, at)
         segments.append(_bounded(network, constants, cuts[at], cuts[at + 1] if found is None else found.last, found, effort))
     return segments
-
-
-def total(segments: Sequence[Segment]) -> float:
-    """The product of the segments' constants, rounded upward."""
-    upper = 1.0
-    for segment in segments:
-        upper = rd.mul_up(upper, segment.upper)
-    return upper
 
 
 def cuts_of(network: Network) -> list[int] | None:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from gramlip.errors import InputError, UndefinedError, UnsupportedError, first_line
 from gramlip.network.graph import RECURRENT, Program, arguments, evaluate, in_float64, is_random, module_path, place
 from gramlip.network.in_place import op_name, reads_memory, shape_of, tensors
-from gramlip.network.rules import activations, affine, shapes, statistics
+from gramlip.network.rules import activations, affine, patterns, shapes, statistics
 from gramlip.network.rules.entrywise import Entrywise, entrywise, merged
 from gramlip.network.rules.fourier import complex_value, keep_half
 from gramlip.network.rules.registry import PATTERNS, RULES, Call, Known, Pattern, Rule, Var, find, register
@@ -24,7 +24,7 @@ from gramlip.network.running_errors import running_error
 from gramlip.network.steps import Input, Linear, Lipschitz, Network, Slice, Step, Unbounded, View, What, numbering, renumbered
 from gramlip.operators.linear_maps import checked
 
-__all__ = ["RULES", "Call", "Lowered", "Rule", "Var", "activations", "affine", "lower", "register", "shapes", "statistics"]
+__all__ = ["RULES", "Call", "Lowered", "Rule", "Var", "activations", "affine", "lower", "patterns", "register", "shapes", "statistics"]
 
 _OF_SHAPE = {
     **dict.fromkeys(["aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.new_zeros", "aten.new_ones", "aten.new_full"], 0),
@@ -206,7 +206,7 @@ def _needed(program: Program) -> set[fx.Node]:
     return seen
 
 
-def _made(node: fx.Node, call: Call, curve: Entrywise | None, patterns: Sequence[Pattern]) -> Var | tuple[Var, ...]:
+def _made(node: fx.Node, call: Call, curve: Entrywise | None, known: Sequence[Pattern]) -> Var | tuple[Var, ...]:
     """The value of a call: as a curve where several come together, by a pattern, or by its rule."""
     op, dtype = call.op, call.dtype
     if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
@@ -214,7 +214,7 @@ def _made(node: fx.Node, call: Call, curve: Entrywise | None, patterns: Sequence
     if curve is not None and (step := merged(call, curve)) is not None:
         curve.rely(call)
         return call.then(step, curve.base)
-    for pattern in patterns:
+    for pattern in known:
         if (value := pattern(call)) is not None:
             return value
     rule = find(op)

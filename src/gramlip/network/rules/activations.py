@@ -16,7 +16,7 @@ from torch import Tensor
 from gramlip.errors import UnsupportedError
 from gramlip.network.rules.entrywise import SLACK, SLOPES, WITHIN, exponential, kinked, on_interval
 from gramlip.network.rules.registry import Call, Var, register
-from gramlip.network.steps import Linear, Lipschitz, Product, Slice, Slope, Step, Unbounded, Within
+from gramlip.network.steps import Linear, Lipschitz, OnInterval, Product, Slice, Slope, Step, Unbounded, Within
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.operators.linear_maps import Scale
@@ -323,32 +323,32 @@ def gated(call: Call, x: Var, gate: Var) -> Slope | None:
         return None
     outer = _constants_before(call, gate.step)
     top = next(reversed(outer))  # the first function before the gate: the gate is `scale f + lift`
-    (scale, lift, exact), step = outer[top], call.steps[top]
+    (scale, lift, unsure), step = outer[top], call.steps[top]
     if not isinstance(step.what, Slope) or len(step.sources) != 1:
         return None
     inner, own = _constants_before(call, step.sources[0]), _constants_before(call, x.step)
     at = next((k for k in inner if k in own), None)
     if at is None or own[at][1] != 0 or own[at][0] <= 0:
         return None
-    factor, shift, sure = inner[at][0] / own[at][0], inner[at][1], inner[at][2] and own[at][2]  # of f's argument, from x
-    if factor <= 0:
+    factor, shift, error = inner[at][0] / own[at][0], inner[at][1], inner[at][2] + own[at][2]  # of f's argument, from x
+    if unsure > 0 or error > 1e-6 or not all(1e-100 < constant < 1e100 for constant in (factor, abs(scale))):
         return None
-    if step.op.startswith("aten.erf") and exact and shift == 0 and scale == lift > 0:
-        return _gate("gelu", 2 * scale, factor, f"x (1 + erf(b x)) times {float(scale):.6g}", sure=False)  # b is near 1/sqrt(2) at most
-    if (scale, lift, exact) != (1, 0, True):
+    if step.op.startswith("aten.erf") and shift == 0 and scale == lift > 0:
+        return _gate("gelu", 2 * scale, factor, f"x (1 + erf(b x)) times {float(scale):.6g}", error, math.sqrt(2.0))
+    if (scale, lift) != (1, 0):
         return None
     if step.op.startswith("aten.sigmoid") and shift == 0:
-        return _gate("silu", scale, factor, "x sigmoid(b x)", sure=sure)
-    if sure and (factor, shift) == (1, 0) and step.op.startswith("aten.hardsigmoid"):
+        return _gate("silu", scale, factor, "x sigmoid(b x)", error)
+    if error == 0 and (factor, shift) == (1, 0) and step.op.startswith("aten.hardsigmoid"):
         return slope("hardswish")
-    if sure and (factor, shift) == (1, 3) and _is_relu6(step):
+    if error == 0 and (factor, shift) == (1, 3) and _is_relu6(step):
         return Slope(-3.0, 9.0, "x relu6(x + 3): six times hardswish, slopes in [-3, 9]", (-2.25, INF), sharp=True)
     return None
 
 
-def _constants_before(call: Call, step: int) -> dict[int, tuple[Fraction, Fraction, bool]]:
-    """Steps of which this one is `factor v + shift`, itself first, by one constant for all entries; and whether these are exact."""
-    found = {step: (Fraction(1), Fraction(0), True)}
+def _constants_before(call: Call, step: int) -> dict[int, tuple[Fraction, Fraction, float]]:
+    """Steps of which this one is `factor v + shift`, itself first, by one constant for all entries; and the relative error of these."""
+    found = {step: (Fraction(1), Fraction(0), 0.0)}
     while True:
         what = call.steps[step].what
         if (
@@ -358,24 +358,41 @@ def _constants_before(call: Call, step: int) -> dict[int, tuple[Fraction, Fracti
             or torch.as_tensor(what.bias).numel() > 1
             or what.bias_error > 0
             or not math.isfinite(float(what.bias) + float(what.op.weight))
+            or float(what.op.weight) == 0
         ):
             return found
-        factor, shift, sure = found[step]
+        factor, shift, error = found[step]
         step = call.steps[step].sources[0]
-        by = Fraction(float(what.op.weight))
-        found[step] = (factor * by, shift + factor * Fraction(float(what.bias)), sure and what.error == 0)
+        by = float(what.op.weight)
+        more = 2.0 * what.error / abs(by)
+        found[step] = (factor * Fraction(by), shift + factor * Fraction(float(what.bias)), error + more)
 
 
-def _gate(name: str, scale: Fraction, factor: Fraction, written: str, *, sure: bool) -> Slope:
-    """`scale / b` times a named function of `b x`, of a factor b > 0 that may be rounded: its slopes are `scale` times the function's."""
-    found, grow = slope(name), float(scale)
-    least = Fraction(-found.image[0]) * scale / factor * Fraction(1 + 2.0**-40)
-    image = (-rd.up(float(least)) if least < 10**300 else -INF, INF)
-    on = found.within if sure and factor == scale == 1 else None  # of another b they are elsewhere
-    if scale != 1:
-        low, high = (outward(outward(float(s) * grow)) for s, outward in ((found.low, rd.down), (found.high, rd.up)))
-        found = replace(found, low=low, high=high)
-    return replace(found, because=f"{written}: {found.because}", image=image, within=on)
+def _gate(name: str, scale: Fraction, factor: Fraction, written: str, error: float, root: float = 1.0) -> Slope:
+    """`scale / b` times a named function of `b x`, with b = `root factor` known up to a relative error: docs/network.md#activations."""
+    found = slope(name)
+    b, grow, room = root * float(factor), float(scale), error + 2.0**-48
+    if (b, grow, error) == (1.0, 1.0, 0.0):
+        return replace(found, because=f"{written}: {found.because}")
+    low, high = (outward(outward(float(s) * grow)) for s, outward in ((found.low, rd.down), (found.high, rd.up)))
+    image = (-rd.up(-found.image[0] * grow / b * (1 + 4 * room)), INF)
+    assert found.within is not None
+    on = _rescaled(found.within, b, grow, room)
+    return replace(found, low=low, high=high, because=f"{written}: {found.because}", image=image, within=on)
+
+
+def _rescaled(within: Within, b: float, scale: float, room: float) -> Within:
+    """`scale / b` times a function of `b x` on intervals, of a b with a relative error of less than `room`."""
+
+    def wide(x: Tensor, side: float, by: float) -> Tensor:
+        return (x * by + side * (4 * room * by * x.abs() + rd.TINY)).nan_to_num(side * INF, INF, -INF)
+
+    def on(a: Tensor, c: Tensor) -> OnInterval:
+        found = within(wide(a, -1.0, b), wide(c, 1.0, b))
+        ends = (wide(x, side, by) for x, side, by in zip(found, (-1.0, 1.0) * 2, (scale, scale, scale / b, scale / b), strict=True))
+        return OnInterval(*ends)
+
+    return on
 
 
 def _is_relu6(step: Step) -> bool:
@@ -390,10 +407,10 @@ def _softmax(call: Call) -> Lipschitz:
         return Lipschitz(0.0, "softmax of one entry is constant", (1.0, 1.0))
     axis = int(call["dim"]) % len(call.shape)
     row = 1.0 if axis == len(call.shape) - 1 else INF
-    return Lipschitz(0.5, "softmax: at most 1/2 in the l2 norm", (0.0, 1.0), row=row, within=partial(_probabilities, axis))
+    return Lipschitz(0.5, "softmax: at most 1/2 in the l2 norm", (0.0, 1.0), row=row, within=partial(probabilities, axis))
 
 
-def _probabilities(axis: int, a: Tensor, b: Tensor) -> tuple[float, Tensor, Tensor]:
+def probabilities(axis: int, a: Tensor, b: Tensor) -> tuple[float, Tensor, Tensor]:
     """Constant and values of the softmax on intervals of its arguments: docs/local.md#slopes."""
     top = b.amax(axis, keepdim=True)
     small, large = torch.exp(a - top), torch.exp(b - top)

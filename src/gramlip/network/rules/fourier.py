@@ -15,9 +15,8 @@ from torch import Tensor
 
 from gramlip.errors import UnsupportedError
 from gramlip.network.rules.affine import added, largest, matrix_product, spread
-from gramlip.network.rules.placements import Put
 from gramlip.network.rules.registry import Call, Var, find, register
-from gramlip.network.rules.shapes import PICKS
+from gramlip.network.rules.shapes import PICKS, Put
 from gramlip.network.steps import Lipschitz, Shortcut, Unbounded
 from gramlip.numerics import rounding as rd
 

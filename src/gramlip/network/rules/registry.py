@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -25,15 +25,31 @@ class Var:
     shape: Shape
 
 
+class Radius(NamedTuple):
+    """A value that is at least `factor` times, and proportional to, the l2 norms of groups of entries of step `of`.
+
+    Where it is `centred`, the groups less their means are meant.
+    """
+
+    of: int
+    factor: float
+    centred: bool = False
+
+
 @dataclass
 class Known:
     """What is kept from call to call: curves (`entrywise`) by the number of the step, and values by what was called.
 
+    `radii` are the steps that are norms of groups, `roots` those that are `sqrt(norm^2 + eps)`, `centred` those that are a value less
+    its means: the step of the value, and the shape of the means.
     `halves` are what is known of half spectra (`fourier`), by the number of the step; `errors` are those of computed weights
     (`running_errors`); `taken` says which of them come or go where errors are not followed.
     """
 
     curves: dict[int, Any] = field(default_factory=dict[int, Any])
+    radii: dict[int, Radius] = field(default_factory=dict[int, Radius])
+    roots: dict[int, tuple[Radius, float]] = field(default_factory=dict[int, tuple[Radius, float]])
+    centred: dict[int, tuple[int, Shape]] = field(default_factory=dict[int, tuple[int, Shape]])
     values: dict[str, Var] = field(default_factory=dict[str, Var])
     halves: dict[int, Any] = field(default_factory=dict[int, Any])
     errors: dict[fx.Node, Any] = field(default_factory=dict[fx.Node, Any])

@@ -1,0 +1,347 @@
+"""Several calls that are one map with a better constant than each of them: asked before the rule of the last. docs/network.md#patterns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gramlip.network.rules.activations import probabilities
+from gramlip.network.rules.entrywise import on_interval
+from gramlip.network.rules.registry import Call, Radius, Var, pattern
+from gramlip.network.rules.statistics import SLACK
+from gramlip.network.steps import Linear, LinearAction, Lipschitz, Product, Slope, Step, Sum, Within
+from gramlip.numerics import rounding as rd
+from gramlip.operators.linear_maps import Scale, Shape
+
+# ---- parts of a pattern --------------------------------------------------------------------------------------------------
+
+
+def _reduces(call: Call, y: Var, name: str, x: Var) -> bool:
+    """Whether y is the sum or mean of groups of entries of x and, broadcast, lies along them: the axes are kept, or all are reduced."""
+    step = call.steps[y.step]
+    return step.op.split(".")[1:2] == [name] and step.sources == (x.step,) and _lies_along(y.shape, x.shape)
+
+
+def _lies_along(groups: Shape, entries: Shape) -> bool:
+    """Whether one number for each group, broadcast, meets the entries of that group."""
+    return groups == () or (len(groups) == len(entries) and all(g in (1, e) for g, e in zip(groups, entries, strict=True)))
+
+
+def _is_square(step: Step, x: Var) -> bool:
+    what = step.what
+    return (
+        isinstance(what, Product) and (what.kind, what.scale, step.sources) == ("entries", 1.0, (x.step, x.step)) and step.shape == x.shape
+    )
+
+
+def _squared(step: Step) -> int | None:
+    """The step whose entries are squared."""
+    what = step.what
+    same = isinstance(what, Product) and (what.kind, what.scale) == ("entries", 1.0) and len(set(step.sources)) == 1
+    return step.sources[0] if same else None
+
+
+def _shifted(call: Call, at: int) -> tuple[int | None, float]:
+    """The step that a positive number is added to, and the number; None where the step does anything else."""
+    what, shape = call.steps[at].what, call.steps[at].shape
+    if isinstance(what, Linear) and isinstance(what.op, Scale) and what.op.weight.numel() == 1 and float(what.op.weight) == 1.0:
+        bias = torch.as_tensor(what.bias, dtype=torch.float64)
+        source = call.steps[at].sources[0]
+        known = bias.numel() == 1 and what.bias_error == what.error == 0.0 and 1e-200 < float(bias) < math.inf
+        if known and call.steps[source].shape == shape:
+            return source, float(bias)
+    return None, 0.0
+
+
+def _repeated(call: Call, at: int) -> int:
+    """The step behind copies that broadcasting would make too."""
+    while call.steps[at].op.startswith(("aten.expand", "aten.clone", "aten.broadcast_to")):
+        source = call.steps[at].sources[0]
+        if not _lies_along(call.steps[source].shape, call.steps[at].shape):
+            break
+        at = source
+    return at
+
+
+def _square_of_length(call: Call, at: int) -> Radius | None:
+    """The square root of a value as the length of groups: of a sum or mean of squares, or of the square of a length."""
+    step = call.steps[at]
+    of = _squared(step)
+    if of is not None:
+        return call.known.radii.get(of)
+    squares = step.sources[0] if step.op.split(".")[1:2] in (["sum"], ["mean"]) else None
+    of = None if squares is None else _squared(call.steps[squares])
+    if of is None:
+        return None
+    count = math.prod(call.steps[of].shape) // max(1, math.prod(step.shape))
+    return Radius(of, 1.0 if ".sum" in step.op else 1.0 / math.sqrt(count) * (1 - SLACK))
+
+
+# ---- a value over its length ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Divisor:
+    """`D(r)`, with r the radius: it does not fall, `D(r) / r` does not rise; at least `least`, and at least `slope` times r."""
+
+    radius: Radius
+    shape: Shape
+    at: Callable[[Tensor], Tensor]
+    least: float
+    slope: float
+
+
+def _root(radius: Radius, shape: Shape, eps: float) -> _Divisor:
+    return _Divisor(radius, shape, lambda r: (r * r + eps).sqrt(), rd.sqrt_down(eps), 1.0)
+
+
+def _divisor(call: Call, at: int) -> _Divisor | None:
+    """A step as a function of a length that is above 0: the root of its square and a number, or lines that rise."""
+    at = _repeated(call, at)
+    step = call.steps[at]
+    if at in call.known.roots:
+        return _root(call.known.roots[at][0], step.shape, call.known.roots[at][1])
+    curve = call.known.curves.get(at)
+    radius = None if curve is None else call.known.radii.get(curve.base.step)
+    if curve is None or radius is None:
+        return None
+    curves = curve.curves()
+    least = curves[0](Fraction(0))
+    lines = [line for c in curves for line, end in zip(c.lines, (*c.knots, Fraction(1)), strict=True) if end > 0]
+    if len(curves) != 1 or curves[0].jumps() or least < Fraction(1, 10**100) or any(s < 0 or h < 0 for s, h in lines):
+        return None
+    curve.rely(call)
+    knots, ends = curves[0].knots, [(float(s), float(h)) for s, h in lines]
+
+    def value(r: Tensor) -> Tensor:
+        return torch.stack([r * s + h for s, h in ends]).gather(0, _piece(r, [float(k) for k in knots if k > 0])[None])[0]
+
+    return _Divisor(radius, step.shape, value, float(least) * (1 - SLACK), float(lines[-1][0]) * (1 - SLACK))
+
+
+def _piece(r: Tensor, knots: list[float]) -> Tensor:
+    return torch.bucketize(r, torch.tensor(knots, dtype=torch.float64))
+
+
+@pattern("aten.mul", "aten.div", "aten.true_divide")
+def _over_its_length(call: Call) -> Var | None:
+    """`x / D(|x|)`: what is normalised to length one, or written out as RMS or layer norm."""
+    divides = "mul" not in call.op
+    pairs = [(call["self"], call["other"]), (call["other"], call["self"])][: 1 if divides else 2]
+    for x, scale in pairs:
+        if not (isinstance(x, Var) and isinstance(scale, Var)) or x.shape != call.shape or call.args.get("rounding_mode") is not None:
+            continue
+        if divides and (divisor := _divisor(call, scale.step)) is not None and (made := _divided(call, x, divisor)) is not None:
+            return made
+        if not divides and (made := _times_inverse(call, x, _repeated(call, scale.step))) is not None:
+            return made
+    return None
+
+
+def _times_inverse(call: Call, x: Var, at: int) -> Var | None:
+    """A value times one over a function of its length, or times a number over it."""
+    step = call.steps[at]
+    what = step.what
+    if isinstance(what, Linear) and isinstance(what.op, Scale) and what.op.weight.numel() == 1 and not what.constant:
+        inner = _times_inverse(call, x, step.sources[0])
+        return None if inner is None else call.then(replace(what, copy_entries=None), inner)
+    divisor = _inverse(call, at)
+    return None if divisor is None else _divided(call, x, divisor)
+
+
+def _inverse(call: Call, at: int) -> _Divisor | None:
+    """The divisor that a step is one over."""
+    step = call.steps[at]
+    if step.op.startswith("aten.reciprocal"):
+        return _divisor(call, step.sources[0])
+    if not step.op.startswith("aten.rsqrt"):
+        return None
+    inner, eps = _shifted(call, step.sources[0])
+    radius = None if inner is None else _square_of_length(call, inner)
+    return None if radius is None else _root(radius, step.shape, eps)
+
+
+def _divided(call: Call, x: Var, divisor: _Divisor) -> Var | None:
+    """A value, or a scaled one, over a function of its own length."""
+    step, radius = call.steps[x.step], divisor.radius
+    what = step.what
+    if isinstance(what, Linear) and isinstance(what.op, Scale) and not what.constant and call.steps[step.sources[0]].shape == x.shape:
+        inner = _divided(call, Var(step.sources[0], x.shape), divisor)
+        return None if inner is None else call.then(replace(what, copy_entries=None), inner)
+    of = call.known.centred.get(x.step, (None, ())) if radius.centred else (x.step, divisor.shape)
+    if of != (radius.of, divisor.shape) or not _lies_along(divisor.shape, x.shape):
+        return None
+    upper = rd.up(1.0 / divisor.least)
+    slope = divisor.slope * radius.factor
+    most = rd.up(1.0 / slope) if slope > 0 else math.inf
+    row = most if divisor.shape == () or divisor.shape[-1] == 1 else math.inf
+    because = f"a value over a function of its length that is at least {divisor.least:.6g}"
+    return call.then(Lipschitz(upper, because, (-most, most), row=row, within=partial(_divided_on, divisor, most)), x)
+
+
+def _divided_on(divisor: _Divisor, most: float, a: Tensor, b: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Constant and values of `x / D(|x|)` on intervals of its arguments: docs/local.md#slopes."""
+    axes = [j for j in range(a.ndim) if divisor.shape == () or divisor.shape[j] == 1]
+    factor, room = divisor.radius.factor, 1.0 + a.numel() * 2.0**-50 + 8 * SLACK
+    nearest = torch.where((a <= 0) & (b >= 0), 0.0, torch.minimum(a.abs(), b.abs()))
+    radii = [torch.linalg.vector_norm(end, dim=axes, keepdim=True) for end in (nearest, torch.maximum(a.abs(), b.abs()))]
+    below = (divisor.at(radii[0] * factor / room) * (1 - SLACK)).clamp_min(divisor.least)
+    above = divisor.at(radii[1] * factor * room) * (1 + SLACK)
+    ends = torch.stack([end / d for end in (a, b) for d in (below, above)]).nan_to_num(0.0, most, -most)
+    slack = SLACK * ends.abs().amax(0) + rd.TINY
+    low, high = (ends.amin(0) - slack).clamp(-most, most), (ends.amax(0) + slack).clamp(-most, most)
+    return float((1.0 / below).max()) * (1 + SLACK), low, high
+
+
+@pattern("aten.sqrt")
+def _length(call: Call) -> Var | None:
+    """The root of a sum or mean of squares, to which a number may be added: a length, or a smooth one."""
+    at = call.var("self").step
+    inner, eps = _shifted(call, at)
+    radius = _square_of_length(call, at if inner is None else inner)
+    if radius is None:
+        return None
+    squared = _squared(call.steps[at if inner is None else inner])
+    source = radius.of if squared is None else squared
+    value = _as_length(call, Radius(source, 1.0 if squared is not None else radius.factor), eps)
+    if inner is None:
+        call.known.radii[value.step] = radius
+    else:
+        call.known.roots[value.step] = radius, eps
+    return value
+
+
+def _as_length(call: Call, radius: Radius, eps: float = 0.0) -> Var:
+    """The length of groups itself as a value, or `sqrt(length^2 + eps)`."""
+    x = Var(radius.of, call.steps[radius.of].shape)
+    root = math.sqrt(math.prod(x.shape) // max(1, math.prod(call.shape))) * radius.factor
+
+    def reach(low: float, high: float) -> tuple[float, float]:
+        least, most = (math.hypot(root * end, math.sqrt(eps)) for end in (max(low, -high, 0.0), max(-low, high)))
+        return least * (1 - 8 * SLACK), most * (1 + 8 * SLACK) + rd.TINY
+
+    upper = 1.0 if radius.factor == 1.0 else rd.up(radius.factor * (1 + 4 * SLACK))
+    return call.then(Lipschitz(upper, "the l2 norm is 1-Lipschitz", (rd.sqrt_down(eps), math.inf), reach), x)
+
+
+# ---- means, curves and exponentials ---------------------------------------------------------------------------------------
+
+
+@pattern("aten.sub")
+def _centred(call: Call) -> Var | None:
+    """`x - mean(x)`: a projection."""
+    x, mean = call["self"], call["other"]
+    if not (isinstance(x, Var) and isinstance(mean, Var)) or call.args.get("alpha", 1) != 1:
+        return None
+    if not _reduces(call, mean, "mean", x) or x.shape != call.shape:
+        return None
+    averages = getattr(call.steps[mean.step].what, "linear", None)
+    linear = None if averages is None else LinearAction(lambda value: value - averages.run(value), 2.0)
+    value = call.then(Lipschitz(1.0, "a value less its mean: a projection", reach=_apart, linear=linear), x)
+    call.known.centred[value.step] = x.step, mean.shape
+    return value
+
+
+def _apart(low: float, high: float) -> tuple[float, float]:
+    return (low - high) * (1 + SLACK) - rd.TINY, (high - low) * (1 + SLACK) + rd.TINY
+
+
+@pattern("aten.div", "aten.true_divide")
+def _softsign(call: Call) -> Var | None:
+    """`x / (c + |x|)`, c > 0: slopes `c / (c + |x|)^2`."""
+    x, below = call["self"], call["other"]
+    curve = call.known.curves.get(below.step) if isinstance(x, Var) and isinstance(below, Var) else None
+    if curve is None or curve.base != x or call.args.get("rounding_mode") is not None:
+        return None
+    curves = curve.curves()
+    height = curves[0](Fraction(0))
+    if len(curves) > 1 or height < Fraction(1, 10**100) or (curves[0].lines, curves[0].knots) != (((-1, height), (1, height)), (0,)):
+        return None
+    curve.rely(call)
+    return call.then(Slope(0.0, float(1 / height) * (1 + SLACK), "x / (c + |x|): slopes in [0, 1/c]", (-1.0, 1.0)), x)
+
+
+@pattern("aten.sqrt")
+def _smooth_modulus(call: Call) -> Var | None:
+    """`sqrt(x^2 + c)`, c > 0: slopes `x / sqrt(x^2 + c)`."""
+    inner, shift = _shifted(call, call.var("self").step)
+    if inner is None:
+        return None
+    x = Var(call.steps[inner].sources[0], call.shape)
+    if not _is_square(call.steps[inner], x) or call.steps[x.step].shape != call.shape:
+        return None
+    least = rd.sqrt_down(shift)
+    return call.then(Slope(-1.0, 1.0, "sqrt(x^2 + c): slopes in (-1, 1)", (least, math.inf), (least, rd.sqrt_up(shift)), sharp=True), x)
+
+
+@pattern("aten.div", "aten.true_divide")
+def _softmax(call: Call) -> Var | None:
+    """`exp(z) / sum(exp(z))`, where z may be x less the largest entry of each group: the softmax of x."""
+    powers, total = call["self"], call["other"]
+    if not (isinstance(powers, Var) and isinstance(total, Var)) or powers.shape != call.shape or call.args.get("rounding_mode") is not None:
+        return None
+    if not call.steps[powers.step].op.startswith("aten.exp.") or not _reduces(
+        call, Var(_repeated(call, total.step), total.shape), "sum", powers
+    ):
+        return None
+    groups = call.steps[_repeated(call, total.step)].shape
+    at = call.steps[powers.step].sources[0]
+    less = _less_its_largest(call, at, groups)
+    at = at if less is None else less
+    axes = [j for j, n in enumerate(call.shape) if n > 1 and (groups == () or groups[j] == 1)]
+    within = partial(probabilities, axes[0]) if len(axes) == 1 else None
+    row = 1.0 if groups == () or groups[-1] == 1 else math.inf
+    what = Lipschitz(0.5, "a softmax written out: at most 1/2 in the l2 norm", (0.0, 1.0), row=row, within=within)
+    return call.then(what, Var(at, call.shape))
+
+
+def _less_its_largest(call: Call, at: int, groups: Shape) -> int | None:
+    """The x of `x - amax(x)`, one largest entry for each group."""
+    step = call.steps[at]
+    if not step.op.startswith("aten.sub.") or not isinstance(step.what, Sum) or len(step.sources) != 2:
+        return None
+    x, other = step.sources
+    while call.steps[other].op == step.op and call.steps[other].name == step.name and len(call.steps[other].sources) == 1:
+        what = call.steps[other].what
+        if isinstance(what, Linear) and not (isinstance(what.op, Scale) and bool((what.op.weight == -1.0).all())):
+            return None
+        other = call.steps[other].sources[0]
+    largest = call.steps[other]
+    return x if largest.op.startswith("aten.amax") and largest.sources == (x,) and largest.shape == groups else None
+
+
+@pattern("aten.exp")
+def _gaussian(call: Call) -> Var | None:
+    """`exp(-c x^2)`, c > 0, entry by entry or with the length of groups for x: slopes of at most `sqrt(2 c / e)`."""
+    at, sign, low, high = call.var("self").step, 1.0, 1.0, 1.0
+    while isinstance(what := call.steps[at].what, Linear) and isinstance(what.op, Scale) and not what.constant:
+        weight, at = what.op.weight.double(), call.steps[at].sources[0]
+        sign *= math.copysign(1.0, float(weight.flatten()[0]))
+        sizes = (weight * weight.sign().flatten()[0]).aminmax()
+        low, high = low * (float(sizes.min) - what.error), rd.mul_up(high, rd.add_up(float(sizes.max), what.error))
+        if not low > 0.0 or call.steps[at].shape != call.shape:
+            return None
+    of, radius = _squared(call.steps[at]), _square_of_length(call, at)
+    if sign > 0 or (of is None and radius is None):
+        return None
+    x = _as_length(call, radius) if of is None and radius is not None else Var(of or 0, call.shape)
+    steep = rd.up(math.sqrt(2 * high / math.e) * (1 + SLACK))
+    within = _gaussian_on(high, steep) if high <= low * (1 + SLACK) else None
+    return call.then(
+        Slope(-steep, steep, f"exp(-c x^2), c at most {high:.6g}: slopes up to sqrt(2c/e)", (0.0, 1.0), (1.0, 1.0), within=within), x
+    )
+
+
+def _gaussian_on(c: float, steep: float) -> Within:
+    turns = [(1 / math.sqrt(2 * c), -steep), (-1 / math.sqrt(2 * c), steep)]
+
+    def slope(x: Tensor) -> Tensor:
+        return (-2 * c * x * torch.exp(-c * x * x)).nan_to_num(0.0)
+
+    return on_interval(lambda x: torch.exp(-c * x * x), slope, turns, [0.0], 4 * SLACK * (1 + steep), ((-steep, steep), (0.0, 1.0)))
