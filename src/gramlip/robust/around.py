@@ -112,7 +112,8 @@ class LocalRadii:
     """
 
     def __init__(self, model: nn.Module, sample: Tensor) -> None:
-        self._model = copy.deepcopy(unwrapped(model)).cpu()
+        bare = unwrapped(model)
+        self._model = bare if all(p.device.type == "cpu" for p in bare.parameters()) else copy.deepcopy(bare).cpu()
         with evaluating(self._model), undisturbed():
             lowered = lower(export(self._model, (sample[:1].cpu(),)))
         if lowered.unsupported or len(lowered.network.outputs) != 1:
