@@ -18,7 +18,7 @@ from gramlip.operators.interval import decimals
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "experiments" / "results" / "local_images.json"
 PAGE = ROOT / "docs" / "local.md"
-RADII = (1e-3, 1e-2, 36 / 255)
+RADII = (1e-3, 1e-2, 3e-2, 36 / 255)
 NETWORKS = {
     "demo": demo,
     "demo-regularised": demo_regularised,

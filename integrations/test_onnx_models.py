@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import pyarrow
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from pyarrow import parquet
 from torch import Tensor, nn
 
 import gramlip as gl
@@ -283,6 +286,34 @@ def test_a_file_is_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "its weights alone are bounded, for every input size; type --input" in said.err
     assert main(["audit", path, "--input", "9"]) == 2
     assert "of shape (1, 8), and 9 was given" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three pictures in the layout of CIFAR-10's parquet files."""
+    held = []
+    for i in range(3):
+        written = io.BytesIO()
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(written, "PNG")
+        held.append({"bytes": written.getvalue(), "path": f"{i}.png"})
+    (tmp_path / "pictures").mkdir()
+    table = pyarrow.table({"img": held, "label": [0, 1, 2]})
+    parquet.write_table(table, tmp_path / "pictures" / "test-00000-of-00001.parquet")
+    return tmp_path / "pictures"
+
+
+def test_a_file_is_certified_as_the_module(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)).eval()
+    path = exported(model, (3, 32, 32), tmp_path / "x.onnx", 17, False)
+    assert main(["certify", str(path), "--data", str(pictures), "--eps", "1/255", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    x, y = torch.rand(3, 3, 32, 32), torch.tensor([0, 1, 2])
+    lipschitz = gl.audit(model, (3, 32, 32))
+    results = [gl.robust.certify(m, [(x, y)], lipschitz, [1 / 255]).to_dict() for m in (model, load(path))]
+    assert results[0]["certified"] == results[1]["certified"]
+    assert found["count"] == 3
 
 
 # ---- files that are not to be read ---------------------------------------------------------------------------------------

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
 from gramlip.network import compose, executed, execution, fold, in_place, linear_stretches, lower_bound, ranges, running_errors
-from gramlip.network.coupling import elimination, linear_forms, segments
-from gramlip.network.local import columns, intervals, jacobians, relaxations
+from gramlip.network.coupling import elimination, linear_forms, schur, segments
+from gramlip.network.local import chords, columns, intervals, jacobians, relaxations, tiles
 from gramlip.network.rules import activations, fourier, patterns
 from gramlip.network.rules import shapes as joins
-from gramlip.network.steps import Pad, Slope
+from gramlip.network.steps import Linear, Pad, Slope
 from gramlip.nn import parametrize, tracker
 from gramlip.norm import (
     boundary_terms,
@@ -50,6 +50,7 @@ from gramlip.robust import around as radii_around
 from gramlip.rules import Call, Var
 from rule_cases import Map
 from test_around import test_no_radius_is_beyond_where_a_margin_is_used_up_on_a_ray
+from test_elimination import check_inverses, check_proved_forms
 from test_execution import test_the_worst_order_of_a_sum_is_covered, test_weights_that_the_format_does_not_hold_count
 from test_formats import test_products_of_two_vectors_exactly
 from test_fourier import test_a_spectrum_of_an_even_signal_read_as_another_length
@@ -59,6 +60,13 @@ from test_local import (
     test_an_activation_stays_within_its_line,
     test_every_entry_of_the_result_stays_in_its_interval,
     test_slopes_and_values_on_random_intervals,
+)
+from test_local_columns import (
+    GEOMETRY,
+    test_a_convolution_of_a_box_is_that_of_all_entries,
+    test_chords_from_the_centre,
+    test_columns_are_never_below_points_of_the_ball,
+    test_values_of_folded_networks_are_in_their_intervals,
 )
 from test_network_multipliers import check_slopes_at_their_ends, network_of, steepest, upper_of
 from test_network_steps import (
@@ -836,6 +844,22 @@ def slopes_of_each_layer_count() -> None:
     assert steepest(weights, ends) * (1 - 1e-12) <= upper_of(network_of(weights, ends), 0.0)
 
 
+def steep_slopes_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """What is left of slopes in [-b, b] or [a, b] with 0 < a taken for what is left of those in [0, b]."""
+    patch.setattr(linear_forms.Anchor, "rest", lambda self, weights: torch.zeros_like(weights))
+
+
+def inverses_as_computed(patch: pytest.MonkeyPatch) -> None:
+    """The inverse of a computed factor taken for that of the exact one."""
+    right = schur.inverse
+
+    def wrong(own: Tensor, weights: Tensor) -> schur.Inverse | None:
+        found = right(own, weights)
+        return None if found is None else replace(found, growth=torch.zeros_like(found.growth))
+
+    patch.setattr(schur, "inverse", wrong)
+
+
 def errors_of_wide_matrices_dropped(patch: pytest.MonkeyPatch) -> None:
     """R R* >= W W* for the weight as computed, whatever its error."""
     right = elimination.narrowed_matrix
@@ -888,11 +912,37 @@ def switches_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Columns of middle slopes alone: what switches adds nothing."""
     right = columns.Columns._activated
 
-    def middles(self: columns.Columns, i: int, what: Slope, form: columns.Form) -> columns.Form:
+    def middles(self: columns.Columns, i: int, what: Slope, form: columns.Form, source: intervals.Value | None) -> columns.Form | None:
         low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (what.low, what.high))
-        return right(self, i, replace(what, low=(low + high) / 2, high=(low + high) / 2), form)
+        return right(self, i, replace(what, low=(low + high) / 2, high=(low + high) / 2), form, source)
 
     patch.setattr(columns.Columns, "_activated", middles)
+
+
+def mean_of_what_switches(patch: pytest.MonkeyPatch) -> None:
+    """What switches in many places is on the average what it is in one, not in norm."""
+    right = columns.Columns._norm_of_switches
+
+    def mean(self: columns.Columns, form: columns.Form, places: Tensor) -> float:
+        return right(self, form, places) / len(places)
+
+    patch.setattr(columns.Columns, "_norm_of_switches", mean)
+
+
+def chords_upwards(patch: pytest.MonkeyPatch) -> None:
+    """Chords from the centre to the upper end alone."""
+    right = chords._means
+    patch.setattr(chords, "_means", lambda what, one, other, end, width: right(what, one, other, torch.maximum(one, end), width))
+
+
+def boxes_that_do_not_grow(patch: pytest.MonkeyPatch) -> None:
+    """A convolution's result in the box of what it reads."""
+    patch.setattr(tiles, "_seen", lambda op, box: box)
+
+
+def constants_of_the_outer_map_alone(patch: pytest.MonkeyPatch) -> None:
+    """The constant of a folded map is that of the second one."""
+    patch.setattr(Linear, "_image", lambda self, given, stray: (torch.as_tensor(self.bias, dtype=torch.float64), self.bias_error))
 
 
 def around(name: str) -> Callable[[], None]:
@@ -952,6 +1002,10 @@ MUTANTS: dict[str, Mutant] = {
     "L1: slopes at one end": Mutant(slopes_at_one_end, around("sigmoid")),
     "L2: lines at the ends": Mutant(lines_at_the_ends_alone, lambda: test_an_activation_stays_within_its_line("softplus")),
     "L8: middle slopes": Mutant(switches_forgotten, around("residual of relus")),
+    "L10: mean of switches": Mutant(mean_of_what_switches, lambda: test_columns_are_never_below_points_of_the_ball("relu images")),
+    "L11: chords upwards": Mutant(chords_upwards, lambda: test_chords_from_the_centre("relu")),
+    "L12: boxes": Mutant(boxes_that_do_not_grow, lambda: test_a_convolution_of_a_box_is_that_of_all_entries(GEOMETRY[0])),
+    "folding: constants": Mutant(constants_of_the_outer_map_alone, lambda: test_values_of_folded_networks_are_in_their_intervals("zeros")),
     "L7: inner balls": Mutant(inner_balls_for_outer_ones, radii_on_rays_hold),
     "L7: stretches": Mutant(stretches_from_the_centre, radii_on_rays_hold),
     "L5: middle slopes": Mutant(middle_slopes_alone, around("tanh")),
@@ -963,6 +1017,8 @@ MUTANTS: dict[str, Mutant] = {
     "slopes of the first term of a sum": Mutant(slopes_of_the_first_term, _stretches(lambda x: x + torch.tanh(x), 1.99)),
     "N6: slopes from zero": Mutant(slopes_from_zero, check_slopes_at_their_ends),
     "N24: slopes in their old order": Mutant(slopes_in_their_old_order, slopes_of_each_layer_count),
+    "N26: slopes of other centres": Mutant(steep_slopes_forgotten, check_proved_forms),
+    "N27: inverses as computed": Mutant(inverses_as_computed, check_inverses),
     "N25: errors of wide matrices dropped": Mutant(errors_of_wide_matrices_dropped, narrow_matrices),
     "squares one after the other": Mutant(squares_one_after_the_other, test_norms_of_many_equal_entries),
     "products one after the other": Mutant(products_one_after_the_other, test_products_of_many_rows),

@@ -186,7 +186,7 @@ def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["certify", "BROKEN", "--data", "CIFAR", "--json", "RECIPE"], "exists and was not written by --json"),
         (["train", "small", "--data", "CIFAR", "--out", "OUT", "--set", "augment=1"], "augment=1 was given; expected true or false"),
         (["certify", "BROKEN", "--data", "CIFAR"], "expected a folder that gramlip train finished"),
-        (["certify", ":small", "--data", "CIFAR"], "expected a folder that gramlip train finished, or package.module:callable"),
+        (["certify", ":small", "--data", "CIFAR"], "finished, a file of ONNX, or package.module:callable"),
         (["certify", "gramlip.lab.recipes:build", "--data", "CIFAR"], "build() missing"),
         (["certify", "gramlip.lab.recipes:small", "--data", "CIFAR", "--samples", "0"], "a whole number of at least 1"),
         (["certify", "gramlip.lab.recipes:small", "--data", "CIFAR", "--local", "0.1"], "unrecognized arguments: 0.1"),

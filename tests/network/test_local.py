@@ -58,6 +58,7 @@ ENTRYWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "steep gate": lambda x: x * torch.sigmoid(40 * x),
     "gate": lambda x: x * torch.sigmoid(x),
+    "hard gate": lambda x: x * F.hardsigmoid(0.7 * x),
     "gelu by hand": lambda x: x * (1.0 + torch.erf(0.9 * x)),
     "gelu of a quotient": lambda x: 0.5 * x * (1.0 + torch.erf(x / 1.4142135)),
     "clamp": lambda x: x.clamp(-0.3, 1.0),
@@ -315,7 +316,10 @@ def test_sets_that_cannot_be_used_are_refused(options: dict[str, object], messag
 
 SMOOTH_OR_KINKED: dict[str, Callable[[Tensor], Tensor]] = {
     **{name: act() for name, act in ACTIVATIONS.items() if name not in ("prelu", "softsign")},
-    **{name: ENTRYWISE[name] for name in ("abs", "sin", "cos", "atan", "erf", "clamp", "gate", "quick gelu", "steep gate", "gelu by hand")},
+    **{
+        name: ENTRYWISE[name]
+        for name in ("abs", "sin", "cos", "atan", "erf", "clamp", "gate", "quick gelu", "steep gate", "hard gate", "gelu by hand")
+    },
 }
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gramlip.errors import InputError
 from gramlip.network.audit import audit
-from gramlip.network.coupling import segments
+from gramlip.network.coupling import elimination, segments
+from gramlip.network.effort import Effort
 from gramlip.network.lower_bound import CROP
 from test_network import models
 
@@ -34,17 +38,40 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.parametrize(("where", "seed"), [("entries", 0), ("tori", 0), ("tori", 1)])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_more_effort_never_gives_a_larger_upper_side(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "BUDGET", 1e8)
-    monkeypatch.setattr(segments, "NEWTON", 3e9)
+def test_more_effort_never_gives_a_larger_upper_side(name: str, where: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "BUDGET", 3e7)
+    monkeypatch.setattr(segments, "NEWTON", 1e9)
+    monkeypatch.setattr(segments, "STEPS", 12)
+    if where == "tori":
+        monkeypatch.setattr(segments, "ENTRIES", 4)
+        monkeypatch.setattr(segments, "SMALL", 0)
+        monkeypatch.setattr(segments, "CHEAP", 0.0)
     build, shape = NETWORKS[name]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = models.settled(build(), torch.zeros(1, *shape))
-    reports = [audit(model, shape, effort=effort) for effort in (-1, 0, 0.5, 1, 2)]
+    reports = [audit(model, shape, effort=effort) for effort in (-1, 0, 1, 2, 3)]
     uppers = [report.upper for report in reports]
     assert uppers == sorted(uppers, reverse=True)
     assert max(report.lower for report in reports) <= uppers[-1]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 100.0), st.floats(0.01, 100.0)), min_size=2, max_size=6),
+    st.floats(0.01, 100.0),
+)
+def test_choices_that_are_not_proved_could_not_have_given_less(pairs: list[tuple[float, float]], composed: float) -> None:
+    """Whatever choices prove and promise, in any order: more of them give no larger bound, and the result is that of proving all."""
+    run = list[elimination.Piece]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments, "certificate", lambda _, choice: choice)
+        proved, promised = [p for p, _ in pairs], [q for _, q in pairs]
+        found = [segments._least(run, proved[:n], promised[:n], composed, Effort()) for n in range(1, len(pairs) + 1)]  # type: ignore[arg-type]
+    assert found == sorted(found, reverse=True)
+    counted = [max(p, segments.KEPT * q) for p, q in pairs if q * segments.GAIN < composed]
+    assert found[-1] == min([math.inf, *counted])
+    assert found[-1] >= min([math.inf, *proved])
 
 
 def test_what_promises_no_gain_is_not_begun_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 import gramlip as gl
 from gramlip.network.audit import steps_of
 from gramlip.network.compose import constants
-from gramlip.network.coupling import coupled, elimination, segments, total
+from gramlip.network.coupling import coupled, elimination, segments
 from gramlip.network.coupling.elimination import narrowed, narrowed_matrix, transposed
 from gramlip.network.coupling.linear_forms import Entries, Slopes, system
 from gramlip.network.coupling.multipliers import closed_logarithms, newton, proved
 from gramlip.network.effort import Effort
 from gramlip.network.steps import Input, Linear, Network, Slope, Step, Sum
+from gramlip.numerics import rounding as rd
 from gramlip.operators.linear_maps import Dense
 
 Ends = tuple[Tensor, Tensor]
@@ -47,7 +49,7 @@ def upper_of(network: Network, effort: float) -> float:
     shapes = [[network.steps[s].shape for s in step.sources] for step in network.steps]
     found = coupled(network, constants(network.steps, shapes), Effort(effort))
     assert found is not None
-    return total(found)
+    return reduce(rd.mul_up, (segment.upper for segment in found))
 
 
 def norm(matrix: Tensor) -> float:

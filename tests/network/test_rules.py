@@ -118,6 +118,7 @@ MAPS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] = {
     "gelu by hand": (lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))), (9,), 1.1290),
     "gelu with half behind": (lambda x: 0.5 * (x * (torch.erf(0.9 * x) + 1.0)), (9,), 1.1290),
     "gelu without half": (lambda x: x * (torch.erf(x / math.sqrt(2.0)) + 1.0), (9,), 2.2579),
+    "hardswish of a multiple": (lambda x: x * F.hardsigmoid(0.7 * x), (9,), 1.5 + 1e-9),
     "swish of a multiple": (lambda x: (3.0 * x) * torch.sigmoid(x), (9,), 3.2996),
     "hardswish by hand": (lambda x: F.relu6(x + 3) * x / 6, (9,), 1.5 + 1e-9),
     "hardswish by clamp": (lambda x: x * (x + 3).clamp(0, 6) / 6, (9,), 1.5 + 1e-9),

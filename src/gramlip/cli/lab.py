@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramlip import robust
+from gramlip import onnx, robust
 from gramlip.cli.options import Commands, count, device, examples, folder, shape, tolerance, whole
 from gramlip.errors import InputError, UnsupportedError, first_line, out_of_memory
 from gramlip.lab import recipes
@@ -225,11 +225,12 @@ def add_certify(subparsers: _SubParsersAction[Any]) -> None:
             {
                 "gramlip certify runs/small --data cifar10": "a folder that gramlip train finished",
                 "gramlip certify gramlip.demo:demo --data cifar10 --samples 500 --eps 36/255 1": "500 images, two radii",
+                "gramlip certify model.onnx --data cifar10 --samples 500": "a file of ONNX",
                 "gramlip certify runs/small --data cifar10 --samples 50 --eps 36/255 --local": "and what is true near each of 50 images",
             }
         ),
     )
-    parser.add_argument("target", metavar="TARGET", help="a folder that gramlip train finished, or package.module:callable")
+    parser.add_argument("target", metavar="TARGET", help="a folder that gramlip train finished, a file of ONNX, or package.module:callable")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of CIFAR-10's parquet files, or uoft-cs/cifar10")
     parser.add_argument(
         "--eps", type=eps, nargs="+", default=list(robust.EPS), metavar="E", help="radii, pixels in [0, 1] (default 36/255 ...)"
@@ -323,16 +324,20 @@ def _model(target: str, normalised: bool) -> tuple[nn.Module, tuple[float, ...],
     path = Path(target)
     if (path / "weights.safetensors").is_file():
         return _finished(path)
+    model = onnx.load(target, (3, 32, 32)) if path.suffix == ".onnx" else _called(target)
+    return (model.eval(), MEAN, STD) if normalised else (model.eval(), (0.0,) * 3, (1.0,) * 3)
+
+
+def _called(target: str) -> nn.Module:
     place, colon, name = target.partition(":")
     if not (place and colon and name):
-        msg = f"{target} was given; expected a folder that gramlip train finished, or package.module:callable"
+        msg = f"{target} was given; expected a folder that gramlip train finished, a file of ONNX, or package.module:callable"
         raise InputError(msg)
     model = called(target)
     if not isinstance(model, nn.Module):
         msg = f"{target} returned {type(model).__name__}; expected a torch.nn.Module"
         raise InputError(msg)
-    model = unwrapped(model)
-    return (model.eval(), MEAN, STD) if normalised else (model.eval(), (0.0,) * 3, (1.0,) * 3)
+    return unwrapped(model)
 
 
 # ---- train ---------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import torch
@@ -19,7 +19,7 @@ from gramlip.network.fold import fold
 from gramlip.network.graph import Program, export, undisturbed
 from gramlip.network.in_place import reads_memory
 from gramlip.network.linear_stretches import linear_stretches
-from gramlip.network.local import Region, derivative, region, restricted
+from gramlip.network.local import Local, Region, columns_norm, derivative, region, restricted
 from gramlip.network.lower_bound import Function, Stretch, chosen, function, stretch
 from gramlip.network.ranges import capped
 from gramlip.network.rules import Lowered, lower
@@ -105,12 +105,12 @@ def _taken(lowered: Lowered) -> list[str]:
     return [f"computed weights are those that float64 gives where they {', '.join(lowered.taken)}"] if lowered.taken else []
 
 
-def _restricted(network: Network, area: Region | None, part: Part) -> tuple[Network, float]:
-    """The folded steps on a set of inputs, from and to the chosen entries, and what columns say of their constant."""
+def _restricted(network: Network, area: Region | None, part: Part) -> tuple[Network, Local | None]:
+    """The folded steps on a set of inputs, from and to the chosen entries, and all that is known on the set."""
     if area is None:
-        return fold(selected(capped(network), part.inputs, part.outputs)), math.inf
-    local = restricted(network, area)
-    return fold(selected(local.network, part.inputs, part.outputs)), local.columns.norm(part.inputs, part.outputs)
+        return fold(selected(capped(network), part.inputs, part.outputs)), None
+    local = restricted(fold(network, biases=True), area)
+    return fold(selected(local.network, part.inputs, part.outputs)), local
 
 
 def _part(network: Network, inputs: Sequence[int] | None, outputs: Sequence[int] | None) -> Part:
@@ -249,11 +249,11 @@ def audit(
         raise UnsupportedError(msg)
     area = region([tuple(t.shape) for t in tensors], domain, at, radius)
     part = _part(lowered.network, inputs, outputs)
-    network, columns = _restricted(lowered.network, area, part)
+    network, local = _restricted(lowered.network, area, part)
     found, seconds = _constants(network, rtol, search)
     ways = linear_stretches(network, found, rtol, search)
     composed = compose(network, found, ways)
-    above = _upper_side(Whole(network, found, ways, composed, area, columns), search)
+    above = _upper_side(Whole(network, found, ways, composed, part, local), search)
     below = _lower_side(program, lowered, tensors, data, area, part, seed, search)
     if below.value > above.value:
         _contradicted(lowered.assumed, below, above.value)
@@ -282,15 +282,15 @@ def _contradicted(assumed: Sequence[str], below: Stretch, upper: float) -> None:
 class Whole:
     """What the upper side is looked for of: the folded steps, the constant of each of them, shortcuts, and all of it composed.
 
-    `area` is the set of inputs that it is meant for, None for all of them, and `columns` what columns carried forward say there.
+    `part` says from which entries to which, `local` what is known on the set of inputs that it is meant for, None for all of them.
     """
 
     network: Network
     constants: Sequence[Bound]
     ways: Mapping[int, Sequence[Shortcut]]
     composed: Composition
-    area: Region | None
-    columns: float
+    part: Part
+    local: Local | None
 
 
 @dataclass(frozen=True)
@@ -301,12 +301,43 @@ class Upper:
     because: str
 
 
-def _composition(whole: Whole, effort: Effort) -> Upper:
+def _composition(whole: Whole, best: float, effort: Effort) -> Upper:
     return Upper(whole.composed.upper, "; ".join([PLAIN, *whole.composed.because]))
 
 
-def _coupling(whole: Whole, effort: Effort) -> Upper | None:
-    segments = coupled(whole.network, whole.constants, effort)
+def _coupling(whole: Whole, best: float, effort: Effort) -> Upper | None:
+    """Coupling, with the slopes of each entry and, where these differ over the places of a channel, with those of channels.
+
+    The second is left out where another way is so far below composition that it will not be needed.
+    """
+    found = _coupled(whole, whole.network, effort)
+    shared = _of_channels(whole.network)
+    if shared is None or best * COUPLING_GAINS < whole.composed.upper:
+        return found
+    wide = _coupled(whole, shared, effort)
+    return min((upper for upper in (found, wide) if upper is not None), key=lambda upper: upper.value, default=None)
+
+
+def _of_channels(network: Network) -> Network | None:
+    """The network with the slopes of whole channels, None where no others are known."""
+    steps = [_of_channel(step) for step in network.steps]
+    changed = any(made is not step for made, step in zip(steps, network.steps, strict=True))
+    return Network(steps, network.outputs) if changed else None
+
+
+def _of_channel(step: Step) -> Step:
+    what = step.what
+    if not isinstance(what, Slope) or len(step.shape) < 3:
+        return step
+    low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (what.low, what.high))
+    if low.ndim < 3 or low.shape[2:].numel() * high.shape[2:].numel() == 1:
+        return step
+    places = (0, *range(2, low.ndim))
+    return replace(step, what=replace(what, low=low.amin(places, keepdim=True), high=high.amax(places, keepdim=True)))
+
+
+def _coupled(whole: Whole, network: Network, effort: Effort) -> Upper | None:
+    segments = coupled(network, whole.constants, effort)
     if segments is None:
         return None
     ways = {i: list(some) for i, some in whole.ways.items()}
@@ -318,29 +349,34 @@ def _coupling(whole: Whole, effort: Effort) -> Upper | None:
     return Upper(together.upper, "; ".join([plain, *together.because]))
 
 
-def _jacobian(whole: Whole, effort: Effort) -> Upper | None:
-    found = None if whole.area is None else derivative(whole.network, whole.composed, whole.area)
-    if found is None or whole.area is None:
+def _jacobian(whole: Whole, best: float, effort: Effort) -> Upper | None:
+    found = None if whole.local is None else derivative(whole.network, whole.composed, whole.local.area)
+    if found is None or whole.local is None:
         return None
     against = f"{decimals(whole.composed.upper, upward=True)} by composition"
-    return Upper(found.norm(whole.area), f"bounds of the Jacobian's entries on the set, against {against}")
+    return Upper(found.norm(whole.local.area), f"bounds of the Jacobian's entries on the set, against {against}")
 
 
-def _columns(whole: Whole, effort: Effort) -> Upper | None:
-    if not whole.columns < math.inf:
+def _columns(whole: Whole, best: float, effort: Effort) -> Upper | None:
+    local, part = whole.local, whole.part
+    if local is None or not local.columns.pay(part.outputs, whole.composed.upper):
+        return None
+    found = columns_norm(local.network, local.area, part.inputs, part.outputs)
+    if found == math.inf:
         return None
     against = f"{decimals(whole.composed.upper, upward=True)} by composition"
-    return Upper(whole.columns, f"the results as linear functions of the input, and what switches on the set, against {against}")
+    return Upper(found, f"the results as linear functions of the input, and what switches on the set, against {against}")
 
 
+COUPLING_GAINS = 100.0  # times less than composition, at most, is expected of coupling
 PLAIN = "product of layers, sum at residuals, root of squares at joins"
-WAYS: dict[str, Callable[[Whole, Effort], Upper | None]] = {
+WAYS: dict[str, Callable[[Whole, float, Effort], Upper | None]] = {
     "composition": _composition,
     "columns": _columns,
     "jacobian": _jacobian,
     "coupling": _coupling,
 }
-"""Name -> an upper side of the whole, None where it has none; composition comes first and is always finished."""
+"""Name -> an upper side of the whole, from the best so far, None where it has none; composition comes first and is always finished."""
 
 
 def _upper_side(whole: Whole, effort: Effort) -> Upper:
@@ -352,7 +388,7 @@ def _upper_side(whole: Whole, effort: Effort) -> Upper:
         if name != "composition" and effort.over:
             effort.say(f"{name} not begun: the time was up")
             continue
-        found = way(whole, effort)
+        found = way(whole, best.value, effort)
         if found is not None and (found.value < best.value or name == "composition"):
             best = found
     return best

@@ -22,8 +22,11 @@ from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape, axes
 LARGEST = 2**22  # entries of a kernel that a fold may create by spreading groups
 
 
-def fold(network: Network) -> Network:
-    """The same function in fewer steps: pads into convolutions, scales and 1x1 kernels into their neighbours, parallel branches summed."""
+def fold(network: Network, *, biases: bool = False) -> Network:
+    """The same function in fewer steps: pads into convolutions, scales and 1x1 kernels into their neighbours, parallel branches summed.
+
+    Constants of folded maps, which intervals read, are worked out with `biases` alone.
+    """
     while True:
         steps: list[Step | None] = list(network.steps)
         users = network.users()
@@ -37,13 +40,13 @@ def fold(network: Network) -> Network:
                 inner = network.steps[source]
                 if len(users[source]) > 1 or source in ends:
                     continue
-                made = _chain(step, inner, network)
+                made = _chain(step, inner, network, biases)
                 if made is not None:
                     steps[i] = replace(step, what=made, sources=inner.sources, name=_names(inner, step, made))
                     steps[source] = None
                     changed = True
             elif isinstance(step.what, Sum):
-                folded = _branches(step, network, users, ends)
+                folded = _branches(step, network, users, ends, biases)
                 if folded is not None:
                     made, base, gone = folded
                     names = " + ".join(dict.fromkeys(network.steps[g].name for g in gone)) or step.name
@@ -65,9 +68,9 @@ def _names(inner: Step, outer: Step, made: Linear) -> str:
     return f"{inner.name} + {outer.name}"
 
 
-def _chain(step: Step, inner: Step, network: Network) -> Linear | None:
+def _chain(step: Step, inner: Step, network: Network, biases: bool) -> Linear | None:
     """Two steps as one; None where they are no one operator, or where its entries overflow."""
-    return _finite(lambda: _one(step, inner, network))
+    return _finite(lambda: _one(step, inner, network, biases))
 
 
 def _finite(make: Callable[[], Linear | None]) -> Linear | None:
@@ -79,28 +82,28 @@ def _finite(make: Callable[[], Linear | None]) -> Linear | None:
     return made if made is not None and made.error < math.inf and bool(made.op.weight.isfinite().all()) else None
 
 
-def _one(step: Step, inner: Step, network: Network) -> Linear | None:
-    outer, first = step.what, inner.what
+def _one(step: Step, inner: Step, network: Network, biases: bool) -> Linear | None:
+    outer, first, between = step.what, inner.what, inner.shape if biases else None
     assert isinstance(outer, Linear)
     if isinstance(first, Pad):
-        return _padded(outer, first, network.steps[inner.sources[0]].shape)
+        return _padded(outer, first, network.steps[inner.sources[0]].shape, biases)
     if not isinstance(first, Linear):
         return None
     a, b = outer.op, first.op
     if isinstance(a, Scale) and isinstance(b, Scale):
-        return outer.after(first, Scale(a.weight * b.weight), 2)
+        return outer.after(first, Scale(a.weight * b.weight), 2, between)
     if isinstance(a, Scale) and not isinstance(b, Scale):
-        return None if (scaled := _rows(b, a, len(step.shape))) is None else outer.after(first, scaled, 2)
+        return None if (scaled := _rows(b, a, len(step.shape))) is None else outer.after(first, scaled, 2, between)
     if isinstance(b, Scale) and not isinstance(a, Scale):
-        return None if (scaled := _columns(a, b, len(inner.shape))) is None else outer.after(first, scaled, 2)
+        return None if (scaled := _columns(a, b, len(inner.shape))) is None else outer.after(first, scaled, 2, between)
     if isinstance(a, Dense) and isinstance(b, Dense):
-        return outer.after(first, Dense(to_float64(a.weight) @ to_float64(b.weight)), b.weight.shape[0] + 2)
+        return outer.after(first, Dense(to_float64(a.weight) @ to_float64(b.weight)), b.weight.shape[0] + 2, between)
     if isinstance(a, Conv) and isinstance(b, Conv):
-        return _pointwise(outer, first, a, b)
+        return _pointwise(outer, first, a, b, between)
     return None
 
 
-def _padded(outer: Linear, pad: Pad, shape: Shape) -> Linear | None:
+def _padded(outer: Linear, pad: Pad, shape: Shape, biases: bool) -> Linear | None:
     op = outer.op
     if not isinstance(op, Conv) or op.transposed or len(pad.pairs) != op.dims:
         return None
@@ -108,7 +111,7 @@ def _padded(outer: Linear, pad: Pad, shape: Shape) -> Linear | None:
     if own and not (pad.mode == "zeros" and op.padding_mode == "zeros" and pad.value == 0.0):
         return None
     pairs = [(a + c, b + d) for (a, b), (c, d) in zip(pad.pairs, op.padding, strict=True)]  # type: ignore[misc]
-    return outer.after_padding(pad, shape, replace(op, padding=pairs, padding_mode=pad.mode, input_size=shape[2:]))
+    return outer.after_padding(pad, shape, replace(op, padding=pairs, padding_mode=pad.mode, input_size=shape[2:]), biases)
 
 
 def _vector(scale: Scale, axis: int, ndim: int, size: int) -> Tensor | None:
@@ -164,7 +167,7 @@ def _is_single(op: Conv) -> bool:
     return all(k == 1 for k in op.weight.shape[2:]) and not any(map(any, op.padding))  # type: ignore[arg-type]
 
 
-def _pointwise(outer: Linear, inner: Linear, a: Conv, b: Conv) -> Linear | None:
+def _pointwise(outer: Linear, inner: Linear, a: Conv, b: Conv, between: Shape | None) -> Linear | None:
     if a.transposed or b.transposed or a.groups > 1 or b.groups > 1:
         return None
     if _is_single(a) and _is_single(b):
@@ -176,10 +179,10 @@ def _pointwise(outer: Linear, inner: Linear, a: Conv, b: Conv) -> Linear | None:
         op = replace(b, weight=torch.einsum("om,mi...->oi...", one.flatten(1), other))
     else:
         op = replace(a, weight=torch.einsum("om...,mi->oi...", one, other.flatten(1)))
-    return outer.after(inner, op, b.weight.shape[0] + 2)
+    return outer.after(inner, op, b.weight.shape[0] + 2, between)
 
 
-def _branches(step: Step, network: Network, users: list[list[int]], ends: set[int]) -> tuple[Linear, int, list[int]] | None:
+def _branches(step: Step, network: Network, users: list[list[int]], ends: set[int], biases: bool) -> tuple[Linear, int, list[int]] | None:
     """Two summed branches that read one value, each linear or the value itself."""
     if not isinstance(step.what, Sum) or step.what.repeats != (1, 1):
         return None
@@ -197,15 +200,15 @@ def _branches(step: Step, network: Network, users: list[list[int]], ends: set[in
                 maps.append(inner.what)
                 gone.append(s)
         if len(maps) == 2:
-            made = _finite(partial(_sum, *maps, network.steps[base].shape))
+            made = _finite(partial(_sum, *maps, network.steps[base].shape, biases))
             return None if made is None else (made, base, gone)
     return None
 
 
-def _sum(one: Linear, other: Linear, shape: Shape) -> Linear | None:
+def _sum(one: Linear, other: Linear, shape: Shape, biases: bool) -> Linear | None:
     """The sum of two linear maps of one value as one."""
     op = _added(one.op, other.op, shape)
-    return None if op is None else one.plus(other, op)
+    return None if op is None else one.plus(other, op, biases)
 
 
 def _added(a: Op, b: Op, shape: Shape) -> Op | None:

@@ -19,7 +19,7 @@ from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import frobenius_up, row_norms_up
 from gramlip.operators.interval import Bound
-from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape
+from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape, apply
 
 RowLayout = Literal["", "rows", "columns"]
 CopyEntries = Callable[[Any], Any]
@@ -43,6 +43,13 @@ def rough_norm(op: Op) -> float:
     taps = row_norms_up(weight.flatten(2).flatten(0, 1).mT)
     repeats = math.prod(1 + lo + hi for lo, hi in op.pads) if op.padding_mode != "zeros" else 1
     return rd.mul_up(rd.mul_up(float(taps.sum()), 1.0 + rd.gamma(len(taps) + 2.0)), rd.sqrt_up(float(repeats)))
+
+
+def terms(op: Op) -> int:
+    """Products that are added up in one entry of the result, at most."""
+    if isinstance(op, Scale):
+        return 1
+    return op.weight.shape[1] if isinstance(op, Dense) else max(op.weight[0].numel(), op.weight[:, 0].numel())
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +79,8 @@ class Linear:
     A `Conv` acts on (batch, channels, *space), a `Dense` on the last axis, a `Scale` entry by entry. `bias` is broadcast to
     the value's shape; only ranges read it. `known` is the norm where a rule knows it, `copy_entries` as in `View`.
 
-    Whatever changes a map goes through `after`, `after_padding` or `plus`, which carry `error` along (docs/network.md#folding).
-    They work out no bias: where there is one its error becomes infinite, and with it the range.
+    Whatever changes a map goes through `after`, `after_padding` or `plus`, which carry `error` along (docs/network.md#folding), and
+    the constant where they are asked to; where they are not, its error becomes infinite, and with it the range.
 
     Raises:
         InputError: an error that is negative or NaN.
@@ -97,8 +104,11 @@ class Linear:
         """Whether anything is added to the linear map."""
         return self.bias_error > 0.0 or bool(torch.as_tensor(self.bias).count_nonzero())
 
-    def after(self, inner: Linear, op: Op, roundings: float) -> Linear:
-        """This map after another: `op` is their product, each entry of it computed with at most so many roundings."""
+    def after(self, inner: Linear, op: Op, roundings: float, shape: Shape | None = None) -> Linear:
+        """This map after another: `op` is their product, each entry of it computed with at most so many roundings.
+
+        `shape` is that of the value between them where the constant is wanted.
+        """
         a, b = rough_norm(self.op), rough_norm(inner.op)
         error = rd.add_up(
             _underflow(op, roundings) if a and b else 0.0,
@@ -106,18 +116,53 @@ class Linear:
             rd.mul_up(self.error, rd.add_up(b, inner.error)),
             rd.mul_up(rd.gamma(roundings), rd.mul_up(a, b)),
         )
-        return Linear(op, error, bias_error=math.inf if self.constant or inner.constant else 0.0)
+        if shape is None:
+            return _unknown(op, error, self.constant or inner.constant)
+        if not inner.constant:
+            return Linear(op, error, self.bias, bias_error=self.bias_error)
+        between = torch.as_tensor(inner.bias, dtype=torch.float64).expand(shape)
+        return _known(op, error, *self._image(between, inner.bias_error))
 
-    def after_padding(self, pad: Pad, shape: Shape, op: Op) -> Linear:
-        """This map after a padding of values of `shape`, together exactly `op` plus a constant."""
+    def after_padding(self, pad: Pad, shape: Shape, op: Op, biases: bool = False) -> Linear:
+        """This map after a padding of values of `shape`, together exactly `op` plus a constant, which `biases` asks for."""
         error = rd.mul_up(self.error, rd.sqrt_up(float(pad.repeats(shape))))
-        return Linear(op, error, bias_error=math.inf if self.constant or pad.value else 0.0)
+        if not biases:
+            return _unknown(op, error, self.constant or bool(pad.value))
+        if not pad.value:
+            return Linear(op, error, self.bias, bias_error=self.bias_error)
+        pads = [p for pair in reversed(pad.pairs) for p in pair]
+        padded = torch.nn.functional.pad(torch.zeros(shape, dtype=torch.float64), pads, value=pad.value)
+        return _known(op, error, *self._image(padded, 0.0))
 
-    def plus(self, other: Linear, op: Op) -> Linear:
-        """The sum of two maps of one value: `op`, each entry of it computed with one rounding."""
+    def _image(self, given: Tensor, stray: float) -> tuple[Tensor, float]:
+        """What becomes of a constant that is known up to `stray` in each entry, and how far an entry of that may be off."""
+        count, own = terms(self.op) + 8.0, torch.as_tensor(self.bias, dtype=torch.float64)
+        moduli = replace(self.op, weight=to_float64(self.op.weight).abs())
+        size = float(apply(moduli, given.abs()).max()) + float(own.abs().max())
+        grown = rd.mul_up(float(apply(moduli, torch.ones_like(given)).max()) * (1.0 + rd.gamma(8.0 * count)), stray)
+        lost = rd.add_up(self.bias_error, grown, rd.mul_up(rd.gamma(8.0 * count), size), count * rd.TINY)
+        return apply(self.op, given) + own, rd.add_up(lost, rd.mul_up(self.error, frobenius_up(given)))
+
+    def plus(self, other: Linear, op: Op, biases: bool = False) -> Linear:
+        """The sum of two maps of one value: `op`, each entry of it computed with one rounding; `biases` asks for the constant."""
         rounding = rd.mul_up(rd.gamma(2), rd.add_up(rough_norm(self.op), rough_norm(other.op)))
         error = rd.add_up(self.error, other.error, rounding, _underflow(op, 1.0) if rounding else 0.0)
-        return Linear(op, error, bias_error=math.inf if self.constant or other.constant else 0.0)
+        if not biases:
+            return _unknown(op, error, self.constant or other.constant)
+        one, two = (torch.as_tensor(m.bias, dtype=torch.float64) for m in (self, other))
+        size = float(one.abs().max()) + float(two.abs().max())
+        return _known(op, error, one + two, rd.add_up(self.bias_error, other.bias_error, rd.mul_up(rd.gamma(8.0), size)))
+
+
+def _unknown(op: Op, error: float, constant: bool) -> Linear:
+    """A folded map whose constant, where there is one, is not worked out."""
+    return Linear(op, error, bias_error=math.inf if constant else 0.0)
+
+
+def _known(op: Op, error: float, bias: Tensor, stray: float) -> Linear:
+    """A folded map and its constant, known up to `stray`, unless that overflows or is no number."""
+    sure = stray < math.inf and bool(bias.isfinite().all())
+    return Linear(op, error, bias, bias_error=stray) if sure else _unknown(op, error, True)
 
 
 def _underflow(op: Op, roundings: float) -> float:

@@ -120,24 +120,19 @@ def _celu(node: Node) -> Function:
     return partial(F.celu, alpha=node.get("alpha", 1.0))
 
 
-_ALPHA, _GAMMA = 1.6732632423543772, 1.0507009873554805
-
-
 @register("Selu")
 def _selu(node: Node) -> Function:
-    """`gamma` times an ELU of `alpha`; the file has the usual two as float32, of which torch's are the same."""
-    alpha, gamma = node.get("alpha", _ALPHA), node.get("gamma", _GAMMA)
-    if abs(alpha - _ALPHA) < 1e-6 and abs(gamma - _GAMMA) < 1e-6:
-        return F.selu
+    """`gamma` times an ELU of `alpha`; the numbers that ONNX takes where none are given are of float32."""
+    alpha, gamma = node.get("alpha", 1.67326319217681884765625), node.get("gamma", 1.05070102214813232421875)
     return lambda x: gamma * F.elu(x, alpha)
 
 
 @register("HardSigmoid")
 def _hard_sigmoid(node: Node) -> Function:
-    """`clip(alpha x + beta, 0, 1)`; of alpha = 1/6 torch's own, as the file has it in float32."""
+    """`clip(alpha x + beta, 0, 1)`: torch's own of `6 alpha x`, which is that for beta = 1/2, as 6 alpha is no rounding of a float32."""
     alpha, beta = node.get("alpha", 0.2), node.get("beta", 0.5)
-    if abs(alpha - 1 / 6) < 1e-6 and beta == 0.5:
-        return F.hardsigmoid
+    if beta == 0.5 and alpha > 0:
+        return lambda x: F.hardsigmoid(x * (6 * alpha))
     return lambda x: torch.clamp(alpha * x + beta, 0, 1)
 
 

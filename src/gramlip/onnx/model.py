@@ -1,19 +1,277 @@
-"""A graph of ONNX as a module: weights as they are stored, each node a call of torch, which `torch.export` then follows."""
+"""An ONNX file as a module of torch: its graph is read and checked, and each node becomes calls of torch. No code of a file runs."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gramlip.errors import InputError, UnsupportedError, first_line
-from gramlip.onnx.files import Dims, File, Operation, read
-from gramlip.onnx.idioms import rewritten
-from gramlip.onnx.registry import OPERATORS, VALUELESS, Function, Node, RefusedError, floating
+from gramlip.onnx.registry import NEWEST, OLDEST, OPERATORS, VALUELESS, Function, Node, RefusedError, floating
+from gramlip.reports.output import printable
+from gramlip.reports.readers import extra, line
+
+Dims = tuple[int | None, ...]
+_DOMAINS = ("", "ai.onnx")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A node as the file has it."""
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class File:
+    """A graph: its constants, its operations in the order of their work, and the names, types and shapes of what goes in.
+
+    `inputs` has the sizes of each input, None for an axis of any size, and for an input of which the file does not say the axes.
+    """
+
+    path: Path
+    opset: int
+    inputs: dict[str, tuple[torch.dtype, Dims | None]]
+    outputs: tuple[str, ...]
+    constants: dict[str, Tensor]
+    operations: tuple[Operation, ...]
+
+
+def read(path: Path) -> File:
+    """The graph of a file, with its weights.
+
+    Raises:
+        InputError: no package `onnx`, no whole model, data outside of the file's folder, or an operator set that is not known.
+    """
+    package = extra(path, "onnx", "onnx")
+    model = _model(package, path)
+    opset = _opset(path, model)
+    graph = model.graph
+    constants = {held.name: _tensor(package, path, held) for held in graph.initializer}
+    if graph.sparse_initializer:
+        msg = f"{path} holds sparse weights; expected dense ones"
+        raise InputError(msg)
+    inputs = {value.name: _input(package, path, value) for value in graph.input if value.name not in constants}
+    operations = tuple(_operation(package, path, node, i) for i, node in enumerate(graph.node))
+    return File(path, opset, inputs, tuple(value.name for value in graph.output), constants, operations)
+
+
+def _model(package: Any, path: Path) -> Any:
+    try:
+        model = package.load(str(path), load_external_data=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # protobuf's own errors have no common type
+        msg = f"{path} cannot be read as ONNX ({line(error)}); expected a whole model: export it again"
+        raise InputError(msg) from None
+    if not model.graph.output or not model.graph.node:
+        msg = f"{path} holds no graph with outputs; expected a whole model: export it again"
+        raise InputError(msg)
+    if not model.functions:
+        return model
+    from importlib import import_module
+
+    try:
+        return import_module("onnx.inliner").inline_local_functions(model)
+    except Exception as error:  # as above
+        msg = f"{path} holds functions that cannot be read ({line(error)}); expected a whole model: export it again"
+        raise InputError(msg) from None
+
+
+def _opset(path: Path, model: Any) -> int:
+    opset = next((int(held.version) for held in model.opset_import if held.domain in _DOMAINS), 1)
+    if not OLDEST <= opset <= NEWEST:
+        msg = f"{path} uses version {opset} of ONNX's operators; expected {OLDEST} to {NEWEST}: type onnx.version_converter.convert_version"
+        raise InputError(msg)
+    return opset
+
+
+def _kind(package: Any, path: Path, name: str, number: int) -> torch.dtype:
+    try:
+        found = getattr(torch, str(package.helper.tensor_dtype_to_np_dtype(number).name), None)
+    except (KeyError, AttributeError, TypeError):
+        found = None
+    if not isinstance(found, torch.dtype):
+        msg = f"{path}: {printable(name)} has entries of a type that torch has not; expected numbers"
+        raise InputError(msg)
+    return found
+
+
+def _tensor(package: Any, path: Path, held: Any) -> Tensor:
+    """A stored tensor; data outside of the file must lie in the file's folder, and be as long as the shape says."""
+    kind = _kind(package, path, held.name, held.data_type)
+    shape = tuple(held.dims)
+    try:
+        if min(shape, default=0) < 0:
+            msg = f"the shape {shape}"
+            raise ValueError(msg)
+        if held.data_location == package.TensorProto.EXTERNAL:
+            _check_place(path, held, math.prod(shape) * kind.itemsize)
+        values: Any = np.array(package.numpy_helper.to_array(held, str(path.parent)), order="C")
+        if values.dtype.kind not in "biufc":  # a type of ml_dtypes, by its bits
+            values = values.view(f"u{values.dtype.itemsize}")
+        made = torch.from_numpy(values)
+        return (made if made.dtype == kind else made.view(kind)).reshape(shape)
+    except Exception as error:  # damaged files show in many ways
+        msg = f"{path}: {printable(held.name)} cannot be read ({line(error)}); expected a whole file: export it again"
+        raise InputError(msg) from None
+
+
+def _check_place(path: Path, held: Any, size: int) -> None:
+    told = {entry.key: entry.value for entry in held.external_data}
+    folder = path.parent.resolve()
+    place = (folder / told.get("location", "")).resolve()
+    if not place.is_relative_to(folder) or not place.is_file():
+        msg = f"its data is in {printable(told.get('location', ''))!r}, which is no file in the folder of the model"
+        raise ValueError(msg)
+    offset = int(told.get("offset", 0))
+    length = int(told.get("length", size))
+    if offset < 0 or length != size or offset + length > place.stat().st_size:
+        msg = f"{length} bytes from {offset} of {place.name} for {size} bytes"
+        raise ValueError(msg)
+
+
+def _input(package: Any, path: Path, value: Any) -> tuple[torch.dtype, Dims | None]:
+    tensor = value.type.tensor_type
+    if value.type.WhichOneof("value") != "tensor_type":
+        msg = f"{path} takes {printable(value.name)}, which is no tensor; expected tensors alone"
+        raise InputError(msg)
+    kind = _kind(package, path, value.name, tensor.elem_type)
+    if not tensor.HasField("shape"):
+        return kind, None
+    return kind, tuple(int(d.dim_value) if d.HasField("dim_value") and d.dim_value > 0 else None for d in tensor.shape.dim)
+
+
+def _operation(package: Any, path: Path, node: Any, i: int) -> Operation:
+    op = node.op_type if node.domain in _DOMAINS else f"{node.domain}.{node.op_type}"
+    name = printable(node.name or f"{node.op_type}_{i}")
+    attributes = {held.name: _attribute(package, path, held) for held in node.attribute}
+    return Operation(printable(op), name, tuple(node.input), tuple(node.output), attributes)
+
+
+def _attribute(package: Any, path: Path, held: Any) -> Any:
+    value = package.helper.get_attribute_value(held)
+    if held.name in ("to", "dtype") and isinstance(value, int):
+        return _kind(package, path, held.name, value)
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, package.TensorProto):
+        return _tensor(package, path, value)
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+# ---- several nodes as one ------------------------------------------------------------------------------------------------
+#
+# Several nodes that an exporter wrote for one function are joined again: the same function of real numbers, with one rule.
+
+
+def rewritten(operations: Iterable[Operation], constants: Mapping[str, Tensor]) -> list[Operation]:
+    """The operations with idioms in one node each; those that only an idiom used stay, and are not needed any more.
+
+    `where(b x > t, x, softplus(b x) / b)` is torch's softplus, `x tanh(softplus(x))` Mish, `x (1 / sqrt(v))` a quotient, `x W + b` a
+    linear layer, and a softmax whose NaN are replaced is the softmax: it has none but where all of a row is masked, whatever the input.
+    """
+    graph = _Graph(constants)
+    return [graph.add(operation) for operation in operations]
+
+
+_OF_ONE = ("Softplus", "Tanh", "IsNaN", "Softmax", "Sqrt", "Reciprocal")
+
+
+class _Graph:
+    """Which operation makes a value."""
+
+    def __init__(self, constants: Mapping[str, Tensor]) -> None:
+        self.constants = dict(constants)
+        self.makers: dict[str, Operation] = {}
+
+    def add(self, operation: Operation) -> Operation:
+        """The operation, or the one that it ends."""
+        if operation.op == "Constant" and isinstance(held := operation.attributes.get("value"), Tensor):
+            self.constants[operation.outputs[0]] = held
+        idioms = {
+            ("Where", 3): (self._softplus, self._softmax),
+            ("Mul", 2): (self._mish, self._quotient),
+            ("Add", 2): (self._linear,),
+        }.get((operation.op, len(operation.inputs)), ())
+        found = next((made for idiom in idioms if (made := idiom(operation)) is not None), operation)
+        self.makers |= dict.fromkeys(operation.outputs, found)
+        return found
+
+    def _made(self, name: str, op: str) -> tuple[str, ...]:
+        """The inputs of the operation of this kind that makes a value; nothing where another makes it."""
+        maker = self.makers.get(name)
+        return maker.inputs if maker is not None and maker.op == op and len(maker.inputs) == (1 if op in _OF_ONE else 2) else ()
+
+    def _number(self, name: str) -> float | None:
+        held = self.constants.get(name)
+        return float(held) if held is not None and held.numel() == 1 else None
+
+    def _softplus(self, operation: Operation) -> Operation | None:
+        condition, x, smooth = operation.inputs
+        greater = self._made(condition, "Greater")
+        if not greater or (threshold := self._number(greater[1])) is None:
+            return None
+        argument, beta = greater[0], 1.0
+        divided = self._made(smooth, "Div")
+        if divided:
+            beta = self._number(divided[1])
+            factors = self._made(argument, "Mul")
+            if beta is None or not factors or factors[0] != x or self._number(factors[1]) != beta:
+                return None
+            smooth = divided[0]
+        elif argument != x:
+            return None
+        if self._made(smooth, "Softplus") != (argument,):
+            return None
+        return replace(operation, op="Softplus", inputs=(x,), attributes={"beta": beta, "threshold": threshold})
+
+    def _mish(self, operation: Operation) -> Operation | None:
+        for x, gate in (operation.inputs, operation.inputs[::-1]):
+            tanh = self._made(gate, "Tanh")
+            if tanh and self._made(tanh[0], "Softplus") == (x,) and not self.makers[tanh[0]].attributes:
+                return replace(operation, op="Mish", inputs=(x,))
+        return None
+
+    def _softmax(self, operation: Operation) -> Operation | None:
+        condition, _, x = operation.inputs
+        if self._made(condition, "IsNaN") == (x,) and self._made(x, "Softmax"):
+            return replace(operation, op="Identity", inputs=(x,))
+        return None
+
+    def _quotient(self, operation: Operation) -> Operation | None:
+        for x, inverse in (operation.inputs, operation.inputs[::-1]):
+            one = self._made(inverse, "Div")
+            root = one[1:] if one and self._number(one[0]) == 1 else self._made(inverse, "Reciprocal")
+            if root and self._made(root[0], "Sqrt"):
+                return replace(operation, op="Div", inputs=(x, root[0]))
+        return None
+
+    def _linear(self, operation: Operation) -> Operation | None:
+        for product, bias in (operation.inputs, operation.inputs[::-1]):
+            if (factors := self._made(product, "MatMul")) and self._axes(factors[1]) == 2 and self._axes(bias) == 1:
+                return replace(self.makers[product], inputs=(*factors, bias), outputs=operation.outputs)
+        return None
+
+    def _axes(self, name: str) -> int | None:
+        held = self.constants.get(name)
+        return None if held is None else held.ndim
+
+
+# ---- the module ----------------------------------------------------------------------------------------------------------
+#
+# The graph as a module: weights as stored, each node a call of torch, which `torch.export` then follows.
 
 _MOVES = (
     *("Constant", "ConstantOfShape", "Identity", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Tile", "Concat"),

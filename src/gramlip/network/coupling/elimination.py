@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gramlip.network.coupling import schur
 from gramlip.network.coupling.circulant import Link
-from gramlip.network.coupling.linear_forms import Form, Slopes, System, size_of, sizes_of
+from gramlip.network.coupling.linear_forms import Anchor, Form, Slopes, System, is_identity, size_of, sizes_of
+from gramlip.network.coupling.schur import Inverse
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.eigenvalues import cholesky, shift
 from gramlip.numerics.precision import to_float64
 
+NORMAL = 10  # powers of 4 that the largest entry of a form may be away from 1
 FLOOR = 1e-250  # forms below it are given up: underflow would be above the bounds of rounding
-LIFTS = (1.0, 1.0 + 1e-9, 1.0 + 1e-6, 1.001, 1.03, 1.3, 2.0, 5.0)  # multipliers that a factorisation refuses are raised by these
 
 Weigh = Callable[[int, Tensor, int], Tensor]  # anchor, its own block (F, n, n) and the exponent of the form -> multipliers (n,)
 
@@ -34,19 +36,18 @@ class Quadratic:
     exponent: int = 0
 
     def normalised(self) -> Quadratic:
-        """The same form with entries of size 1: no overflow and no underflow, however long the run."""
-        held = self.matrix.detach()
-        held = torch.view_as_real(held.resolve_conj()) if held.is_complex() else held
-        top = float(torch.linalg.vector_norm(held, math.inf)) if held.numel() else 0.0
+        """The same form, its largest entry between 1e-6 and 1e6: no overflow and no underflow, however long the run."""
+        diagonal = self.matrix.detach().diagonal(dim1=-2, dim2=-1).real  # of a form that is at least 0 it has the largest entry
+        top = float(diagonal.max()) if diagonal.numel() else 0.0
         if not FLOOR < top < math.inf:
             return self
         doublings = math.frexp(top)[1] // 2
-        return replace(self, matrix=self.matrix * 4.0**-doublings, exponent=self.exponent + doublings)
+        return self if abs(doublings) < NORMAL else replace(self, matrix=self.matrix * 4.0**-doublings, exponent=self.exponent + doublings)
 
 
 def raised(form: Quadratic, noise: Tensor | float) -> Quadratic:
     """A form at least as large as any within `noise` in norm: what is known up to noise is replaced by what is above it."""
-    matrix = 0.5 * (form.matrix + form.matrix.mH)
+    matrix = torch.add(form.matrix, form.matrix.mH).mul_(0.5)
     if not matrix.numel():
         return form
     room = (noise + rd.gamma(8) * (sizes_of(matrix.detach()) + noise)) * (1 + 1e-9)
@@ -60,6 +61,13 @@ def start(system: System, terminal: Quadratic | None = None, *, rounded: bool = 
     What is `rounded` is above it, whatever the rounding; else it is the form in plain floating point.
     """
     live = sorted(system.output.blocks)
+    alone = system.output.blocks[live[0]] if len(live) == 1 else None
+    if alone is not None and system.output.errors[live[0]] == 0.0 and is_identity(alone):
+        return (
+            Quadratic(live, alone.expand(system.frequencies, -1, -1))
+            if terminal is None
+            else replace(terminal, live=live, matrix=terminal.matrix.to(alone.dtype))
+        )
     wide = torch.cat([system.output.blocks[a].expand(system.frequencies, -1, -1) for a in live], -1)
     if not rounded:
         inner = wide if terminal is None else terminal.matrix.to(wide.dtype) @ wide
@@ -83,13 +91,20 @@ def order(system: System) -> Iterator[int]:
     return iter(range(len(system.queries) - 1, 0, -1))
 
 
-def pulled(system: System, form: Quadratic, k: int) -> tuple[Tensor, Tensor]:
-    """`R H_vv R` and `R H_v` of the last anchor's entries that are not linear."""
+def own_block(system: System, form: Quadratic, k: int) -> Tensor:
+    """`R H_vv R` of the last anchor's entries that are not linear."""
     slopes = system.slopes[k]
     rows = form.matrix.shape[-1] - len(slopes.centre) + slopes.on
-    radius = slopes.radius[slopes.on]
-    b = radius[:, None] * form.matrix[:, rows, :]
-    return b[:, :, rows] * radius, b
+    radius, first = slopes.radius[slopes.on], int(rows[0])
+    block = form.matrix[:, first:, first:] if len(rows) == form.matrix.shape[-1] - first else form.matrix[:, rows[:, None], rows]
+    return radius[:, None] * block * radius
+
+
+def pulled(system: System, form: Quadratic, k: int) -> Tensor:
+    """`R H_v` of the last anchor's entries that are not linear."""
+    slopes = system.slopes[k]
+    rows = form.matrix.shape[-1] - len(slopes.centre) + slopes.on
+    return slopes.radius[slopes.on][:, None] * form.matrix[:, rows, :]
 
 
 def everywhere(slopes: Slopes, weights: Tensor) -> Tensor:
@@ -107,16 +122,16 @@ def query_rows(system: System, k: int, live: list[int]) -> tuple[Tensor, float]:
     return wide, rd.hypot_up(query.errors.values())
 
 
-def after(system: System, form: Quadratic, k: int) -> list[int]:
-    """The anchors that are left when the last one, k, is replaced by its query."""
-    query = system.queries[k]
+def _left(system: System, live: list[int]) -> list[int]:
+    """The anchors that are left when the last one is replaced by its query."""
+    query = system.queries[live[-1]]
     assert query is not None
-    return sorted({*form.live[:-1], *query.blocks})
+    return sorted({*live[:-1], *query.blocks})
 
 
 def substituted(system: System, form: Quadratic, k: int, weights: Tensor) -> Quadratic:
     """`C q` in the place of the last anchor, and `q* L q` added, for multipliers of all its entries."""
-    live, centre = after(system, form, k), system.slopes[k].centre
+    live, centre = _left(system, form.live), system.slopes[k].centre
     rows, _ = query_rows(system, k, live)
     old = form.matrix.shape[-1] - len(centre)
     middle = centre[:, None] * form.matrix[:, old:, old:] * centre + torch.diag(weights)
@@ -131,6 +146,17 @@ def substituted(system: System, form: Quadratic, k: int, weights: Tensor) -> Qua
     return Quadratic(live, matrix, form.exponent)
 
 
+def anchor_of(system: System, k: int, live: list[int]) -> tuple[Anchor, float]:
+    """The last of some live anchors, with its query on those that are left, and the query's error."""
+    found = system.anchors.get(k)
+    if found is None:
+        left, slopes = _left(system, live), system.slopes[k]
+        rows, error = query_rows(system, k, left)
+        at = torch.cat([torch.full((len(system.channels[a]),), a in live[:-1]) for a in left]) if left else torch.zeros(0)
+        found = system.anchors[k] = Anchor(slopes.radius, slopes.centre / slopes.radius, rows, at.nonzero()[:, 0]), error
+    return found
+
+
 def eliminated(system: System, form: Quadratic, weigh: Weigh) -> Quadratic | None:
     """The form of the input alone, in plain floating point; None where a step was not positive definite."""
     for k in order(system):
@@ -138,8 +164,15 @@ def eliminated(system: System, form: Quadratic, weigh: Weigh) -> Quadratic | Non
             continue
         slopes = system.slopes[k]
         weights = torch.zeros_like(slopes.centre)
+        if Anchor.fits(slopes.centre, slopes.radius):
+            chosen = weigh(k, own_block(system, form, k), form.exponent)
+            matrix = schur.eliminated(form.matrix, chosen, anchor_of(system, k, form.live)[0])
+            if matrix is None:
+                return None
+            form = replace(form, live=_left(system, form.live), matrix=matrix).normalised()
+            continue
         if len(slopes.on):
-            own, b = pulled(system, form, k)
+            own, b = own_block(system, form, k), pulled(system, form, k)
             chosen = weigh(k, own, form.exponent)
             factor, info = torch.linalg.cholesky_ex(torch.diag(chosen).to(own.dtype) - own)
             if bool(info.any()):
@@ -151,9 +184,9 @@ def eliminated(system: System, form: Quadratic, weigh: Weigh) -> Quadratic | Non
 
 
 def certified(system: System, form: Quadratic, weigh: Weigh) -> Quadratic | None:
-    """A form of the input that is proved to be above: every rounding is bounded a posteriori. None where the proof fails.
+    """A form of the input that is proved to be above: every rounding is bounded. None where the proof fails.
 
-    No eigenvalue or solution of a system is trusted. docs/network.md#certificate.
+    No factor, eigenvalue or solution of a system is trusted. docs/network.md#certificate.
     """
     for k in order(system):
         if k not in form.live:
@@ -161,63 +194,30 @@ def certified(system: System, form: Quadratic, weigh: Weigh) -> Quadratic | None
         slopes = system.slopes[k]
         weights = torch.zeros_like(slopes.centre)
         if len(slopes.on):
-            own, b = pulled(system, form, k)
-            proved = _multiplied(own, weigh(k, own, form.exponent))
-            if proved is None:
+            own = own_block(system, form, k)
+            found = schur.inverse(own, weigh(k, own, form.exponent))
+            if found is None:
                 return None
-            form, weights = _maximised(form, own, b, proved), everywhere(slopes, proved.weights)
+            if Anchor.fits(slopes.centre, slopes.radius):
+                matrix, noise = schur.bounded(form.matrix, *anchor_of(system, k, form.live), found)
+                form = raised(replace(form, live=_left(system, form.live), matrix=matrix), noise).normalised()
+                continue
+            form, weights = _maximised(form, pulled(system, form, k), found), everywhere(slopes, found.weights)
         form = _replaced(system, form, k, weights).normalised()
     return form
 
 
-@dataclass
-class Proved:
-    """Multipliers L, the Cholesky factor of `S = L - R H R`, a proved lower bound of its least eigenvalue, and its size."""
-
-    weights: Tensor
-    inner: Tensor
-    factor: Tensor
-    least: Tensor
-    size: Tensor
-
-
-def _multiplied(own: Tensor, weights: Tensor) -> Proved | None:
-    """What is proved for these multipliers; those that are too small are raised."""
-    size = sizes_of(own)
-    for lift in LIFTS:
-        lifted = weights * lift
-        if not bool(lifted.isfinite().all()):
-            return None
-        inner = torch.diag(lifted).to(own.dtype) - own
-        factor, info = torch.linalg.cholesky_ex(inner)
-        if bool(info.any()):
-            continue
-        top = (lifted.max() + size) * (1 + 1e-9)
-        guess = 0.5 / sizes_of(torch.cholesky_inverse(factor))
-        turned = torch.diag_embed(top[:, None].expand(-1, len(weights))).to(own.dtype) - inner
-        # lambda_1(top I - S) <= top - guess proves that S >= guess; each entry of S is right up to a few units.
-        if bool((guess > 0).all()) and bool(cholesky(turned, top - guess, rd.gamma(16) * top).all()):
-            return Proved(lifted, inner, factor, guess, top)
-    return None
-
-
-def _maximised(form: Quadratic, own: Tensor, b: Tensor, proved: Proved) -> Quadratic:
-    """A form above `H + B* S^-1 B`, from `X = S^-1 B` as computed: X* B + B* X - X* S X, and what the residual leaves."""
-    x = torch.cholesky_solve(b, proved.factor)
-    cross = x.mH @ b
-    image = proved.inner @ x
-    residual = b - image
-    matrix = form.matrix + cross + cross.mH - x.mH @ image
-    sizes = [sizes_of(t) for t in (x, b, form.matrix)]
-    unit = rd.gamma(16.0 * (b.shape[-1] + b.shape[-2] + 8))
-    gap = sizes_of(residual) + unit * (2 * sizes[1] + proved.size * sizes[0])
-    slack = unit * (4 * sizes[0] * sizes[1] + sizes[0].square() * proved.size + sizes[2])
-    return raised(replace(form, matrix=matrix), (slack + gap.square() / proved.least) * (1 + 1e-9))
+def _maximised(form: Quadratic, b: Tensor, found: Inverse) -> Quadratic:
+    """A form above `H + B* S^-1 B`."""
+    right = found.roots[:, None] * b
+    gram, noise = found.gram(right, rd.gamma(16.0) * sizes_of(right))
+    noise = noise + rd.gamma(8) * (sizes_of(form.matrix) + sizes_of(gram))
+    return raised(replace(form, matrix=form.matrix + gram), noise * (1 + 1e-9))
 
 
 def _replaced(system: System, form: Quadratic, k: int, weights: Tensor) -> Quadratic:
     """A form above `substituted`: its rounding and the query's error bounded."""
-    live, centre = after(system, form, k), float(system.slopes[k].centre.abs().max())
+    live, centre = _left(system, form.live), float(system.slopes[k].centre.abs().max())
     rows, error = query_rows(system, k, live)
     size, most, whole = sizes_of(rows) if rows.numel() else torch.zeros(len(rows)), float(weights.max()), sizes_of(form.matrix)
     unit = rd.gamma(16.0 * (rows.shape[-1] + form.matrix.shape[-1] + 8))

@@ -7,7 +7,7 @@ of an earlier value. A map gives one matrix for each frequency (one matrix in al
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -25,6 +25,8 @@ def sizes_of(matrix: Tensor) -> Tensor:
 
     Of complex matrices, which there are many of, Frobenius alone: moduli would take longer than a factorisation.
     """
+    if not matrix.numel():
+        return torch.zeros(len(matrix), dtype=torch.float64)
     if matrix.is_complex():
         parts = torch.view_as_real(matrix.resolve_conj())
         return torch.linalg.vector_norm(parts, dim=(-3, -2, -1)) * (1.0 + rd.gamma(2.0 * matrix.shape[-1] * matrix.shape[-2] + 16.0))
@@ -54,7 +56,7 @@ class Form:
         """The form after a linear map known up to `error`."""
         size, blocks, errors = size_of(matrix), dict[int, Tensor](), dict[int, float]()
         for a, block in self.blocks.items():
-            if self.errors[a] == 0.0 and _is_identity(block):  # nothing to multiply, nothing to round
+            if self.errors[a] == 0.0 and is_identity(block):  # nothing to multiply, nothing to round
                 blocks[a], errors[a] = matrix, error
                 continue
             blocks[a] = matrix @ block
@@ -84,7 +86,8 @@ class Form:
         return Form(blocks, errors, self.clean and other.clean)
 
 
-def _is_identity(block: Tensor) -> bool:
+def is_identity(block: Tensor) -> bool:
+    """Whether a block is the identity at every frequency."""
     n = block.shape[-1]
     return block.shape == (1, n, n) and int(block.count_nonzero()) == n and bool((block.diagonal(dim1=-2, dim2=-1) == 1).all())
 
@@ -110,6 +113,57 @@ class Slopes:
         return (self.radius > 0).nonzero()[:, 0]
 
 
+STEEP = 8.0  # centres of at most so many radii: larger ones would cancel digits
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """An anchor's `radius` and `ratio` (n,) of centre to radius, its query as `rows` (F or 1, n, m) of the anchors that are left.
+
+    `at` are the columns of those among them that the form had before.
+    """
+
+    radius: Tensor
+    ratio: Tensor
+    rows: Tensor
+    at: Tensor
+
+    @staticmethod
+    def fits(centre: Tensor, radius: Tensor) -> bool:
+        """Whether no entry is linear, or nearly so."""
+        return bool((centre.abs() <= STEEP * radius).all() and (radius > 0).all())
+
+    @property
+    def before(self) -> int:
+        """How many columns the form has before those of the anchor."""
+        return len(self.at)
+
+    def inner(self, matrix: Tensor, weights: Tensor) -> Tensor:
+        """S = L - R H_vv R."""
+        own = matrix[:, self.before :, self.before :]
+        inner = -(self.radius[:, None] * own * self.radius)
+        inner.diagonal(dim1=-2, dim2=-1).add_(weights)
+        return inner
+
+    def right(self, matrix: Tensor, weights: Tensor) -> Tensor:
+        """D = R H_vr + L K A."""
+        right = (self.ratio * weights)[:, None] * self.rows
+        if self.before:
+            right = right.expand(len(matrix), -1, -1).clone()
+            right[:, :, self.at] += self.radius[:, None] * matrix[:, self.before :, : self.before]
+        return right
+
+    def rest(self, weights: Tensor) -> Tensor:
+        """L (1 - K^2)."""
+        return weights * (1.0 - self.ratio) * (1.0 + self.ratio)
+
+    def whole(self, matrix: Tensor, gram: Tensor) -> Tensor:
+        """`H_rr` added to what is left of the rest, in its place."""
+        if self.before:
+            gram[:, self.at[:, None], self.at] += matrix[:, : self.before, : self.before]
+        return gram
+
+
 @dataclass
 class System:
     """A segment: anchor 0 is its input; anchor k > 0 is `D q[k]` with `slopes[k]`; `output` is the value whose size is asked for.
@@ -122,6 +176,7 @@ class System:
     output: Form
     frequencies: int
     slopes: list[Slopes]
+    anchors: dict[int, tuple[Anchor, float]] = field(default_factory=dict[int, tuple[Anchor, float]], init=False, repr=False)
 
 
 class Maps(Protocol):

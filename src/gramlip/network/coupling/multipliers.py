@@ -26,7 +26,8 @@ from gramlip.network.coupling.elimination import (
 )
 from gramlip.network.coupling.linear_forms import Slopes, System
 
-FEW, MANY = 12, 60  # power steps: in the search, and where it counts
+FEW, MANY = 12, 60  # power steps: in the search, and where it counts, there
+BEST = 8  # of the frequencies with the largest quotients alone after the first
 EXACT = 1e9  # eigenvalues are taken in full of blocks of so many cubed rows
 
 
@@ -57,15 +58,30 @@ def _least(own: Tensor, shape: Tensor, steps: int) -> Tensor:
 
 
 def power_estimate(own: Tensor, steps: int) -> Tensor:
-    """Nearly the largest eigenvalue over all frequencies, from power steps; its gradient is that of the vector found."""
+    """Nearly the largest eigenvalue over all frequencies, from power steps; its gradient is that of the vector found.
+
+    After `FEW` steps those go on that are among the `BEST` so far.
+    """
     with torch.no_grad():
         tiny = max(1e-300, torch.finfo(own.dtype).tiny)
         v = own.abs().sum(-1, keepdim=True).to(own.dtype) + tiny
-        for _ in range(steps):
-            v = own @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny))
-        v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny)
-        best = int((v.mH @ (own @ v)).real.argmax())
-    return (v[best].mH @ (own[best] @ v[best])).real[0, 0]
+        held, v = _powered(own, v, min(steps, FEW), tiny)
+        if steps > FEW:
+            best = torch.topk(held[:, 0, 0], min(BEST, len(held)))[1]
+            held, v = _powered(own[best], v[best], steps - FEW, tiny)
+        else:
+            best = torch.arange(len(own))
+        at = int(held[:, 0, 0].argmax())
+        place, vector = int(best[at]), v[at]
+    return (vector.mH @ (own[place] @ vector)).real[0, 0]
+
+
+def _powered(own: Tensor, v: Tensor, steps: int, tiny: float) -> tuple[Tensor, Tensor]:
+    """The quotients (F, 1, 1) of vectors after power steps, and the vectors."""
+    for _ in range(steps):
+        v = own @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny))
+    v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny)
+    return (v.mH @ (own @ v)).real, v
 
 
 def _largest(own: Tensor) -> float:
@@ -164,24 +180,34 @@ def certificate(run: Sequence[Piece], search: MultiplierSearch) -> float:
 # ---- gradient steps ------------------------------------------------------------------------------------------------------
 
 
+def _descended(run: Sequence[Piece], search: MultiplierSearch) -> Quadratic | None:
+    """The input's form in plain floating point; None where it fails or is zero."""
+    form = descend(run, search.powers, search.weighs(run, FEW), eliminated)
+    return None if form is None or not form.live or not bool(form.matrix.detach().isfinite().all()) else form
+
+
+SHARP = 10.0  # of the smooth maximum: choices that are good at the frequencies of a coarse torus alone are no good
+
+
 def objective(run: Sequence[Piece], search: MultiplierSearch) -> Tensor | None:
-    """Smooth maximum over the frequencies of the logarithm of the input's form, in plain floating point; None where it fails."""
-    form: Quadratic | None = descend(run, search.powers, search.weighs(run, FEW), eliminated)
-    if form is None or not form.live or not bool(form.matrix.detach().isfinite().all()):
+    """Smooth maximum of the logarithms of all eigenvalues of the input's form, in plain floating point; None where it fails."""
+    form = _descended(run, search)
+    if form is None:
         return None
-    top = torch.linalg.eigvalsh(form.matrix)[:, -1].double().clamp_min(1e-300).log()
-    return torch.logsumexp(40.0 * top, 0) / 40.0 + form.exponent * math.log(4.0)
+    logarithms = torch.linalg.eigvalsh(form.matrix).double().clamp_min(1e-300).log().reshape(-1)
+    return torch.logsumexp(SHARP * logarithms, 0) / SHARP + form.exponent * math.log(4.0)
 
 
 def reached(run: Sequence[Piece], search: MultiplierSearch) -> float:
-    """The objective as a number, to rank choices by; infinite where it fails."""
+    """The logarithm of the largest eigenvalue of the input's form, to rank choices by; infinite where it fails."""
     with torch.no_grad():
-        value = objective(run, search)
-    return math.inf if value is None or math.isnan(float(value)) else float(value)
+        form = _descended(run, search)
+        value = math.inf if form is None else float(torch.linalg.eigvalsh(form.matrix).max())
+    return math.log(max(value, 1e-300)) + form.exponent * math.log(4.0) if form is not None and value < math.inf else math.inf
 
 
-RATES = (0.4, 0.05)  # of the first and the last step,
-MEMORIES = (0.6, 0.9)  # and how much of the one before the averages of Adam keep: few steps have to do
+RATES = (0.3, 0.04)  # of the first and the last step,
+MEMORIES = (0.2, 0.5)  # and how much of the one before the averages of Adam keep: few steps have to do
 
 
 def improve(run: Sequence[Piece], search: MultiplierSearch, steps: int) -> MultiplierSearch:

@@ -282,13 +282,13 @@ def _pool(network: Network, first: int, last: int) -> tuple[float, float] | None
 
 STEPS = 150  # gradient steps of the search for multipliers at effort 1, if
 LEAST = 4  # fewer steps are not worth their start
-BUDGET = 5e9  # so many multiplications allow them,
-SHARES = (0.9, 0.1)  # shared among the coarse tori;
+BUDGET = 1.15e10  # so many multiplications allow them,
+SHARES = (0.8, 0.2)  # shared among the coarse tori;
 ALONE = 6.0  # times as many for a run that is searched entry by entry
 ROUNDS = (1.0, 2.0, 6.0, 18.0)  # times that in each round of the search
 GAIN = 1.02  # a run on tori is proved where the coarse ones promise so much over composition,
 HOPE = 30.0  # nothing is searched where closed forms promise so much more than composition,
-FAR = 3.0  # and what promises so much more than is proved already is not proved
+KEPT = 0.9  # and no choice counts for less than so much of its promise
 PROOF = 6e9  # and an elimination takes at most so many multiplications, at effort 1
 CHEAP = 2e8  # an elimination that is searched on the true torus too
 NEWTON = 3e11  # multiplications of the Newton steps at effort 1,
@@ -347,17 +347,18 @@ def _coupled(found: SegmentPlan, composed: float, effort: Effort, names: str) ->
     """The least proved bound: of closed forms, and of what the searches that the effort allows come to; more effort only adds some."""
     if found.cost > CHEAP or len(found.run) > 1:
         return _searched(found, composed, effort, names)
-    upper = _alone_coupled(found.run[0].system, effort)
-    if upper < math.inf and newton_cost(found.run[0].system) * FEWEST <= NEWTON:
+    closed, upper = _alone_coupled(found.run[0].system, effort)
+    if closed < math.inf and newton_cost(found.run[0].system) * FEWEST <= NEWTON:
         return upper
     return min(upper, _searched(found, composed, effort, names))
 
 
-def _alone_coupled(system: System, effort: Effort) -> float:
-    """Of one piece, from both sides: multipliers in closed form, then Newton steps on the side with the narrower input."""
+def _alone_coupled(system: System, effort: Effort) -> tuple[float, float]:
+    """Of one piece, from both sides: what multipliers in closed form prove, and, on the side with the narrower input, Newton steps too."""
     sides = [narrowed(side) for side in (system, transposed(system)) if side is not None]
     closed = [closed_logarithms(side) for side in sides]
-    upper = min(math.inf if found is None else proved(side, found) for side, found in zip(sides, closed, strict=True))
+    least = min(math.inf if found is None else proved(side, found) for side, found in zip(sides, closed, strict=True))
+    upper = least
     at = min(range(len(sides)), key=lambda i: newton_cost(sides[i]))
     start, steps = closed[at], int(effort.amount * min(MOST, NEWTON / newton_cost(sides[at])))
     if start is not None:
@@ -365,7 +366,7 @@ def _alone_coupled(system: System, effort: Effort) -> float:
             upper = min(upper, proved(sides[at], better))
             if effort.over:
                 break
-    return upper
+    return least, upper
 
 
 def _searched(found: SegmentPlan, composed: float, effort: Effort, names: str) -> float:
@@ -376,7 +377,7 @@ def _searched(found: SegmentPlan, composed: float, effort: Effort, names: str) -
     shared = zip(found.searches, SHARES, strict=True) if found.searches else [(found.run, ALONE)]
     tori = [(single(run) if found.searches else run, share) for run, share in shared]
     coarse, met = tori[-1][0], [MultiplierSearch.closed(found.searches[0] if found.searches else found.run)]
-    promised = [_promise(coarse, met[0])]
+    promised = [_promise(tori[0][0], met[0])]
     if found.searches and found.cost <= CHEAP:
         tori.append((found.run, 1.0))
     for i, size in enumerate(ROUNDS):
@@ -394,11 +395,19 @@ def _searched(found: SegmentPlan, composed: float, effort: Effort, names: str) -
     if effort.over:
         effort.say(f"{names} not coupled: the time was up")
         return math.inf
+    return _least(found.run, met, promised, composed, effort)
+
+
+def _least(run: Sequence[Piece], met: Sequence[MultiplierSearch], promised: Sequence[float], composed: float, effort: Effort) -> float:
+    """The least bound of some choices, each counted as no less than `KEPT` of what it promises: so that not all have to be proved.
+
+    The result is that of proving all of them, of which more effort has more: docs/network.md#effort.
+    """
     upper = math.inf
     for choice, least in sorted(zip(met, promised, strict=True), key=lambda pair: pair[1]):
-        if FAR * upper <= least or (upper < math.inf and effort.over):
+        if upper <= KEPT * least or not least * GAIN < composed or (upper < math.inf and effort.over):
             break
-        upper = min(upper, certificate(found.run, choice))
+        upper = min(upper, max(KEPT * least, certificate(run, choice)))
     return upper
 
 

@@ -1,7 +1,8 @@
 """Local constants: on a box or in a ball of inputs. docs/local.md."""
 
+from gramlip.network.local.columns import columns_norm
 from gramlip.network.local.intervals import Region, region
 from gramlip.network.local.jacobians import Around, Results, derivative
-from gramlip.network.local.restrict import restricted
+from gramlip.network.local.restrict import Local, restricted
 
-__all__ = ["Around", "Region", "Results", "derivative", "region", "restricted"]
+__all__ = ["Around", "Local", "Region", "Results", "columns_norm", "derivative", "region", "restricted"]

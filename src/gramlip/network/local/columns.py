@@ -3,212 +3,342 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from gramlip.network.local.intervals import Region, Value, round_down, round_up, terms, whole_of
-from gramlip.network.local.relaxations import action, stray_of
-from gramlip.network.steps import Input, Linear, Lipschitz, Network, Slope, Step
+from gramlip.network.local.chords import chords
+from gramlip.network.local.intervals import Region, Value, round_down, round_up, whole_of
+from gramlip.network.local.relaxations import Action, action, stray_of
+from gramlip.network.local.tiles import BLOCKS, Tile, carried, cut, dense, landing, rows_at, size_of, unit_columns
+from gramlip.network.steps import Input, Linear, Lipschitz, Network, Slope, Step, terms
 from gramlip.norm.certify import certify_all
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.rounding import frobenius_up, row_norms_up
-from gramlip.operators.linear_maps import Dense
+from gramlip.numerics.rounding import frobenius_up
+from gramlip.operators.linear_maps import Conv, Dense
 
 INF = math.inf
 MOST = 2**27  # entries of the columns of one value
 WORK = 2**31  # and of those of all values together
-TOGETHER = 2**24  # of them at a time
+TOGETHER = 2**24  # of them in one tile
+SWITCHING = 2**12  # activations of a value that have columns
+FREE = 0.2  # of the steepest slope: where most slopes differ more from their middles, columns say nothing
+PRODUCTS = 1e11  # multiplications that a norm of what they are may take
 LARGEST = 1e60  # differences and weights up to which nothing that underflows counts
 LOST = 1e-150  # is added for what does
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a value differs at two inputs y and z, entry by entry: by `linear (y - z) + extra w` up to `loose`.
+class Group:
+    """Columns that belong together, in one tile of every value: of entries of the flat input, or of activations of step `step`."""
 
-    `linear` has a column for each entry of the input, along its first axis, `extra` one for each activation that may switch; the
-    entries of w are what those differ by beside their middles. `most` bounds the differences, first of two inputs at the distance
-    1, then of an input and the centre of the set; so does `loose` what has no column.
-    """
-
-    linear: Tensor
-    extra: Tensor
-    loose: Tensor
-    most: Tensor
+    step: int
+    numbers: Tensor
 
 
 @dataclass(frozen=True)
-class Switches:
-    """Activations that have columns: their slopes differ from the middle by `half`, their arguments by `rows (y - z)` up to `rest`."""
+class Form:
+    """How a value differs at two points, entry by entry: by its columns times what these stand for, up to `loose`.
 
-    half: Tensor
-    rows: Tensor
-    rest: Tensor
+    `size` bounds all of it, roughly, and `most` as well as is known, where a step reads that.
+    """
+
+    tiles: Mapping[int, Tile]
+    loose: Tensor
+    size: Tensor
+    most: Tensor | None = None
 
 
 class Columns:
-    """The values so far as linear functions of the input, and what slopes may add to them."""
+    """The values so far as linear functions of the input, and what slopes may add to them.
 
-    def __init__(self, network: Network, area: Region, budget: int = WORK) -> None:
+    Differences are those of two points of the set at the distance 1, or, with `centred`, of any point of it and the centre.
+    """
+
+    def __init__(self, network: Network, area: Region, centred: bool, budget: int = WORK) -> None:
         """Nothing is followed where that takes more than `budget` entries."""
-        sizes, outputs = [math.prod(step.shape) for step in network.steps], network.outputs
-        self._area, self._outputs, self._sizes = area, outputs, sizes
-        work = area.entries * sum(sizes)
-        self._left = budget - work
-        self._pays = area.entries * max(sizes) <= MOST and self._left >= 0 and area.far < LARGEST
-        self._actions = [action(network.steps, i) if self._pays else None for i in range(len(sizes))]
-        reads = [step.sources if act is None else act[0] for step, act in zip(network.steps, self._actions, strict=True)]
-        self._last = {s: i for i, some in enumerate(reads) for s in some} | dict.fromkeys(outputs, len(sizes))
-        self._steps, self._forms, self._inputs = list[Step](), dict[int, Form](), 0
-        self._weights, self._switches = torch.zeros(2, 0, dtype=torch.float64), list[Switches]()
+        steps, outputs = network.steps, network.outputs
+        self._area, self._outputs, self._left, self._centred = area, outputs, budget, centred
+        self._unit = area.far if centred else 1.0
+        self._pays = budget > 0 and area.far < LARGEST
+        self._actions: list[Action | None] = [action(steps, i) if self._pays else None for i in range(len(steps))]
+        reads = [step.sources if act is None else act[0] for step, act in zip(steps, self._actions, strict=True)]
+        self._last = {s: i for i, some in enumerate(reads) for s in some} | dict.fromkeys(outputs, len(steps))
+        self._read = {s for some, act in zip(reads, self._actions, strict=True) if act is None for s in some} | set(outputs)
+        self._blocks = BLOCKS if any(isinstance(s.what, Linear) and isinstance(s.what.op, Conv) for s in steps) else 1
+        self._chunk = max(1, TOGETHER // max(math.prod(step.shape) for step in steps))
+        self._steps, self._forms, self._groups, self._inputs = list[Step](), dict[int, Form](), list[Group](), 0
+        self._norms = dict[int, float]()  # of what the columns of the activations of a step stand for
+        self._switches = list[tuple[Tensor, float]]()  # of these, as functions of the input, up to a rest of that norm
 
-    def add(self, step: Step, value: Value) -> Value:
-        """One more step; its value inside what the columns say of it."""
+    def add(self, step: Step, source: Value | None = None) -> Tensor | None:
+        """One more step; how much each entry of its value differs at most, where that is read and known.
+
+        `source` is what is known of the value that it reads first.
+        """
         i = len(self._steps)
         self._steps.append(step)
         if not self._pays:
-            return value
+            return None
         with torch.no_grad():
-            form = self._form(i, step)
+            form = self._form(i, step, source)
         self._forms = {s: f for s, f in self._forms.items() if self._last.get(s, -1) > i}
-        if form is None or not bool((form.most < LARGEST).all()):
-            return value
+        if form is None or not bool((form.size < LARGEST).all()):
+            return None
         if self._last.get(i, -1) > i:
             self._forms[i] = form
-        return _inside(value, form.most[1], step)
+        return form.most
 
-    def _form(self, i: int, step: Step) -> Form | None:
+    def _form(self, i: int, step: Step, source: Value | None) -> Form | None:
         if isinstance(step.what, Input):
             return self._input(step)
         act = self._actions[i]
         if any(s not in self._forms for s in (step.sources if act is None else act[0])):
             return None
-        if isinstance(step.what, Slope) and self._forms[step.sources[0]].linear.shape[1:] == step.shape:
-            return self._activated(i, step.what, self._forms[step.sources[0]])
-        return None if act is None else self._mapped(i, step, act[1], [self._forms[s] for s in act[0]])
+        form = self._forms[step.sources[0]] if act is None else None
+        if form is not None and isinstance(step.what, Slope) and tuple(form.loose.shape) == step.shape:
+            return self._activated(i, step.what, form, source)
+        return None if act is None else self._mapped(i, step, act, [self._forms[s] for s in act[0]])
 
-    def _input(self, step: Step) -> Form:
-        size = math.prod(step.shape)
-        linear = torch.zeros(self._area.entries, size, dtype=torch.float64)
-        linear[torch.arange(self._inputs, self._inputs + size), torch.arange(size)] = 1.0
+    def _pay(self, entries: int) -> bool:
+        """Whether that many more entries of one value can be paid for."""
+        self._left -= entries
+        return entries <= MOST and self._left >= 0
+
+    def _input(self, step: Step) -> Form | None:
+        size, tiles = math.prod(step.shape), dict[int, Tile]()
+        if not self._pay(size * size if self._blocks == 1 else size * size // self._blocks):
+            return None
+        places, ones = torch.arange(size), torch.ones(size, dtype=torch.float64)
+        for numbers, tile in unit_columns(places, ones, step.shape, self._blocks, self._chunk):
+            tiles[len(self._groups)] = tile
+            self._groups.append(Group(-1, self._inputs + numbers))
         self._inputs += size
-        blank = torch.zeros(2, *step.shape, dtype=torch.float64)
-        return self._measured(linear.reshape(-1, *step.shape), blank[:0], blank)
+        zero = torch.zeros(step.shape, dtype=torch.float64)
+        return self._measured(Form(tiles, zero, zero + self._unit), True)
 
-    def _mapped(self, i: int, step: Step, act: Callable[[Sequence[Tensor], bool], Tensor], forms: Sequence[Form]) -> Form:
+    def _mapped(self, i: int, step: Step, act: Action, forms: Sequence[Form]) -> Form | None:
         """A linear step."""
-        linear = _in_parts(act, [f.linear for f in forms], step)
-        count = max(len(f.extra) for f in forms)
-        extra = _in_parts(act, [torch.cat([f.extra, f.extra.new_zeros(count - len(f.extra), *f.extra.shape[1:])]) for f in forms], step)
-        what, wide = step.what, sum(f.most[0].numel() for f in forms)
+        shapes, run = [tuple(f.loose.shape) for f in forms], act[1]
+        boxes: dict[int, tuple[tuple[int, int], ...]] = {}
+        held = {key: [f.tiles.get(key) for f in forms] for key in dict.fromkeys(key for f in forms for key in f.tiles)}
+        for key, tiles in held.items():
+            box = landing(step, [None if tile is None else tile.box for tile in tiles], shapes)
+            if box is not None:
+                boxes[key] = box
+        if not self._pay(sum(len(self._groups[key].numbers) * size_of(box, step.shape) for key, box in boxes.items())):
+            return None
+        made = {key: carried(step, run, held[key], shapes, box) for key, box in boxes.items()}
+        what, wide = step.what, sum(f.loose.numel() for f in forms)
         products = terms(what.op) if isinstance(what, Linear) else wide if isinstance(what, Lipschitz) else len(forms)
         gamma = rd.gamma(8.0 * (products + 8))
-        loose = act([f.loose + gamma * self._rounded(f) for f in forms], True) * (1.0 + gamma) + LOST
+        loose, size = (
+            run([end[None] for end in ends], True)[0] for ends in ([f.loose + gamma * f.size for f in forms], [f.size for f in forms])
+        )
+        loose = loose * (1.0 + gamma) + LOST
         if stray := stray_of(self._steps, i):
-            lost = [rd.mul_up(stray, rd.hypot_up(frobenius_up(f.most[k]) for f in forms)) for k in range(2)]
-            loose = round_up(loose + torch.tensor(lost, dtype=torch.float64).reshape(2, *[1] * len(step.shape)))
-        return self._measured(linear, extra, loose)
+            loose = round_up(loose + rd.mul_up(stray, rd.hypot_up(frobenius_up(f.size) for f in forms)))
+        return self._measured(Form(made, loose, size * (1.0 + gamma) + loose), i in self._read)
 
-    def _rounded(self, form: Form) -> Tensor:
-        """A norm of the columns of each entry, of which products have their relative roundings."""
-        return torch.stack([form.most[0], form.most[0] * self._area.radius]) if self._area.radius < INF else form.most
-
-    def _activated(self, i: int, what: Slope, form: Form) -> Form:
+    def _activated(self, i: int, what: Slope, form: Form, source: Value | None) -> Form | None:
         """An activation: its middle slopes, and a column of its own for each entry that differs most from them, as many as fit."""
-        low, high = (torch.as_tensor(end, dtype=torch.float64).expand(form.linear.shape[1:]) for end in (what.low, what.high))
+        assert form.most is not None
+        shape = tuple(form.loose.shape)
+        known = self._centred and source is not None and isinstance(source.low, Tensor)
+        low, high = chords(what, source) if known and source is not None else (what.low, what.high)
+        low, high = (torch.as_tensor(end, dtype=torch.float64).expand(shape) for end in (low, high))
         middle = low + (high - low) / 2
         half = torch.maximum(high - middle, middle - low)
         half = torch.where(half > 0, half * (1 + 2.0**-50) + rd.TINY, 0.0)
-        loose = (middle.abs() * (form.loose + rd.gamma(8.0) * self._rounded(form))) * (1.0 + rd.gamma(8.0)) + LOST
-        moved = (half * form.most * (1.0 + rd.gamma(8.0))).flatten(1)
-        open_, known, later = int((half > 0).sum()), self._area.entries + self._weights.shape[1], self._sizes[i:]
-        room = max(0, min(open_, MOST // max(later) - known, self._left // sum(later)))
-        self._left -= room * sum(later)
-        chosen = moved[0].topk(room).indices
-        own = torch.zeros(room, half.numel(), dtype=torch.float64)
-        own[torch.arange(room), chosen] = 1.0
-        before = form.extra.new_zeros(self._weights.shape[1] - len(form.extra), *half.shape)
-        self._weights = torch.cat([self._weights, moved[:, chosen]], 1)
-        moved[:, chosen] = 0.0
-        rows = form.linear.flatten(1)[:, chosen].mT.contiguous()
-        rest = (form.most[0] - torch.linalg.vector_norm(form.linear, dim=0)).reshape(-1)[chosen].clamp_min(0.0)
-        self._switches.append(
-            Switches(half.reshape(-1)[chosen], rows, round_up(rest + rd.gamma(len(form.linear) + 64.0) * form.most[0].reshape(-1)[chosen]))
-        )
-        extra = torch.cat([form.extra * middle, before, own.reshape(room, *half.shape)])
-        return self._measured(form.linear * middle, extra, round_up(loose + moved.reshape(loose.shape)))
+        free = int((half > FREE * torch.maximum(low.abs(), high.abs()).max()).sum())
+        if (self._centred and free > SWITCHING and 2 * free > half.numel()) or not self._pay(
+            sum(tile.data.numel() for tile in form.tiles.values())
+        ):
+            return None
+        gamma = 1.0 + rd.gamma(8.0)
+        tiles = {key: Tile(tile.box, tile.data * cut(middle, tile.box)) for key, tile in form.tiles.items()}
+        loose = (middle.abs() * (form.loose + rd.gamma(8.0) * form.most)) * gamma + LOST
+        moved = (half * form.most * gamma).reshape(-1)
+        places = moved.topk(min(int((half > 0).sum()), SWITCHING)).indices.sort().values
+        weights = moved[places] + (1.0 + half.reshape(-1)[places]) * LOST
+        moved = moved.index_fill(0, places, 0.0)
+        if len(places):
+            self._norms[i] = self._norm_of_switches(form, places)
+        for numbers, tile in unit_columns(places, weights, shape, self._blocks, self._chunk):
+            tiles[len(self._groups)] = tile
+            self._groups.append(Group(i, places[numbers]))
+        loose = round_up(loose + moved.reshape(shape))
+        return self._measured(Form(tiles, loose, (middle.abs() + half) * form.most * gamma + loose), i in self._read)
 
-    def _measured(self, linear: Tensor, extra: Tensor, loose: Tensor) -> Form:
-        """A form with what it bounds of the differences."""
-        area, count = self._area, float(len(linear) + len(extra) + 8)
-        length = torch.linalg.vector_norm(linear, dim=0) * (1.0 + rd.gamma(count)) + LOST
-        span = length * area.radius
-        halves = area.halves
-        if not bool((halves >= area.radius * (1.0 - 2.0**-30)).all()):
-            box = sum((h @ part.flatten(1).abs() for h, part in zip(halves.split(256), linear.split(256), strict=True)), torch.zeros(()))
-            span = torch.minimum(span, box.reshape(span.shape) * (1.0 + rd.gamma(count)) + LOST)
-        moved, weights = torch.zeros_like(loose).flatten(1), self._weights[:, : len(extra)]
-        for w, part in zip(weights.split(256, 1), extra.split(256), strict=True) if len(extra) else ():
-            moved = moved + w @ part.flatten(1).abs()
-        most = torch.stack([length, span]) + moved.reshape(loose.shape) * (1.0 + rd.gamma(count)) + loose
-        return Form(linear, extra, loose, most * (1.0 + rd.gamma(8.0)))
+    # ---- how much a value differs at most ------------------------------------------------------------------------------------
+
+    def _measured(self, form: Form, wanted: bool) -> Form:
+        """A form with the bounds of its differences, where they are read: theorems L8 and L10."""
+        if not wanted:
+            return form
+        sums, count = dict[int, list[Tensor]](), dict[int, int]()
+        boxed = self._boxed()
+        for key, tile in form.tiles.items():
+            group, data = self._groups[key], tile.data
+            square, plain = sums.setdefault(group.step, [torch.zeros_like(form.loose), torch.zeros_like(form.loose)])
+            count[group.step] = count.get(group.step, 0) + len(data)
+            flat = data.flatten(1)
+            ones = torch.ones(len(data), dtype=torch.float64)
+            cut(square, tile.box)[...] += (ones @ flat.square()).reshape(data.shape[1:])
+            if group.step >= 0 or boxed:
+                weights = self._area.halves[group.numbers] if group.step < 0 else ones
+                cut(plain, tile.box)[...] += (weights @ flat.abs()).reshape(data.shape[1:])
+        most = torch.zeros_like(form.loose)
+        for step, (square, plain) in sums.items():
+            room = 1.0 + rd.gamma(2.0 * count[step] + 16.0)
+            length = square.sqrt() * (room * (self._unit if step < 0 else self._norms[step])) + LOST
+            most = most + (torch.minimum(length, plain * room) if step >= 0 or boxed else length)
+        return replace(form, most=torch.minimum(most * (1.0 + rd.gamma(4.0 * len(sums) + 8.0)) + form.loose * (1.0 + 2.0**-50), form.size))
+
+    def _boxed(self) -> bool:
+        """Whether a box cuts into the ball, or there is none."""
+        return self._centred and not bool((self._area.halves >= self._area.radius * (1.0 - 2.0**-30)).all())
+
+    def _norm_of_switches(self, form: Form, places: Tensor) -> float:
+        """The l2 norm of what the columns of some activations will stand for, from the form of their arguments: theorem L10."""
+        assert form.most is not None
+        shape, scale = tuple(form.loose.shape), form.most.reshape(-1)[places].clamp_min(LOST)
+        plain = rd.sqrt_up(float(len(places)))
+        parts = self._parts({key: rows_at(tile, places, shape) / scale[:, None] for key, tile in form.tiles.items()})
+        apart = frobenius_up(form.loose.reshape(-1)[places] / scale) * (1.0 + rd.gamma(8.0))
+        if not self._centred:
+            blank = torch.zeros(len(places), 0, dtype=torch.float64)
+            rest = rd.add_up(_joint([part for step, part in parts.items() if step >= 0], 1e-2, plain), apart)
+            self._switches.append((parts.get(-1, blank), min(rest, 2.0 * plain)))
+        return min(plain, rd.add_up(_joint(list(parts.values()), 1e-2, plain), apart))
+
+    def _parts(self, rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Matrices of columns, those of each step joined, times the norm of what they stand for; step -1 are those of the input."""
+        joined: dict[int, list[Tensor]] = {}
+        for key, columns in rows.items():
+            joined.setdefault(self._groups[key].step, []).append(columns)
+        return {step: torch.cat(some, 1) * (self._unit if step < 0 else self._norms[step]) for step, some in joined.items()}
 
     # ---- what they say of the results ----------------------------------------------------------------------------------------
 
+    def followed(self) -> bool:
+        """Whether the results are known as linear functions."""
+        return all(i in self._forms for i in self._outputs)
+
     def rows(self) -> Tensor | None:
-        """Upper bounds of the constants of the single results on the set, flat: theorem L8; None where columns do not reach them."""
-        if any(i not in self._forms for i in self._outputs):
+        """How far each entry of the results is from that at the centre, over the distance of the inputs, at most."""
+        if not self.followed() or not self._centred or self._boxed():
             return None
-        return torch.cat([self._forms[i].most[0].reshape(-1) for i in self._outputs])
+        known = [self._forms[i].most for i in self._outputs]
+        return torch.cat([round_up(most / self._unit).reshape(-1) for most in known if most is not None])
+
+    def pay(self, outputs: Tensor | None, known: float) -> bool:
+        """Whether columns of two points are worth their time: around the centre no row of theirs is above what is `known` already."""
+        rows = self.rows()
+        if rows is None:
+            return self.followed()
+        return float((rows if outputs is None else rows[outputs]).max()) < known
 
     def norm(self, inputs: Tensor | None, outputs: Tensor | None) -> float:
-        """Upper bound of the constant on the set, from and to some entries of the flat inputs and results; None are all."""
-        if any(i not in self._forms for i in self._outputs):
+        """Upper bound of the norm of the difference of the results, from and to some entries of inputs and results; None are all."""
+        if not self.followed():
             return INF
-        forms, count = [self._forms[i] for i in self._outputs], self._weights.shape[1]
-        linear = torch.cat([f.linear.flatten(1) for f in forms], 1)
-        extra = torch.cat([torch.cat([f.extra.flatten(1), f.extra.new_zeros(count - len(f.extra), f.loose[0].numel())]) for f in forms], 1)
-        loose = torch.cat([f.loose[0].reshape(-1) for f in forms])
-        if inputs is not None:
-            linear = linear[inputs]
-        if outputs is not None:
-            linear, extra, loose = linear[:, outputs], extra[:, outputs], loose[outputs]
-        middle = float(certify_all([Dense(linear.mT.contiguous())], rtol=1e-6)[0].upper)
-        return rd.add_up(middle, self._switched(extra, inputs), frobenius_up(loose))
+        forms = [self._forms[i] for i in self._outputs]
+        loose = torch.cat([f.loose.reshape(-1) for f in forms])
+        rows: dict[int, Tensor] = {}
+        for key in sorted({key for f in forms for key in f.tiles}):
+            own, count = self._groups[key], len(self._groups[key].numbers)
+            made = torch.cat([self._results(f, key, count) for f in forms], 1)
+            if outputs is not None:
+                made = made[:, outputs]
+            rows[key] = (made[inputs[own.numbers]] if inputs is not None and own.step < 0 else made).mT
+        loose = loose if outputs is None else loose[outputs]
+        parts = self._parts(rows)
+        if -1 not in parts:
+            return frobenius_up(loose)
+        middle = parts.pop(-1)
+        extra = {step: part / self._norms[step] for step, part in parts.items()}
+        switched = min(_joint(list(parts.values()), 1e-2, INF), self._switched_together(extra))
+        apart = rd.add_up(_upper(middle, 1e-6), switched)
+        return rd.add_up(min(apart, _joint([middle, *parts.values()], 1e-3, apart)), frobenius_up(loose))
 
-    def _switched(self, extra: Tensor, inputs: Tensor | None) -> float:
-        """What all activations with columns may add in norm, `extra` being those of the results."""
-        lengths, room = row_norms_up(extra), 1.0 + rd.gamma(float(len(extra) + 64))
-        kept = lengths > 0
-        if not bool(kept.any()):
-            return 0.0
-        half, rows, rest = (torch.cat([getattr(s, name) for s in self._switches])[kept] for name in ("half", "rows", "rest"))
-        extra, lengths = extra[kept], lengths[kept]
-        plain = frobenius_up((self._weights[0, kept] @ extra.abs()) * room)
-        apart = frobenius_up(((half * rest) @ extra.abs()) * room)
-        share = (half * lengths / row_norms_up(rows).clamp_min(LOST)).sqrt().clamp(1.0 / LARGEST, LARGEST)
-        left, right = extra * (half / share).reshape(-1, 1), (rows if inputs is None else rows[:, inputs]) * share.reshape(-1, 1)
-        found = certify_all([Dense(left.mT.contiguous()), Dense(right)], rtol=1e-3)
-        norms = [rd.add_up(float(b.upper), rd.mul_up(rd.gamma(8.0), frobenius_up(m))) for b, m in zip(found, (left, right), strict=True)]
-        return min(plain, rd.add_up(rd.mul_up(*norms), apart))
+    def _switched_together(self, extra: Mapping[int, Tensor]) -> float:
+        """What the activations of all steps may add to the results in norm, all of them taken together: theorem L9."""
+        if not extra or not self._switches:
+            return INF
+        alike = [part for part, _ in self._switches if part.shape[1] == self._area.entries]
+        every, wide = torch.cat(list(extra.values()), 1), sum(len(part) for part, _ in self._switches)
+        if len(alike) < len(self._switches) or float(wide) * self._area.entries * min(wide, self._area.entries) > PRODUCTS:
+            return INF
+        rest = rd.hypot_up(rest for _, rest in self._switches)
+        return rd.mul_up(_upper(every, 1e-2), rd.add_up(_upper(torch.cat(alike), 1e-2), rest))
+
+    def _results(self, form: Form, key: int, count: int) -> Tensor:
+        tile = form.tiles.get(key)
+        return (
+            torch.zeros(count, form.loose.numel(), dtype=torch.float64) if tile is None else dense(tile, tuple(form.loose.shape)).flatten(1)
+        )
 
 
-def _in_parts(act: Callable[[Sequence[Tensor], bool], Tensor], xs: Sequence[Tensor], step: Step) -> Tensor:
-    """A linear step of many columns, some of them at a time."""
-    made = torch.empty(len(xs[0]), *step.shape, dtype=torch.float64)
-    some = max(1, TOGETHER // max(math.prod(step.shape), *(x[0].numel() for x in xs))) if len(made) else 1
-    for k in range(0, len(made), some):
-        made[k : k + some] = act([x[k : k + some] for x in xs], False)
-    return made
+def _upper(matrix: Tensor, rtol: float) -> float:
+    """Upper bound of the norm of a matrix, each of whose entries has been computed with a rounding or two."""
+    if matrix.numel() == 0:
+        return 0.0
+    contiguous = matrix.contiguous()
+    return rd.add_up(float(certify_all([Dense(contiguous)], rtol=rtol)[0].upper), rd.mul_up(rd.gamma(8.0), frobenius_up(contiguous)))
 
 
-def _inside(value: Value, span: Tensor, step: Step) -> Value:
+def _joint(parts: Sequence[Tensor], rtol: float, known: float) -> float:
+    """Upper bound of the norm of a sum of matrices times vectors of length 1 each: theorem L10.
+
+    One quick way where the other would cost too much, or where `known` is not above it.
+    """
+    parts = [part for part in parts if part.numel() and bool(part.any())]
+    if not parts:
+        return 0.0
+    lengths = [_length(part) for part in parts]
+    total, wide = sum(lengths), sum(part.shape[1] for part in parts)
+    shares = [length / total for length in lengths]
+    if min(shares) > 1e-12 and _products(len(parts[0]), wide) <= PRODUCTS and max(lengths) < known:
+        joined = torch.cat([part / math.sqrt(share) for part, share in zip(parts, shares, strict=True)], 1)
+        return rd.mul_up(_upper(joined, rtol), rd.sqrt_up(rd.add_up(*shares)))
+    return rd.add_up(*(_upper(part, rtol) if _products(*part.shape) <= PRODUCTS else _sums(part) for part in parts))
+
+
+def _products(m: int, n: int) -> float:
+    """Multiplications of a matrix with its adjoint, the smaller way."""
+    return float(m) * n * min(m, n)
+
+
+def _length(matrix: Tensor) -> float:
+    """About the norm of a matrix."""
+    x = matrix.abs().sum(0)
+    for _ in range(8):
+        x = matrix.mT @ (matrix @ (x / torch.linalg.vector_norm(x)))
+    return max(float(torch.linalg.vector_norm(x)) ** 0.5, 1e-300)
+
+
+def _sums(matrix: Tensor) -> float:
+    """Upper bound of the norm of a matrix: the root of its largest row sum times its largest column sum."""
+    size = matrix.abs()
+    room = 1.0 + rd.gamma(float(sum(matrix.shape)) + 16.0)
+    return min(rd.sqrt_up(rd.mul_up(float(size.sum(0).max()) * room, float(size.sum(1).max()) * room)), float(frobenius_up(matrix)) * room)
+
+
+def inside(value: Value, span: Tensor, step: Step) -> Value:
     """A value within so far of its value at the centre."""
     if value.middle is None or not isinstance(value.low, Tensor):
         return value
     low = torch.maximum(value.low, round_down(value.middle[0] - span))
     high = torch.minimum(value.high, round_up(value.middle[1] + span))
     return replace(value, low=low, high=high, whole=whole_of(low, high, value.whole, step.shape), far=min(value.far, frobenius_up(span)))
+
+
+def columns_norm(network: Network, area: Region, inputs: Tensor | None, outputs: Tensor | None) -> float:
+    """Upper bound of the constant of a network on the set that its slopes are restricted to, from and to some entries; None are all."""
+    made = Columns(network, area, centred=False)
+    for step in network.steps:
+        made.add(step)
+    return made.norm(inputs, outputs)

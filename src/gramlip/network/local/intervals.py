@@ -29,11 +29,12 @@ from gramlip.network.steps import (
     Unbounded,
     View,
     rough_norm,
+    terms,
 )
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import frobenius_up, row_norms_up
-from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape, apply
+from gramlip.operators.linear_maps import Dense, Scale, Shape, apply
 
 EACH = 2**14  # entries of a value up to which a function of numbers is asked for each of them
 
@@ -331,13 +332,6 @@ def _(what: Linear, step: Step, sources: Sequence[tuple[Tensor, Tensor]]) -> tup
     if not bool(known.all()):
         room = torch.where(apply(moduli, (~known).double()) > 0, INF, room)
     return centre - spread - room, centre + spread + room
-
-
-def terms(op: Conv | Dense | Scale) -> int:
-    """Products that are added up in one entry of the result, at most."""
-    if isinstance(op, Scale):
-        return 1
-    return op.weight.shape[1] if isinstance(op, Dense) else max(op.weight[0].numel(), op.weight[:, 0].numel())
 
 
 @entries.register

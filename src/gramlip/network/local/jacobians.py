@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gramlip.network.compose import Composition, compose, constants
+from gramlip.network.fold import fold
 from gramlip.network.local.intervals import Region, round_up
 from gramlip.network.local.relaxations import action, adjoint, roundings, stray_of
 from gramlip.network.local.restrict import restricted
@@ -243,11 +244,11 @@ class Around:
     """A network around one input after another: what does not depend on the set is bounded once."""
 
     def __init__(self, network: Network) -> None:
-        self._network = network
+        self._network = network = fold(network, biases=True)
         self._constants = constants(network.steps, [[network.steps[s].shape for s in step.sources] for step in network.steps])
 
     def results(self, area: Region, matrix: Tensor) -> Results:
-        """What is known on a set of the rows of a matrix, applied to the one result: theorems L3, L5, L6 and L8."""
+        """What is known on a set of the rows of a matrix, applied to the one result: theorems L3 to L11."""
         (end,), last = self._network.outputs, Linear(Dense(matrix))
         whole = [
             *self._network.steps,

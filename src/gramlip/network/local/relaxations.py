@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gramlip.network.local.intervals import Region, Value, round_down, round_up, terms, whole_of
-from gramlip.network.steps import Drift, Input, Join, Linear, LinearAction, Lipschitz, Pad, Slice, Slope, Step, Sum, View, What
+from gramlip.network.local.intervals import Region, Value, round_down, round_up, whole_of
+from gramlip.network.steps import Drift, Input, Join, Linear, LinearAction, Lipschitz, Pad, Slice, Slope, Step, Sum, View, What, terms
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import row_norms_up

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from gramlip.network.local.columns import WORK, Columns
+from gramlip.network.local.columns import WORK, Columns, inside
 from gramlip.network.local.intervals import Region, Value, followed, given
 from gramlip.network.local.relaxations import BUDGET, Relaxations
 from gramlip.network.steps import Input, Linear, Network, Slope, Step
@@ -32,7 +32,7 @@ def restricted(network: Network, area: Region, budget: float = BUDGET, columns: 
     `budget` is of the linear relaxations, `columns` of the differences that are followed: entries, of which 2**31 take half a minute.
     """
     steps, known = list[Step](), list[Value]()
-    inputs, lines, moved = iter(range(len(area.low))), Relaxations(area, budget), Columns(network, area, columns)
+    inputs, lines, moved = iter(range(len(area.low))), Relaxations(area, budget), Columns(network, area, centred=True, budget=columns)
     for step in network.steps:
         if isinstance(step.what, Input):
             made, value = step, given(area, next(inputs))
@@ -40,7 +40,8 @@ def restricted(network: Network, area: Region, budget: float = BUDGET, columns: 
             for s in step.sources:
                 known[s] = lines.tighten(s, step.what)
             made, value = followed(step, [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources])
-        value = moved.add(made, value)
+        span = moved.add(made, known[step.sources[0]] if step.sources else None)
+        value = value if span is None else inside(value, span, step)
         steps.append(lines.add(made, value))
         known.append(value)
     return Local(area, Network([_settled(step) for step in steps], network.outputs), known, moved)

@@ -318,7 +318,7 @@ def _jump(call: Call) -> Unbounded:
 
 
 def gated(call: Call, x: Var, gate: Var) -> Slope | None:
-    """The step for `x sigmoid(b x)`, `x (1 + erf(b x))`, `x relu6(x + 3)` and `x hardsigmoid(x)`, which are activations; else None."""
+    """The step for `x sigmoid(b x)`, `x (1 + erf(b x))`, `x relu6(x + 3)` and `x hardsigmoid(b x)`, which are activations; else None."""
     if x.shape != gate.shape:
         return None
     outer = _constants_before(call, gate.step)
@@ -339,8 +339,8 @@ def gated(call: Call, x: Var, gate: Var) -> Slope | None:
         return None
     if step.op.startswith("aten.sigmoid") and shift == 0:
         return _gate("silu", scale, factor, "x sigmoid(b x)", error)
-    if error == 0 and (factor, shift) == (1, 0) and step.op.startswith("aten.hardsigmoid"):
-        return slope("hardswish")
+    if step.op.startswith("aten.hardsigmoid") and shift == 0:
+        return _gate("hardswish", scale, factor, "x hardsigmoid(b x)", error)
     if error == 0 and (factor, shift) == (1, 3) and _is_relu6(step):
         return Slope(-3.0, 9.0, "x relu6(x + 3): six times hardswish, slopes in [-3, 9]", (-2.25, INF), sharp=True)
     return None
