@@ -15,7 +15,7 @@ from gramlip import audit
 from gramlip.demo import demo_regularised
 
 RESULT = Path(__file__).resolve().parent / "results" / "local_curve.json"
-RADII = (None, 1e-3, 1e-2, 0.1, 1.0, 3e-2, 3e-3, 0.3, 6e-2, 2e-2)
+RADII = (None, 1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 0.1, 0.3, 1.0)
 
 
 def main() -> None:
