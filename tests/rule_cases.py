@@ -63,6 +63,8 @@ put("softmax", lambda x: A.softmax(x, -1))
 put("special_log_softmax", lambda x: A.special_log_softmax(x, -1))
 put("special_softmax", lambda x: A.special_softmax(x, -1))
 put("cumsum", lambda x: A.cumsum(x, -1))
+put("cumprod", lambda x: A.cumprod(x, -1))
+put("prod", lambda x: A.prod(x, -1))
 put("logsumexp", lambda x: A.logsumexp(x, [1]))
 put(
     "_native_batch_norm_legit_no_training",
@@ -336,6 +338,7 @@ OVERLOADS: dict[str, str] = {
     "self": "where",
     "self_Tensor": "repeat_interleave",
     "self_int": "repeat_interleave",
+    "dim_int": "prod",
     "dtype": "addmm baddbmm bmm mm to view",
     "device": "to",
     "dtype_layout": "to",
