@@ -1,11 +1,13 @@
 """Draw the pictures of the documents into docs/pictures/: `python tools/pictures.py [NAME ...]`.
 
 `audit` is the audit of the demo as a terminal shows it, `symbol` the norm of a layer over the frequencies beside the number of torch's
-spectral_norm. Every other name is that of a page in docs/tutorials/: its code is run, and its `figure` is saved.
+spectral_norm, `radius` the constant around an image against the radius, from experiments/results/local_curve.json. Every other name is
+that of a page in docs/tutorials/: its code is run, and its `figure` is saved.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from contextlib import redirect_stdout
@@ -81,6 +83,26 @@ def symbol() -> None:
     save(made, FOLDER / "symbol.svg")
 
 
+def radius() -> None:
+    """The constant around an image against the radius, as `experiments/local_curve.py` measured it, and that of all inputs."""
+    rows = json.loads((ROOT / "experiments" / "results" / "local_curve.json").read_text())["rows"]
+    (everywhere,) = (row["upper"] for row in rows if row["radius"] is None)
+    around = sorted((row for row in rows if row["radius"] is not None), key=lambda row: row["radius"])
+    radii, lower = ([row[key] for row in around] for key in ("radius", "lower"))
+    upper = [min(row["upper"], everywhere) for row in around]  # what holds for all inputs holds on a ball
+    made, (axes,) = blank(width=6.0, height=3.8)
+    axes.fill_between(radii, lower, upper, color="#0072B2", alpha=0.15, linewidth=0)
+    axes.plot(radii, upper, "o-", color="#0072B2", markersize=4, label="proved: at most")
+    axes.plot(radii, lower, "s-", color="#009E73", markersize=4, label="stretch of two inputs: at least")
+    axes.axhline(everywhere, color="black", linestyle="--", linewidth=1.2, label=f"proved for all inputs: {everywhere:.0f}")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("radius of the ball around the image")
+    axes.set_ylabel("Lipschitz constant on the ball")
+    axes.legend(fontsize=8)
+    save(made, FOLDER / "radius.svg")
+
+
 def tutorial(page: Path) -> None:
     """Run the page's code as its test does, and save the figure that it made."""
     names: dict[str, Any] = {"__name__": page.stem}
@@ -96,9 +118,9 @@ def main(wanted: list[str]) -> None:
     mpl.rcParams["svg.hashsalt"] = "gramlip"  # the same picture gives the same file
     pages = {page.stem: page for page in sorted((ROOT / "docs" / "tutorials").glob("*.md"))}
     FOLDER.mkdir(exist_ok=True)
-    for name in wanted or ["audit", "symbol", *pages]:
+    for name in wanted or ["audit", "symbol", "radius", *pages]:
         torch.manual_seed(0)
-        {"audit": audit, "symbol": symbol}.get(name, lambda name=name: tutorial(pages[name]))()
+        {"audit": audit, "symbol": symbol, "radius": radius}.get(name, lambda name=name: tutorial(pages[name]))()
 
 
 if __name__ == "__main__":

@@ -158,6 +158,14 @@ def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert found["certified"][0]["accuracy"] == results["certified_by_pairs"][0]["accuracy"]
     assert cli.main(["certify", "gramlip.lab.recipes:small", "--data", str(cifar), "--samples", "4", "--eps", "0.1"]) == 0
     assert "certified at eps" in capsys.readouterr().out
+    near = ["certify", str(out), "--data", str(cifar), "--samples", "3", "--eps", "1e-4", "10", "--no-executed", "--json", "-"]
+    shares = []
+    for options in ([], ["--local"]):
+        assert cli.main([*near, *options]) == 0
+        read = json.loads(capsys.readouterr().out)
+        shares.append([entry["accuracy"] for entry in read["certified"]])
+    assert "around each input" in read["because"]
+    assert all(a <= b <= read["clean"] for a, b in zip(*shares, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -181,6 +189,7 @@ def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["certify", ":small", "--data", "CIFAR"], "finished, a file of ONNX, or package.module:callable"),
         (["certify", "gramlip.lab.recipes:build", "--data", "CIFAR"], "build() missing"),
         (["certify", "gramlip.lab.recipes:small", "--data", "CIFAR", "--samples", "0"], "a whole number of at least 1"),
+        (["certify", "gramlip.lab.recipes:small", "--data", "CIFAR", "--local", "0.1"], "unrecognized arguments: 0.1"),
         (["certify", "nowhere", "--data", "CIFAR"], "expected a folder that gramlip train finished"),
         (["certify", "gramlip:nothing", "--data", "CIFAR"], "expected package.module:callable"),
         (["certify", "gramlip.lab.recipes:small", "--data", "CIFAR", "--eps", "-1"], "expected a radius of at least 0"),

@@ -112,7 +112,8 @@ class LocalRadii:
     """
 
     def __init__(self, model: nn.Module, sample: Tensor) -> None:
-        self._model = copy.deepcopy(unwrapped(model)).cpu()
+        bare = unwrapped(model)
+        self._model = bare if all(p.device.type == "cpu" for p in bare.parameters()) else copy.deepcopy(bare).cpu()
         with evaluating(self._model), undisturbed():
             lowered = lower(export(self._model, (sample[:1].cpu(),)))
         if lowered.unsupported or len(lowered.network.outputs) != 1:
@@ -209,7 +210,7 @@ class _Search:
             return STEP * max(self._proved, FIRST)
         begin = max(self._proved, FIRST * top)
         if failed is None:
-            return top if goal < INF and (self._trials or top <= STEP * begin) else math.sqrt(begin * top)
+            return top if goal < INF and top <= STEP * begin else math.sqrt(begin * top)
         share = 0.5
         if limit < INF and not self._idle(failed):
             use = float((failed.on.rates / self._known.margins).max()) * failed.radius
