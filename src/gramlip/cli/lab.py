@@ -226,7 +226,7 @@ def add_certify(subparsers: _SubParsersAction[Any]) -> None:
                 "gramlip certify runs/small --data cifar10": "a folder that gramlip train finished",
                 "gramlip certify gramlip.demo:demo --data cifar10 --samples 500 --eps 36/255 1": "500 images, two radii",
                 "gramlip certify model.onnx --data cifar10 --samples 500": "a file of ONNX",
-                "gramlip certify runs/small --data cifar10 --samples 50 --eps 36/255 --local": "and what is true near each of 50 images",
+                "gramlip certify runs/small --data cifar10 --samples 9 --local --no-executed": "and near each of 9 images, of real numbers",
             }
         ),
     )
