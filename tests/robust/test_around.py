@@ -247,11 +247,11 @@ def test_local_radii_of_a_program_take_its_rounding_into_account() -> None:
     labels = logits.argmax(1)
     gap = torch.cdist(inputs.double(), inputs.double())
     other = labels[:, None] != labels
-    found = certify(program, [(inputs, labels)], 10.0, local=True, executed=(-1.0, 1.0)).radii
+    found = certify(program, [(inputs, labels)], 10.0, local=True, executed=True, domain=(-1.0, 1.0)).radii
     assert not bool((other & (gap < found[:, None])).any())
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), torch.rand(8, 6)
     batch, upper = [(x, model(x).argmax(1))], gl.audit(model, (6,)).upper
-    real, run = (certify(model, batch, upper, local=True, executed=box) for box in (None, (0.0, 1.0)))
+    real, run = (certify(model, batch, upper, local=True, executed=box is not None, domain=box) for box in (None, (0.0, 1.0)))
     assert bool((run.radii < real.radii * (1 + 1e-3)).all())
     assert "rounding of both programs" in run.because

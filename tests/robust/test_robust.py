@@ -314,12 +314,14 @@ def test_executed_radii_are_smaller_and_say_so() -> None:
     model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.rand(20, 6)
     batch = [(x, model(x).argmax(1))]
     plain = robust.certify(model, batch, gl.audit(model, (6,)))
-    executed = robust.certify(model, batch, gl.audit(model, (6,)), executed=(0.0, 1.0))
+    executed = robust.certify(model, batch, gl.audit(model, (6,)), executed=True, domain=(0.0, 1.0))
     assert bool((executed.radii < plain.radii).all())
     assert bool((executed.radii > plain.radii - 1e-3).all())
     assert "rounding of both programs" in executed.because
-    with pytest.raises(gl.InputError, match=r"type executed=\(0.0, 1.0\)"):
+    with pytest.raises(gl.InputError, match=r"type domain=\(0.0, 1.0\)"):
         robust.certify(model, batch, 1.0, executed=True)
+    with pytest.raises(gl.InputError, match="expected both or neither"):
+        robust.certify(model, batch, 1.0, domain=(0.0, 1.0))
     with pytest.raises(gl.InputError, match="expected True, False or 'eps'"):
         robust.certify(model, batch, 1.0, local="all")
     with pytest.raises(gl.InputError, match="execution"):

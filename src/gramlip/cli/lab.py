@@ -305,7 +305,12 @@ def _certified(model: nn.Module, batches: list[Any], args: Namespace, mean: tupl
     """By pairs of classes where the network is a chain that ends in a linear layer."""
     ends = [recipes.normalised(torch.full((1, len(std), 1, 1), end), mean, std) for end in (0.0, 1.0)]
     shape = tuple(batches[0][0].shape[1:])
-    options: dict[str, Any] = {"std": std, "local": "eps" if args.local else False, "executed": tuple(ends) if args.executed else None}
+    options: dict[str, Any] = {
+        "std": std,
+        "local": "eps" if args.local else False,
+        "executed": args.executed,
+        "domain": tuple(ends) if args.executed else None,
+    }
     body, last = model, None
     if isinstance(model, nn.Sequential) and isinstance(end := model[-1], nn.Linear):
         body, last = model[:-1], end

@@ -60,7 +60,8 @@ def certify(
     std: float | Sequence[float] = 1.0,
     last: nn.Linear | Tensor | None = None,
     local: bool | Literal["eps"] = False,
-    executed: Domain | None = None,
+    executed: bool = False,
+    domain: Domain | None = None,
 ) -> Certified:
     """Clean and certified accuracy: the share of samples that are right and stay right at every distance up to `eps`.
 
@@ -73,9 +74,9 @@ def certify(
         last: as for `radii`.
         local: True also looks for a larger radius around each sample, which takes some constants of the network for each of them;
             "eps" only as far as `eps` asks: for a sample the search ends at the first of them that is out of its reach.
-        executed: (low, high) of what the loader gives and of what it may be changed to, numbers or tensors that broadcast to a sample:
-            what rounding may do to the logits there is taken off the margins, so that the radii are those of the program that runs,
-            for inputs in between. None takes the logits for real numbers.
+        executed: take what rounding may do to the logits off the margins, so that the radii are those of the program that runs, for
+            inputs in `domain`.
+        domain: (low, high) of what the loader gives and of what it may be changed to, numbers or tensors that broadcast to a sample.
 
     Raises:
         InputError: no samples, or numbers that cannot be used.
@@ -86,10 +87,10 @@ def certify(
     >>> certify(model, [(torch.tensor([[1.0, 0.0], [0.1, 0.0]]), torch.tensor([0, 0]))], 1.0, eps=0.5).certified
     {0.5: 0.5}
     """
-    wanted = _checked(eps, local, executed)
+    wanted, box = _checked(eps, local), _box(executed, domain)
     run, found, right = None, list[Tensor](), 0
     for inputs, labels in batches(loader):
-        run = run or Run(model, inputs, Everywhere(lipschitz, std, last), wanted, local, executed)
+        run = run or Run(model, inputs, Everywhere(lipschitz, std, last), wanted, local, box)
         made, correct = run.radii(inputs, labels)
         found.append(made)
         right += correct
@@ -101,7 +102,7 @@ def certify(
     return Certified(right / len(every), shares, every, run.because)
 
 
-def _checked(eps: float | Sequence[float], local: object, executed: object) -> list[float]:
+def _checked(eps: float | Sequence[float], local: object) -> list[float]:
     """The radii that are asked for."""
     wanted = numbers(eps)
     if not wanted or any(not 0 <= e < math.inf for e in wanted):
@@ -110,10 +111,18 @@ def _checked(eps: float | Sequence[float], local: object, executed: object) -> l
     if not isinstance(local, bool) and local != "eps":
         msg = f"local={local!r} was given; expected True, False or 'eps', which looks no further than eps"
         raise InputError(msg)
-    if isinstance(executed, bool):
-        msg = f"executed={executed!r} was given; expected where inputs lie, or None: type executed=(0.0, 1.0) for pixels"
-        raise InputError(msg)
     return wanted
+
+
+def _box(executed: bool, domain: Domain | None) -> Domain | None:
+    """Where inputs lie, if rounding counts."""
+    if executed and domain is None:
+        msg = "executed=True was given without a domain; expected where inputs lie: type domain=(0.0, 1.0) for pixels"
+        raise InputError(msg)
+    if not executed and domain is not None:
+        msg = f"domain={domain!r} was given without executed=True, and is read for rounding alone; expected both or neither"
+        raise InputError(msg)
+    return domain
 
 
 @dataclass(frozen=True)
@@ -135,12 +144,12 @@ class Run:
         known: Everywhere,
         eps: Sequence[float],
         local: bool | Literal["eps"],
-        executed: Domain | None,
+        box: Domain | None,
     ) -> None:
         self._model, self._known, self._least_std = model, known, min(numbers(known.std), default=1.0)
         self._upper = _audited(model, inputs) if known.lipschitz is None else known.lipschitz
         most = decimals(constant(self._upper, known.std), upward=True)
-        self._error = None if executed is None else _execution(model, inputs[:1], executed)
+        self._error = None if box is None else _execution(model, inputs[:1], box)
         self._around = LocalRadii(model, inputs) if local else None
         self._goals = sorted(rd.up(e / self._least_std) * (1 + 2.0**-48) for e in eps) if local == "eps" else [math.inf]
         pairs = "the pairwise norms of the last layer's rows" if known.last is not None else "sqrt(2)"
