@@ -234,13 +234,15 @@ def short_name(name: str) -> str:
 def relative_width(bound: Bound) -> str:
     """The distance of the upper from the lower bound, rounded up: in per cent, or as a multiple if it is large.
 
-    >>> relative_width(Bound(1.0, 1.01, "")), relative_width(Bound(2.0, 50.0, "")), relative_width(Bound(0.0, 1.0, ""))
-    ('1.1%', '25x', '-')
+    >>> relative_width(Bound(1.0, 1.01, "")), relative_width(Bound(1.0, 2.5, "")), relative_width(Bound(2.0, 50.0, ""))
+    ('1.1%', '150%', '25x')
     """
     if bound.rtol == math.inf:
         return "-"
     if bound.rtol >= 10:
         return f"{math.ceil(bound.rtol + 1)}x" if bound.rtol < 1e7 else f"{decimals(bound.rtol + 1, upward=True, digits=2)}x"
+    if bound.rtol > 1:
+        return f"{math.ceil(100 * bound.rtol)}%"
     return f"{decimals(100 * bound.rtol, upward=True, digits=2)}%" if not 0 < bound.rtol <= 1e-4 else "0.01%"
 
 
