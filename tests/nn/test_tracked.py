@@ -239,9 +239,10 @@ def test_derivatives_of_every_order_are_those_of_the_plain_expression(name: str,
     cast("torch.Tensor", layer.weight).data.mul_(scale)
     own = tracked(gnn.spectral_norm(layer, soft=soft).eval())
     weight = stored(layer).detach()
-    group, left, probes, _, (unit,) = own.tracker.look(kernels := own.tracker.kernels([weight]))
+    group, probes, (unit,) = own.tracker.look(kernels := own.tracker.kernels([weight]))
+    image = kernels[group[0]] @ probes[0].mT
     matrix = torch.zeros_like(kernels)
-    matrix[group[0]] = left[0].mT @ probes[0]
+    matrix[group[0]] = image / torch.linalg.vector_norm(image) @ probes[0]
     goal = 1.0 / math.sqrt(own.tracker.plan.square)
 
     def plain(weight: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from gramlip.numerics.precision import norm, real_dtype, without_autocast
 SEARCH_STEPS = 12  # power steps per grid point in a search
 TOGETHER = 1 << 24  # entries of the waves that a search holds at a time
 JUMP = 1.25  # between two calls: an estimate that changes by more is of weights that were not reached by small steps
-Peak = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # what `Tracker.follow` returns
+Peak = tuple[Tensor, Tensor, Tensor]  # what `Tracker.follow` returns
 STRIDES = (0.0, 1.0, 4.0)  # multiples of the safe step along the gradient that are tried; 0 keeps the frequency
 
 
@@ -124,7 +124,7 @@ class Tracker(nn.Module):
         """The same before the padding's factor, as (L,) values near one and the units (L,) that they are in."""
         with without_autocast(self.frequency):
             kernels = self.kernels(weights)
-            chosen, _, probes, _, scale = self._followed(kernels.detach(), list(due), still)
+            chosen, probes, scale = self._followed(kernels.detach(), list(due), still)
             one = kernels if self.plan.groups == 1 else kernels[chosen]
             return torch.linalg.vector_norm(one @ probes.mT, dim=(1, 2)), scale  # in this order the gradient lies in memory as the weight
 
@@ -140,16 +140,21 @@ class Tracker(nn.Module):
         """
         sharded = replicated(weight)
         with without_autocast(self.frequency):
-            chosen, left, probes, (value,), (unit,) = self._followed(self.kernels([weight]).detach(), list(due), still)
+            kernels = self.kernels([weight]).detach()
+            chosen, probes, (unit,) = self._followed(kernels, list(due), still)
+            one = kernels if self.plan.groups == 1 else kernels.index_select(0, chosen)
+            image = probes[0] @ one[0].mT
+            value = torch.linalg.vector_norm(image)
+            left = image / torch.where(value == 0, 1.0, value)
             if self.plan.groups > 1:
-                left = left.new_zeros(self.plan.groups, *left.shape[1:]).index_copy(0, chosen, left).transpose(0, 1).flatten(1)[None]
+                left = left.new_zeros(self.plan.groups, *left.shape).index_copy(0, chosen, left[None]).transpose(0, 1).flatten(1)
             plain = sharded is not None or torch.compiler.is_compiling()
-            value = _value(_full(weight), left[0], probes[0]) if plain else value
+            value = _value(_full(weight), left, probes[0]) if plain else value
             scale = (goal / torch.where(value == 0, 1.0, value) / unit).clamp_max(most)
             if plain:
                 return (weight * (scale if sharded is None else sharded[1](scale))).to(weight.dtype)
             slope = torch.where((value == 0) | (scale == most), 0.0, -scale / value)
-            return _Divided.apply(weight, left[0], probes[0], scale, slope)  # type: ignore[no-any-return]
+            return _Divided.apply(weight, left, probes[0], scale, slope)  # type: ignore[no-any-return]
 
     def _followed(self, kernels: Tensor, due: list[int], still: bool) -> tuple[Tensor, ...]:
         """`follow` or `look` on the plain tensors below any transform; one opaque operation where code is compiled."""
@@ -180,10 +185,7 @@ class Tracker(nn.Module):
         return stacked.reshape(len(self) * self.plan.groups, -1, self._inputs).to(self.frequency.dtype)
 
     def follow(self, kernels: Tensor, due: Sequence[int]) -> Peak:
-        """One call on plain kernels, for each layer (L,): the group of its highest peak, u and D(w) v, the value, and its unit.
-
-        Shapes of `left` (u) and `probes` (D(w) v over the unit): (L, 2, m) and (L, 2, columns), real and imaginary parts.
-        """
+        """One call on plain kernels: the group (L,) with each layer's highest peak, its D(w) v as probes over the unit, and the unit."""
         return self._probes(*self._track(kernels, due))
 
     def _track(self, kernels: Tensor, due: Sequence[int]) -> tuple[_Scaled, _Peaks]:
@@ -212,9 +214,8 @@ class Tracker(nn.Module):
         best = peaks.heights.reshape(len(self), -1).argmax(-1)
         if len(self) > 1:
             best = best + groups * count * torch.arange(len(self), device=best.device)
-        highest = (x.flatten(0, 1).index_select(0, best) for x in (peaks.left, peaks.vector, peaks.waves, peaks.heights))
-        left, vector, waves, values = highest
-        return best // count, left, scaled.rows(vector[:, None], waves[:, None], 1 / scaled.scale), values, scaled.scale
+        vector, waves = (x.flatten(0, 1).index_select(0, best)[:, None] for x in (peaks.vector, peaks.waves))
+        return best // count, scaled.rows(vector, waves, 1 / scaled.scale), scaled.scale
 
     def _scaled(self, kernels: Tensor, scale: Tensor | None = None) -> _Scaled:
         """The kernels in units of numbers (L,) near their norms, or of powers of two near their largest entries.
@@ -244,8 +245,8 @@ class Tracker(nn.Module):
         """What `follow` returns, without a step and on a copy of the state; layers that jumped are searched there."""
         twin = self.with_state(self.frequency.clone(), self.vector.clone(), self.height.clone())
         scaled, vector, waves = self._scaled(kernels), torch.view_as_complex(self.vector), self._waves(self.frequency)
-        left, values = _unit(scaled.image(vector, waves))
-        peaks = _Peaks(left, values, values, vector, waves)
+        values = torch.linalg.vector_norm(scaled.image(vector, waves), dim=(2, 3))
+        peaks = _Peaks(values, values, vector, waves)
         if jumped := self._jumped(values, scaled.scale):
             twin._search(scaled, jumped)
             for _ in range(SEARCH_STEPS):  # no later call goes on from here
@@ -317,7 +318,7 @@ class Tracker(nn.Module):
             self.frequency.copy_(frequency)
         height, v = _split((back * waves.conj()[:, :, None]).sum(-1), v)
         self.vector.copy_(torch.view_as_real(v))
-        return _Peaks(left, size, height, v, waves.expand(len(v), -1, -1))
+        return _Peaks(size, height, v, waves.expand(len(v), -1, -1))
 
     def _climb(self, taps: Tensor, waves: Tensor) -> tuple[Tensor, Tensor]:
         """The frequencies moved along the gradient of `|sum_p c_p exp(-i p.w)|^2`, c_p = u* K_p v, as far as it grows; and their waves."""
@@ -333,12 +334,8 @@ class Tracker(nn.Module):
 
 
 class _Peaks(NamedTuple):
-    """The u (B, peaks, 2, m) of a step, `|u* D(w) v|` before and after it, both (B, peaks), and the latter's v and waves.
+    """`|u* D(w) v|` before and after a step, both (B, peaks), with the v (B, peaks, n) and the waves (B, peaks, taps) of the latter."""
 
-    These are (B, peaks, n) and (B, peaks, taps).
-    """
-
-    left: Tensor
     before: Tensor
     heights: Tensor
     vector: Tensor
@@ -449,9 +446,8 @@ def _(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, key: i
 
 def _shapes(kernels: Tensor, height: Tensor) -> Peak:
     """What `Tracker.follow` returns, without values."""
-    layers, (m, columns) = len(height), kernels.shape[-2:]
-    of = kernels.new_empty
-    return of(layers, dtype=torch.int64), of(layers, 2, m), of(layers, 2, columns), of(layers), of(layers)
+    layers = len(height)
+    return kernels.new_empty(layers, dtype=torch.int64), kernels.new_empty(layers, 2, kernels.shape[-1]), kernels.new_empty(layers)
 
 
 def plainly(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
