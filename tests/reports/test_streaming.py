@@ -1,6 +1,7 @@
 """A checkpoint is read tensor by tensor: an audit takes the memory of the largest one and of the work on it, not that of the file."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -33,8 +34,13 @@ print(len(rows), most[0])
 """
 
 
+# What is freed goes back at once: else what is counted is also what the allocator happens to keep, from 3 to 13 tensors.
+ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
 def peak(first, path):
-    found = subprocess.run([sys.executable, "-c", SCRIPT, str(first), str(path)], capture_output=True, text=True, check=True).stdout.split()
+    command, environment = [sys.executable, "-c", SCRIPT, str(first), str(path)], os.environ | ENVIRONMENT
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.split()
     return int(found[0]), int(found[1])
 
 
