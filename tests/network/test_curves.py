@@ -186,6 +186,8 @@ PATTERNS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] =
         1.0 + math.sqrt(4.0),
     ),
     "powers over the sum of others": (lambda x: torch.exp(x) / torch.exp(x).flip(1).cumsum(1)[:, -1:], (4,), math.inf),
+    "gaussians over their sum": (lambda x: (lambda e: e / e.sum(1, keepdim=True))(torch.exp(-50 * x**2)), (4,), math.inf),
+    "length of what is scaled": (lambda x: F.normalize(3 * x, dim=1, eps=0.1), (4,), 30.0 + 1e-9),
     "gaussian": (lambda x: torch.exp(-(x**2) / 0.02), (4,), 10 * math.exp(-0.5) + 1e-9),
     "gaussian of a length": (lambda x: torch.exp(-2 * (x - 0.1).pow(2).sum(1)), (4,), 2 * math.exp(-0.5) + 1e-9),
     "gaussian of distances": (

@@ -15,7 +15,7 @@ from gramlip.network.rules.activations import probabilities
 from gramlip.network.rules.entrywise import on_interval
 from gramlip.network.rules.registry import Call, Radius, Var, pattern
 from gramlip.network.rules.statistics import SLACK
-from gramlip.network.steps import Linear, LinearAction, Lipschitz, Product, Slope, Step, Sum, Within
+from gramlip.network.steps import Linear, LinearAction, Lipschitz, Product, Slope, Step, Sum, Unbounded, Within
 from gramlip.numerics import rounding as rd
 from gramlip.operators.linear_maps import Scale, Shape
 
@@ -171,12 +171,13 @@ def _divided(call: Call, x: Var, divisor: _Divisor) -> Var | None:
     """A value, or a scaled one, over a function of its own length."""
     step, radius = call.steps[x.step], divisor.radius
     what = step.what
-    if isinstance(what, Linear) and isinstance(what.op, Scale) and not what.constant and call.steps[step.sources[0]].shape == x.shape:
-        inner = _divided(call, Var(step.sources[0], x.shape), divisor)
-        return None if inner is None else call.then(replace(what, copy_entries=None), inner)
     of = call.known.centred.get(x.step, (None, ())) if radius.centred else (x.step, divisor.shape)
     if of != (radius.of, divisor.shape) or not _lies_along(divisor.shape, x.shape):
-        return None
+        scales = isinstance(what, Linear) and isinstance(what.op, Scale) and not what.constant
+        if not scales or call.steps[step.sources[0]].shape != x.shape:
+            return None
+        inner = _divided(call, Var(step.sources[0], x.shape), divisor)
+        return None if inner is None else call.then(replace(what, copy_entries=None), inner)
     upper = rd.up(1.0 / divisor.least)
     slope = divisor.slope * radius.factor
     most = rd.up(1.0 / slope) if slope > 0 else math.inf
@@ -286,12 +287,13 @@ def _softmax(call: Call) -> Var | None:
     powers, total = call["self"], call["other"]
     if not (isinstance(powers, Var) and isinstance(total, Var)) or powers.shape != call.shape or call.args.get("rounding_mode") is not None:
         return None
-    if not call.steps[powers.step].op.startswith("aten.exp.") or not _reduces(
-        call, Var(_repeated(call, total.step), total.shape), "sum", powers
-    ):
+    step = call.steps[powers.step]
+    if not step.op.startswith("aten.exp.") or not isinstance(step.what, Unbounded):  # a Gaussian's step reads the length, not its square
+        return None
+    if not _reduces(call, Var(_repeated(call, total.step), total.shape), "sum", powers):
         return None
     groups = call.steps[_repeated(call, total.step)].shape
-    at = call.steps[powers.step].sources[0]
+    at = step.sources[0]
     less = _less_its_largest(call, at, groups)
     at = at if less is None else less
     axes = [j for j, n in enumerate(call.shape) if n > 1 and (groups == () or groups[j] == 1)]
