@@ -35,7 +35,7 @@ from gramlip.network import (
 )
 from gramlip.network.coupling import circulant, elimination, linear_forms
 from gramlip.network.local import columns, intervals, jacobians, relaxations
-from gramlip.network.rules import activations, fourier, patterns
+from gramlip.network.rules import activations, enclosures, fourier, patterns
 from gramlip.network.rules import shapes as joins
 from gramlip.network.steps import Linear, Pad, Slope
 from gramlip.nn import parametrize, tracker
@@ -61,6 +61,11 @@ from gramlip.rules import Call, Var
 from rule_cases import Map
 from test_around import test_no_radius_is_beyond_where_a_margin_is_used_up_on_a_ray
 from test_elimination import check_inverses, check_proved_forms
+from test_enclosures import (
+    test_functions_of_one_value_have_the_constant_that_their_derivatives_show,
+    test_radial_maps_have_their_exact_constant,
+    test_response_normalisation_is_bounded_and_nearly_attained,
+)
 from test_execution import test_the_worst_order_of_a_sum_is_covered, test_weights_that_the_format_does_not_hold_count
 from test_formats import test_products_of_two_vectors_exactly
 from test_fourier import test_a_spectrum_of_an_even_signal_read_as_another_length
@@ -590,6 +595,50 @@ def lengths_of_anything(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(patterns, "_divided", lambda call, x, divisor: right(call, Var(divisor.radius.of, x.shape), divisor))
 
 
+def steepest_of_the_parts(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N28 for functions side by side with the largest of their slopes in place of the root of the sum of squares."""
+    patch.setattr(joins, "tied", _with(joins.tied, enclosures, "steepness", lambda known, _: known[0].slope.abs().amax(-1)))
+
+
+def _with(call: Callable[..., Any], module: Any, name: str, other: Any) -> Callable[..., Any]:
+    """A call with another function in a module meanwhile."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, name, other)
+            return call(*args, **options)
+
+    return run
+
+
+def products_of_slopes(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N28 for products that move by the one factor alone."""
+    right = enclosures.Pieces.product
+
+    def product(self: Any, f: Any, g: Any, square: bool) -> Any:
+        still = g._replace(slope=rd.interval(0.0), grown=rd.interval(0.0), rate=rd.interval(0.0))
+        return right(self, f, still, square)
+
+    patch.setattr(enclosures.Pieces, "product", product)
+
+
+def radial_maps_along_spheres(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N29 without the slope along the length."""
+    patch.setattr(patterns, "_stretch", lambda signs, known, pieces: patterns._profile(signs, known, pieces).value.abs().amax(-1))
+
+
+def responses_of_one_channel(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N30 with the number of channels in place of its power 3/2: means that stand still."""
+    then = Call.then
+
+    def call(self: Call, what: Any, *sources: Var, shape: Any = None) -> Var:
+        if "response" in getattr(what, "because", ""):
+            what = replace(what, upper=what.upper ** (2 / 3))
+        return then(self, what, *sources, shape=shape)
+
+    patch.setattr(Call, "then", call)
+
+
 def half_lines_turned_over(patch: pytest.MonkeyPatch) -> None:
     """The range of `2 x` for x above 0 taken for that of `-2 x`."""
     right = ranges._half_line
@@ -1044,6 +1093,14 @@ MUTANTS: dict[str, Mutant] = {
     "N13: lengths of anything": Mutant(
         lengths_of_anything, _stretches(lambda x: 1e6 * x / (torch.linalg.vector_norm(x.flip(1), dim=1, keepdim=True) + 0.1), 1e8)
     ),
+    "N28: the steepest part": Mutant(
+        steepest_of_the_parts, lambda: test_functions_of_one_value_have_the_constant_that_their_derivatives_show("silu of both signs")
+    ),
+    "N28: one factor": Mutant(
+        products_of_slopes, lambda: test_functions_of_one_value_have_the_constant_that_their_derivatives_show("a gate that is shifted")
+    ),
+    "N29: along spheres": Mutant(radial_maps_along_spheres, lambda: test_radial_maps_have_their_exact_constant("squash in one")),
+    "N30: means that stand still": Mutant(responses_of_one_channel, lambda: test_response_normalisation_is_bounded_and_nearly_attained(5)),
     "half lines turned over": Mutant(half_lines_turned_over, _stretches(lambda x: torch.exp(2 * torch.relu(x)), 1e300)),
     "slopes of the first term of a sum": Mutant(slopes_of_the_first_term, _stretches(lambda x: x + torch.tanh(x), 1.99)),
     "N6: slopes from zero": Mutant(slopes_from_zero, check_slopes_at_their_ends),

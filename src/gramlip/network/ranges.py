@@ -56,7 +56,11 @@ def capped(network: Network) -> Network:
     steps: list[Step] = []
     for step in network.steps:
         sources, shapes = [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources]
-        steps.append(capped_step(step, sources, shapes))
+        made = capped_step(step, sources, shapes)
+        if made.shortcut is not None and made.shortcut.within:
+            ends = [(torch.tensor(r.low).double(), torch.tensor(r.high).double()) for r in (known[s] for s in made.shortcut.sources)]
+            made = replace(made, shortcut=made.shortcut.on(ends))
+        steps.append(made)
         known.append(range_of(steps[-1], sources, shapes))
     return Network(steps, network.outputs)
 

@@ -339,11 +339,20 @@ What = Input | Linear | Pad | Slope | Lipschitz | View | Sum | Join | Slice | Pr
 
 @dataclass(frozen=True, eq=False)
 class Shortcut:
-    """What is known of a value v beside its step, and why: `|d v|^2 <= sum_k (factors[k] |d s_k|)^2` for earlier values s_k."""
+    """What is known of a value v beside its step, and why: `|d v|^2 <= sum_k (factors[k] |d s_k|)^2` for earlier values s_k.
+
+    `within` has for each of them what gives its factor from an interval for each entry of s_k, or None.
+    """
 
     factors: tuple[float, ...]
     sources: tuple[int, ...]
     because: str = ""
+    within: tuple[Callable[[Tensor, Tensor], float] | None, ...] = ()
+
+    def on(self, intervals: Sequence[tuple[Tensor, Tensor]]) -> Shortcut:
+        """The same with the factors that hold on intervals of the sources."""
+        found = [f if on is None else min(f, on(*ends)) for f, on, ends in zip(self.factors, self.within, intervals, strict=True)]
+        return replace(self, factors=tuple(found))
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -124,3 +125,79 @@ def row_norms_up(rows: Tensor) -> Tensor:
 def frobenius_up(x: Tensor) -> float:
     """An upper bound of the norm of all entries."""
     return float(row_norms_up(x.reshape(-1)))
+
+
+# ---- intervals -----------------------------------------------------------------------------------------------------------
+#
+# Tensors whose last axis has two entries, the ends. Zero times anything is zero: infinity stands for numbers of any size.
+
+
+def interval(low: float, high: float | None = None) -> Tensor:
+    """An interval of numbers."""
+    return torch.tensor([low, low if high is None else high], dtype=torch.float64)
+
+
+WHOLE = interval(-math.inf, math.inf)
+LEAST = 1e-150  # moduli below it are moved outward, to it or to zero, so that no product underflows
+
+
+def flushed(x: Tensor) -> Tensor:
+    """The ends with no modulus between 0 and `LEAST`."""
+    small = x.abs() < LEAST
+    return torch.where(small, LEAST * x.sign().clamp(interval(-1.0, 0.0), interval(0.0, 1.0)), x) if bool(small.any()) else x
+
+
+def _outward(x: Tensor) -> Tensor:
+    """The ends moved by a unit in the last place; exact zeros are left as they are."""
+    return torch.where(x.abs() < LEAST, flushed(x), torch.nextafter(x, WHOLE))
+
+
+def plus(x: Tensor, y: Tensor) -> Tensor:
+    """The sum."""
+    both = x + y
+    return _outward(torch.where(both.isnan(), WHOLE, both))
+
+
+def times(x: Tensor, y: Tensor) -> Tensor:
+    """The product."""
+    made = (x[..., :, None] * y[..., None, :]).flatten(-2).nan_to_num(0.0, math.inf, -math.inf)
+    return _outward(torch.stack(torch.aminmax(made, dim=-1), -1))
+
+
+def meet(x: Tensor, y: Tensor) -> Tensor:
+    """What lies in both."""
+    x, y = torch.broadcast_tensors(x, y)
+    return torch.stack([torch.maximum(x[..., 0], y[..., 0]), torch.minimum(x[..., 1], y[..., 1])], -1)
+
+
+def hull(x: Tensor, y: Tensor) -> Tensor:
+    """The least interval that holds both."""
+    x, y = torch.broadcast_tensors(x, y)
+    return torch.stack([torch.minimum(x[..., 0], y[..., 0]), torch.maximum(x[..., 1], y[..., 1])], -1)
+
+
+def inverse(x: Tensor) -> Tensor:
+    """One over it: the whole line where it goes through zero."""
+    low, high = x.unbind(-1)
+    ends = [torch.where((low >= 0) & (high > 0), 1.0 / high, -math.inf), torch.where((high <= 0) & (low < 0), 1.0 / low, math.inf)]
+    sharp = (1.0 / high).clamp_max(-LEAST), (1.0 / low).clamp_min(LEAST)
+    ends = [torch.where(high < 0, sharp[0], ends[0]), torch.where(low > 0, sharp[1], ends[1])]
+    return _outward(torch.stack(ends, -1))
+
+
+def power(x: Tensor, k: int) -> Tensor:
+    """A power with a whole exponent."""
+    if k < 0:
+        return inverse(power(x, -k))
+    if k < 2:
+        return x if k else torch.ones_like(x)
+    if k % 2 == 0:
+        least = torch.where((x[..., 0] <= 0) & (x[..., 1] >= 0), 0.0, x.abs().amin(-1))
+        x = torch.stack([least, x.abs().amax(-1)], -1)
+    low, high = (reduce(times, [torch.stack([end, end], -1)] * k) for end in x.unbind(-1))
+    return torch.stack([low[..., 0], high[..., 1]], -1)
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root of what is not negative."""
+    return _outward(x.clamp_min(0.0).sqrt())

@@ -282,6 +282,15 @@ def restrict(step: Step, sources: Sequence[Value]) -> Step:
     return step
 
 
+def shortened(step: Step, known: Sequence[Value]) -> Step:
+    """The step with its shortcut on the intervals of what that reads."""
+    short = step.shortcut
+    if short is None or not short.within:
+        return step
+    ends = [(v.low, v.high) for v in (known[s] for s in short.sources) if isinstance(v.low, Tensor)]
+    return replace(step, shortcut=short.on(ends)) if len(ends) == len(short.sources) else step
+
+
 def _each(within: Callable[[float, float], Slope | None], low: Tensor, high: Tensor) -> OnInterval | None:
     """The slopes and values of a function of numbers for each entry; None where they have no finite bound."""
     made = [within(a, b) for a, b in zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from gramlip.network.compose import Composition, compose, constants
 from gramlip.network.fold import fold
 from gramlip.network.local.columns import WORK, Columns, inside
-from gramlip.network.local.intervals import Region, Value, followed, given, round_up
+from gramlip.network.local.intervals import Region, Value, followed, given, round_up, shortened
 from gramlip.network.local.relaxations import BUDGET, Relaxations, action, adjoint, roundings, stray_of
 from gramlip.network.steps import Drift, Input, Linear, Network, Slope, Step
 from gramlip.norm.certify import certify_all
@@ -52,6 +52,7 @@ def restricted(network: Network, area: Region, budget: float = BUDGET, columns: 
             for s in step.sources:
                 known[s] = lines.tighten(s, step.what)
             made, value = followed(step, [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources])
+            made = shortened(made, known)
         span = moved.add(made, known[step.sources[0]] if step.sources else None)
         value = value if span is None else inside(value, span, step)
         steps.append(lines.add(made, value))

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
-from gramlip.network.rules.activations import probabilities
+from gramlip.network.rules.activations import STEEP, probabilities
+from gramlip.network.rules.enclosures import (
+    ROUNDS,
+    Function,
+    Known,
+    Pieces,
+    largest,
+    of_one_value,
+    remembered,
+    slope_of,
+    steepness,
+    steepness_on,
+    summed_up,
+)
 from gramlip.network.rules.entrywise import on_interval
-from gramlip.network.rules.registry import Call, Radius, Var, pattern
+from gramlip.network.rules.registry import Call, Radius, Var, find, pattern
 from gramlip.network.rules.statistics import SLACK
-from gramlip.network.steps import Linear, LinearAction, Lipschitz, Product, Slope, Step, Sum, Unbounded, Within
+from gramlip.network.steps import Linear, LinearAction, Lipschitz, Product, Shortcut, Slope, Step, Sum, Unbounded, Within
 from gramlip.numerics import rounding as rd
+from gramlip.numerics.rounding import interval, plus, power
 from gramlip.operators.linear_maps import Scale, Shape
 
 # ---- parts of a pattern --------------------------------------------------------------------------------------------------
@@ -137,9 +151,13 @@ def _over_its_length(call: Call) -> Var | None:
     for x, scale in pairs:
         if not (isinstance(x, Var) and isinstance(scale, Var)) or x.shape != call.shape or call.args.get("rounding_mode") is not None:
             continue
-        if divides and (divisor := _divisor(call, scale.step)) is not None and (made := _divided(call, x, divisor)) is not None:
-            return made
-        if not divides and (made := _times_inverse(call, x, _repeated(call, scale.step))) is not None:
+        made = None
+        if divides and (divisor := _divisor(call, scale.step)) is not None:
+            made = _divided(call, x, divisor)
+        if not divides:
+            made = _times_inverse(call, x, _repeated(call, scale.step))
+        if made is not None:
+            call.known.radial[made.step] = x.step, ((_repeated(call, scale.step), -1 if divides else 1),)
             return made
     return None
 
@@ -347,3 +365,194 @@ def _gaussian_on(c: float, steep: float) -> Within:
         return (-2 * c * x * torch.exp(-c * x * x)).nan_to_num(0.0)
 
     return on_interval(lambda x: torch.exp(-c * x * x), slope, turns, [0.0], 4 * SLACK * (1 + steep), ((-steep, steep), (0.0, 1.0)))
+
+
+# ---- functions of one value ----------------------------------------------------------------------------------------------
+#
+# Sums and products of functions of one value, with the slopes of the function that they are together. docs/network.md#enclosures.
+
+GAIN = 0.99  # of what the parts of a sum say: above it they are left as they are
+
+
+@pattern("aten.add", "aten.sub", "aten.mul", "aten.div", "aten.true_divide")
+def _of_one_value(call: Call) -> Var | None:
+    """The sum, product or quotient as its rule has it, then as one function of an earlier value where that says more."""
+    rule = find(call.op)
+    if len(call.vars) < 2 or any(v.shape != call.shape for v in call.vars) or call.args.get("rounding_mode") is not None or rule is None:
+        return None
+    made = rule(call)
+    what = call.steps[made.step].what if isinstance(made, Var) else None
+    if not isinstance(made, Var) or not isinstance(what, Sum | Product) or call.vars[0] == call.vars[1]:
+        return made if isinstance(made, Var) else None
+    functions = of_one_value(call, [made.step])
+    for f in functions[: 1 if isinstance(what, Sum) else None]:
+        one = remembered(call, ("slopes", f.key), lambda f=f: slope_of(f, "a function of one value", GAIN * summed_up(f)))
+        if one is not None:
+            value = call.then(one, Var(min(f.base), call.shape))
+            call.known.written[value.step] = made.step
+            return value
+    if functions and isinstance(what, Product):
+        f = functions[0]
+        short = Shortcut((math.inf,), tuple(f.base), within=(partial(steepness_on, f),))
+        call.steps[made.step] = replace(call.steps[made.step], shortcut=short)
+    return made
+
+
+@pattern("aten.pow", "aten.square", "aten.mul")
+def _square_of_a_function(call: Call) -> Var | None:
+    """A square, which other patterns look for, with what it is as a function of an earlier value."""
+    rule = find(call.op)
+    two = "pow" not in call.op or (isinstance(call["exponent"], int | float) and call["exponent"] == 2)
+    if rule is None or not two or len(call.vars) != 1 + ("mul" in call.op) or call.vars[0] != call.vars[-1]:
+        return None
+    made = rule(call)
+    if not isinstance(made, Var):
+        return None
+    for f in of_one_value(call, [made.step]):
+        if len(f.inner) > 1 and (size := remembered(call, ("joined", f.key), lambda f=f: largest(f, steepness))) < math.inf:
+            call.steps[made.step] = replace(call.steps[made.step], shortcut=Shortcut((size,), tuple(f.base), "a square"))
+            break
+    return made
+
+
+# ---- radial maps ---------------------------------------------------------------------------------------------------------
+#
+# A value times functions of the length of its groups: capsules, projections, maps of hyperbolic space. docs/network.md#radial-maps.
+
+
+@pattern("aten.mul", "aten.div", "aten.true_divide")
+def _radial(call: Call) -> Var | None:
+    """`x g(|x|)`, where g may be put together from several calls, some before and some after x."""
+    divides, rule = "mul" not in call.op, find(call.op)
+    pairs = [(call["self"], call["other"]), (call["other"], call["self"])][: 1 if divides else 2]
+    for value, scale in pairs:
+        if not (isinstance(value, Var) and isinstance(scale, Var)) or rule is None or call.args.get("rounding_mode") is not None:
+            continue
+        at, factors = call.known.radial.get(value.step, (value.step, ()))
+        factors = (*factors, (_repeated(call, scale.step), -1 if divides else 1))
+        x = Var(at, call.steps[at].shape)
+        f = None if x.shape != call.shape else _of_length(call, x, factors)
+        if f is None:
+            continue
+        signs = tuple(sign for _, sign in factors)
+        top = largest(f, partial(_stretch, signs), signs=(1.0,), rounds=2 * ROUNDS)
+        made = call.then(_radial_step(f, signs, call.steps[factors[0][0]].shape, top), x) if top < math.inf else rule(call)
+        if isinstance(made, Var):
+            call.known.radial[made.step] = at, factors
+            return made
+    return None
+
+
+def _of_length(call: Call, x: Var, factors: Sequence[tuple[int, int]]) -> Function | None:
+    """Factors as functions of the length of groups of x, one number for each group."""
+    shapes = {call.steps[at].shape for at, _ in factors}
+    if len(shapes) != 1 or not _lies_along(groups := shapes.pop(), x.shape):
+        return None
+    base: dict[int, Callable[[Pieces], Known]] = {}
+    for at in range(x.step + 1, len(call.steps)):
+        if call.steps[at].shape == groups and (start := _length_start(call, at, x.step)) is not None:
+            base[at] = start
+    return Function.of(call, base, [at for at, _ in factors]) if base else None
+
+
+def _length_start(call: Call, at: int, x: int) -> Callable[[Pieces], Known] | None:
+    """What a step is of the length of groups of x: a multiple of it, of its square, or the root of its square and a number."""
+    known = call.known
+    if at in known.radii and not known.radii[at].centred and known.radii[at].of == x:
+        return partial(_multiple, 1, known.radii[at].factor, 0.0)
+    if at in known.roots and known.roots[at][0].of == x and not known.roots[at][0].centred:
+        return partial(_multiple, 1, known.roots[at][0].factor, known.roots[at][1])
+    radius = _square_of_length(call, at) if isinstance(call.steps[at].what, Lipschitz | Product | Linear) else None
+    if radius is not None and radius.of == x and not radius.centred and _squared(call.steps[at]) is None:
+        return partial(_multiple, 2, radius.factor, 0.0)
+    return None
+
+
+def _multiple(k: int, factor: float, eps: float, pieces: Pieces) -> Known:
+    """`(c t)^k`, or `sqrt(c^2 t^2 + eps)`, for a c that is at least `factor` and hardly above it."""
+    c = interval(factor, factor if factor == 1.0 else factor * (1 + 8 * SLACK))
+    if eps == 0.0:
+        return pieces.start(k, power(c, k))
+    return pieces.root(pieces.scaled(pieces.start(2, power(c, 2)), interval(1.0), interval(eps)), 1)
+
+
+def _profile(signs: Sequence[int], known: Sequence[Known], pieces: Pieces) -> Known:
+    """g, the product of all factors."""
+    return reduce(
+        lambda f, g: pieces.product(f, g, False), (f if sign > 0 else pieces.inverse(f) for f, sign in zip(known, signs, strict=True))
+    )
+
+
+def _stretch(signs: Sequence[int], known: Sequence[Known], pieces: Pieces) -> Tensor:
+    """The larger of `|g|` and `|g + t g'|`."""
+    g = _profile(signs, known, pieces)
+    return torch.maximum(g.value.abs().amax(-1), plus(g.value, g.grown).abs().amax(-1))
+
+
+def _radial_step(f: Function, signs: Sequence[int], groups: Shape, top: float) -> Lipschitz:
+    def reach(known: Sequence[Known], pieces: Pieces) -> Tensor:
+        return pieces.product(pieces.start(1, interval(1.0)), _profile(signs, known, pieces), False).value.abs().amax(-1)
+
+    most = largest(f, reach, signs=(1.0,), rounds=ROUNDS // 2)
+    row = most if groups == () or groups[-1] == 1 else math.inf
+    return Lipschitz(top, f"a value times a function of its length: slopes up to {top:.6g}", (-most, most), row=row)
+
+
+# ---- global response normalisation ---------------------------------------------------------------------------------------
+#
+# Channels times their length over the mean length of all: ConvNeXt V2. docs/network.md#radial-maps.
+
+
+@pattern("aten.mul")
+def _response(call: Call) -> Var | None:
+    """`x_c |x_c| / (mean |x_k| + eps)` over groups of entries of x."""
+    for x, scale in ((call["self"], call["other"]), (call["other"], call["self"])):
+        if not (isinstance(x, Var) and isinstance(scale, Var)) or x.shape != call.shape:
+            continue
+        found = _over_its_mean(call, _repeated(call, scale.step), x.step)
+        if found is not None and len(groups := call.steps[found[0]].shape) == len(x.shape):
+            means, eps = call.steps[found[1]].shape or (1,) * len(groups), found[2]
+            count = math.prod(groups) // max(1, math.prod(means))
+            upper = rd.mul_up(float(count), rd.sqrt_up(float(count)))
+            because = f"global response normalisation of {count} channels: at most the power 3/2 of their number"
+            return call.then(Lipschitz(upper, because, within=partial(_response_on, groups, means, eps)), x)
+    return None
+
+
+def _over_its_mean(call: Call, at: int, x: int) -> tuple[int, int, float] | None:
+    """The lengths of groups of x, their means and the number added to these, where a step is the one over the sum of the others."""
+    step = call.steps[at]
+    if not isinstance(step.what, Product) or (step.what.kind, step.what.scale) != ("entries", 1.0):
+        return None
+    lengths, inverse = step.sources
+    radius, over = call.known.radii.get(lengths), call.steps[inverse].what
+    if radius is None or (radius.of, radius.factor, radius.centred) != (x, 1.0, False) or not isinstance(over, Unbounded):
+        return None
+    if over.within is not STEEP["reciprocal"] or call.steps[inverse].op != step.op:
+        return None
+    below = call.steps[inverse].sources[0]
+    while isinstance(what := call.steps[below].what, Lipschitz) and what.same_range and call.steps[below].op == step.op:
+        below = call.steps[below].sources[0]  # copies that the quotient makes
+    mean, eps = _shifted(call, below)
+    groups = Var(lengths, call.steps[lengths].shape)
+    reduces = mean is not None and _reduces(call, Var(mean, call.steps[mean].shape), "mean", groups)
+    return (lengths, mean, eps) if mean is not None and reduces else None
+
+
+def _response_on(groups: Shape, means: Shape, eps: float, a: Tensor, b: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Constant and values of the normalisation on intervals of its arguments: docs/local.md#slopes."""
+    within, across = ([j for j, (n, m) in enumerate(zip(x, y, strict=True)) if n != m] for x, y in ((a.shape, groups), (groups, means)))
+    count, room = math.prod(groups) / max(1, math.prod(means)), 1.0 + (a.numel() + 64.0) * 2.0**-50
+    nearest = torch.where((a <= 0) & (b >= 0), 0.0, torch.minimum(a.abs(), b.abs()))
+    low, high = (
+        torch.linalg.vector_norm(end, dim=within, keepdim=True) for end in (nearest / room, torch.maximum(a.abs(), b.abs()) * room)
+    )
+    mean = [end.mean(across, keepdim=True) + eps for end in (low, high)]
+    most = (high / mean[0] * room).nan_to_num(count, count).clamp_max(count)
+    least = (low / mean[1] / room).nan_to_num(0.0)
+    share = most / count
+    whole = count * (4 * share**2 * (1 - share) + count * share**4).sum(across, keepdim=True).sqrt()
+    apart = 2 * most.amax(across, keepdim=True) + (most**4).sum(across, keepdim=True).sqrt() / math.sqrt(count)
+    ends = torch.stack([x * n for x in (a, b) for n in (least, most)]).nan_to_num(0.0)
+    slack = SLACK * ends.abs().amax(0) + rd.TINY
+    return float(torch.minimum(whole, apart).max()) * room * (1 + SLACK), ends.amin(0) - slack, ends.amax(0) + slack

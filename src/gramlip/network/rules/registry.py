@@ -42,6 +42,9 @@ class Known:
 
     `radii` are the steps that are norms of groups, `roots` those that are `sqrt(norm^2 + eps)`, `centred` those that are a value less
     its means: the step of the value, and the shape of the means.
+    `radial` are the steps that are a value times or over functions of the lengths of its groups: the step of the value, and for each
+    function its step and 1, or -1 where it divides. `functions` are what was found of functions of one number (`enclosures`),
+    `written` the steps that several calls are together, and the last of the steps of these calls.
     `halves` are what is known of half spectra (`fourier`), by the number of the step; `errors` are those of computed weights
     (`running_errors`); `taken` says which of them come or go where errors are not followed.
     """
@@ -50,6 +53,9 @@ class Known:
     radii: dict[int, Radius] = field(default_factory=dict[int, Radius])
     roots: dict[int, tuple[Radius, float]] = field(default_factory=dict[int, tuple[Radius, float]])
     centred: dict[int, tuple[int, Shape]] = field(default_factory=dict[int, tuple[int, Shape]])
+    radial: dict[int, tuple[int, tuple[tuple[int, int], ...]]] = field(default_factory=dict[int, tuple[int, tuple[tuple[int, int], ...]]])
+    functions: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    written: dict[int, int] = field(default_factory=dict[int, int])
     values: dict[str, Var] = field(default_factory=dict[str, Var])
     halves: dict[int, Any] = field(default_factory=dict[int, Any])
     errors: dict[fx.Node, Any] = field(default_factory=dict[fx.Node, Any])

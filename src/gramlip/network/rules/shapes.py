@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gramlip.errors import UnsupportedError
 from gramlip.network.rules.affine import added, spread
+from gramlip.network.rules.enclosures import steepness_on, tied
 from gramlip.network.rules.entrywise import IDENTITY, Entrywise, NotACurveError, steepness
 from gramlip.network.rules.registry import Call, Var, register
 from gramlip.network.steps import Join, Linear, Lipschitz, Pad, RowLayout, Shortcut, Slice, Step, Unbounded, View
@@ -298,14 +300,23 @@ def _cat(call: Call) -> Var:
     else:
         what = Lipschitz(1.0, "values stacked", same_range=True, linear=call.linear(1.0))
     made, apart = call.then(what, *call.vars), [_origin(call, v) for v in call.vars]
-    tied = _tied(call, list(apart))
-    if sorted(tied) != [(1.0, i) for i in sorted(apart)]:
-        factors, sources = zip(*tied, strict=True)
-        call.steps[made.step] = replace(call.steps[made.step], shortcut=Shortcut(factors, sources))
+    ways = _tied(call, list(apart))
+    if sorted((way.factor, way.source) for way in ways) != [(1.0, i) for i in sorted(apart)]:
+        factors, sources, within = zip(*ways, strict=True)
+        short = Shortcut(factors, sources, within=within if any(within) else ())
+        call.steps[made.step] = replace(call.steps[made.step], shortcut=short)
     return made
 
 
-def _tied(call: Call, alone: list[int]) -> list[tuple[float, int]]:
+class _Way(NamedTuple):
+    """A part of a shortcut: a factor and the step whose difference it multiplies; and the factor on intervals of that step."""
+
+    factor: float
+    source: int
+    within: Callable[[Tensor, Tensor], float] | None = None
+
+
+def _tied(call: Call, alone: list[int]) -> list[_Way]:
     """Steps whose differences, times these factors and joined, are at least as long as those of the given ones joined."""
     curves: dict[int, list[Entrywise]] = {}
     for i in alone:
@@ -313,7 +324,7 @@ def _tied(call: Call, alone: list[int]) -> list[tuple[float, int]]:
         curves.setdefault(i if curve is None else curve.base.step, []).append(
             curve or Entrywise(Var(i, call.steps[i].shape), (), lambda _: IDENTITY)
         )
-    found: list[tuple[float, int]] = []
+    found: list[_Way] = []
     for base, values in curves.items():
         try:
             factor = steepness(values) if len(values) > 1 else math.inf
@@ -322,17 +333,19 @@ def _tied(call: Call, alone: list[int]) -> list[tuple[float, int]]:
         if factor < math.inf:
             for value in values:
                 value.rely(call)
-            found.append((factor, base))
+            found.append(_Way(factor, base))
             alone = [i for i in alone if i != base and (i not in call.known.curves or call.known.curves[i].base.step != base)]
+    single: list[int] = []
     while alone:
         i = alone.pop()
         mate = next((j for j in alone if _mates(call.steps[i], call.steps[j])), None)
         if mate is None:
-            found.append((1.0, i))
+            single.append(i)
             continue
         alone.remove(mate)
-        found += [(1.0, s) for s in call.steps[i].sources]
-    return found
+        found += [_Way(1.0, s) for s in call.steps[i].sources]
+    functions, single = tied(call, single)
+    return found + [_Way(size, min(f.base), partial(steepness_on, f)) for f, size in functions] + [_Way(1.0, i) for i in single]
 
 
 def _mates(one: Step, other: Step) -> bool:

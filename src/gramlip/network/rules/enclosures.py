@@ -1,0 +1,563 @@
+"""Functions of one number put together from several calls: enclosures of their slopes on pieces of the line. docs/network.md#enclosures.
+
+Each value is `t^k h(t)` with h bounded where t goes to 0, or to infinity; so products such as `x tanh(softplus(x))` have finite slopes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramlip.network.rules.activations import STEEP
+from gramlip.network.rules.registry import Call
+from gramlip.network.steps import Linear, OnInterval, Product, Slope, Step, Sum, Unbounded, What
+from gramlip.numerics import rounding as rd
+from gramlip.numerics.precision import to_float64
+from gramlip.numerics.rounding import WHOLE, flushed, hull, interval, inverse, meet, plus, power, root, times
+from gramlip.operators.linear_maps import Scale
+
+INF = math.inf
+STEPS = 64  # that one function is made of
+ROWS = 512  # different constants of a value's entries, each with a function of its own
+ROUNDS, LAST = 12, 5  # of cutting pieces, and those after which each has to bring the bound nearer to what was seen
+PARTS = 8  # of a piece, in one round
+PIECES = 512  # that are cut in one round
+DYADIC = 20  # pieces begin as [2^k, 2^(k+1)] for |k| up to this
+CUTS, ENTRIES = 32, 2**18  # pieces of an interval that is given, and of all entries' intervals
+FAR = 1e300  # a point beyond it is not looked at
+CLOSE = 1e-5  # relative: how far the bound may be above the largest slope that was seen
+
+# ---- what is known of a function on pieces -------------------------------------------------------------------------------
+
+
+class Known(NamedTuple):
+    """A function f of t on pieces of the line: `f = t^k h`, its value, its slope f', `grown = t f'`, and `rate` with `t f' = rate f`."""
+
+    k: int
+    h: Tensor
+    value: Tensor
+    slope: Tensor
+    grown: Tensor
+    rate: Tensor
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Pieces of the line, none of which has 0 inside; `far` where all are outside of [-1, 1], else all are within.
+
+    `constant` gives the weights and biases of a step of constants.
+    """
+
+    t: Tensor
+    far: bool
+    constant: Callable[[int], tuple[Tensor, Tensor]]
+
+    def to(self, k: int) -> Tensor:
+        """`t^k`."""
+        return power(self.t, k)
+
+    def start(self, k: int, scale: Tensor) -> Known:
+        """`scale t^k`."""
+        grown = times(times(scale, self.to(k)), interval(k))
+        return Known(k, scale, times(scale, self.to(k)), times(times(scale, self.to(k - 1)), interval(k)), grown, interval(k))
+
+    def closed(self, f: Known) -> Known:
+        """The same, each part with what the others know of it."""
+        value = meet(f.value, times(self.to(f.k), f.h))
+        rate = meet(meet(f.rate, times(f.grown, inverse(value))), times(times(f.slope, self.to(1 - f.k)), inverse(f.h)))
+        grown = meet(f.grown, times(rate, value))
+        slope = meet(f.slope, meet(times(rate, times(self.to(f.k - 1), f.h)), times(grown, self.to(-1))))
+        return Known(f.k, f.h, value, slope, grown, rate)
+
+    def scaled(self, f: Known, weight: Tensor, bias: Tensor) -> Known:
+        """`weight f + bias`."""
+        made = Known(f.k, times(weight, f.h), times(weight, f.value), times(weight, f.slope), times(weight, f.grown), f.rate)
+        none = interval(0.0)
+        return self.sum(made, Known(0, bias, bias, none, none, none)) if bool(bias.any()) else made
+
+    def sum(self, f: Known, g: Known) -> Known:
+        """`f + g`."""
+        k = max(f.k, g.k) if self.far else min(f.k, g.k)
+        parts = [times(self.to(x.k - k), x.h) for x in (f, g)]
+        one, other = parts
+        alike = (one[..., 0] >= 0) & (other[..., 0] >= 0) | (one[..., 1] <= 0) & (other[..., 1] <= 0)
+        rate = torch.where(alike[..., None], hull(f.rate, g.rate), WHOLE)
+        return self.closed(Known(k, plus(*parts), plus(f.value, g.value), plus(f.slope, g.slope), plus(f.grown, g.grown), rate))
+
+    def product(self, f: Known, g: Known, square: bool) -> Known:
+        """`f g`; a `square` where the two are one."""
+        values, k = (f.value, g.value), f.k + g.k
+        h, value = (power(f.h, 2), power(f.value, 2)) if square else (times(f.h, g.h), times(*values))
+        slopes = [
+            meet(times(one.slope, values[1 - i]), times(one.grown, times(self.to(other.k - 1), other.h)))
+            for i, (one, other) in enumerate(((f, g), (g, f)))
+        ]
+        grown = plus(times(f.grown, values[1]), times(values[0], g.grown))
+        return self.closed(Known(k, h, value, plus(*slopes), grown, plus(f.rate, g.rate)))
+
+    def inverse(self, f: Known) -> Known:
+        """`1 / f`."""
+        return self.closed(Known(-f.k, inverse(f.h), inverse(f.value), WHOLE, WHOLE, times(f.rate, interval(-1.0))))
+
+    def power(self, f: Known, exponent: int) -> Known:
+        """`f^exponent`."""
+        inner = power(f.value, exponent - 1)
+        slope, grown = (times(times(inner, part), interval(exponent)) for part in (f.slope, f.grown))
+        return self.closed(
+            Known(exponent * f.k, power(f.h, exponent), power(f.value, exponent), slope, grown, times(f.rate, interval(exponent)))
+        )
+
+    def root(self, f: Known, sign: int) -> Known:
+        """`sqrt(f)`, or one over it for the sign -1."""
+        even = f.k % 4 == 0 or (f.k % 2 == 0 and bool((self.t >= 0).all()))
+        k, h = (f.k // 2, root(f.h)) if even else (0, root(f.value))
+        h, value = (h, root(f.value)) if sign > 0 else (inverse(h), inverse(root(f.value)))
+        return self.closed(Known(sign * k, h, value, WHOLE, WHOLE, times(f.rate, interval(0.5 * sign))))
+
+    def activation(self, f: Known, what: Slope, name: str) -> Known:
+        """An entrywise function of f."""
+        assert what.within is not None
+        value = f.value
+        slopes, values = _on(what, value)
+        inner = meet(times(slopes, value), _decay(what, name, value))  # v a'(v) at the values v of f
+        grown = meet(times(slopes, f.grown), times(inner, f.rate))
+        slope = meet(times(slopes, f.slope), times(grown, self.to(-1)))
+        zero = interval(0.0)
+        bounded, at_zero = max(map(abs, what.image)) < INF, meet(interval(*what.at_zero), _on(what, zero)[1])
+        k = 0 if (bounded if self.far else what.at_zero != (0.0, 0.0)) else f.k
+        h = times(values, self.to(-k))
+        near = value.gather(-1, value.abs().argmin(-1, keepdim=True)).clamp(-FAR, FAR)
+        near = torch.where((value[..., :1] <= 0) & (value[..., 1:] >= 0), 0.0, near).expand(value.shape)
+        for chords, start, image in (
+            (_on(what, hull(value, near))[0], near, _on(what, near)[1]),
+            (_on(what, hull(value, zero))[0], zero, at_zero),
+        ):
+            offset = plus(image, times(times(chords, start), interval(-1.0)))
+            h = meet(h, plus(times(times(chords, f.h), self.to(f.k - k)), times(offset, self.to(-k))))
+        return self.closed(Known(k, h, values, slope, grown, WHOLE))
+
+    def steep(self, f: Known, what: Unbounded) -> Known:
+        """A function that has bounded slopes on intervals alone, each piece by itself."""
+        value = f.value
+        assert what.within is not None
+        made = [what.within(a, b) for a, b in value.flatten(0, -2).tolist()]
+        ends = torch.tensor([(-INF, INF, -INF, INF) if s is None else (s.low, s.high, *s.image) for s in made], dtype=torch.float64)
+        slopes, values = ends.reshape(*value.shape[:-1], 2, 2).unbind(-2)
+        return self.closed(Known(0, values, values, times(slopes, f.slope), times(slopes, f.grown), WHOLE))
+
+
+def _on(what: Slope, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Slopes and values of an activation on intervals."""
+    assert what.within is not None
+    on = torch.stack(what.within(*value.unbind(-1)), -1)
+    on = torch.where(on.isnan(), torch.cat([WHOLE, WHOLE]), on)
+    return on[..., :2], on[..., 2:]
+
+
+FALLS = {
+    **dict.fromkeys(("tanh", "sigmoid", "erf", "atan", "hardsigmoid"), (True, True)),
+    **dict.fromkeys(("softplus", "elu", "selu", "celu"), (True, False)),
+    "log_sigmoid": (False, True),
+}
+"""Activations that rise and whose slopes do not grow away from 0: below it, and above it."""
+
+
+def _decay(what: Slope, name: str, value: Tensor) -> Tensor:
+    """The products of arguments and slopes: by the mean value theorem at most twice what the activation rises from v to v / 2."""
+    if name not in FALLS:
+        return WHOLE
+    low, high = value.unbind(-1)
+    below, above = FALLS[name]
+    near, far = torch.where(low > 0, low, high), torch.where(low > 0, high, low)
+    halves, ends = (_on(what, torch.stack([at, at], -1))[1] for at in (near / 2, far))
+    rise = torch.where(low > 0, ends[..., 1] - halves[..., 0], halves[..., 1] - ends[..., 0])
+    known = ((low > 0) & above) | ((high < 0) & below)
+    most = torch.where(known, 2 * rise * (1 + 2.0**-50) + rd.TINY, INF).nan_to_num(INF)
+    return torch.stack([torch.where(known & (low > 0), 0.0, -most), torch.where(known & (high < 0), 0.0, most)], -1)
+
+
+# ---- functions -----------------------------------------------------------------------------------------------------------
+
+Base = Mapping[int, Callable[[Pieces], Known]]  # steps that are known as functions of t
+
+
+def itself(pieces: Pieces) -> Known:
+    """The step is t."""
+    return pieces.start(1, interval(1.0))
+
+
+@dataclass(frozen=True)
+class Function:
+    """The values of some steps, entry by entry functions of one number t; `inner` are the steps from there to the `ends`, in order."""
+
+    steps: Mapping[int, Step]
+    base: Base
+    inner: tuple[int, ...]
+    ends: tuple[int, ...]
+
+    @staticmethod
+    def of(call: Call, base: Base, ends: Sequence[int]) -> Function | None:
+        """The function that the ends are of the base alone; None where they are none, or one of too many steps."""
+        found, stack = dict[int, Step](), list(ends)
+        while stack:
+            at = stack.pop()
+            if at in found or at in base:
+                continue
+            step = _followed(call, at)
+            if step is None or at < min(base) or len(found) == STEPS:
+                return None
+            found[at] = step
+            stack += step.sources
+        return Function(found, base, tuple(sorted(found)), tuple(ends))
+
+    def known(self, pieces: Pieces) -> list[Known]:
+        """What is known of each end on the pieces."""
+        found = {at: start(pieces) for at, start in self.base.items()}
+        for at in self.inner:
+            step = self.steps[at]
+            found[at] = _step(step, [found[s] for s in step.sources], pieces, at)
+        return [found[at] for at in self.ends]
+
+    @property
+    def key(self) -> object:
+        """Equal for functions that are the same."""
+        places = {at: i for i, at in enumerate((*sorted(self.base), *self.inner))}
+        parts = [(tuple(places[s] for s in self.steps[at].sources), *_what(self.steps[at])) for at in self.inner]
+        rows = self.rows()
+        return (
+            None
+            if rows is None
+            else (tuple(parts), tuple(places[at] for at in self.ends), tuple(self.base.values()), rows.numpy().tobytes())
+        )
+
+    def constants(self) -> list[tuple[int, list[Tensor]]]:
+        """For each step of constants its number and the ends of its weights and biases."""
+        whats = [(at, what) for at in self.inner if isinstance(what := self.steps[at].what, Linear)]
+        return [(at, _constants(what)) for at, what in whats]
+
+    def rows(self) -> Tensor | None:
+        """The different constants of entries, a row each, four for each step of constants; None where there are too many."""
+        held = torch.broadcast_tensors(*(end for _, ends in self.constants() for end in ends))
+        if not held:
+            return torch.zeros(1, 0, dtype=torch.float64)
+        rows = torch.stack([c.reshape(-1) for c in held], 1).unique(dim=0)
+        return rows if len(rows) <= ROWS else None
+
+
+def _constants(what: Linear) -> list[Tensor]:
+    weight, bias = to_float64(what.op.weight), torch.as_tensor(what.bias, dtype=torch.float64)
+    error, stray = (torch.tensor(e, dtype=torch.float64) for e in (what.error, what.bias_error))
+    return [end for value, room in ((weight, error), (bias, stray)) for end in (_off(value, -room), _off(value, room))]
+
+
+def _off(value: Tensor, by: Tensor) -> Tensor:
+    return value if not by else torch.nextafter(value + by, value + by + by.sign() * INF)
+
+
+def _what(step: Step) -> tuple[object, ...]:
+    """What a step is, but for the constants of its entries."""
+    what = step.what
+    within = getattr(what, "within", None)
+    own = (what.low, what.high, what.image, what.at_zero) if isinstance(what, Slope) else ()
+    return (
+        type(what),
+        step.op,
+        *own,
+        *((within.func, within.args) if isinstance(within, partial) and isinstance(what, Unbounded) else (within,)),
+    )
+
+
+def _followed(call: Call, at: int) -> Step | None:
+    """A step that is followed here: entry by entry, of values of its own shape; one that several calls are together is what they are."""
+    steps, step = call.steps, call.steps[at]
+    if at in call.known.written:
+        return replace(step, what=Sum((1,)), sources=(call.known.written[at],))
+    alike = bool(step.sources) and all(steps[s].shape == step.shape for s in step.sources)
+    return step if alike and _entrywise(step.what) else None
+
+
+def _entrywise(what: What) -> bool:
+    if isinstance(what, Slope):
+        return what.within is not None and isinstance(what.low, float | int) and isinstance(what.high, float | int)
+    if isinstance(what, Linear):
+        return isinstance(what.op, Scale) and what.error < INF and what.bias_error < INF and not what.op.weight.is_complex()
+    if isinstance(what, Product):
+        return what.kind == "entries" and what.scale == 1.0
+    return isinstance(what, Sum) or (isinstance(what, Unbounded) and what.within is not None)
+
+
+def _step(step: Step, sources: Sequence[Known], pieces: Pieces, at: int) -> Known:
+    what, first = step.what, sources[0]
+    if isinstance(what, Linear):
+        return pieces.scaled(first, *pieces.constant(at))
+    if isinstance(what, Sum):
+        return reduce(pieces.sum, sources)
+    if isinstance(what, Product):
+        return pieces.product(first, sources[1], step.sources[0] == step.sources[1])
+    if isinstance(what, Slope):
+        return pieces.activation(first, what, step.op.split(".")[1] if step.op.startswith("aten.") else "")
+    assert isinstance(what, Unbounded)
+    if what.within is STEEP["reciprocal"]:
+        return pieces.inverse(first)
+    if what.within in (STEEP["sqrt"], STEEP["rsqrt"]):
+        return pieces.root(first, 1 if what.within is STEEP["sqrt"] else -1)
+    exponent = what.within.args[0] if isinstance(what.within, partial) and step.op.startswith("aten.pow") else 0.5
+    if exponent.is_integer() and 0 < abs(exponent) <= 16:
+        return pieces.power(first, int(exponent))
+    return pieces.steep(first, what)
+
+
+# ---- the largest slope ---------------------------------------------------------------------------------------------------
+
+Measure = Callable[[Sequence[Known], Pieces], Tensor]
+
+
+def steepness(known: Sequence[Known], pieces: Pieces) -> Tensor:
+    """At least the root of the sum of the squares of all slopes on each piece."""
+    del pieces
+    return root(reduce(plus, (power(f.slope, 2) for f in known)))[..., 1]
+
+
+@dataclass
+class _Grid:
+    """Pieces `sign [low, high]`, each for a row of constants."""
+
+    row: Tensor
+    sign: Tensor
+    low: Tensor
+    high: Tensor
+
+    def __getitem__(self, kept: Tensor) -> _Grid:
+        return _Grid(self.row[kept], self.sign[kept], self.low[kept], self.high[kept])
+
+    def parts(self) -> _Grid:
+        """Each piece in `PARTS`."""
+        share = torch.linspace(0, 1, PARTS + 1, dtype=torch.float64)[:, None]
+        edges = self.low + (self.high - self.low) * share
+        edges = torch.where(self.high == INF, self.low * 4.0 ** (PARTS * share), edges).clamp(self.low, self.high)
+        edges[0], edges[-1] = self.low, self.high
+        return _Grid(self.row.repeat(PARTS), self.sign.repeat(PARTS), edges[:-1].reshape(-1), edges[1:].reshape(-1))
+
+    def middles(self) -> _Grid:
+        """A point of each piece."""
+        middle = torch.where(self.high == INF, 2 * self.low, (self.low + self.high) / 2)
+        return _Grid(self.row, self.sign, middle, middle)
+
+
+def largest(f: Function, measure: Measure, *, signs: Sequence[float] = (-1.0, 1.0), room: float = 0.0, rounds: int = 0) -> float:
+    """Upper bound of what is measured on any piece, over the line, or the half of it that the one sign says.
+
+    Pieces are cut until the bound is within `room`, or `CLOSE` of it, of what was seen at a point, or the rounds are over. Where slopes
+    have a period, one will do, but for values, which have `rounds` of their own.
+    """
+    rows = f.rows()
+    if rows is None:
+        return INF
+    grid, settled, before = _grid(f, rows, signs, None if rounds else _period(f, rows)), -INF, INF
+    bounds, seen = _measured(f, rows, measure, grid)
+    for i in range(rounds or ROUNDS):
+        gap = max(settled, float(bounds.max())) - seen
+        open_ = bounds > seen + max(room, CLOSE * abs(seen))
+        if not bool(open_.any()) or (i >= LAST and gap >= 0.8 * before):
+            break
+        settled, before = max([settled, *bounds[~open_].tolist()]), gap
+        order = bounds.argsort(descending=True)[: int(open_.sum())]
+        settled = max([settled, *bounds[order[PIECES : PIECES + 1]].tolist()])
+        grid, above = grid[order[:PIECES]].parts(), bounds[order[:PIECES]].repeat(PARTS)
+        bounds, now = _measured(f, rows, measure, grid)
+        bounds, seen = torch.minimum(bounds, above), max(seen, now)
+    return max(settled, float(bounds.max()))
+
+
+def _measured(f: Function, rows: Tensor, measure: Measure, grid: _Grid) -> tuple[Tensor, float]:
+    """What is measured on the pieces of a grid, and the most that is at a point of each."""
+    made, far, seen = torch.empty(len(grid.row), dtype=torch.float64), grid.low >= 1.0, -INF
+    for outside in (False, True):
+        kept = far == outside
+        if bool(kept.any()):
+            part, n = grid[kept], int(kept.sum())
+            points = part.middles()
+            both = _Grid(*(torch.cat([getattr(part, k), getattr(points, k)]) for k in ("row", "sign", "low", "high")))
+            pieces = _pieces(f, rows, both, outside)
+            values = measure(f.known(pieces), pieces).expand(2 * n).nan_to_num(INF, INF, -INF)
+            made[kept], seen = values[:n], max([seen, *(v for v in values[n:].tolist() if v < INF)])
+    return made, seen
+
+
+def _pieces(f: Function, rows: Tensor, grid: _Grid, far: bool) -> Pieces:
+    above = grid.sign > 0
+    t = torch.stack([torch.where(above, grid.low, -grid.high), torch.where(above, grid.high, -grid.low)], -1)
+    places = {at: 4 * i for i, (at, _) in enumerate(f.constants())}
+
+    def constant(at: int) -> tuple[Tensor, Tensor]:
+        ends = rows[grid.row, places[at] : places[at] + 4]
+        return flushed(ends[:, :2]), flushed(ends[:, 2:])
+
+    return Pieces(t, far, constant)
+
+
+def _grid(f: Function, rows: Tensor, signs: Sequence[float], period: Tensor | None) -> _Grid:
+    """Where the search begins: one period of functions that have one, else pieces of the line that grow away from 0."""
+    if period is not None:
+        edges = torch.linspace(0.0, 0.5 + 1e-9, 33, dtype=torch.float64) * period[:, None]
+        edges = torch.cat([edges, edges[:, -1:].clamp_max(1.0)], 1).sort(1)[0]
+    else:
+        powers = 2.0 ** torch.arange(-DYADIC, DYADIC + 1, dtype=torch.float64)
+        edges = torch.cat([torch.zeros(1), powers, torch.full((1,), INF)]).double().expand(len(rows), -1)
+    n, count = edges.shape[0], edges.shape[1] - 1
+    row = torch.arange(n).repeat_interleave(count)
+    low, high, k = edges[:, :-1].reshape(-1), edges[:, 1:].reshape(-1), len(signs)
+    sign = torch.tensor(signs, dtype=torch.float64).repeat_interleave(len(row))
+    return _Grid(row.repeat(k), sign, low.repeat(k), high.repeat(k))
+
+
+def _period(f: Function, rows: Tensor) -> Tensor | None:
+    """For each row a period that all slopes have; None where they have none."""
+    places = {at: 4 * i for i, (at, _) in enumerate(f.constants())}
+    kinds: dict[int, tuple[str, Tensor]] = {at: ("line", torch.ones(len(rows), dtype=torch.float64)) for at in f.base}
+    for at in f.inner:
+        made = _repeats(
+            f.steps[at], [kinds[s] for s in f.steps[at].sources], rows[:, places[at] : places[at] + 2] if at in places else rows
+        )
+        if made is None:
+            return None
+        kinds[at] = made
+    periods = [kinds[at][1] for at in f.ends if kinds[at][0] != "line"]
+    return periods[0] if periods and all(torch.equal(p, periods[0]) for p in periods) else None
+
+
+def _repeats(step: Step, sources: Sequence[tuple[str, Tensor]], weights: Tensor) -> tuple[str, Tensor] | None:
+    """Whether a step is a line, with its slope, or repeats itself, with its period, or does so beside a line; None for anything else."""
+    what, (kind, number), kinds = step.what, sources[0], {kind for kind, _ in sources}
+    if isinstance(what, Linear):
+        exact = bool((weights[:, 1] - weights[:, 0] <= 1e-13 * weights[:, 0].abs()).all())
+        return (None if not exact else ("line", number * weights[:, 0])) if kind == "line" else (kind, number)
+    if isinstance(what, Slope) and kind == "line":
+        waves = step.op in ("aten.sin.default", "aten.cos.default")
+        return ("wave", math.tau / number.abs()) if waves and bool(((number.abs() > 1e-100) & (number.abs() < 1e100)).all()) else None
+    if isinstance(what, Slope | Unbounded):
+        return (kind, number) if kind == "wave" else None
+    periods = [n for k, n in sources if k != "line"]
+    if any(not torch.equal(n, periods[0]) for n in periods[1:]):
+        return None
+    if isinstance(what, Product):
+        return ("wave", periods[0]) if kinds == {"wave"} else None
+    if kinds == {"line"}:
+        total, size = (reduce(torch.add, (part(n) for _, n in sources)) for part in (Tensor.clone, Tensor.abs))
+        return ("line", total) if bool((total.abs() >= 1e-2 * size).all()) else None
+    return "wave" if kinds == {"wave"} else "drift", periods[0]
+
+
+# ---- steps ---------------------------------------------------------------------------------------------------------------
+
+
+BASES = 4  # values, the nearest first, that something is looked at as a function of
+
+
+def of_one_value(call: Call, ends: Sequence[int]) -> list[Function]:
+    """The functions that some steps are of one earlier value, the nearest value first."""
+    found, stack = set[int](), list(ends)
+    while stack and len(found) <= STEPS:
+        at = stack.pop()
+        if at not in found:
+            found.add(at)
+            step = _followed(call, at)
+            stack += () if step is None else step.sources
+    made = (Function.of(call, {at: itself}, ends) for at in sorted(found, reverse=True))
+    return [f for f in made if f is not None and f.inner][:BASES]
+
+
+def tied(call: Call, values: Sequence[int]) -> tuple[list[tuple[Function, float]], list[int]]:
+    """Values that are functions of one earlier value, several together, each group with its constant; and the others.
+
+    The constant is infinite where it is finite on intervals alone.
+    """
+    rest, found, left = list(values), list[tuple[Function, float]](), list[int]()
+    while rest:
+        first = rest.pop(0)
+        group = [first, *(i for i in rest if of_one_value(call, [first, i]))]
+        functions = of_one_value(call, group) if len(group) > 1 else []
+        if not functions:
+            left.append(first)
+            continue
+        rest = [i for i in rest if i not in group]
+        sizes = [(f, remembered(call, ("joined", f.key), lambda f=f: largest(f, steepness))) for f in functions]
+        found.append(next((pair for pair in sizes if pair[1] < INF), sizes[0]))
+    return found, left
+
+
+def remembered(call: Call, key: object, make: Callable[[], Any]) -> Any:
+    """What was found for the same function before."""
+    if key not in call.known.functions:
+        call.known.functions[key] = make()
+    return call.known.functions[key]
+
+
+def on_set(f: Function, low: Tensor, high: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Slopes and values of each end where t is in an interval for each entry."""
+    shape = torch.broadcast_shapes(low.shape, *(end.shape for _, ends in f.constants() for end in ends))
+    low, high = low.expand(shape), high.expand(shape)
+    cuts = max(1, min(CUTS, ENTRIES // max(1, low.numel())))
+    edges = low + (high - low) * torch.linspace(0, 1, cuts + 1, dtype=torch.float64).reshape(-1, *[1] * low.ndim)
+    edges = torch.where(edges.isfinite(), edges, low).clamp(low, high)
+    edges[0], edges[-1] = low, high
+    a, b = edges[:-1], edges[1:]
+    through = (a < 0) & (b > 0)
+    t = torch.stack([torch.cat([a, torch.where(through, 0.0, a)]), torch.cat([torch.where(through, 0.0, b), b])], -1)
+    held = {at: (flushed(torch.stack(ends[:2], -1)), flushed(torch.stack(ends[2:], -1))) for at, ends in f.constants()}
+    pieces = Pieces(flushed(t), False, held.__getitem__)
+    found: list[tuple[Tensor, Tensor]] = []
+    for known in f.known(pieces):
+        slope, value = (part.expand(t.shape) for part in (known.slope, known.value))
+        found.append((_together(slope), _together(value)))
+    return found
+
+
+def _together(x: Tensor) -> Tensor:
+    """The least interval that holds all along the first axis."""
+    return torch.stack([x[..., 0].amin(0), x[..., 1].amax(0)], -1)
+
+
+def steepness_on(f: Function, low: Tensor, high: Tensor) -> float:
+    """At least the root of the sum of the squares of all slopes where t is in an interval for each entry."""
+    return float(root(reduce(plus, (power(slope, 2) for slope, _ in on_set(f, low, high))))[..., 1].max())
+
+
+def _on_interval(f: Function, slopes: tuple[float, float], image: tuple[float, float], low: Tensor, high: Tensor) -> OnInterval:
+    found = on_set(f, low, high)[0]
+    (least, most), values = found[0].clamp(*slopes).unbind(-1), found[1].clamp(*image)
+    return OnInterval(least, most, *values.unbind(-1))
+
+
+def slope_of(f: Function, because: str, most: float) -> Slope | None:
+    """The step of a function of one value; None where its slopes are not bounded, or not below `most`."""
+    high = largest(f, lambda known, _: known[0].slope[..., 1])
+    if not high < most:
+        return None
+    low = -largest(f, lambda known, _: -known[0].slope[..., 0], room=CLOSE * abs(high))
+    if not -low < most:
+        return None
+    image = [largest(f, lambda known, _, side=side: side * known[0].value[..., int(side > 0)], rounds=ROUNDS // 3) for side in (-1, 1)]
+    text = f"{because}: slopes in [{low:.6g}, {high:.6g}]"
+    zero = torch.zeros((), dtype=torch.float64)
+    at_zero = on_set(f, zero, zero)[0][1]
+    within = partial(_on_interval, f, (low, high), (-image[0], image[1]))
+    return Slope(low, high, text, (-image[0], image[1]), (float(at_zero[..., 0].min()), float(at_zero[..., 1].max())), within=within)
+
+
+def summed_up(f: Function) -> float:
+    """The root of the sum of the squares of all slopes as far as the ends of the slopes of its parts say."""
+    rows = f.rows()
+    if rows is None:
+        return INF
+    grid = _Grid(
+        torch.arange(len(rows)), torch.ones(len(rows)), *(torch.full((len(rows),), end, dtype=torch.float64) for end in (-INF, INF))
+    )
+    pieces = _pieces(f, rows, grid, False)
+    return float(steepness(f.known(pieces), pieces).max())
