@@ -219,7 +219,10 @@ class Ascent:
         """
         x, v = x.to(self.wide), v.to(self.wide)
         point, v = x.clone().requires_grad_(), v / torch.linalg.vector_norm(v)
-        value = self.run(point)
+        try:
+            value = self.run(point)
+        except RuntimeError:  # a sum in a type of integers has values, but no derivative
+            value = self.run(x)
         base, scale = value.detach(), self.points.scale(x)
         room, close = self.room(x, base), max(1e-4, 2 * math.sqrt(torch.finfo(self.wide).eps))
         best = Pair(0.0, x, x)
