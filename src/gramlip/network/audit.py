@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from gramlip.errors import InputError, UnsupportedError
+from gramlip.network import Effort, Watch
 from gramlip.network.compose import Composition, compose, constants, kind
 from gramlip.network.coupling import coupled, slopes_of_channels
-from gramlip.network.effort import Effort, Watch
 from gramlip.network.fold import fold
 from gramlip.network.graph import Program, export, undisturbed
 from gramlip.network.in_place import reads_memory

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gramlip.network.steps import Attention, Input, Linear, Lipschitz, Network, Pad, Product, Shortcut, Slope, Step, Sum, Unbounded
 from gramlip.norm.certify import TOGETHER, certify_all
+from gramlip.norm.frequency_cells import Reals
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.segmented import Reals
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Dense, Diagonal, Operator, Scale, Shape
 

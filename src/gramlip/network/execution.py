@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network.audit import check_inputs, check_model, tensors_of
 from gramlip.network.compose import coefficients, compose, constants
-from gramlip.network.executed import ROOM, RULES, Arithmetic, Execution, Operand, arithmetic, carried, constant
+from gramlip.network.execution_rules import ROOM, RULES, Arithmetic, Execution, Operand, arithmetic, carried, constant
 from gramlip.network.fold import fold
 from gramlip.network.graph import Program, arguments, export, module_path, place, undisturbed
 from gramlip.network.in_place import op_name, tensors

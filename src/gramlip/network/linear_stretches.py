@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.func import vjp, vmap
 from torch.nn import functional as F
 
+from gramlip.network import Effort
 from gramlip.network.compose import SMALL, coefficients
-from gramlip.network.effort import Effort
 from gramlip.network.steps import (
     Join,
     Linear,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from gramlip.network.effort import Effort
+from gramlip.network import Effort
 from gramlip.network.graph import Program, evaluate, in_float64
 from gramlip.network.in_place import op_name
 from gramlip.numerics import rounding as rd

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from gramlip.errors import InputError
-from gramlip.norm.padding_theorems import PADDING
-from gramlip.norm.polyphase import split, symbol, transform
-from gramlip.numerics.gram_iteration import gram_norm
+from gramlip.norm.polyphase import PADDING, split, symbol, transform
+from gramlip.numerics.eigenvalues import gram_norm
 from gramlip.numerics.precision import in_norm_precision, norm, real_dtype, without_autocast
 from gramlip.operators.given import is_sharded
 from gramlip.operators.linear_maps import Conv, Dense, axes

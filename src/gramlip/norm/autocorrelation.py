@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gramlip.norm.frequency_cells import Complexes, Ints, Reals, frozen, integers, on, pieces
 from gramlip.norm.polyphase import TallKernel
 from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.segmented import Complexes, Ints, Reals, frozen, integers, on, pieces
 
 HALF = 2.0**-24  # unit roundoff of single precision
 TOGETHER = 3  # number of taps accumulated in double at a time, before they are stored in single precision

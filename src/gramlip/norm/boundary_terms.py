@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from gramlip.norm.autocorrelation import tap_positions
-from gramlip.norm.frequency_cells import waves
-from gramlip.norm.padding_theorems import PADDING
-from gramlip.norm.polyphase import grouped, polyphase
+from gramlip.norm.frequency_cells import integers, pieces, waves
+from gramlip.norm.polyphase import PADDING, grouped, polyphase
 from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import scaled_float64
-from gramlip.numerics.segmented import integers, pieces
 from gramlip.operators.linear_maps import Axis, Conv, axes, index_map
 
 LARGEST = 1536  # largest order of a boundary matrix

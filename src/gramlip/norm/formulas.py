@@ -15,7 +15,7 @@ from torch import Tensor
 from gramlip.errors import InputError, check_integers
 from gramlip.norm.polyphase import Symbol, blocks, grid, symbol, transform
 from gramlip.numerics import precision
-from gramlip.numerics.gram_iteration import check_matrices, gram_norm, reals
+from gramlip.numerics.eigenvalues import check_matrices, gram_norm, reals
 from gramlip.numerics.precision import gram, in_norm_precision, norm, real_dtype
 from gramlip.operators.linear_maps import Conv, Dense, Ints, apply
 

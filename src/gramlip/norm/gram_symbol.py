@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from gramlip.norm.autocorrelation import Mixed, Narrow, Taps, square_errors, squared_symbols, tap_offsets, tap_positions, tap_runs
-from gramlip.norm.frequency_cells import START, resolution, waves
+from gramlip.norm.frequency_cells import START, Complexes, Ints, Reals, integers, on, pieces, resolution, waves
 from gramlip.norm.polyphase import TallKernel, symbols
 from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.segmented import Complexes, Ints, Reals, integers, on, pieces
 
 TAP_BYTES = 208 << 20  # keep the autocorrelation in double if it is smaller than this
 NARROW_BYTES = 230 << 20  # above, in single precision while that is smaller than this,

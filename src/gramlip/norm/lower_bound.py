@@ -13,12 +13,27 @@ import torch
 from torch import Tensor
 
 from gramlip.norm.autocorrelation import tap_positions
-from gramlip.norm.frequency_cells import Lattice, Thresholds, merge, select, waves
+from gramlip.norm.frequency_cells import (
+    Complexes,
+    Flags,
+    Ints,
+    Lattice,
+    Reals,
+    Thresholds,
+    integers,
+    leading,
+    merge,
+    named,
+    on,
+    pieces,
+    segment_max,
+    select,
+    waves,
+)
 from gramlip.norm.gram_symbol import GramSymbol
 from gramlip.norm.polyphase import symbols
 from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.segmented import Complexes, Flags, Ints, Reals, integers, leading, named, on, pieces, segment_max
 
 # ---- in one pass ---------------------------------------------------------------------------------------------------------
 #

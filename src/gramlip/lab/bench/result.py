@@ -17,9 +17,9 @@ from torch import Tensor
 from gramlip.lab.compare import Timing, interleaved
 from gramlip.norm import certify as engine
 from gramlip.norm.branch_and_bound import BranchAndBound
+from gramlip.norm.frequency_cells import Flags, Ints, Reals
 from gramlip.norm.gram_symbol import GramSymbol, SharedProductsInSingle, SquaresInSingle
 from gramlip.numerics import eigenvalues
-from gramlip.numerics.segmented import Flags, Ints, Reals
 from gramlip.operators.interval import Bound
 from gramlip.reports.output import aligned
 
