@@ -216,9 +216,9 @@ def _(module: Residual, input_size: Ints | None = None) -> Bound:
 # `spectral_norm`: the parametrization of torch, correct for convolutions; tracked, or stateless and exact.
 
 
-def _forget(state_dict: dict[str, Any], prefix: str, own: frozenset[str]) -> None:
+def _forget(state_dict: dict[str, Any], prefix: str, names: frozenset[str]) -> None:
     """Drop the buffers that other forms of `spectral_norm` (torch's too) store beside a weight: their state_dict can then be loaded."""
-    theirs = {"_u", "_v", "calls", *(f"tracker.{name}" for name in ("frequency", "vector", "height"))} - own
+    theirs = {"_u", "_v", "calls", *(f"tracker.{name}" for name in ("frequency", "vector", "height"))} - names
     for name in theirs:
         state_dict.pop(prefix + name, None)
 
@@ -271,9 +271,9 @@ class TrackedSpectralNorm(Normalised):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Load the weight from a state of torch's `spectral_norm`, or of the stateless form; the next call searches."""
         _forget(state_dict, prefix, frozenset(self.state_dict()))
-        held = {f"{prefix}calls": self.calls} | {f"{prefix}tracker.{name}": value for name, value in self.tracker.state_dict().items()}
-        if not any(name in state_dict for name in held):
-            state_dict.update(held)
+        expected = {f"{prefix}calls": self.calls} | {f"{prefix}tracker.{name}": value for name, value in self.tracker.state_dict().items()}
+        if not any(name in state_dict for name in expected):
+            state_dict.update(expected)
             self.calls.zero_()
             self.tracker.height.zero_()  # an estimate of zero makes the next call search
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

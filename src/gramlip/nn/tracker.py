@@ -125,8 +125,8 @@ class Tracker(nn.Module):
         with without_autocast(self.frequency):
             kernels = self.kernels(weights)
             chosen, probes, scale = self._followed(kernels.detach(), list(due), still)
-            one = kernels if self.plan.groups == 1 else kernels[chosen]
-            return torch.linalg.vector_norm(one @ probes.mT, dim=(1, 2)), scale  # in this order the gradient lies in memory as the weight
+            kept = kernels if self.plan.groups == 1 else kernels[chosen]
+            return torch.linalg.vector_norm(kept @ probes.mT, dim=(1, 2)), scale  # in this order the gradient lies in memory as the weight
 
     def divided(self, weight: Tensor, goal: float, most: float, due: Sequence[int], still: bool) -> Tensor:
         """The weight of the one layer times `goal` over its estimate, at most times `most`, with its graph; zero stays zero.
@@ -142,8 +142,8 @@ class Tracker(nn.Module):
         with without_autocast(self.frequency):
             kernels = self.kernels([weight]).detach()
             chosen, probes, (unit,) = self._followed(kernels, list(due), still)
-            one = kernels if self.plan.groups == 1 else kernels.index_select(0, chosen)
-            image = probes[0] @ one[0].mT
+            kernel = kernels if self.plan.groups == 1 else kernels.index_select(0, chosen)
+            image = probes[0] @ kernel[0].mT
             value = torch.linalg.vector_norm(image)
             left = image / torch.where(value == 0, 1.0, value)
             if self.plan.groups > 1:
@@ -260,19 +260,19 @@ class Tracker(nn.Module):
         """
         groups = self.plan.groups
         rows = torch.tensor([i * groups + g for i in which for g in range(groups)], dtype=torch.int64, device=kernels.inverse.device)
-        for some in rows.split(max(1, TOGETHER // (len(self._constants().turns) * self._columns.numel()))) if which else ():
-            self._search_rows(kernels.of(some), some)
+        for lines in rows.split(max(1, TOGETHER // (len(self._constants().turns) * self._columns.numel()))) if which else ():
+            self._search_rows(kernels.of(lines), lines)
 
     def _search_rows(self, kernels: _Scaled, rows: Tensor) -> None:
         frequency, vector = self.frequency[rows], torch.view_as_complex(self.vector[rows])
         before = self._values(kernels, frequency, vector)
         line, best = torch.arange(len(rows), device=rows.device), before.argmax(-1)
         # From what was tracked, so that no search undoes the steps before it, and a direction that is orthogonal to nothing for long.
-        found = self._peaks(kernels, unit(self._constants().start + vector[line, best]))
-        worse = self._values(kernels, *found).amax(-1) < before.amax(-1)
-        found[0][worse, -1] = frequency[worse, best[worse]]
-        found[1][worse, -1] = vector[worse, best[worse]]
-        self.frequency[rows], self.vector[rows] = found[0], torch.view_as_real(found[1])
+        peaks = self._peaks(kernels, unit(self._constants().start + vector[line, best]))
+        worse = self._values(kernels, *peaks).amax(-1) < before.amax(-1)
+        peaks[0][worse, -1] = frequency[worse, best[worse]]
+        peaks[1][worse, -1] = vector[worse, best[worse]]
+        self.frequency[rows], self.vector[rows] = peaks[0], torch.view_as_real(peaks[1])
 
     def _peaks(self, kernels: _Scaled, start: Tensor) -> tuple[Tensor, Tensor]:
         """Frequencies and vectors of the highest points of the grid, none next to a higher one or to its mirror image.

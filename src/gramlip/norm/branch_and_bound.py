@@ -387,9 +387,9 @@ class BranchAndBound:
         if not len(keys):
             return
         if every:  # more steps, which start from the vector of the best block, close to its peak
-            held = (self.cache.blocks(keys), np.arange(len(keys))) if self.cache.fits(len(keys)) else None
-            far = lower.raise_lower(keys, 2 * steps, held=held).values
-            values = np.maximum(far, lower.raise_lower(keys, steps, lower.best_vectors(keys), held).values)
+            blocks = (self.cache.blocks(keys), np.arange(len(keys))) if self.cache.fits(len(keys)) else None
+            far = lower.raise_lower(keys, 2 * steps, held=blocks).values
+            values = np.maximum(far, lower.raise_lower(keys, steps, lower.best_vectors(keys), blocks).values)
         else:
             values = lower.survey(keys, steps).values
         item = self.items[self.lattice.groups(keys)]

@@ -94,16 +94,16 @@ def certify(
     {0.5: 0.5}
     """
     wanted, box = _checked(eps, local), _box(executed, domain)
-    run, found, right = None, list[Tensor](), 0
+    run, radii_so_far, right = None, list[Tensor](), 0
     for inputs, labels in batches(loader):
         run = run or Run(model, inputs, Everywhere(lipschitz, std, last), wanted, local, box)
-        made, correct = run.radii(inputs, labels)
-        found.append(made)
+        radii_of_batch, correct = run.radii(inputs, labels)
+        radii_so_far.append(radii_of_batch)
         right += correct
     if run is None:
         msg = "the loader gave no batch; expected at least one (inputs, labels)"
         raise InputError(msg)
-    every = torch.cat(found)
+    every = torch.cat(radii_so_far)
     shares = {e: float((every > e).double().mean()) for e in wanted}
     return Certified(right / len(every), shares, every, run.because)
 
@@ -165,19 +165,19 @@ class Run:
         """The radius of each sample in pixels, and how many of them are right."""
         logits, truth = tensor("logits", logits_of(self._model, inputs)), labels.to(_device(self._model))
         sure = least_favourable(logits, truth, self._error or 0.0)
-        made = radii(sure, truth, self._upper, std=self._known.std, last=self._known.last).cpu()
+        proved = radii(sure, truth, self._upper, std=self._known.std, last=self._known.last).cpu()
         right = (logits.argmax(1) == truth) & logits.isfinite().all(1)  # the argmax of NaN is no answer
         if self._around is not None:
-            made = self._widened(self._around, inputs.cpu(), sure.cpu(), truth.cpu(), made)
-        return made, int(right.sum())
+            proved = self._widened(self._around, inputs.cpu(), sure.cpu(), truth.cpu(), proved)
+        return proved, int(right.sum())
 
     def _widened(self, around: LocalRadii, inputs: Tensor, sure: Tensor, truth: Tensor, least: Tensor) -> Tensor:
         """The radii around each input where they are larger; a step of one pixel moves the input by 1/std."""
         pairs, std, made = pair_constants(self._upper, self._known.last, sure), self._least_std, least.tolist()
         for i, (radius, label) in enumerate(zip(made, truth.tolist(), strict=True)):
             proved = rd.down(radius / std) if 0 < radius < math.inf else radius
-            found = around.radius(inputs[i : i + 1], sure[i], label, pairs[label], proved, self._goals)
-            made[i] = max(radius, rd.down(found * std))
+            larger = around.radius(inputs[i : i + 1], sure[i], label, pairs[label], proved, self._goals)
+            made[i] = max(radius, rd.down(larger * std))
         return torch.tensor(made, dtype=torch.float64)
 
 
