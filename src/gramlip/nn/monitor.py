@@ -76,7 +76,7 @@ class Norms(nn.Module):
                 weight = op.weight
                 alike[NormGeometry.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
             self.trackers = nn.ModuleList(
-                Tracker(plan, [weight_of(module) for _, module in group], steps, peaks) for (plan, *_), group in alike.items()
+                Tracker(geometry, [weight_of(module) for _, module in group], steps, peaks) for (geometry, *_), group in alike.items()
             )
         self._paths = [path for group in alike.values() for path, _ in group]
         self._tracked = tuple(module for group in alike.values() for _, module in group)
@@ -99,9 +99,9 @@ class Norms(nn.Module):
             yield tracker, [weight_of(module) for module in islice(modules, len(tracker))]
 
     @property
-    def plans(self) -> list[NormGeometry]:
+    def geometries(self) -> list[NormGeometry]:
         """The geometry of each layer, in the order of `sigmas`."""
-        return [tracker.plan for tracker in cast("list[Tracker]", list(self.trackers)) for _ in range(len(tracker))]
+        return [tracker.geometry for tracker in cast("list[Tracker]", list(self.trackers)) for _ in range(len(tracker))]
 
     def _rests(self, tracker: Tracker, turn: int) -> bool:
         """Whether this call may reuse the last estimates; asked only if it searches none of these layers."""
@@ -182,7 +182,7 @@ class Monitor(Norms):
         with evaluating(nn.ModuleList(self._tracked)):  # reading a normalised weight moves nothing
             sigmas = torch.stack([sigma.to(torch.float64) for sigma in self.sigmas().values()])
             sizes = [_size(weight_of(module).detach(), sigma) for module, sigma in zip(self._tracked, sigmas.tolist(), strict=True)]
-        attained = [plan.attained for plan in self.plans]
+        attained = [geometry.attained for geometry in self.geometries]
         ranks = (torch.stack(sizes) / sigmas * sigmas.new_tensor(attained)).square()  # a ratio of zeros is no number
         readings = zip(self._paths, *torch.stack([sigmas, ranks]).tolist(), strict=True)
         norms = {path: {"sigma": sigma, "stable_rank": rank} for path, sigma, rank in readings}

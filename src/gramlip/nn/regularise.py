@@ -173,12 +173,12 @@ class Cap(Norms):
         for path, module, _ in self._layers:
             _refuse(path, module)
         # a factor for what the padding does not attain: the upper bound for this padding shall come down to the target
-        self._stretch = [math.sqrt(plan.square) / plan.attained for plan in self.plans]
+        self._stretch = [math.sqrt(geometry.square) / geometry.attained for geometry in self.geometries]
 
     def _rests(self, tracker: Tracker, turn: int) -> bool:
         """Whether the layers are far below the target and not yet due."""
-        plan = tracker.plan
-        return turn % TURNS > 0 and float(tracker.last().amax()) * math.sqrt(plan.square) / plan.attained < FAR * self.target
+        geometry = tracker.geometry
+        return turn % TURNS > 0 and float(tracker.last().amax()) * math.sqrt(geometry.square) / geometry.attained < FAR * self.target
 
     @torch.no_grad()
     def forward(self, *of_a_hook: Any) -> dict[str, float]:

@@ -40,7 +40,7 @@ from gramlip.reports.formats import read
 # Rows on convolutions: ResNet18 at 224, the residual networks of CIFAR, every input size, nearly orthogonal layers.
 
 STEPS = 6  # steps of the published method, as in its experiments
-PUBLISHED, PLAIN, POWER, ZEROS = f"delattre2023 ({STEPS})", f"rfft2 and bmm ({STEPS})", "power (100)", f"{OURS}, zero padding"
+PUBLISHED, FFT, POWER, ZEROS = f"delattre2023 ({STEPS})", f"rfft2 and bmm ({STEPS})", "power (100)", f"{OURS}, zero padding"
 GRAM = f"gram ({STEPS})"
 PROOFS = f"{OURS}, its blocks and factorisations alone"
 MOST_STEPS = 64
@@ -94,19 +94,19 @@ def resnet18(options: Options) -> Row:
         works = {
             OURS: lambda op=op: bound(op),
             PUBLISHED: published(op),
-            PLAIN: lambda op=op, n=n: plain(op.weight, n, STEPS),
+            FFT: lambda op=op, n=n: plain(op.weight, n, STEPS),
             GRAM: lambda op=op: gram(op),
             POWER: lambda op=op: METHODS["power"].value(op, n_iter=100),
             ZEROS: lambda zeros=zeros: bound(zeros, finite=False),
         }
         truth = svd(op)
         case = f"{name.removesuffix('.weight')} {'x'.join(map(str, shape))} n={n} stride {stride}"
-        truths = dict.fromkeys((OURS, PUBLISHED, PLAIN, GRAM, POWER), truth)
+        truths = dict.fromkeys((OURS, PUBLISHED, FFT, GRAM, POWER), truth)
         result.entries += contest(row, case, works, options, truths=truths, counts={w: count(works[w]) for w in (OURS, ZEROS)})
         worst[n <= 7] = max(worst[n <= 7], result.of(case, ZEROS).width or 0.0)
     each = [e for e in result.entries if e.contender == PUBLISHED]
     result.entries += total(result.entries)
-    ours, theirs, simple, power, zero = (result.of("total", who) for who in (OURS, PUBLISHED, PLAIN, POWER, ZEROS))
+    ours, theirs, simple, power, zero = (result.of("total", who) for who in (OURS, PUBLISHED, FFT, POWER, ZEROS))
     result.claims = [
         Claim(row, "published method over gramlip, in total", theirs.median / ours.median, 10, True),
         Claim(row, "published method over gramlip, least of the layers", min(e.ratio or 0.0 for e in each), 4, True),
