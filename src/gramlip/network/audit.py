@@ -280,7 +280,7 @@ def _contradicted(assumed: Sequence[str], below: Stretch, upper: float) -> None:
 
 @dataclass(frozen=True)
 class Whole:
-    """What the upper side is looked for of: the folded steps, the constant of each of them, shortcuts, and all of it composed.
+    """The network whose upper side is searched: the folded steps, the constant of each of them, shortcuts, and all of it composed.
 
     `part` says from which entries to which, `local` what is known on the set of inputs that it is meant for, None for all of them.
     """

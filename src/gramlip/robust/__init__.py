@@ -121,7 +121,7 @@ def _checked(eps: float | Sequence[float], local: object) -> list[float]:
 
 
 def _box(executed: bool, domain: Domain | None) -> Domain | None:
-    """Where inputs lie, if rounding counts."""
+    """The interval of the inputs, if rounding counts."""
     if executed and domain is None:
         msg = "executed=True was given without a domain; expected where inputs lie: type domain=(0.0, 1.0) for pixels"
         raise InputError(msg)
@@ -133,7 +133,7 @@ def _box(executed: bool, domain: Domain | None) -> Domain | None:
 
 @dataclass(frozen=True)
 class Everywhere:
-    """What is known of the network for all inputs, as `radii` takes it; `lipschitz` None stands for an audit."""
+    """The constants of the network for all inputs, as `radii` takes them; `lipschitz=None` stands for an audit."""
 
     lipschitz: float | Bound | Report | None
     std: float | Sequence[float]
@@ -190,14 +190,14 @@ def _audited(model: nn.Module, inputs: Tensor) -> Report:
 
 
 def _rounding(error: ExecutionError | None) -> str:
-    """What is taken off for rounding, in words."""
+    """The sentence about the allowance for rounding."""
     if error is None:
         return "logits as the model computes them"
     return f"less {decimals(4 * error.largest, upward=True)} for the rounding of both programs ({error.because})"
 
 
 def _execution(model: nn.Module, sample: Tensor, domain: Domain) -> ExecutionError:
-    """What rounding may do to the logits of a sample of the domain."""
+    """The effect of rounding on the logits of a sample of the domain."""
     with in_eval_mode(model):
         return execution_error(model, sample.to(_device(model)), domain=domain)
 

@@ -263,7 +263,7 @@ def _above(x: Tensor) -> Tensor:
 
 
 def _ends(begin: float, further: Tensor, whole: Tensor) -> Tensor:
-    """How far each margin lasts, at `begin` plus as much, or at least as much from the centre on."""
+    """The distance that each margin lasts, beyond `begin`, or at least that much from the centre."""
     ends = (torch.maximum(begin + further, whole) * (1 - 2.0**-50)).clamp_max(sys.float_info.max)
     return torch.where(ends >= rd.TINY, ends, 0.0)
 
@@ -348,7 +348,7 @@ class _Search:
         self._trials, self._proved = list[Trial](), known.proved
 
     def radius(self, goals: Sequence[float]) -> float:
-        """What is proved when the search ends, at the first goal that is out of its reach or after TRIALS."""
+        """The radius proved when the search ends, at the first goal out of its reach or after TRIALS."""
         for goal in goals:
             while self._proved <= goal and len(self._trials) < TRIALS and not self._out_of_reach(goal):
                 self._try(self._next(goal))

@@ -89,7 +89,7 @@ def unit_columns(places: Tensor, lengths: Tensor, shape: Shape, blocks: int, mos
 
 
 def _coordinates(places: Tensor, shape: Shape) -> list[Tensor]:
-    """Where places of the flat value lie along the axes of space."""
+    """Coordinates of places of the flat value along the axes of space."""
     found, rest = list[Tensor](), places
     for n in reversed(shape[2:]):
         found.append(rest % n)
@@ -430,7 +430,7 @@ class Columns:
         return rd.add_up(min(apart, _joint([middle, *parts.values()], 1e-3, apart)), frobenius_up(loose))
 
     def _switched_together(self, extra: Mapping[int, Tensor]) -> float:
-        """What the activations of all steps may add to the results in norm, all of them taken together: theorem L9."""
+        """The norm that the activations of all steps together may add to the results: theorem L9."""
         if not extra or not self._switches:
             return INF
         alike = [part for part, _ in self._switches if part.shape[1] == self._area.entries]

@@ -59,7 +59,7 @@ class Region:
 
     @property
     def halves(self) -> Tensor:
-        """How far each entry of the flat input is from the centre, at most."""
+        """The largest distance of each entry of the flat input from the centre."""
         low, high = _flat(self.low), _flat(self.high)
         centre = low + (high - low) / 2 if self.centre is None else _flat(self.centre)
         return round_up(torch.maximum(high - centre, centre - low))

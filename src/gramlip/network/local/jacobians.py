@@ -147,7 +147,7 @@ class Sweeps:
         return torch.cat([part.flatten(1) for part in parts], 1)
 
     def stray(self, i: int) -> float:
-        """What the derivative of a value may be off by in norm where its step is no product of known entries."""
+        """The error, in norm, of the derivative of a value whose step is not a product of known entries."""
         step = self.network.steps[i]
         if isinstance(step.what, Input) or i in self.middle:
             return 0.0
@@ -296,7 +296,7 @@ class Around:
         self._constants = constants(network.steps, [[network.steps[s].shape for s in step.sources] for step in network.steps])
 
     def results(self, area: Region, matrix: Tensor) -> Results:
-        """What is known on a set of the rows of a matrix, applied to the one result: theorems L3 to L11."""
+        """Bounds on a set for the rows of a matrix applied to the only result: theorems L3 to L11."""
         (end,), last = self._network.outputs, Linear(Dense(matrix))
         whole = [
             *self._network.steps,

@@ -351,7 +351,7 @@ class Relaxations:
     def _at_inputs(
         self, inputs: list[tuple[int, Tensor, Tensor]], gamma: float, count: int
     ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-        """What the rows of the inputs give, by the box or by the ball, whichever is less; what their errors may; and the rows."""
+        """The sums of the rows over the inputs, by the box or the ball, whichever is less; the same for their errors; and the rows."""
         zero, held = torch.zeros(count, dtype=torch.float64), {j: (rows, moduli) for j, rows, moduli in inputs}
         low, high, stray, every, errors = zero, zero, zero, list[Tensor](), list[Tensor]()
         for j in (j for j, step in enumerate(self._steps) if isinstance(step.what, Input)):
