@@ -302,7 +302,7 @@ def _weights(step: Step, way: Shortcut | None, lips: list[float]) -> list[float]
         top = max(values)
         terms = [(t / top) ** 2 for t in values]  # squares of tiny ones would be zero
     else:
-        terms = [c * x for c, x in zip(factors, lips, strict=True)]
+        terms = [c * x if x else 0.0 for c, x in zip(factors, lips, strict=True)]  # what does not move may have an infinite factor
     total = math.fsum(terms)
     return [t / total for t in terms]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gramlip.network.local.intervals import Region, Value, chords, round_down, round_up, whole_of
+from gramlip.network.local.intervals import Region, Value, as_rows, chords, round_down, round_up, whole_of
 from gramlip.network.local.relaxations import Action, action, stray_of
 from gramlip.network.steps import Input, Linear, Lipschitz, Network, Slope, Step, Sum, terms
 from gramlip.norm.certify import certify_all
@@ -112,7 +112,7 @@ def rows_at(tile: Tile, places: Tensor, shape: Shape) -> Tensor:
     """The entries of the columns at some places of the flat value: a row for each place."""
     kept, numbers = _inside(places, shape, tile.box)
     made = torch.zeros(len(places), len(tile.data), dtype=torch.float64)
-    made[kept] = tile.data.flatten(1)[:, numbers].mT
+    made[kept] = as_rows(tile.data)[:, numbers].mT
     return made
 
 
@@ -349,7 +349,7 @@ class Columns:
             group, data = self._groups[key], tile.data
             square, plain = sums.setdefault(group.step, [torch.zeros_like(form.loose), torch.zeros_like(form.loose)])
             count[group.step] = count.get(group.step, 0) + len(data)
-            flat = data.flatten(1)
+            flat = as_rows(data)
             ones = torch.ones(len(data), dtype=torch.float64)
             cut(square, tile.box)[...] += (ones @ flat.square()).reshape(data.shape[1:])
             if group.step >= 0 or boxed:
@@ -443,7 +443,7 @@ class Columns:
     def _results(self, form: Form, key: int, count: int) -> Tensor:
         tile = form.tiles.get(key)
         return (
-            torch.zeros(count, form.loose.numel(), dtype=torch.float64) if tile is None else dense(tile, tuple(form.loose.shape)).flatten(1)
+            torch.zeros(count, form.loose.numel(), dtype=torch.float64) if tile is None else as_rows(dense(tile, tuple(form.loose.shape)))
         )
 
 

@@ -202,6 +202,11 @@ def round_up(x: Tensor) -> Tensor:
     return x + (x.abs() * 2.0**-52 + rd.TINY)
 
 
+def as_rows(values: Tensor) -> Tensor:
+    """A batch of values, a row each; of single numbers too."""
+    return values.flatten(1) if values.ndim > 1 else values[:, None]
+
+
 def given(area: Region, i: int) -> Value:
     """The i-th input."""
     low, high = area.low[i], area.high[i]
