@@ -265,6 +265,7 @@ def audit(
         Bound(below.value, above.value, chain),
         tuple(lowered.assumed),
         unsupported=tuple(lowered.unsupported),
+        scope=(*([] if area is None or area.centre is None else [str(area)]), *part.said()),
     )
 
 

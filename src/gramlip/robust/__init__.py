@@ -74,7 +74,7 @@ def certify(
     Args:
         model: the classifier, run in eval mode on its parameters' device, on what the loader gives.
         loader: batches (inputs, labels); inputs normalised where `std` is not 1.
-        lipschitz: as for `radii`; None audits the model.
+        lipschitz: as for `radii`; None audits the model for the shape of the first sample, which all must have.
         eps: radii in pixels of [0, 1].
         std: as for `radii`.
         last: as for `radii`.
@@ -153,6 +153,7 @@ class Run:
         box: Domain | None,
     ) -> None:
         self._model, self._known, self._least_std = model, known, min(numbers(known.std), default=1.0)
+        self._shape = tuple(inputs.shape[1:]) if known.lipschitz is None or local or box is not None else None
         self._upper = _audited(model, inputs) if known.lipschitz is None else known.lipschitz
         most = decimals(constant(self._upper, known.std), upward=True)
         self._error = None if box is None else _execution(model, inputs[:1], box)
@@ -163,6 +164,11 @@ class Run:
 
     def radii(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         """The radius of each sample in pixels, and how many of them are right."""
+        if self._shape not in (None, shape := tuple(inputs.shape[1:])):
+            msg = (
+                f"samples of shapes {self._shape} and {shape} were given; expected one shape, for which the constant is: type lipschitz=..."
+            )
+            raise InputError(msg)
         logits, truth = tensor("logits", logits_of(self._model, inputs)), labels.to(_device(self._model))
         sure = least_favourable(logits, truth, self._error or 0.0)
         proved = radii(sure, truth, self._upper, std=self._known.std, last=self._known.last).cpu()
