@@ -85,7 +85,8 @@ def _attention(call: Call) -> Var:
     factor = rd.up(1 / rd.sqrt_down(q.shape[-1])) if scale is None else abs(float(scale))
     if isinstance(k, Tensor) and isinstance(v, Tensor):  # a matrix, a softmax of rows and another matrix
         sides = [largest(x.detach().reshape(-1, *x.shape[-2:])) for x in (k, v)]
-        upper = rd.mul_up(rd.mul_up(factor, sides[0]), rd.mul_up(0.5, sides[1]))
+        repeats = math.prod(call.shape[:-2]) // math.prod(q.shape[:-2])
+        upper = rd.mul_up(rd.mul_up(rd.mul_up(factor, sides[0]), rd.mul_up(0.5, sides[1])), rd.sqrt_up(float(repeats)))
         return call.then(Lipschitz(upper, "attention to fixed keys and values: half the product of their norms"), q)
     q, k, v = (_still(call, x) if isinstance(x, Tensor) else x for x in (q, k, v))
     if call.args.get("enable_gqa"):
@@ -381,7 +382,7 @@ def _addmm(call: Call) -> Linear:
 
 
 def _bias_error(made: Tensor | Var, roundings: int = 1, largest: float = 1.0) -> float:
-    """How far entries made by so many products may be from the real ones; `largest` bounds the factor after one that underflows."""
+    """The error of entries after so many `roundings`; `largest` bounds the factor after one that underflows."""
     if isinstance(made, Var):
         return 0.0
     return rd.add_up(rd.mul_up(rd.gamma(roundings + 1), float(made.abs().max())), rd.mul_up(2.0 * rd.TINY, max(1.0, largest)))
