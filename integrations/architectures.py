@@ -52,6 +52,15 @@ def of_pixels(module: nn.Module) -> nn.Module:
     return Applied(module, lambda m, x: m(pixel_values=x)[0])
 
 
+def responses() -> nn.Module:
+    """ConvNeXt V2, whose response normalisation begins as the identity, with weights that it could have learnt."""
+    model = t.ConvNextV2Model(t.ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=2))
+    for name, weight in model.named_parameters():
+        if ".grn." in name:
+            nn.init.normal_(weight, std=0.1)
+    return of_pixels(model)
+
+
 def autoencoder() -> nn.Module:
     ends = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     return d.AutoencoderKL(latent_channels=2, **BLOCKS, **ends)
@@ -99,6 +108,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ConvNeXt": Architecture(
         "transformers", lambda: of_pixels(t.ConvNextModel(t.ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1] * 4))), (3, 32, 32)
     ),
+    "ConvNeXt V2": Architecture("transformers", responses, (3, 32, 32)),
     "ResNet": Architecture(
         "transformers",
         lambda: of_pixels(t.ResNetModel(t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))),

@@ -8,7 +8,7 @@ import pytest
 from architectures import ARCHITECTURES, audited
 
 ON_A_DOMAIN = {"RegNet", "attention U-Net"}
-REFUSED = {"VQ autoencoder": "jump", "Mamba": "unbounded slopes"}
+REFUSED = {"VQ autoencoder": "jump"}
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - REFUSED.keys()))

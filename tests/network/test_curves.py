@@ -141,6 +141,7 @@ def test_images_of_curves_hold_what_products_read(domain: tuple[float, float]) -
         assert float(torch.linalg.matrix_norm(matrix, 2)) <= upper
 
 
+ROWS = torch.tensor([[1.0, -2.0, 0.0, 0.5], [0.0, 1.0, 1.0, -1.0]], dtype=torch.float64)
 PATTERNS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] = {
     # name: (call, shape of a sample, an upper limit of what may be reported)
     "less its mean": (lambda x: x - x.mean(1, keepdim=True), (4, 3), 1.0),
@@ -221,7 +222,9 @@ PATTERNS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] =
     "decay of both signs": (lambda x: torch.exp(-F.relu(x) * torch.tensor([1.0, -1.0])), (2,), math.inf),
     "decay after a shift": (lambda x: torch.exp(0.5 - F.relu(x)), (4,), math.exp(0.5) + 1e-7),
     "decay of what is small": (lambda x: torch.exp(2 * (-F.relu(x) + 1)), (4,), 2 * math.exp(2.0) + 1e-6),
-    "logistic loss": (lambda x: torch.log1p(torch.exp(-x.abs())) + F.relu(x), (4,), 2.0 + 1e-9),
+    "powers of a matrix times what is bounded": (lambda x: torch.exp(ROWS @ torch.tanh(x)), (4, 3), math.exp(3.5) * 2.625),
+    "powers of what is bounded times a matrix": (lambda x: torch.exp(torch.tanh(x) @ ROWS.mT), (3, 4), math.exp(3.5) * 2.625),
+    "logistic loss": (lambda x: torch.log1p(torch.exp(-x.abs())) + F.relu(x), (4,), 1.0 + 1e-5),
     "running product": (lambda x: torch.sigmoid(x).cumprod(1), (4, 2), 1.4),
     "running products of whole numbers": (lambda x: x.cumprod(1), (3,), math.inf),
     "product": (lambda x: torch.tanh(x).prod(-1), (4,), 4.0 + 1e-9),

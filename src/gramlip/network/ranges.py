@@ -57,12 +57,25 @@ def capped(network: Network) -> Network:
     for step in network.steps:
         sources, shapes = [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources]
         made = capped_step(step, sources, shapes)
-        if made.shortcut is not None and made.shortcut.within:
-            ends = [(torch.tensor(r.low).double(), torch.tensor(r.high).double()) for r in (known[s] for s in made.shortcut.sources)]
-            made = replace(made, shortcut=made.shortcut.on(ends))
-        steps.append(made)
-        known.append(range_of(steps[-1], sources, shapes))
+        known.append(range_of(made, sources, shapes))  # which goes from 0 to a range: slopes on the range say nothing of that way
+        steps.append(_on_ranges(made, sources, known))
     return Network(steps, network.outputs)
+
+
+def _on_ranges(step: Step, sources: Sequence[Range], known: Sequence[Range]) -> Step:
+    """The step with the slopes of a function that several calls are together, and with its shortcut, on the ranges of what they read."""
+    what, short = step.what, step.shortcut
+    if short is not None and short.within:
+        step = replace(step, shortcut=short.on([_interval(known[s]) for s in short.sources]))
+    if not isinstance(what, Slope) or what.within is None or what.sharp or isinstance(what.low, Tensor) or isinstance(what.high, Tensor):
+        return step
+    on = what.within(*_interval(sources[0]))
+    low, high = max(what.low, float(on.low.min())), min(what.high, float(on.high.max()))
+    return step if (low, high) == (what.low, what.high) else replace(step, what=replace(what, low=low, high=high))
+
+
+def _interval(r: Range) -> tuple[Tensor, Tensor]:
+    return torch.tensor(r.low, dtype=torch.float64), torch.tensor(r.high, dtype=torch.float64)
 
 
 def range_of(step: Step, sources: Sequence[Range], shapes: Sequence[Shape]) -> Range:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -428,7 +429,21 @@ def matrix_product(call: Call, left: Var | Tensor, right: Var | Tensor, lost: fl
     batch, own = (call.shape[:-1], 1) if len(variable.shape) == 1 else (call.shape[:-2], math.prod(variable.shape[:-2]))
     repeats = rd.sqrt_up(float(max(1, math.prod(batch) // max(1, own))))
     upper = rd.mul_up(rd.add_up(largest(matrices), lost), repeats)
-    return Lipschitz(upper, "matrix product with a constant", linear=call.linear(_moduli(call, upper), rd.mul_up(lost, repeats)))
+    linear = call.linear(_moduli(call, upper), rd.mul_up(lost, repeats))
+    terms = constant.detach() if isinstance(right, Var) or constant.ndim < 2 else constant.detach().mT
+    return Lipschitz(upper, "matrix product with a constant", linear=linear, reach=partial(_sums_of, to_float64(terms), lost))
+
+
+def _sums_of(rows: Tensor, lost: float, low: float, high: float) -> tuple[float, float]:
+    """Interval of the sums of numbers in an interval by the weights of a row, which have errors of a norm of at most `lost`."""
+    size = max(abs(low), abs(high))
+    if size == math.inf or rows.is_complex():
+        return -math.inf, math.inf
+    plus, minus, count = rows.clamp_min(0).sum(-1), rows.clamp_max(0).sum(-1), float(rows.shape[-1])
+    moduli = rd.add_up(float(rows.abs().sum(-1).max()) * (1.0 + rd.gamma(count + 8.0)), rd.mul_up(lost, rd.sqrt_up(count)))
+    strays = rd.mul_up(rd.add_up(rd.mul_up(rd.gamma(8.0 * count + 64.0), moduli), rd.mul_up(lost, rd.sqrt_up(count))), size)
+    room = rd.add_up(strays, (count + 8.0) * rd.TINY)
+    return float((plus * low + minus * high).min()) - room, float((plus * high + minus * low).max()) + room
 
 
 @register("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
