@@ -37,6 +37,7 @@ class Calls(nn.Module):
 
 
 RAMP = torch.linspace(-1, 1, 16).reshape(2, 8)
+PLACES = torch.tensor([0, 1, 1, 3, 3, 3])
 STEEP = torch.arange(8) > 3
 C1, C2 = (lambda **how: nn.Conv1d(2, 4, 3, padding=1, **how)), (lambda **how: nn.Conv2d(2, 3, 3, padding=1, **how))
 
@@ -66,6 +67,10 @@ AFFINE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "masked, then a running sum": (
         lambda: Calls(lambda x, c: torch.where(STEEP, c(x), torch.tensor(2.0, dtype=x.dtype)).cumsum(1), nn.Linear(8, 8)),
         (8,),
+    ),
+    "sums at places, then a running sum": (
+        lambda: Calls(lambda x, c: torch.zeros(1, 4).to(x).index_add(1, PLACES, c(x), alpha=-2).cumsum(1), nn.Linear(6, 6)),
+        (6,),
     ),
     "einsum": (lambda: Calls(lambda x, c: torch.einsum("bij,kj->bik", c(x), RAMP.to(x)).sum(1), nn.Linear(8, 8)), (3, 8)),
     "matrices from the left": (

@@ -276,3 +276,16 @@ def test_symbols_on_a_torus_of_three_axes_err_by_no_more_than_is_claimed() -> No
     with mpmath.workdps(30):
         exact = mpmath.expjpi(mpmath.mpf(2 * int(torus.grid[at].sum())) / 89)
         assert abs(mpmath.mpc(complex(symbol[at, 0, 0])) - exact) <= error
+
+
+def test_a_value_of_several_results_begins_no_part() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.GRU(4, 3, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)[0]
+
+    report = audit(Last().eval(), (5, 4), effort=0)
+    assert 0.0 < report.lower <= report.upper < math.inf

@@ -87,7 +87,8 @@ def test_the_scale_of_attention_is_at_least_one_over_the_root() -> None:
     ids=["add", "addcmul", "addcdiv"],
 )
 def test_a_product_of_constants_that_is_three_only_after_rounding_makes_no_hardswish(call: Callable[[Tensor], Tensor]) -> None:
-    assert audit(Map(lambda x: x * F.relu6(call(x))).eval(), torch.zeros(1, 3, dtype=torch.float64)).upper == math.inf
+    """Its slopes are those of the shift as it is, whose error counts: a little above 9."""
+    assert 9.0 < audit(Map(lambda x: x * F.relu6(call(x))).eval(), torch.zeros(1, 3, dtype=torch.float64)).upper < 9.001
 
 
 @pytest.mark.parametrize("call", [lambda x: x * (2**53 + 1), lambda x: x + torch.tensor([1, 2**60 + 1])], ids=["factor", "shift"])

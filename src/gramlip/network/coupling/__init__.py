@@ -340,7 +340,8 @@ def cuts_of(network: Network) -> list[int] | None:
     users = network.users()
     cuts, reach = [0], max(users[0], default=0)
     for i in range(1, len(network.steps)):
-        if reach <= i:
+        several = any(network.steps[j].op == "getitem" for j in users[i])  # no value by itself, which a part could begin with
+        if reach <= i and not several:
             cuts.append(i)
         reach = max(reach, *users[i], i)
     return cuts

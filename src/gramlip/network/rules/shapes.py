@@ -17,7 +17,7 @@ from gramlip.network.rules.affine import added, spread
 from gramlip.network.rules.enclosures import steepness_on, tied
 from gramlip.network.rules.entrywise import IDENTITY, Entrywise, NotACurveError, steepness
 from gramlip.network.rules.registry import Call, Var, register
-from gramlip.network.steps import Join, Linear, Lipschitz, Pad, RowLayout, Shortcut, Slice, Step, Unbounded, View
+from gramlip.network.steps import Join, Linear, LinearAction, Lipschitz, Pad, RowLayout, Shortcut, Slice, Step, Unbounded, View
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.operators.interval import Bound
@@ -568,12 +568,14 @@ def _accumulated(call: Call, value: Any) -> Var:
         moved = _run(call, torch.zeros(call.shape, dtype=torch.float64), value.double() if not value.is_complex() else value)
         return added(replace(call, op="aten.add", args={"self": base, "other": moved, "alpha": 1}))
     most = float(_run(call, torch.zeros(call.shape, dtype=torch.float64), ones, **({"alpha": 1} if "alpha" in call.args else {})).max())
+    upper = rd.mul_up(rd.sqrt_up(most), alpha)
     what = Lipschitz(
-        rd.mul_up(rd.sqrt_up(most), alpha),
+        upper,
         f"sums of at most {most:.0f} entries: the root of their number",
         same_range=True,
         others=(0.0, 0.0),
         times=float(call.args.get("alpha", 1)) * most,
+        linear=LinearAction(partial(_run, call, torch.zeros(call.shape, dtype=torch.float64)), upper),
     )
     placed = call.then(what, value)
     if not isinstance(base, Var) and not bool(base.any()):
