@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from gramlip.errors import InputError
 from gramlip.numerics.precision import DTYPES, to_float64
-from gramlip.operators.given import as_tensor, is_array_like, is_sparse
+from gramlip.operators.given import as_tensor, is_array_like, is_sharded, is_sparse
 
 Ints = int | Sequence[int]
 Shape = tuple[int, ...]
@@ -68,6 +68,8 @@ def checked(weight: object, name: str = "weight") -> Tensor:
 
 
 def _finite(weight: Tensor, name: str) -> bool:
+    if is_sharded(weight):  # each rank looks at its shard, and all get the same answer; parts would be gathered
+        return not bool((~torch.isfinite(weight)).sum().full_tensor())  # type: ignore[attr-defined]
     parts = weight.split(max(1, (1 << 22) * weight.shape[0] // weight.numel())) if weight.ndim else (weight,)
     try:
         return all(bool(torch.isfinite(part).all()) for part in parts)
