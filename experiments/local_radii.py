@@ -23,7 +23,7 @@ from gramlip import audit
 from gramlip.demo import demo, demo_regularised
 from gramlip.lab.recipes import MEAN, RECIPES, STD, build, load, normalised
 from gramlip.operators.interval import decimals
-from gramlip.robust.accuracy import Everywhere, Run
+from gramlip.robust import Everywhere, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

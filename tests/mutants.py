@@ -21,9 +21,20 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from cases import TRAPS, Case, cases, check, theorem
-from gramlip.network import compose, executed, execution, fold, in_place, linear_stretches, lower_bound, ranges, running_errors
-from gramlip.network.coupling import circulant, elimination, linear_forms, schur, segments
-from gramlip.network.local import chords, columns, intervals, jacobians, relaxations, tiles
+from gramlip.network import (
+    compose,
+    coupling,
+    execution,
+    execution_rules,
+    fold,
+    in_place,
+    linear_stretches,
+    lower_bound,
+    ranges,
+    running_errors,
+)
+from gramlip.network.coupling import circulant, elimination, linear_forms
+from gramlip.network.local import columns, intervals, jacobians, relaxations
 from gramlip.network.rules import activations, fourier, patterns
 from gramlip.network.rules import shapes as joins
 from gramlip.network.steps import Linear, Pad, Slope
@@ -36,17 +47,16 @@ from gramlip.norm import (
     formulas,
     frequency_cells,
     methods,
-    padding_theorems,
     polyphase,
 )
-from gramlip.norm.padding_theorems import PADDING, Circle
-from gramlip.numerics import eigenvalues, gram_iteration, precision
+from gramlip.norm.polyphase import PADDING, Circle
+from gramlip.numerics import eigenvalues, precision
 from gramlip.numerics import rounding as rd
 from gramlip.operators import describe, given, linear_maps
 from gramlip.operators.linear_maps import Axis, Scale
 from gramlip.reports import checkpoint, formats
 from gramlip.reports.readers import Entry, Stored
-from gramlip.robust import around as radii_around
+from gramlip.robust import margins
 from gramlip.rules import Call, Var
 from rule_cases import Map
 from test_around import test_no_radius_is_beyond_where_a_margin_is_used_up_on_a_ray
@@ -242,7 +252,7 @@ def max_pooling_as_one(patch: pytest.MonkeyPatch) -> None:
 
 def one_output_of_one_input(patch: pytest.MonkeyPatch) -> None:
     """A single input under replicate padding as if one output read it through one phase."""
-    patch.setattr(padding_theorems, "_of_one_input", lambda axis: 1)
+    patch.setattr(polyphase, "_of_one_input", lambda axis: 1)
 
 
 def batch_norm_without_eps(patch: pytest.MonkeyPatch) -> None:
@@ -332,8 +342,8 @@ def epsilon_in_a_normalisation(patch: pytest.MonkeyPatch) -> None:
         size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
         return x / (size + 1e-8), size.log()
 
-    patch.setattr(gram_iteration, "_unit", wrong)
-    patch.setattr(gram_iteration, "_scaled", lambda x: (x if x.shape[-2] >= x.shape[-1] else x.mH, torch.ones_like(x[..., :1, :1].real)))
+    patch.setattr(eigenvalues, "_unit_power", wrong)
+    patch.setattr(eigenvalues, "_scaled", lambda x: (x if x.shape[-2] >= x.shape[-1] else x.mH, torch.ones_like(x[..., :1, :1].real)))
 
 
 def division_by_a_zero_block(patch: pytest.MonkeyPatch) -> None:
@@ -343,7 +353,7 @@ def division_by_a_zero_block(patch: pytest.MonkeyPatch) -> None:
         size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
         return x / size, size.log()
 
-    patch.setattr(gram_iteration, "_unit", wrong)
+    patch.setattr(eigenvalues, "_unit_power", wrong)
 
 
 # ---- judges that are not about one case ------------------------------------------------------------------------------------
@@ -781,9 +791,9 @@ def errors_pass_through_functions() -> None:
 
 def weights_of_the_program_as_they_are(patch: pytest.MonkeyPatch) -> None:
     """The program's weights taken for those of the function."""
-    right = executed.constant
+    right = execution_rules.constant
 
-    def wrong(value: Any, arithmetic: Any) -> executed.Operand:
+    def wrong(value: Any, arithmetic: Any) -> execution_rules.Operand:
         made = right(value, arithmetic)
         return replace(made, error=torch.zeros_like(made.error))
 
@@ -792,7 +802,7 @@ def weights_of_the_program_as_they_are(patch: pytest.MonkeyPatch) -> None:
 
 def sums_rounded_once(patch: pytest.MonkeyPatch) -> None:
     """A sum of many products that costs one rounding of its result."""
-    patch.setattr(executed.Arithmetic, "gamma", lambda self, terms: 0.0)
+    patch.setattr(execution_rules.Arithmetic, "gamma", lambda self, terms: 0.0)
 
 
 def errors_end_at_functions(patch: pytest.MonkeyPatch) -> None:
@@ -833,7 +843,7 @@ def slopes_from_zero(patch: pytest.MonkeyPatch) -> None:
 
 def slopes_in_their_old_order(patch: pytest.MonkeyPatch) -> None:
     """The adjoint has its anchors in the opposite order, and here not their slopes: entries of other layers lend theirs."""
-    right = segments.transposed
+    right = coupling.transposed
 
     def wrong(one: linear_forms.System) -> linear_forms.System | None:
         other = right(one)
@@ -841,7 +851,7 @@ def slopes_in_their_old_order(patch: pytest.MonkeyPatch) -> None:
             return other
         return replace(other, slopes=[other.slopes[0], *one.slopes[1:]])
 
-    patch.setattr(segments, "transposed", wrong)
+    patch.setattr(coupling, "transposed", wrong)
 
 
 def slopes_of_each_layer_count() -> None:
@@ -860,13 +870,13 @@ def steep_slopes_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 def inverses_as_computed(patch: pytest.MonkeyPatch) -> None:
     """The inverse of a computed factor taken for that of the exact one."""
-    right = schur.inverse
+    right = elimination.inverse
 
-    def wrong(own: Tensor, weights: Tensor) -> schur.Inverse | None:
+    def wrong(own: Tensor, weights: Tensor) -> elimination.Inverse | None:
         found = right(own, weights)
         return None if found is None else replace(found, growth=torch.zeros_like(found.growth))
 
-    patch.setattr(schur, "inverse", wrong)
+    patch.setattr(elimination, "inverse", wrong)
 
 
 def errors_of_wide_matrices_dropped(patch: pytest.MonkeyPatch) -> None:
@@ -940,8 +950,8 @@ def mean_of_what_switches(patch: pytest.MonkeyPatch) -> None:
 
 def chords_upwards(patch: pytest.MonkeyPatch) -> None:
     """Chords from the centre to the upper end alone."""
-    right = chords._means
-    patch.setattr(chords, "_means", lambda what, one, other, end, width: right(what, one, other, torch.maximum(one, end), width))
+    right = intervals._means
+    patch.setattr(intervals, "_means", lambda what, one, other, end, width: right(what, one, other, torch.maximum(one, end), width))
 
 
 def slopes_of_the_first_place(patch: pytest.MonkeyPatch) -> None:
@@ -957,7 +967,7 @@ def slopes_of_the_first_place(patch: pytest.MonkeyPatch) -> None:
 
 def boxes_that_do_not_grow(patch: pytest.MonkeyPatch) -> None:
     """A convolution's result in the box of what it reads."""
-    patch.setattr(tiles, "_seen", lambda op, box: box)
+    patch.setattr(columns, "_seen", lambda op, box: box)
 
 
 def constants_of_the_outer_map_alone(patch: pytest.MonkeyPatch) -> None:
@@ -984,12 +994,12 @@ def inner_balls_for_outer_ones(patch: pytest.MonkeyPatch) -> None:
             known.append(torch.minimum(bound, known[-1]))
         return known if inner else [outer]
 
-    patch.setattr(radii_around, "_rising", falling)
+    patch.setattr(margins, "_rising", falling)
 
 
 def stretches_from_the_centre(patch: pytest.MonkeyPatch) -> None:
     """Each stretch of the way out begins with the whole margin."""
-    patch.setattr(radii_around, "_ends", lambda begin, further, whole: begin + torch.maximum(further, whole))
+    patch.setattr(margins, "_ends", lambda begin, further, whole: begin + torch.maximum(further, whole))
 
 
 def radii_on_rays_hold() -> None:

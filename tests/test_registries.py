@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import gramlip as gl
 from cases import LAYERS, TRAPS, cases
 from gramlip.network.audit import audit
-from gramlip.norm.padding_theorems import PADDING
+from gramlip.norm.polyphase import PADDING
 from gramlip.rules import RULES
 from gramlip.testing import KERNELS, conformance
 from rule_cases import CASES, OVERLOADS

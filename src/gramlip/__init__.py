@@ -10,7 +10,7 @@ from gramlip.network.audit import audit
 from gramlip.network.execution import execution_error
 from gramlip.norm.formulas import conv_gram_norm
 from gramlip.norm.methods import METHODS, bound
-from gramlip.numerics.gram_iteration import gram_norm
+from gramlip.numerics.eigenvalues import gram_norm
 from gramlip.operators.describe import describe
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense, Diagonal, Separable

@@ -20,7 +20,7 @@ from gramlip.errors import InputError
 from gramlip.lab.recipes import MODELS, RECIPES
 from gramlip.lab.reproduce import EXPERIMENTS, Options, Task, reproduce
 from gramlip.lab.reproduce.layers import convolutions
-from gramlip.lab.reproduce.training import PRESETS, preset
+from gramlip.lab.reproduce.run import PRESETS, preset
 from gramlip.norm.methods import METHODS
 
 pytest.importorskip("lightning", reason="the extra gramlip[train]", exc_type=ImportError)

@@ -68,6 +68,25 @@ def test_curves_that_jump_have_no_constant(name: str) -> None:
     assert report.upper == math.inf
 
 
+ONE, NONE = torch.tensor(1, dtype=torch.uint8), torch.tensor(0, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: (-torch.where(x > 0, ONE, NONE)).to(x.dtype) * x,  # 255 x
+        lambda x: (torch.where(x > 0, ONE, NONE) * 200 + 100).to(x.dtype) * 0.01 * x,
+        lambda x: (torch.where(x > 0, 2**53 + 1, 2**53) - 2**53).to(x.dtype) * x,
+    ],
+    ids=["minus one", "above 255", "beyond float64"],
+)
+def test_integers_that_wrap_around_are_no_curves(call: Callable[[Tensor], Tensor]) -> None:
+    report = audit(Map(call).eval(), torch.zeros(1, 4, dtype=torch.float64), strict=False)
+    assert stretched(call) <= report.upper
+    exact = audit(Map(lambda x: (torch.where(x > 0, 3, 1) * 2).to(x.dtype) * x).eval(), torch.zeros(1, 4, dtype=torch.float64))
+    assert exact.upper == 6.0
+
+
 def expression(seed: int) -> Callable[[Tensor], Tensor]:
     """A random function of one value with kinks at multiples of 1/4 and, as chance will have it, jumps."""
     generator = torch.Generator().manual_seed(seed)
@@ -222,6 +241,12 @@ def test_patterns_are_bounded_above_their_jacobians_and_tightly(name: str) -> No
         assert not float(torch.linalg.matrix_norm(matrix.nan_to_num(), 2)) > upper * (1 + 1e-9)
     assert upper <= most
     assert (upper == math.inf) == (most == math.inf)
+
+
+def test_powers_over_a_sum_of_integers_are_no_softmax() -> None:
+    call = Map(lambda x: torch.exp(x) / torch.exp(x).sum(1, keepdim=True, dtype=torch.int64)).eval()
+    report = audit(call, torch.zeros(1, 4, dtype=torch.float64), strict=False)
+    assert 0.0 <= report.lower <= report.upper == math.inf
 
 
 BENT = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gramlip.network.coupling import schur
+from gramlip.network.coupling import elimination
 from gramlip.network.coupling.linear_forms import Anchor
 
 DIGITS = 60
@@ -78,7 +78,7 @@ def size(m: mpmath.matrix) -> float:
 @pytest.mark.parametrize("old", [0, 2])
 def test_what_is_left_is_the_maximum(kind: str, old: int) -> None:
     matrix, weights, anchor, centre = example(kind, old, 3, 0)
-    left = schur.eliminated(matrix, weights, anchor)
+    left = elimination.schur_complement(matrix, weights, anchor)
     assert left is not None
     with mpmath.workdps(DIGITS):
         for f in range(2):
@@ -91,9 +91,9 @@ def check_proved_forms() -> None:
     for kind, old, real, error in itertools.product(KINDS, (0, 2), (False, True), (0.0, 1e-3)):
         matrix, weights, anchor, centre = example(kind, old, 3, 1, real=real)
         own = anchor.radius[:, None] * matrix[:, old:, old:] * anchor.radius
-        found = schur.inverse(own, weights)
+        found = elimination.inverse(own, weights)
         assert found is not None
-        left, noise = schur.bounded(matrix, anchor, error, found)
+        left, noise = elimination.bounded(matrix, anchor, error, found)
         moved = torch.randn(anchor.rows.shape, dtype=anchor.rows.dtype, generator=torch.Generator().manual_seed(2))
         moved = anchor.rows + error * moved / torch.linalg.matrix_norm(moved, 2)[:, None, None]
         true = Anchor(anchor.radius, anchor.ratio, moved, anchor.at)
@@ -119,7 +119,7 @@ def check_inverses(condition: float = 1e9) -> None:
         own = torch.eye(4) - turn @ torch.diag(values).to(turn.dtype) @ turn.mH
         own = 0.5 * (own + own.mH)
         weights = torch.ones(4, dtype=torch.float64)
-        found = schur.inverse(own, weights)
+        found = elimination.inverse(own, weights)
         if found is None:
             continue
         proofs += 1
@@ -138,9 +138,9 @@ def test_inverses_are_proved(condition: float) -> None:
 
 def test_what_is_no_positive_definite_system_proves_nothing() -> None:
     own = torch.eye(3, dtype=torch.complex128)[None]
-    assert schur.inverse(own, torch.tensor([1e-3, 1.0, 1.0], dtype=torch.float64)) is None
-    assert schur.inverse(own, torch.tensor([math.inf, 1.0, 1.0], dtype=torch.float64)) is None
-    assert schur.inverse(own, torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)) is None
+    assert elimination.inverse(own, torch.tensor([1e-3, 1.0, 1.0], dtype=torch.float64)) is None
+    assert elimination.inverse(own, torch.tensor([math.inf, 1.0, 1.0], dtype=torch.float64)) is None
+    assert elimination.inverse(own, torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,7 +149,7 @@ def test_the_gradient_is_that_of_the_value(kind: str, *, real: bool) -> None:
     matrix, weights, anchor, _ = example(kind, 2, 3, 4, real=real)
 
     def left(given: Tensor, logarithms: Tensor) -> Tensor:
-        found = schur.eliminated(0.5 * (given + given.mH), logarithms.exp(), anchor)
+        found = elimination.schur_complement(0.5 * (given + given.mH), logarithms.exp(), anchor)
         assert found is not None
         return found.real if real else torch.view_as_real(found)
 

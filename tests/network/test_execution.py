@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import gramlip as gl
 from gramlip.errors import InputError, UnsupportedError
-from gramlip.network import executed, execution
-from gramlip.network.executed import Execution, Operand, arithmetic
+from gramlip.network import execution, execution_rules
+from gramlip.network.execution_rules import Execution, Operand, arithmetic
 
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -219,7 +219,7 @@ def test_library_functions_err_by_no_more_than_is_assumed(name, dtype):
     given = Operand(x.double().abs(), torch.zeros(97, dtype=torch.float64), x.double(), x.double())
     args = {"self": given, "threshold": 20.0, "beta": 1.0}
     call = Execution(name, function, args, truth.abs() * (1 + 1e-12), arithmetic(dtype))
-    assert bool((off <= executed.RULES[name](call)).all())
+    assert bool((off <= execution_rules.RULES[name](call)).all())
 
 
 def test_sums_that_may_overflow_have_no_bound():

@@ -14,11 +14,9 @@ from gramlip.network.coupling import slopes_of_channels
 from gramlip.network.fold import fold
 from gramlip.network.graph import export
 from gramlip.network.local import Around, Region, columns_norm, region, restricted
-from gramlip.network.local.chords import chords
-from gramlip.network.local.columns import Columns
-from gramlip.network.local.intervals import Value
+from gramlip.network.local.columns import Columns, Tile, carried, dense, landing
+from gramlip.network.local.intervals import Value, chords
 from gramlip.network.local.relaxations import action
-from gramlip.network.local.tiles import Tile, carried, dense, landing
 from gramlip.network.ranges import Range
 from gramlip.network.rules import lower
 from gramlip.network.steps import Linear, Network, Slope, Step

@@ -19,9 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from gramlip import bound
 from gramlip.errors import InputError, UnsupportedError
+from gramlip.network import Effort, coupling
 from gramlip.network.audit import audit
-from gramlip.network.coupling import segments
-from gramlip.network.effort import Effort
 from gramlip.numerics import rounding as rd
 from test_rules import Map
 
@@ -581,7 +580,7 @@ def test_segments_multiply_to_the_whole() -> None:
     model = models.settled(models.DnCNN(3, 4), torch.zeros(1, 1, 6, 6))
     network = fold(lower(export(model, (torch.zeros(1, 1, 6, 6),))).network)
     own = constants(network.steps, [[network.steps[x].shape for x in s.sources] for s in network.steps])
-    found = segments.coupled(network, own, Effort(0.0))
+    found = coupling.coupled(network, own, Effort(0.0))
     assert found is not None
     product = reduce(rd.mul_up, (segment.upper for segment in found))
     assert 0 < product <= 1.0001 * audit(model, (1, 6, 6), effort=0).upper

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import gramlip as gl
+from gramlip.network import coupling
 from gramlip.network.audit import audit
 from gramlip.network.compose import constants
-from gramlip.network.coupling import segments
 from gramlip.network.coupling.circulant import Circulant, circulant
 from gramlip.network.coupling.elimination import Piece
 from gramlip.network.coupling.linear_forms import Entries, system
@@ -148,7 +148,7 @@ def test_entries_in_which_taps_cancel_err_by_their_moduli(taps: tuple[float, ...
 
 @pytest.mark.parametrize("act", [nn.SiLU(), nn.Hardswish(), nn.Tanh(), nn.GELU(), nn.PReLU(3)])
 def test_other_activations_stay_above_their_jacobians(act: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "ENTRIES", 0)
+    monkeypatch.setattr(coupling, "ENTRIES", 0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), act, nn.Conv2d(3, 3, 3, 2, 1), act, nn.Conv2d(3, 1, 3, padding=1)).eval()
     report = audit(model, (1, 6, 6), effort=0.1)
@@ -192,11 +192,11 @@ RUNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 }
 
 
-def planned(network: Network) -> segments.SegmentPlan:
-    cuts = segments.cuts_of(network)
+def planned(network: Network) -> coupling.SegmentPlan:
+    cuts = coupling.cuts_of(network)
     assert cuts is not None
     shapes = [[network.steps[s].shape for s in step.sources] for step in network.steps]
-    found = segments.plan(network, constants(network.steps, shapes), cuts, 0)
+    found = coupling.plan(network, constants(network.steps, shapes), cuts, 0)
     assert found is not None
     assert found.last == len(network.steps) - 1
     return found
@@ -204,8 +204,8 @@ def planned(network: Network) -> segments.SegmentPlan:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_of_linked_pieces_are_never_below_the_exact_constant(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "ENTRIES", 4)
-    monkeypatch.setattr(segments, "SMALL", 0)
+    monkeypatch.setattr(coupling, "ENTRIES", 4)
+    monkeypatch.setattr(coupling, "SMALL", 0)
     build, shape, pieces = RUNS[name]
     for seed in range(2):
         model = positive(build(), seed)
@@ -223,8 +223,8 @@ def test_runs_of_linked_pieces_are_never_below_the_exact_constant(name: str, mon
 
 @pytest.mark.parametrize("name", ["strides", "residuals and head", "up again"])
 def test_any_choice_proves_a_bound_or_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "ENTRIES", 4)
-    monkeypatch.setattr(segments, "SMALL", 0)
+    monkeypatch.setattr(coupling, "ENTRIES", 4)
+    monkeypatch.setattr(coupling, "SMALL", 0)
     build, shape, _ = RUNS[name]
     model = positive(build(), 0)
     exact, found = linear_part(model, shape), planned(steps(model, shape))
@@ -241,8 +241,8 @@ def test_any_choice_proves_a_bound_or_nothing(name: str, monkeypatch: pytest.Mon
 
 def test_a_mean_with_rounded_weights_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     # 1/49 rounded to float32 and made larger: the model's own weight counts, not the mean that it looks like
-    monkeypatch.setattr(segments, "ENTRIES", 4)
-    monkeypatch.setattr(segments, "SMALL", 0)
+    monkeypatch.setattr(coupling, "ENTRIES", 4)
+    monkeypatch.setattr(coupling, "SMALL", 0)
     mean = nn.Conv2d(2, 2, 7, groups=2, bias=False)
     model = positive(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), mean, nn.Flatten(), nn.Linear(2, 1)), 0)
     with torch.no_grad():

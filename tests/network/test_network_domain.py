@@ -51,6 +51,44 @@ STEEP: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, float], float]] 
 }
 
 
+def test_sums_with_a_negative_factor_have_the_range_of_both_signs() -> None:
+    """`index_add` with alpha = -1 of values in [-3, -1] lies in [0, 6]: its ends were the wrong way round."""
+    places = torch.tensor([0, 1, 1])
+    for alpha in (-1.0, 0.0, 2.0):
+
+        def call(x: Tensor, alpha: float = alpha) -> Tensor:
+            return torch.zeros(1, 3, dtype=x.dtype).index_add(1, places, x, alpha=alpha).exp()
+
+        for domain in ((-3.0, -1.0), (1.0, 2.0)):
+            report = audit(Map(call).eval(), (3,), domain=domain)
+            assert largest(call, (3,), *domain) <= report.upper < math.inf
+
+
+def test_attention_to_more_keys_and_values_than_queries_repeats_the_queries() -> None:
+    """One sample of queries attends to five of keys: the result has five times as many entries."""
+    keys = torch.eye(4, dtype=torch.float64)[:3].expand(5, 3, 4).clone()
+
+    def call(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, keys, keys)
+
+    upper = audit(Map(call).eval(), torch.zeros(1, 2, 4, dtype=torch.float64)).upper
+    assert largest(call, (2, 4), -0.1, 0.1) <= upper
+
+
+def test_a_softmax_after_shifts_of_its_own_has_the_range_of_what_it_reads() -> None:
+    """`x - (c - amax x)`: the softmax of x - c, not of x."""
+    shift = torch.tensor([[0.0, 3.0, -5.0]], dtype=torch.float64)
+
+    def call(x: Tensor) -> Tensor:
+        powers = torch.exp(x - (shift - x.amax(1, keepdim=True)))
+        return powers / powers.sum(1, keepdim=True)
+
+    at = shift + torch.tensor([[0.0, 0.0, -9.0]], dtype=torch.float64)
+    report = audit(nn.Sequential(Map(call)).eval(), at, at=at, radius=0.01)
+    matrix = torch.autograd.functional.jacobian(call, at).reshape(3, 3)
+    assert float(torch.linalg.matrix_norm(matrix, 2)) <= report.upper
+
+
 @pytest.mark.parametrize("name", STEEP)
 def test_steep_functions_have_their_exact_constant_on_a_domain_and_none_without(name: str) -> None:
     call, domain, exact = STEEP[name]

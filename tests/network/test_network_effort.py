@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gramlip.errors import InputError
+from gramlip.network import Effort, coupling
 from gramlip.network.audit import audit
-from gramlip.network.coupling import elimination, segments
-from gramlip.network.effort import Effort
+from gramlip.network.coupling import elimination
 from gramlip.network.lower_bound import CROP
 from test_network import models
 
@@ -41,13 +41,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize(("where", "seed"), [("entries", 0), ("tori", 0), ("tori", 1)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_more_effort_never_gives_a_larger_upper_side(name: str, where: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "BUDGET", 3e7)
-    monkeypatch.setattr(segments, "NEWTON", 1e9)
-    monkeypatch.setattr(segments, "STEPS", 12)
+    monkeypatch.setattr(coupling, "BUDGET", 3e7)
+    monkeypatch.setattr(coupling, "NEWTON", 1e9)
+    monkeypatch.setattr(coupling, "STEPS", 12)
     if where == "tori":
-        monkeypatch.setattr(segments, "ENTRIES", 4)
-        monkeypatch.setattr(segments, "SMALL", 0)
-        monkeypatch.setattr(segments, "CHEAP", 0.0)
+        monkeypatch.setattr(coupling, "ENTRIES", 4)
+        monkeypatch.setattr(coupling, "SMALL", 0)
+        monkeypatch.setattr(coupling, "CHEAP", 0.0)
     build, shape = NETWORKS[name]
     torch.manual_seed(seed)
     model = models.settled(build(), torch.zeros(1, *shape))
@@ -65,23 +65,23 @@ def test_choices_that_are_not_proved_could_not_have_given_less(pairs: list[tuple
     """Whatever choices prove and promise, in any order: more of them give no larger bound, and the result is that of proving all."""
     run = list[elimination.Piece]()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segments, "certificate", lambda _, choice: choice)
+        patch.setattr(coupling, "certificate", lambda _, choice: choice)
         proved, promised = [p for p, _ in pairs], [q for _, q in pairs]
-        found = [segments._least(run, proved[:n], promised[:n], composed, Effort()) for n in range(1, len(pairs) + 1)]  # type: ignore[arg-type]
+        found = [coupling._least(run, proved[:n], promised[:n], composed, Effort()) for n in range(1, len(pairs) + 1)]  # type: ignore[arg-type]
     assert found == sorted(found, reverse=True)
-    counted = [max(p, segments.KEPT * q) for p, q in pairs if q * segments.GAIN < composed]
+    counted = [max(p, coupling.KEPT * q) for p, q in pairs if q * coupling.GAIN < composed]
     assert found[-1] == min([math.inf, *counted])
     assert found[-1] >= min([math.inf, *proved])
 
 
 def test_what_promises_no_gain_is_not_begun_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "ENTRIES", 0)
-    monkeypatch.setattr(segments, "CHEAP", 0.0)
+    monkeypatch.setattr(coupling, "ENTRIES", 0)
+    monkeypatch.setattr(coupling, "CHEAP", 0.0)
     torch.manual_seed(0)
     model = convolutions().eval()
     for name, value, said in (("GAIN", 1e9, "no gain was seen"), ("PROOF", 1.0, "would take too long")):
         with monkeypatch.context() as patch:
-            patch.setattr(segments, name, value)
+            patch.setattr(coupling, name, value)
             report = audit(model, (1, 9, 8), effort=0)
             assert report.upper == audit(model, (1, 9, 8), effort=-1).upper
             assert said in report.network.because  # type: ignore[union-attr]

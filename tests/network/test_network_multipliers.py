@@ -15,13 +15,13 @@ from scipy import sparse
 from torch import Tensor, nn
 
 import gramlip as gl
+from gramlip.network import Effort, coupling
 from gramlip.network.audit import steps_of
 from gramlip.network.compose import constants
-from gramlip.network.coupling import coupled, elimination, segments
+from gramlip.network.coupling import coupled, elimination
 from gramlip.network.coupling.elimination import narrowed, narrowed_matrix, transposed
 from gramlip.network.coupling.linear_forms import Entries, Slopes, system
 from gramlip.network.coupling.multipliers import closed_logarithms, newton, proved
-from gramlip.network.effort import Effort
 from gramlip.network.steps import Input, Linear, Network, Slope, Step, Sum
 from gramlip.numerics import rounding as rd
 from gramlip.operators.linear_maps import Dense
@@ -309,14 +309,14 @@ def test_narrow_matrices_are_above_wide_ones_whatever_stands_before_them() -> No
 @pytest.mark.parametrize("build", ["dense", "convolutions"])
 def test_more_effort_is_never_worse(build: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
-    monkeypatch.setattr(segments, "NEWTON", 1e7)
-    monkeypatch.setattr(segments, "STEPS", 60)
+    monkeypatch.setattr(coupling, "NEWTON", 1e7)
+    monkeypatch.setattr(coupling, "STEPS", 60)
     if build == "dense":
         model: nn.Module = nn.Sequential(nn.Linear(9, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 5)).eval()
         shape: tuple[int, ...] = (9,)
     else:
-        monkeypatch.setattr(segments, "ENTRIES", 4)
-        monkeypatch.setattr(segments, "SMALL", 0)
+        monkeypatch.setattr(coupling, "ENTRIES", 4)
+        monkeypatch.setattr(coupling, "SMALL", 0)
         model = nn.Sequential(
             nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1)
         ).eval()

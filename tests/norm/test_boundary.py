@@ -16,8 +16,7 @@ import gramlip as gl
 from cases import ROUNDING, Case
 from gramlip.norm import boundary_terms
 from gramlip.norm.boundary_terms import _boundary, _components, _ends, _largest
-from gramlip.norm.padding_theorems import PADDING
-from gramlip.norm.polyphase import symbol
+from gramlip.norm.polyphase import PADDING, symbol
 from gramlip.operators.linear_maps import Axis, axes, index_map
 from oracle import oracle
 

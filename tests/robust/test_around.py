@@ -16,7 +16,8 @@ import gramlip as gl
 from gramlip.network.graph import export
 from gramlip.network.local import Around, Results, region
 from gramlip.network.rules import lower
-from gramlip.robust import around, certify
+from gramlip.robust import certify
+from gramlip.robust import margins as radii
 from test_local import ACTIVATIONS, Strided, mlp
 from test_robust import half_precision_case
 
@@ -62,7 +63,7 @@ def tensor(values: list[Fraction], upward: bool) -> Tensor:
     return made * (1 + 2.0**-50) if upward else made * (1 - 2.0**-50)
 
 
-def radii_on_rays(seed: int) -> tuple[float, Fraction, list[around.Trial]]:
+def radii_on_rays(seed: int) -> tuple[float, Fraction, list[radii.Trial]]:
     """What `lasting` proves of two margins on rays, from balls of random radii, and the truth."""
     draw, rays = random.Random(1000 + seed), [falling(2 * seed), falling(2 * seed + 1)]
     margins = [Fraction(draw.randint(1, 40), 9) for _ in rays]
@@ -73,9 +74,9 @@ def radii_on_rays(seed: int) -> tuple[float, Fraction, list[around.Trial]]:
         parts = [[p * draw.choice((1, 1, 2, 50)) for p in part] for part in parts]  # bounds may be loose, and not rise
         constants, rates, drops = (tensor(list(side), upward=True) for side in zip(*parts, strict=True))
         drops = torch.where(torch.tensor([draw.random() < 0.5 for _ in rays]), drops, math.inf)
-        trials.append(around.Trial(radius, Results(constants, torch.minimum(rates, constants), drops)))
+        trials.append(radii.Trial(radius, Results(constants, torch.minimum(rates, constants), drops)))
     everywhere = tensor([ray[1][-1] for ray in rays], upward=True)
-    found = around.lasting(tensor(margins, upward=False), everywhere, trials)
+    found = radii.lasting(tensor(margins, upward=False), everywhere, trials)
     return found, min(used_up(*ray, m) for ray, m in zip(rays, margins, strict=True)), trials
 
 
@@ -93,8 +94,8 @@ def test_radii_on_rays_are_never_smaller_with_more_balls_and_exact_with_all_of_t
         margins, everywhere, trials, last = torch.tensor([3.0], dtype=torch.float64), tensor([slopes[-1]], upward=True), [], 0.0
         for end in ends:
             constant = tensor([on_ball(ends, slopes, end)[0]], upward=True)
-            trials.append(around.Trial(float(end), Results(constant, constant, torch.full_like(constant, math.inf))))
-            found = around.lasting(margins, everywhere, trials)
+            trials.append(radii.Trial(float(end), Results(constant, constant, torch.full_like(constant, math.inf))))
+            found = radii.lasting(margins, everywhere, trials)
             assert found >= last * (1 - 1e-14)
             last = found
         assert last >= float(used_up(ends, slopes, Fraction(3))) * (1 - 1e-9)
@@ -105,7 +106,7 @@ def test_radii_on_rays_are_never_smaller_with_more_balls_and_exact_with_all_of_t
 )
 def test_radii_of_constants_at_the_ends_of_floats(constants: list[float], everywhere: list[float]) -> None:
     known = torch.tensor(constants, dtype=torch.float64)
-    found = around.lasting(torch.ones(1).double(), torch.tensor(everywhere).double(), [around.Trial(1.0, Results(known, known, known))])
+    found = radii.lasting(torch.ones(1).double(), torch.tensor(everywhere).double(), [radii.Trial(1.0, Results(known, known, known))])
     assert 0 <= found < math.inf
     assert (found > 0) == (everywhere != [math.inf])
 
@@ -225,7 +226,7 @@ def test_nothing_is_tried_where_nothing_can_be_gained(monkeypatch: pytest.Monkey
     certify(linear, [(xs, linear(xs).argmax(1))], 1.0, last=linear, local=True)  # exact as it is
     assert not tried
     certify(model, [(xs, right)], upper, local=True)
-    assert len(xs) < len(tried) <= around.TRIALS * len(xs)
+    assert len(xs) < len(tried) <= radii.TRIALS * len(xs)
 
 
 def test_a_network_without_a_constant_everywhere_has_radii_around_its_inputs() -> None:

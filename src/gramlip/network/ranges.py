@@ -126,7 +126,10 @@ def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape]) -> tup
         inside = (-INF, INF) if what.reach is None else what.reach(low, high)
         if what.same_range:
             ends = (low, high) if what.others is None else (min(low, what.others[0]), max(high, what.others[1]))
-            inside = ends if what.times == 1.0 else (_below(ends[0] * what.times), _above(ends[1] * what.times))
+            if what.times != 1.0:
+                near, far = sorted(_times(what.times, end) for end in ends)
+                ends = _below(near), _above(far)
+            inside = ends
         return max(inside[0], what.image[0]), min(inside[1], what.image[1]), what.row
     if isinstance(what, Pad):
         return min(low, what.value), max(high, what.value), INF

@@ -280,14 +280,14 @@ def running_error(
         return None, True
     if name in _COPIES and real:
         return evaluate(node, lambda n: errors[n] if n in errors else _nothing(resolve(n))), True
-    rule, found = _BOUNDS.get(name), None
+    rule, bound = _BOUNDS.get(name), None
     if rule is not None and real and isinstance(result, Tensor):
-        found = rule(Made(name, arguments(node, resolve), arguments(node, errors.get), result))
-    if found is None:
+        bound = rule(Made(name, arguments(node, resolve), arguments(node, errors.get), result))
+    if bound is None:
         schema = getattr(node.target, "_schema", None)
         view = schema is not None and any(r.alias_info is not None for r in schema.returns)
         return None, not inexact and (view or not any(t.is_floating_point() or t.is_complex() for t in made))
-    return found.reshape(result.shape) if found.numel() == result.numel() else found.broadcast_to(result.shape), True
+    return bound.reshape(result.shape) if bound.numel() == result.numel() else bound.broadcast_to(result.shape), True
 
 
 def _nothing(value: Any) -> Any:

@@ -22,12 +22,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gramlip.norm.frequency_cells import Cells, Lattice, Thresholds, joined, look_up, merge, select
+from gramlip.norm.frequency_cells import (
+    Cells,
+    Flags,
+    Ints,
+    Lattice,
+    Reals,
+    Thresholds,
+    integers,
+    joined,
+    leading,
+    look_up,
+    merge,
+    named,
+    on,
+    pieces,
+    segment_min,
+    select,
+)
 from gramlip.norm.gram_symbol import GramSymbol
 from gramlip.norm.lower_bound import STEPS, BlockCache, LowerBounds, Tally, take
 from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.segmented import Flags, Ints, Reals, integers, leading, named, on, pieces, segment_min
 
 BUDGET = 4e12  # real operations after which the search stops with the bound proved so far
 REFINE = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)  # candidate resolutions of the first cells; the cheapest is used
@@ -371,9 +387,9 @@ class BranchAndBound:
         if not len(keys):
             return
         if every:  # more steps, which start from the vector of the best block, close to its peak
-            held = (self.cache.blocks(keys), np.arange(len(keys))) if self.cache.fits(len(keys)) else None
-            far = lower.raise_lower(keys, 2 * steps, held=held).values
-            values = np.maximum(far, lower.raise_lower(keys, steps, lower.best_vectors(keys), held).values)
+            blocks = (self.cache.blocks(keys), np.arange(len(keys))) if self.cache.fits(len(keys)) else None
+            far = lower.raise_lower(keys, 2 * steps, held=blocks).values
+            values = np.maximum(far, lower.raise_lower(keys, steps, lower.best_vectors(keys), blocks).values)
         else:
             values = lower.survey(keys, steps).values
         item = self.items[self.lattice.groups(keys)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from gramlip.errors import InputError, check_integers
 from gramlip.norm.polyphase import Symbol, blocks, grid, symbol, transform
 from gramlip.numerics import precision
-from gramlip.numerics.gram_iteration import check_matrices, gram_norm, reals
+from gramlip.numerics.eigenvalues import check_matrices, gram_norm, reals
 from gramlip.numerics.precision import gram, in_norm_precision, norm, real_dtype
 from gramlip.operators.linear_maps import Conv, Dense, Ints, apply
 
@@ -124,8 +124,8 @@ _geometry._dynamo_marked_constant = True  # type: ignore[reportFunctionMemberAcc
 def _scaled(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The tensor divided by a power of two no larger than its largest entry, and that power as two factors, each representable."""
     exponent = torch.frexp(x.detach().abs().amax())[1] - 1
-    one = torch.ones((), dtype=x.real.dtype if x.is_complex() else x.dtype, device=x.device)
-    scale = torch.ldexp(one, exponent // 2), torch.ldexp(one, exponent - exponent // 2)
+    unit = torch.ones((), dtype=x.real.dtype if x.is_complex() else x.dtype, device=x.device)
+    scale = torch.ldexp(unit, exponent // 2), torch.ldexp(unit, exponent - exponent // 2)
     return x / scale[0] / scale[1], scale
 
 
@@ -500,5 +500,5 @@ def is_exact_stride_1(op: Dense | Conv) -> bool:
 
 
 def _largest_singular_value(op: Dense | Conv) -> Tensor:
-    found = blocks(op)
-    return found.factor * torch.linalg.svdvals(found.matrices).amax()
+    symbol = blocks(op)
+    return symbol.factor * torch.linalg.svdvals(symbol.matrices).amax()

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from gramlip.norm.autocorrelation import Mixed, Narrow, Taps, square_errors, squared_symbols, tap_offsets, tap_positions, tap_runs
-from gramlip.norm.frequency_cells import START, resolution, waves
+from gramlip.norm.frequency_cells import START, Complexes, Ints, Reals, integers, on, pieces, resolution, waves
 from gramlip.norm.polyphase import TallKernel, exponent_of_all, symbols
 from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.segmented import Complexes, Ints, Reals, integers, on, pieces
 
 TAP_BYTES = 208 << 20  # keep the autocorrelation in double if it is smaller than this
 NARROW_BYTES = 230 << 20  # above, in single precision while that is smaller than this,
@@ -149,13 +148,13 @@ class BlockByBlock(Strategy):
         if self.tall.groups == 1:
             return self._of_group(0, self._turning(index, sizes))
         out: Tensor | None = None
-        for one in np.unique(group).tolist():
-            there = (group == one).nonzero()[0]
-            blocks = self._of_group(one, self._turning(index[there], sizes))
+        for number in np.unique(group).tolist():
+            places = (group == number).nonzero()[0]
+            blocks = self._of_group(number, self._turning(index[places], sizes))
             if out is None:
                 out = blocks.new_empty(len(group), self.tall.side, self.tall.side)
             out = out.to(torch.promote_types(out.dtype, blocks.dtype))
-            out[on(self.tall.device, there)] = blocks.to(out.dtype)
+            out[on(self.tall.device, places)] = blocks.to(out.dtype)
         assert out is not None
         return out
 
@@ -262,7 +261,7 @@ def _mean_eigenvalues(tall: TallKernel) -> list[float]:
 
 def _within(errors: Sequence[float], part: float, eigenvalues: Sequence[float], nonzero: Sequence[bool]) -> bool:
     """Whether the errors of the groups that are `nonzero` are at most this part of lower bounds of their largest eigenvalues."""
-    return all(error <= part * value for error, value, there in zip(errors, eigenvalues, nonzero, strict=True) if there)
+    return all(error <= part * value for error, value, nonzero_there in zip(errors, eigenvalues, nonzero, strict=True) if nonzero_there)
 
 
 def tap_norm_sums(tall: TallKernel) -> list[float]:

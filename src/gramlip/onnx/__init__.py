@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gramlip.onnx import entrywise, layers, shapes
+from gramlip.onnx import layers, tensors
 from gramlip.onnx.model import OnnxModule, load
 from gramlip.onnx.registry import OPERATORS
 
-__all__ = ["OPERATORS", "OnnxModule", "entrywise", "layers", "load", "shapes"]
+__all__ = ["OPERATORS", "OnnxModule", "layers", "load", "tensors"]

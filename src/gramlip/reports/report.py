@@ -213,8 +213,8 @@ def proof_name(because: str) -> str:
     ('softmax', 'this size (thm 11)')
     """
     for pattern, name in _PROOFS:
-        if (found := re.search(pattern, because)) is not None:
-            return found.expand(name)
+        if (match := re.search(pattern, because)) is not None:
+            return match.expand(name)
     return because.split("; ")[0].split(": ")[0].split(", ")[0]
 
 
@@ -371,8 +371,8 @@ def _verbose(report: Report, screen: Screen) -> Iterable[list[str]]:
     reasons: list[str] = []
     for name, bound in bounds:
         shared = "".join(marks[part] for part in _parts(bound) if part in marks)
-        own = "; ".join(part for part in _parts(bound) if part not in marks)
-        reasons += [screen.styled(f"  {printable(name)}", "bold"), *screen.wrapped(f"{shared} {own}".strip(), "    ", "    ")]
+        of_bound = "; ".join(part for part in _parts(bound) if part not in marks)
+        reasons += [screen.styled(f"  {printable(name)}", "bold"), *screen.wrapped(f"{shared} {of_bound}".strip(), "    ", "    ")]
     yield [screen.styled("reasons", "bold"), *reasons]
     yield [line for part, mark in marks.items() for line in screen.wrapped(f"{mark} {part}", "  ", "      ")]
     for title, is_weight in (("weights without a bound", True), ("left out", False)):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from gramlip.lab.reproduce.layers import CERTIFICATES, CONV, DENSE, RESNET18, SCALING
-from gramlip.lab.reproduce.run import Experiment, Options, Row, Task, reproduce
-from gramlip.lab.reproduce.training import TRAINING
+from gramlip.lab.reproduce.run import TRAINING, Experiment, Options, Row, Task, reproduce
 
 EXPERIMENTS = {experiment.name: experiment for experiment in (DENSE, CONV, RESNET18, SCALING, CERTIFICATES, TRAINING)}
 """Name -> experiment."""

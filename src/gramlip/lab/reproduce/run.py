@@ -1,28 +1,41 @@
-"""An experiment is a list of tasks. The table of their rows is written after every task, so that a run can be resumed."""
+"""An experiment is a list of tasks. The table of their rows is written after every task, so that a run can be resumed.
+
+The experiment on training stands here too; those on single layers are in `layers`.
+"""
 
 from __future__ import annotations
 
 import csv
-import hashlib
-import io
-import json
-import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gramlip.errors import InputError
+from gramlip.lab.recipes import files
+from gramlip.reports.pictures import figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
 from gramlip.lab.compare import WARM_UP, environment, timed
 from gramlip.norm.methods import METHODS
 from gramlip.operators.linear_maps import Conv
 from gramlip.reports.output import write_whole
 from gramlip.reports.pictures import save
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 CPU = torch.device("cpu")
 Row = dict[str, str | float | int]
@@ -55,9 +68,9 @@ class Options:
     def settings(self, name: str) -> dict[str, str | int | bool | None]:
         """The settings in the header; a run is resumed only under the same settings."""
         digest = None if self.weights is None else hashlib.sha256(self.weights.read_bytes()).hexdigest()[:16]
-        own = {"seed": self.seed, "quick": self.quick, "trials": self.trials, "warm_up_dropped": WARM_UP, "weights_sha256": digest}
-        own |= {} if self.preset is None else {"preset": self.preset}
-        return {"experiment": name} | environment(self.device) | own
+        settings = {"seed": self.seed, "quick": self.quick, "trials": self.trials, "warm_up_dropped": WARM_UP, "weights_sha256": digest}
+        settings |= {} if self.preset is None else {"preset": self.preset}
+        return {"experiment": name} | environment(self.device) | settings
 
 
 @dataclass(frozen=True)
@@ -142,15 +155,15 @@ def _header(files: dict[str, Path], settings: dict[str, Any]) -> dict[str, Any]:
     """The header of the run: written at the start, and checked on resume."""
     if files["run.json"].exists():
         try:
-            found = json.loads(files["run.json"].read_text(encoding="utf-8"))
+            header = json.loads(files["run.json"].read_text(encoding="utf-8"))
         except ValueError:
-            found = {}
-        different = [key for key, value in settings.items() if not isinstance(found, dict) or found.get(key) != value]  # pyright: ignore
+            header = {}
+        different = [key for key, value in settings.items() if not isinstance(header, dict) or header.get(key) != value]  # pyright: ignore
         if different:
             msg = f"{files['run.json'].parent} holds a run with another {', '.join(different)}; expected the same: type --out NEW"
             raise InputError(msg)
-    elif there := [file for file in files.values() if file.exists()]:
-        msg = f"{there[0]} stands there without its run.json; expected both or neither: type --out with a new folder"
+    elif tables := [file for file in files.values() if file.exists()]:
+        msg = f"{tables[0]} stands there without its run.json; expected both or neither: type --out with a new folder"
         raise InputError(msg)
     write_whole(files["run.json"], json.dumps(settings, indent=2) + "\n")
     return settings
@@ -225,3 +238,152 @@ def as_text(settings: dict[str, object]) -> str:
 def title(row: Row) -> str:
     """`method (settings)` as in the paper's tables."""
     return f"{row['method']} ({row['settings']})" if row["settings"] != "" else str(row["method"])
+
+
+# ---- section 5.4 -------------------------------------------------------------------------------------------------------
+#
+# Training with nothing, with the Gram penalty, with the tracked one and with spectral normalisation, on CIFAR-10, by
+# the recipes of `gramlip.lab.train`. A run that stops goes on from its last epoch, in the folder `runs` beside the
+# table.
+
+CONTROLS = {
+    "plain": "plain",
+    "gram": "Gram penalty (the paper's)",
+    "penalised": "tracked penalty",
+    "normalised": "spectral normalisation",
+}
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "paper": ("resnet18", {}),
+    "small": ("small", {"epochs": 4, "samples": 20_000, "test_samples": 5_000}),
+    "quick": ("small", {"epochs": 2, "samples": 64, "test_samples": 32, "batch": 16}),
+}
+"""Name -> network, and the fields of its recipes that are changed."""
+LOOKS = {
+    "plain": ("#000000", "o", "-"),
+    "gram": ("#009E73", "D", "--"),
+    "penalised": ("#D55E00", "s", "-."),
+    "normalised": ("#0072B2", "^", ":"),
+}
+PERCENT = 100.0
+
+
+def preset(options: Options) -> str:
+    """What is run: `quick`, the preset asked for, or by the device the paper's or the small one."""
+    return "quick" if options.quick else options.preset or ("paper" if options.device.type == "cuda" else "small")
+
+
+def tasks(options: Options) -> list[Task]:
+    """One task for each control.
+
+    Raises:
+        InputError: no data, or a device other than the one that the trainer takes.
+    """
+    if options.data is None:
+        msg = "training needs images; expected a folder of CIFAR-10's parquet files, or uoft-cs/cifar10: type --data DIR"
+        raise InputError(msg)
+    for split in ("train", "test"):  # before anything is written
+        files(options.data, split)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device.type != device:
+        msg = f"--device {options.device} was given; expected {device}, which the trainer takes on this machine: type --device {device}"
+        raise InputError(msg)
+    name = preset(options)
+    return [Task(f"{name} {control}", partial(_run, name, control, options.data, options)) for control in CONTROLS]
+
+
+def _run(name: str, control: str, data: str, options: Options) -> list[Row]:
+    """One row for each epoch, from the log, and a last one for the certified network."""
+    model, changes = PRESETS[name]
+    recipe = model if control == "plain" else f"{model}-{control}"
+    folder = options.scratch / recipe
+    place: Row = {"control": control, "model": model}
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # the trainer's own bar
+        warnings.filterwarnings("ignore", module="lightning")
+        try:
+            done = _trainer()(recipe, data, folder, seed=options.seed, **changes)
+        except SystemExit as stopped:  # how the trainer passes an interruption on
+            raise KeyboardInterrupt from stopped
+    if "constant" not in done:
+        msg = f"{folder} stopped after {done['finished_epochs']} of {done['epochs']} epochs; expected all: type the same again to go on"
+        raise InputError(msg)
+    fields = ("epochs", "samples", "batch", "optimiser", "lr", "strength", "threshold", "target", "seconds", "count")
+    last: Row = {field: done[field] if done[field] is not None else "all" for field in fields}
+    last |= {"accuracy": done["clean"], "lower": done["constant"]["lower"], "upper": done["constant"]["upper"]}
+    last |= {f"certified {e['eps']:.4f}": e["accuracy"] for e in done.get("certified_by_pairs", done["certified"])}
+    return [*(place | row for row in _epochs(folder / "logs" / "metrics.csv")), place | {"kind": "end"} | last]
+
+
+def _trainer() -> Callable[..., dict[str, Any]]:
+    try:
+        module = import_module("gramlip.lab.train")
+    except ImportError as error:
+        msg = f'training needs {error.name}, which is not installed; expected the extra: type pip install "gramlip[train]"'
+        raise InputError(msg) from error
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    return module.train
+
+
+def _epochs(log: Path) -> list[Row]:
+    """What was logged after each epoch: the trainer writes validation and training in lines of their own."""
+    merged: dict[int, Row] = {}
+    with open(log, newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            row = merged.setdefault(int(line["epoch"]), {"kind": "epoch", "epoch": int(line["epoch"]) + 1})
+            row |= {key: float(line[key]) for key in ("accuracy", "loss", "penalty", "upper_product") if line.get(key)}
+    return [merged[epoch] for epoch in sorted(merged)]
+
+
+def draw(rows: list[Row]) -> Figure:
+    """Accuracy and the product of the certified norms over the epochs; certified accuracy against the radius."""
+    page, (accuracy, product, certified) = figure(3, width=4.2, height=3.8)
+    for control in dict.fromkeys(str(row["control"]) for row in rows):
+        colour, marker, line = LOOKS[control]
+        style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "label": CONTROLS[control]}
+        epochs = pick(rows, control=control, kind="epoch")
+        for ax, field, scale in ((accuracy, "accuracy", PERCENT), (product, "upper_product", 1.0)):
+            known = [r for r in epochs if r.get(field, "") != ""]
+            ax.plot([float(r["epoch"]) for r in known], [scale * float(r[field]) for r in known], **style)
+        radii = _radii(pick(rows, control=control, kind="end")[0])
+        certified.plot([r for r, _ in radii], [PERCENT * share for _, share in radii], **style)
+    for ax, title in ((accuracy, "test accuracy (%)"), (product, "product of the certified layer norms")):
+        ax.set(xlabel="epoch", ylabel=title)
+        ax.locator_params(axis="x", integer=True)
+    product.set_yscale("log")
+    certified.set(xlabel="radius in pixels of [0, 1], l2", ylabel="certified accuracy (%)", ylim=(-2, None))
+    page.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return page
+
+
+def _radii(end: Row) -> list[tuple[float, float]]:
+    """(radius, certified accuracy), the clean accuracy at 0 first."""
+    known = [(float(key.split()[1]), float(value)) for key, value in end.items() if key.startswith("certified ")]
+    return [(0.0, float(end["accuracy"])), *known]
+
+
+def tell(rows: list[Row]) -> str:
+    """Accuracy, certified accuracy and constant of each control."""
+    lines: list[list[object]] = []
+    ends = pick(rows, kind="end")
+    for end in ends:
+        shares = [f"{PERCENT * share:.1f}" for _, share in _radii(end)]
+        known = [r for r in pick(rows, control=end["control"], kind="epoch") if r.get("upper_product", "") != ""]
+        logged = [f"{float(r['upper_product']):.4g}" for r in known]
+        head = [CONTROLS[str(end["control"])], *shares, float(end["lower"]), float(end["upper"])]
+        lines.append([*head, " -> ".join(dict.fromkeys((logged[0], logged[-1]))), float(end["seconds"])])
+    first, penalised = ends[0], pick(ends, control="gram")[0]
+    radii = [f"at {round(255 * radius)}/255" for radius, _ in _radii(first)[1:]]
+    head = ("control", "test accuracy, %", *(f"certified {r}, %" for r in radii))
+    head = (*head, "constant, lower", "constant, upper", "product of layer norms, first and last epoch", "seconds")
+    facts = (
+        f"Network {first['model']}, {first['epochs']} epochs of {first['samples']} training images in batches of {first['batch']}, "
+        f"{first['optimiser']} from {first['lr']}, cosine; penalties of strength {penalised['strength']} above {first['threshold']}, "
+        f"normalised to {first['target']}; {first['count']} test images."
+    )
+    settings_text = (
+        "Certified accuracy is by pairs of classes, the constant that of the whole network for pixels; the product is over the layers' "
+        "certified norms, for normalised weights. Seconds include the audit after every epoch."
+    )
+    return f"{facts}\n\n{markdown(head, lines)}\n\n{settings_text}"
+
+
+TRAINING = Experiment("training", "Regularised training on CIFAR-10 (paper, section 5.4)", tasks, draw, tell, takes=("data", "preset"))

@@ -2,7 +2,6 @@
 
 from gramlip.network.local.columns import columns_norm
 from gramlip.network.local.intervals import Region, region
-from gramlip.network.local.jacobians import Around, Results, derivative
-from gramlip.network.local.restrict import Local, restricted
+from gramlip.network.local.jacobians import Around, Local, Results, derivative, restricted
 
 __all__ = ["Around", "Local", "Region", "Results", "columns_norm", "derivative", "region", "restricted"]

@@ -85,7 +85,8 @@ def _attention(call: Call) -> Var:
     factor = rd.up(1 / rd.sqrt_down(q.shape[-1])) if scale is None else abs(float(scale))
     if isinstance(k, Tensor) and isinstance(v, Tensor):  # a matrix, a softmax of rows and another matrix
         sides = [largest(x.detach().reshape(-1, *x.shape[-2:])) for x in (k, v)]
-        upper = rd.mul_up(rd.mul_up(factor, sides[0]), rd.mul_up(0.5, sides[1]))
+        repeats = math.prod(call.shape[:-2]) // math.prod(q.shape[:-2])
+        upper = rd.mul_up(rd.mul_up(rd.mul_up(factor, sides[0]), rd.mul_up(0.5, sides[1])), rd.sqrt_up(float(repeats)))
         return call.then(Lipschitz(upper, "attention to fixed keys and values: half the product of their norms"), q)
     q, k, v = (_still(call, x) if isinstance(x, Tensor) else x for x in (q, k, v))
     if call.args.get("enable_gqa"):

@@ -223,6 +223,7 @@ WITHIN: dict[str, Within] = {
 KNOTS = 64  # of one curve
 EACH = 512  # different constants of a value's entries, each with a curve of its own
 CALLS = 64  # from which one curve is made
+EXACT = 2**53 - 1  # integers up to which float64 holds each
 Line = tuple[Fraction, Fraction]  # slope, height at 0
 
 
@@ -483,10 +484,17 @@ def entrywise(call: Call) -> Entrywise | None:
     errors = bool(call.inexact) or any(v.errors for v in known if isinstance(v, Entrywise))
     made = Entrywise(bases.pop(), held, at, calls, errors)
     try:
-        made.curves()
+        curves = made.curves()
     except NotACurveError:
         return None
-    return made
+    return made if call.dtype is None or truth or call.dtype.is_floating_point or _fit(curves, call.dtype) else None
+
+
+def _fit(curves: Sequence[Curve], dtype: torch.dtype) -> bool:
+    """Whether curves have whole numbers alone that a type of integers holds, and float64 too: beyond its ends it wraps around."""
+    held = torch.iinfo(dtype)
+    values = [(s, h) for c in curves for s, h in (*c.lines, *((Fraction(0), v) for v in c.values))]
+    return all(s == 0 and h.denominator == 1 and max(held.min, -EXACT) <= h <= min(held.max, EXACT) for s, h in values)
 
 
 def merged(call: Call, value: Entrywise) -> Slope | Unbounded | None:

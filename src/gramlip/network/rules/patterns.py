@@ -25,7 +25,12 @@ from gramlip.operators.linear_maps import Scale, Shape
 def _reduces(call: Call, y: Var, name: str, x: Var) -> bool:
     """Whether y is the sum or mean of groups of entries of x and, broadcast, lies along them: the axes are kept, or all are reduced."""
     step = call.steps[y.step]
-    return step.op.split(".")[1:2] == [name] and step.sources == (x.step,) and _lies_along(y.shape, x.shape)
+    return _adds_up(step, name) and step.sources == (x.step,) and _lies_along(y.shape, x.shape)
+
+
+def _adds_up(step: Step, *names: str) -> bool:
+    """Whether a step is a sum or a mean; one in a type of integers is none."""
+    return step.op.split(".")[1:2] in ([name] for name in names) and isinstance(step.what, Lipschitz) and not step.what.assumed
 
 
 def _lies_along(groups: Shape, entries: Shape) -> bool:
@@ -75,7 +80,7 @@ def _square_of_length(call: Call, at: int) -> Radius | None:
     of = _squared(step)
     if of is not None:
         return call.known.radii.get(of)
-    squares = step.sources[0] if step.op.split(".")[1:2] in (["sum"], ["mean"]) else None
+    squares = step.sources[0] if _adds_up(step, "sum", "mean") else None
     of = None if squares is None else _squared(call.steps[squares])
     if of is None:
         return None
@@ -311,7 +316,7 @@ def _less_its_largest(call: Call, at: int, groups: Shape) -> int | None:
     x, other = step.sources
     while call.steps[other].op == step.op and call.steps[other].name == step.name and len(call.steps[other].sources) == 1:
         what = call.steps[other].what
-        if isinstance(what, Linear) and not (isinstance(what.op, Scale) and bool((what.op.weight == -1.0).all())):
+        if isinstance(what, Linear) and (what.constant or not (isinstance(what.op, Scale) and bool((what.op.weight == -1.0).all()))):
             return None
         other = call.steps[other].sources[0]
     largest = call.steps[other]

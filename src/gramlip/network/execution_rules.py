@@ -218,8 +218,8 @@ def _clamped(call: Execution) -> Tensor:
 
 
 def _leaky(call: Execution) -> Tensor:
-    own = sum((x.error.amax() * call.operands[0].size for x in call.operands[1:]), torch.zeros(()))
-    return _rounded(3.0)(call) + own
+    of_slopes = sum((x.error.amax() * call.operands[0].size for x in call.operands[1:]), torch.zeros(()))
+    return _rounded(3.0)(call) + of_slopes
 
 
 def _rounded(times: float) -> Rule:
@@ -252,8 +252,8 @@ def _added(call: Execution) -> Tensor:
     """`x + alpha y`, up to a sign: the sum is rounded, and the product where there is one."""
     number, (x, y, scale) = call.arithmetic, _summands(call)
     product = 0.0 if scale == 1.0 else 2.0 * number.unit * scale * y.size + number.tiny
-    own = sum((factor * z.error for factor, z in ((1.0, x), (scale, y)) if not z.depends), torch.zeros(()))
-    return number.unit * (call.size + product + own) + product + own
+    of_constants = sum((factor * z.error for factor, z in ((1.0, x), (scale, y)) if not z.depends), torch.zeros(()))
+    return number.unit * (call.size + product + of_constants) + product + of_constants
 
 
 def _summands(call: Execution) -> tuple[Operand, Operand, float]:
@@ -275,8 +275,8 @@ def _scalar(call: Execution) -> Tensor:
 def _quotient(call: Execution) -> Tensor:
     """By a weight or a number; torch may multiply by its rounded inverse."""
     number, y = call.arithmetic, call.operand("other")
-    own = call.size * (y.error / (y.size - 2.0 * y.error).clamp_min(rd.TINY))
-    return own + 3.0 * (number.unit * (call.size + own) + number.tiny)
+    of_divisor = call.size * (y.error / (y.size - 2.0 * y.error).clamp_min(rd.TINY))
+    return of_divisor + 3.0 * (number.unit * (call.size + of_divisor) + number.tiny)
 
 
 def _function(result: float, argument: float = 0.0, one: float = 0.0, terms: Callable[[Execution], float] | None = None) -> Rule:
