@@ -230,6 +230,9 @@ def on_meshes(rank: int) -> None:
     found, one = distributed.bounds([some, torch.eye(2)])
     assert found.upper == pytest.approx(gl.bound(weight).upper)
     assert one == gl.bound(torch.eye(2))
+    bad = DTensor.from_local(torch.full((2, 3), torch.nan if rank == 1 else 1.0), DeviceMesh("cpu", [1, 2]), [Shard(0)], run_check=False)
+    with pytest.raises(gl.InputError, match="NaN"):  # on the ranks outside of the mesh, too
+        distributed.bounds([bad])
     torch.manual_seed(7)
     model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 8))
     expected = [gl.bound(layer).upper for layer in model]

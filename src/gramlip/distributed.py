@@ -207,10 +207,13 @@ def _in_parts(x: Any, input_size: Ints | None, options: Mapping[str, Any]) -> De
     layer = unwrapped(x) if isinstance(x, nn.Module) else x
     if not is_sharded(layer if isinstance(layer, Tensor) else getattr(layer, "weight", None)):
         return None
-    op = describe(x) if input_size is None else describe(x, input_size)
-    if not isinstance(op, Dense) or not is_sharded(op.weight) or op.weight.numel() <= IN_PARTS:
+    made: list[Operator | Bound] = []
+    everywhere(lambda: made.append(describe(x) if input_size is None else describe(x, input_size)))
+    op = made[0]
+    if not isinstance(op, Dense) or not is_sharded(op.weight) or not _axes(op.weight):
         return None
-    return op if _axes(op.weight) else None
+    weight: Any = op.weight
+    return op if weight.numel() > IN_PARTS or weight.device_mesh.size() < world() else None
 
 
 def _axes(weight: Any) -> list[int]:

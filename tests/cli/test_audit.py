@@ -249,8 +249,8 @@ def test_ranks_share_the_layers_and_print_the_report_of_one(model, tmp_path, cou
 
 
 FAILING = """
-import os, sys
-from gramlip.cli import main
+import os
+from gramlip.cli import run
 from gramlip.errors import InputError
 from gramlip.reports.checkpoint import Weights
 rows, count = Weights.rows, []
@@ -260,7 +260,7 @@ def failing(self, names, rtol):
         raise InputError("the disk of this rank is gone; expected it to stay")
     return rows(self, names, rtol)
 Weights.rows = failing
-sys.exit(main())
+run()
 """
 
 
@@ -305,8 +305,8 @@ def test_ranks_share_the_rows_of_the_largest_matrix(large, tmp_path, count):
 
 
 BAD_ROWS = """
-import os, sys
-from gramlip.cli import main
+import os
+from gramlip.cli import run
 from gramlip.errors import InputError
 from gramlip.reports.readers import Entry
 part = Entry.part
@@ -315,7 +315,7 @@ def failing(self, axis, start, stop):
         raise InputError("the disk of this rank is gone; expected it to stay")
     return part(self, axis, start, stop)
 Entry.part = failing
-sys.exit(main())
+run()
 """
 
 
