@@ -68,7 +68,7 @@ def joined() -> Generator[None, None, None]:
 
 
 def gathered(value: T, error: Exception | None = None) -> list[T]:
-    """What every rank has, in their order, on every rank; the first error that any of them met is raised on all."""
+    """The values of all ranks, in their order, on every rank; the first error of any rank is raised on all."""
     every: list[Any] = [(value, error)]
     if world() > 1:
         every = [None] * world()
@@ -80,7 +80,7 @@ def gathered(value: T, error: Exception | None = None) -> list[T]:
 
 
 def everywhere(make: Callable[[], T]) -> list[T]:
-    """What `make` returns on every rank, in their order, on every rank; the first error that any of them met is raised on all."""
+    """The results of `make` on all ranks, in their order, on every rank; the first error of any rank is raised on all."""
     value: Any = None
     error: Exception | None = None
     try:

@@ -45,7 +45,7 @@ Program = nn.Module | torch.export.ExportedProgram
 
 @dataclass(frozen=True)
 class Options:
-    """What an audit of a model may be told beside its target."""
+    """Options of an audit beside its target."""
 
     assume: Mapping[str, float] = field(default_factory=dict[str, float])
     domain: tuple[float, float] | None = None
@@ -165,7 +165,7 @@ def from_callable(target: str, inputs: Shape | None) -> Model:
 
 
 def called(target: str) -> Any:
-    """What the callable of `package.module:callable` returns.
+    """The result of the callable of `package.module:callable`.
 
     Raises:
         InputError: there is none, or it raises whatever it may.
@@ -304,7 +304,7 @@ Shape = tuple[int, ...]
 
 
 class Source(Protocol):
-    """What a target turns out to be: operators by name, and an audit."""
+    """A resolved target: operators by name, and an audit."""
 
     def operators(self) -> Iterable[tuple[str, Dense | Conv]]:
         """Every linear map by name."""

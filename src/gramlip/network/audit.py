@@ -265,6 +265,7 @@ def audit(
         Bound(below.value, above.value, chain),
         tuple(lowered.assumed),
         unsupported=tuple(lowered.unsupported),
+        scope=(*([] if area is None or area.centre is None else [str(area)]), *part.said()),
     )
 
 
@@ -280,7 +281,7 @@ def _contradicted(assumed: Sequence[str], below: Stretch, upper: float) -> None:
 
 @dataclass(frozen=True)
 class Whole:
-    """What the upper side is looked for of: the folded steps, the constant of each of them, shortcuts, and all of it composed.
+    """The network whose upper side is searched: the folded steps, the constant of each of them, shortcuts, and all of it composed.
 
     `part` says from which entries to which, `local` what is known on the set of inputs that it is meant for, None for all of them.
     """

@@ -32,7 +32,7 @@ SWEEPS = 64  # of the power iteration that finds the vector for the bound of a f
 
 
 def coefficients(step: Step) -> Sequence[float] | None:
-    """What the difference of each source counts for in a sum of their norms; None where the root of their squares counts."""
+    """The factor of each source's difference in a sum of their norms; None if the root of the sum of squares is taken."""
     what = step.what
     if isinstance(what, Sum):
         return [rd.sqrt_up(float(r)) for r in what.repeats]
@@ -295,14 +295,14 @@ def _joined(step: Step, lips: list[float]) -> float:
 
 
 def _weights(step: Step, way: Shortcut | None, lips: list[float]) -> list[float]:
-    """What each of the values that it is bounded by has in the step's constant: they add up to 1 (derivatives of its logarithm)."""
+    """The share of each source in the step's constant; the shares add up to 1 (derivatives of its logarithm)."""
     factors = None if way is not None else coefficients(step)
     if factors is None:
         values = lips if way is None else _terms(way, lips)
         top = max(values)
         terms = [(t / top) ** 2 for t in values]  # squares of tiny ones would be zero
     else:
-        terms = [c * x for c, x in zip(factors, lips, strict=True)]
+        terms = [c * x if x else 0.0 for c, x in zip(factors, lips, strict=True)]  # what does not move may have an infinite factor
     total = math.fsum(terms)
     return [t / total for t in terms]
 

@@ -18,7 +18,7 @@ from gramlip.network.fold import fold
 from gramlip.network.graph import Program, arguments, export, module_path, place, undisturbed
 from gramlip.network.in_place import op_name, tensors
 from gramlip.network.local import Region, region, restricted
-from gramlip.network.local.intervals import Value, restrict, whole_of
+from gramlip.network.local.intervals import Value, as_rows, restrict, whole_of
 from gramlip.network.local.jacobians import Sweeps
 from gramlip.network.local.relaxations import stray_of
 from gramlip.network.ranges import INF, Range, capped_step
@@ -296,7 +296,7 @@ class _Propagation:
         swept = sweeps.back(network.outputs, spread=True)
         added: dict[int, Tensor] = {}
         for i, rows in swept.items():
-            most, step = rows.most(sweeps.gamma).flatten(1), network.steps[i]
+            most, step = as_rows(rows.most(sweeps.gamma)), network.steps[i]
             if not isinstance(self._errors[i], Tensor):
                 return None, ()
             blocked = sweeps.actions[i] is None and i not in sweeps.middle and not isinstance(step.what, Input)

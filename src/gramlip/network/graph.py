@@ -354,7 +354,7 @@ def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
 
 
 def _copy(x: Tensor, new: Tensor, *_: Any) -> Tensor:
-    """What is copied, as wide as where it goes: torch has no derivative of the call."""
+    """The source of a copy, expanded to the shape of its target: torch has no derivative of the call."""
     return (new.real if new.is_complex() and not x.is_complex() else new).to(x.dtype).expand(x.shape)
 
 

@@ -97,7 +97,7 @@ def _moved(value: Any, signs: torch.Generator | None) -> Any:
 
 
 def noise(run: Function, x: Tensor, value: Tensor, signs: torch.Generator, weights: Weights) -> float:
-    """What the rounding of the forward pass and of its weights may have done to the result, measured: docs/network.md#lower-side."""
+    """The measured effect of the rounding of the forward pass and of its weights on the result: docs/network.md#lower-side."""
     errors = {n: torch.where(torch.rand(e.shape, generator=signs) < 0.5, -e, e) for n, (_, e) in weights.items()}
     moves: list[float] = []
     for way in (-1, 1):
@@ -107,7 +107,7 @@ def noise(run: Function, x: Tensor, value: Tensor, signs: torch.Generator, weigh
 
 
 def sway(run: Function, x: Tensor, along: Tensor, weights: Weights) -> float:
-    """What the errors of computed weights move the result by along a direction, to first order, all of them at their worst."""
+    """The largest change, to first order, of the result along a direction by the errors of computed weights."""
     if not weights:
         return 0.0
     given = {n: value.clone().requires_grad_() for n, (value, _) in weights.items()}

@@ -185,7 +185,7 @@ def slope(weight: Tensor, index: Tensor, groups: int, strides: Sequence[int], gr
 
 @torch.library.custom_op("gramlip::largest_block_slope", mutates_args=())
 def _slope(weight: Tensor, index: Tensor, groups: int, strides: list[int], grid: list[int], n_iter: int) -> Tensor:
-    """The same as one operation."""
+    """`slope` as one operation."""
     return slope(weight, index, groups, strides, grid, n_iter)
 
 

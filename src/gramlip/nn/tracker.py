@@ -126,9 +126,8 @@ class Tracker(nn.Module):
             kernels = self.kernels(weights)
             chosen, probes, scale = self._followed(kernels.detach(), list(due), still)
             kept = kernels if self.geometry.groups == 1 else kernels[chosen]
-            return torch.linalg.vector_norm(
-                kept @ probes.mT, dim=(1, 2)
-            ), scale  # in this order the gradient has the memory layout of the weight
+            # in this order of the product the gradient has the memory layout of the weight
+            return torch.linalg.vector_norm(kept @ probes.mT, dim=(1, 2)), scale
 
     def divided(self, weight: Tensor, goal: float, most: float, due: Sequence[int], still: bool) -> Tensor:
         """The weight of the only layer, scaled so that its estimate becomes `goal`, with its graph; a zero weight stays zero.
@@ -269,7 +268,7 @@ class Tracker(nn.Module):
         frequency, vector = self.frequency[rows], torch.view_as_complex(self.vector[rows])
         before = self._values(kernels, frequency, vector)
         line, best = torch.arange(len(rows), device=rows.device), before.argmax(-1)
-        # Start from the tracked vector, so that no search undoes earlier steps, plus a fixed direction, in case the top is orthogonal to it.
+        # Start from the tracked vector, so that no search undoes earlier steps, plus a fixed direction in case the top is orthogonal to it.
         peaks = self._peaks(kernels, unit(self._constants().start + vector[line, best]))
         worse = self._values(kernels, *peaks).amax(-1) < before.amax(-1)
         peaks[0][worse, -1] = frequency[worse, best[worse]]

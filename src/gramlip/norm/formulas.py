@@ -495,7 +495,7 @@ def is_exact(op: Dense | Conv) -> bool:
 
 
 def is_exact_stride_1(op: Dense | Conv) -> bool:
-    """The same, with stride 1."""
+    """Whether the method is exact and the stride 1."""
     return is_exact(op) and (isinstance(op, Dense) or all(s == 1 for s in op.stride))  # type: ignore[union-attr]
 
 

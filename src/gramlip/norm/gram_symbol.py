@@ -59,7 +59,7 @@ class Strategy(ABC):
         """G at the lattice frequencies `2 pi index / sizes` (F, axes) of the given groups (F,): (F, c, c), real where all are real."""
 
     def chunk(self) -> int:
-        """How many blocks are worked on at once."""
+        """Number of blocks worked on at once."""
         each = 16 * max(self.tall.side**2, self._waves())
         if self.tall.parallel:
             return max(1, GPU_CHUNK_BYTES // max(each, 16 * self._symbol_entries()))
@@ -363,7 +363,7 @@ class GramSymbol:
         return self.strategy.entry_bytes * self.side**2
 
     def chunk(self) -> int:
-        """How many blocks are worked on at once."""
+        """Number of blocks worked on at once."""
         return self.strategy.chunk()
 
     def crude(self, group: int) -> float:

@@ -76,7 +76,7 @@ def circular(axis: Axis) -> Circle:
 
 
 def _wraps(axis: Axis, size: int) -> int:
-    """How often the most frequent row of the circulant of that size occurs among the outputs."""
+    """The largest number of outputs that are the same row of the circulant of that size."""
     outputs = (size + axis.before + axis.after - axis.span) // axis.stride + 1
     return -(-outputs * math.gcd(axis.stride, size) // size)
 

@@ -91,7 +91,7 @@ class Windows:
         return found
 
     def padding(self, behind: Sequence[int] | None = None) -> list[int]:
-        """What is padded, in torch's order."""
+        """The padding at both ends of each axis, in torch's order."""
         pairs = list(zip(self.before, behind or self.behind, strict=True))
         return [side for pair in reversed(pairs) for side in pair]
 
@@ -130,7 +130,7 @@ def _conv(node: Node) -> Function:
 
 @register("ConvTranspose")
 def _conv_transpose(node: Node) -> Function:
-    """What `pads` takes away is the same on both sides for torch; else all of it is computed and cut."""
+    """A transposed convolution. Torch crops both sides alike; for other `pads` the whole result is computed and then cropped."""
     windows, groups = Windows(node, _kernel(node)), node.get("group", 1)
     n = len(windows.kernel)
     call = _dimensional("conv_transpose", n)
@@ -167,7 +167,7 @@ def _pool(node: Node) -> tuple[Windows, int, bool, bool]:
 
 
 def _whole(windows: Windows, ceil: bool) -> list[int]:
-    """What is padded so that each output's window lies inside."""
+    """The padding with which each output's window lies inside."""
     sides = zip(windows.outputs(ceil), windows.stride, windows.reach, windows.sizes, windows.before, strict=True)
     return windows.padding([max((m - 1) * s + r - n - b, 0) for m, s, r, n, b in sides])
 

@@ -291,7 +291,7 @@ class Call(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, *given: Tensor | None) -> Any:
-        """What the node returns."""
+        """The results of the node."""
         while given and given[-1] is None and not self.held:
             given = given[:-1]
         return self.function(*given, *(getattr(self, name) for name in self.held))

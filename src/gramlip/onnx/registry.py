@@ -16,7 +16,7 @@ Function = Callable[..., Any]
 
 
 class RefusedError(Exception):
-    """What a node asks for is not covered; the text says what, without the node's name."""
+    """A node asks for something that is not covered. The text says what, without the node's name."""
 
 
 @dataclass(frozen=True)

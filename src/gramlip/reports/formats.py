@@ -222,7 +222,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any, str]]:
 
 
 def _attributes(state: dict[Any, Any]) -> dict[Any, Any]:
-    """What `state_dict` has of a pickled module: parameters, buffers that persist, and the modules inside; of others all attributes."""
+    """The state_dict of a pickled module: parameters, persistent buffers, and the modules inside; of other objects all attributes."""
     if "_parameters" not in state or "_modules" not in state:
         return state
     passing = cast("list[str]", state.get("_non_persistent_buffers_set") or [])
@@ -399,7 +399,7 @@ def _change(right: Entry, left: Entry | None, scale: float) -> Entry:
 
 @dataclass(frozen=True)
 class Format:
-    """How a file of this format is known, by its path and its first bytes, and what reads it."""
+    """A format: the test that recognises a file by its path and first bytes, and the reader."""
 
     fits: Callable[[Path, bytes], bool]
     read: Callable[[Path], Stored]
@@ -433,7 +433,7 @@ FORMATS: dict[str, Format] = {
     "a torch checkpoint": Format(lambda _, start: start[:4] == b"PK\x03\x04" or start[:1] == b"\x80", _pickled),
     "safetensors by its name": Format(_suffix(".safetensors"), safetensors),
 }
-"""What a file of weights can be -> its reader; the first that fits reads it."""
+"""Formats of a file of weights; the first that fits reads it."""
 
 FOLDERS: dict[str, Callable[[Path], Stored]] = {
     "adapter_config.json": _adapter,
@@ -446,4 +446,4 @@ FOLDERS: dict[str, Callable[[Path], Stored]] = {
     "*model_states.pt": _deepspeed,
     "*.safetensors": _file,
 }
-"""What a folder of weights holds -> the reader of that file; the first that is there counts."""
+"""Files that mark a folder of weights -> the reader of that file; the first that is present counts."""

@@ -80,7 +80,8 @@ class Report:
 
     `network` is the interval of the whole network, None if only weights are known. `notes` apply to every row. `unsupported` lists the
     calls without a rule, each with its place in the source; the network then has no upper bound. Printed numbers are rounded outward;
-    JSON numbers are exact, and null stands for infinity (no bound).
+    JSON numbers are exact, and null stands for infinity (no bound). `scope` says of which inputs, entries and results the network's
+    interval is, where it is not of all; a domain is no scope.
 
     >>> row = LayerRow("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix"))
     >>> print(Report("w.safetensors", (row,)))
@@ -96,6 +97,7 @@ class Report:
     network: Bound | None = None
     notes: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
+    scope: tuple[str, ...] = ()
 
     @property
     def lower(self) -> float:

@@ -46,7 +46,7 @@ class Name:
 
 @dataclass(eq=False)
 class Placeholder:
-    """What the file would have made by calling `name`: the arguments, the state and the items that it was given."""
+    """A placeholder for the result of calling `name`: the arguments, the state and the items that the file gives it."""
 
     name: str
     args: tuple[Any, ...] = ()
@@ -268,11 +268,11 @@ REBUILD: dict[str, Callable[..., Any]] = {
     "copyreg._reconstructor": _reconstructed,
     "copy_reg._reconstructor": _reconstructed,
 }
-"""What a pickle may call, by the name it has there -> what stands for it here. No class or function of the file is among these."""
+"""Names that a pickle may call -> the function called instead. No class or function of the file is among them."""
 
 
 def called(function: Any, args: Any) -> Any:
-    """What stands for `function(*args)`: one of `REBUILD`, or a placeholder."""
+    """The stand-in for `function(*args)`: the result of one of `REBUILD`, or a placeholder."""
     name = function.name if isinstance(function, Name | Placeholder) else type(function).__name__
     given = tuple(args)
     return REBUILD[name](*given) if isinstance(function, Name) and name in REBUILD else Placeholder(name, given)
@@ -326,7 +326,7 @@ class Machine:
         return self.stack.pop()
 
     def since_mark(self) -> list[Any]:
-        """What was pushed since the last mark, without it."""
+        """The objects pushed since the last mark, without the mark."""
         i = len(self.stack) - 1
         while self.stack[i] is not _MARK:
             i -= 1
@@ -458,14 +458,14 @@ _STEPS: dict[str, Callable[[Machine, Any], None]] = {
 
 @dataclass(frozen=True)
 class Unpickled:
-    """What a file holds, and the names of its classes and functions that were not imported."""
+    """The content of a file, and the names of its classes and functions that were not imported."""
 
     value: Any
     names: tuple[str, ...]
 
 
 def unpickled(source: Path | IO[bytes]) -> Unpickled:
-    """What a torch checkpoint (zip or legacy), a TorchScript archive or a plain pickle holds; tensors are read when asked for.
+    """The content of a torch checkpoint (zip or legacy), a TorchScript archive or a plain pickle; tensors are read when asked for.
 
     Raises:
         InputError: a file whose records do not have their checksums.

@@ -61,6 +61,10 @@ def constant(lipschitz: float | Bound | Report, std: float | Sequence[float] = 1
     >>> constant(2.0, std=(0.5, 0.25)) >= 8.0
     True
     """
+    if isinstance(lipschitz, Report) and lipschitz.scope:
+        given = f"the constant of {' and '.join(lipschitz.scope)} was given"
+        msg = f"{given}; expected one of all inputs and results: type gramlip.audit(model, example), or local=True for balls"
+        raise InputError(msg)
     constants = [float(lipschitz.upper)] if isinstance(lipschitz, Bound | Report) else numbers(lipschitz)
     if len(constants) != 1 or not constants[0] >= 0:
         msg = f"lipschitz={lipschitz!r} was given; expected an upper bound of at least 0: type gramlip.audit(model, example).upper"
@@ -88,7 +92,8 @@ def radii(
     Args:
         logits: (batch, classes).
         labels: (batch,), integers.
-        lipschitz: upper bound for the network from its (normalised) input to the logits; with `last`, to the input of `last`.
+        lipschitz: upper bound for the network from its (normalised) input to the logits; with `last`, to the input of `last`. That
+            of a report on a domain holds for inputs of the domain; one around an input, or of some entries, is refused.
         std: what the input normalisation outside the network divides by; 1 where the network takes pixels.
         last: the network's final linear layer: each pair of classes then has its own constant, `||w_y - w_j||` times `lipschitz`,
             instead of `sqrt(2)` times that of the whole network.
@@ -263,7 +268,7 @@ def _above(x: Tensor) -> Tensor:
 
 
 def _ends(begin: float, further: Tensor, whole: Tensor) -> Tensor:
-    """How far each margin lasts, at `begin` plus as much, or at least as much from the centre on."""
+    """The distance that each margin lasts, beyond `begin`, or at least that much from the centre."""
     ends = (torch.maximum(begin + further, whole) * (1 - 2.0**-50)).clamp_max(sys.float_info.max)
     return torch.where(ends >= rd.TINY, ends, 0.0)
 
@@ -348,7 +353,7 @@ class _Search:
         self._trials, self._proved = list[Trial](), known.proved
 
     def radius(self, goals: Sequence[float]) -> float:
-        """What is proved when the search ends, at the first goal that is out of its reach or after TRIALS."""
+        """The radius proved when the search ends, at the first goal out of its reach or after TRIALS."""
         for goal in goals:
             while self._proved <= goal and len(self._trials) < TRIALS and not self._out_of_reach(goal):
                 self._try(self._next(goal))

@@ -268,7 +268,7 @@ PERCENT = 100.0
 
 
 def preset(options: Options) -> str:
-    """What is run: `quick`, the preset asked for, or by the device the paper's or the small one."""
+    """The preset to run: `quick`, the one asked for, or by the device the paper's or the small one."""
     return "quick" if options.quick else options.preset or ("paper" if options.device.type == "cuda" else "small")
 
 
@@ -324,7 +324,7 @@ def _trainer() -> Callable[..., dict[str, Any]]:
 
 
 def _epochs(log: Path) -> list[Row]:
-    """What was logged after each epoch: the trainer writes validation and training in lines of their own."""
+    """The log of each epoch: the trainer writes validation and training in lines of their own."""
     merged: dict[int, Row] = {}
     with open(log, newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):

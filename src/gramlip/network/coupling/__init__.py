@@ -206,7 +206,7 @@ class _Runs:
         return True
 
     def link(self, joints: Sequence[Link]) -> None:
-        """How what comes next reaches the last piece, on each torus."""
+        """Link the next piece to the last one, on each torus."""
         self.links[-1] = joints[-1]
         for run, joint in zip(self.searches, joints[:-1], strict=True):
             run[-1].link = joint
@@ -415,7 +415,7 @@ def _least(run: Sequence[Piece], met: Sequence[MultiplierSearch], promised: Sequ
 
 
 def _promise(pieces: Sequence[Piece], choice: MultiplierSearch) -> float:
-    """What a choice comes to on the tori of the search."""
+    """The value of a choice on the tori of the search."""
     return math.exp(0.5 * min(reached(pieces, choice), 1400.0))
 
 

@@ -32,7 +32,7 @@ OFF = 1e-3  # and a proof is refused that would lose more, relatively
 
 
 class _Eliminated(torch.autograd.Function):
-    """What is left of a form, in plain floating point, and whether S was positive definite; its gradient costs three products."""
+    """The form that is left, in plain floating point, and whether S was positive definite; its gradient costs three products."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, weights: Tensor, anchor: Anchor) -> tuple[Tensor, Tensor]:

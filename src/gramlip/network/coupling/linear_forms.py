@@ -135,7 +135,7 @@ class Anchor:
 
     @property
     def before(self) -> int:
-        """How many columns the form has before those of the anchor."""
+        """Number of columns of the form before those of the anchor."""
         return len(self.at)
 
     def inner(self, matrix: Tensor, weights: Tensor) -> Tensor:

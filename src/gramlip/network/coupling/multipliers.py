@@ -91,14 +91,14 @@ def _largest(blocks: Tensor) -> float:
 
 
 def _shape(slopes: Slopes) -> Tensor:
-    """Where the block is a multiple of the identity these multipliers are the best ones, up to that multiple (and above the least)."""
+    """Multipliers that are the best ones, up to a factor, if the block is a multiple of the identity."""
     radius, centre = slopes.radius[slopes.on], slopes.centre[slopes.on].abs()
     return radius * (radius + torch.maximum(centre, 1e-2 * radius))
 
 
 @dataclass
 class MultiplierSearch:
-    """What a search may choose: multipliers of each piece's anchors, and the power of each link's weights."""
+    """The variables of a search: multipliers of each piece's anchors, and the power of each link's weights."""
 
     choices: list[Choices]
     powers: list[Tensor]
@@ -290,7 +290,7 @@ class Program:
         return m
 
     def direction(self, dy: Tensor) -> Tensor:
-        """What M gains with `dy`."""
+        """The change of M by `dy`."""
         weights = dy[1:][self.variable]
         m = -(self.queries.mH @ (weights[:, None] * self.queries))
         m.diagonal(dim1=-2, dim2=-1)[:] += torch.cat([dy[:1].expand(self.x), weights])
@@ -317,7 +317,7 @@ class Program:
 
     @property
     def count(self) -> int:
-        """How many multipliers there are."""
+        """Number of multipliers."""
         return int(self.variable.max()) + 1
 
     def logarithms(self, y: Tensor) -> Logarithms:

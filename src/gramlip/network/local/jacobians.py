@@ -15,7 +15,7 @@ from torch import Tensor
 from gramlip.network.compose import Composition, compose, constants
 from gramlip.network.fold import fold
 from gramlip.network.local.columns import WORK, Columns, inside
-from gramlip.network.local.intervals import Region, Value, followed, given, round_up
+from gramlip.network.local.intervals import Region, Value, as_rows, followed, given, round_up
 from gramlip.network.local.relaxations import BUDGET, Relaxations, action, adjoint, roundings, stray_of
 from gramlip.network.steps import Drift, Input, Linear, Network, Slope, Step
 from gramlip.norm.certify import certify_all
@@ -144,10 +144,10 @@ class Sweeps:
         count = len(next(iter(found.values())).centre)
         ends = [(i, step.shape) for i, step in enumerate(self.network.steps) if isinstance(step.what, Input)]
         parts = [getattr(found[i], name) if i in found else torch.zeros(count, *shape, dtype=torch.float64) for i, shape in ends]
-        return torch.cat([part.flatten(1) for part in parts], 1)
+        return torch.cat([as_rows(part) for part in parts], 1)
 
     def stray(self, i: int) -> float:
-        """What the derivative of a value may be off by in norm where its step is no product of known entries."""
+        """The error, in norm, of the derivative of a value whose step is not a product of known entries."""
         step = self.network.steps[i]
         if isinstance(step.what, Input) or i in self.middle:
             return 0.0
@@ -187,7 +187,7 @@ class Derivative:
         middle, wide, whole = _norms([self.centre, around, top])
         ways = [rd.add_up(middle, wide), whole]
         if self.third is not None:
-            unfolded = [self.third.movedim(k, 0).flatten(1) for k in range(3)]
+            unfolded = [as_rows(self.third.movedim(k, 0)) for k in range(3)]
             least, spread = min(_norms(unfolded)), _norms([self.spread])[0]
             ways.append(rd.add_up(middle, rd.mul_up(least, area.far), spread))
         return rd.add_up(min(ways), rest)
@@ -243,7 +243,7 @@ def _of_results(sweeps: Sweeps) -> Derivative:
     """Rows of the results with everything that the slopes may add: theorem L4."""
     found = sweeps.back(sweeps.network.outputs, spread=True)
     centre, moduli, spread = (sweeps.columns(found, name) for name in ("centre", "moduli", "spread"))
-    far = [(rows.most(sweeps.gamma).flatten(1), stray) for i, rows in found.items() if (stray := sweeps.stray(i))]
+    far = [(as_rows(rows.most(sweeps.gamma)), stray) for i, rows in found.items() if (stray := sweeps.stray(i))]
     return Derivative(centre, moduli, None, (spread + sweeps.gamma * moduli) * (1.0 + sweeps.gamma), far)
 
 
@@ -253,7 +253,7 @@ def _telescoped(sweeps: Sweeps, ends: Sequence[int], known: dict[int, Derivative
     centre, moduli = (sweeps.columns(found, name) for name in ("centre", "moduli"))
     spread, third, far = gamma * moduli, None, list[tuple[Tensor, float]]()
     for i, rows in found.items():
-        most = rows.most(gamma).flatten(1)
+        most = as_rows(rows.most(gamma))
         if stray := sweeps.stray(i):
             far.append((most, stray))
         if i not in known:
@@ -265,10 +265,10 @@ def _telescoped(sweeps: Sweeps, ends: Sequence[int], known: dict[int, Derivative
         if drift is None:
             spread = spread + (most * half) @ size
             continue
-        one = torch.einsum("tn,nj,nl->tjl", rows.centre.flatten(1), inner.centre, drift.rows)
+        one = torch.einsum("tn,nj,nl->tjl", as_rows(rows.centre), inner.centre, drift.rows)
         third = one if third is None else third + one
         spread = spread + (most * drift.loose) @ size + (most * drift.reach) @ inner.spread
-        spread = spread + 8.0 * gamma * (rows.moduli.flatten(1) * drift.reach) @ inner.moduli
+        spread = spread + 8.0 * gamma * (as_rows(rows.moduli) * drift.reach) @ inner.moduli
     return Derivative(centre, moduli, third, spread * (1.0 + gamma), far)
 
 
@@ -296,7 +296,7 @@ class Around:
         self._constants = constants(network.steps, [[network.steps[s].shape for s in step.sources] for step in network.steps])
 
     def results(self, area: Region, matrix: Tensor) -> Results:
-        """What is known on a set of the rows of a matrix, applied to the one result: theorems L3 to L11."""
+        """Bounds on a set for the rows of a matrix applied to the only result: theorems L3 to L11."""
         (end,), last = self._network.outputs, Linear(Dense(matrix))
         whole = [
             *self._network.steps,
