@@ -46,6 +46,7 @@ from gramlip.norm import (
     finite_layer,
     formulas,
     frequency_cells,
+    gram_symbol,
     methods,
     polyphase,
 )
@@ -91,6 +92,7 @@ from test_network_steps import (
     test_replicate_padding_by_50_repeats_the_error_51_times,
 )
 from test_network_weights import check_cancelling, check_shifts
+from test_parts import check as check_parts
 from test_placements import over_what_is_read, test_an_audit_is_not_below_the_matrix_and_not_far_above
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
 from test_rules import test_maps_are_bounded_above_their_jacobians_and_tightly
@@ -700,6 +702,12 @@ def sparse_matrices_hold() -> None:
             assert_exactly_between(matrix, gl.bound(matrix.to_sparse(), rtol=1e-13))
 
 
+def own_scale_of_each_rank(patch: pytest.MonkeyPatch) -> None:
+    """Each rank divides its rows by the power of two of its own largest entry."""
+    gram = gram_symbol.Part.gram
+    patch.setattr(gram_symbol.Part, "gram", lambda part, exponent: gram(part, part.exponent() or 0))
+
+
 def lists_rounded(patch: pytest.MonkeyPatch) -> None:
     """Integers in a list rounded to float64."""
     patch.setattr(given, "_numbers", lambda cells, name: cells.astype(np.float64))
@@ -1183,6 +1191,7 @@ MUTANTS: dict[str, Mutant] = {
     "a shape in the default dtype": Mutant(shapes_in_the_default_dtype, shapes_take_the_dtype_of_the_model),
     "vectors of the last weight for another": Mutant(no_jump_is_noticed, other_weights_are_noticed),
     "norms without a gradient": Mutant(norms_without_a_gradient, gradients_of_divided_weights),
+    "each rank on its own scale": Mutant(own_scale_of_each_rank, check_parts),
     "caps by the lower side": Mutant(caps_by_estimates, caps_are_certified),
     "division by the norm of a zero block": Mutant(division_by_a_zero_block, gram_norm_holds),
 }

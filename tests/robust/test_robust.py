@@ -194,6 +194,16 @@ def test_a_constant_of_a_part_certifies_nothing_elsewhere(part: dict[str, Any]) 
     assert gl.robust.radii(torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([0]), gl.audit(model, (4,), domain=(-1.0, 1.0))) > 0
 
 
+def test_rows_of_the_last_layer_need_the_constant_before_it() -> None:
+    """The constant of the whole network counts the last layer too: with its norm of 0.01 the radius was 100 times too large."""
+    model = nn.Sequential(nn.Identity(), nn.Linear(2, 2, bias=False))
+    model[1].weight.data = 0.01 * torch.eye(2)
+    batch = (torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+    with pytest.raises(gl.InputError, match="last was given without a constant"):
+        gl.robust.certify(model, [batch], last=model[1])
+    assert float(gl.robust.certify(model, [batch], 1.0, last=model[1]).radii) <= 0.5**0.5
+
+
 def test_logits_that_are_no_numbers_are_not_counted_as_right() -> None:
     logits = torch.tensor([[math.nan, math.nan], [math.inf, 0.0], [1.0, 0.0]])
     found = robust.certify(nn.Identity(), [(logits, torch.zeros(3, dtype=torch.long))], 1.0)

@@ -77,7 +77,7 @@ def certify(
         lipschitz: as for `radii`; None audits the model for the shape of the first sample, which all must have.
         eps: radii in pixels of [0, 1].
         std: as for `radii`.
-        last: as for `radii`.
+        last: as for `radii`, with the constant of what comes before it.
         local: True also looks for a larger radius around each sample, which takes some constants of the network for each of them;
             "eps" only as far as `eps` asks: for a sample the search ends at the first of them that is out of its reach.
         executed: take what rounding may do to the logits off the margins, so that the radii are those of the program that runs, for
@@ -94,6 +94,9 @@ def certify(
     {0.5: 0.5}
     """
     wanted, box = _checked(eps, local), _box(executed, domain)
+    if last is not None and lipschitz is None:
+        msg = "last was given without a constant; expected that of what comes before it: type lipschitz=gramlip.audit(body, example)"
+        raise InputError(msg)
     run, radii_so_far, right = None, list[Tensor](), 0
     for inputs, labels in batches(loader):
         run = run or Run(model, inputs, Everywhere(lipschitz, std, last), wanted, local, box)
