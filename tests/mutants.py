@@ -64,6 +64,7 @@ from test_around import test_no_radius_is_beyond_where_a_margin_is_used_up_on_a_
 from test_elimination import check_inverses, check_proved_forms
 from test_enclosures import (
     test_functions_of_one_value_have_the_constant_that_their_derivatives_show,
+    test_functions_that_jump_have_no_constant_however_flat_they_are,
     test_radial_maps_have_their_exact_constant,
     test_response_normalisation_is_bounded_and_nearly_attained,
 )
@@ -624,6 +625,11 @@ def products_of_slopes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(enclosures.Pieces, "product", product)
 
 
+def slopes_across_jumps(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N28 for functions that jump between flat pieces."""
+    patch.setattr(enclosures.Pieces, "joined", lambda self, f: f)
+
+
 def radial_maps_along_spheres(patch: pytest.MonkeyPatch) -> None:
     """Theorem N29 without the slope along the length."""
     patch.setattr(patterns, "_stretch", lambda signs, known, pieces: patterns._profile(signs, known, pieces).value.abs().amax(-1))
@@ -1107,6 +1113,7 @@ MUTANTS: dict[str, Mutant] = {
     "N28: one factor": Mutant(
         products_of_slopes, lambda: test_functions_of_one_value_have_the_constant_that_their_derivatives_show("a gate that is shifted")
     ),
+    "N28: jumps": Mutant(slopes_across_jumps, lambda: test_functions_that_jump_have_no_constant_however_flat_they_are("at zero")),
     "N29: along spheres": Mutant(radial_maps_along_spheres, lambda: test_radial_maps_have_their_exact_constant("squash in one")),
     "N30: means that stand still": Mutant(responses_of_one_channel, lambda: test_response_normalisation_is_bounded_and_nearly_attained(5)),
     "half lines turned over": Mutant(half_lines_turned_over, _stretches(lambda x: torch.exp(2 * torch.relu(x)), 1e300)),
