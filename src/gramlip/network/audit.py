@@ -332,7 +332,7 @@ def _coupled(whole: Whole, network: Network, effort: Effort) -> Upper | None:
 
 
 def _jacobian(whole: Whole, best: float, effort: Effort) -> Upper | None:
-    found = None if whole.local is None else derivative(whole.network, whole.composed, whole.local.area)
+    found = None if whole.local is None else derivative(whole.network, whole.composed, whole.local.area, every=whole.part.inputs is None)
     if found is None or whole.local is None:
         return None
     against = f"{decimals(whole.composed.upper, upward=True)} by composition"
