@@ -336,7 +336,9 @@ def _jacobian(whole: Whole, best: float, effort: Effort) -> Upper | None:
     if found is None or whole.local is None:
         return None
     against = f"{decimals(whole.composed.upper, upward=True)} by composition"
-    return Upper(found.norm(whole.local.area), f"bounds of the Jacobian's entries on the set, against {against}")
+    return Upper(
+        found.norm(whole.local.area, search=effort.amount > 0.0), f"bounds of the Jacobian's entries on the set, against {against}"
+    )
 
 
 def _columns(whole: Whole, best: float, effort: Effort) -> Upper | None:

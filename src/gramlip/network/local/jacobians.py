@@ -74,7 +74,7 @@ LARGEST = 1e120  # product of the constants above 1, up to which nothing that un
 LOST = 1e-150  # is added for what does
 SCALED = 2**11  # entries of an activation up to which what slopes add is bounded in norm too
 JOINT = 2**28  # multiplications of a step of the search for weights
-STEPS, STEP, SMALLER = 80, 0.3, 0.02  # of that search, and the first length of one, and what part of it is the last
+STEPS, STEP, SMALLER = 40, 0.3, 0.02  # of that search, and the first length of one, and what part of it is the last
 SHARP = 30.0  # of its smooth maximum
 SQUARINGS = 3  # of Gram matrices: of n rows, their norms are known up to n**(1/16)
 STEADY = 0.7  # slopes that are said to move are to be known by so much better than those that are not
@@ -225,8 +225,8 @@ class Derivative:
             size = size + row_norms_up(matrix) * factor
         return size * (1.0 + rd.gamma(2.0 * len(self.far) + 4.0)) + LOST
 
-    def norm(self, area: Region) -> float:
-        """Upper bound of the norm of the derivative on the set."""
+    def norm(self, area: Region, search: bool) -> float:
+        """Upper bound of the norm of the derivative on the set; `search` looks for the weights of theorem L13."""
         around, rest = self.entries(area), self.rest()
         top = (self.centre.abs() + around) * (1.0 + 2.0**-50)
         middle, wide, whole = _norms([self.centre, around, top])
@@ -234,7 +234,8 @@ class Derivative:
         ways = [rd.add_up(middle, wide), whole]
         if self.third is not None:
             ways.append(rd.add_up(middle, rd.mul_up(least_unfolding(self.third), area.far), left))
-            if rd.add_up(middle, left) < min(ways) and self.third.numel() * max(self.third.shape[:2]) <= JOINT:
+            gains = (middle + left) * (1.0 + 1e-5) < min(ways)  # the least that weights could come to
+            if search and gains and self.third.numel() * max(self.third.shape[:2]) <= JOINT:
                 ways.append(rd.add_up(together(self.centre, self.third, area.far), left))
         return rd.add_up(min([*ways, rd.add_up(middle, left)] if self.third is None else ways), rest)
 
@@ -243,13 +244,13 @@ class Derivative:
         size = row_norms_up((self.centre.abs() + self.entries(area)) * (1.0 + 2.0**-50))
         for matrix, factor in self.far:
             size = size + row_norms_up(matrix) * factor
-        turned = 0.0 if self.third is None else _matrix_norms(self.third) * area.far
+        turned = 0.0 if self.third is None else norms_of_many(self.third) * area.far
         size = size * (1.0 + rd.gamma(2.0 * len(self.far) + 4.0)) + LOST
         return torch.minimum(size, (row_norms_up(self.centre) + turned + self.left_rows()) * (1.0 + rd.gamma(8.0)))
 
     def stray(self, area: Region) -> Tensor:
         """How far the values are from `centre (x - c)` more than at c, over the distance of x from c, at most: theorem L15."""
-        turned = 0.0 if self.third is None else _matrix_norms((self.third + self.third.mT) / 2) * (area.far / 2)
+        turned = 0.0 if self.third is None else norms_of_many((self.third + self.third.mT) / 2) * (area.far / 2)
         return (turned + self.left_rows()) * (1.0 + rd.gamma(8.0))
 
     def rates(self, area: Region) -> Tensor:
@@ -274,7 +275,7 @@ def least_unfolding(third: Tensor) -> float:
     return min(_norms([third.movedim(k, 0).flatten(1) for k in range(3)], 1e-3))
 
 
-def _matrix_norms(matrices: Tensor) -> Tensor:
+def norms_of_many(matrices: Tensor) -> Tensor:
     """Upper bounds of the norms of many matrices (N, m, n): Frobenius norms of powers of their Gram matrices."""
     size = row_norms_up(matrices.flatten(1))
     unit = matrices / size.clamp_min(LOST)[:, None, None]
