@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 import warnings
 from pathlib import Path
@@ -336,6 +337,42 @@ def test_what_depends_on_shapes_alone_is_worked_out(tmp_path: Path, name: str) -
     expected = x / (1 + np.exp(-0.7 * x)) if name == "swish" else np.concatenate([run(tmp_path / "x.onnx", part[None])[0] for part in x])
     np.testing.assert_allclose(model(torch.from_numpy(x)).numpy(), expected, rtol=1e-6)
     assert len(model.calls) <= 3
+
+
+ODD: dict[str, tuple[list[Any], int]] = {
+    "parts of which the last are unused": ([N("Split", ["x"], ["a", "b"], axis=2), N("Relu", ["a"], ["y"])], 13),
+    "parts of which the first is unused": ([N("Split", ["x"], ["a", "b"], axis=2), N("Relu", ["b"], ["y"])], 9),
+    "four parts": ([N("Split", ["x"], ["a", "b", "c", "d"], axis=2, num_outputs=4), N("Relu", ["b"], ["y"])], 18),
+    "one number added to a product": ([N("MatMul", ["x", "square"], ["p"]), N("Add", ["p", "half"], ["y"])], 17),
+    "a column and a row": ([N("MatMul", ["x", "column"], ["p"]), N("Add", ["p", "row"], ["y"])], 17),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_several_nodes(tmp_path: Path, name: str) -> None:
+    nodes, opset = ODD[name]
+    held = {"square": numbers(4, 4), "half": numbers(1), "column": numbers(4, 1), "row": numbers(3)}
+    x = numbers(1, 3, 4)
+    model = folded(tmp_path / "x.onnx", nodes, held, x, opset)
+    np.testing.assert_allclose(model(torch.from_numpy(x)).numpy(), run(tmp_path / "x.onnx", x)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["half_pixel", "asymmetric"])
+@pytest.mark.parametrize("rounds", ["floor", "ceil", "round_prefer_floor", "round_prefer_ceil"])
+def test_nearest_neighbours_that_float32_takes_elsewhere_are_refused(tmp_path: Path, mode: str, rounds: str) -> None:
+    """From 10 by 0.6 the place of an output is nearly a whole number: onnxruntime takes one side, the real numbers the other."""
+    refused = 0
+    for n, m in itertools.product((3, 5, 9, 10), (2, 3, 6, 11, 13, 23)):
+        x = numbers(1, 1, n)
+        held = {"by": np.array([1, 1, np.float32(m / n)], dtype=np.float32)}
+        node = N("Resize", ["x", "", "by"], ["y"], mode="nearest", coordinate_transformation_mode=mode, nearest_mode=rounds)
+        try:
+            model = folded(tmp_path / "x.onnx", [node], held, x, 13)
+        except gl.UnsupportedError as error:
+            refused += "others in float32" in str(error)
+            continue
+        assert np.array_equal(model(torch.from_numpy(x)).numpy(), run(tmp_path / "x.onnx", x)[0])
+    assert refused < 15
 
 
 # ---- ONNX's own cases ------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def bounds(items: Sequence[Any], **options: Any) -> list[Bound]:
 
 
 def gathered(value: T, error: Exception | None = None) -> list[T]:
-    """What every rank has, in their order, on every rank; the first error that any of them met is raised on all."""
+    """The values of all ranks, in their order, on every rank; the first error of any rank is raised on all."""
     every: list[Any] = [(value, error)]
     if world() > 1:
         every = [None] * world()

@@ -45,7 +45,7 @@ Program = nn.Module | torch.export.ExportedProgram
 
 @dataclass(frozen=True)
 class Options:
-    """What an audit of a model may be told beside its target."""
+    """Options of an audit beside its target."""
 
     assume: Mapping[str, float] = field(default_factory=dict[str, float])
     domain: tuple[float, float] | None = None
@@ -113,16 +113,16 @@ def read_input(path: Path) -> Tensor:
         msg = f"{path} was given as an input; expected one of {', '.join(kinds)}"
         raise InputError(msg)
     try:
-        made = read(path)
+        value = read(path)
     except InputError:
         raise
     except Exception as error:  # a damaged file shows in many ways
         msg = f"{path}: {first_line(error)}; expected an input that {path.suffix} holds"
         raise InputError(msg) from error
-    if not isinstance(made, Tensor) or made.is_complex() or not made.numel():
-        msg = f"{path} holds {'no real entries' if isinstance(made, Tensor) else type(made).__name__}; expected one real tensor"
+    if not isinstance(value, Tensor) or value.is_complex() or not value.numel():
+        msg = f"{path} holds {'no real entries' if isinstance(value, Tensor) else type(value).__name__}; expected one real tensor"
         raise InputError(msg)
-    return made
+    return value
 
 
 def _of_numpy(path: Path) -> Tensor:
@@ -165,14 +165,14 @@ def from_callable(target: str, inputs: Shape | None) -> Model:
 
 
 def called(target: str) -> Any:
-    """What the callable of `package.module:callable` returns.
+    """The result of the callable of `package.module:callable`.
 
     Raises:
         InputError: there is none, or it raises whatever it may.
     """
     place, _, name = target.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
     try:
         with aside():
             return getattr(import_module(place), name)()
@@ -185,17 +185,17 @@ def called(target: str) -> Any:
         msg = f"{target} raised {type(error).__name__} ({first}) at {last.filename}:{last.lineno}; expected it to return a module"
         raise InputError(msg) from error
     finally:
-        if here in sys.path:
-            sys.path.remove(here)
+        if folder in sys.path:
+            sys.path.remove(folder)
 
 
-def _module(target: str, made: object) -> Program:
-    if isinstance(made, torch.export.ExportedProgram):
-        return made
-    if not isinstance(made, nn.Module):
-        msg = f"{target} returned {type(made).__name__}; expected a torch.nn.Module"
+def _module(target: str, built: object) -> Program:
+    if isinstance(built, torch.export.ExportedProgram):
+        return built
+    if not isinstance(built, nn.Module):
+        msg = f"{target} returned {type(built).__name__}; expected a torch.nn.Module"
         raise InputError(msg)
-    return made.eval()
+    return built.eval()
 
 
 def from_exported(target: str, inputs: Shape | None) -> Model:
@@ -210,14 +210,15 @@ def from_exported(target: str, inputs: Shape | None) -> Model:
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.export raises many types for files that it did not write
-        why = first_line(error).partition(" Please check the warnings")[0]  # which are silent, and say no more
-        msg = f"{target} cannot be read as an exported program: {why}; expected a file that torch.export.save wrote"
+        reason = first_line(error).partition(" Please check the warnings")[0]  # which are silent, and say no more
+        msg = f"{target} cannot be read as an exported program: {reason}; expected a file that torch.export.save wrote"
         raise InputError(msg) from error
-    held = program_inputs(program)
-    if not all(isinstance(value, torch.Tensor) for value in held):
-        msg = f"{target} takes {', '.join(type(value).__name__ for value in held)}; expected tensors alone: export it with the others fixed"
+    arguments = program_inputs(program)
+    if not all(isinstance(value, torch.Tensor) for value in arguments):
+        kinds = ", ".join(type(value).__name__ for value in arguments)
+        msg = f"{target} takes {kinds}; expected tensors alone: export it with the others fixed"
         raise InputError(msg)
-    zeros = (torch.zeros([int(n) for n in value.shape], dtype=value.dtype, device=value.device) for value in held)
+    zeros = (torch.zeros([int(n) for n in value.shape], dtype=value.dtype, device=value.device) for value in arguments)
     return Model(target, program, tuple(zeros))
 
 
@@ -233,11 +234,11 @@ def _library(target: str, package: str, extra: str) -> Any:
 def _built(target: str, make: Callable[[], object], advice: str) -> Program:
     try:
         with aside():
-            made = make()
+            module = make()
     except Exception as error:  # a library's own errors for unknown names and for being offline have no common type
         msg = f"{target} cannot be loaded: {first_line(error)}; {advice}"
         raise InputError(msg) from error
-    return _module(target, made)
+    return _module(target, module)
 
 
 def from_timm(target: str, inputs: Shape | None) -> Model:
@@ -303,7 +304,7 @@ Shape = tuple[int, ...]
 
 
 class Source(Protocol):
-    """What a target turns out to be: operators by name, and an audit."""
+    """A resolved target: operators by name, and an audit."""
 
     def operators(self) -> Iterable[tuple[str, Dense | Conv]]:
         """Every linear map by name."""

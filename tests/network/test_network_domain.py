@@ -89,6 +89,24 @@ def test_a_softmax_after_shifts_of_its_own_has_the_range_of_what_it_reads() -> N
     assert float(torch.linalg.matrix_norm(matrix, 2)) <= report.upper
 
 
+def test_attention_of_fixed_queries_and_keys_is_linear_in_the_values() -> None:
+    fixed = torch.linspace(-2, 2, 15, dtype=torch.float64).reshape(1, 5, 3)
+
+    def call(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(fixed, fixed, x)
+
+    report = audit(Map(call).eval(), torch.zeros(1, 5, 3, dtype=torch.float64))
+    assert largest(call, (5, 3), -1.0, 1.0, points=1) <= report.upper < math.inf
+
+
+@pytest.mark.parametrize("call", [lambda x: x.std(), lambda x: torch.einsum("ii", x[0]), lambda x: x.norm().tanh() + x.mean()])
+def test_a_single_number_has_a_constant_on_a_set(call: Callable[[Tensor], Tensor]) -> None:
+    example = torch.linspace(-1, 2, 9, dtype=torch.float64).reshape(1, 3, 3)
+    for region in ({"domain": (-1.0, 2.0)}, {"at": example, "radius": 0.5}):
+        report = audit(Map(call).eval(), example, **region)  # type: ignore[arg-type]
+        assert float(torch.autograd.functional.jacobian(call, example).norm()) <= report.upper * (1 + 1e-9) < math.inf
+
+
 @pytest.mark.parametrize("name", STEEP)
 def test_steep_functions_have_their_exact_constant_on_a_domain_and_none_without(name: str) -> None:
     call, domain, exact = STEEP[name]

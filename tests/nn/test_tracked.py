@@ -243,7 +243,7 @@ def test_derivatives_of_every_order_are_those_of_the_plain_expression(name: str,
     image = kernels[group[0]] @ probes[0].mT
     matrix = torch.zeros_like(kernels)
     matrix[group[0]] = image / torch.linalg.vector_norm(image) @ probes[0]
-    goal = 1.0 / math.sqrt(own.tracker.plan.square)
+    goal = 1.0 / math.sqrt(own.tracker.geometry.square)
 
     def plain(weight: torch.Tensor) -> torch.Tensor:
         scale = goal / (matrix * weight.reshape(matrix.shape)).sum() / unit

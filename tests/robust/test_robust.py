@@ -167,6 +167,43 @@ def test_an_attack_that_cannot_start_leaves_the_model_in_its_mode(monkeypatch: p
         assert [module.training for module in model] == [True, False]
 
 
+def test_a_constant_is_of_one_shape() -> None:
+    """The norm of a convolution grows with the image: the radii of a 12x12 image by the constant of 4x4 ones were 3.7 times too large."""
+
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Conv2d(1, 2, 3, padding=1, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x).sum((2, 3))
+
+    loader = [(torch.rand(2, 1, n, n), torch.tensor([0, 1])) for n in (4, 12)]
+    for options in ({}, {"local": True, "lipschitz": 1e3}, {"executed": True, "domain": (0.0, 1.0), "lipschitz": 1e3}):
+        with pytest.raises(gl.InputError, match=r"samples of shapes \(1, 4, 4\) and \(1, 12, 12\)"):
+            gl.robust.certify(Sums(), loader, **options)  # type: ignore[arg-type]
+    assert gl.robust.certify(Sums(), loader, 1e3).count == 4
+
+
+@pytest.mark.parametrize("part", [{"at": torch.zeros(1, 4), "radius": 0.01}, {"inputs": [0]}, {"outputs": [0, 1]}])
+def test_a_constant_of_a_part_certifies_nothing_elsewhere(part: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
+    report = gl.audit(model, (4,), **part)
+    with pytest.raises(gl.InputError, match="expected one of all inputs and results"):
+        gl.robust.radii(torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([0]), report)
+    assert gl.robust.radii(torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([0]), gl.audit(model, (4,), domain=(-1.0, 1.0))) > 0
+
+
+def test_rows_of_the_last_layer_need_the_constant_before_it() -> None:
+    """The constant of the whole network counts the last layer too: with its norm of 0.01 the radius was 100 times too large."""
+    model = nn.Sequential(nn.Identity(), nn.Linear(2, 2, bias=False))
+    model[1].weight.data = 0.01 * torch.eye(2)
+    batch = (torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+    with pytest.raises(gl.InputError, match="last was given without a constant"):
+        gl.robust.certify(model, [batch], last=model[1])
+    assert float(gl.robust.certify(model, [batch], 1.0, last=model[1]).radii) <= 0.5**0.5
+
+
 def test_logits_that_are_no_numbers_are_not_counted_as_right() -> None:
     logits = torch.tensor([[math.nan, math.nan], [math.inf, 0.0], [1.0, 0.0]])
     found = robust.certify(nn.Identity(), [(logits, torch.zeros(3, dtype=torch.long))], 1.0)

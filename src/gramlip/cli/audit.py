@@ -270,7 +270,8 @@ def diff(a: Report, b: Report) -> dict[str, Any]:
         for name, (x, y, (low, high)) in sides.items()
     ]
     only = {
-        f"only_in_{side}": [name for name in own if name not in other] for side, own, other in (("a", before, after), ("b", after, before))
+        f"only_in_{side}": [name for name in mine if name not in other]
+        for side, mine, other in (("a", before, after), ("b", after, before))
     }
     return {"schema": 1, "target": [a.target, b.target], "layers": rows, **only}
 
@@ -280,14 +281,14 @@ def _shown(pair: Sequence[float | None]) -> str:
     return f"[{decimals(low or 0.0, upward=False, digits=5)}, {decimals(math.inf if high is None else high, upward=True, digits=5)}]"
 
 
-def _diff_text(found: dict[str, Any]) -> str:
-    a, b = found["target"]
+def _diff_text(pair: dict[str, Any]) -> str:
+    a, b = pair["target"]
     rows = [
         ("layer", "A", "B", "B / A"),
-        *((short_name(row["name"]), *(_shown(row[key]) for key in ("a", "b", "ratio"))) for row in found["layers"]),
+        *((short_name(row["name"]), *(_shown(row[key]) for key in ("a", "b", "ratio"))) for row in pair["layers"]),
     ]
     parts = [f"A  {printable(a)}\nB  {printable(b)}", aligned(rows)]
-    parts += [printable(f"only in {side.upper()}: {', '.join(found[f'only_in_{side}'])}") for side in "ab" if found[f"only_in_{side}"]]
+    parts += [printable(f"only in {side.upper()}: {', '.join(pair[f'only_in_{side}'])}") for side in "ab" if pair[f"only_in_{side}"]]
     return "\n\n".join(parts) + "\n"
 
 
@@ -297,12 +298,12 @@ def run_diff(args: Namespace) -> int:
     with joined():
         reports = [source_of(target, args).audit(rtol=args.rtol, watch=watched) for target in (args.a, args.b)]
         first = ranked() == 0
-    found = diff(*reports)
-    text = json.dumps(found, indent=2, allow_nan=False) + "\n"
+    comparison = diff(*reports)
+    text = json.dumps(comparison, indent=2, allow_nan=False) + "\n"
     if first:
         if path is not None:
             write_whole(path, text)
-        emit(text if args.json == "-" else _diff_text(found))
+        emit(text if args.json == "-" else _diff_text(comparison))
     return 0
 
 

@@ -78,10 +78,10 @@ def run_bench(args: Namespace) -> int:
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
-        found = bench(args.rows, options, keep)
+        benchmark = bench(args.rows, options, keep)
     finally:
         torch.set_num_threads(before)
-    emit(found.to_json() if args.json == "-" else f"{found}\n")
+    emit(benchmark.to_json() if args.json == "-" else f"{benchmark}\n")
     return 0
 
 
@@ -123,12 +123,12 @@ def run_compare(args: Namespace) -> int:
     operators: Iterable[tuple[str, Dense | Conv]] = resolve(args.target, args.input).operators()
     if args.circular is not None:
         operators = _circular(operators, args.circular)
-    found = compare(args.target, operators, args.methods, rtol=args.rtol, trials=args.trials, watch=watched)
+    comparison = compare(args.target, operators, args.methods, rtol=args.rtol, trials=args.trials, watch=watched)
     if plot is not None:
-        save(error_against_time(found), plot)
+        save(error_against_time(comparison), plot)
     if json is not None:
-        write_whole(json, found.to_json())
-    emit(found.to_json() if args.json == "-" else f"{found}\n")
+        write_whole(json, comparison.to_json())
+    emit(comparison.to_json() if args.json == "-" else f"{comparison}\n")
     return 0
 
 
@@ -138,10 +138,10 @@ def names(text: str) -> tuple[str, ...]:
     >>> names("gram,power")
     ('gram', 'power')
     """
-    if not all(found := tuple(text.split(","))):
+    if not all(listed := tuple(text.split(","))):
         msg = f"{text!r} was given; expected names joined by commas: gram,power"
         raise ArgumentTypeError(msg)
-    return found
+    return listed
 
 
 def _circular(operators: Iterable[tuple[str, Dense | Conv]], size: int) -> Iterator[tuple[str, Dense | Conv]]:
@@ -258,8 +258,8 @@ def run_certify(args: Namespace) -> int:
     pixels = list(zip((images.float() / 255).split(500), labels.split(500), strict=True))
     with aside():
         _runs(args.target, model, recipes.normalised(pixels[0][0], mean, std))
-        found = _certified(model, [(recipes.normalised(x, mean, std), y) for x, y in pixels], args, mean, std)
-        result: dict[str, Any] = {"schema": 1, "target": args.target, **found.to_dict()}
+        certified = _certified(model, [(recipes.normalised(x, mean, std), y) for x, y in pixels], args, mean, std)
+        result: dict[str, Any] = {"schema": 1, "target": args.target, **certified.to_dict()}
         if args.attack:
             for entry in result["certified"]:
                 entry["attacked"] = robust.attacked_accuracy(model, pixels, entry["eps"], mean=mean, std=std)
@@ -269,7 +269,7 @@ def run_certify(args: Namespace) -> int:
     attacked = "".join(
         f"\nattacked  at eps = {255 * e['eps']:>7.4g}/255  {100 * e['attacked']:6.2f} %" for e in result["certified"] if args.attack
     )
-    emit(text if args.json == "-" else f"{found}{attacked}\n")
+    emit(text if args.json == "-" else f"{certified}{attacked}\n")
     return 0
 
 

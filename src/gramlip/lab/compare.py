@@ -225,11 +225,11 @@ class Comparison:
 
     def _legend(self) -> str:
         header = ", ".join(f"{key} {value}" for key, value in self.header.items())
-        own = "\ncertify: its upper side at the width that gramlip.bound asks for by default, 1e-2, in the time that this takes."
+        certify = "\ncertify: its upper side at the width that gramlip.bound asks for by default, 1e-2, in the time that this takes."
         return (
             "side: where the formula stands in exact arithmetic; error: distance to the certified interval, 0 inside;\n"
             f"stands: where the value lies against that interval, which is at most {self.width:.1g} wide."
-            f"{own if any(v.method == 'certify' for v in self.values) else ''}\n{header}"
+            f"{certify if any(v.method == 'certify' for v in self.values) else ''}\n{header}"
         )
 
 
@@ -276,7 +276,7 @@ def compare(
 def _of(name: str, op: Dense | Conv, methods: Sequence[str], rtol: float, trials: int) -> list[Value]:
     truth = bound(op, rtol=rtol)
     size = op.input_size if isinstance(op, Conv) else None
-    found: list[Value] = []
+    values: list[Value] = []
     for method in methods:
         value, seconds, refused = None, None, ""
         try:
@@ -284,20 +284,20 @@ def _of(name: str, op: Dense | Conv, methods: Sequence[str], rtol: float, trials
         except InputError as error:
             refused = str(error)
         place = (name, tuple(op.weight.shape), size)
-        found.append(Value(*place, method, value, seconds, float(truth.lower), float(truth.upper), refused))  # type: ignore[arg-type]
-    return found
+        values.append(Value(*place, method, value, seconds, float(truth.lower), float(truth.upper), refused))  # type: ignore[arg-type]
+    return values
 
 
 def _dtypes(pairs: list[tuple[str, Dense | Conv]]) -> str:
     return ", ".join(sorted({str(op.weight.dtype).removeprefix("torch.") for _, op in pairs}))
 
 
-def error_against_time(found: Comparison) -> Figure:
+def error_against_time(comparison: Comparison) -> Figure:
     """Each method on each layer: relative error (absolute value) against time; inside the interval, its width."""
-    made, (ax,) = figure(width=7.2, height=4.2)
-    for name in dict.fromkeys(v.method for v in found.values):
-        some = [v for v in found.values if v.method == name and v.seconds and v.error is not None and v.upper < math.inf]
-        known = [(1e3 * (v.seconds or 0.0), max(abs(v.error or v.upper / v.lower - 1), 1e-16), v.verdict) for v in some]
+    figure_made, (ax,) = figure(width=7.2, height=4.2)
+    for name in dict.fromkeys(v.method for v in comparison.values):
+        dots = [v for v in comparison.values if v.method == name and v.seconds and v.error is not None and v.upper < math.inf]
+        known = [(1e3 * (v.seconds or 0.0), max(abs(v.error or v.upper / v.lower - 1), 1e-16), v.verdict) for v in dots]
         label: str | None = name
         for below in (False, True):
             points = [(x, y) for x, y, verdict in known if (verdict == "below") == below]
@@ -311,8 +311,8 @@ def error_against_time(found: Comparison) -> Figure:
         xlabel="time per layer (ms)",
         ylabel="relative distance to the certified interval",
     )
-    title = f"{printable(Path(found.target).name)} (hollow: below the truth; inside the interval: at its width)"
+    title = f"{printable(Path(comparison.target).name)} (hollow: below the truth; inside the interval: at its width)"
     ax.set_title(title, fontsize=10, parse_math=False)
     if ax.lines:
         ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return made
+    return figure_made

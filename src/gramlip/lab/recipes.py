@@ -276,11 +276,11 @@ def files(source: str | Path, split: str) -> list[Path]:
     folder = Path(source)
     if not folder.is_dir() and str(source) == HUB:
         folder = snapshot(HUB, HUB, ["*.parquet"], "dataset")
-    found = sorted(folder.rglob(f"{split}-*.parquet"))
-    if not found:
+    parquet = sorted(folder.rglob(f"{split}-*.parquet"))
+    if not parquet:
         msg = f"{source} holds no {split}-*.parquet; expected a folder of CIFAR-10's parquet files, or {HUB} for the hub's"
         raise InputError(msg)
-    return found
+    return parquet
 
 
 def load(source: str | Path, split: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
@@ -292,9 +292,9 @@ def load(source: str | Path, split: str, limit: int | None = None) -> tuple[Tens
     images: list[Tensor] = []
     labels: list[int] = []
     for file in files(source, split):
-        pictures, found = _rows(file, None if limit is None else limit - len(images))
+        pictures, classes_of = _rows(file, None if limit is None else limit - len(images))
         images += [_pixels(f"{file}: image {i}", picture) for i, picture in enumerate(pictures)]
-        labels += found
+        labels += classes_of
     if not images:
         msg = f"{source} holds no image in its {split} files; expected CIFAR-10's, as in {HUB}: fetch it again"
         raise InputError(msg)

@@ -121,9 +121,9 @@ class Task(lightning.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def psnr(found: Tensor, clean: Tensor) -> Tensor:
+def psnr(denoised: Tensor, clean: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB for pixels in [0, 1], the mean over images."""
-    return (-10 * (found.clamp(0, 1) - clean).square().mean((1, 2, 3)).log10()).mean()
+    return (-10 * (denoised.clamp(0, 1) - clean).square().mean((1, 2, 3)).log10()).mean()
 
 
 class Audit(Callback):
@@ -135,10 +135,10 @@ class Audit(Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Bound the layers, the work shared over the ranks."""
         sized: list[tuple[str, nn.Module, Any]] = pl_module.sized  # type: ignore[assignment]
-        found = distributed.bounds([(module, size) for _, module, size in sized], rtol=self.rtol)
-        for (path, *_), b in zip(sized, found, strict=True):
+        bounds = distributed.bounds([(module, size) for _, module, size in sized], rtol=self.rtol)
+        for (path, *_), b in zip(sized, bounds, strict=True):
             pl_module.log(f"upper/{path}", float(b.upper), rank_zero_only=True)
-        pl_module.log("upper_product", math.prod(float(b.upper) for b in found), rank_zero_only=True)
+        pl_module.log("upper_product", math.prod(float(b.upper) for b in bounds), rank_zero_only=True)
 
 
 def chain(net: nn.Module) -> Bound:
@@ -329,12 +329,12 @@ class _Stop(lightning.Callback):
 def _check(folder: Path, plan: dict[str, Any]) -> None:
     """Tie the folder to one run: its plan is written at the start, and compared at every later start."""
     file = folder / "recipe.json"
-    if file.exists() and (there := _read(file)) != json.loads(json.dumps(plan)):
-        changed = sorted(k for k in plan if there.get(k) != plan[k])
+    if file.exists() and (written := _read(file)) != json.loads(json.dumps(plan)):
+        changed = sorted(k for k in plan if written.get(k) != plan[k])
         msg = f"{folder} holds a run that differs in {changed}; expected another folder, or the same options to go on with it"
         raise InputError(msg)
-    if not file.exists() and (there := [folder / name for name in WRITTEN if (folder / name).exists()]):
-        msg = f"{there[0]} stands there without its recipe.json; expected both or neither: type --out with a new folder"
+    if not file.exists() and (written := [folder / name for name in WRITTEN if (folder / name).exists()]):
+        msg = f"{written[0]} stands there without its recipe.json; expected both or neither: type --out with a new folder"
         raise InputError(msg)
     if (last := folder / "last.ckpt").exists():
         _steps(last)
@@ -342,13 +342,13 @@ def _check(folder: Path, plan: dict[str, Any]) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        content = None
+    if not isinstance(content, dict):
         msg = f"{file} is damaged; expected what gramlip train wrote: type --out NEW"
         raise InputError(msg)
-    return cast("dict[str, Any]", found)
+    return cast("dict[str, Any]", content)
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
@@ -368,8 +368,8 @@ def evaluate(task: Task, test_set: tuple[Tensor, Tensor]) -> dict[str, Any]:
     if plan.task == "denoise":
         return _denoised(plan, net, batches)
     report = audit(net, EXAMPLE[1:])
-    found = robust.certify(net, batches, report, std=plan.std)
-    results = {"constant": {"lower": report.lower, "upper": report.upper}, **found.to_dict()}
+    certified = robust.certify(net, batches, report, std=plan.std)
+    results = {"constant": {"lower": report.lower, "upper": report.upper}, **certified.to_dict()}
     if isinstance(net, nn.Sequential) and isinstance(last := net[-1], nn.Linear):
         features = audit(net[:-1], EXAMPLE[1:])
         pairs = robust.certify(net, batches, features, std=plan.std, last=last)

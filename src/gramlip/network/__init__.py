@@ -15,7 +15,7 @@ Watch = Callable[[list[str]], Iterable[str]]
 
 @dataclass
 class Effort:
-    """What the phases of one audit share.
+    """Limits and messages that the phases of one audit share.
 
     Attributes:
         amount: of the search; 0 allows closed forms alone, a negative number nothing beyond composition.

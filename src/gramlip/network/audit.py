@@ -50,9 +50,9 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module | torch.export.ExportedProgram):
         msg = f"a {type(model).__name__} was given; expected an nn.Module or an exported program: type an nn.Module whose forward calls it"
         raise InputError(msg)
-    held = model.state_dict if isinstance(model, torch.export.ExportedProgram) else model.state_dict()
-    bare = [name for name, value in held.items() if isinstance(value, Tensor) and value.is_meta]
-    if any(map(is_sharded, held.values())):
+    state = model.state_dict if isinstance(model, torch.export.ExportedProgram) else model.state_dict()
+    bare = [name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]
+    if any(map(is_sharded, state.values())):
         msg = f"the weights are in shards, DTensors; expected whole ones: {GATHER}"
         raise InputError(msg)
     if bare:
@@ -250,21 +250,22 @@ def audit(
     area = region([tuple(t.shape) for t in tensors], domain, at, radius)
     part = _part(lowered.network, inputs, outputs)
     network, local = _restricted(lowered.network, area, part)
-    found, seconds = _constants(network, rtol, search)
-    ways = linear_stretches(network, found, rtol, search)
-    composed = compose(network, found, ways)
-    above = _upper_side(Whole(network, found, ways, composed, part, local), search)
+    constants, seconds = _constants(network, rtol, search)
+    ways = linear_stretches(network, constants, rtol, search)
+    composed = compose(network, constants, ways)
+    above = _upper_side(Whole(network, constants, ways, composed, part, local), search)
     below = _lower_side(program, lowered, tensors, data, area, part, seed, search)
     if below.value > above.value:
         _contradicted(lowered.assumed, below, above.value)
-    why = "; ".join([*([] if area is None else [str(area)]), *part.said(), above.because, *search.said, *_taken(lowered), below.because])
+    chain = "; ".join([*([] if area is None else [str(area)]), *part.said(), above.because, *search.said, *_taken(lowered), below.because])
     return Report(
         target or type(model).__name__,
-        _rows(network, found, seconds, composed),
+        _rows(network, constants, seconds, composed),
         _left_out(network),
-        Bound(below.value, above.value, why),
+        Bound(below.value, above.value, chain),
         tuple(lowered.assumed),
         unsupported=tuple(lowered.unsupported),
+        scope=(*([] if area is None or area.centre is None else [str(area)]), *part.said()),
     )
 
 
@@ -280,7 +281,7 @@ def _contradicted(assumed: Sequence[str], below: Stretch, upper: float) -> None:
 
 @dataclass(frozen=True)
 class Whole:
-    """What the upper side is looked for of: the folded steps, the constant of each of them, shortcuts, and all of it composed.
+    """The network whose upper side is searched: the folded steps, the constant of each of them, shortcuts, and all of it composed.
 
     `part` says from which entries to which, `local` what is known on the set of inputs that it is meant for, None for all of them.
     """
@@ -332,12 +333,14 @@ def _coupled(whole: Whole, network: Network, effort: Effort) -> Upper | None:
 
 
 def _jacobian(whole: Whole, best: float, effort: Effort) -> Upper | None:
-    found = None if whole.local is None else derivative(whole.network, whole.composed, whole.local.area, every=whole.part.inputs is None)
-    if found is None or whole.local is None:
+    derivatives = (
+        None if whole.local is None else derivative(whole.network, whole.composed, whole.local.area, every=whole.part.inputs is None)
+    )
+    if derivatives is None or whole.local is None:
         return None
     against = f"{decimals(whole.composed.upper, upward=True)} by composition"
     return Upper(
-        found.norm(whole.local.area, search=effort.amount > 0.0), f"bounds of the Jacobian's entries on the set, against {against}"
+        derivatives.norm(whole.local.area, search=effort.amount > 0.0), f"bounds of the Jacobian's entries on the set, against {against}"
     )
 
 
@@ -345,11 +348,11 @@ def _columns(whole: Whole, best: float, effort: Effort) -> Upper | None:
     local, part = whole.local, whole.part
     if local is None or not local.columns.pay(part.outputs, whole.composed.upper):
         return None
-    found = columns_norm(local.network, local.area, part.inputs, part.outputs)
-    if found == math.inf:
+    norm = columns_norm(local.network, local.area, part.inputs, part.outputs)
+    if norm == math.inf:
         return None
     against = f"{decimals(whole.composed.upper, upward=True)} by composition"
-    return Upper(found, f"the results as linear functions of the input, and what switches on the set, against {against}")
+    return Upper(norm, f"the results as linear functions of the input, and what switches on the set, against {against}")
 
 
 COUPLING_GAINS = 100.0  # times less than composition, at most, is expected of coupling
@@ -372,9 +375,9 @@ def _upper_side(whole: Whole, effort: Effort) -> Upper:
         if name != "composition" and effort.over:
             effort.say(f"{name} not begun: the time was up")
             continue
-        found = way(whole, best.value, effort)
-        if found is not None and (found.value < best.value or name == "composition"):
-            best = found
+        candidate = way(whole, best.value, effort)
+        if candidate is not None and (candidate.value < best.value or name == "composition"):
+            best = candidate
     return best
 
 
@@ -401,17 +404,17 @@ def _constants(network: Network, rtol: float, effort: Effort) -> tuple[list[Boun
     shapes = [[steps[s].shape for s in step.sources] for step in steps]
     alike: dict[object, list[int]] = {}
     for i, step in enumerate(steps):
-        own = kind(step)
-        alike.setdefault(i if own is None else own, []).append(i)
+        operators = kind(step)
+        alike.setdefault(i if operators is None else operators, []).append(i)
     groups = {min(group): group for group in alike.values()}
-    found: dict[int, tuple[Bound, float]] = {}
+    known: dict[int, tuple[Bound, float]] = {}
     for i in effort.shown("layers", [step.name for step in steps]):
         group = groups.get(i, [])
         begin = time.perf_counter()
         bounds = _bounds([(steps[j], shapes[j]) for j in group], rtol)
         seconds = (time.perf_counter() - begin) / max(1, len(group))
-        found |= {j: (bound, seconds) for j, bound in zip(group, bounds, strict=True)}
-    return [found[i][0] for i in range(len(steps))], [found[i][1] for i in range(len(steps))]
+        known |= {j: (bound, seconds) for j, bound in zip(group, bounds, strict=True)}
+    return [known[i][0] for i in range(len(steps))], [known[i][1] for i in range(len(steps))]
 
 
 def _bounds(items: Sequence[tuple[Step, Sequence[Shape]]], rtol: float) -> list[Bound]:
@@ -453,9 +456,9 @@ def _lower_side(
         msg = f"data {given} was given; expected a tensor of finite samples of shape {shapes[0]}, stacked along the first axis"
         raise InputError(msg)
     weights = {n: (value, error) for n, error in lowered.errors.items() if isinstance(value := lowered.computed[n], Tensor)}
-    held = [t for t in (*tensors, *program.constants.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+    of_program = [t for t in (*tensors, *program.constants.values()) if isinstance(t, Tensor) and t.is_floating_point()]
     around = area is not None and area.centre is not None  # differences of close points need all digits
-    wide = torch.float64 if around or any(t.dtype == torch.float64 for t in held) else torch.float32
+    wide = torch.float64 if around or any(t.dtype == torch.float64 for t in of_program) else torch.float32
     return stretch(build, shapes, effort, wide=wide, data=data, points=area, seed=seed, weights=weights)
 
 
@@ -464,26 +467,26 @@ def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float]
     parts = composed.parts or []
     whole = math.log(composed.upper) if parts else 0.0
     comparable = 0 < sum(map(abs, parts)) <= 2 * abs(whole)  # parts that all but cancel are no shares of what is left
-    for i, (step, own) in enumerate(zip(network.steps, constants, strict=True)):
+    for i, (step, constant) in enumerate(zip(network.steps, constants, strict=True)):
         share = parts[i] / whole if comparable else None
-        if isinstance(step.what, Linear | Sum | Product | Attention) or own.upper != 1.0:
-            rows.append(_row(i, step, own, seconds[i], share, network, composed))
+        if isinstance(step.what, Linear | Sum | Product | Attention) or constant.upper != 1.0:
+            rows.append(_row(i, step, constant, seconds[i], share, network, composed))
     return tuple(rows)
 
 
-def _row(i: int, step: Step, own: Bound, seconds: float, share: float | None, network: Network, composed: Composition) -> LayerRow:
+def _row(i: int, step: Step, constant: Bound, seconds: float, share: float | None, network: Network, composed: Composition) -> LayerRow:
     what = step.what
     sizes = network.steps[step.sources[0]].shape[2:] if step.sources else None
     if isinstance(what, Linear):
         size = what.op.input_size if isinstance(what.op, Conv) else None
         op = None if isinstance(what.op, Scale) else what.op
-        return LayerRow(step.name, type(what.op).__name__, tuple(what.op.weight.shape), size, own, seconds, share, op)  # type: ignore[arg-type]
+        return LayerRow(step.name, type(what.op).__name__, tuple(what.op.weight.shape), size, constant, seconds, share, op)  # type: ignore[arg-type]
     label = _KINDS.get(type(what), "map")
     if isinstance(what, Sum | Product | Attention):
         largest = max(composed.lips[s] for s in step.sources)
         growth = rd.up(composed.lips[i] / largest) if 0 < largest < math.inf else composed.lips[i]
-        own = Bound(0.0, growth, _GROWTH[type(what)])
-    return LayerRow(step.name, f"{label} ({step.op.removeprefix('aten.').split('.')[0]})", (), sizes, own, seconds, share)
+        constant = Bound(0.0, growth, _GROWTH[type(what)])
+    return LayerRow(step.name, f"{label} ({step.op.removeprefix('aten.').split('.')[0]})", (), sizes, constant, seconds, share)
 
 
 def _left_out(network: Network) -> tuple[LeftOut, ...]:

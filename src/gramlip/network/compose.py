@@ -32,7 +32,7 @@ SWEEPS = 64  # of the power iteration that finds the vector for the bound of a f
 
 
 def coefficients(step: Step) -> Sequence[float] | None:
-    """What the difference of each source counts for in a sum of their norms; None where the root of their squares counts."""
+    """The factor of each source's difference in a sum of their norms; None if the root of the sum of squares is taken."""
     what = step.what
     if isinstance(what, Sum):
         return [rd.sqrt_up(float(r)) for r in what.repeats]
@@ -49,7 +49,7 @@ def coefficients(step: Step) -> Sequence[float] | None:
 
 def shortcuts(network: Network, constants: Sequence[Bound]) -> dict[int, list[Shortcut]]:
     """Constants of values in earlier ones of which disjoint parts are read."""
-    users, found = network.users(), dict[int, list[Shortcut]]()
+    users, by_end = network.users(), dict[int, list[Shortcut]]()
     for i, copies in sorted(_roots(network).items(), reverse=True):  # what lies inside comes before what lies around it
         steps = _between(network, users, i, copies)
         sizes = _sizes(network, i, copies, steps)
@@ -62,15 +62,15 @@ def shortcuts(network: Network, constants: Sequence[Bound]) -> dict[int, list[Sh
                 forms[j] = np.diag(sizes[j])
                 continue
             known = [Shortcut((float(constants[j].upper),) * len(step.sources), step.sources)] if coefficients(step) is None else []
-            known += [s for s in (step.shortcut, *found.get(j, ())) if s is not None]
+            known += [s for s in (step.shortcut, *by_end.get(j, ())) if s is not None]
             ways = [_rooted(s, forms) for s in known] + [_added(step, forms)]
             reached = [form for form in ways if form is not None]
             if not reached:
                 continue
             forms[j] = min(reached, key=perron_bound)
             if len(step.reads) > 1:
-                found.setdefault(j, []).append(Shortcut((rd.sqrt_up(perron_bound(forms[j])),), (i,)))
-    return found
+                by_end.setdefault(j, []).append(Shortcut((rd.sqrt_up(perron_bound(forms[j])),), (i,)))
+    return by_end
 
 
 def _roots(network: Network) -> dict[int, list[int]]:
@@ -82,7 +82,7 @@ def _roots(network: Network) -> dict[int, list[int]]:
             root[i] = root.get(step.sources[0], step.sources[0])
             copies.setdefault(root[i], []).append(i)
     size = [math.prod(step.shape) for step in network.steps]
-    return {i: some for i, some in copies.items() if size[i] <= ENTRIES and sum(size[j] < size[i] for j in some) > 1}
+    return {i: roots for i, roots in copies.items() if size[i] <= ENTRIES and sum(size[j] < size[i] for j in roots) > 1}
 
 
 def _between(network: Network, users: list[list[int]], root: int, copies: list[int]) -> list[int]:
@@ -131,12 +131,13 @@ def _added(step: Step, forms: dict[int, Reals]) -> Reals | None:
     factors = coefficients(step)
     if factors is None or any(s not in forms for s in step.sources) or not max(factors) < FINITE:
         return None
-    own = [forms[s] for s in step.sources]
-    if max(float(form.max()) for form in own) > FINITE:
+    read = [forms[s] for s in step.sources]
+    if max(float(form.max()) for form in read) > FINITE:
         return None
-    whole = rd.add_up(*(rd.mul_up(c, rd.sqrt_up(perron_bound(form))) for c, form in zip(factors, own, strict=True)))
+    whole = rd.add_up(*(rd.mul_up(c, rd.sqrt_up(perron_bound(form))) for c, form in zip(factors, read, strict=True)))
     row = [
-        rd.add_up(*(rd.mul_up(c, rd.sqrt_up(float(form[p, p]))) for c, form in zip(factors, own, strict=True))) for p in range(len(own[0]))
+        rd.add_up(*(rd.mul_up(c, rd.sqrt_up(float(form[p, p]))) for c, form in zip(factors, read, strict=True)))
+        for p in range(len(read[0]))
     ]
     square = np.array([[rd.mul_up(a, b) for b in row] for a in row])
     return min(square, np.diag([rd.mul_up(whole, whole)] * len(row)), key=perron_bound)
@@ -187,24 +188,24 @@ def constants(steps: Sequence[Step], shapes: Sequence[Sequence[Shape]], rtol: fl
 
     `shapes` are those of each step's sources. Steps of equal `kind` are searched together.
     """
-    found: dict[int, Bound] = {}
-    asked: dict[float, list[tuple[int, Operator]]] = {}
+    bounds: dict[int, Bound] = {}
+    by_width: dict[float, list[tuple[int, Operator]]] = {}
     for i, (step, given) in enumerate(zip(steps, shapes, strict=True)):
         what = step.what
         if not isinstance(what, Linear):
-            found[i] = _fixed(what, given)
+            bounds[i] = _fixed(what, given)
         elif what.known is not None:
-            found[i] = _widened(what, what.known)
+            bounds[i] = _widened(what, what.known)
         else:
             small = isinstance(what.op, Dense) and min(what.op.weight.shape) <= SMALL
             op = Diagonal(what.op.weight) if isinstance(what.op, Scale) else what.op
-            asked.setdefault(min(rtol, 1e-6) if small else rtol, []).append((i, op))
-    for width, items in asked.items():
-        for (i, _), own in zip(items, certify_all([op for _, op in items], rtol=width), strict=True):
+            by_width.setdefault(min(rtol, 1e-6) if small else rtol, []).append((i, op))
+    for width, items in by_width.items():
+        for (i, _), bound in zip(items, certify_all([op for _, op in items], rtol=width), strict=True):
             what = steps[i].what
             assert isinstance(what, Linear)
-            found[i] = _widened(what, own)
-    return [found[i] for i in range(len(steps))]
+            bounds[i] = _widened(what, bound)
+    return [bounds[i] for i in range(len(steps))]
 
 
 def kind(step: Step) -> object:
@@ -215,11 +216,11 @@ def kind(step: Step) -> object:
     return type(what.op), tuple(what.op.weight.shape)
 
 
-def _widened(what: Linear, own: Bound) -> Bound:
+def _widened(what: Linear, bound: Bound) -> Bound:
     if what.error == 0.0:
-        return own
-    lower = max(0.0, rd.down(own.lower - what.error))
-    return Bound(lower, rd.add_up(float(own.upper), what.error), f"{own.because}; rounding of the fold or of computed weights added")
+        return bound
+    lower = max(0.0, rd.down(bound.lower - what.error))
+    return Bound(lower, rd.add_up(float(bound.upper), what.error), f"{bound.because}; rounding of the fold or of computed weights added")
 
 
 def _fixed(what: object, shapes: Sequence[Shape]) -> Bound:
@@ -257,27 +258,27 @@ def compose(network: Network, constants: Sequence[Bound], ways: Mapping[int, Seq
     `parts` adds up to the logarithm of the constant of the network: docs/network.md#shares. None where it is zero or infinite.
     """
     lips: list[float] = []
-    taken: dict[int, Shortcut] = {}
-    found = shortcuts(network, constants)
-    for i, (step, own) in enumerate(zip(network.steps, constants, strict=True)):
-        lips.append(rd.mul_up(float(own.upper), _joined(step, [lips[s] for s in step.sources])))
-        for way in (step.shortcut, *found.get(i, ()), *(ways or {}).get(i, ())):
+    used: dict[int, Shortcut] = {}
+    offered = shortcuts(network, constants)
+    for i, (step, constant) in enumerate(zip(network.steps, constants, strict=True)):
+        lips.append(rd.mul_up(float(constant.upper), _joined(step, [lips[s] for s in step.sources])))
+        for way in (step.shortcut, *offered.get(i, ()), *(ways or {}).get(i, ())):
             if way is not None and (upper := rd.hypot_up(_terms(way, [lips[s] for s in way.sources]))) < lips[i]:
-                lips[i], taken[i] = upper, way
+                lips[i], used[i] = upper, way
     ends = [lips[i] for i in network.outputs]
     upper = ends[0] if len(ends) == 1 else rd.hypot_up(ends)
-    return Composition(upper, tuple(lips), _parts(network, lips, taken, upper), _reasons(network, taken))
+    return Composition(upper, tuple(lips), _parts(network, lips, used, upper), _reasons(network, used))
 
 
-def _reasons(network: Network, taken: Mapping[int, Shortcut]) -> tuple[str, ...]:
+def _reasons(network: Network, used: Mapping[int, Shortcut]) -> tuple[str, ...]:
     """Why the shortcuts hold that the constants of the outputs go through."""
     seen, stack = set[int](), list(network.outputs)
     while stack:
         i = stack.pop()
         if i not in seen:
             seen.add(i)
-            stack += taken[i].sources if i in taken else network.steps[i].sources
-    return tuple(text for i in sorted(seen) if i in taken and (text := taken[i].because))
+            stack += used[i].sources if i in used else network.steps[i].sources
+    return tuple(text for i in sorted(seen) if i in used and (text := used[i].because))
 
 
 def _terms(way: Shortcut, lips: Sequence[float]) -> list[float]:
@@ -294,19 +295,19 @@ def _joined(step: Step, lips: list[float]) -> float:
 
 
 def _weights(step: Step, way: Shortcut | None, lips: list[float]) -> list[float]:
-    """What each of the values that it is bounded by has in the step's constant: they add up to 1 (derivatives of its logarithm)."""
+    """The share of each source in the step's constant; the shares add up to 1 (derivatives of its logarithm)."""
     factors = None if way is not None else coefficients(step)
     if factors is None:
         values = lips if way is None else _terms(way, lips)
         top = max(values)
         terms = [(t / top) ** 2 for t in values]  # squares of tiny ones would be zero
     else:
-        terms = [c * x for c, x in zip(factors, lips, strict=True)]
+        terms = [c * x if x else 0.0 for c, x in zip(factors, lips, strict=True)]  # what does not move may have an infinite factor
     total = math.fsum(terms)
     return [t / total for t in terms]
 
 
-def _parts(network: Network, lips: list[float], taken: dict[int, Shortcut], upper: float) -> tuple[float, ...] | None:
+def _parts(network: Network, lips: list[float], used: dict[int, Shortcut], upper: float) -> tuple[float, ...] | None:
     if not 0.0 < upper < math.inf:
         return None
     flow = [0.0] * len(lips)
@@ -320,7 +321,7 @@ def _parts(network: Network, lips: list[float], taken: dict[int, Shortcut], uppe
         step = network.steps[i]
         if flow[i] == 0.0 or not step.sources:
             continue
-        way = taken.get(i)
+        way = used.get(i)
         sources = step.sources if way is None else way.sources
         largest = max(lips[s] for s in sources)
         shares = _weights(step, way, [lips[s] / largest for s in sources])

@@ -18,7 +18,7 @@ from gramlip.network.fold import fold
 from gramlip.network.graph import Program, arguments, export, module_path, place, undisturbed
 from gramlip.network.in_place import op_name, tensors
 from gramlip.network.local import Region, region, restricted
-from gramlip.network.local.intervals import Value, restrict, whole_of
+from gramlip.network.local.intervals import Value, as_rows, restrict, whole_of
 from gramlip.network.local.jacobians import Sweeps
 from gramlip.network.local.relaxations import stray_of
 from gramlip.network.ranges import INF, Range, capped_step
@@ -213,8 +213,8 @@ class _Propagation:
         if i not in self._kept:
             self._fresh[i] = fresh
             return
-        source, own = self._folded[i]
-        whole = rd.add_up(rd.mul_up(own, self._norms[source]), frobenius_up(fresh) if bool(fresh.isfinite().all()) else INF)
+        source, map_ = self._folded[i]
+        whole = rd.add_up(rd.mul_up(map_, self._norms[source]), frobenius_up(fresh) if bool(fresh.isfinite().all()) else INF)
         self._norms[i] = min(self._norms[i], whole)
 
     def _fresh_at(self, i: int) -> Any:
@@ -235,11 +235,11 @@ class _Propagation:
         sources = [self._wide(s) for s in step.sources]
         shapes = [self._network.steps[s].shape for s in step.sources]
         self._steps.append(capped_step(restrict(step, sources), [v.whole for v in sources], shapes))
-        own = self._linear.get(i) or constants([self._steps[i]], [shapes], RTOL)[0]
-        self._constants.append(own)
+        constant = self._linear.get(i) or constants([self._steps[i]], [shapes], RTOL)[0]
+        self._constants.append(constant)
         norms, factors = [self._norms[s] for s in step.sources], coefficients(self._steps[i])
         joined = rd.hypot_up(norms) if factors is None else rd.add_up(*map(rd.mul_up, factors, norms))
-        self._norms[i] = rd.mul_up(float(own.upper), joined)
+        self._norms[i] = rd.mul_up(float(constant.upper), joined)
         low, every = self._exact[i].low, self._norms[i]
         self._errors[i] = torch.full_like(low, every) if isinstance(low, Tensor) else [torch.full_like(t, every) for t in low]
 
@@ -270,8 +270,8 @@ class _Propagation:
             if n in self._at:
                 values = [self._operand(i, errors(i)) for i in _flat(self._at[n])]
                 return values[0] if len(values) == 1 else values
-            held = self._computed.get(n, self._program.constants.get(n))
-            return constant(held, self._numbers) if isinstance(held, Tensor) and held.is_floating_point() else held
+            value = self._computed.get(n, self._program.constants.get(n))
+            return constant(value, self._numbers) if isinstance(value, Tensor) and value.is_floating_point() else value
 
         target: Any = node.target
         return Execution(_name(node), target, arguments(node, operand), torch.zeros(()), self._numbers)
@@ -293,15 +293,15 @@ class _Propagation:
         if total * sum(math.prod(step.shape) for step in network.steps) > ROWS or not composed.upper < INF:
             return None, ()
         sweeps = Sweeps(network, composed)
-        found = sweeps.back(network.outputs, spread=True)
+        swept = sweeps.back(network.outputs, spread=True)
         added: dict[int, Tensor] = {}
-        for i, rows in found.items():
-            most, step = rows.most(sweeps.gamma).flatten(1), network.steps[i]
+        for i, rows in swept.items():
+            most, step = as_rows(rows.most(sweeps.gamma)), network.steps[i]
             if not isinstance(self._errors[i], Tensor):
                 return None, ()
             blocked = sweeps.actions[i] is None and i not in sweeps.middle and not isinstance(step.what, Input)
-            own = self._errors[i] if blocked else self._rounded.get(i, torch.zeros(step.shape, dtype=torch.float64))
-            added[i] = (most @ own.reshape(-1) * ROOM).nan_to_num(INF, INF)
+            errors = self._errors[i] if blocked else self._rounded.get(i, torch.zeros(step.shape, dtype=torch.float64))
+            added[i] = (most @ errors.reshape(-1) * ROOM).nan_to_num(INF, INF)
             if blocked:
                 added[i] = torch.minimum(added[i], (row_norms_up(most) * self._norms[i]).nan_to_num(INF, INF))
             if stray := stray_of(network.steps, i):
@@ -315,9 +315,9 @@ class _Propagation:
 def _norms_of(network: Network) -> dict[int, Bound]:
     """Norms of all linear steps, which are searched together."""
     steps = network.steps
-    some = [i for i, step in enumerate(steps) if isinstance(step.what, Linear)]
-    found = constants([steps[i] for i in some], [[steps[s].shape for s in steps[i].sources] for i in some], RTOL)
-    return dict(zip(some, found, strict=True))
+    linear = [i for i, step in enumerate(steps) if isinstance(step.what, Linear)]
+    bounds = constants([steps[i] for i in linear], [[steps[s].shape for s in steps[i].sources] for i in linear], RTOL)
+    return dict(zip(linear, bounds, strict=True))
 
 
 def _folded(network: Network) -> tuple[set[int], dict[int, tuple[int, float]]]:
@@ -328,12 +328,12 @@ def _folded(network: Network) -> tuple[set[int], dict[int, tuple[int, float]]]:
     return set(place), ends
 
 
-def _flat(found: Any) -> Iterator[Any]:
-    if isinstance(found, list):
-        for item in found:  # type: ignore[reportUnknownVariableType]
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for item in value:  # type: ignore[reportUnknownVariableType]
             yield from _flat(item)
     else:
-        yield found
+        yield value
 
 
 def _moduli(value: Value) -> Tensor:

@@ -1,4 +1,4 @@
-"""How far a floating-point program is from the calls that it makes, entry by entry. docs/execution.md#rules.
+"""Rules of rounding: how far one call of a floating-point program is from the exact call, entry by entry. docs/execution.md#rules.
 
 A rule bounds what one call's own rounding adds, from bounds of the moduli of what it reads as the program holds it. The model of
 arithmetic: every operation is one of the format's, rounded to nearest; sums in any order, products fused with them or not; library
@@ -38,17 +38,17 @@ class Arithmetic:
 
     @property
     def unit(self) -> float:
-        """Half the distance of neighbours, relative: what one rounding costs."""
+        """Half the distance of neighbours, relative: the largest error of one rounding."""
         return torch.finfo(self.dtype).eps / 2
 
     @property
     def sum_unit(self) -> float:
-        """The same for sums."""
+        """The relative error of a sum."""
         return torch.finfo(self.sums).eps / 2
 
     @property
     def tiny(self) -> float:
-        """What one rounding costs at most below the normal range: half the least distance, or all of it where it is flushed to zero."""
+        """The largest error of one rounding below the normal range: half the least distance, or all of it if it is flushed to zero."""
         info = torch.finfo(self.dtype)
         return info.tiny if self.flushed else info.tiny * info.eps / 2
 
@@ -58,7 +58,7 @@ class Arithmetic:
         return torch.finfo(self.dtype).max
 
     def gamma(self, terms: float) -> float:
-        """What a sum of so many products costs, relative to the sum of their moduli."""
+        """The error of a sum of `terms` products, relative to the sum of their moduli."""
         return rd.gamma(terms, self.sum_unit)
 
 
@@ -190,7 +190,7 @@ class Execution:
             return self.on([x.size for x in self.operands])
 
     def moved(self, which: Callable[[Operand], bool]) -> Any:
-        """What errors of some operands move the result by: the derivative at the moduli, of a call linear in each operand."""
+        """The change of the result by errors of some operands: the derivative at the moduli, of a call linear in each operand."""
         sizes = [x.size for x in self.operands]
         errors = [x.error if which(x) else torch.zeros_like(x.error) for x in self.operands]
         return torch.func.jvp(lambda *values: self.on(values), tuple(sizes), tuple(errors))[1]
@@ -218,8 +218,8 @@ def _clamped(call: Execution) -> Tensor:
 
 
 def _leaky(call: Execution) -> Tensor:
-    own = sum((x.error.amax() * call.operands[0].size for x in call.operands[1:]), torch.zeros(()))
-    return _rounded(3.0)(call) + own
+    of_slopes = sum((x.error.amax() * call.operands[0].size for x in call.operands[1:]), torch.zeros(()))
+    return _rounded(3.0)(call) + of_slopes
 
 
 def _rounded(times: float) -> Rule:
@@ -252,8 +252,8 @@ def _added(call: Execution) -> Tensor:
     """`x + alpha y`, up to a sign: the sum is rounded, and the product where there is one."""
     number, (x, y, scale) = call.arithmetic, _summands(call)
     product = 0.0 if scale == 1.0 else 2.0 * number.unit * scale * y.size + number.tiny
-    own = sum((factor * z.error for factor, z in ((1.0, x), (scale, y)) if not z.depends), torch.zeros(()))
-    return number.unit * (call.size + product + own) + product + own
+    of_constants = sum((factor * z.error for factor, z in ((1.0, x), (scale, y)) if not z.depends), torch.zeros(()))
+    return number.unit * (call.size + product + of_constants) + product + of_constants
 
 
 def _summands(call: Execution) -> tuple[Operand, Operand, float]:
@@ -267,7 +267,7 @@ def _product(call: Execution) -> Tensor:
 
 
 def _scalar(call: Execution) -> Tensor:
-    """What the conversion of a number costs the product with it."""
+    """The error of a product with a number that was converted to the format."""
     (x,) = call.operands
     return x.size * next(constant(v, call.arithmetic).error for v in call.args.values() if isinstance(v, int | float))
 
@@ -275,8 +275,8 @@ def _scalar(call: Execution) -> Tensor:
 def _quotient(call: Execution) -> Tensor:
     """By a weight or a number; torch may multiply by its rounded inverse."""
     number, y = call.arithmetic, call.operand("other")
-    own = call.size * (y.error / (y.size - 2.0 * y.error).clamp_min(rd.TINY))
-    return own + 3.0 * (number.unit * (call.size + own) + number.tiny)
+    of_divisor = call.size * (y.error / (y.size - 2.0 * y.error).clamp_min(rd.TINY))
+    return of_divisor + 3.0 * (number.unit * (call.size + of_divisor) + number.tiny)
 
 
 def _function(result: float, argument: float = 0.0, one: float = 0.0, terms: Callable[[Execution], float] | None = None) -> Rule:
@@ -481,7 +481,7 @@ RULES: dict[str, Rule] = {**_MOVED, **LINEAR, **MAXIMA, **ENTRYWISE, **dict.from
 
 
 def carried(call: Execution) -> Any:
-    """What the exact call makes of errors of values that it reads, entry by entry; None where its step's constants say it."""
+    """The errors of the arguments after the exact call, entry by entry; None if the constants of the step bound them."""
     if call.name in LINEAR:
         return call.moved(lambda x: x.depends)
     if call.name == "getitem":

@@ -40,17 +40,17 @@ def fold(network: Network, *, biases: bool = False) -> Network:
                 inner = network.steps[source]
                 if len(users[source]) > 1 or source in ends:
                     continue
-                made = _chain(step, inner, network, biases)
-                if made is not None:
-                    steps[i] = replace(step, what=made, sources=inner.sources, name=_names(inner, step, made))
+                folded_map = _chain(step, inner, network, biases)
+                if folded_map is not None:
+                    steps[i] = replace(step, what=folded_map, sources=inner.sources, name=_names(inner, step, folded_map))
                     steps[source] = None
                     changed = True
             elif isinstance(step.what, Sum):
                 folded = _branches(step, network, users, ends, biases)
                 if folded is not None:
-                    made, base, gone = folded
+                    folded_map, base, gone = folded
                     names = " + ".join(dict.fromkeys(network.steps[g].name for g in gone)) or step.name
-                    steps[i] = replace(step, what=made, sources=(base,), name=f"{names} + skip" if len(gone) == 1 else names)
+                    steps[i] = replace(step, what=folded_map, sources=(base,), name=f"{names} + skip" if len(gone) == 1 else names)
                     for g in gone:
                         steps[g] = None
                     changed = True
@@ -59,7 +59,7 @@ def fold(network: Network, *, biases: bool = False) -> Network:
         network = renumbered(steps, network.outputs, {})
 
 
-def _names(inner: Step, outer: Step, made: Linear) -> str:
+def _names(inner: Step, outer: Step, folded_map: Linear) -> str:
     if isinstance(inner.what, Pad) or inner.name == outer.name:
         return outer.name
     scalar = [s for s in (inner, outer) if isinstance(s.what, Linear) and isinstance(s.what.op, Scale) and s.what.op.weight.numel() == 1]
@@ -76,10 +76,10 @@ def _chain(step: Step, inner: Step, network: Network, biases: bool) -> Linear | 
 def _finite(make: Callable[[], Linear | None]) -> Linear | None:
     """The folded map; None where its entries or its error overflow."""
     try:
-        made = make()
+        folded_map = make()
     except InputError:  # an operator takes finite entries alone
         return None
-    return made if made is not None and made.error < math.inf and bool(made.op.weight.isfinite().all()) else None
+    return folded_map if folded_map is not None and folded_map.error < math.inf and bool(folded_map.op.weight.isfinite().all()) else None
 
 
 def _one(step: Step, inner: Step, network: Network, biases: bool) -> Linear | None:
@@ -107,8 +107,8 @@ def _padded(outer: Linear, pad: Pad, shape: Shape, biases: bool) -> Linear | Non
     op = outer.op
     if not isinstance(op, Conv) or op.transposed or len(pad.pairs) != op.dims:
         return None
-    own = any(map(any, op.padding))  # type: ignore[arg-type]
-    if own and not (pad.mode == "zeros" and op.padding_mode == "zeros" and pad.value == 0.0):
+    has_padding = any(map(any, op.padding))  # type: ignore[arg-type]
+    if has_padding and not (pad.mode == "zeros" and op.padding_mode == "zeros" and pad.value == 0.0):
         return None
     pairs = [(a + c, b + d) for (a, b), (c, d) in zip(pad.pairs, op.padding, strict=True)]  # type: ignore[misc]
     return outer.after_padding(pad, shape, replace(op, padding=pairs, padding_mode=pad.mode, input_size=shape[2:]), biases)
@@ -154,8 +154,8 @@ def _scaled(weight: Tensor, v: Tensor, groups: int, rows: bool) -> Tensor:
 
 def _channels(op: Conv) -> tuple[int, int]:
     """Channels in and out."""
-    one, other = op.weight.shape[0], op.weight.shape[1] * op.groups
-    return (one, other) if op.transposed else (other, one)
+    outputs, inputs = op.weight.shape[0], op.weight.shape[1] * op.groups
+    return (outputs, inputs) if op.transposed else (inputs, outputs)
 
 
 def _is_pointwise(op: Conv) -> bool:
@@ -174,11 +174,11 @@ def _pointwise(outer: Linear, inner: Linear, a: Conv, b: Conv, between: Shape | 
         a, b = replace(a, stride=1), replace(b, stride=[s * t for s, t in zip(a.stride, b.stride, strict=True)])  # type: ignore[arg-type]
     if not (_is_pointwise(a) or _is_pointwise(b)):
         return None
-    one, other = to_float64(a.weight), to_float64(b.weight)
+    left, right = to_float64(a.weight), to_float64(b.weight)
     if _is_pointwise(a):
-        op = replace(b, weight=torch.einsum("om,mi...->oi...", one.flatten(1), other))
+        op = replace(b, weight=torch.einsum("om,mi...->oi...", left.flatten(1), right))
     else:
-        op = replace(a, weight=torch.einsum("om...,mi->oi...", one, other.flatten(1)))
+        op = replace(a, weight=torch.einsum("om...,mi->oi...", left, right.flatten(1)))
     return outer.after(inner, op, b.weight.shape[0] + 2, between)
 
 
@@ -186,10 +186,10 @@ def _branches(step: Step, network: Network, users: list[list[int]], ends: set[in
     """Two summed branches that read one value, each linear or the value itself."""
     if not isinstance(step.what, Sum) or step.what.repeats != (1, 1):
         return None
-    one, other = step.sources
-    if one == other:
-        return Linear(Scale(torch.tensor(2.0, dtype=torch.float64))), one, []
-    for base in dict.fromkeys((one, other, *network.steps[one].sources[:1])):
+    left, right = step.sources
+    if left == right:
+        return Linear(Scale(torch.tensor(2.0, dtype=torch.float64))), left, []
+    for base in dict.fromkeys((left, right, *network.steps[left].sources[:1])):
         maps: list[Linear] = []
         gone: list[int] = []
         for s in step.sources:
@@ -200,15 +200,15 @@ def _branches(step: Step, network: Network, users: list[list[int]], ends: set[in
                 maps.append(inner.what)
                 gone.append(s)
         if len(maps) == 2:
-            made = _finite(partial(_sum, *maps, network.steps[base].shape, biases))
-            return None if made is None else (made, base, gone)
+            folded_map = _finite(partial(_sum, *maps, network.steps[base].shape, biases))
+            return None if folded_map is None else (folded_map, base, gone)
     return None
 
 
-def _sum(one: Linear, other: Linear, shape: Shape, biases: bool) -> Linear | None:
+def _sum(left: Linear, right: Linear, shape: Shape, biases: bool) -> Linear | None:
     """The sum of two linear maps of one value as one."""
-    op = _added(one.op, other.op, shape)
-    return None if op is None else one.plus(other, op, biases)
+    op = _added(left.op, right.op, shape)
+    return None if op is None else left.plus(right, op, biases)
 
 
 def _added(a: Op, b: Op, shape: Shape) -> Op | None:
@@ -303,21 +303,21 @@ def _summed(step: Step, network: Network) -> tuple[int, Tensor, Tensor] | None:
 def _slopes(at: int, network: Network) -> dict[int, tuple[Tensor, Tensor]]:
     """The values of which one is an entrywise function by activations, scales and sums, the nearest first, with the ends of its slopes."""
     low = high = torch.ones((), dtype=torch.float64)
-    found = {at: (low, high)}
+    slopes = {at: (low, high)}
     while True:
         what, base = network.steps[at].what, network.steps[at].sources[:1]
         if isinstance(what, Slope):
-            own = [torch.as_tensor(end, dtype=torch.float64) for end in (what.low, what.high)]
+            ends = [torch.as_tensor(end, dtype=torch.float64) for end in (what.low, what.high)]
         elif isinstance(what, Linear) and isinstance(what.op, Scale):
-            own = [_added_up((to_float64(what.op.weight), torch.tensor(e, dtype=torch.float64)), e) for e in (-what.error, what.error)]
+            ends = [_added_up((to_float64(what.op.weight), torch.tensor(e, dtype=torch.float64)), e) for e in (-what.error, what.error)]
         elif (summed := _summed(network.steps[at], network)) is not None:
-            base, *own = summed[:1], *summed[1:]
+            base, *ends = summed[:1], *summed[1:]
         else:
-            return found
-        products = torch.stack(torch.broadcast_tensors(*(a * b for a in (low, high) for b in own)))
+            return slopes
+        products = torch.stack(torch.broadcast_tensors(*(a * b for a in (low, high) for b in ends)))
         low, high = _added_up((products.amin(0),), -1.0), _added_up((products.amax(0),), 1.0)
         (at,) = base
-        found[at] = (low, high)
+        slopes[at] = (low, high)
 
 
 def _added_up(terms: Sequence[Tensor], sign: float) -> Tensor:

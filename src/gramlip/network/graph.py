@@ -138,8 +138,8 @@ def _unrolled(exported: torch.export.ExportedProgram) -> Program:
     layers = [node for node in program.nodes if node.target in RECURRENT]
     if not layers or any(map(is_random, layers)) or program.refused or program.hidden:
         return program
-    found, whole = {node.target for node in layers}, torch.export.default_decompositions()
-    table = {**get_decompositions([op for op in _LAYERS if op in found]), **{op: whole[op] for op in _CELLS if op in found}}
+    recurrent, whole = {node.target for node in layers}, torch.export.default_decompositions()
+    table = {**get_decompositions([op for op in _LAYERS if op in recurrent]), **{op: whole[op] for op in _CELLS if op in recurrent}}
     return _program(exported.run_decompositions(table))
 
 
@@ -175,20 +175,20 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
     constants: dict[fx.Node, Any] = {}
     for name, node in given.items():
         if name in names:
-            held = exported.state_dict.get(names[name], exported.constants.get(names[name]))
-            if held is not None:
-                constants[node] = _own(held) if isinstance(held, Tensor) else held
+            stored = exported.state_dict.get(names[name], exported.constants.get(names[name]))
+            if stored is not None:
+                constants[node] = _own(stored) if isinstance(stored, Tensor) else stored
     inputs = [given[name] for name in signature.user_inputs if name in given]
     pairs = zip(signature.output_specs, ends, strict=True)
     outputs = [n for spec, n in pairs if spec.kind is OutputKind.USER_OUTPUT and isinstance(n, fx.Node)]
     plain = functional(nodes, outputs, constants)
-    held = {plain.given[n]: value for n, value in constants.items()} | plain.constants
-    return Program(plain.nodes, held, [plain.given[n] for n in inputs], plain.outputs, plain.refused, plain.hidden)
+    stored = {plain.given[n]: value for n, value in constants.items()} | plain.constants
+    return Program(plain.nodes, stored, [plain.given[n] for n in inputs], plain.outputs, plain.refused, plain.hidden)
 
 
-def _own(held: Tensor) -> Tensor:
+def _own(weight: Tensor) -> Tensor:
     """The tensor without its graph; a copy where inference mode made it, since no derivative goes through such."""
-    return held.clone() if held.is_inference() else held.detach()
+    return weight.clone() if weight.is_inference() else weight.detach()
 
 
 def _opened(module: fx.GraphModule) -> tuple[fx.Graph, tuple[Any, ...]]:
@@ -228,9 +228,9 @@ def _apart(node: fx.Node, graph: fx.Graph, values: dict[fx.Node, Any]) -> Any:
         place = dict(zip(read, given, strict=True)).__getitem__
         return node.target(*map_arg(node.args, place), **map_arg(node.kwargs, place))  # type: ignore[operator]
 
-    held = [n.meta["val"] for n in read]
-    with held[0].fake_mode:
-        traced = make_fx(run, tracing_mode="fake")(*held)
+    tensors = [n.meta["val"] for n in read]
+    with tensors[0].fake_mode:
+        traced = make_fx(run, tracing_mode="fake")(*tensors)
     inside = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), (values[n] for n in read), strict=True))
     for n in traced.graph.nodes:
         if n.op == "output":
@@ -312,7 +312,7 @@ def evaluate(node: fx.Node, resolve: Callable[[fx.Node], Any], wide: torch.dtype
     """
     args: tuple[Any, ...] = tuple(in_float64(a, wide) for a in map_arg(node.args, resolve))
     kwargs: dict[str, Any] = {k: in_float64(v, wide) for k, v in map_arg(node.kwargs, resolve).items()}
-    name, held = op_name(node), getattr(node.meta.get("val"), "dtype", None)
+    name, dtype = op_name(node), getattr(node.meta.get("val"), "dtype", None)
     if name in _SAME:  # derivatives go through: the function is that of its values
         return args[0]
     if name in _VIEWS:  # the layout in memory may be another here
@@ -320,12 +320,12 @@ def evaluate(node: fx.Node, resolve: Callable[[fx.Node], Any], wide: torch.dtype
     if name in _IN_PLACE_OF and (result := _IN_PLACE_OF[name](*args, **kwargs)) is not None:
         return result
     if name == "aten.rms_norm.default" and (*args, None, None)[3] is None and kwargs.get("eps") is None:
-        own = torch.float64 if held == torch.float64 else torch.float32  # torch takes eps from the type
-        kwargs, args = kwargs | {"eps": torch.finfo(own).eps}, args[:3]
-    if not node.all_input_nodes and isinstance(held, torch.dtype) and held.is_floating_point:  # `linspace`, `full`: of no type in float64
+        computed_in = torch.float64 if dtype == torch.float64 else torch.float32  # torch takes eps from the type
+        kwargs, args = kwargs | {"eps": torch.finfo(computed_in).eps}, args[:3]
+    if not node.all_input_nodes and isinstance(dtype, torch.dtype) and dtype.is_floating_point:  # `linspace`, `full`: of no type in float64
         kwargs |= {"dtype": wide} if any(a.name == "dtype" for a in node.target._schema.arguments) else {}  # type: ignore[union-attr]
     if name.startswith(("aten.empty", "aten.new_empty")):  # what is there before anything was written is nothing to rely on
-        return torch.zeros(shape_of(node), dtype=in_float64(held, wide))
+        return torch.zeros(shape_of(node), dtype=in_float64(dtype, wide))
     result = node.target(*args, **kwargs)  # type: ignore[operator]
     return result.to(in_float64(result.dtype, wide)) if isinstance(result, Tensor) else result
 
@@ -354,7 +354,7 @@ def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
 
 
 def _copy(x: Tensor, new: Tensor, *_: Any) -> Tensor:
-    """What is copied, as wide as where it goes: torch has no derivative of the call."""
+    """The source of a copy, expanded to the shape of its target: torch has no derivative of the call."""
     return (new.real if new.is_complex() and not x.is_complex() else new).to(x.dtype).expand(x.shape)
 
 

@@ -118,8 +118,8 @@ class _Functional:
         for node in self._nodes:
             reason = self._why_not(node) if _is_mutable(node) else None
             if reason is not None:
-                own = set[int]().union(*(self._maybe[t] for t in _marked(node, written=True)))
-                spoiled = [self._now[n] for n in self._nodes[: self._order[node]] if self._maybe[n] & own]
+                targets_of = set[int]().union(*(self._maybe[t] for t in _marked(node, written=True)))
+                spoiled = [self._now[n] for n in self._nodes[: self._order[node]] if self._maybe[n] & targets_of]
                 self._now[node] = self._graph.node_copy(node, self._present)
                 self._refused[self._now[node]] = Refused(reason, spoiled)
             elif _is_mutable(node):
@@ -138,8 +138,8 @@ class _Functional:
 
     def _parent(self, node: fx.Node) -> fx.Node | None:
         """The argument in whose memory the value lies."""
-        found = [n for n in node.all_input_nodes if self._exact[n] & self._exact[node]]
-        return found[0] if found else None
+        parents = [n for n in node.all_input_nodes if self._exact[n] & self._exact[node]]
+        return parents[0] if parents else None
 
     def _present(self, node: fx.Node) -> fx.Node:
         """The node's value after all changes so far: a view is taken again of what it is a view of."""
@@ -154,17 +154,17 @@ class _Functional:
     def _why_not(self, node: fx.Node) -> str | None:
         """Why a call cannot be written out of place."""
         targets = list(dict.fromkeys(_marked(node, written=True)))
-        own = set[int]().union(*(self._maybe[t] for t in targets))
+        written = set[int]().union(*(self._maybe[t] for t in targets))
         later = [
             n
             for n in self._nodes[: self._order[node]]
             if n not in targets
-            and self._maybe[n] & own
+            and self._maybe[n] & written
             and (n in self._outputs or any(self._order[u] > self._order[node] for u in n.users))
         ]
         if _schema(node).arguments[0].alias_info is None or targets != [node.args[0]]:
             return "it writes into a list or by out=; expected the call out of place"
-        if any(n in self._fixed for n in self._nodes if self._maybe[n] & own):
+        if any(n in self._fixed for n in self._nodes if self._maybe[n] & written):
             return None if _name(node) == "detach_" else "it writes into a weight or buffer"
         if _out_of_place(node) is None:
             return "it has no form out of place; expected one"
@@ -207,9 +207,9 @@ class _Functional:
         shape = shape_of(root)
         at, codes = self._numbers(root, views), torch.full((math.prod(shape),), -1)
         codes[at.reshape(-1)] = torch.arange(at.numel())
-        held = self._graph.placeholder(f"places_{len(self._constants)}")
-        held.meta["val"] = self._constants[held] = codes.reshape(shape)
-        whole = self._graph.call_function(put, (self._now[root], result, held))
+        places = self._graph.placeholder(f"places_{len(self._constants)}")
+        places.meta["val"] = self._constants[places] = codes.reshape(shape)
+        whole = self._graph.call_function(put, (self._now[root], result, places))
         whole.meta = {**node.meta, "val": root.meta["val"]}
         return whole
 
@@ -242,8 +242,8 @@ def _name(node: fx.Node) -> str:
 def _out_of_place(node: fx.Node) -> Any:
     """The same operation that gives a new value: `aten.add` for `aten.add_`; None where torch has none."""
     packet, _, overload = op_name(node).removeprefix("aten.").partition(".")
-    found = getattr(getattr(torch.ops.aten, packet.removesuffix("_"), None), overload, None) if packet.endswith("_") else None
-    return None if found is None or found._schema.is_mutable else found
+    functional = getattr(getattr(torch.ops.aten, packet.removesuffix("_"), None), overload, None) if packet.endswith("_") else None
+    return None if functional is None or functional._schema.is_mutable else functional
 
 
 def _changes_type(node: fx.Node) -> bool:
@@ -281,11 +281,11 @@ def _memory(nodes: Sequence[fx.Node]) -> tuple[dict[fx.Node, set[int]], dict[fx.
     maybe: dict[fx.Node, set[int]] = {}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         for node in nodes:
-            schema, held, shared = _schema(node), node.meta.get("val"), list[fx.Node]()
+            schema, value, shared = _schema(node), node.meta.get("val"), list[fx.Node]()
             if schema is not None or node.target is operator.getitem:
                 values[node] = node.target(*map_arg(node.args, values.get), **map_arg(node.kwargs, values.get))  # type: ignore[operator,arg-type]
             else:
-                values[node] = torch.empty_like(held) if isinstance(held, Tensor) else held
+                values[node] = torch.empty_like(value) if isinstance(value, Tensor) else value
             if schema is not None and any(r.alias_info is not None for r in schema.returns):
                 shared = list(_marked(node, written=False))
             elif schema is None and node.op == "call_function":  # a part of the graph may give back anything that it was given

@@ -108,7 +108,7 @@ def stretches(network: Network, actions: Sequence[LinearAction | None]) -> list[
     users = network.users()
     apart = [any(i in network.steps[u].sources and root[u] != root[i] for u in users[i]) for i in range(len(root))]
     ends = [i for i, r in enumerate(root) if r != i and (i in network.outputs or apart[i])]
-    return [found for i in ends if (found := _between(network, root[i], i))]
+    return [stretch for i in ends if (stretch := _between(network, root[i], i))]
 
 
 def _between(network: Network, first: int, last: int) -> list[Stretch]:
@@ -141,10 +141,10 @@ def linear_stretches(network: Network, constants: Sequence[Bound], rtol: float, 
     From each end the longest stretch that can be paid for is taken, then the longest one before it.
     """
     actions = [
-        _action(step, [network.steps[s].shape for s in step.sources], float(own.upper)) if step.sources else None
-        for step, own in zip(network.steps, constants, strict=True)
+        _action(step, [network.steps[s].shape for s in step.sources], float(constant.upper)) if step.sources else None
+        for step, constant in zip(network.steps, constants, strict=True)
     ]
-    found: dict[int, list[Shortcut]] = {}
+    by_start: dict[int, list[Shortcut]] = {}
     left, effort = TOTAL, effort or Effort()
     ends = [parts for parts in stretches(network, actions) if _gains(network, _joined(parts))]
     for k in effort.shown("linear stretches", [network.steps[parts[-1].last].name for parts in ends]):
@@ -158,9 +158,9 @@ def linear_stretches(network: Network, constants: Sequence[Bound], rtol: float, 
                 way = form.shortcut(rtol)
                 left -= form.spent
             if way is not None:
-                found.setdefault(parts[end - 1].last, []).append(way)
+                by_start.setdefault(parts[end - 1].last, []).append(way)
             end = start if way is not None else end - 1
-    return found
+    return by_start
 
 
 def _gains(network: Network, stretch: Stretch) -> bool:
@@ -200,12 +200,12 @@ class Matrices:
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)  # a call that vmap takes one by one
             try:
                 parts = self._parts()
-                made = self._formed(parts, size, error)
+                matrix = self._formed(parts, size, error)
             except RuntimeError:  # a call that torch can neither batch nor differentiate
                 return None
-        if made is None:
+        if matrix is None:
             return None
-        matrices, columns = made
+        matrices, columns = matrix
         lost = rd.mul_up(error, rd.sqrt_up(float(columns)))
         width = min(rtol, 1e-6) if max(min(m.shape) for m in matrices) <= SMALL else rtol
         upper = rd.add_up(max(float(b.upper) for b in certify_all([Dense(m) for m in matrices], rtol=width)), lost)
@@ -226,12 +226,12 @@ class Matrices:
             factors = coefficients(step) or [1.0] * len(step.sources)
             entries = sum(math.prod(self.network.steps[s].shape) for s in step.sources) + math.prod(step.shape) + len(users[i])
             terms = 8.0 + entries + (step.what.op.weight.numel() if isinstance(step.what, Linear) else 0)
-            own = rd.add_up(rd.mul_up(rd.gamma(terms), action.moduli), action.error)
+            rounding = rd.add_up(rd.mul_up(rd.gamma(terms), action.moduli), action.error)
             upper = float(self.constants[i].upper)
             norm = rd.add_up(*(rd.mul_up(c, norms[s]) for c, s in zip(factors, step.sources, strict=True)))
             before = rd.add_up(*(rd.mul_up(c, errors[s]) for c, s in zip(factors, step.sources, strict=True)))
-            norms[i] = rd.mul_up(rd.add_up(upper, own), norm)
-            errors[i] = rd.add_up(rd.mul_up(upper, before), rd.mul_up(own, norm), rd.mul_up(terms * entries, rd.TINY))
+            norms[i] = rd.mul_up(rd.add_up(upper, rounding), norm)
+            errors[i] = rd.add_up(rd.mul_up(upper, before), rd.mul_up(rounding, norm), rd.mul_up(terms * entries, rd.TINY))
         return norms[self.stretch.last], errors[self.stretch.last]
 
     def _apply(self, x: Tensor) -> Tensor:
@@ -296,13 +296,13 @@ class Matrices:
         images = self._pushed(self._adjoint, vectors) if adjoint else self._pushed(self._apply, vectors.reshape(pushed, *shape))
         if not bool(images.isfinite().all()):
             return None
-        found: list[Tensor] = []
+        distinct: list[Tensor] = []
         for k, at in enumerate(places):
             matrix = images[: len(at), (target == k).nonzero()[:, 0]]
-            if matrix.numel() and not any(torch.equal(matrix, one) for one in found):
-                found.append(matrix)
-        self.spent += float(pushed) ** 2 * other * len(found)
-        return (found, pushed) if found and self.spent <= PUSHES + PROOF else None
+            if matrix.numel() and not any(torch.equal(matrix, known) for known in distinct):
+                distinct.append(matrix)
+        self.spent += float(pushed) ** 2 * other * len(distinct)
+        return (distinct, pushed) if distinct and self.spent <= PUSHES + PROOF else None
 
     def _is_adjoint(self, size: float, error: float) -> bool:
         """Whether torch's derivative is the adjoint of the map, up to rounding: `y.A x = A* y.x` for random x and y."""

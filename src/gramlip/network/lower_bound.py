@@ -97,7 +97,7 @@ def _moved(value: Any, signs: torch.Generator | None) -> Any:
 
 
 def noise(run: Function, x: Tensor, value: Tensor, signs: torch.Generator, weights: Weights) -> float:
-    """What the rounding of the forward pass and of its weights may have done to the result, measured: docs/network.md#lower-side."""
+    """The measured effect of the rounding of the forward pass and of its weights on the result: docs/network.md#lower-side."""
     errors = {n: torch.where(torch.rand(e.shape, generator=signs) < 0.5, -e, e) for n, (_, e) in weights.items()}
     moves: list[float] = []
     for way in (-1, 1):
@@ -107,7 +107,7 @@ def noise(run: Function, x: Tensor, value: Tensor, signs: torch.Generator, weigh
 
 
 def sway(run: Function, x: Tensor, along: Tensor, weights: Weights) -> float:
-    """What the errors of computed weights move the result by along a direction, to first order, all of them at their worst."""
+    """The largest change, to first order, of the result along a direction by the errors of computed weights."""
     if not weights:
         return 0.0
     given = {n: value.clone().requires_grad_() for n, (value, _) in weights.items()}
@@ -127,12 +127,12 @@ def quotient(run: Function, x: Tensor, y: Tensor, signs: torch.Generator, weight
     an adjacent piece at a kink can make it too large.
     """
     with torch.no_grad():
-        here, there = run(x), run(y)
-        gap, far = float(torch.linalg.vector_norm(y - x)), float(torch.linalg.vector_norm(there - here))
+        at_x, at_y = run(x), run(y)
+        gap, far = float(torch.linalg.vector_norm(y - x)), float(torch.linalg.vector_norm(at_y - at_x))
         if not 0 < gap < math.inf or not 0 < far < math.inf:
             return 0.0
-        room = noise(run, x, here, signs, weights) + noise(run, y, there, signs, weights)
-    room += sum(sway(run, point, (there - here) / far, weights) for point in (x, y))
+        room = noise(run, x, at_x, signs, weights) + noise(run, y, at_y, signs, weights)
+    room += sum(sway(run, point, (at_y - at_x) / far, weights) for point in (x, y))
     return max(0.0, rd.down((far - room) / gap * (1 - MARGIN)))
 
 
@@ -300,12 +300,12 @@ class Search:
         amount = max(1.0, self.effort.amount)
         rounds = BUDGET * amount / (PASSES * max(1, operations(ascent.run, starts[0][0].to(ascent.wide))))
         starts = starts[: max(1, int(min(rounds, 1e6) / 2))]
-        found: list[Pair] = []
+        pairs: list[Pair] = []
         for i in self.effort.shown("lower side", [f"start {n}" for n in range(len(starts))]):
-            if not found or not self.effort.over:
+            if not pairs or not self.effort.over:
                 x, v = starts[i]
-                found.append(ascent.round(ascent.points.inside(x), v))
-        return ascent.on(max(found, key=lambda p: p.value), int(min(ROUNDS * amount, max(1.0, rounds / 2))), self.effort)
+                pairs.append(ascent.round(ascent.points.inside(x), v))
+        return ascent.on(max(pairs, key=lambda p: p.value), int(min(ROUNDS * amount, max(1.0, rounds / 2))), self.effort)
 
     def _ascent(self, shapes: Sequence[Shape], wide: torch.dtype, points: Points) -> Ascent:
         run = self.build(shapes, wide)
@@ -325,13 +325,13 @@ class Search:
         sides = (*shape[:2], *(s.stop - s.start for s in part[2:]))
         inner = self._ascent([sides], ascent.wide, self.points.cut(part))
         try:
-            found = self._from(inner, [(cut(x), cut(v)) for x, v in self.starts])
+            pairs = self._from(inner, [(cut(x), cut(v)) for x, v in self.starts])
         except (RuntimeError, IndexError, ValueError, TypeError):  # what torch raises where sizes do not fit: the whole input then
             return None
         x = self.points.inside(self.starts[0][0].to(ascent.wide)).clone()
-        x.reshape(shape)[part] = found.x.reshape(sides)
+        x.reshape(shape)[part] = pairs.x.reshape(sides)
         move = torch.zeros_like(x)
-        move.reshape(shape)[part] = (found.y - found.x).reshape(sides)
+        move.reshape(shape)[part] = (pairs.y - pairs.x).reshape(sides)
         with torch.no_grad():
             pair = ascent.tried(x, ascent.run(x), move, 0.0)[0]
         return pair if pair.value > 0 else None

@@ -62,7 +62,7 @@ def capped(network: Network) -> Network:
 
 
 def range_of(step: Step, sources: Sequence[Range], shapes: Sequence[Shape]) -> Range:
-    """What is known of a step's value from its sources' ranges and shapes."""
+    """The range of a step's value, from the ranges and shapes of its sources."""
     low, high, row = _range(step, sources, shapes)
     ways = _row_layout(step.what, sources, row), _of_entries(max(abs(low), abs(high)), step.shape)
     row, column = (min(lines) for lines in zip(*ways, strict=True))

@@ -1,4 +1,4 @@
-"""How far what float64 computes from weights may be from the real numbers, entry by entry. docs/rounding.md#r10-computed-weights.
+"""Bounds of the rounding errors of weights that float64 computes from other weights, entry by entry. docs/rounding.md#r10-computed-weights.
 
 One function for each kind of operation, from bounds of the arguments' errors to one of the result's. A tensor of errors
 is zero where the entry is exact, and infinite where nothing is known.
@@ -49,12 +49,12 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _zero(x: Tensor) -> Tensor:
-    """Where x is zero, not a denormal number that a thread reads as zero."""
+    """Mask of the zeros of x; a denormal number, which a thread may read as zero, is not one."""
     return _bits(x) == 0
 
 
 def _power(x: Tensor) -> Tensor:
-    """Where x is a power of two, up to its sign."""
+    """Mask of the entries of x that are a power of two, up to the sign."""
     return (_bits(x) & ((1 << 52) - 1) == 0) & x.isfinite() & (x != 0)
 
 
@@ -191,7 +191,7 @@ def _product(of: Callable[[Tensor, Tensor], Tensor], length: int | None = None) 
 
 
 def _moved(m: Made) -> Tensor:
-    """What is 1-Lipschitz in each argument and rounds nothing: the largest of the errors."""
+    """For operations that are 1-Lipschitz in each argument and round nothing: the largest of the errors."""
     error = torch.zeros_like(m.result)
     for other in m.errors.values():
         if isinstance(other, Tensor):
@@ -280,14 +280,14 @@ def running_error(
         return None, True
     if name in _COPIES and real:
         return evaluate(node, lambda n: errors[n] if n in errors else _nothing(resolve(n))), True
-    rule, found = _BOUNDS.get(name), None
+    rule, bound = _BOUNDS.get(name), None
     if rule is not None and real and isinstance(result, Tensor):
-        found = rule(Made(name, arguments(node, resolve), arguments(node, errors.get), result))
-    if found is None:
+        bound = rule(Made(name, arguments(node, resolve), arguments(node, errors.get), result))
+    if bound is None:
         schema = getattr(node.target, "_schema", None)
         view = schema is not None and any(r.alias_info is not None for r in schema.returns)
         return None, not inexact and (view or not any(t.is_floating_point() or t.is_complex() for t in made))
-    return found.reshape(result.shape) if found.numel() == result.numel() else found.broadcast_to(result.shape), True
+    return bound.reshape(result.shape) if bound.numel() == result.numel() else bound.broadcast_to(result.shape), True
 
 
 def _nothing(value: Any) -> Any:

@@ -61,7 +61,7 @@ class Pad:
     value: float = 0.0
 
     def repeats(self, shape: Shape) -> int:
-        """How often an entry of a value of `shape` occurs in the padded one, at most; the norm of the padding is the root."""
+        """The largest number of copies of one entry of a value of `shape` in the padded one; the norm of the padding is its root."""
         return math.prod(_repeats(n, pair, self.mode) for n, pair in zip(shape[2:], self.pairs, strict=True))
 
 
@@ -135,7 +135,7 @@ class Linear:
         return _known(op, error, *self._image(padded, 0.0))
 
     def _image(self, given: Tensor, stray: float) -> tuple[Tensor, float]:
-        """What becomes of a constant that is known up to `stray` in each entry, and how far an entry of that may be off."""
+        """The image of a constant that is known up to `stray` in each entry, and the error of its entries."""
         count, own = terms(self.op) + 8.0, torch.as_tensor(self.bias, dtype=torch.float64)
         moduli = replace(self.op, weight=to_float64(self.op.weight).abs())
         size = float(apply(moduli, given.abs()).max()) + float(own.abs().max())
@@ -171,7 +171,7 @@ def _underflow(op: Op, roundings: float) -> float:
 
 
 class OnInterval(NamedTuple):
-    """What an entrywise function does on an interval of each entry: all its slopes are in [low, high], all its values in [least, most]."""
+    """An entrywise function on an interval of each entry: all its slopes are in [low, high], all its values in [least, most]."""
 
     low: Tensor
     high: Tensor
@@ -349,7 +349,7 @@ What = Input | Linear | Pad | Slope | Lipschitz | View | Sum | Join | Slice | Pr
 
 @dataclass(frozen=True, eq=False)
 class Shortcut:
-    """What is known of a value v beside its step, and why: `|d v|^2 <= sum_k (factors[k] |d s_k|)^2` for earlier values s_k."""
+    """A known bound of a value v beside its step, and the reason: `|d v|^2 <= sum_k (factors[k] |d s_k|)^2` for earlier values s_k."""
 
     factors: tuple[float, ...]
     sources: tuple[int, ...]

@@ -62,11 +62,11 @@ class Norms(nn.Module):
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         with in_eval_mode(model):  # reading a normalised weight moves nothing
             self._layers = tuple(layers(model, example, where))
-            found = [(path, module, operator(module, "weight", size)) for path, module, size in self._layers]
+            operators = [(path, module, operator(module, "weight", size)) for path, module, size in self._layers]
             if shared:
-                found = [found[i] for i in distributed.share([distributed.cost(op) for *_, op in found])]
+                operators = [operators[i] for i in distributed.share([distributed.cost(op) for *_, op in operators])]
             alike: dict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)
-            for path, module, op in found:
+            for path, module, op in operators:
                 real(op, type(self).__name__)
                 if weight_of(module).is_meta:
                     msg = (
@@ -76,7 +76,7 @@ class Norms(nn.Module):
                 weight = op.weight
                 alike[NormGeometry.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
             self.trackers = nn.ModuleList(
-                Tracker(plan, [weight_of(module) for _, module in group], steps, peaks) for (plan, *_), group in alike.items()
+                Tracker(geometry, [weight_of(module) for _, module in group], steps, peaks) for (geometry, *_), group in alike.items()
             )
         self._paths = [path for group in alike.values() for path, _ in group]
         self._tracked = tuple(module for group in alike.values() for _, module in group)
@@ -86,8 +86,8 @@ class Norms(nn.Module):
         call, first, values = int(self.calls), 0, []
         due = self._due(call)
         for tracker, weights in self.tracked():
-            own = [i - first for i in due if first <= i < first + len(tracker)]
-            values += tracker.last() if not own and self._rests(tracker, call + first) else tracker(weights, own)
+            tracked = [i - first for i in due if first <= i < first + len(tracker)]
+            values += tracker.last() if not tracked and self._rests(tracker, call + first) else tracker(weights, tracked)
             first += len(tracker)
         plainly(self._count, self.calls)
         return dict(zip(self._paths, values, strict=True))
@@ -99,9 +99,9 @@ class Norms(nn.Module):
             yield tracker, [weight_of(module) for module in islice(modules, len(tracker))]
 
     @property
-    def plans(self) -> list[NormGeometry]:
+    def geometries(self) -> list[NormGeometry]:
         """The geometry of each layer, in the order of `sigmas`."""
-        return [tracker.plan for tracker in cast("list[Tracker]", list(self.trackers)) for _ in range(len(tracker))]
+        return [tracker.geometry for tracker in cast("list[Tracker]", list(self.trackers)) for _ in range(len(tracker))]
 
     def _rests(self, tracker: Tracker, turn: int) -> bool:
         """Whether this call may reuse the last estimates; asked only if it searches none of these layers."""
@@ -122,8 +122,8 @@ class Norms(nn.Module):
         """Return {path: certified interval} by `gramlip.bound`, for the input sizes of the example; ranks share the work."""
         sized: list[tuple[nn.Module, Ints | None]] = [(module, size) for _, module, size in self._layers]
         with in_eval_mode(nn.ModuleList(module for _, module, _ in self._layers)):
-            found = distributed.bounds(sized, rtol=rtol)
-        return {path: b for (path, *_), b in zip(self._layers, found, strict=True)}
+            bounds = distributed.bounds(sized, rtol=rtol)
+        return {path: b for (path, *_), b in zip(self._layers, bounds, strict=True)}
 
 
 # ---- monitor -------------------------------------------------------------------------------------------------------------
@@ -182,14 +182,14 @@ class Monitor(Norms):
         with evaluating(nn.ModuleList(self._tracked)):  # reading a normalised weight moves nothing
             sigmas = torch.stack([sigma.to(torch.float64) for sigma in self.sigmas().values()])
             sizes = [_size(weight_of(module).detach(), sigma) for module, sigma in zip(self._tracked, sigmas.tolist(), strict=True)]
-        attained = [plan.attained for plan in self.plans]
+        attained = [geometry.attained for geometry in self.geometries]
         ranks = (torch.stack(sizes) / sigmas * sigmas.new_tensor(attained)).square()  # a ratio of zeros is no number
-        both = zip(self._paths, *torch.stack([sigmas, ranks]).tolist(), strict=True)
-        found = {path: {"sigma": sigma, "stable_rank": rank} for path, sigma, rank in both}
+        readings = zip(self._paths, *torch.stack([sigmas, ranks]).tolist(), strict=True)
+        norms = {path: {"sigma": sigma, "stable_rank": rank} for path, sigma, rank in readings}
         if self.certify_every is not None and int(self.calls) % self.certify_every == 0:
             for path, interval in self.certify().items():
-                found[path] |= {"lower": float(interval.lower), "upper": float(interval.upper)}
-        return found
+                norms[path] |= {"lower": float(interval.lower), "upper": float(interval.upper)}
+        return norms
 
     def log(self, *writers: Any, step: int) -> dict[str, float]:
         """Read the norms once, write them as scalars `sigma/PATH` and `stable_rank/PATH`, and return them.
@@ -202,10 +202,10 @@ class Monitor(Norms):
             InputError: a writer of another kind.
         """
         ways = [_way(writer) for writer in writers]
-        found = {f"{name}/{path}".rstrip("/"): value for path, numbers in self().items() for name, value in numbers.items()}
+        logged = {f"{name}/{path}".rstrip("/"): value for path, numbers in self().items() for name, value in numbers.items()}
         for write in ways:
-            write(found, step)
-        return found
+            write(logged, step)
+        return logged
 
 
 def _size(weight: Tensor, sigma: float) -> Tensor:
@@ -329,10 +329,10 @@ def _trainer_monitor() -> type:
     return _public(TrainerMonitor)
 
 
-def _public(made: type) -> type:
+def _public(class_: type) -> type:
     """The class under its public name, by which pickle finds it again."""
-    made.__module__, made.__qualname__ = __name__, made.__name__
-    return made
+    class_.__module__, class_.__qualname__ = __name__, class_.__name__
+    return class_
 
 
 CALLBACKS: dict[str, Callable[[], type]] = {"LightningMonitor": _lightning_monitor, "TrainerMonitor": _trainer_monitor}

@@ -138,8 +138,8 @@ def max_gram_bound(blocks: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
     keep = torch.arange(blocks.shape[0], device=blocks.device)
     floor = power(blocks, POWER_STEPS)[0].amax() * (1 - 1e-5)
     for steps in (0, *(t for t in (1, 3) if t < n_iter), n_iter):
-        some = blocks[keep] if len(keep) < len(blocks) else blocks
-        value = gram_norm(some, steps) if steps else norm(some, 2)
+        candidates = blocks[keep] if len(keep) < len(blocks) else blocks
+        value = gram_norm(candidates, steps) if steps else norm(candidates, 2)
         # keep NaN, so that it is seen, and the largest block, which rounding may have put below an estimate
         alive = ~(value < torch.minimum(floor, value.amax()))
         keep, value = keep[alive], value[alive]
@@ -179,13 +179,13 @@ def slope(weight: Tensor, index: Tensor, groups: int, strides: Sequence[int], gr
         _, pull = cast("Any", torch.func.vjp)(
             lambda w: gram_norm(block_at(kernel(w, groups, strides), index, grid), n_iter), in_norm_precision(weight)
         )
-        (found,) = pull(torch.ones((), dtype=real_dtype(in_norm_precision(weight)), device=weight.device))
-    return found.to(weight.dtype).contiguous()
+        (gradient,) = pull(torch.ones((), dtype=real_dtype(in_norm_precision(weight)), device=weight.device))
+    return gradient.to(weight.dtype).contiguous()
 
 
 @torch.library.custom_op("gramlip::largest_block_slope", mutates_args=())
 def _slope(weight: Tensor, index: Tensor, groups: int, strides: list[int], grid: list[int], n_iter: int) -> Tensor:
-    """The same as one operation."""
+    """`slope` as one operation."""
     return slope(weight, index, groups, strides, grid, n_iter)
 
 
@@ -257,5 +257,5 @@ class _Sigma(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
         weights, *geometry = inputs
-        found = [_Sigma.apply(weight, *geometry) for weight in weights.unbind(in_dims[0] or 0)]
-        return tuple(torch.stack(part) for part in zip(*found, strict=True)), (0, 0)
+        each = [_Sigma.apply(weight, *geometry) for weight in weights.unbind(in_dims[0] or 0)]
+        return tuple(torch.stack(part) for part in zip(*each, strict=True)), (0, 0)

@@ -34,30 +34,30 @@ PEAKS = 4  # tracked frequencies: more of them cost little, since they share eac
 class SpectralRescaling(Normalised):
     """`weight -> weight * d`, one d for each input channel and phase of the stride; the layer's norm is then at most `target`."""
 
-    def __init__(self, plan: NormGeometry, input_size: Ints | None, target: float, n_iter: int) -> None:
+    def __init__(self, geometry: NormGeometry, input_size: Ints | None, target: float, n_iter: int) -> None:
         super().__init__(input_size, target)
-        self.plan, self.n_iter = plan, n_iter
+        self.geometry, self.n_iter = geometry, n_iter
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rescaled weight, of the same shape and dtype; sums are computed in float64."""
         with without_autocast(weight):
             peak = weight.detach().abs().amax()
             scaled = weight.to(torch.float64) / torch.where(peak == 0, 1.0, peak).to(torch.float64)
-            diagonal = rescaling(self.plan.kernel(scaled), self.n_iter) * (self.target / math.sqrt(self.plan.square))
+            diagonal = rescaling(self.geometry.kernel(scaled), self.n_iter) * (self.target / math.sqrt(self.geometry.square))
             return (scaled * self._spread(diagonal, weight)).to(weight.dtype)
 
     def _spread(self, diagonal: Tensor, weight: Tensor) -> Tensor:
         """The diagonal (groups, columns of the polyphase kernel) at each entry of the weight."""
-        groups, size = self.plan.groups, weight.shape
-        phases = [min(s, k) for s, k in zip(self.plan.strides, size[2:], strict=True)]
+        groups, size = self.geometry.groups, weight.shape
+        phases = [min(s, k) for s, k in zip(self.geometry.strides, size[2:], strict=True)]
         out = diagonal.reshape(groups, 1, size[1], *phases).expand(-1, size[0] // groups, *(-1,) * (1 + len(phases)))
-        for axis, (s, k) in enumerate(zip(self.plan.strides, size[2:], strict=True)):
+        for axis, (s, k) in enumerate(zip(self.geometry.strides, size[2:], strict=True)):
             out = out.index_select(3 + axis, torch.arange(k, device=weight.device) % s)
         return out.reshape(size)
 
     def extra_repr(self) -> str:
         """The options, and the theorem behind the bound."""
-        return f"target={self.target}, n_iter={self.n_iter}, because={self.plan.because!r}"
+        return f"target={self.target}, n_iter={self.n_iter}, because={self.geometry.because!r}"
 
 
 def rescaling(kernel: Tensor, n_iter: int) -> Tensor:
@@ -127,8 +127,8 @@ def spectral_rescaling(module: M, name: str = "weight", *, input_size: Ints | No
     check_integers(1, n_iter=n_iter)
     op = operator(module, name, input_size)
     real(op, "spectral_rescaling")
-    plan = NormGeometry.of(op)
-    attach(module, name, SpectralRescaling(plan, input_size, positive("target", target), n_iter))
+    geometry = NormGeometry.of(op)
+    attach(module, name, SpectralRescaling(geometry, input_size, positive("target", target), n_iter))
     return module
 
 
@@ -216,9 +216,9 @@ def _(module: Residual, input_size: Ints | None = None) -> Bound:
 # `spectral_norm`: the parametrization of torch, correct for convolutions; tracked, or stateless and exact.
 
 
-def _forget(state_dict: dict[str, Any], prefix: str, own: frozenset[str]) -> None:
+def _forget(state_dict: dict[str, Any], prefix: str, names: frozenset[str]) -> None:
     """Drop the buffers that other forms of `spectral_norm` (torch's too) store beside a weight: their state_dict can then be loaded."""
-    theirs = {"_u", "_v", "calls", *(f"tracker.{name}" for name in ("frequency", "vector", "height"))} - own
+    theirs = {"_u", "_v", "calls", *(f"tracker.{name}" for name in ("frequency", "vector", "height"))} - names
     for name in theirs:
         state_dict.pop(prefix + name, None)
 
@@ -234,11 +234,11 @@ class TrackedSpectralNorm(Normalised):
     calls: Tensor
 
     def __init__(
-        self, plan: NormGeometry, weight: Tensor, input_size: Ints | None, target: float, soft: bool, margin: float, every: int
+        self, geometry: NormGeometry, weight: Tensor, input_size: Ints | None, target: float, soft: bool, margin: float, every: int
     ) -> None:
         super().__init__(input_size, target)
         self.soft, self.margin, self.every = soft, margin, every
-        self.tracker = Tracker(plan, [weight], 1, PEAKS)
+        self.tracker = Tracker(geometry, [weight], 1, PEAKS)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self._at = 0  # the same number on the host: reading it from a GPU would make the call wait
         if not weight.is_meta:
@@ -246,7 +246,7 @@ class TrackedSpectralNorm(Normalised):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The normalised weight, of the same shape and dtype; the norm is estimated in float32 at least, whatever autocast says."""
-        goal = self.target * (1.0 - self.margin) / math.sqrt(self.tracker.plan.square)
+        goal = self.target * (1.0 - self.margin) / math.sqrt(self.tracker.geometry.square)
         most = 1.0 if self.soft else torch.finfo(self.tracker.height.dtype).max  # weights of denormals alone stay finite
         return self.tracker.divided(weight, goal, most, self._due(), still=not self.training)
 
@@ -271,9 +271,9 @@ class TrackedSpectralNorm(Normalised):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Load the weight from a state of torch's `spectral_norm`, or of the stateless form; the next call searches."""
         _forget(state_dict, prefix, frozenset(self.state_dict()))
-        held = {f"{prefix}calls": self.calls} | {f"{prefix}tracker.{name}": value for name, value in self.tracker.state_dict().items()}
-        if not any(name in state_dict for name in held):
-            state_dict.update(held)
+        expected = {f"{prefix}calls": self.calls} | {f"{prefix}tracker.{name}": value for name, value in self.tracker.state_dict().items()}
+        if not any(name in state_dict for name in expected):
+            state_dict.update(expected)
             self.calls.zero_()
             self.tracker.height.zero_()  # an estimate of zero makes the next call search
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -281,15 +281,17 @@ class TrackedSpectralNorm(Normalised):
 
     def extra_repr(self) -> str:
         """The options, and the theorem behind the bound."""
-        return f"target={self.target}, soft={self.soft}, margin={self.margin}, every={self.every}, because={self.tracker.plan.because!r}"
+        return (
+            f"target={self.target}, soft={self.soft}, margin={self.margin}, every={self.every}, because={self.tracker.geometry.because!r}"
+        )
 
 
 class SpectralNorm(Normalised):
     """`weight -> weight * target / sigma(weight)`, with sigma the Gram upper bound of the layer's norm; zero stays zero."""
 
-    def __init__(self, plan: NormGeometry, input_size: Ints | None, target: float, soft: bool, n_iter: int) -> None:
+    def __init__(self, geometry: NormGeometry, input_size: Ints | None, target: float, soft: bool, n_iter: int) -> None:
         super().__init__(input_size, target)
-        self.plan, self.soft, self.n_iter = plan, soft, n_iter
+        self.geometry, self.soft, self.n_iter = geometry, soft, n_iter
 
     def forward(self, weight: Tensor) -> Tensor:
         """The normalised weight, of the same shape and dtype; the norm is computed in float32 at least, whatever autocast says."""
@@ -298,7 +300,7 @@ class SpectralNorm(Normalised):
             peak = weight.detach().abs().amax()
             peak = torch.where(peak == 0, 1.0, peak).to(real_dtype(weight))
             shape = weight / peak  # in float32 at least
-            sigma = self.plan.sigma(shape, self.n_iter)
+            sigma = self.geometry.sigma(shape, self.n_iter)
             scale = self.target / torch.where(sigma == 0, 1.0, sigma)  # NaN stays NaN, so that it is seen
             return (shape * (torch.minimum(scale, peak) if self.soft else scale)).to(weight.dtype)
 
@@ -309,7 +311,7 @@ class SpectralNorm(Normalised):
 
     def extra_repr(self) -> str:
         """The options, and the theorem behind the bound."""
-        return f"target={self.target}, soft={self.soft}, n_iter={self.n_iter}, because={self.plan.because!r}"
+        return f"target={self.target}, soft={self.soft}, n_iter={self.n_iter}, because={self.geometry.because!r}"
 
 
 def spectral_norm(
@@ -383,8 +385,8 @@ def spectral_norm(
     if exact or op.weight.is_complex():  # tracking follows vectors of real kernels only
         attach(module, name, SpectralNorm(NormGeometry.of(op, torus), input_size, goal, soft, n_iter))
         return module
-    plan = NormGeometry.of(op, max(4, torus // 2))
-    attach(module, name, TrackedSpectralNorm(plan, getattr(unwrapped(module), name), input_size, goal, soft, margin, every))
+    geometry = NormGeometry.of(op, max(4, torus // 2))
+    attach(module, name, TrackedSpectralNorm(geometry, getattr(unwrapped(module), name), input_size, goal, soft, margin, every))
     return module
 
 

@@ -73,7 +73,7 @@ def layers(model: nn.Module, example: Any, where: Where | None, stacklevel: int 
             raise InputError(msg)
         with evaluating(model):
             model(*args)
-    found = {
+    shared = {
         path: module
         for path, module in model.named_modules()
         if describe.dispatch(type(module)) is not describe.dispatch(object)
@@ -81,23 +81,23 @@ def layers(model: nn.Module, example: Any, where: Where | None, stacklevel: int 
         and module.weight.ndim >= 2  # type: ignore[union-attr,operator]
         and (where is None or where(path, module))
     }
-    if not found:
+    if not shared:
         msg = f"{type(model).__name__} has no layer to bound; expected at least one linear or convolution layer"
         raise InputError(msg)
-    if where is None and (left := _left_out(model, list(found.values()))):
+    if where is None and (left := _left_out(model, list(shared.values()))):
         msg = (
             f"{', '.join(left)}: no linear or convolution layer, so not among the layers; for a matrix type "
             "gramlip.nn.spectral_norm(module, name), or where=lambda path, module: True to leave them out knowingly"
         )
         warnings.warn(msg, stacklevel=stacklevel)  # points at the line of the user's code that passes the model
     if example is None:
-        return [(path, module, None) for path, module in found.items()]
-    sizes: dict[str, set[tuple[int, ...]]] = {path: set() for path in found}
+        return [(path, module, None) for path, module in shared.items()]
+    sizes: dict[str, set[tuple[int, ...]]] = {path: set() for path in shared}
 
     def note(path: str, axes: int) -> Callable[..., None]:
         return lambda _, given, named: sizes[path].add(tuple((given or tuple(named.values()))[0].shape[-axes:]) if axes else ())
 
-    hooks = [(m, note(path, m.weight.ndim - 2)) for path, m in found.items()]  # type: ignore[operator,union-attr]
+    hooks = [(m, note(path, m.weight.ndim - 2)) for path, m in shared.items()]  # type: ignore[operator,union-attr]
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
     try:
         with evaluating(model):
@@ -105,13 +105,13 @@ def layers(model: nn.Module, example: Any, where: Where | None, stacklevel: int 
     finally:
         for handle in handles:
             handle.remove()
-    return [(path, m, next(iter(sizes[path])) or None if len(sizes[path]) == 1 else None) for path, m in found.items()]
+    return [(path, m, next(iter(sizes[path])) or None if len(sizes[path]) == 1 else None) for path, m in shared.items()]
 
 
-def _left_out(model: nn.Module, found: list[nn.Module]) -> list[str]:
+def _left_out(model: nn.Module, modules: list[nn.Module]) -> list[str]:
     """Names of the parameters of two or more axes that belong to none of the layers."""
-    taken = {id(p) for module in found for p in module.parameters()}
-    return [name for name, p in model.named_parameters() if id(p) not in taken and p.ndim >= 2]
+    covered = {id(p) for module in modules for p in module.parameters()}
+    return [name for name, p in model.named_parameters() if id(p) not in covered and p.ndim >= 2]
 
 
 # ---- parametrizations ----------------------------------------------------------------------------------------------------
@@ -180,8 +180,8 @@ def _zeros(weight: Tensor) -> Tensor:
 def _shaped(module: nn.Module) -> nn.Module:
     """A copy of a module on the meta device that holds zeros."""
     twin = object.__new__(type(module))
-    held = {name: p if p is None else _zeros(p) for name, p in vars(module)["_parameters"].items()}
-    vars(twin).update(vars(module), _parameters=held)
+    parameters = {name: p if p is None else _zeros(p) for name, p in vars(module)["_parameters"].items()}
+    vars(twin).update(vars(module), _parameters=parameters)
     return twin
 
 
@@ -224,8 +224,8 @@ def _teach(kind: type[nn.Module]) -> None:
 def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Copy the module with its own class, so that removing the parametrization of one leaves the other unchanged."""
     kind = type(module)
-    own = type(kind.__name__, kind.__bases__, {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")})
-    memo[id(module)] = twin = own.__new__(own)
+    class_ = type(kind.__name__, kind.__bases__, {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")})
+    memo[id(module)] = twin = class_.__new__(class_)
     twin.__dict__ = copy.deepcopy(module.__dict__, memo)
     return twin
 
@@ -281,11 +281,11 @@ def remove(model: nn.Module, rtol: float = 1e-3) -> nn.Module:
     True
     """
     check_rtol(rtol)
-    found = list(normalised(model))
-    if not found:
+    layers = list(normalised(model))
+    if not layers:
         msg = f"{type(model).__name__} holds no parametrization of gramlip; expected one: type gramlip.nn.spectral_norm(module) first"
         raise InputError(msg)
-    for (_, module, name, _), (weight, own) in zip(found, _baked(model, found, rtol), strict=True):
+    for (_, module, name, _), (weight, own) in zip(layers, _baked(model, layers, rtol), strict=True):
         if own is not None:
             module.parametrizations[name].original = own  # type: ignore[union-attr,index]
         parametrize.remove_parametrizations(module, name, leave_parametrized=True)
@@ -293,14 +293,14 @@ def remove(model: nn.Module, rtol: float = 1e-3) -> nn.Module:
     return model
 
 
-def _baked(model: nn.Module, found: list[tuple[str, nn.Module, str, Normalised]], rtol: float) -> list[tuple[Tensor, nn.Parameter | None]]:
+def _baked(model: nn.Module, layers: list[tuple[str, nn.Module, str, Normalised]], rtol: float) -> list[tuple[Tensor, nn.Parameter | None]]:
     """The certified weights; the model is not changed yet. A stored weight that is used elsewhere gets a new parameter here.
 
     Layers that share a stored weight and compute the same value from it get one common weight.
     """
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     groups: list[tuple[Any, Tensor, list[int]]] = []
-    for i, (path, module, name, _) in enumerate(found):
+    for i, (path, module, name, _) in enumerate(layers):
         original, value = getattr(module.parametrizations[name], "original", None), getattr(module, name).detach()  # type: ignore[union-attr,index]
         if not bool(value.isfinite().all()):
             msg = f"{path or type(module).__name__}.{name} holds NaN or infinite numbers; expected finite weights: nothing was removed"
@@ -312,8 +312,8 @@ def _baked(model: nn.Module, found: list[tuple[str, nn.Module, str, Normalised]]
         members.append(i)
     baked: dict[int, tuple[Tensor, nn.Parameter | None]] = {}
     for original, value, members in groups:
-        path, module, name, _ = found[members[0]]
-        limits = [(operator(found[i][1], found[i][2], found[i][3].input_size), found[i][3].target) for i in members]
+        path, module, name, _ = layers[members[0]]
+        limits = [(operator(layers[i][1], layers[i][2], layers[i][3].input_size), layers[i][3].target) for i in members]
         try:
             weight, _ = shrunk(value, limits, rtol)
             if not bool(weight.any()) and all(bool(p.any()) for p in module.parametrizations[name].parameters()):  # type: ignore[union-attr,index]
@@ -322,9 +322,9 @@ def _baked(model: nn.Module, found: list[tuple[str, nn.Module, str, Normalised]]
         except InputError as error:
             msg = f"{path or type(module).__name__}.{name}: {error}: nothing was removed"
             raise InputError(msg) from error
-        own = nn.Parameter(original.detach().clone(), original.requires_grad) if uses[id(original)] > 1 else None
-        baked.update(dict.fromkeys(members, (weight, own)))
-    return [baked[i] for i in range(len(found))]
+        separate = nn.Parameter(original.detach().clone(), original.requires_grad) if uses[id(original)] > 1 else None
+        baked.update(dict.fromkeys(members, (weight, separate)))
+    return [baked[i] for i in range(len(layers))]
 
 
 def shrunk(value: Tensor, limits: list[tuple[Dense | Conv, float]], rtol: float) -> tuple[Tensor, float]:
@@ -347,11 +347,11 @@ def shrunk(value: Tensor, limits: list[tuple[Dense | Conv, float]], rtol: float)
     raise InputError(msg)
 
 
-def each(model: nn.Module, example: Any, where: Where | None, one: Callable[..., object]) -> None:
+def each(model: nn.Module, example: Any, where: Where | None, attach_one: Callable[..., object]) -> None:
     """Call `one(module, input_size=...)` on every layer of a model; if it fails on one layer, no layer is changed."""
     chosen = layers(model, example, where)
     for path, module, size in chosen:
         refuse_held(module, "weight", path)
         operator(module, "weight", size)
     for _, module, size in chosen:
-        one(module, input_size=size)
+        attach_one(module, input_size=size)

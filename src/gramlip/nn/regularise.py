@@ -173,26 +173,26 @@ class Cap(Norms):
         for path, module, _ in self._layers:
             _refuse(path, module)
         # a factor for what the padding does not attain: the upper bound for this padding shall come down to the target
-        self._stretch = [math.sqrt(plan.square) / plan.attained for plan in self.plans]
+        self._stretch = [math.sqrt(geometry.square) / geometry.attained for geometry in self.geometries]
 
     def _rests(self, tracker: Tracker, turn: int) -> bool:
         """Whether the layers are far below the target and not yet due."""
-        plan = tracker.plan
-        return turn % TURNS > 0 and float(tracker.last().amax()) * math.sqrt(plan.square) / plan.attained < FAR * self.target
+        geometry = tracker.geometry
+        return turn % TURNS > 0 and float(tracker.last().amax()) * math.sqrt(geometry.square) / geometry.attained < FAR * self.target
 
     @torch.no_grad()
     def forward(self, *of_a_hook: Any) -> dict[str, float]:
         """Scale layers down where needed; return {path: factor} of these layers. The arguments of an optimizer's hook are ignored."""
-        found = self.sigmas()
-        if not found:
+        sigmas = self.sigmas()
+        if not sigmas:
             return {}
-        norms = torch.stack([sigma.to(torch.float64) for sigma in found.values()]).tolist()
+        norms = torch.stack([sigma.to(torch.float64) for sigma in sigmas.values()]).tolist()
         factors = {
             path: self.target / (norm * stretch)
-            for path, norm, stretch in zip(found, norms, self._stretch, strict=True)
+            for path, norm, stretch in zip(sigmas, norms, self._stretch, strict=True)
             if norm * stretch > self.target
         }
-        modules = dict(zip(found, self._tracked, strict=True))
+        modules = dict(zip(sigmas, self._tracked, strict=True))
         least: dict[int, tuple[Tensor, float]] = {}
         for path, factor in factors.items():  # a weight that several layers share is scaled once, for all of them
             weight = weight_of(modules[path])
@@ -241,7 +241,7 @@ def cap_(
     for path, module, size in layers(model, example, where, stacklevel=3):
         _refuse(path, module)
         uses.setdefault(id(weight_of(module)), []).append((path, module, size))
-    made: list[tuple[Tensor, Tensor]] = []
+    scaled: list[tuple[Tensor, Tensor]] = []
     factors: dict[str, float] = {}
     for members in uses.values():
         path, weight = members[0][0], weight_of(members[0][1])
@@ -256,10 +256,10 @@ def cap_(
             msg = f"target={goal:.6g} is below what {weight.dtype} can hold in {path!r}: all weights would be zero; expected a wider dtype"
             raise InputError(msg)
         if factor < 1.0:
-            made.append((weight, capped))
+            scaled.append((weight, capped))
             factors |= {path: factor for path, *_ in members}
     with torch.no_grad():
-        for weight, capped in made:
+        for weight, capped in scaled:
             weight.copy_(capped)
     return factors
 

@@ -1,8 +1,8 @@
-"""Warm starts: the highest frequencies and singular vectors of layers of one shape, followed from one training step to the next.
+"""`Tracker`: the top frequencies and singular vectors of layers of one shape, followed from one training step to the next.
 
-Between two searches only `|u* D(w) v|` is maximised, in turn over u, w and v: docs/training.md#tracking. It never falls in a step
-while the weights stand still, and is a lower estimate of the supremum over all frequencies at any time. Several peaks are
-followed, since a penalty pushes the highest one down until another takes its place.
+A search looks at every frequency of a grid. Between two searches a step maximises `|u* D(w) v|` in turn over u, w and v
+(docs/training.md#tracking). While the weights stand still no step lowers this value. It is never above the supremum over all
+frequencies. Several peaks are followed, because a penalty pushes the highest peak down until another one is higher.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from gramlip.numerics.precision import norm, real_dtype, without_autocast
 
 SEARCH_STEPS = 12  # power steps per grid point in a search
 TOGETHER = 1 << 24  # entries of the waves that a search holds at a time
-JUMP = 1.25  # between two calls: an estimate that changes by more is of weights that were not reached by small steps
-Peak = tuple[Tensor, Tensor, Tensor]  # what `Tracker.follow` returns
+JUMP = 1.25  # an estimate that changed by more since the last call belongs to new weights, such as a checkpoint: search again
+Peak = tuple[Tensor, Tensor, Tensor]  # the result of `Tracker.follow`
 STRIDES = (0.0, 1.0, 4.0)  # multiples of the safe step along the gradient that are tried; 0 keeps the frequency
 
 
 class Tracker(nn.Module):
-    """Estimates of the norms of L layers whose weights have one shape and one plan, from `peaks` frequencies of each group.
+    """Estimates of the norms of L layers that share one weight shape and one geometry, from `peaks` frequencies of each group.
 
-    Buffers, which belong to the state_dict so that training resumes as it was, with B = L groups: `frequency` (B, peaks, axes),
-    `vector` (B, peaks, n, 2), real and imaginary part, and `height` (L,), the estimates of the last call.
+    The state is in buffers, and so in the state_dict: training resumes as if it had not stopped. With B = L * groups they are
+    `frequency` (B, peaks, axes), `vector` (B, peaks, n, 2), real and imaginary part, and `height` (L,), the last estimates.
 
     Args:
-        plan: of all layers.
-        weights: of the layers as they are now, for their shape, dtype and device; nothing of them is kept.
-        steps: tracking steps a call.
+        geometry: the geometry that all layers share.
+        weights: the weights of the layers. Only their shape, dtype and device are read.
+        steps: number of tracking steps in a call.
         peaks: frequencies followed in each group.
     """
 
@@ -45,14 +45,14 @@ class Tracker(nn.Module):
     vector: Tensor
     height: Tensor
 
-    def __init__(self, plan: NormGeometry, weights: Sequence[Tensor], steps: int, peaks: int) -> None:
+    def __init__(self, geometry: NormGeometry, weights: Sequence[Tensor], steps: int, peaks: int) -> None:
         super().__init__()
-        self.plan, self.steps, self.count = plan, steps, len(weights)
+        self.geometry, self.steps, self.count = geometry, steps, len(weights)
         first = _full(weights[0].detach())
         options = dict[str, Any](dtype=real_dtype(first), device=first.device)
-        self._columns, self._fixed = plan.columns(first.shape), dict[tuple[torch.device, torch.dtype], _Constants]()
+        self._columns, self._fixed = geometry.columns(first.shape), dict[tuple[torch.device, torch.dtype], _Constants]()
         self._inputs = math.prod(first.shape[1:])
-        (n, *taps), batch, peaks = self._columns.shape, self.count * plan.groups, min(peaks, math.prod(plan.grid) // 2 + 1)
+        (n, *taps), batch, peaks = self._columns.shape, self.count * geometry.groups, min(peaks, math.prod(geometry.grid) // 2 + 1)
         self.register_buffer("frequency", torch.zeros(batch, peaks, len(taps), **options))
         self.register_buffer("vector", torch.zeros(batch, peaks, n, 2, **options))
         self.register_buffer("height", torch.zeros(self.count, **options))
@@ -66,23 +66,23 @@ class Tracker(nn.Module):
         return self.count
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tracker:
-        """Follow the model to another device, in the precision that estimates are made in."""
+        """Move the state to another device; its precision stays."""
         empty = self.height.is_meta
         super()._apply(lambda x: fn(x).to(x.dtype), recurse)
-        if empty and not self.height.is_meta:  # `to_empty` leaves any number there
+        if empty and not self.height.is_meta:  # `to_empty` leaves the memory unset
             for buffer in self.buffers():
                 buffer.zero_()
         return self
 
     def _constants(self) -> _Constants:
-        """What the geometry fixes, on the device and in the precision of the state."""
+        """Constants of the geometry, on the device and in the precision of the state."""
         key = device, _ = self.frequency.device, self.frequency.dtype
         if key not in self._fixed:
             options, (n, *taps) = dict[str, Any](dtype=self.frequency.dtype, device=device), self._columns.shape
             axes = [torch.arange(k, **options) - (k - 1) / 2 for k in taps]  # centred: a phase of D(w), which changes no norm
-            half = [torch.arange(n if j + 1 < len(axes) else n // 2 + 1, device=device) for j, n in enumerate(self.plan.grid)]
+            half = [torch.arange(n if j + 1 < len(axes) else n // 2 + 1, device=device) for j, n in enumerate(self.geometry.grid)]
             start = unit(torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).flatten()).reshape(n, 2)
-            phases = _phases(self._columns.flatten().to(device)) if any(s > 1 for s in self.plan.strides) else None
+            phases = _phases(self._columns.flatten().to(device)) if any(s > 1 for s in self.geometry.strides) else None
             self._fixed[key] = _Constants(
                 positions := _product(axes, options),
                 -positions,
@@ -96,22 +96,22 @@ class Tracker(nn.Module):
         return self._fixed[key]
 
     def forward(self, weights: Sequence[Tensor], due: Sequence[int] = (), still: bool = False) -> Tensor:
-        """Search for the peaks of the layers that are due, track all, then lower estimates (L,) of the norms with their graph.
+        """Lower estimates (L,) of the norms, with their graph: search the layers that are due, then track all layers.
 
-        Searched as well is every layer whose estimate has jumped since the last call.
+        A layer whose estimate has jumped since the last call is searched too.
 
         Args:
-            weights: of the layers.
-            due: the layers to search.
-            still: leave the state as it is: no search that is kept, no tracking step.
+            weights: the weights of the layers.
+            due: the numbers of the layers to search.
+            still: leave the state as it is: no tracking step, and no search is kept.
         """
         if not torch.is_grad_enabled() and not still and not torch.compiler.is_compiling():
             return self._read(weights, due)
         values, scale = self.scaled(weights, due, still)
-        return values * scale * self.plan.attained
+        return values * scale * self.geometry.attained
 
     def _read(self, weights: Sequence[Tensor], due: Sequence[int]) -> Tensor:
-        """The same without a graph, which needs no product of the kernels with the vectors that were found."""
+        """The same estimates without a graph: they are the heights of the last tracking step."""
 
         def read(plain: Tensor) -> tuple[Tensor]:
             self._track(plain, due)
@@ -121,33 +121,34 @@ class Tracker(nn.Module):
             return plainly(read, self.kernels(weights))[0]
 
     def scaled(self, weights: Sequence[Tensor], due: Sequence[int], still: bool) -> tuple[Tensor, Tensor]:
-        """The same before the padding's factor, as (L,) values near one and the units (L,) that they are in."""
+        """The estimates without the padding's factor, as values (L,) near one and their units (L,)."""
         with without_autocast(self.frequency):
             kernels = self.kernels(weights)
             chosen, probes, scale = self._followed(kernels.detach(), list(due), still)
-            one = kernels if self.plan.groups == 1 else kernels[chosen]
-            return torch.linalg.vector_norm(one @ probes.mT, dim=(1, 2)), scale  # in this order the gradient lies in memory as the weight
+            kept = kernels if self.geometry.groups == 1 else kernels[chosen]
+            # in this order of the product the gradient has the memory layout of the weight
+            return torch.linalg.vector_norm(kept @ probes.mT, dim=(1, 2)), scale
 
     def divided(self, weight: Tensor, goal: float, most: float, due: Sequence[int], still: bool) -> Tensor:
-        """The weight of the one layer times `goal` over its estimate, at most times `most`, with its graph; zero stays zero.
+        """The weight of the only layer, scaled so that its estimate becomes `goal`, with its graph; a zero weight stays zero.
 
         Args:
-            weight: of the layer.
-            goal: what the estimate becomes, before the padding's factor.
-            most: the largest number to multiply by; what is no number stays one that is seen.
-            due: as for a call.
-            still: as for a call.
+            weight: the weight of the layer.
+            goal: the wanted estimate, without the padding's factor.
+            most: the largest scale. A scale that is NaN stays NaN, so that the user sees it.
+            due: as in a call.
+            still: as in a call.
         """
         sharded = replicated(weight)
         with without_autocast(self.frequency):
             kernels = self.kernels([weight]).detach()
             chosen, probes, (unit,) = self._followed(kernels, list(due), still)
-            one = kernels if self.plan.groups == 1 else kernels.index_select(0, chosen)
-            image = probes[0] @ one[0].mT
+            kernel = kernels if self.geometry.groups == 1 else kernels.index_select(0, chosen)
+            image = probes[0] @ kernel[0].mT
             value = torch.linalg.vector_norm(image)
             left = image / torch.where(value == 0, 1.0, value)
-            if self.plan.groups > 1:
-                left = left.new_zeros(self.plan.groups, *left.shape).index_copy(0, chosen, left[None]).transpose(0, 1).flatten(1)
+            if self.geometry.groups > 1:
+                left = left.new_zeros(self.geometry.groups, *left.shape).index_copy(0, chosen, left[None]).transpose(0, 1).flatten(1)
             plain = sharded is not None or torch.compiler.is_compiling()
             value = _value(_full(weight), left, probes[0]) if plain else value
             scale = (goal / torch.where(value == 0, 1.0, value) / unit).clamp_max(most)
@@ -157,7 +158,7 @@ class Tracker(nn.Module):
             return _Divided.apply(weight, left, probes[0], scale, slope)  # type: ignore[no-any-return]
 
     def _followed(self, kernels: Tensor, due: list[int], still: bool) -> tuple[Tensor, ...]:
-        """`follow` or `look` on the plain tensors below any transform; one opaque operation where code is compiled."""
+        """`follow` or `look` on the plain tensors below any transform of `torch.func`; compiled code calls one opaque operation."""
         if torch.compiler.is_compiling():
             state = (self.frequency, self.vector, self.height)
             if still:
@@ -169,23 +170,23 @@ class Tracker(nn.Module):
 
     def last(self) -> Tensor:
         """The estimates (L,) of the last call."""
-        return self.height * self.plan.attained
+        return self.height * self.geometry.attained
 
     @torch.no_grad()
     def search(self, weights: Sequence[Tensor]) -> None:
-        """Find the peaks of all layers afresh, outside of a call."""
+        """Search for the peaks of all layers, outside of a call."""
         with without_autocast(self.frequency):
             kernels = self.kernels(weights)
             self._search(self._scaled(kernels), range(len(self)))
 
     def kernels(self, weights: Sequence[Tensor]) -> Tensor:
-        """The weights (B, m, inputs * taps) of all layers in float32 at least, with their graph."""
+        """The weights of all layers as (B, m, inputs * taps), in float32 or float64, with their graph."""
         parts = [_full(weight) for weight in weights]
         stacked = torch.stack(parts) if len(parts) > 1 else parts[0]
-        return stacked.reshape(len(self) * self.plan.groups, -1, self._inputs).to(self.frequency.dtype)
+        return stacked.reshape(len(self) * self.geometry.groups, -1, self._inputs).to(self.frequency.dtype)
 
     def follow(self, kernels: Tensor, due: Sequence[int]) -> Peak:
-        """One call on plain kernels: the group (L,) with each layer's highest peak, its D(w) v as probes over the unit, and the unit."""
+        """One call on plain kernels: for each layer the group (L,) of its highest peak, the probes of D(w) v there, and the unit (L,)."""
         return self._probes(*self._track(kernels, due))
 
     def _track(self, kernels: Tensor, due: Sequence[int]) -> tuple[_Scaled, _Peaks]:
@@ -210,7 +211,7 @@ class Tracker(nn.Module):
         return [i for i, (a, b) in enumerate(zip(now, last, strict=True)) if not b / JUMP <= a <= b * JUMP]
 
     def _probes(self, scaled: _Scaled, peaks: _Peaks) -> Peak:
-        groups, count = self.plan.groups, self.frequency.shape[1]
+        groups, count = self.geometry.groups, self.frequency.shape[1]
         best = peaks.heights.reshape(len(self), -1).argmax(-1)
         if len(self) > 1:
             best = best + groups * count * torch.arange(len(self), device=best.device)
@@ -218,11 +219,11 @@ class Tracker(nn.Module):
         return best // count, scaled.rows(vector, waves, 1 / scaled.scale), scaled.scale
 
     def _scaled(self, kernels: Tensor, scale: Tensor | None = None) -> _Scaled:
-        """The kernels in units of numbers (L,) near their norms, or of powers of two near their largest entries.
+        """The kernels in units (L,) near their norms: the last estimates, or powers of two near the largest entries.
 
-        In these units no square over- or underflows. Estimates of the last call are such numbers, or the layer has jumped.
+        In these units no square overflows or underflows. A last estimate that is far from the norm counts as a jump.
         """
-        widest = math.frexp(torch.finfo(kernels.dtype).max)[1] * 3 // 4  # the inverse is a number too
+        widest = math.frexp(torch.finfo(kernels.dtype).max)[1] * 3 // 4  # so that the inverse is finite too
         if scale is None:
             each = kernels.reshape(len(self), -1)
             most = torch.maximum(each.amax(1), -each.amin(1))  # on a CPU five times as fast as `aminmax` or the norm
@@ -232,54 +233,54 @@ class Tracker(nn.Module):
             scale = scale.clamp(2.0**-widest, 2.0**widest)
         inverse = 1 / scale
         return _Scaled(
-            kernels, scale, inverse.repeat_interleave(self.plan.groups) if self.plan.groups > 1 else inverse, self._constants().phases
+            kernels,
+            scale,
+            inverse.repeat_interleave(self.geometry.groups) if self.geometry.groups > 1 else inverse,
+            self._constants().phases,
         )
 
     def with_state(self, frequency: Tensor, vector: Tensor, height: Tensor) -> Tracker:
-        """A twin that works on another state."""
+        """A copy of this tracker that works on another state."""
         twin = copy.copy(self)
         twin._buffers = self._buffers | {"frequency": frequency, "vector": vector, "height": height}
         return twin
 
     def look(self, kernels: Tensor) -> Peak:
-        """What `follow` returns, without a step and on a copy of the state; layers that jumped are searched there."""
+        """The result of `follow` without a change of the state; layers that jumped are searched on a copy of it."""
         twin = self.with_state(self.frequency.clone(), self.vector.clone(), self.height.clone())
         scaled, vector, waves = self._scaled(kernels), torch.view_as_complex(self.vector), self._waves(self.frequency)
         values = torch.linalg.vector_norm(scaled.image(vector, waves), dim=(2, 3))
         peaks = _Peaks(values, values, vector, waves)
         if jumped := self._jumped(values, scaled.scale):
             twin._search(scaled, jumped)
-            for _ in range(SEARCH_STEPS):  # no later call goes on from here
+            for _ in range(SEARCH_STEPS):  # this copy is not tracked further
                 peaks = twin._step(scaled)
         return twin._probes(scaled, peaks)
 
     def _search(self, kernels: _Scaled, which: Sequence[int]) -> None:
-        """Find the peaks of some layers afresh, by power iteration at every point of the grid.
-
-        What was tracked stays where it is higher.
-        """
-        groups = self.plan.groups
+        """Search for the peaks of some layers, by power iteration at every point of the grid. A higher tracked peak is kept."""
+        groups = self.geometry.groups
         rows = torch.tensor([i * groups + g for i in which for g in range(groups)], dtype=torch.int64, device=kernels.inverse.device)
-        for some in rows.split(max(1, TOGETHER // (len(self._constants().turns) * self._columns.numel()))) if which else ():
-            self._search_rows(kernels.of(some), some)
+        for lines in rows.split(max(1, TOGETHER // (len(self._constants().turns) * self._columns.numel()))) if which else ():
+            self._search_rows(kernels.of(lines), lines)
 
     def _search_rows(self, kernels: _Scaled, rows: Tensor) -> None:
         frequency, vector = self.frequency[rows], torch.view_as_complex(self.vector[rows])
         before = self._values(kernels, frequency, vector)
         line, best = torch.arange(len(rows), device=rows.device), before.argmax(-1)
-        # From what was tracked, so that no search undoes the steps before it, and a direction that is orthogonal to nothing for long.
-        found = self._peaks(kernels, unit(self._constants().start + vector[line, best]))
-        worse = self._values(kernels, *found).amax(-1) < before.amax(-1)
-        found[0][worse, -1] = frequency[worse, best[worse]]
-        found[1][worse, -1] = vector[worse, best[worse]]
-        self.frequency[rows], self.vector[rows] = found[0], torch.view_as_real(found[1])
+        # Start from the tracked vector, so that no search undoes earlier steps, plus a fixed direction in case the top is orthogonal to it.
+        peaks = self._peaks(kernels, unit(self._constants().start + vector[line, best]))
+        worse = self._values(kernels, *peaks).amax(-1) < before.amax(-1)
+        peaks[0][worse, -1] = frequency[worse, best[worse]]
+        peaks[1][worse, -1] = vector[worse, best[worse]]
+        self.frequency[rows], self.vector[rows] = peaks[0], torch.view_as_real(peaks[1])
 
     def _peaks(self, kernels: _Scaled, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Frequencies and vectors of the highest points of the grid, none next to a higher one or to its mirror image.
+        """Frequencies and vectors of the highest points of the grid. Neighbours of a chosen point and of its mirror image are left out.
 
         The power iteration starts from `start` (B, n) at every point.
         """
-        sides, turns = torch.tensor(self.plan.grid, device=start.device), self._constants().turns
+        sides, turns = torch.tensor(self.geometry.grid, device=start.device), self._constants().turns
         points = (turns * (2 * math.pi / sides)).to(self.frequency.dtype)
         waves = self._waves(points)
         vectors = start[:, None].expand(-1, len(points), -1)
@@ -301,7 +302,7 @@ class Tracker(nn.Module):
     def _waves(self, frequency: Tensor) -> Tensor:
         """exp(-i p.w): (..., taps)."""
         fixed = self._constants()
-        angle = (frequency[..., None, :] * fixed.turning).sum(-1)  # no product of matrices, which settings cut short
+        angle = (frequency[..., None, :] * fixed.turning).sum(-1)  # no matrix product: global settings may lower its precision
         return torch.polar(fixed.one.expand_as(angle), angle)
 
     def _values(self, kernels: _Scaled, frequency: Tensor, vector: Tensor) -> Tensor:
@@ -309,7 +310,7 @@ class Tracker(nn.Module):
         return torch.linalg.vector_norm(kernels.image(vector, self._waves(frequency)), dim=(2, 3))
 
     def _step(self, kernels: _Scaled) -> _Peaks:
-        """U from v, then w from (u, v), then v from (u, w): none of them lowers |u* D(w) v|."""
+        """One tracking step: u from v, then w from (u, v), then v from (u, w). None of the three lowers |u* D(w) v|."""
         waves, v = self._waves(self.frequency), torch.view_as_complex(self.vector)
         left, size = _unit(kernels.image(v, waves))
         back = kernels.back(left, waves.shape[-1])
@@ -321,7 +322,7 @@ class Tracker(nn.Module):
         return _Peaks(size, height, v, waves.expand(len(v), -1, -1))
 
     def _climb(self, taps: Tensor, waves: Tensor) -> tuple[Tensor, Tensor]:
-        """The frequencies moved along the gradient of `|sum_p c_p exp(-i p.w)|^2`, c_p = u* K_p v, as far as it grows; and their waves."""
+        """The best frequencies, and their waves, along the gradient of `|sum_p c_p exp(-i p.w)|^2` with c_p = u* K_p v."""
         terms, fixed = taps * waves, self._constants()
         slope = (terms * terms.sum(-1, keepdim=True).conj()).imag
         gradient = (slope[..., None] * fixed.positions).sum(-2)
@@ -334,7 +335,7 @@ class Tracker(nn.Module):
 
 
 class _Peaks(NamedTuple):
-    """`|u* D(w) v|` before and after a step, both (B, peaks), with the v (B, peaks, n) and the waves (B, peaks, taps) of the latter."""
+    """`|u* D(w) v|` before and after a step, both (B, peaks), and the v (B, peaks, n) and waves (B, peaks, taps) after it."""
 
     before: Tensor
     heights: Tensor
@@ -343,9 +344,12 @@ class _Peaks(NamedTuple):
 
 
 class _Phases(NamedTuple):
-    """Where the columns of the polyphase kernel stand in the weight, which is never copied, and where its columns stand in the kernel.
+    """The columns of the polyphase kernel are columns of the weight, which is not copied.
 
-    Not all of the kernel's are `present`; None where they are.
+    Attributes:
+        there: for each column of the kernel, its column in the weight.
+        present: which columns of the kernel are in the weight; the others are zero. None if all are.
+        back: for each column of the weight, its column in the kernel.
     """
 
     there: Tensor
@@ -360,7 +364,18 @@ def _phases(columns: Tensor) -> _Phases:
 
 
 class _Constants(NamedTuple):
-    """The taps' positions, negated, how far out they are, numbers, the grid's points in turns, a fixed direction to search from."""
+    """Constants of one geometry on one device.
+
+    Attributes:
+        positions: of the taps, centred, (taps, axes).
+        turning: `-positions`, the factor of the frequency in a wave's angle.
+        reach: distance of each tap from the centre, (taps,).
+        one: the number 1.
+        strides: `STRIDES` as a column.
+        turns: the points of the grid, in turns, (F, axes).
+        start: a fixed unit vector that searches start from, (n,).
+        phases: columns of a strided kernel; None without a stride.
+    """
 
     positions: Tensor
     turning: Tensor
@@ -373,7 +388,7 @@ class _Constants(NamedTuple):
 
 
 class _Scaled(NamedTuple):
-    """Kernels (B, m, columns) in units (L,) of each layer; what they are multiplied by is divided (B,), which is far smaller."""
+    """Kernels (B, m, columns) and the unit (L,) of each layer. The vectors are divided by the units, since they are smaller."""
 
     kernels: Tensor
     scale: Tensor
@@ -381,16 +396,16 @@ class _Scaled(NamedTuple):
     phases: _Phases | None
 
     def of(self, rows: Tensor) -> _Scaled:
-        """Some of the kernels."""
+        """The kernels of some groups."""
         return self._replace(kernels=self.kernels[rows], inverse=self.inverse[rows])
 
     def rows(self, vector: Tensor, waves: Tensor, inverse: Tensor) -> Tensor:
-        """What the kernel's rows are multiplied by for D(w) v: (B, 2 peaks, columns), real and imaginary parts in turn.
+        """The probes whose products with the kernel's rows are D(w) v: (B, 2 peaks, columns), real and imaginary parts in turn.
 
         Args:
             vector: (B, peaks, n).
             waves: (..., peaks, taps).
-            inverse: of the units, (B,).
+            inverse: 1 over the units, (B,).
         """
         columns = ((vector * inverse[:, None, None])[..., None] * waves[..., None, :]).flatten(2)
         if self.phases is not None:
@@ -416,7 +431,7 @@ _NUMBERS = itertools.count()
 
 
 def _keep(tracker: Tracker) -> int:
-    """A number by which the opaque operation finds the geometry of a tracker; the tracker itself is not kept alive."""
+    """A number by which an opaque operation finds the tracker. The tracker is not kept alive."""
     key = next(_NUMBERS)
     _TRACKERS[key] = tracker
     return key
@@ -424,7 +439,7 @@ def _keep(tracker: Tracker) -> int:
 
 @torch.library.custom_op("gramlip::follow", mutates_args=("frequency", "vector", "height"))
 def _follow(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: list[int], key: int) -> Peak:
-    """`Tracker.follow` as one operation, on the state that is given."""
+    """`Tracker.follow` as one operation on the given state."""
     return _TRACKERS[key].with_state(frequency, vector, height).follow(kernels, due)
 
 
@@ -435,7 +450,7 @@ def _(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, due: l
 
 @torch.library.custom_op("gramlip::look", mutates_args=())
 def _look(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, key: int) -> Peak:
-    """`Tracker.look` as one operation: a function of its inputs, which an audit takes for a constant."""
+    """`Tracker.look` as one operation without side effects, so that an audit can take its result as a constant."""
     return _TRACKERS[key].with_state(frequency, vector, height).look(kernels)
 
 
@@ -445,18 +460,18 @@ def _(kernels: Tensor, frequency: Tensor, vector: Tensor, height: Tensor, key: i
 
 
 def _shapes(kernels: Tensor, height: Tensor) -> Peak:
-    """What `Tracker.follow` returns, without values."""
+    """Tensors of the shapes that `Tracker.follow` returns."""
     layers = len(height)
     return kernels.new_empty(layers, dtype=torch.int64), kernels.new_empty(layers, 2, kernels.shape[-1]), kernels.new_empty(layers)
 
 
 def plainly(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """A function of the plain tensors below any transform of `torch.func`, where what is followed can be written; it has no graph."""
+    """Call a function on the plain tensors below any transform of `torch.func`, where the state can be written; the result has no graph."""
     return _Plainly.apply(function, *tensors)  # type: ignore[no-any-return]
 
 
 class _Plainly(torch.autograd.Function):
-    """`plainly`: torch hands plain tensors to the forward pass alone."""
+    """`plainly` as a function of autograd: torch gives plain tensors to `forward` only."""
 
     @staticmethod
     def forward(function: Callable[..., Any], *tensors: Tensor) -> Any:
@@ -485,9 +500,9 @@ class _Plainly(torch.autograd.Function):
 
 
 class _Divided(torch.autograd.Function):
-    """`weight * c` with `c` proportional to `1 / v`, where `v = Re(u* D(w) v)` is linear in the weight: all of it in few passes.
+    """`weight * c` with `c` proportional to `1 / value`, where `value = Re(u* D(w) v)` is linear in the weight.
 
-    Memory for whole weights is what costs here: autograd takes it four times for the same expression, this once in each direction.
+    The time goes into memory of the size of the weight: autograd allocates it four times, this function once in each direction.
     """
 
     @staticmethod
@@ -497,9 +512,9 @@ class _Divided(torch.autograd.Function):
         Args:
             weight: any shape.
             left: u, real and imaginary part, (2, M).
-            probes: D(w) v likewise, (2, N): `v` is the sum of both `left_i . weight probes_i`.
-            scale: c, of no axes.
-            slope: dc/dv, of no axes: `-c / v`, or 0 where c is constant.
+            probes: of D(w) v, (2, N): `value` is the sum over i of `left_i . weight probes_i`.
+            scale: c, a scalar tensor.
+            slope: dc/dvalue, a scalar tensor: `-c / value`, or 0 if c is constant.
         """
         del left, probes, slope
         return (weight * scale).to(weight.dtype)
@@ -513,14 +528,14 @@ class _Divided(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, left, probes, scale, slope = ctx.saved_tensors
         grad = grads[0].contiguous()
-        derived = torch.is_grad_enabled()  # derivatives of this are asked for
+        derived = torch.is_grad_enabled()  # a second derivative is wanted
         if derived:
             scale, slope = _moved(weight, left, probes, scale, slope)
         total = torch.dot(grad.flatten().to(left.dtype), weight.flatten().to(left.dtype))
         left, out = left * (total * slope), (grad * scale).reshape(left.shape[1], -1)
         if derived:
             out = out + left.mT @ probes
-        else:  # a product of matrices of two columns takes four times as long
+        else:  # a matrix product with two columns would take four times as long
             out.addcmul_(left[0, :, None], probes[0]).addcmul_(left[1, :, None], probes[1])
         return out.reshape(weight.shape), None, None, None, None
 
@@ -536,7 +551,7 @@ class _Divided(torch.autograd.Function):
 
 
 def _moved(weight: Tensor, left: Tensor, probes: Tensor, scale: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """The same scale and slope as functions of the weight: `c` falls as `1 / v`, its slope as `1 / v**2`."""
+    """The same scale and slope as functions of the weight: `c` falls as `1 / value`, its slope as `1 / value**2`."""
     value = _value(weight, left, probes)
     ratio = torch.where(slope == 0, 1.0, value.detach() / torch.where(slope == 0, 1.0, value))
     return scale * ratio, slope * ratio * ratio
@@ -558,13 +573,13 @@ def _unit(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _split(v: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Lengths and unit vectors along the last axis; what has no direction, or is no number, keeps the one `before`."""
+    """Lengths and unit vectors along the last axis; where the length is zero or not finite, the vector is the one `before`."""
     length = norm(v)
     known = (length > 0) & (length < math.inf)
     return length, torch.where(known[..., None], v / length[..., None], before)
 
 
 def _full(weight: Tensor) -> Tensor:
-    """The weight, gathered where it is sharded."""
+    """The weight; a sharded one is gathered."""
     sharded = replicated(weight)
     return weight if sharded is None else sharded[0]

@@ -45,8 +45,8 @@ def tap_positions(span: tuple[int, ...]) -> Ints:
 def tap_offsets(span: tuple[int, ...]) -> Ints:
     """The differences q > 0 of two positions, one of each pair q and -q, (T, axes)."""
     ranges = [range(1 - k, k) for k in span]
-    found = [q for q in itertools.product(*ranges) if q > (0,) * len(span)]
-    return frozen(integers(found).reshape(len(found), len(span)))
+    offsets = [q for q in itertools.product(*ranges) if q > (0,) * len(span)]
+    return frozen(integers(offsets).reshape(len(offsets), len(span)))
 
 
 @lru_cache(maxsize=64)
@@ -62,7 +62,7 @@ def _apart(q: tuple[int, ...], span: tuple[int, ...]) -> tuple[Run, ...]:
     between = sum(at * stride for at, stride in zip(q, strides, strict=True))
     first = [range(max(0, -at), min(k, k - at)) for at, k in zip(q, span, strict=True)]
     count = len(first[last]) * strides[last] if span else 1
-    starts = itertools.product(*first[:last], *(some[:1] for some in first[last : last + 1]))
+    starts = itertools.product(*first[:last], *(first_places[:1] for first_places in first[last : last + 1]))
     flat = (sum(i * stride for i, stride in zip(at, strides, strict=False)) for at in starts)
     return tuple((start, start + between, count) for start in flat)
 
@@ -190,9 +190,9 @@ class Narrow:
         self.rest = torch.empty(tall.groups, len(runs) - 1, *shape[1:], dtype=torch.float32, device=device)
         lost = torch.zeros(tall.groups, dtype=torch.float64, device=device)
         for start in range(1, len(runs), TOGETHER):
-            some = runs[start : start + TOGETHER]
-            exact = torch.zeros(len(some), *shape, dtype=torch.float64, device=device)
-            correlate(tall, some, exact)
+            batch = runs[start : start + TOGETHER]
+            exact = torch.zeros(len(batch), *shape, dtype=torch.float64, device=device)
+            correlate(tall, batch, exact)
             for i, tap in enumerate(exact, start - 1):
                 lost += torch.linalg.vector_norm(tap, dim=(-2, -1))
                 self.rest[:, i] = tap
@@ -207,10 +207,10 @@ class Narrow:
         real = cosines.new_empty(count, c, c)
         imaginary = real if sines is None else torch.empty_like(real)
         step = max(1, SLAB_BYTES // (8 * self.rest.shape[1] * c))
-        for one in np.unique(group).tolist():
-            at = on(real.device, (group == one).nonzero()[0])
+        for number in np.unique(group).tolist():
+            at = on(real.device, (group == number).nonzero()[0])
             for rows in torch.arange(c).split(step):
-                slab = self.rest[one, :, rows[0] : rows[-1] + 1].to(torch.float64).flatten(1)
+                slab = self.rest[number, :, rows[0] : rows[-1] + 1].to(torch.float64).flatten(1)
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
                 real[at, part] = (cosines[at] @ slab).reshape(len(at), -1, c)
                 if sines is not None:
@@ -224,14 +224,14 @@ class Narrow:
 
     def norms(self) -> Reals:
         """Upper bounds of `||A_q||` of the taps as stored, (groups, taps), by one Gram step more than the Frobenius norm."""
-        found = [[self._norm(tap) for tap in taps] for taps in self.rest]
-        return np.array(found)
+        norms = [[self._norm(tap) for tap in taps] for taps in self.rest]
+        return np.array(norms)
 
     @cached_property
     def sizes(self) -> Reals:
         """Upper bounds of the Frobenius norms of `A_q`, q > 0, (groups, taps)."""
-        found = [[float(torch.linalg.vector_norm(tap.to(torch.float64))) for tap in taps] for taps in self.rest]
-        return np.array(found) * _grow(self.rest.shape[-1])
+        sizes = [[float(torch.linalg.vector_norm(tap.to(torch.float64))) for tap in taps] for taps in self.rest]
+        return np.array(sizes) * _grow(self.rest.shape[-1])
 
     @staticmethod
     def _norm(tap: Tensor) -> float:
@@ -342,8 +342,8 @@ def squared_symbols(tall: TallKernel, groups: slice, waves: Tensor) -> Tensor:
     out = torch.empty(len(kernel), count, c, c, dtype=torch.complex64, device=waves.device)
     form, limit = (_small_squares, SMALL_SQUARE_BYTES) if c <= STRIP else (_large_squares, SQUARE_BYTES)
     size = 8 * count * tall.rows * c  # of the symbols of a group, of which some are formed at once or else a few of one
-    some, few = max(1, limit // size) if c <= STRIP else 1, -(-count // -(-size // limit))
-    for part, blocks in zip(kernel.split(some), out.split(some), strict=True):
+    batch, few = max(1, limit // size) if c <= STRIP else 1, -(-count // -(-size // limit))
+    for part, blocks in zip(kernel.split(batch), out.split(batch), strict=True):
         for wave, places in zip(waves.split(few), blocks.split(few, 1), strict=True):
             form(part, wave, places.flatten(0, 1))
     return out.flatten(0, 1)
@@ -364,10 +364,10 @@ def _large_squares(kernel: Tensor, waves: Tensor, out: Tensor) -> None:
     """Those of one group one after the other, which caches hold, each below its diagonal; symbols formed in double and rounded."""
     count, rows, side = len(waves), *kernel.shape[2:]
     symbols = torch.empty(count, rows, side, dtype=torch.complex64, device=waves.device)
-    both = torch.cat([waves.real, waves.imag])
+    real_and_imaginary = torch.cat([waves.real, waves.imag])
     for part, places in zip(kernel[0].split(SQUARE_ROWS, 1), torch.view_as_real(symbols).split(SQUARE_ROWS, 1), strict=True):
-        found = (both @ part.flatten(1)).reshape(2, count, -1, side)
-        places[..., 0], places[..., 1] = found[0], found[1]
+        sums = (real_and_imaginary @ part.flatten(1)).reshape(2, count, -1, side)
+        places[..., 0], places[..., 1] = sums[0], sums[1]
     parts = strips(side, STRIP)
     for block, symbol in zip(out, symbols, strict=True):
         for i, j in parts:

@@ -46,19 +46,19 @@ def upper_side(op: Conv, exponent: int, tap_norm_sums: Sequence[float], supremum
         """The largest eigenvalue of a boundary term, at least zero; None if its matrices are too large or too many."""
         if tap_norm_sum == 0.0:
             return 0.0
-        some = [parts[j] or [] for j in chosen]
-        if not all(some) or m * math.prod(max(f.shape[-1] for f in ends) for ends in some) > LARGEST:
+        summands = [parts[j] or [] for j in chosen]
+        if not all(summands) or m * math.prod(max(f.shape[-1] for f in ends) for ends in summands) > LARGEST:
             return None
-        points = _points(geometry, chosen, some, m, len(tap_norm_sums))
+        points = _points(geometry, chosen, summands, m, len(tap_norm_sums))
         if points is None:
             return None
-        return max(_largest(kernel(), geometry, chosen, ends, tap_norm_sum, points) for ends in itertools.product(*some))
+        return max(_largest(kernel(), geometry, chosen, ends, tap_norm_sum, points) for ends in itertools.product(*summands))
 
     def least(weight: Tensor, tap_norm_sum: float) -> tuple[float, tuple[int, ...]]:
         """The square of the bound of one group, from the best set of axes."""
         kernel = cache(lambda: scaled_float64(weight, exponent)[0].cpu())  # if the term is small enough to be formed
         terms = {chosen: term(kernel, weight.shape[0], tap_norm_sum, chosen) for chosen in _subsets(padded) if chosen}
-        found: list[tuple[float, tuple[int, ...]]] = []
+        candidates: list[tuple[float, tuple[int, ...]]] = []
         for added in _subsets(padded):
             values = [value for chosen, value in terms.items() if set(chosen) <= set(added)]
             if None not in values:
@@ -66,22 +66,22 @@ def upper_side(op: Conv, exponent: int, tap_norm_sums: Sequence[float], supremum
                 for value in values:
                     total = rd.add_up(total, value or 0.0)
                 alone = tuple(j for j in range(op.dims) if j not in added)
-                found.append((rd.mul_up(total, float(math.prod(squares[j] for j in alone))), tuple(j for j in alone if j in padded)))
-        return min(found)
+                candidates.append((rd.mul_up(total, float(math.prod(squares[j] for j in alone))), tuple(j for j in alone if j in padded)))
+        return min(candidates)
 
     square, alone = max(least(weight, tap_norm_sum) for weight, tap_norm_sum in zip(grouped(op).detach(), tap_norm_sums, strict=True))
     return rd.sqrt_up(square), alone, tuple(j for j in padded if j not in alone)
 
 
 def _subsets(of: list[int]) -> list[tuple[int, ...]]:
-    return [some for size in range(len(of) + 1) for some in itertools.combinations(of, size)]
+    return [subset for size in range(len(of) + 1) for subset in itertools.combinations(of, size)]
 
 
 def _points(geometry: list[Axis], chosen: tuple[int, ...], ends: list[list[Tensor]], m: int, groups: int) -> int | None:
     """The affordable number of frequencies for each unit of degree, for the terms of all groups; None if even the smallest is too large."""
     rest = [axis.kernel - 1 for j, axis in enumerate(geometry) if j not in chosen]
     taps, each = [geometry[j].kernel for j in chosen], 0.0
-    for r in itertools.product(*([f.shape[-1] for f in some] for some in ends)):
+    for r in itertools.product(*([f.shape[-1] for f in of_subset] for of_subset in ends)):
         forming = sum((math.prod(taps[i:]) * math.prod(r[: i + 1])) ** 2 for i in range(len(r)))
         side = m * math.prod(r)
         each += (
@@ -131,8 +131,8 @@ def _components(f: Tensor) -> list[Tensor]:
         before = label
         least = torch.where(touched, label, len(touched)).amin(-1).minimum(label)
         label = least[least]
-    found = [(label == i).nonzero()[:, 0] for i in label[touched.any(-1)].unique().tolist()]
-    return [f[:, :, at][:, :, :, at] for at in found]
+    components = [(label == i).nonzero()[:, 0] for i in label[touched.any(-1)].unique().tolist()]
+    return [f[:, :, at][:, :, :, at] for at in components]
 
 
 def _largest(

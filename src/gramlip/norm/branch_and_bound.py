@@ -296,13 +296,13 @@ class BranchAndBound:
         return single, not single and c > eigenvalues.TRACE_ORDER and shift <= 2 * gap
 
     def _factorised(self, blocks: Tensor, thresholds: Reals, noise: Reals, **how: bool) -> Tensor:
-        """Where a Cholesky factorisation proves the threshold; counts the factorisations."""
+        """Mask of the cells whose threshold a Cholesky factorisation proves; counts the factorisations."""
         self.tally.factorizations += len(blocks)
         self.tally.operations += len(blocks) * (4 / 3) * self.symbol.side**3
         return eigenvalues.cholesky(blocks, on(blocks.device, thresholds), on(blocks.device, noise), **how)
 
     def _by_moments(self, keys: Ints, thresholds: Reals, noise: Reals) -> tuple[Flags, Tensor | None]:
-        """Where two moments prove the threshold, and the blocks if they had to be formed for that; counts the work."""
+        """Mask of the cells whose threshold two moments prove, and the blocks if they had to be formed; counts the work."""
         self.tally.gram_steps += len(keys)
         known = look_up(self.lower.moments, keys) + noise
         if np.isfinite(known).all():
@@ -323,7 +323,7 @@ class BranchAndBound:
         return threshold * (1 - 1e-15)
 
     def _flat(self, groups: Ints, taps: Reals, target_norm: Reals) -> Flags:
-        """Where the tap bound of the whole torus, `||A_0|| + 2 sum ||A_q||`, proves the target at once."""
+        """Mask of the groups whose target the tap bound of the whole torus proves at once, `||A_0|| + 2 sum ||A_q||`."""
         assert self.symbol.taps is not None
         room = target_norm * target_norm * (1 - 1e-15) - 2 * taps[groups].sum(-1) * (1 + 1e-12)
         done: Flags = room > self.lower.best[self.items[groups]]
@@ -387,9 +387,9 @@ class BranchAndBound:
         if not len(keys):
             return
         if every:  # more steps, which start from the vector of the best block, close to its peak
-            held = (self.cache.blocks(keys), np.arange(len(keys))) if self.cache.fits(len(keys)) else None
-            far = lower.raise_lower(keys, 2 * steps, held=held).values
-            values = np.maximum(far, lower.raise_lower(keys, steps, lower.best_vectors(keys), held).values)
+            blocks = (self.cache.blocks(keys), np.arange(len(keys))) if self.cache.fits(len(keys)) else None
+            far = lower.raise_lower(keys, 2 * steps, held=blocks).values
+            values = np.maximum(far, lower.raise_lower(keys, steps, lower.best_vectors(keys), blocks).values)
         else:
             values = lower.survey(keys, steps).values
         item = self.items[self.lattice.groups(keys)]

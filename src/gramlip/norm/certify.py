@@ -227,9 +227,9 @@ def certify_all(ops: Sequence[Operator], *, rtol: float = 1e-2, finite: bool | s
                 syms[i] = sym = symbol(op)
                 together.setdefault(_alike(op, sym) if sym.plain.numel() <= TOGETHER else i, []).append(i)
         for alike in together.values():
-            for some in (alike[k : k + 64] for k in range(0, len(alike), 64)):
-                chosen = [ops[i] for i in some]
-                for i, bound in zip(some, _searched_together(chosen, [syms[i] for i in some], rtol, finite), strict=True):  # type: ignore[arg-type]
+            for batch in (alike[k : k + 64] for k in range(0, len(alike), 64)):
+                chosen = [ops[i] for i in batch]
+                for i, bound in zip(batch, _searched_together(chosen, [syms[i] for i in batch], rtol, finite), strict=True):  # type: ignore[arg-type]
                     bounds[i] = bound
         return [bound for bound in bounds if bound is not None]
 
@@ -241,9 +241,9 @@ def _alike(op: Dense | Conv, sym: Symbol) -> object:
     """
     kernel = sym.kernel
     groups, rows, columns, *span = kernel.shape
-    side, own = min(rows, columns), isinstance(op, Conv) and op.input_size is not None and not sym.exact
+    side, finite = min(rows, columns), isinstance(op, Conv) and op.input_size is not None and not sym.exact
     filled = 1 << max(side - 1, LEAST_SIDE - 1).bit_length()
-    shape = (rows, columns) if own or max(rows, columns) > 4 * filled else (filled, rows < columns)
+    shape = (rows, columns) if finite or max(rows, columns) > 4 * filled else (filled, rows < columns)
     return groups, shape, tuple(span), kernel.dtype, kernel.device, sym.points
 
 

@@ -68,8 +68,8 @@ class FiniteLayer:
         """The input position that each tap of each output reads, (outputs * taps,); a padded zero is at the position after the last."""
         reads = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         for m, size in zip(self.maps, self.sizes, strict=True):
-            one, two = reads[:, None, :, None], m.mT[None, :, None, :].to(self.device)
-            reads = torch.where((one >= 0) & (two >= 0), one * size + two, -1)
+            first, second = reads[:, None, :, None], m.mT[None, :, None, :].to(self.device)
+            reads = torch.where((first >= 0) & (second >= 0), first * size + second, -1)
             reads = reads.reshape(reads.shape[0] * reads.shape[1], -1)
         return torch.where(reads >= 0, reads, math.prod(self.sizes)).flatten()
 
@@ -225,9 +225,9 @@ def sample(op: Conv) -> tuple[Conv, tuple[str, ...]]:
     while True:
         base = axes(small)
         reads = taps * math.prod(axis.outputs or 0 for axis in base)
-        held = 14 * op.weight.shape[1] * math.prod(axis.size or 0 for axis in base)
+        bytes_held = 14 * op.weight.shape[1] * math.prod(axis.size or 0 for axis in base)
         longest = max(range(len(sizes)), key=sizes.__getitem__)
-        if scalar * max(reads, held) <= SAMPLE_BYTES or sizes[longest] <= 8 * max(op.spans):
+        if scalar * max(reads, bytes_held) <= SAMPLE_BYTES or sizes[longest] <= 8 * max(op.spans):
             return small, tuple(modes)
         pad, whole = max(op.pads[longest]), sizes[longest]
         # on an axis whose padding repeats inputs, the window keeps a distance from the ends that the padding cannot reach
@@ -381,15 +381,15 @@ class Certificate:
         reads = self.layer.maps[0].tolist()
         taps = range(len(reads))
         if self.on_inputs:
-            found = ((reads[p][o], reads[q][o], p, q) for o in range(self.layer.outputs[0]) for p in taps for q in taps)
+            pairs = ((reads[p][o], reads[q][o], p, q) for o in range(self.layer.outputs[0]) for p in taps for q in taps)
         else:
             by_input: dict[int, list[tuple[int, int]]] = {}
             for p in taps:
                 for o, i in enumerate(reads[p]):
                     by_input.setdefault(i, []).append((p, o))
             by_input.pop(-1, None)
-            found = ((o, r, p, q) for some in by_input.values() for p, o in some for q, r in some)
-        for i, j, p, q in found:
+            pairs = ((o, r, p, q) for readers in by_input.values() for p, o in readers for q, r in readers)
+        for i, j, p, q in pairs:
             if 0 <= i <= j:
                 terms.setdefault((i, j), []).append((p, q))
         return terms

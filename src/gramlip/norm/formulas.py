@@ -124,8 +124,8 @@ _geometry._dynamo_marked_constant = True  # type: ignore[reportFunctionMemberAcc
 def _scaled(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The tensor divided by a power of two no larger than its largest entry, and that power as two factors, each representable."""
     exponent = torch.frexp(x.detach().abs().amax())[1] - 1
-    one = torch.ones((), dtype=x.real.dtype if x.is_complex() else x.dtype, device=x.device)
-    scale = torch.ldexp(one, exponent // 2), torch.ldexp(one, exponent - exponent // 2)
+    unit = torch.ones((), dtype=x.real.dtype if x.is_complex() else x.dtype, device=x.device)
+    scale = torch.ldexp(unit, exponent // 2), torch.ldexp(unit, exponent - exponent // 2)
     return x / scale[0] / scale[1], scale
 
 
@@ -495,10 +495,10 @@ def is_exact(op: Dense | Conv) -> bool:
 
 
 def is_exact_stride_1(op: Dense | Conv) -> bool:
-    """The same, with stride 1."""
+    """Whether the method is exact and the stride 1."""
     return is_exact(op) and (isinstance(op, Dense) or all(s == 1 for s in op.stride))  # type: ignore[union-attr]
 
 
 def _largest_singular_value(op: Dense | Conv) -> Tensor:
-    found = blocks(op)
-    return found.factor * torch.linalg.svdvals(found.matrices).amax()
+    symbol = blocks(op)
+    return symbol.factor * torch.linalg.svdvals(symbol.matrices).amax()

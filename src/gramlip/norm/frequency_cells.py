@@ -176,8 +176,8 @@ class Lattice:
         """Keys of the corners of the cells, (B, 2^active)."""
         group, lo, hi = cells
         out = np.empty((len(group), len(self.masks)), dtype=np.int64)
-        for some in pieces(len(group), AT_ONCE):
-            out[some] = self.keys(group[some, None], np.where(self.masks, hi[some, None], lo[some, None]))
+        for batch in pieces(len(group), AT_ONCE):
+            out[batch] = self.keys(group[batch, None], np.where(self.masks, hi[batch, None], lo[batch, None]))
         return out
 
     def half_widths(self, cells: Cells) -> Reals:

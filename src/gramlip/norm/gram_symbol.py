@@ -59,7 +59,7 @@ class Strategy(ABC):
         """G at the lattice frequencies `2 pi index / sizes` (F, axes) of the given groups (F,): (F, c, c), real where all are real."""
 
     def chunk(self) -> int:
-        """How many blocks are worked on at once."""
+        """Number of blocks worked on at once."""
         each = 16 * max(self.tall.side**2, self._waves())
         if self.tall.parallel:
             return max(1, GPU_CHUNK_BYTES // max(each, 16 * self._symbol_entries()))
@@ -148,13 +148,13 @@ class BlockByBlock(Strategy):
         if self.tall.groups == 1:
             return self._of_group(0, self._turning(index, sizes))
         out: Tensor | None = None
-        for one in np.unique(group).tolist():
-            there = (group == one).nonzero()[0]
-            blocks = self._of_group(one, self._turning(index[there], sizes))
+        for number in np.unique(group).tolist():
+            places = (group == number).nonzero()[0]
+            blocks = self._of_group(number, self._turning(index[places], sizes))
             if out is None:
                 out = blocks.new_empty(len(group), self.tall.side, self.tall.side)
             out = out.to(torch.promote_types(out.dtype, blocks.dtype))
-            out[on(self.tall.device, there)] = blocks.to(out.dtype)
+            out[on(self.tall.device, places)] = blocks.to(out.dtype)
         assert out is not None
         return out
 
@@ -248,7 +248,7 @@ def _mean_eigenvalues(tall: TallKernel) -> list[float]:
 
 def _within(errors: Sequence[float], part: float, eigenvalues: Sequence[float], nonzero: Sequence[bool]) -> bool:
     """Whether the errors of the groups that are `nonzero` are at most this part of lower bounds of their largest eigenvalues."""
-    return all(error <= part * value for error, value, there in zip(errors, eigenvalues, nonzero, strict=True) if there)
+    return all(error <= part * value for error, value, nonzero_there in zip(errors, eigenvalues, nonzero, strict=True) if nonzero_there)
 
 
 class GramSymbol:
@@ -345,7 +345,7 @@ class GramSymbol:
         return self.strategy.entry_bytes * self.side**2
 
     def chunk(self) -> int:
-        """How many blocks are worked on at once."""
+        """Number of blocks worked on at once."""
         return self.strategy.chunk()
 
     def crude(self, group: int) -> float:

@@ -94,7 +94,7 @@ class Sweep:
         groups = torch.arange(self._g.groups, device=self._g.device)
         many = self.values.topk(min(BEST, self.values.shape[1]))[1]
         if self.blocks is None:
-            blocks = torch.stack([_blocks(self._g, self._waves[at], one) for one, at in enumerate(many)])
+            blocks = torch.stack([_blocks(self._g, self._waves[at], k) for k, at in enumerate(many)])
         else:
             blocks = self.blocks[groups[:, None], many]
         values, vectors = _square(blocks.flatten(0, 1), SQUARINGS)
@@ -240,9 +240,9 @@ class LowerBounds:
             self._sweep(self.symbol.fine)
         elif len(self.nonzero()):
             every = thorough and self.lattice.count <= SMALL_GRID
-            found = self._survey_coarse(every, budget)
+            ritz = self._survey_coarse(every, budget)
             if every or self.lattice.listed:  # every frequency was examined: only the vectors can still improve
-                self._raise_further(found)
+                self._raise_further(ritz)
             else:
                 self.climb(np.arange(len(self.best)), 2 if rtol > 1e-3 else 8, rtol)
 
@@ -260,27 +260,27 @@ class LowerBounds:
         self.coarse = np.unique(self.lattice.corner_keys(cells))
         self.cache.keep(self.coarse)
         whole = every or len(self.coarse) == len(self.best)
-        found = self.raise_lower(self.coarse, steps) if whole else self.survey(self.coarse, steps, keep=True)
-        self.estimates = found.values
+        ritz = self.raise_lower(self.coarse, steps) if whole else self.survey(self.coarse, steps, keep=True)
+        self.estimates = ritz.values
         rest = self.reaching(groups[~np.isin(groups, first)]) if len(first) < len(groups) else groups[:0]
         if len(rest) and not self.too_long:
             more = np.unique(self.lattice.corner_keys(self.lattice.cells(1.0, rest)))
-            found = self.survey(more, steps, keep=True)
-            self.estimates, self.coarse = np.concatenate([self.estimates, found.values]), np.concatenate([self.coarse, more])
-        return found
+            ritz = self.survey(more, steps, keep=True)
+            self.estimates, self.coarse = np.concatenate([self.estimates, ritz.values]), np.concatenate([self.coarse, more])
+        return ritz
 
-    def _raise_further(self, found: Ritz) -> None:
+    def _raise_further(self, ritz: Ritz) -> None:
         """Take more steps where eigenvalues are close to the best: large blocks continue from their vectors, small ones need no steps."""
         keys = self.coarse[self.estimates > self.best[self.items[self.lattice.groups(self.coarse)]] * 0.98]
         if not self.lattice.active and self.symbol.side <= 2 * DENSE_STEPS:
             return
-        order = found.seen.argsort()
-        at = order[np.searchsorted(found.seen, keys, sorter=order).clip(max=len(found.seen) - 1)]
-        seen = found.seen[at] == keys
+        order = ritz.seen.argsort()
+        at = order[np.searchsorted(ritz.seen, keys, sorter=order).clip(max=len(ritz.seen) - 1)]
+        seen = ritz.seen[at] == keys
         if self.symbol.side <= SMALL_SIDE:
             self.raise_lower(keys[~seen], STEPS, self.best_vectors(keys[~seen]))
         else:
-            self.raise_lower(keys[seen], STEPS, torch.cat(found.vectors)[on(self.symbol.device, at[seen])])
+            self.raise_lower(keys[seen], STEPS, torch.cat(ritz.vectors)[on(self.symbol.device, at[seen])])
             self.raise_lower(keys[~seen], 2 * STEPS)
 
     def best_vectors(self, keys: Ints) -> Tensor:
@@ -297,13 +297,13 @@ class LowerBounds:
         """The lower bound from all corners at once, on a GPU; the width of the interval covers the frequencies between them."""
         symbol, device = self.symbol, self.symbol.device
         self.corners = corners(symbol.span, self.points, symbol.groups, self.lattice.mirrored, fine, device)
-        found = Sweep(symbol, self.corners.waves)
+        sweep = Sweep(symbol, self.corners.waves)
         keys = self.corners.keys + np.arange(symbol.groups)[:, None] * self.lattice.count
         self.coarse = keys.ravel()
-        if found.blocks is not None:
-            self.cache.keep(self.coarse, found.blocks.flatten(0, 1))
+        if sweep.blocks is not None:
+            self.cache.keep(self.coarse, sweep.blocks.flatten(0, 1))
         self.cache.book(keys.size)
-        at, blocks, vectors = found.best()
+        at, blocks, vectors = sweep.best()
         lower = eigenvalues.rayleigh(blocks, vectors, on(device, self.noise))
         for group, (value, place) in enumerate(torch.stack([lower, at.to(lower.dtype)], 1).tolist()):
             item = int(self.items[group])
@@ -332,28 +332,28 @@ class LowerBounds:
 
     def survey(self, keys: Ints, steps: int, keep: bool = False) -> Ritz:
         """Estimates of the largest eigenvalues: two moments, then Krylov steps at the largest; `keep` saves the moments."""
-        held = self.cache.blocks(keys) if len(keys) <= (1 if self.symbol.parallel else 4) * self.symbol.chunk() else None
-        above, item = self._moments(keys, held), self.items[self.lattice.groups(keys)]
+        blocks = self.cache.blocks(keys) if len(keys) <= (1 if self.symbol.parallel else 4) * self.symbol.chunk() else None
+        above, item = self._moments(keys, blocks), self.items[self.lattice.groups(keys)]
         if keep:
             self.moments = merge(self.moments, (keys, above))
         order, before = leading(item, above)
-        count, first = next(some for side, some in SURVEYED.items() if self.symbol.side <= side)
+        count, first = next(setting for side, setting in SURVEYED.items() if self.symbol.side <= side)
         chosen = order[before < count]
-        found = self.raise_lower(keys[chosen], first if steps == STEPS else steps, held=None if held is None else (held, chosen))
-        above *= self._mean_of_items(item[chosen], found.values / np.maximum(above[chosen], 1e-300))[item]
-        above[chosen] = found.values
-        return Ritz(above, found.seen, found.vectors)
+        ritz = self.raise_lower(keys[chosen], first if steps == STEPS else steps, held=None if blocks is None else (blocks, chosen))
+        above *= self._mean_of_items(item[chosen], ritz.values / np.maximum(above[chosen], 1e-300))[item]
+        above[chosen] = ritz.values
+        return Ritz(above, ritz.seen, ritz.vectors)
 
     def _mean_of_items(self, item: Ints, values: Reals) -> Reals:
         """The mean of the values of each layer, zero where it has none."""
         count = len(self.best)
         return np.bincount(item, values, count) / np.maximum(np.bincount(item, minlength=count), 1)
 
-    def _moments(self, keys: Ints, held: Tensor | None) -> Reals:
+    def _moments(self, keys: Ints, known_blocks: Tensor | None) -> Reals:
         """The two-moment bounds of the blocks at these keys; the blocks are given as `held`, or formed a few at a time."""
         bounds: list[Reals] = []
         for part in pieces(len(keys), self.symbol.chunk()):
-            blocks = self.cache.blocks(keys[part]) if held is None else held[part]
+            blocks = self.cache.blocks(keys[part]) if known_blocks is None else known_blocks[part]
             zero = torch.zeros(len(blocks), dtype=torch.float64, device=blocks.device)
             bounds.append(eigenvalues.moments(blocks, zero).cpu().numpy())
             del blocks  # the next ones may be as large
@@ -368,10 +368,10 @@ class LowerBounds:
         values, vectors = list[Reals](), list[Tensor]()
         for at in pieces(len(keys), self.symbol.chunk()):
             blocks = self.cache.blocks(keys[at]) if held is None else take(held[0], held[1][at])
-            found, v = self._krylov(blocks, steps, None if begin is None else begin[at])
-            values.append(found)
+            ritz, v = self._krylov(blocks, steps, None if begin is None else begin[at])
+            values.append(ritz)
             vectors.append(v)
-            self._record(keys[at], blocks, found, v)
+            self._record(keys[at], blocks, ritz, v)
             self.tally.matvecs += len(blocks) * steps
             self.tally.operations += len(blocks) * 8.0 * steps * self.symbol.side**2
             del blocks
@@ -384,8 +384,8 @@ class LowerBounds:
             first = first.real + 0.5 * first.imag
         first = first.to(blocks.dtype)
         squared = self.symbol.parallel and self.symbol.side <= SQUARED_SIDE
-        found, v = eigenvalues.squared(blocks, first, SQUARINGS) if squared else eigenvalues.krylov(blocks, first, steps)
-        return found.to(torch.float64).cpu().numpy(), v
+        values, v = eigenvalues.squared(blocks, first, SQUARINGS) if squared else eigenvalues.krylov(blocks, first, steps)
+        return values.to(torch.float64).cpu().numpy(), v
 
     def _record(self, keys: Ints, blocks: Tensor, estimates: Reals, vectors: Tensor) -> None:
         """Keep the Rayleigh quotient of the best block of each layer where it is above the layer's lower bound."""

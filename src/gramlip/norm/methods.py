@@ -90,14 +90,14 @@ class Method:
             op, exponent = _scaled(replace(op, weight=op.weight.to(wide)))
             value = self.formula(op)
             margin = (self.slack or roundings)(op) * frobenius_bound(op)
-        why = f"{self.source} (docs/methods.md); {self._side(op)}"
+        because = f"{self.source} (docs/methods.md); {self._side(op)}"
         if not bool(op.weight.detach().any()):
-            return Bound(0.0, 0.0, f"{why}; all weights are zero")
+            return Bound(0.0, 0.0, f"{because}; all weights are zero")
         if value.requires_grad:
-            return Bound(0.0, _times_power(value + margin, exponent), why)
+            return Bound(0.0, _times_power(value + margin, exponent), because)
         below = max(rd.down(float(value) - margin), 0.0) if self.side in ("exact", "lower") else 0.0
         above = rd.up(float(value) + margin) if self.side in ("exact", "upper") else math.inf
-        return scaled(below, above, exponent, why)
+        return scaled(below, above, exponent, because)
 
     def _side(self, op: Dense | Conv) -> str:
         margin = f"float64 with a margin for rounding of {(self.slack or roundings)(op):.1g} of the Frobenius bound"

@@ -76,7 +76,7 @@ def circular(axis: Axis) -> Circle:
 
 
 def _wraps(axis: Axis, size: int) -> int:
-    """How often the most frequent row of the circulant of that size occurs among the outputs."""
+    """The largest number of outputs that are the same row of the circulant of that size."""
     outputs = (size + axis.before + axis.after - axis.span) // axis.stride + 1
     return -(-outputs * math.gcd(axis.stride, size) // size)
 
@@ -219,8 +219,8 @@ def split(kernel: Tensor, axis: int, stride: int) -> Tensor:
     taps, phases = -(-k // stride), min(stride, k)
     room = torch.zeros_like(kernel.narrow(axis, 0, 1)).repeat_interleave(taps * stride - k, axis) if taps * stride > k else None
     full = kernel if room is None else torch.cat([kernel, room], axis)
-    both = full.unflatten(axis, (taps, stride))
-    return both if phases == stride else both.narrow(axis + 1, 0, phases)
+    taps_and_phases = full.unflatten(axis, (taps, stride))
+    return taps_and_phases if phases == stride else taps_and_phases.narrow(axis + 1, 0, phases)
 
 
 def blocks(op: Dense | Conv, torus: int = 32) -> Blocks:
@@ -308,8 +308,8 @@ class TallKernel:
     def _exponent(self) -> int:
         """The exponent of the largest entry; 0 if all entries are zero."""
         each = 8 * self.source.numel() // self.source.shape[1]
-        found = (exponent_of(part) for part in self.source.split(max(1, PIECE_BYTES // each), 1))
-        return max((exponent for exponent in found if exponent is not None), default=0)
+        exponents = (exponent_of(part) for part in self.source.split(max(1, PIECE_BYTES // each), 1))
+        return max((exponent for exponent in exponents if exponent is not None), default=0)
 
     def pieces(self, group: int | None = None, size: int | None = None) -> Iterator[Tensor]:
         """The rows of one group, or of all, in turn: (groups, taps, r, side) of about `size` bytes at most."""
@@ -331,7 +331,7 @@ class TallKernel:
             every = rows == list(range(self.groups))
             return _apply(self.wide if every else self.wide[rows], v)
         each = zip(rows, v[:, None], strict=True)
-        return torch.cat([torch.cat([_apply(piece, one) for piece in self.pieces(at)], -1) for at, one in each])
+        return torch.cat([torch.cat([_apply(piece, vectors) for piece in self.pieces(at)], -1) for at, vectors in each])
 
     def _cast(self, start: int, stop: int, groups: slice) -> Tensor:
         """The exact copy of these rows of the source, conjugated if the sides were exchanged."""

@@ -211,13 +211,13 @@ def krylov(g: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     full eigendecomposition, which is faster.
     """
     if g.shape[-1] <= (WHOLE if len(g) <= MANY else WHOLE // 2) or (len(g) == 1 and g.shape[-1] <= 2 * steps):
-        found, vectors = torch.linalg.eigh(g)
-        return found[:, -1], vectors[:, :, -1]
+        ritz, vectors = torch.linalg.eigh(g)
+        return ritz[:, -1], vectors[:, :, -1]
     values, v, most = g.new_zeros(len(g)).real, start, SHORT if g.dtype in (torch.float32, torch.complex64) else LONG
     while steps > 0:
         q = torch.linalg.qr(_chebyshev(g, v, min(steps, most, g.shape[-1])).mH)[0]
-        found, vectors = torch.linalg.eigh(torch.bmm(torch.bmm(q.mH, g), q))
-        values, v = found[:, -1], torch.bmm(q, vectors[:, :, -1:])[..., 0]
+        ritz, vectors = torch.linalg.eigh(torch.bmm(torch.bmm(q.mH, g), q))
+        values, v = ritz[:, -1], torch.bmm(q, vectors[:, :, -1:])[..., 0]
         steps -= most
     return values, v
 

@@ -83,8 +83,8 @@ def scaled_float64(x: Tensor, exponent: int | None) -> tuple[Tensor, int]:
 def scaled_float64_each(x: Tensor, exponents: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
     """`scaled_float64` of each tensor along the first axis, each with its own exponent."""
     if x.is_complex():
-        parts, found = scaled_float64_each(torch.view_as_real(x.resolve_conj()), exponents)
-        return torch.view_as_complex(parts), found
+        parts, exponents_used = scaled_float64_each(torch.view_as_real(x.resolve_conj()), exponents)
+        return torch.view_as_complex(parts), exponents_used
     if exponents is not None and x.dtype == torch.float64 and not any(exponents):
         return x.contiguous(), list(exponents)
     x, magnitude, width, least = _bits(x)

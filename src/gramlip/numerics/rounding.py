@@ -70,13 +70,13 @@ def sqrt_down(x: float) -> float:
 
 def hypot_up(terms: Iterable[float]) -> float:
     """Upper bound of the root of a sum of squares; one nonzero term is returned as it is."""
-    some = [t for t in terms if t != 0.0]
-    if len(some) <= 1:
-        return some[0] if some else 0.0
-    if math.inf in some:
+    nonzero = [t for t in terms if t != 0.0]
+    if len(nonzero) <= 1:
+        return nonzero[0] if nonzero else 0.0
+    if math.inf in nonzero:
         return math.inf
-    scale = 2.0 ** (math.frexp(max(some))[1] - 1)
-    return mul_up(sqrt_up(add_up(*(up((t / scale) ** 2) for t in some))), scale)
+    scale = 2.0 ** (math.frexp(max(nonzero))[1] - 1)
+    return mul_up(sqrt_up(add_up(*(up((t / scale) ** 2) for t in nonzero))), scale)
 
 
 def gamma(n: float, unit: float = UNIT) -> float:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,7 +91,7 @@ class Windows:
         return found
 
     def padding(self, behind: Sequence[int] | None = None) -> list[int]:
-        """What is padded, in torch's order."""
+        """The padding at both ends of each axis, in torch's order."""
         pairs = list(zip(self.before, behind or self.behind, strict=True))
         return [side for pair in reversed(pairs) for side in pair]
 
@@ -129,7 +130,7 @@ def _conv(node: Node) -> Function:
 
 @register("ConvTranspose")
 def _conv_transpose(node: Node) -> Function:
-    """What `pads` takes away is the same on both sides for torch; else all of it is computed and cut."""
+    """A transposed convolution. Torch crops both sides alike; for other `pads` the whole result is computed and then cropped."""
     windows, groups = Windows(node, _kernel(node)), node.get("group", 1)
     n = len(windows.kernel)
     call = _dimensional("conv_transpose", n)
@@ -166,7 +167,7 @@ def _pool(node: Node) -> tuple[Windows, int, bool, bool]:
 
 
 def _whole(windows: Windows, ceil: bool) -> list[int]:
-    """What is padded so that each output's window lies inside."""
+    """The padding with which each output's window lies inside."""
     sides = zip(windows.outputs(ceil), windows.stride, windows.reach, windows.sizes, windows.before, strict=True)
     return windows.padding([max((m - 1) * s + r - n - b, 0) for m, s, r, n, b in sides])
 
@@ -338,7 +339,7 @@ def _resize(node: Node) -> Function:
 
 
 def _scales(node: Node) -> tuple[list[Fraction], list[int]]:
-    """The scale of each axis, and the shape of the result."""
+    """The scale of each axis, and the shape of the result: by a scale that of a product in float32, as onnxruntime has it."""
     shape, axes = node.shape(), node.get("axes")
     dims = list(range(len(shape))) if axes is None else node.axes_of(axes)
     by, to = node.setting("scales", 1 if node.opset < 11 else 2), None if node.opset < 11 else node.setting("sizes", 3)
@@ -349,7 +350,7 @@ def _scales(node: Node) -> tuple[list[Fraction], list[int]]:
     scales, outputs = [Fraction(1)] * len(shape), list(shape)
     for axis, number in zip(dims, given, strict=True):
         scales[axis] = Fraction(number) if by else Fraction(int(number), shape[axis])
-        outputs[axis] = math.floor(shape[axis] * scales[axis])
+        outputs[axis] = math.floor(np.float32(shape[axis]) * np.float32(number)) if by else int(number)
     return scales, outputs
 
 
@@ -362,18 +363,34 @@ _ROUNDS = {
 
 
 def _places(n: int, m: int, scale: Fraction, where: str, rounds: str) -> list[int]:
-    """Which entry of an axis of n each of m outputs is, in rational numbers."""
-    half = Fraction(1, 2)
-    known = {
-        "half_pixel": lambda j: (j + half) / scale - half,
-        "pytorch_half_pixel": lambda j: (j + half) / scale - half if m > 1 else Fraction(0),
-        "asymmetric": lambda j: j / scale,
-        "align_corners": lambda j: Fraction(j * (n - 1), m - 1) if m > 1 else Fraction(0),
-    }
-    if where not in known or rounds not in _ROUNDS:
-        msg = f"coordinate_transformation_mode={where!r}, nearest_mode={rounds!r}; expected one of {', '.join(known)}"
+    """Which entry of an axis of n each of m outputs is, in rational numbers; refused where rounding in float32 may make it another one."""
+    if where not in _WHERE or rounds not in _ROUNDS:
+        msg = f"coordinate_transformation_mode={where!r}, nearest_mode={rounds!r}; expected one of {', '.join(_WHERE)}"
         raise RefusedError(msg)
-    return [min(max(int(_ROUNDS[rounds](known[where](Fraction(j)))), 0), n - 1) for j in range(m)]
+    short, places = np.float32(float(scale)), list[set[int]]()
+    for j in range(m):
+        exact, rounded = _WHERE[where](Fraction(j), scale, n, m), Fraction(float(_WHERE[where](np.float32(j), short, n, m)))
+        room = 0 if exact == rounded else (abs(exact) + 1) / 2**21
+        places.append({min(max(int(_ROUNDS[rounds](x)), 0), n - 1) for x in (exact - room, exact, rounded, exact + room)})
+    if max(map(len, places)) > 1:
+        msg = f"nearest neighbours of {n} entries by {float(scale):g} that are others in float32; expected a scale without such ties"
+        raise RefusedError(msg)
+    return [place for (place,) in places]
+
+
+_WHERE: dict[str, Callable[[Any, Any, int, int], Any]] = {
+    "half_pixel": lambda j, scale, n, m: (j + _like(j, 1, 2)) / scale - _like(j, 1, 2),
+    "pytorch_half_pixel": lambda j, scale, n, m: (j + _like(j, 1, 2)) / scale - _like(j, 1, 2) if m > 1 else _like(j, 0),
+    "asymmetric": lambda j, scale, n, m: j / scale,
+    "align_corners": lambda j, scale, n, m: j * _like(j, n - 1) / _like(j, m - 1) if m > 1 else _like(j, 0),
+}
+"""From the number of an output to its place among the entries, in the type of the number."""
+
+
+def _like(j: Any, numerator: int, denominator: int = 1) -> Any:
+    """A fraction in the type of another number."""
+    made = Fraction(numerator, denominator)
+    return made if isinstance(j, Fraction) else type(j)(float(made))
 
 
 def _nearest(node: Node, places: list[list[int]]) -> Function:

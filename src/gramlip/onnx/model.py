@@ -260,13 +260,14 @@ class _Graph:
 
     def _linear(self, operation: Operation) -> Operation | None:
         for product, bias in (operation.inputs, operation.inputs[::-1]):
-            if (factors := self._made(product, "MatMul")) and self._axes(factors[1]) == 2 and self._axes(bias) == 1:
+            factors = self._made(product, "MatMul")
+            if factors and self._sizes(factors[1])[1:] == self._sizes(bias) and len(self._sizes(bias)) == 1:
                 return replace(self.makers[product], inputs=(*factors, bias), outputs=operation.outputs)
         return None
 
-    def _axes(self, name: str) -> int | None:
+    def _sizes(self, name: str) -> tuple[int, ...]:
         held = self.constants.get(name)
-        return None if held is None else held.ndim
+        return () if held is None else tuple(held.shape)
 
 
 # ---- the module ----------------------------------------------------------------------------------------------------------
@@ -290,7 +291,7 @@ class Call(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, *given: Tensor | None) -> Any:
-        """What the node returns."""
+        """The results of the node."""
         while given and given[-1] is None and not self.held:
             given = given[:-1]
         return self.function(*given, *(getattr(self, name) for name in self.held))
@@ -463,7 +464,7 @@ class _Builder:
         given = [self.values[name] if name else None for name in operation.inputs]
         known = [name not in self.varies for name in operation.inputs]
         results = max((i + 1 for i, name in enumerate(operation.outputs) if name in self.used), default=1)
-        node = Node(operation.op, operation.name, self.file.opset, operation.attributes, given, known, results)
+        node = Node(operation.op, operation.name, self.file.opset, operation.attributes, given, known, results, len(operation.outputs))
         try:
             call = Call(OPERATORS[operation.op](node), node.extra, operation.inputs, operation.outputs[:results])
             with torch.no_grad():

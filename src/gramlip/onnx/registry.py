@@ -16,7 +16,7 @@ Function = Callable[..., Any]
 
 
 class RefusedError(Exception):
-    """What a node asks for is not covered; the text says what, without the node's name."""
+    """A node asks for something that is not covered. The text says what, without the node's name."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Node:
         attributes: by name: numbers, lists of numbers, text or tensors.
         given: a tensor for each input, None for one that is left out. Of inputs that depend on the model's input only the shape counts.
         known: for each input, whether it is the same for every input of the model.
-        results: how many outputs of the node are used.
+        results: how many outputs of the node are used, up to the last of them.
+        outputs: how many it has.
         extra: constants that the operator's function is to get behind the node's inputs.
         read: the attributes that were asked for.
     """
@@ -42,6 +43,7 @@ class Node:
     given: Sequence[Tensor | None]
     known: Sequence[bool]
     results: int
+    outputs: int
     extra: list[Tensor] = field(default_factory=list[Tensor])
     read: set[str] = field(default_factory=set[str])
 

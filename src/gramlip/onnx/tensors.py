@@ -392,7 +392,7 @@ def _split(node: Node) -> Function:
     axis = node.axis(0)
     size, sizes = node.shape()[axis], node.setting("split", 1)
     if sizes is None:
-        count = node.get("num_outputs", node.results)
+        count = node.get("num_outputs", node.outputs)
         each = -(-size // count)
         sizes = [min(each, size - j * each) for j in range(count)]
     if sum(sizes) != size or min(sizes) < 0:

@@ -41,8 +41,8 @@ WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)  # hooks of torch that o
 
 
 def _unknown(module: object, input_size: Ints | None = None) -> Operator | Bound:
-    if isinstance(module, nn.Module) and is_wrapper(module) and (found := hooks(module)):
-        raise hooked(module, found[0])
+    if isinstance(module, nn.Module) and is_wrapper(module) and (hooks_there := hooks(module)):
+        raise hooked(module, hooks_there[0])
     if is_linear_operator(module):
         if (matrix := held(module)) is not None:
             return describe(matrix)
@@ -108,10 +108,10 @@ def _resting(module: nn.Module) -> Generator[None]:
 def _current(module: nn.Module, kind: type) -> nn.Module:
     """The module with the weights of its next forward pass in eval mode; refused if its map may differ from that of `kind`."""
     name = type(module).__name__
-    own = [f for f in FORWARD if f in vars(module) or getattr(type(module), f, None) is not getattr(kind, f, None)]
-    if own and kind.forward is not nn.Module.forward:  # a rule for a class without a forward pass is meant for its subclasses
+    replaced = [f for f in FORWARD if f in vars(module) or getattr(type(module), f, None) is not getattr(kind, f, None)]
+    if replaced and kind.forward is not nn.Module.forward:  # a rule for a class without a forward pass is meant for its subclasses
         msg = (
-            f"{name} has a {own[0]} of its own; expected that of {kind.__name__}, or a rule for {name}: "
+            f"{name} has a {replaced[0]} of its own; expected that of {kind.__name__}, or a rule for {name}: "
             f"type @gramlip.describe.register on a function (module: {name}, input_size=None) -> operator"
         )
         raise UnsupportedError(msg)
@@ -231,8 +231,8 @@ def _sides(module: nn.Module, input_size: Ints | None, dims: int) -> list[tuple[
     try:
         output = module(torch.empty(1, 1, *sizes, dtype=torch.float64, device="meta"))  # shapes alone
     except (RuntimeError, ValueError) as error:
-        why = str(error).partition("\n")[0]
-        msg = f"input_size={input_size!r} was given for {module}, which torch refuses ({why}); expected a size that the layer takes"
+        reason = str(error).partition("\n")[0]
+        msg = f"input_size={input_size!r} was given for {module}, which torch refuses ({reason}); expected a size that the layer takes"
         raise InputError(msg) from error
     output = output[0] if isinstance(output, tuple) else output  # max pooling may also return its indices
     return list(zip(sizes, output.shape[2:], strict=True))
@@ -377,8 +377,8 @@ def _nearest(sizes: Sequence[int], run: Callable[[Tensor, int], Tensor]) -> Boun
     least = most = 1
     for j, n in enumerate(sizes):
         places = torch.arange(n, dtype=torch.float64).reshape(1, 1, n)
-        taken = [run(x, j).flatten().long() for x in (places, places.float(), places[..., None])]
-        times = [_most(index) for index in taken]
+        read = [run(x, j).flatten().long() for x in (places, places.float(), places[..., None])]
+        times = [_most(index) for index in read]
         least, most = least * min(times), most * max(times)
     return _root(least, most, f"nearest neighbours: an entry is taken {most} times")
 

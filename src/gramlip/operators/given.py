@@ -134,8 +134,8 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 def hooks(module: nn.Module) -> list[Any]:
     """The forward hooks of a module, without those of torch.distributed, which gather and shard weights."""
-    found = (*vars(module)["_forward_pre_hooks"].values(), *vars(module)["_forward_hooks"].values())
-    return [hook for hook in found if not str(getattr(hook, "__module__", "")).startswith("torch.distributed.")]
+    registered = (*vars(module)["_forward_pre_hooks"].values(), *vars(module)["_forward_hooks"].values())
+    return [hook for hook in registered if not str(getattr(hook, "__module__", "")).startswith("torch.distributed.")]
 
 
 def hooked(module: nn.Module, hook: Any) -> UnsupportedError:
@@ -220,7 +220,7 @@ def _numbers(cells: NDArray[Any], name: str) -> NDArray[Any]:
     complex_ = any(isinstance(cell, Complex) and not isinstance(cell, Real) for cell in flat)
     try:
         wide = cells.astype(np.complex128 if complex_ else np.float64)
-        lost = [cell for cell, found in zip(flat, wide.ravel().tolist(), strict=True) if cell == cell and found != cell]
+        lost = [cell for cell, rounded in zip(flat, wide.ravel().tolist(), strict=True) if cell == cell and rounded != cell]
     except (ArithmeticError, TypeError, ValueError) as error:
         msg = f"{name} holds a number that float64 does not ({first_line(error)}); expected floats: type float(x) for each"
         raise InputError(msg) from error
@@ -254,8 +254,8 @@ def sparse_tensor(x: Any, name: str = "weight") -> Tensor:
 
 def held(x: Any) -> object | None:
     """The dense or sparse matrix inside a linear operator made by SciPy's `aslinearoperator`; None for other operators."""
-    made = type(x).__name__ == "MatrixLinearOperator" and type(x).__module__.startswith("scipy.sparse.linalg")
-    return x.A if made else None
+    from_matrix = type(x).__name__ == "MatrixLinearOperator" and type(x).__module__.startswith("scipy.sparse.linalg")
+    return x.A if from_matrix else None
 
 
 def formed(x: Any, name: str = "operator") -> NDArray[Any]:

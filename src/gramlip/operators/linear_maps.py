@@ -377,8 +377,8 @@ def index_map(axis: Axis, mode: str) -> Tensor:
 
 def axes(op: Conv) -> list[Axis]:
     """The axes of the convolution; for a transposed one, those of the convolution whose adjoint it is."""
-    none = (None,) * op.dims
-    inputs, outputs = op.sizes or none, op.output_size or none
+    unknown = (None,) * op.dims
+    inputs, outputs = op.sizes or unknown, op.output_size or unknown
     if op.transposed:
         inputs, outputs = outputs, inputs
     geometry = zip(inputs, outputs, op.weight.shape[2:], op.strides, op.dilations, op.pads, strict=True)

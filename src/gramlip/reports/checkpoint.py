@@ -167,7 +167,7 @@ class Weights:
 
     def _fingerprint(self, kept: list[str], rtol: float) -> dict[str, object]:
         """A fingerprint of a tensor, which ties a journal to it."""
-        files = [[file.name, found.st_size, found.st_mtime_ns] for file in self.stored.files for found in (file.stat(),)]
+        files = [[file.name, status.st_size, status.st_mtime_ns] for file in self.stored.files for status in (file.stat(),)]
         tensors = [[name, list(self.entries[name].shape), self.entries[name].dtype] for name in kept]
         digest = blake2b(json.dumps(tensors).encode(), digest_size=16).hexdigest()
         return {"rtol": rtol, "files": files, "tensors": digest}
@@ -184,7 +184,7 @@ class Weights:
         bounds = certify_all([op for op, _ in maps], rtol=rtol)
         seconds = (perf_counter() - start) / len(names)
         parts = zip(names, maps, bounds, strict=True)
-        return {name: _row(name, op, says(found), seconds, self.entries[name]) for name, (op, says), found in parts}
+        return {name: _row(name, op, says(bound), seconds, self.entries[name]) for name, (op, says), bound in parts}
 
 
 def _loaded(entry: Entry, name: str) -> Tensor:
@@ -204,10 +204,10 @@ def _map(weight: Tensor) -> Dense | Conv:
     return Dense(weight) if weight.ndim == 2 else Conv(weight)
 
 
-def _row(name: str, op: Dense | Conv, found: Bound, seconds: float, entry: Entry) -> LayerRow:
-    because = "; ".join([found.because, *([DOMINATES] if isinstance(op, Conv) else []), *([entry.because] if entry.because else [])])
+def _row(name: str, op: Dense | Conv, bound: Bound, seconds: float, entry: Entry) -> LayerRow:
+    because = "; ".join([bound.because, *([DOMINATES] if isinstance(op, Conv) else []), *([entry.because] if entry.because else [])])
     kind = "Dense" if isinstance(op, Dense) else f"Conv{op.dims}d"
-    return LayerRow(name, kind, entry.shape, None, Bound(found.lower, found.upper, because), seconds)
+    return LayerRow(name, kind, entry.shape, None, Bound(bound.lower, bound.upper, because), seconds)
 
 
 # ---- products that are never formed --------------------------------------------------------------------------------------
@@ -238,12 +238,12 @@ def low_rank(left: Tensor, right: Tensor, scale: float) -> tuple[Dense | Conv, C
     rest = rd.mul_up(root, rd.add_up(rd.mul_up(residual, other_size), rd.mul_up(rd.add_up(size, residual), other_residual)))
     rounding = rd.mul_up(root, rounding)
 
-    def says(found: Bound) -> Bound:
+    def says(bound: Bound) -> Bound:
         spread = rd.mul_up(rd.sqrt_up(rd.add_up(1.0, skew)), rd.sqrt_up(rd.add_up(1.0, other_skew)))
-        upper = rd.add_up(rd.mul_up(spread, rd.add_up(float(found.upper), rounding)), rest)
+        upper = rd.add_up(rd.mul_up(spread, rd.add_up(float(bound.upper), rounding)), rest)
         shrunk = rd.mul_down(rd.sqrt_down(max(0.0, rd.down(1.0 - skew))), rd.sqrt_down(max(0.0, rd.down(1.0 - other_skew))))
-        lower = rd.down(rd.mul_down(shrunk, max(0.0, rd.down(found.lower - rounding))) - rest)
-        because = f"{found.because}; {PRODUCT}"
+        lower = rd.down(rd.mul_down(shrunk, max(0.0, rd.down(bound.lower - rounding))) - rest)
+        because = f"{bound.because}; {PRODUCT}"
         return Bound(max(0.0, rd.mul_down(abs(scale), max(0.0, lower))), rd.mul_up(abs(scale), upper), because)
 
     return _map(core if right.ndim == 2 else core.reshape(len(core), *right.shape[1:])), says
@@ -287,12 +287,12 @@ class Journal:
     def _read(self, file: Path, header: dict[str, object]) -> None:
         whole, _, cut = file.read_bytes().rpartition(b"\n")
         try:
-            found, *groups = [json.loads(text) for text in whole.splitlines()]
+            first_line, *groups = [json.loads(text) for text in whole.splitlines()]
         except ValueError as error:
             msg = f"--resume {file} is damaged ({error}); expected the lines that --resume wrote: type a new name"
             raise InputError(msg) from None
-        if found != header:
-            changed = ", ".join(key for key in header if found.get(key) != header[key])
+        if first_line != header:
+            changed = ", ".join(key for key in header if first_line.get(key) != header[key])
             msg = f"--resume {file} was written for another audit ({changed} changed); expected the same files and width: type a new name"
             raise InputError(msg)
         for group in groups:
@@ -388,8 +388,8 @@ def _parametrized(name: str, entries: Mapping[str, Entry]) -> tuple[str, bool] |
     """Tensors from which torch computes the layer's weight, which itself is not in the file."""
     matrix = len(entries[name].shape) > 1
     what, tensor = "a parametrization", name
-    if (found := re.search(r"(?:^|\.)parametrizations\.\w+\.", name)) is not None:
-        stem, rest = name[: found.end()], name[found.end() :]
+    if (match := re.search(r"(?:^|\.)parametrizations\.\w+\.", name)) is not None:
+        stem, rest = name[: match.end()], name[match.end() :]
         if not rest.startswith("original"):
             return "a part of a parametrization", False
         what = "weight_norm" if f"{stem}original1" in entries else "spectral_norm" if f"{stem}0._u" in entries else what

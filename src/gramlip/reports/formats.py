@@ -57,8 +57,8 @@ def _file(path: Path) -> Stored:
 
 def _folder(path: Path) -> Stored:
     for pattern, reader in FOLDERS.items():
-        if (found := sorted(path.glob(pattern))) and (len(found) == 1 or reader is not _file):
-            return reader(found[0])
+        if (files := sorted(path.glob(pattern))) and (len(files) == 1 or reader is not _file):
+            return reader(files[0])
     several = [file.name for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt")]
     given = f"is a folder with {', '.join(several)}" if several else "is a folder without weights"
     file = path / (several or ["model.safetensors"])[0]
@@ -120,11 +120,11 @@ def _indexed(path: Path) -> Stored:
         msg = f"{path} places {missing[0]} in {places[missing[0]]}, which lacks it; expected the shards of this index: fetch them again"
         raise InputError(msg)
     entries = {name: files[shard][name] for name, shard in places.items()}
-    for shard, held in files.items():
-        for name in held:
+    for shard, names in files.items():
+        for name in names:
             if places.get(name, shard) != shard or (name not in places and name in entries):
                 raise _same_name(path, name)
-            entries[name] = held[name]
+            entries[name] = names[name]
     notes = tuple(dict.fromkeys(note for part in parts.values() for note in part.notes))
     return Stored(entries, (), notes, (path, *(path.parent / shard for shard in parts)))
 
@@ -138,18 +138,18 @@ def _pickled(path: Path) -> Stored:
         msg = f"{path} is a torch checkpoint by its content; expected safetensors: type mv {path} {path.with_suffix('.pt')}"
         raise InputError(msg)
     try:
-        found = unpickled(path)
+        content = unpickled(path)
     except InputError:
         raise
     except Exception as error:  # a damaged file can raise anything; none of it is a defect of ours
         msg = f"{path} cannot be read as a torch checkpoint ({line(error)}); expected what torch.save(model.state_dict()) writes"
         raise InputError(msg) from None
     skipped = list[str]()
-    entries = _containers(found.value, skipped, path)
-    if not entries and found.names:
-        msg = f"{path} holds no tensor, but what {_some(found.names)} would make, which was not run; expected model.state_dict()"
+    entries = _containers(content.value, skipped, path)
+    if not entries and content.names:
+        msg = f"{path} holds no tensor, but what {_some(content.names)} would make, which was not run; expected model.state_dict()"
         raise InputError(msg)
-    note = (f"Read as placeholders, neither imported nor run: {_some(found.names)}.",) if found.names else ()
+    note = (f"Read as placeholders, neither imported nor run: {_some(content.names)}.",) if content.names else ()
     return Stored(entries, tuple(skipped), note)
 
 
@@ -159,17 +159,17 @@ def _some(names: tuple[str, ...], most: int = 12) -> str:
 
 def _containers(loaded: Any, skipped: list[str], file: Path) -> Entries:
     """The tensors of a checkpoint, however nested, without the containers around them all; the state of training goes to `skipped`."""
-    found = dict[tuple[str, ...], Entry]()
+    by_path = dict[tuple[str, ...], Entry]()
     for path, entry in _Walk(file, skipped).tensors(loaded, ()):
-        if path in found:
+        if path in by_path:
             raise _same_name(file, ".".join(path))
-        found[path] = entry
-    outer = _outer_keys([path[:-1] for path, entry in found.items() if len(entry.shape) > 1])
-    names = {path: ".".join(path[len(outer) :] if path[: len(outer)] == outer else path) for path in found}
+        by_path[path] = entry
+    outer = _outer_keys([path[:-1] for path, entry in by_path.items() if len(entry.shape) > 1])
+    names = {path: ".".join(path[len(outer) :] if path[: len(outer)] == outer else path) for path in by_path}
     if len(set(names.values())) < len(names):
-        names = {path: ".".join(path) for path in found}
+        names = {path: ".".join(path) for path in by_path}
     entries: Entries = {}
-    for path, entry in found.items():
+    for path, entry in by_path.items():
         if names[path] in entries:
             raise _same_name(file, names[path])
         entries[names[path]] = entry
@@ -222,7 +222,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any, str]]:
 
 
 def _attributes(state: dict[Any, Any]) -> dict[Any, Any]:
-    """What `state_dict` has of a pickled module: parameters, buffers that persist, and the modules inside; of others all attributes."""
+    """The state_dict of a pickled module: parameters, persistent buffers, and the modules inside; of other objects all attributes."""
     if "_parameters" not in state or "_modules" not in state:
         return state
     passing = cast("list[str]", state.get("_non_persistent_buffers_set") or [])
@@ -272,26 +272,26 @@ def _distributed(path: Path) -> Stored:
         paths = {name: tuple(map(str, parts)) for name, parts in (state.get("planner_data") or {}).items()}
         skipped: dict[str, None] = {}
         entries: dict[tuple[str, ...], Entry] = {}
-        for name, held in state["state_dict_metadata"].items():
+        for name, metadata in state["state_dict_metadata"].items():
             where = paths.get(name) or (name,)
             if _TRAINING.search(where[0].partition(".")[0]):
                 skipped[where[0].partition(".")[0]] = None
-            elif "chunks" in (held.state or {}):
-                entries[where] = _pieces(path, name, held.state, places)
+            elif "chunks" in (metadata.state or {}):
+                entries[where] = _pieces(path, name, metadata.state, places)
     except Exception as error:  # a damaged file can raise anything
         msg = f"{path} cannot be read as the metadata of a distributed checkpoint ({line(error)}); expected what dcp.save writes"
         raise InputError(msg) from None
     outer = _outer_keys([where[:-1] for where, entry in entries.items() if len(entry.shape) > 1])
-    found = {".".join(where[len(outer) :] if where[: len(outer)] == outer else where): entry for where, entry in entries.items()}
+    named = {".".join(where[len(outer) :] if where[: len(outer)] == outer else where): entry for where, entry in entries.items()}
     files = sorted({path.parent / info["relative_path"] for info in places.values()})
-    return Stored(found if len(found) == len(entries) else {".".join(w): e for w, e in entries.items()}, tuple(skipped), (), (path, *files))
+    return Stored(named if len(named) == len(entries) else {".".join(w): e for w, e in entries.items()}, tuple(skipped), (), (path, *files))
 
 
-def _pieces(path: Path, name: str, held: dict[str, Any], places: dict[Any, dict[str, Any]]) -> Entry:
+def _pieces(path: Path, name: str, metadata: dict[str, Any], places: dict[Any, dict[str, Any]]) -> Entry:
     """A tensor in pieces, put together when it is read: NaN stays where none lies, and is refused then."""
-    properties = held["properties"].state
+    properties = metadata["properties"].state
     dtype = cast("torch.dtype", properties["dtype"] if isinstance(properties, dict) else properties[0])
-    shape, pieces = tuple(held["size"]), [piece.state for piece in held["chunks"]]
+    shape, pieces = tuple(metadata["size"]), [piece.state for piece in metadata["chunks"]]
 
     def load() -> Tensor:
         whole = torch.full(shape, float("nan"), dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
@@ -346,13 +346,13 @@ def _adapter(path: Path) -> Stored:
         entries: Entries = {}
         for name, entry in stored.entries.items():
             name = name.removeprefix("base_model.model.")
-            found = re.fullmatch(r"(.+)\.lora_(A|B)((?:\.\w+)?)\.weight", name)
-            if found is None:
+            match = re.fullmatch(r"(.+)\.lora_(A|B)((?:\.\w+)?)\.weight", name)
+            if match is None:
                 table = "lora_embedding_" in name
                 entries[name] = replace(entry, out=("the change of an embedding, no map of the input", False)) if table else entry
-            elif found[2] == "A":
-                pair = stored.entries.get(f"{_before(stored, name)}{found[1]}.lora_B{found[3]}.weight")
-                entries[f"{found[1]}{found[3]}"] = _change(entry, pair, _scale(config, found[1], entry.shape[0]))
+            elif match[2] == "A":
+                pair = stored.entries.get(f"{_before(stored, name)}{match[1]}.lora_B{match[3]}.weight")
+                entries[f"{match[1]}{match[3]}"] = _change(entry, pair, _scale(config, match[1], entry.shape[0]))
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
@@ -399,7 +399,7 @@ def _change(right: Entry, left: Entry | None, scale: float) -> Entry:
 
 @dataclass(frozen=True)
 class Format:
-    """How a file of this format is known, by its path and its first bytes, and what reads it."""
+    """A format: the test that recognises a file by its path and first bytes, and the reader."""
 
     fits: Callable[[Path, bytes], bool]
     read: Callable[[Path], Stored]
@@ -433,7 +433,7 @@ FORMATS: dict[str, Format] = {
     "a torch checkpoint": Format(lambda _, start: start[:4] == b"PK\x03\x04" or start[:1] == b"\x80", _pickled),
     "safetensors by its name": Format(_suffix(".safetensors"), safetensors),
 }
-"""What a file of weights can be -> its reader; the first that fits reads it."""
+"""Formats of a file of weights; the first that fits reads it."""
 
 FOLDERS: dict[str, Callable[[Path], Stored]] = {
     "adapter_config.json": _adapter,
@@ -446,4 +446,4 @@ FOLDERS: dict[str, Callable[[Path], Stored]] = {
     "*model_states.pt": _deepspeed,
     "*.safetensors": _file,
 }
-"""What a folder of weights holds -> the reader of that file; the first that is there counts."""
+"""Files that mark a folder of weights -> the reader of that file; the first that is present counts."""

@@ -74,7 +74,7 @@ def page(report: Report) -> str:
     maps = [(row, grid) for row in report.layers if (grid := sampled(row)) is not None]
     data = [{"rows": grid, "top": max(map(max, grid))} for _, grid in maps]
     figures = "".join(_figure(i, row, grid) for i, (row, grid) in enumerate(maps))
-    held = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    embedded = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="gramlip">',
@@ -86,7 +86,7 @@ def page(report: Report) -> str:
         f'<h2>Layers</h2><div class="wide"><table id="layers">{_table(report)}</table></div>',
         _lists(report),
         f'<h2>Symbols</h2><p>{CAPTION}</p>{SCALE}<div class="maps">{figures}</div>' if maps else "",
-        f'<script type="application/json" id="maps">{held}</script><script>{SCRIPT}</script></body></html>',
+        f'<script type="application/json" id="maps">{embedded}</script><script>{SCRIPT}</script></body></html>',
     ]
     return "\n".join(part for part in parts if part) + "\n"
 
@@ -284,14 +284,14 @@ def figure(columns: int = 1, rows: int = 1, *, width: float = 5.0, height: float
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(made)
-    axes = [made.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
+    page = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(page)
+    axes = [page.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
     for ax in axes:
         ax.grid(visible=True, which="major", linewidth=0.4, alpha=0.5)
         ax.set_axisbelow(True)
         ax.tick_params(labelsize=8)
-    return made, axes
+    return page, axes
 
 
 def look(method: str) -> dict[str, Any]:
@@ -312,7 +312,7 @@ def check_picture(path: Path) -> None:
         raise InputError(msg)
 
 
-def save(made: Figure, path: Path) -> None:
+def save(page: Figure, path: Path) -> None:
     """Write the figure whole or not at all.
 
     Raises:
@@ -320,5 +320,5 @@ def save(made: Figure, path: Path) -> None:
     """
     check_picture(path)
     buffer = io.BytesIO()
-    made.savefig(buffer, format=path.suffix[1:], dpi=200)
+    page.savefig(buffer, format=path.suffix[1:], dpi=200)
     write_bytes_whole(path, buffer.getvalue())

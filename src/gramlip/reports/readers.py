@@ -147,8 +147,8 @@ def numpy_file(path: Path) -> Stored:
             for member in archive.namelist():
                 with archive.open(member) as file:
                     name = member.removesuffix(".npy")
-                    found = _array(file, _member(path, name))
-                    entries[name.replace("/", ".")] = kernel(found) if name.rpartition("/")[2] == "kernel" else found
+                    entry = _array(file, _member(path, name))
+                    entries[name.replace("/", ".")] = kernel(entry) if name.rpartition("/")[2] == "kernel" else entry
         return Stored(entries)
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         msg = f"{path} cannot be read as arrays of NumPy ({line(error)}); expected what numpy.savez writes: save it again"
@@ -213,14 +213,14 @@ def keras(path: Path) -> Stored:
         if parts[0] in ("optimizer", "optimizer_weights"):
             skipped[parts[0]] = None
         else:
-            found = of_array(tuple(dataset.shape), dataset.dtype, lambda dataset=dataset: dataset[()])
-            entries[".".join(parts)] = _keras_entry(parts, [classes.get(part, part) for part in parts], found)
+            entry = of_array(tuple(dataset.shape), dataset.dtype, lambda dataset=dataset: dataset[()])
+            entries[".".join(parts)] = _keras_entry(parts, [classes.get(part, part) for part in parts], entry)
     return Stored(entries, tuple(skipped))
 
 
 def _classes(text: str | bytes) -> dict[str, str]:
     """The class of each layer by its name, from a model's configuration."""
-    found: dict[str, str] = {}
+    classes: dict[str, str] = {}
     ahead: list[Any] = [json.loads(text)]
     while ahead:
         value = ahead.pop()
@@ -228,11 +228,11 @@ def _classes(text: str | bytes) -> dict[str, str]:
             inner = cast("dict[str, Any]", value)
             config = inner.get("config")
             if isinstance(config, dict) and "name" in config and "class_name" in inner:
-                found[str(cast("Any", config["name"]))] = str(inner["class_name"])
+                classes[str(cast("Any", config["name"]))] = str(inner["class_name"])
             ahead += inner.values()
         elif isinstance(value, list):
             ahead += cast("list[Any]", value)
-    return found
+    return classes
 
 
 def _keras_entry(parts: list[str], kinds: list[str], entry: Entry) -> Entry:
@@ -276,8 +276,8 @@ def gguf(path: Path) -> Stored:
             values = tensor.data if kind in plain else package.dequantize(tensor.data, tensor.tensor_type)
             return torch.from_numpy(np.array(values)).reshape(shape)
 
-        made = "" if kind in (*plain, "BF16") else f"dequantised from {kind} to float32 by gguf"
-        return Entry(shape, plain.get(kind, "float32"), load, made)
+        note = "" if kind in (*plain, "BF16") else f"dequantised from {kind} to float32 by gguf"
+        return Entry(shape, plain.get(kind, "float32"), load, note)
 
     return Stored({tensor.name: entry(tensor) for tensor in tensors})
 
@@ -295,16 +295,16 @@ def onnx(path: Path) -> Stored:
         for i, name in enumerate(node.input):
             used.setdefault(name, set()).add(node.op_type if i or node.op_type != "Gather" else "Gather's rows")
 
-    def entry(held: Any) -> Entry:
-        dtype = package.helper.tensor_dtype_to_np_dtype(held.data_type)
-        found = of_array(tuple(held.dims), dtype, lambda: package.numpy_helper.to_array(held, str(path.parent)))
-        ops = used.get(held.name, set())
-        if len(held.dims) > 1 and ops and ops <= {*_ENTRYWISE, "Gather's rows"}:
+    def entry(tensor: Any) -> Entry:
+        dtype = package.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        entry = of_array(tuple(tensor.dims), dtype, lambda: package.numpy_helper.to_array(tensor, str(path.parent)))
+        ops = used.get(tensor.name, set())
+        if len(tensor.dims) > 1 and ops and ops <= {*_ENTRYWISE, "Gather's rows"}:
             reason = f"used by {' and '.join(sorted(ops))} alone: no map of the input"
-            return Entry(found.shape, found.dtype, found.load, out=(reason, False))
-        return found
+            return Entry(entry.shape, entry.dtype, entry.load, out=(reason, False))
+        return entry
 
-    return Stored({held.name: entry(held) for held in graph.initializer})
+    return Stored({initializer.name: entry(initializer) for initializer in graph.initializer})
 
 
 _ENTRYWISE = ("Add", "Sub", "Mul", "Div", "Where", "Pow", "PRelu", "Max", "Min", "Equal", "Less", "Greater", "BatchNormalization")

@@ -80,7 +80,8 @@ class Report:
 
     `network` is the interval of the whole network, None if only weights are known. `notes` apply to every row. `unsupported` lists the
     calls without a rule, each with its place in the source; the network then has no upper bound. Printed numbers are rounded outward;
-    JSON numbers are exact, and null stands for infinity (no bound).
+    JSON numbers are exact, and null stands for infinity (no bound). `scope` says of which inputs, entries and results the network's
+    interval is, where it is not of all; a domain is no scope.
 
     >>> row = LayerRow("fc", "Dense", (2, 3), None, Bound(1.0, 1.5, "a matrix"))
     >>> print(Report("w.safetensors", (row,)))
@@ -96,6 +97,7 @@ class Report:
     network: Bound | None = None
     notes: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
+    scope: tuple[str, ...] = ()
 
     @property
     def lower(self) -> float:
@@ -212,8 +214,8 @@ def proof_name(because: str) -> str:
     ('softmax', 'this size (thm 11)')
     """
     for pattern, name in _PROOFS:
-        if (found := re.search(pattern, because)) is not None:
-            return found.expand(name)
+        if (match := re.search(pattern, because)) is not None:
+            return match.expand(name)
     return because.split("; ")[0].split(": ")[0].split(", ")[0]
 
 
@@ -370,8 +372,8 @@ def _verbose(report: Report, screen: Screen) -> Iterable[list[str]]:
     reasons: list[str] = []
     for name, bound in bounds:
         shared = "".join(marks[part] for part in _parts(bound) if part in marks)
-        own = "; ".join(part for part in _parts(bound) if part not in marks)
-        reasons += [screen.styled(f"  {printable(name)}", "bold"), *screen.wrapped(f"{shared} {own}".strip(), "    ", "    ")]
+        of_bound = "; ".join(part for part in _parts(bound) if part not in marks)
+        reasons += [screen.styled(f"  {printable(name)}", "bold"), *screen.wrapped(f"{shared} {of_bound}".strip(), "    ", "    ")]
     yield [screen.styled("reasons", "bold"), *reasons]
     yield [line for part, mark in marks.items() for line in screen.wrapped(f"{mark} {part}", "  ", "      ")]
     for title, is_weight in (("weights without a bound", True), ("left out", False)):

@@ -46,7 +46,7 @@ class Name:
 
 @dataclass(eq=False)
 class Placeholder:
-    """What the file would have made by calling `name`: the arguments, the state and the items that it was given."""
+    """A placeholder for the result of calling `name`: the arguments, the state and the items that the file gives it."""
 
     name: str
     args: tuple[Any, ...] = ()
@@ -102,11 +102,11 @@ _STANDINS: dict[str, Callable[[], Tensor]] = {
 
 
 def _ints(values: Any) -> tuple[int, ...]:
-    found = tuple(cast("Iterable[Any]", values))
-    if not all(type(n) is int and 0 <= n < 1 << 62 for n in found):
-        msg = f"a tensor of shape or strides {found}"
+    integers = tuple(cast("Iterable[Any]", values))
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in integers):
+        msg = f"a tensor of shape or strides {integers}"
         raise ValueError(msg)
-    return cast("tuple[int, ...]", found)
+    return cast("tuple[int, ...]", integers)
 
 
 def _tensor(storage: Storage, start: int, shape: Any, strides: Any, *rest: Any) -> StoredTensor:
@@ -123,12 +123,12 @@ def _untyped(
 def _view(dtype: torch.dtype, storage: Storage, start: int, shape: Any, strides: Any, flags: Any) -> StoredTensor:
     sizes, steps = _ints(shape), _ints(strides)
     (first,) = _ints((start,))
-    count, held = int(np.prod(sizes, dtype=object)), storage.size // dtype.itemsize
-    if count and first + sum((n - 1) * s for n, s in zip(sizes, steps, strict=True)) >= held:
-        msg = f"a tensor of shape {sizes} reaches beyond the {held} numbers of its storage"
+    count, available = int(np.prod(sizes, dtype=object)), storage.size // dtype.itemsize
+    if count and first + sum((n - 1) * s for n, s in zip(sizes, steps, strict=True)) >= available:
+        msg = f"a tensor of shape {sizes} reaches beyond the {available} numbers of its storage"
         raise ValueError(msg)
-    if count > max(held, MOST_REPEATED):
-        msg = f"a tensor of shape {sizes} is made of {held} numbers"
+    if count > max(available, MOST_REPEATED):
+        msg = f"a tensor of shape {sizes} is made of {available} numbers"
         raise ValueError(msg)
     flips = tuple(key for key, on in flags.items() if on) if isinstance(flags, dict) else ()
     return StoredTensor(dtype, sizes, steps, first, storage, flips)
@@ -154,8 +154,8 @@ def _nested(*_: Any) -> StoredTensor:
 
 def _of_type(function: Any, kind: Any, args: Any, _state: Any) -> Any:
     """A subclass of Tensor: what is stored, where that is a tensor; else its parts, under the name of its class."""
-    made = called(function, args)
-    return Placeholder(kind.name, (args, _state)) if isinstance(made, Placeholder) else made
+    placeholder = called(function, args)
+    return Placeholder(kind.name, (args, _state)) if isinstance(placeholder, Placeholder) else placeholder
 
 
 @dataclass(eq=False)
@@ -200,8 +200,8 @@ def _numbers(data: Any, kind: Any, shape: Any, order: Any) -> Any:
     sizes = _ints(shape)
     axes = range(len(sizes))
     inner = [sizes[:i] if order == "F" else sizes[i + 1 :] for i in axes]
-    held = torch.from_numpy(np.empty(0, dtype.newbyteorder("="))).dtype
-    return _view(held, Storage(held, len(data), read), 0, sizes, [int(np.prod(part, dtype=object)) for part in inner], None)
+    dtype_ = torch.from_numpy(np.empty(0, dtype.newbyteorder("="))).dtype
+    return _view(dtype_, Storage(dtype_, len(data), read), 0, sizes, [int(np.prod(part, dtype=object)) for part in inner], None)
 
 
 def _scalar(kind: Any, data: Any = b"") -> Any:
@@ -227,10 +227,10 @@ def _dict(*args: Any) -> dict[Any, Any]:
     pairs = args[-1] if args and isinstance(args[-1], dict | list) else ()
     if isinstance(pairs, dict):
         return cast("dict[Any, Any]", pairs)
-    found = {_key(key): value for key, value in cast("Iterable[tuple[Any, Any]]", pairs)}
+    pairs_read = {_key(key): value for key, value in cast("Iterable[tuple[Any, Any]]", pairs)}
     if isinstance(pairs, list):
         cast("list[Any]", pairs).clear()  # a copy at every call could fill the memory: no real file makes two dicts of one list
-    return found
+    return pairs_read
 
 
 def _reconstructed(kind: Any, base: Any, state: Any) -> Placeholder:
@@ -268,11 +268,11 @@ REBUILD: dict[str, Callable[..., Any]] = {
     "copyreg._reconstructor": _reconstructed,
     "copy_reg._reconstructor": _reconstructed,
 }
-"""What a pickle may call, by the name it has there -> what stands for it here. No class or function of the file is among these."""
+"""Names that a pickle may call -> the function called instead. No class or function of the file is among them."""
 
 
 def called(function: Any, args: Any) -> Any:
-    """What stands for `function(*args)`: one of `REBUILD`, or a placeholder."""
+    """The stand-in for `function(*args)`: the result of one of `REBUILD`, or a placeholder."""
     name = function.name if isinstance(function, Name | Placeholder) else type(function).__name__
     given = tuple(args)
     return REBUILD[name](*given) if isinstance(function, Name) and name in REBUILD else Placeholder(name, given)
@@ -298,11 +298,11 @@ _MARK = Name("mark")
 class Machine:
     """Follows one pickle; `found` gathers the names that became placeholders, in the order of the file."""
 
-    def __init__(self, persistent: Callable[[Any], Any] | None = None, found: dict[str, None] | None = None) -> None:
+    def __init__(self, persistent: Callable[[Any], Any] | None = None, placeholders: dict[str, None] | None = None) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.persistent = persistent
-        self.found = {} if found is None else found
+        self.found = {} if placeholders is None else placeholders
 
     def run(self, stream: IO[bytes]) -> Any:
         """The object of the pickle that begins here; the stream stands behind it then.
@@ -326,7 +326,7 @@ class Machine:
         return self.stack.pop()
 
     def since_mark(self) -> list[Any]:
-        """What was pushed since the last mark, without it."""
+        """The objects pushed since the last mark, without the mark."""
         i = len(self.stack) - 1
         while self.stack[i] is not _MARK:
             i -= 1
@@ -336,10 +336,10 @@ class Machine:
 
     def make(self, function: Any, args: Any) -> None:
         """Push what stands for a call."""
-        made = called(function, args)
-        if isinstance(made, Placeholder):
-            self.found[made.name] = None
-        self.stack.append(made)
+        result = called(function, args)
+        if isinstance(result, Placeholder):
+            self.found[result.name] = None
+        self.stack.append(result)
 
     def fill(self, pairs: list[Any]) -> None:
         """Put keys and values, alternating, into the container on top."""
@@ -458,14 +458,14 @@ _STEPS: dict[str, Callable[[Machine, Any], None]] = {
 
 @dataclass(frozen=True)
 class Unpickled:
-    """What a file holds, and the names of its classes and functions that were not imported."""
+    """The content of a file, and the names of its classes and functions that were not imported."""
 
     value: Any
     names: tuple[str, ...]
 
 
 def unpickled(source: Path | IO[bytes]) -> Unpickled:
-    """What a torch checkpoint (zip or legacy), a TorchScript archive or a plain pickle holds; tensors are read when asked for.
+    """The content of a torch checkpoint (zip or legacy), a TorchScript archive or a plain pickle; tensors are read when asked for.
 
     Raises:
         InputError: a file whose records do not have their checksums.

@@ -74,10 +74,10 @@ def certify(
     Args:
         model: the classifier, run in eval mode on its parameters' device, on what the loader gives.
         loader: batches (inputs, labels); inputs normalised where `std` is not 1.
-        lipschitz: as for `radii`; None audits the model.
+        lipschitz: as for `radii`; None audits the model for the shape of the first sample, which all must have.
         eps: radii in pixels of [0, 1].
         std: as for `radii`.
-        last: as for `radii`.
+        last: as for `radii`, with the constant of what comes before it.
         local: True also looks for a larger radius around each sample, which takes some constants of the network for each of them;
             "eps" only as far as `eps` asks: for a sample the search ends at the first of them that is out of its reach.
         executed: take what rounding may do to the logits off the margins, so that the radii are those of the program that runs, for
@@ -94,16 +94,19 @@ def certify(
     {0.5: 0.5}
     """
     wanted, box = _checked(eps, local), _box(executed, domain)
-    run, found, right = None, list[Tensor](), 0
+    if last is not None and lipschitz is None:
+        msg = "last was given without a constant; expected that of what comes before it: type lipschitz=gramlip.audit(body, example)"
+        raise InputError(msg)
+    run, radii_so_far, right = None, list[Tensor](), 0
     for inputs, labels in batches(loader):
         run = run or Run(model, inputs, Everywhere(lipschitz, std, last), wanted, local, box)
-        made, correct = run.radii(inputs, labels)
-        found.append(made)
+        radii_of_batch, correct = run.radii(inputs, labels)
+        radii_so_far.append(radii_of_batch)
         right += correct
     if run is None:
         msg = "the loader gave no batch; expected at least one (inputs, labels)"
         raise InputError(msg)
-    every = torch.cat(found)
+    every = torch.cat(radii_so_far)
     shares = {e: float((every > e).double().mean()) for e in wanted}
     return Certified(right / len(every), shares, every, run.because)
 
@@ -121,7 +124,7 @@ def _checked(eps: float | Sequence[float], local: object) -> list[float]:
 
 
 def _box(executed: bool, domain: Domain | None) -> Domain | None:
-    """Where inputs lie, if rounding counts."""
+    """The interval of the inputs, if rounding counts."""
     if executed and domain is None:
         msg = "executed=True was given without a domain; expected where inputs lie: type domain=(0.0, 1.0) for pixels"
         raise InputError(msg)
@@ -133,7 +136,7 @@ def _box(executed: bool, domain: Domain | None) -> Domain | None:
 
 @dataclass(frozen=True)
 class Everywhere:
-    """What is known of the network for all inputs, as `radii` takes it; `lipschitz` None stands for an audit."""
+    """The constants of the network for all inputs, as `radii` takes them; `lipschitz=None` stands for an audit."""
 
     lipschitz: float | Bound | Report | None
     std: float | Sequence[float]
@@ -153,6 +156,7 @@ class Run:
         box: Domain | None,
     ) -> None:
         self._model, self._known, self._least_std = model, known, min(numbers(known.std), default=1.0)
+        self._shape = tuple(inputs.shape[1:]) if known.lipschitz is None or local or box is not None else None
         self._upper = _audited(model, inputs) if known.lipschitz is None else known.lipschitz
         most = decimals(constant(self._upper, known.std), upward=True)
         self._error = None if box is None else _execution(model, inputs[:1], box)
@@ -163,21 +167,26 @@ class Run:
 
     def radii(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         """The radius of each sample in pixels, and how many of them are right."""
+        if self._shape not in (None, shape := tuple(inputs.shape[1:])):
+            msg = (
+                f"samples of shapes {self._shape} and {shape} were given; expected one shape, for which the constant is: type lipschitz=..."
+            )
+            raise InputError(msg)
         logits, truth = tensor("logits", logits_of(self._model, inputs)), labels.to(_device(self._model))
         sure = least_favourable(logits, truth, self._error or 0.0)
-        made = radii(sure, truth, self._upper, std=self._known.std, last=self._known.last).cpu()
+        proved = radii(sure, truth, self._upper, std=self._known.std, last=self._known.last).cpu()
         right = (logits.argmax(1) == truth) & logits.isfinite().all(1)  # the argmax of NaN is no answer
         if self._around is not None:
-            made = self._widened(self._around, inputs.cpu(), sure.cpu(), truth.cpu(), made)
-        return made, int(right.sum())
+            proved = self._widened(self._around, inputs.cpu(), sure.cpu(), truth.cpu(), proved)
+        return proved, int(right.sum())
 
     def _widened(self, around: LocalRadii, inputs: Tensor, sure: Tensor, truth: Tensor, least: Tensor) -> Tensor:
         """The radii around each input where they are larger; a step of one pixel moves the input by 1/std."""
         pairs, std, made = pair_constants(self._upper, self._known.last, sure), self._least_std, least.tolist()
         for i, (radius, label) in enumerate(zip(made, truth.tolist(), strict=True)):
             proved = rd.down(radius / std) if 0 < radius < math.inf else radius
-            found = around.radius(inputs[i : i + 1], sure[i], label, pairs[label], proved, self._goals)
-            made[i] = max(radius, rd.down(found * std))
+            larger = around.radius(inputs[i : i + 1], sure[i], label, pairs[label], proved, self._goals)
+            made[i] = max(radius, rd.down(larger * std))
         return torch.tensor(made, dtype=torch.float64)
 
 
@@ -190,14 +199,14 @@ def _audited(model: nn.Module, inputs: Tensor) -> Report:
 
 
 def _rounding(error: ExecutionError | None) -> str:
-    """What is taken off for rounding, in words."""
+    """The sentence about the allowance for rounding."""
     if error is None:
         return "logits as the model computes them"
     return f"less {decimals(4 * error.largest, upward=True)} for the rounding of both programs ({error.because})"
 
 
 def _execution(model: nn.Module, sample: Tensor, domain: Domain) -> ExecutionError:
-    """What rounding may do to the logits of a sample of the domain."""
+    """The effect of rounding on the logits of a sample of the domain."""
     with in_eval_mode(model):
         return execution_error(model, sample.to(_device(model)), domain=domain)
 

@@ -45,14 +45,14 @@ def numbers(given: object) -> list[float]:
 def tensor(name: str, given: object) -> Tensor:
     """A tensor, array or list of real numbers as a tensor."""
     try:
-        found = torch.as_tensor(given).detach()
+        values = torch.as_tensor(given).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         msg = f"{name} of type {type(given).__name__} were given; expected a tensor, array or list of numbers"
         raise InputError(msg) from error
-    if found.is_complex():
-        msg = f"{name} of {found.dtype} were given; expected real numbers"
+    if values.is_complex():
+        msg = f"{name} of {values.dtype} were given; expected real numbers"
         raise InputError(msg)
-    return found
+    return values
 
 
 def constant(lipschitz: float | Bound | Report, std: float | Sequence[float] = 1.0) -> float:
@@ -61,11 +61,15 @@ def constant(lipschitz: float | Bound | Report, std: float | Sequence[float] = 1
     >>> constant(2.0, std=(0.5, 0.25)) >= 8.0
     True
     """
-    found = [float(lipschitz.upper)] if isinstance(lipschitz, Bound | Report) else numbers(lipschitz)
-    if len(found) != 1 or not found[0] >= 0:
+    if isinstance(lipschitz, Report) and lipschitz.scope:
+        given = f"the constant of {' and '.join(lipschitz.scope)} was given"
+        msg = f"{given}; expected one of all inputs and results: type gramlip.audit(model, example), or local=True for balls"
+        raise InputError(msg)
+    constants = [float(lipschitz.upper)] if isinstance(lipschitz, Bound | Report) else numbers(lipschitz)
+    if len(constants) != 1 or not constants[0] >= 0:
         msg = f"lipschitz={lipschitz!r} was given; expected an upper bound of at least 0: type gramlip.audit(model, example).upper"
         raise InputError(msg)
-    (upper,), spread = found, numbers(std)
+    (upper,), spread = constants, numbers(std)
     if not spread or any(not 0 < s < math.inf for s in spread):
         msg = f"std={std!r} was given; expected the positive numbers that the input normalisation divides by"
         raise InputError(msg)
@@ -88,7 +92,8 @@ def radii(
     Args:
         logits: (batch, classes).
         labels: (batch,), integers.
-        lipschitz: upper bound for the network from its (normalised) input to the logits; with `last`, to the input of `last`.
+        lipschitz: upper bound for the network from its (normalised) input to the logits; with `last`, to the input of `last`. That
+            of a report on a domain holds for inputs of the domain; one around an input, or of some entries, is refused.
         std: what the input normalisation outside the network divides by; 1 where the network takes pixels.
         last: the network's final linear layer: each pair of classes then has its own constant, `||w_y - w_j||` times `lipschitz`,
             instead of `sqrt(2)` times that of the whole network.
@@ -148,9 +153,9 @@ def _quotients(gaps: Tensor, slopes: Tensor, units: Tensor, scale: float) -> Ten
     to 0. The gap, the product, the quotient and the margin are rounded once each, by 2^-53 of themselves: less than 2^-49 in all.
     """
     digits, shift = math.frexp(scale)
-    found, exponents = torch.frexp(gaps.clamp(max=sys.float_info.max))  # a difference that overflows is larger than that
+    mantissas, exponents = torch.frexp(gaps.clamp(max=sys.float_info.max))  # a difference that overflows is larger than that
     divisors = slopes * digits
-    small = found / divisors * (1 - 2.0**-49)
+    small = mantissas / divisors * (1 - 2.0**-49)
     exponents = (exponents - torch.frexp(units)[1] + 1 - shift).clamp(-2000, 2000)  # the units are powers of two, 1 is 2^1 / 2
     least = (small * _power(exponents // 2) * _power(exponents - exponents // 2)).clamp(max=sys.float_info.max)
     least = torch.where(least >= rd.TINY, least, torch.where(least.isnan(), least, 0.0))
@@ -263,7 +268,7 @@ def _above(x: Tensor) -> Tensor:
 
 
 def _ends(begin: float, further: Tensor, whole: Tensor) -> Tensor:
-    """How far each margin lasts, at `begin` plus as much, or at least as much from the centre on."""
+    """The distance that each margin lasts, beyond `begin`, or at least that much from the centre."""
     ends = (torch.maximum(begin + further, whole) * (1 - 2.0**-50)).clamp_max(sys.float_info.max)
     return torch.where(ends >= rd.TINY, ends, 0.0)
 
@@ -348,7 +353,7 @@ class _Search:
         self._trials, self._proved = list[Trial](), known.proved
 
     def radius(self, goals: Sequence[float]) -> float:
-        """What is proved when the search ends, at the first goal that is out of its reach or after TRIALS."""
+        """The radius proved when the search ends, at the first goal out of its reach or after TRIALS."""
         for goal in goals:
             while self._proved <= goal and len(self._trials) < TRIALS and not self._out_of_reach(goal):
                 self._try(self._next(goal))

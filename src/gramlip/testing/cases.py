@@ -322,21 +322,21 @@ def cases(*modes: str) -> tuple[Case, ...]:
 
 @functools.cache
 def _table(mode: str) -> tuple[Case, ...]:
-    found = [c for c in TRAPS.values() if c.padding_mode == mode] + list(_adversaries(mode))
+    table = [c for c in TRAPS.values() if c.padding_mode == mode] + list(_adversaries(mode))
     for d in (1, 2, 3):
-        found += _drawn(mode, d)
-    return tuple({case.name: case for case in found}.values())
+        table += _drawn(mode, d)
+    return tuple({case.name: case for case in table}.values())
 
 
 def _drawn(mode: str, dims: int) -> list[Case]:
     """Geometries drawn axis by axis, two input sizes for each layer where two fit."""
     rng = random.Random(f"{mode} {dims}")
-    found: list[Case] = []
-    while len(found) < COUNTS[mode][dims - 1]:
-        case = _draw(rng, mode, dims, len(found))
+    drawn: list[Case] = []
+    while len(drawn) < COUNTS[mode][dims - 1]:
+        case = _draw(rng, mode, dims, len(drawn))
         sizes = {tuple(rng.choice(INPUT_SIDES[dims]) for _ in range(dims)) for _ in range(4)}
-        found += [c for c in map(case.at, sorted(sizes)) if c.runs() and _fits(c)][:2]
-    return found[: COUNTS[mode][dims - 1]]
+        drawn += [c for c in map(case.at, sorted(sizes)) if c.runs() and _fits(c)][:2]
+    return drawn[: COUNTS[mode][dims - 1]]
 
 
 def _draw(rng: random.Random, mode: str, dims: int, number: int) -> Case:
@@ -482,8 +482,8 @@ class Conformance:
     @property
     def counts(self) -> dict[str, int]:
         """Number of cases for each verdict."""
-        found = Counter(row.verdict for row in self.rows)
-        return {verdict: found[verdict] for verdict in VERDICTS}
+        verdicts = Counter(row.verdict for row in self.rows)
+        return {verdict: verdicts[verdict] for verdict in VERDICTS}
 
     @property
     def sound(self) -> bool:

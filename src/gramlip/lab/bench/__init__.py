@@ -62,13 +62,13 @@ def bench(rows: Sequence[str] = (), options: Options | None = None, keep: Callab
 
 def commit() -> str:
     """The commit of the package's sources, with a + if they were changed since; empty outside a repository."""
-    here = Path(__file__).parent.parent.parent
+    root = Path(__file__).parent.parent.parent
 
     def git(*words: str) -> str:
         try:
-            return subprocess.run(["git", "-C", str(here), *words, "--", "."], capture_output=True, text=True, check=False).stdout.strip()
+            return subprocess.run(["git", "-C", str(root), *words, "--", "."], capture_output=True, text=True, check=False).stdout.strip()
         except FileNotFoundError:  # no git here
             return ""
 
-    found = git("log", "-1", "--format=%H")
-    return found + ("+" if found and git("status", "--porcelain") else "")
+    commit = git("log", "-1", "--format=%H")
+    return commit + ("+" if commit and git("status", "--porcelain") else "")

@@ -40,7 +40,7 @@ from gramlip.reports.formats import read
 # Rows on convolutions: ResNet18 at 224, the residual networks of CIFAR, every input size, nearly orthogonal layers.
 
 STEPS = 6  # steps of the published method, as in its experiments
-PUBLISHED, PLAIN, POWER, ZEROS = f"delattre2023 ({STEPS})", f"rfft2 and bmm ({STEPS})", "power (100)", f"{OURS}, zero padding"
+PUBLISHED, FFT, POWER, ZEROS = f"delattre2023 ({STEPS})", f"rfft2 and bmm ({STEPS})", "power (100)", f"{OURS}, zero padding"
 GRAM = f"gram ({STEPS})"
 PROOFS = f"{OURS}, its blocks and factorisations alone"
 MOST_STEPS = 64
@@ -78,15 +78,15 @@ def gram(op: Conv) -> float:
 
 def svd(op: Conv) -> float:
     """The norm of a circular layer, by torch's SVD in double precision."""
-    found = METHODS["senderovich2022"](op)
-    return (found.lower + float(found.upper)) / 2
+    certified = METHODS["senderovich2022"](op)
+    return (certified.lower + float(certified.upper)) / 2
 
 
 def resnet18(options: Options) -> Row:
     """All convolutions of ResNet18 at 224x224: circular padding, true strides, He weights; then with zero padding."""
     row = "resnet18-224"
     layers = convolutions(32)[:3] if options.quick else convolutions()
-    found = Row()
+    result = Row()
     worst: dict[bool, float] = {True: 0.0, False: 0.0}
     for i, (name, shape, stride, n) in enumerate(layers):
         op = Conv(he(shape, i).to(options.device, options.dtype), n, stride, shape[-1] // 2, "circular")
@@ -94,20 +94,20 @@ def resnet18(options: Options) -> Row:
         works = {
             OURS: lambda op=op: bound(op),
             PUBLISHED: published(op),
-            PLAIN: lambda op=op, n=n: plain(op.weight, n, STEPS),
+            FFT: lambda op=op, n=n: plain(op.weight, n, STEPS),
             GRAM: lambda op=op: gram(op),
             POWER: lambda op=op: METHODS["power"].value(op, n_iter=100),
             ZEROS: lambda zeros=zeros: bound(zeros, finite=False),
         }
         truth = svd(op)
         case = f"{name.removesuffix('.weight')} {'x'.join(map(str, shape))} n={n} stride {stride}"
-        truths = dict.fromkeys((OURS, PUBLISHED, PLAIN, GRAM, POWER), truth)
-        found.entries += contest(row, case, works, options, truths=truths, counts={w: count(works[w]) for w in (OURS, ZEROS)})
-        worst[n <= 7] = max(worst[n <= 7], found.of(case, ZEROS).width or 0.0)
-    each = [e for e in found.entries if e.contender == PUBLISHED]
-    found.entries += total(found.entries)
-    ours, theirs, simple, power, zero = (found.of("total", who) for who in (OURS, PUBLISHED, PLAIN, POWER, ZEROS))
-    found.claims = [
+        truths = dict.fromkeys((OURS, PUBLISHED, FFT, GRAM, POWER), truth)
+        result.entries += contest(row, case, works, options, truths=truths, counts={w: count(works[w]) for w in (OURS, ZEROS)})
+        worst[n <= 7] = max(worst[n <= 7], result.of(case, ZEROS).width or 0.0)
+    each = [e for e in result.entries if e.contender == PUBLISHED]
+    result.entries += total(result.entries)
+    ours, theirs, simple, power, zero = (result.of("total", who) for who in (OURS, PUBLISHED, FFT, POWER, ZEROS))
+    result.claims = [
         Claim(row, "published method over gramlip, in total", theirs.median / ours.median, 10, True),
         Claim(row, "published method over gramlip, least of the layers", min(e.ratio or 0.0 for e in each), 4, True),
         Claim(row, "100 power steps over gramlip, in total", power.median / ours.median, 1, True),
@@ -117,16 +117,16 @@ def resnet18(options: Options) -> Row:
         Claim(row, "largest width with zero padding, n > 7", worst[False], 1e-2, False),
         Claim(row, "largest width with zero padding, n = 7", worst[True], 4e-2, False),
     ]
-    return found
+    return result
 
 
 def cifar(options: Options) -> Row:
     """The convolutions of two trained residual networks for CIFAR-10, for every input size, and at the size of the published method."""
-    row, found = "cifar-resnet", Row()
+    row, result = "cifar-resnet", Row()
     for name in ("resnet20",) if options.quick else ("resnet20", "resnet32"):
         path = options.models / f"{name}-cifar10.safetensors"
         if not path.is_file():
-            found.notes.append(f"{name} was left out: {path} does not exist; expected its weights: type --models DIR")
+            result.notes.append(f"{name} was left out: {path} does not exist; expected its weights: type --models DIR")
             continue
         entries = read(path).entries
         weights = [e.load().to(options.device, options.dtype) for e in entries.values() if len(e.shape) == 4]
@@ -145,17 +145,17 @@ def cifar(options: Options) -> Row:
             works[f"{PUBLISHED}, n = {n}"] = lambda calls=calls: sum(call() for call in calls)
             works[f"{GRAM}, n = {n}"] = lambda circular=circular: sum(map(gram, circular))
         booked = (OURS, sharp, *(f"{OURS}, n = {n}" for n in sizes))
-        found.entries += contest(row, case, works, options, counts={who: count(works[who]) for who in booked})
+        result.entries += contest(row, case, works, options, counts={who: count(works[who]) for who in booked})
         # a sum of norms or a number of calls is no norm
-        found.entries = [e if e.width is not None else replace(e, value=None) for e in found.entries]
-        ours = found.of(case, OURS)
+        result.entries = [e if e.width is not None else replace(e, value=None) for e in result.entries]
+        ours = result.of(case, OURS)
         for n in sizes:
-            theirs = found.of(case, f"{PUBLISHED}, n = {n}").median
+            theirs = result.of(case, f"{PUBLISHED}, n = {n}").median
             what = f"{name}: published method at n = {n} over gramlip"
-            found.claims.append(Claim(row, f"{what} for every size", theirs / ours.median, 5, True))
-            found.claims.append(Claim(row, f"{what} at that size", theirs / found.of(case, f"{OURS}, n = {n}").median, 5, True))
-        found.claims.append(Claim(row, f"{name}: rtol 1e-4 over 1e-2", found.of(case, sharp).median / ours.median, 3, False))
-    return found
+            result.claims.append(Claim(row, f"{what} for every size", theirs / ours.median, 5, True))
+            result.claims.append(Claim(row, f"{what} at that size", theirs / result.of(case, f"{OURS}, n = {n}").median, 5, True))
+        result.claims.append(Claim(row, f"{name}: rtol 1e-4 over 1e-2", result.of(case, sharp).median / ours.median, 3, False))
+    return result
 
 
 def any_size(options: Options) -> Row:
@@ -166,13 +166,13 @@ def any_size(options: Options) -> Row:
     works: dict[str, Callable[[], Bound]] = {OURS: lambda: bound(replace(op, padding_mode="zeros"))}
     for n in (64, 256, 1024):
         works[f"{OURS}, n = {n}"] = lambda n=n: bound(replace(op, input_size=n))
-    found = Row(contest(row, case, works, options, counts={who: count(work) for who, work in works.items()}))
-    ratio = found.of(case, f"{OURS}, n = 1024").median / found.of(case, OURS).median
-    found.claims = [
+    result = Row(contest(row, case, works, options, counts={who: count(work) for who, work in works.items()}))
+    ratio = result.of(case, f"{OURS}, n = 1024").median / result.of(case, OURS).median
+    result.claims = [
         Claim(row, "n = 1024 over every size", ratio, 1.5, False),
         Claim(row, "every size over n = 1024", 1 / ratio, 1.5, False),
     ]
-    return found
+    return result
 
 
 def nearly_orthogonal(options: Options) -> dict[str, Conv]:
@@ -188,8 +188,8 @@ def nearly_orthogonal(options: Options) -> dict[str, Conv]:
         raw = torch.randn(shape, generator=generator)
         return raw * (9e-4 / float(torch.linalg.matrix_norm(raw.permute(2, 3, 0, 1), 2).sum()))
 
-    one = torch.zeros(channels, channels, 3, 3)
-    one[:, :, 1, 1] = turn(channels)
+    identity = torch.zeros(channels, channels, 3, 3)
+    identity[:, :, 1, 1] = turn(channels)
     # half of the channels shifted along one axis, then half along the other, between rotations: four orthogonal factors
     basis, other, last = turn(channels), turn(channels), turn(channels)
     half = torch.arange(channels) < channels // 2
@@ -197,23 +197,23 @@ def nearly_orthogonal(options: Options) -> dict[str, Conv]:
     for i, rows in enumerate((half, ~half)):
         for j, columns in enumerate((half, ~half)):
             block[:, :, 1 + i, 1 + j] = last @ (rows[:, None] * other * columns) @ basis
-    kernels = {"orthogonal 1x1 in 3x3, perturbed": one, "block-orthogonal 3x3, perturbed": block}
+    kernels = {"orthogonal 1x1 in 3x3, perturbed": identity, "block-orthogonal 3x3, perturbed": block}
     return {name: Conv((k + noise(k.shape)).to(options.device, options.dtype), n, 1, 1, "circular") for name, k in kernels.items()}
 
 
 def orthogonal(options: Options) -> Row:
     """Nearly orthogonal layers, where plain Gram iteration converges slowest."""
-    row, found = "orthogonal", Row()
+    row, result = "orthogonal", Row()
     ratios: list[float] = []
     for name, op in nearly_orthogonal(options).items():
         truth = svd(op)
         steps = next((s for s in range(1, MOST_STEPS) if published(op, s)() <= truth * 1.01), MOST_STEPS)
         case, theirs = f"{name}, {'x'.join(map(str, op.weight.shape))} n={op.sizes[0] if op.sizes else None}", f"delattre2023 ({steps})"
         works: dict[str, Callable[[], Bound | float]] = {OURS: lambda op=op: bound(op), theirs: published(op, steps)}
-        found.entries += contest(row, case, works, options, truths=dict.fromkeys(works, truth), counts={OURS: count(works[OURS])})
-        ratios.append(found.of(case, theirs).ratio or 0.0)
-    found.claims = [Claim(row, "published method, as many steps as 1e-2 takes, over gramlip: least", min(ratios), 10, True)]
-    return found
+        result.entries += contest(row, case, works, options, truths=dict.fromkeys(works, truth), counts={OURS: count(works[OURS])})
+        ratios.append(result.of(case, theirs).ratio or 0.0)
+    result.claims = [Claim(row, "published method, as many steps as 1e-2 takes, over gramlip: least", min(ratios), 10, True)]
+    return result
 
 
 # ---- matrices ------------------------------------------------------------------------------------------------------------
@@ -239,23 +239,23 @@ def dense(options: Options) -> Row:
     }
     case = f"{side}x{side}"
     truth = float(torch.linalg.eigvalsh(wide.mT @ wide)[-1].sqrt())
-    found = Row(contest(row, case, works, options, truths={OURS: truth}, counts={OURS: count(works[OURS])}))
-    allowed = 3 * found.of(case, product).median + found.of(case, factor).median
-    found.claims = [Claim(row, "gramlip over three products and a factorisation", found.of(case, OURS).median / allowed, 1, False)]
+    result = Row(contest(row, case, works, options, truths={OURS: truth}, counts={OURS: count(works[OURS])}))
+    allowed = 3 * result.of(case, product).median + result.of(case, factor).median
+    result.claims = [Claim(row, "gramlip over three products and a factorisation", result.of(case, OURS).median / allowed, 1, False)]
     # the product and the factorisation are no contenders: their value is not a norm
-    found.entries = [e if e.contender == OURS else _bare(e) for e in found.entries]
+    result.entries = [e if e.contender == OURS else _bare(e) for e in result.entries]
     if options.full:
-        _large(found, options)
+        _large(result, options)
     else:
-        found.notes.append(f"{LARGE[0]}x{LARGE[1]} was left out: type --full")
-    return found
+        result.notes.append(f"{LARGE[0]}x{LARGE[1]} was left out: type --full")
+    return result
 
 
 def _bare(e: Entry) -> Entry:
     return Entry(e.row, e.case, e.contender, e.minimum, e.median, e.ratio)
 
 
-def _large(found: Row, options: Options) -> None:
+def _large(result: Row, options: Options) -> None:
     """Run a large matrix once in a separate process, without warm-up, to measure its memory."""
     shape = (64, 256) if options.quick else LARGE
     options.say(f"dense: {shape[0]}x{shape[1]}")
@@ -266,9 +266,9 @@ def _large(found: Row, options: Options) -> None:
         raise UnsupportedError(msg)
     seconds, lower, upper, memory = map(float, run.stdout.split())
     case = f"{shape[0]}x{shape[1]}, once, in a process of its own"
-    found.entries.append(Entry("dense", case, OURS, seconds, seconds, 1.0, upper, upper / lower - 1, memory=int(memory)))
-    found.claims.append(Claim("dense", f"{shape[0]}x{shape[1]}: memory over {MEMORY >> 30} GiB", memory / MEMORY, 1, False))
-    found.claims.append(Claim("dense", f"{shape[0]}x{shape[1]}: width of the interval", upper / lower - 1, 1e-2, False))
+    result.entries.append(Entry("dense", case, OURS, seconds, seconds, 1.0, upper, upper / lower - 1, memory=int(memory)))
+    result.claims.append(Claim("dense", f"{shape[0]}x{shape[1]}: memory over {MEMORY >> 30} GiB", memory / MEMORY, 1, False))
+    result.claims.append(Claim("dense", f"{shape[0]}x{shape[1]}: width of the interval", upper / lower - 1, 1e-2, False))
 
 
 def alone(rows: int, columns: int, device: str, threads: int) -> str:
@@ -277,13 +277,13 @@ def alone(rows: int, columns: int, device: str, threads: int) -> str:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) / math.sqrt(columns)
     weight = weight.to(device)
     start = perf_counter()
-    found = bound(Dense(weight))
+    enclosure = bound(Dense(weight))
     seconds = perf_counter() - start
     unit = 1 if sys.platform == "darwin" else 1024
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if weight.is_cuda:
         memory = torch.cuda.max_memory_allocated(weight.device)
-    return f"{seconds!r} {found.lower!r} {float(found.upper)!r} {memory}"
+    return f"{seconds!r} {enclosure.lower!r} {float(enclosure.upper)!r} {memory}"
 
 
 # ---- whole networks ------------------------------------------------------------------------------------------------------
@@ -313,20 +313,20 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, relu: bool = 
 def _resnet(blocks: tuple[int, ...], bottleneck: bool) -> nn.Module:
     """ResNet for 1000 classes at 224."""
     stages: list[nn.Module] = []
-    held = 64
+    last = 64
     for level, many in enumerate(blocks):
         width, out = 64 * 2**level, 64 * 2**level * (4 if bottleneck else 1)
         for i in range(many):
             stride = 2 if i == 0 and level else 1
             parts = (
-                [_conv(held, width, 1), _conv(width, width, 3, stride), _conv(width, out, 1, relu=False)]
+                [_conv(last, width, 1), _conv(width, width, 3, stride), _conv(width, out, 1, relu=False)]
                 if bottleneck
-                else [_conv(held, width, 3, stride), _conv(width, out, 3, relu=False)]
+                else [_conv(last, width, 3, stride), _conv(width, out, 3, relu=False)]
             )
-            same = stride == 1 and held == out
-            stages.append(_Residual(nn.Sequential(*parts), nn.Identity() if same else _conv(held, out, 1, stride, relu=False)))
-            held = out
-    return nn.Sequential(_conv(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(held, 1000))
+            same = stride == 1 and last == out
+            stages.append(_Residual(nn.Sequential(*parts), nn.Identity() if same else _conv(last, out, 1, stride, relu=False)))
+            last = out
+    return nn.Sequential(_conv(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, 1000))
 
 
 class _Encoder(nn.Module):
@@ -365,15 +365,15 @@ def _denoiser(width: int) -> nn.Module:
 
 def networks(options: Options) -> Row:
     """The audit of whole networks with default options: random weights, except for the trained demo."""
-    row, found = "audit", Row()
-    made: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    row, result = "audit", Row()
+    models: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         "demo": (demo, (3, 32, 32)),
         "denoiser-256": (lambda: _denoiser(64), (1, 256, 256)),
         "resnet18-224": (lambda: _resnet((2, 2, 2, 2), bottleneck=False), (3, 224, 224)),
         "resnet50-224": (lambda: _resnet((3, 4, 6, 3), bottleneck=True), (3, 224, 224)),
         "vit-b16-224": (_ViT, (3, 224, 224)),
     }
-    for case, (build, shape) in ({"denoiser-12": (lambda: _denoiser(3), (1, 12, 12))} if options.quick else made).items():
+    for case, (build, shape) in ({"denoiser-12": (lambda: _denoiser(3), (1, 12, 12))} if options.quick else models).items():
         options.say(f"{row}: {case}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -387,13 +387,13 @@ def networks(options: Options) -> Row:
         report = audit(model, shape)
         seconds, middle = perf_counter() - begin, once[len(once) // 2]
         width = report.upper / report.lower - 1 if report.lower else math.inf
-        found.entries.append(Entry(row, case, OURS, seconds, seconds, 1.0, report.upper, width))
-        found.entries.append(Entry(row, case, PASS, once[0], middle, middle / seconds))
+        result.entries.append(Entry(row, case, OURS, seconds, seconds, 1.0, report.upper, width))
+        result.entries.append(Entry(row, case, PASS, once[0], middle, middle / seconds))
         ends = f"[{decimals(report.lower, upward=False)}, {decimals(report.upper, upward=True)}]"
-        found.notes.append(f"{case}: {seconds:.1f} s, {seconds / middle:.0f} times a forward and a backward pass; {ends}")
+        result.notes.append(f"{case}: {seconds:.1f} s, {seconds / middle:.0f} times a forward and a backward pass; {ends}")
         if case in WANTED:
-            found.claims.append(Claim(row, f"seconds of {case}", seconds, WANTED[case], False))
-    return found
+            result.claims.append(Claim(row, f"seconds of {case}", seconds, WANTED[case], False))
+    return result
 
 
 if __name__ == "__main__":
@@ -437,20 +437,20 @@ def _penalty(options: Options) -> Row:
         BEST: _in_turn([partial(operator_gram_norm, op, STEPS) for op in convolutions]),
     }
     case = f"{name}, batch {batch}, {len(convolutions)} convolutions"
-    found = Row([replace(e, value=None) for e in contest(row, case, works, options)])
-    call, full = found.of(case, CALL), found.of(case, SEARCH)
+    result = Row([replace(e, value=None) for e in contest(row, case, works, options)])
+    call, full = result.of(case, CALL), result.of(case, SEARCH)
 
     def spread(once: float, searched: float) -> float:
         return once + max(searched - once, 0.0) / EVERY
 
     ours = Entry(row, case, OURS, spread(call.minimum, full.minimum), spread(call.median, full.median), 1.0)
-    found.entries = [ours, *(replace(e, ratio=e.median / ours.median) for e in found.entries)]
-    found.notes.append(f"{OURS}: a tracked call and its share of a search, one in {EVERY} calls. All times: forward and backward.")
-    found.claims = [
-        Claim(row, "published Gram iteration over gramlip", found.of(case, PUBLISHED_PENALTY).median / ours.median, 5, True),
-        Claim(row, "Gram iteration with the arg-max gradient over gramlip", found.of(case, BEST).median / ours.median, 5, True),
+    result.entries = [ours, *(replace(e, ratio=e.median / ours.median) for e in result.entries)]
+    result.notes.append(f"{OURS}: a tracked call and its share of a search, one in {EVERY} calls. All times: forward and backward.")
+    result.claims = [
+        Claim(row, "published Gram iteration over gramlip", result.of(case, PUBLISHED_PENALTY).median / ours.median, 5, True),
+        Claim(row, "Gram iteration with the arg-max gradient over gramlip", result.of(case, BEST).median / ours.median, 5, True),
     ]
-    return found
+    return result
 
 
 def _convolution(_: str, module: nn.Module) -> bool:
@@ -460,7 +460,7 @@ def _convolution(_: str, module: nn.Module) -> bool:
 def _in_turn(works: list[Callable[[], Tensor]]) -> Callable[[], float]:
     """Run layer by layer, so that only one graph exists at a time: all graphs together would take many GiB."""
     each = [_backward(work) for work in works]
-    return lambda: sum(both() for both in each)
+    return lambda: sum(step() for step in each)
 
 
 def _backward(work: Callable[[], Tensor]) -> Callable[[], float]:
@@ -496,7 +496,7 @@ def discriminator(width: int = 64) -> nn.Sequential:
 
 def training(options: Options) -> Row:
     """The penalty against the published iteration, then whole steps on three networks."""
-    found, quick = _penalty(options), options.quick
+    result, quick = _penalty(options), options.quick
     batch, rows, side = (4, 4, 64) if quick else (64, 128, 4096)
     small = MODELS["small"] if quick else MODELS["resnet18"]
     cases: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], set[str]]] = [
@@ -506,28 +506,28 @@ def training(options: Options) -> Row:
     ]
     for case, build, shape, dear in cases:
         part = _steps(case, build, shape, set() if options.full or quick else dear, options)
-        found.entries += part.entries
-        found.notes += part.notes
-        found.claims += part.claims
-    return found
+        result.entries += part.entries
+        result.notes += part.notes
+        result.claims += part.claims
+    return result
 
 
 def _steps(case: str, build: Callable[[], nn.Module], shape: tuple[int, ...], without: set[str], options: Options) -> Row:
-    made: dict[str, nn.Module] = {}
+    models: dict[str, nn.Module] = {}
     works: dict[str, Callable[[], float]] = {}
     with torch.random.fork_rng(devices=[]):
         for name in (UNCONSTRAINED, TORCHS, OURS, EXACT, RESCALED, PENALISED, CAPPED, MONITORED):
             if name not in without:
                 torch.manual_seed(0)
-                works[name], made[name] = _step(name, build().to(options.device), torch.randn(shape).to(options.device))
-    tracked = [(layer, own.tracker) for _, layer, _, own in normalised(made[OURS]) if isinstance(own, TrackedSpectralNorm)]
+                works[name], models[name] = _step(name, build().to(options.device), torch.randn(shape).to(options.device))
+    tracked = [(layer, how.tracker) for _, layer, _, how in normalised(models[OURS]) if isinstance(how, TrackedSpectralNorm)]
 
     def search() -> float:
         for layer, tracker in tracked:
             tracker.search([cast("Any", layer).parametrizations.weight.original.detach()])
         return float(len(tracked))
 
-    reading = Monitor(made[UNCONSTRAINED], every=1)
+    reading = Monitor(models[UNCONSTRAINED], every=1)
     entries = contest("training", case, {**works, SEARCHED: search, READING: lambda: float(len(reading()))}, options)
     return _ratios(case, without, [replace(e, value=None) for e in entries])
 
@@ -535,17 +535,17 @@ def _steps(case: str, build: Callable[[], nn.Module], shape: tuple[int, ...], wi
 def _step(name: str, model: nn.Module, x: Tensor) -> tuple[Callable[[], float], nn.Module]:
     """A step of Adam, and the model that it trains. No call searches: the cost of the searches is added afterwards."""
     example = None if isinstance(model, nn.Linear) else tuple(x.shape[1:])
-    held: dict[str, Callable[[], object]] = {
+    changes: dict[str, Callable[[], object]] = {
         TORCHS: lambda: [parametrizations.spectral_norm(layer) for _, layer, _ in layers(model, example, None)],
         OURS: lambda: spectral_norm_(model, example, every=10**9),
         EXACT: lambda: spectral_norm_(model, example, exact=True),
         RESCALED: lambda: spectral_rescaling_(model, example),
     }
-    if name in held:
-        held[name]()
-    for *_, own in normalised(model):
-        if isinstance(own, TrackedSpectralNorm):  # as after many steps; the first steps search more often
-            own.load_state_dict(own.state_dict() | {"calls": torch.tensor(1 << 20)})
+    if name in changes:
+        changes[name]()
+    for *_, parametrization in normalised(model):
+        if isinstance(parametrization, TrackedSpectralNorm):  # as after many steps; the first steps search more often
+            parametrization.load_state_dict(parametrization.state_dict() | {"calls": torch.tensor(1 << 20)})
     watching: dict[str, Callable[[], Norms]] = {
         PENALISED: lambda: LipschitzPenalty(model, example, every=10**9),
         CAPPED: lambda: Cap(model, _highest(model, example), example, every=10**9),
@@ -582,8 +582,8 @@ def _ratios(case: str, without: set[str], entries: list[Entry]) -> Row:
             return e
         return replace(e, minimum=e.minimum + search.minimum / between, median=e.median + search.median / between)
 
-    found = [whole(e) for e in entries]
-    median = {e.contender: e.median for e in found}
+    ratios = [whole(e) for e in entries]
+    median = {e.contender: e.median for e in ratios}
     plain, read = median[UNCONSTRAINED], 1.0 + median[READING] / median[UNCONSTRAINED] / READ
     times = {name: value / plain for name, value in median.items() if name not in {UNCONSTRAINED, SEARCHED, READING}}
     text = "; ".join(f"{name} {ratio:.3g}" for name, ratio in times.items())
@@ -596,4 +596,4 @@ def _ratios(case: str, without: set[str], entries: list[Entry]) -> Row:
     claims.append(Claim("training", f"{case}: {OURS} over torch's", times[OURS] / times[TORCHS], 2.0 if linear else 1.1, False))
     if not linear:
         claims.append(Claim("training", f"{case}: Monitor read every {READ} steps, over the plain step", read, 1.02, False))
-    return Row([replace(e, ratio=e.median / median[OURS]) for e in found], claims, notes)
+    return Row([replace(e, ratio=e.median / median[OURS]) for e in ratios], claims, notes)

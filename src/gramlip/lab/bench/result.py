@@ -148,12 +148,12 @@ def rates(device: torch.device, trials: int, quick: bool = False, dtypes: Sequen
     """Real operations per second of a square matrix product, by dtype; the best of the trials."""
     side = 128 if quick else SIDE[device.type]
     generator = torch.Generator().manual_seed(0)
-    found: dict[str, float] = {}
+    rates: dict[str, float] = {}
     for dtype in dtypes:
         a, b = (torch.randn(side, side, generator=generator, dtype=dtype).to(device) for _ in range(2))
         timing = interleaved({"": lambda a=a, b=b: a @ b}, device, max(trials, 5))[""]
-        found[str(dtype).removeprefix("torch.")] = 2 * side**3 * (4 if dtype.is_complex else 1) / timing.minimum
-    return found
+        rates[str(dtype).removeprefix("torch.")] = 2 * side**3 * (4 if dtype.is_complex else 1) / timing.minimum
+    return rates
 
 
 # ---- entries and claims --------------------------------------------------------------------------------------------------
@@ -275,9 +275,9 @@ def _entry(
     counts: Counts | None,
     rates: Mapping[str, float],
 ) -> Entry:
-    found = time.value
-    bounds = found if isinstance(found, list) else [found] if isinstance(found, Bound) else []
-    value = found if isinstance(found, float) else float(bounds[0].upper) if len(bounds) == 1 else None
+    shown = time.value
+    bounds = shown if isinstance(shown, list) else [shown] if isinstance(shown, Bound) else []
+    value = shown if isinstance(shown, float) else float(bounds[0].upper) if len(bounds) == 1 else None
     width = max((float(b.upper) / b.lower - 1 if b.lower else math.inf for b in bounds), default=None)
     return Entry(
         row,
@@ -296,21 +296,21 @@ def _entry(
 
 def total(entries: Sequence[Entry], case: str = "total") -> list[Entry]:
     """For each contender the sum of times, counts and limits over the cases, and the largest width and gap."""
-    found: list[Entry] = []
+    sums: list[Entry] = []
     base = sum(e.median for e in entries if e.contender == OURS)
     for who in dict.fromkeys(e.contender for e in entries):
-        some = [e for e in entries if e.contender == who]
-        median = sum(e.median for e in some)
-        booked = [e.counts for e in some if e.counts]
+        rows = [e for e in entries if e.contender == who]
+        median = sum(e.median for e in rows)
+        booked = [e.counts for e in rows if e.counts]
         counts = Counts(*(sum(values) for values in zip(*(asdict(c).values() for c in booked), strict=True))) if booked else None
-        gaps, widths = [e.gap for e in some if e.gap is not None], [e.width for e in some if e.width is not None]
-        limits = [e.limit for e in some if e.limit is not None]
-        found.append(
+        gaps, widths = [e.gap for e in rows if e.gap is not None], [e.width for e in rows if e.width is not None]
+        limits = [e.limit for e in rows if e.limit is not None]
+        sums.append(
             Entry(
-                some[0].row,
+                rows[0].row,
                 case,
                 who,
-                sum(e.minimum for e in some),
+                sum(e.minimum for e in rows),
                 median,
                 median / base if base else None,
                 None,
@@ -320,7 +320,7 @@ def total(entries: Sequence[Entry], case: str = "total") -> list[Entry]:
                 sum(limits) if limits else None,
             )
         )
-    return found
+    return sums
 
 
 @dataclass(frozen=True)

@@ -74,17 +74,17 @@ def _layer(c_out: int, c_in: int, k: int, n: int, options: Options) -> list[Row]
 
 def draw_conv(rows: list[Row]) -> Figure:
     """Relative error against time, one point for each layer."""
-    made, (ax,) = figure(width=7.5, height=4.4)
+    page, (ax,) = figure(width=7.5, height=4.4)
     for method in dict.fromkeys(str(row["method"]) for row in rows):
-        some = pick(rows, method=method)
+        points = pick(rows, method=method)
         for below in (False, True):
-            kept = [r for r in some if (float(r["difference"]) < 0) == below]
-            if kept:
+            shown = [r for r in points if (float(r["difference"]) < 0) == below]
+            if shown:
                 style: dict[str, Any] = look(method) | {"linestyle": "none", "fillstyle": "none" if below else "full"}
-                label = None if below and len(kept) < len(some) else title(some[0])
-                errors = [max(abs(float(r["difference"])) / float(r["exact"]), 1e-9) for r in kept]
+                label = None if below and len(shown) < len(points) else title(points[0])
+                errors = [max(abs(float(r["difference"])) / float(r["exact"]), 1e-9) for r in shown]
                 ax.plot(
-                    [1e3 * float(r["seconds"]) for r in kept],
+                    [1e3 * float(r["seconds"]) for r in shown],
                     errors,
                     label=label,
                     **style,
@@ -92,22 +92,22 @@ def draw_conv(rows: list[Row]) -> Figure:
     ax.set(xscale="log", yscale="log", xlabel="time per layer (ms)", ylabel="relative distance to the exact norm (absolute value)")
     ax.set_title("Standard normal kernels, circular padding (hollow: below the truth)", fontsize=10)
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return made
+    return page
 
 
 def tell_conv(rows: list[Row]) -> str:
     """The layer of the paper first, then all layers."""
     first = pick(rows, task=rows[0]["task"])
-    own = [[title(r), r["side"], r["value"], r["difference"], 1e3 * float(r["seconds"])] for r in first]
+    first_layers = [[title(r), r["side"], r["value"], r["difference"], 1e3 * float(r["seconds"])] for r in first]
     every: list[list[object]] = []
     for method in dict.fromkeys(str(row["method"]) for row in rows):
-        some = pick(rows, method=method)
-        ratios = [float(r["value"]) / float(r["exact"]) - 1 for r in some]
+        rows_of = pick(rows, method=method)
+        ratios = [float(r["value"]) / float(r["exact"]) - 1 for r in rows_of]
         below = sum(ratio < 0 for ratio in ratios)
-        every.append([title(some[0]), min(ratios), median(ratios), max(ratios), below, 1e3 * sum(float(r["seconds"]) for r in some)])
+        every.append([title(rows_of[0]), min(ratios), median(ratios), max(ratios), below, 1e3 * sum(float(r["seconds"]) for r in rows_of)])
     return (
         f"The layer {first[0]['task']}, exact circular norm {float(first[0]['exact']):.6g}:\n\n"
-        f"{markdown(('method', 'side', 'value', 'value - exact', 'time (ms)'), own)}\n\n"
+        f"{markdown(('method', 'side', 'value', 'value - exact', 'time (ms)'), first_layers)}\n\n"
         f"All {len({r['task'] for r in rows})} layers, value / exact - 1:\n\n"
         f"{markdown(('method', 'least', 'median', 'largest', 'layers below the truth', 'total time (ms)'), every)}"
     )
@@ -154,31 +154,31 @@ def _scaled_layer(sweep: str, c: int, n: int, options: Options) -> list[Row]:
 
 def draw_scaling(rows: list[Row]) -> Figure:
     """Time against channels, and against the input size."""
-    made, axes = figure(2)
+    page, axes = figure(2)
     for ax, (sweep, x) in zip(axes, X.items(), strict=True):
-        some = pick(rows, sweep=sweep)
-        for method in dict.fromkeys(str(row["method"]) for row in some):
-            kept = pick(some, method=method)
-            ax.plot([float(r[x]) for r in kept], [1e3 * float(r["seconds"]) for r in kept], label=title(kept[0]), **look(method))
-        fixed = f"n = {some[0]['n']}" if sweep == "channels" else f"{some[0]['c']} channels"
+        points = pick(rows, sweep=sweep)
+        for method in dict.fromkeys(str(row["method"]) for row in points):
+            line = pick(points, method=method)
+            ax.plot([float(r[x]) for r in line], [1e3 * float(r["seconds"]) for r in line], label=title(line[0]), **look(method))
+        fixed = f"n = {points[0]['n']}" if sweep == "channels" else f"{points[0]['c']} channels"
         ax.set(xscale="log", yscale="log", xlabel=f"{sweep} (3x3 kernel, {fixed})", ylabel="time (ms)")
-        ticks = sorted({float(r[x]) for r in some})
+        ticks = sorted({float(r[x]) for r in points})
         ax.set_xticks(ticks, [f"{t:.0f}" for t in ticks])
         ax.minorticks_off()
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return made
+    return page
 
 
 def tell_scaling(rows: list[Row]) -> str:
     """Milliseconds, one table for each sweep."""
     parts: list[str] = []
     for sweep, x in X.items():
-        some = pick(rows, sweep=sweep)
-        points = list(dict.fromkeys(r[x] for r in some))
+        of_sweep = pick(rows, sweep=sweep)
+        points = list(dict.fromkeys(r[x] for r in of_sweep))
         lines: list[list[object]] = []
-        for method in dict.fromkeys(str(row["method"]) for row in some):
-            kept = pick(some, method=method)
-            lines.append([title(kept[0]), *(1e3 * float(r["seconds"]) for p in points for r in pick(kept, **{x: p}))])
+        for method in dict.fromkeys(str(row["method"]) for row in of_sweep):
+            line = pick(of_sweep, method=method)
+            lines.append([title(line[0]), *(1e3 * float(r["seconds"]) for p in points for r in pick(line, **{x: p}))])
         parts.append(
             f"Time in ms against {sweep} (circular, 3x3, He weights):\n\n{markdown(['method', *(f'{x} = {p}' for p in points)], lines)}"
         )
@@ -216,19 +216,19 @@ def convolutions(size: int = 224) -> list[Shape]:
     >>> len(convolutions()), convolutions()[1]
     (20, ('layer1.0.conv1.weight', (64, 64, 3, 3), 1, 56))
     """
-    found: list[Shape] = [("conv1.weight", (64, 3, 7, 7), 2, size)]
+    shapes: list[Shape] = [("conv1.weight", (64, 3, 7, 7), 2, size)]
     inner, n = 64, -(-size // 4)
     for stage, channels in enumerate((64, 128, 256, 512), 1):
         for block in (0, 1):
             stride = 2 if block == 0 and stage > 1 else 1
             name = f"layer{stage}.{block}"
-            found.append((f"{name}.conv1.weight", (channels, inner, 3, 3), stride, n))
+            shapes.append((f"{name}.conv1.weight", (channels, inner, 3, 3), stride, n))
             out = -(-n // stride)
-            found.append((f"{name}.conv2.weight", (channels, channels, 3, 3), 1, out))
+            shapes.append((f"{name}.conv2.weight", (channels, channels, 3, 3), 1, out))
             if stride == 2:
-                found.append((f"{name}.downsample.0.weight", (channels, inner, 1, 1), 2, n))
+                shapes.append((f"{name}.downsample.0.weight", (channels, inner, 1, 1), 2, n))
             inner, n = channels, out
-    return found
+    return shapes
 
 
 def resnet18_tasks(options: Options) -> list[Task]:
@@ -244,9 +244,9 @@ def _given(options: Options, shapes: Sequence[Shape]) -> dict[str, Tensor]:
         return {}
     entries = read(options.weights).entries
     for name, shape, _, _ in shapes:
-        found = entries[name].shape if name in entries else None
-        if found != shape:
-            msg = f"{options.weights} has {name} of shape {found}; expected {shape}: save the state_dict() of torchvision's resnet18"
+        known_shape = entries[name].shape if name in entries else None
+        if known_shape != shape:
+            msg = f"{options.weights} has {name} of shape {known_shape}; expected {shape}: save the state_dict() of torchvision's resnet18"
             raise InputError(msg)
     return {name: entries[name].load() for name, *_ in shapes}
 
@@ -270,12 +270,12 @@ def _resnet18_layer(index: int, shape: Shape, given: dict[str, Tensor], options:
 
 def draw_resnet18(rows: list[Row]) -> Figure:
     """The ratio to the truth for each layer, the same plot near 1, and the total time."""
-    made, (ratios, near, times) = figure(3, width=5.0, height=4.6)
+    page, (ratios, near, times) = figure(3, width=5.0, height=4.6)
     names = list(dict.fromkeys(str(row["task"]) for row in rows))
     groups = _by_method(rows)
-    for label, some in groups.items():
-        places, values = [names.index(str(r["task"])) for r in some], [float(r["ratio"]) for r in some]
-        style = _resnet18_look(some)
+    for label, of_label in groups.items():
+        places, values = [names.index(str(r["task"])) for r in of_label], [float(r["ratio"]) for r in of_label]
+        style = _resnet18_look(of_label)
         bare: dict[str, Any] = style | {"linestyle": "none"}
         ratios.plot(places, values, label=label, **style)
         near.plot(places, [100 * (value - 1) for value in values], **bare)
@@ -288,31 +288,31 @@ def draw_resnet18(rows: list[Row]) -> Figure:
     ratios.set(yscale="log", ylabel="value / certified norm of the layer")
     for ax in (ratios, near):
         ax.set_xticks(places, [name.removesuffix(".weight") for name in names], rotation=90, fontsize=6)
-    totals = [sum(float(r["seconds"]) for r in some) for some in groups.values()]
-    bars = times.barh(list(groups), totals, color=[_resnet18_look(some)["color"] for some in groups.values()])
+    totals = [sum(float(r["seconds"]) for r in of_label) for of_label in groups.values()]
+    bars = times.barh(list(groups), totals, color=[_resnet18_look(of_label)["color"] for of_label in groups.values()])
     times.bar_label(bars, [f"{total:.3g}" for total in totals], fontsize=6, padding=2)
     times.set(xscale="log", xlabel=f"total time of the {len(names)} layers (s)")
     times.set_xlim(right=3 * max(totals))
     times.tick_params(axis="y", labelsize=7)
     times.invert_yaxis()
-    made.legend(*ratios.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=7)
-    made.suptitle(f"ResNet18, {rows[0]['weights']} weights", fontsize=10)
-    return made
+    page.legend(*ratios.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=7)
+    page.suptitle(f"ResNet18, {rows[0]['weights']} weights", fontsize=10)
+    return page
 
 
 def _by_method(rows: list[Row]) -> dict[str, list[Row]]:
     """The rows of each method, and of power iteration on the layers as the reference of the paper treats them."""
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         reference = row["padding"] == REFERENCE_PADDING
-        found.setdefault(f"{title(row)}, padding {row['padding']}" if reference else title(row), []).append(row)
-    return found
+        groups.setdefault(f"{title(row)}, padding {row['padding']}" if reference else title(row), []).append(row)
+    return groups
 
 
-def _resnet18_look(some: list[Row]) -> dict[str, Any]:
+def _resnet18_look(group: list[Row]) -> dict[str, Any]:
     """The style of the method; that of the reference differs."""
-    reference = some[0]["padding"] == REFERENCE_PADDING
-    return look(str(some[0]["method"])) | ({"marker": "x", "linestyle": ":", "color": "#7A3B69"} if reference else {})
+    reference = group[0]["padding"] == REFERENCE_PADDING
+    return look(str(group[0]["method"])) | ({"marker": "x", "linestyle": ":", "color": "#7A3B69"} if reference else {})
 
 
 def tell_resnet18(rows: list[Row]) -> str:
@@ -320,18 +320,18 @@ def tell_resnet18(rows: list[Row]) -> str:
     names = list(dict.fromkeys(str(row["task"]) for row in rows))
     ryu = {str(r["task"]): float(r["value"]) for r in pick(rows, method="power", padding="zeros")}
     totals: list[list[object]] = []
-    for label, some in _by_method(rows).items():
-        product = math.exp(sum(math.log(float(r["value"]) / ryu[str(r["task"])]) for r in some))
-        exact = math.exp(sum(math.log(float(r["ratio"])) for r in some))
-        below = sum(float(r["value"]) < float(r["lower"]) for r in some)
-        lowest, highest = min(float(r["ratio"]) for r in some), max(float(r["ratio"]) for r in some)
-        seconds = sum(float(r["seconds"]) for r in some)
-        totals.append([label, some[0]["side"], some[0]["padding"], product, exact, lowest, highest, below, seconds])
+    for label, group in _by_method(rows).items():
+        product = math.exp(sum(math.log(float(r["value"]) / ryu[str(r["task"])]) for r in group))
+        exact = math.exp(sum(math.log(float(r["ratio"])) for r in group))
+        below = sum(float(r["value"]) < float(r["lower"]) for r in group)
+        lowest, highest = min(float(r["ratio"]) for r in group), max(float(r["ratio"]) for r in group)
+        seconds = sum(float(r["seconds"]) for r in group)
+        totals.append([label, group[0]["side"], group[0]["padding"], product, exact, lowest, highest, below, seconds])
     head = ("method", "side", "padding", "product / power's", "product / truth", "least ratio", "largest ratio")
     head = (*head, "layers below the truth", "total time (s)")
-    one = [pick(rows, task=name)[0] for name in names]
-    layers = [[name, r["shape"], r["stride"], r["n"], r["lower"], r["upper"]] for name, r in zip(names, one, strict=True)]
-    half = max((float(r["upper"]) - float(r["lower"])) / (float(r["upper"]) + float(r["lower"])) for r in one)
+    of_layers = [pick(rows, task=name)[0] for name in names]
+    layers = [[name, r["shape"], r["stride"], r["n"], r["lower"], r["upper"]] for name, r in zip(names, of_layers, strict=True)]
+    half = max((float(r["upper"]) - float(r["lower"])) / (float(r["upper"]) + float(r["lower"])) for r in of_layers)
     return (
         f"{len(names)} convolutions, {rows[0]['weights']} weights, zero padding, true strides. Ratio: value over the middle of the "
         f"certified interval, whose ends lie up to {100 * half:.2g} % from it; below the truth: below its lower end.\n\n"
@@ -369,13 +369,13 @@ def dense_tasks(options: Options) -> list[Task]:
     """One task for each precision, method and number of steps."""
     m, n = (50, 40) if options.quick else (500, 400)
     limit = 20 if options.quick else 10**9
-    found: list[Task] = []
+    tasks: list[Task] = []
     for dtype in (torch.float32, torch.float64):
         for method, steps in (("gram", GRAM_STEPS), ("naive", GRAM_STEPS), ("power", POWER_STEPS)):
             for k in steps:
                 if k <= limit:
-                    found.append(Task(f"{_dtype_name(dtype)} {method} {k}", partial(_dense_row, m, n, dtype, method, k, options)))
-    return found
+                    tasks.append(Task(f"{_dtype_name(dtype)} {method} {k}", partial(_dense_row, m, n, dtype, method, k, options)))
+    return tasks
 
 
 def _dense_row(m: int, n: int, dtype: torch.dtype, method: str, steps: int, options: Options) -> list[Row]:
@@ -397,28 +397,28 @@ def _dense_row(m: int, n: int, dtype: torch.dtype, method: str, steps: int, opti
 
 def draw_dense(rows: list[Row]) -> Figure:
     """Error against steps and against time, for each precision."""
-    made, axes = figure(2, 2)
+    page, axes = figure(2, 2)
     panels = [(dtype, x, scale) for dtype in ("float32", "float64") for x, scale in (("steps", 1.0), ("seconds", 1e3))]
     for ax, (dtype, x, scale) in zip(axes, panels, strict=True):
         for method, style in STYLES.items():
-            some = pick(rows, dtype=dtype, method=method)
-            known = [row for row in some if _usable(row)]
+            of_method = pick(rows, dtype=dtype, method=method)
+            known = [row for row in of_method if _usable(row)]
             hollow: dict[str, Any] = style | {"linestyle": "none", "fillstyle": "none", "markeredgewidth": 1.2}
             for below, shown in ((False, style), (True, hollow)):
                 # The line runs through all points; points below the truth are hollow.
-                kept = [row for row in known if _below(row)] if below else known
-                points = [scale * float(row[x]) for row in kept], [max(abs(float(row["relative_error"])), 1e-17) for row in kept]
+                drawn = [row for row in known if _below(row)] if below else known
+                points = [scale * float(row[x]) for row in drawn], [max(abs(float(row["relative_error"])), 1e-17) for row in drawn]
                 if below:
                     ax.plot(*points, linestyle="none", marker=style["marker"], markersize=5, color="white")
                 ax.plot(*points, label=None if below else METHOD_NAMES[method], **shown)
-            if known and len(known) < len(some) and x == "steps":
+            if known and len(known) < len(of_method) and x == "steps":
                 ax.axvline(
                     max(float(row["steps"]) for row in known), color=style["color"], linestyle=":", label="naive: overflows after this step"
                 )
         ax.set(xscale="log", yscale="log", title=f"{dtype} (hollow: below the truth)", ylabel="relative error (absolute value)")
         ax.set_xlabel("steps" if x == "steps" else "time (ms)")
-    made.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    return made
+    page.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return page
 
 
 def _usable(row: Row) -> bool:
@@ -432,15 +432,15 @@ def _below(row: Row) -> bool:
 
 def tell_dense(rows: list[Row]) -> str:
     """The results after the last steps of each method."""
-    found: list[list[object]] = []
+    table: list[list[object]] = []
     for dtype in ("float64", "float32"):
         for method in STYLES:
-            some = pick(rows, dtype=dtype, method=method)
-            finite = [r for r in some if _usable(r)]
+            points = pick(rows, dtype=dtype, method=method)
+            finite = [r for r in points if _usable(r)]
             last = max(finite, key=lambda r: float(r["steps"]))
             below = sum(_below(r) for r in finite)
-            lost = len(some) - len(finite)
-            found.append(
+            lost = len(points) - len(finite)
+            table.append(
                 [dtype, method, last["steps"], last["difference"], last["relative_error"], 1e3 * float(last["seconds"]), below, lost]
             )
     head = (
@@ -455,7 +455,7 @@ def tell_dense(rows: list[Row]) -> str:
     )
     first = rows[0]
     text = f"Standard normal matrix {first['m']}x{first['n']}; truth by SVD in float64, below it: by more than {SVD_ACCURACY} of it."
-    return f"{text}\n\n{markdown(head, found)}"
+    return f"{text}\n\n{markdown(head, table)}"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -508,13 +508,13 @@ CLAIMS: dict[str, Claim] = {
 
 def certificate_tasks(options: Options) -> list[Task]:
     """One task for each precision, padding and family of kernels; random kernels are drawn many times."""
-    found: list[Task] = []
+    tasks: list[Task] = []
     for dtype in (torch.float32, torch.float64):
         for mode in ("dense", "zeros", "circular"):
             for kernel in sorted(KERNELS):
                 task = f"{str(dtype).removeprefix('torch.')} {mode} {kernel}"
-                found.append(Task(task, partial(_family, kernel, mode, dtype, options)))
-    return [t for t in found if t.name.endswith((" random", " ones"))][::2] if options.quick else found
+                tasks.append(Task(task, partial(_family, kernel, mode, dtype, options)))
+    return [t for t in tasks if t.name.endswith((" random", " ones"))][::2] if options.quick else tasks
 
 
 def _cases(kernel: str, mode: str, dtype: torch.dtype, options: Options) -> list[Case]:
@@ -545,7 +545,7 @@ def _family(kernel: str, mode: str, dtype: torch.dtype, options: Options) -> lis
 
 def draw_certificates(rows: list[Row]) -> Figure:
     """Share of cases below the truth, by method and precision."""
-    made, (ax,) = figure(width=7.0, height=4.6)
+    page, (ax,) = figure(width=7.0, height=4.6)
     names = [name for name in CLAIMS if pick(rows, method=name)]
     for shift, (dtype, colour) in enumerate((("float32", "#E69F00"), ("float64", "#004C7F"))):
         shares = [_share(pick(rows, method=name, dtype=dtype)) for name in names]
@@ -556,7 +556,7 @@ def draw_certificates(rows: list[Row]) -> Figure:
     ax.set(xlabel="cases below the true norm (%)", xlim=(0, 108))
     ax.invert_yaxis()
     ax.legend(fontsize=8, loc="lower right")
-    return made
+    return page
 
 
 def tell_certificates(rows: list[Row]) -> str:
@@ -564,13 +564,13 @@ def tell_certificates(rows: list[Row]) -> str:
     lines: list[list[object]] = []
     for name in CLAIMS:
         for dtype in ("float32", "float64"):
-            some = pick(rows, method=name, dtype=dtype)
-            if some:
-                worst = min(some, key=lambda r: float(r["least_ratio"]))
-                total, below = sum(int(r["cases"]) for r in some), sum(int(r["below"]) for r in some)
+            points = pick(rows, method=name, dtype=dtype)
+            if points:
+                worst = min(points, key=lambda r: float(r["least_ratio"]))
+                total, below = sum(int(r["cases"]) for r in points), sum(int(r["below"]) for r in points)
                 where = f"{worst['kernel']}, {worst['padding']}"
                 gap = float(worst["least_ratio"]) - 1
-                lines.append([name, dtype, total, below, gap, where, median(float(r["median_ratio"]) for r in some)])
+                lines.append([name, dtype, total, below, gap, where, median(float(r["median_ratio"]) for r in points)])
     head = ("method", "dtype", "cases", "below the truth", "least value / truth - 1", "found at", "median of value / truth")
     return f"Truth: the matrix of the real torch layer in float64, by SVD.\n\n{markdown(head, lines)}"
 

@@ -68,9 +68,9 @@ class Options:
     def settings(self, name: str) -> dict[str, str | int | bool | None]:
         """The settings in the header; a run is resumed only under the same settings."""
         digest = None if self.weights is None else hashlib.sha256(self.weights.read_bytes()).hexdigest()[:16]
-        own = {"seed": self.seed, "quick": self.quick, "trials": self.trials, "warm_up_dropped": WARM_UP, "weights_sha256": digest}
-        own |= {} if self.preset is None else {"preset": self.preset}
-        return {"experiment": name} | environment(self.device) | own
+        settings = {"seed": self.seed, "quick": self.quick, "trials": self.trials, "warm_up_dropped": WARM_UP, "weights_sha256": digest}
+        settings |= {} if self.preset is None else {"preset": self.preset}
+        return {"experiment": name} | environment(self.device) | settings
 
 
 @dataclass(frozen=True)
@@ -155,15 +155,15 @@ def _header(files: dict[str, Path], settings: dict[str, Any]) -> dict[str, Any]:
     """The header of the run: written at the start, and checked on resume."""
     if files["run.json"].exists():
         try:
-            found = json.loads(files["run.json"].read_text(encoding="utf-8"))
+            header = json.loads(files["run.json"].read_text(encoding="utf-8"))
         except ValueError:
-            found = {}
-        different = [key for key, value in settings.items() if not isinstance(found, dict) or found.get(key) != value]  # pyright: ignore
+            header = {}
+        different = [key for key, value in settings.items() if not isinstance(header, dict) or header.get(key) != value]  # pyright: ignore
         if different:
             msg = f"{files['run.json'].parent} holds a run with another {', '.join(different)}; expected the same: type --out NEW"
             raise InputError(msg)
-    elif there := [file for file in files.values() if file.exists()]:
-        msg = f"{there[0]} stands there without its run.json; expected both or neither: type --out with a new folder"
+    elif tables := [file for file in files.values() if file.exists()]:
+        msg = f"{tables[0]} stands there without its run.json; expected both or neither: type --out with a new folder"
         raise InputError(msg)
     write_whole(files["run.json"], json.dumps(settings, indent=2) + "\n")
     return settings
@@ -268,7 +268,7 @@ PERCENT = 100.0
 
 
 def preset(options: Options) -> str:
-    """What is run: `quick`, the preset asked for, or by the device the paper's or the small one."""
+    """The preset to run: `quick`, the one asked for, or by the device the paper's or the small one."""
     return "quick" if options.quick else options.preset or ("paper" if options.device.type == "cuda" else "small")
 
 
@@ -283,9 +283,9 @@ def tasks(options: Options) -> list[Task]:
         raise InputError(msg)
     for split in ("train", "test"):  # before anything is written
         files(options.data, split)
-    taken = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.device.type != taken:
-        msg = f"--device {options.device} was given; expected {taken}, which the trainer takes on this machine: type --device {taken}"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device.type != device:
+        msg = f"--device {options.device} was given; expected {device}, which the trainer takes on this machine: type --device {device}"
         raise InputError(msg)
     name = preset(options)
     return [Task(f"{name} {control}", partial(_run, name, control, options.data, options)) for control in CONTROLS]
@@ -300,16 +300,16 @@ def _run(name: str, control: str, data: str, options: Options) -> list[Row]:
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # the trainer's own bar
         warnings.filterwarnings("ignore", module="lightning")
         try:
-            found = _trainer()(recipe, data, folder, seed=options.seed, **changes)
+            done = _trainer()(recipe, data, folder, seed=options.seed, **changes)
         except SystemExit as stopped:  # how the trainer passes an interruption on
             raise KeyboardInterrupt from stopped
-    if "constant" not in found:
-        msg = f"{folder} stopped after {found['finished_epochs']} of {found['epochs']} epochs; expected all: type the same again to go on"
+    if "constant" not in done:
+        msg = f"{folder} stopped after {done['finished_epochs']} of {done['epochs']} epochs; expected all: type the same again to go on"
         raise InputError(msg)
     fields = ("epochs", "samples", "batch", "optimiser", "lr", "strength", "threshold", "target", "seconds", "count")
-    last: Row = {field: found[field] if found[field] is not None else "all" for field in fields}
-    last |= {"accuracy": found["clean"], "lower": found["constant"]["lower"], "upper": found["constant"]["upper"]}
-    last |= {f"certified {e['eps']:.4f}": e["accuracy"] for e in found.get("certified_by_pairs", found["certified"])}
+    last: Row = {field: done[field] if done[field] is not None else "all" for field in fields}
+    last |= {"accuracy": done["clean"], "lower": done["constant"]["lower"], "upper": done["constant"]["upper"]}
+    last |= {f"certified {e['eps']:.4f}": e["accuracy"] for e in done.get("certified_by_pairs", done["certified"])}
     return [*(place | row for row in _epochs(folder / "logs" / "metrics.csv")), place | {"kind": "end"} | last]
 
 
@@ -324,7 +324,7 @@ def _trainer() -> Callable[..., dict[str, Any]]:
 
 
 def _epochs(log: Path) -> list[Row]:
-    """What was logged after each epoch: the trainer writes validation and training in lines of their own."""
+    """The log of each epoch: the trainer writes validation and training in lines of their own."""
     merged: dict[int, Row] = {}
     with open(log, newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
@@ -335,13 +335,13 @@ def _epochs(log: Path) -> list[Row]:
 
 def draw(rows: list[Row]) -> Figure:
     """Accuracy and the product of the certified norms over the epochs; certified accuracy against the radius."""
-    made, (accuracy, product, certified) = figure(3, width=4.2, height=3.8)
+    page, (accuracy, product, certified) = figure(3, width=4.2, height=3.8)
     for control in dict.fromkeys(str(row["control"]) for row in rows):
         colour, marker, line = LOOKS[control]
         style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "label": CONTROLS[control]}
-        some = pick(rows, control=control, kind="epoch")
+        epochs = pick(rows, control=control, kind="epoch")
         for ax, field, scale in ((accuracy, "accuracy", PERCENT), (product, "upper_product", 1.0)):
-            known = [r for r in some if r.get(field, "") != ""]
+            known = [r for r in epochs if r.get(field, "") != ""]
             ax.plot([float(r["epoch"]) for r in known], [scale * float(r[field]) for r in known], **style)
         radii = _radii(pick(rows, control=control, kind="end")[0])
         certified.plot([r for r, _ in radii], [PERCENT * share for _, share in radii], **style)
@@ -350,8 +350,8 @@ def draw(rows: list[Row]) -> Figure:
         ax.locator_params(axis="x", integer=True)
     product.set_yscale("log")
     certified.set(xlabel="radius in pixels of [0, 1], l2", ylabel="certified accuracy (%)", ylim=(-2, None))
-    made.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    return made
+    page.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return page
 
 
 def _radii(end: Row) -> list[tuple[float, float]]:

@@ -54,14 +54,14 @@ class SegmentPlan:
 
     first: int
     last: int
-    made: Callable[[], list[Piece]]
+    make_run: Callable[[], list[Piece]]
     searches: list[list[Piece]]
     cost: float = 0.0
 
     @cached_property
     def run(self) -> list[Piece]:
         """The pieces that prove the bound."""
-        return self.made()
+        return self.make_run()
 
 
 def part(network: Network, first: int, last: int) -> Network:
@@ -206,7 +206,7 @@ class _Runs:
         return True
 
     def link(self, joints: Sequence[Link]) -> None:
-        """How what comes next reaches the last piece, on each torus."""
+        """Link the next piece to the last one, on each torus."""
         self.links[-1] = joints[-1]
         for run, joint in zip(self.searches, joints[:-1], strict=True):
             run[-1].link = joint
@@ -328,8 +328,8 @@ def coupled(network: Network, constants: Sequence[Bound], effort: Effort | None 
     for at in effort.shown("coupling", names):
         if segments and segments[-1].last > cuts[at]:
             continue  # taken into the segment before
-        found = None if effort.over else plan(network, constants, cuts, at)
-        segments.append(_bounded(network, constants, cuts[at], cuts[at + 1] if found is None else found.last, found, effort))
+        planned = None if effort.over else plan(network, constants, cuts, at)
+        segments.append(_bounded(network, constants, cuts[at], cuts[at + 1] if planned is None else planned.last, planned, effort))
     return segments
 
 
@@ -346,21 +346,21 @@ def cuts_of(network: Network) -> list[int] | None:
     return cuts
 
 
-def _coupled(found: SegmentPlan, composed: float, effort: Effort, names: str) -> float:
+def _coupled(planned: SegmentPlan, composed: float, effort: Effort, names: str) -> float:
     """The least proved bound: of closed forms, and of what the searches that the effort allows come to; more effort only adds some."""
-    if found.cost > CHEAP or len(found.run) > 1:
-        return _searched(found, composed, effort, names)
-    closed, upper = _alone_coupled(found.run[0].system, effort)
-    if closed < math.inf and newton_cost(found.run[0].system) * FEWEST <= NEWTON:
+    if planned.cost > CHEAP or len(planned.run) > 1:
+        return _searched(planned, composed, effort, names)
+    closed, upper = _alone_coupled(planned.run[0].system, effort)
+    if closed < math.inf and newton_cost(planned.run[0].system) * FEWEST <= NEWTON:
         return upper
-    return min(upper, _searched(found, composed, effort, names))
+    return min(upper, _searched(planned, composed, effort, names))
 
 
 def _alone_coupled(system: System, effort: Effort) -> tuple[float, float]:
     """Of one piece, from both sides: what multipliers in closed form prove, and, on the side with the narrower input, Newton steps too."""
     sides = [narrowed(side) for side in (system, transposed(system)) if side is not None]
     closed = [closed_logarithms(side) for side in sides]
-    least = min(math.inf if found is None else proved(side, found) for side, found in zip(sides, closed, strict=True))
+    least = min(math.inf if choice is None else proved(side, choice) for side, choice in zip(sides, closed, strict=True))
     upper = least
     at = min(range(len(sides)), key=lambda i: newton_cost(sides[i]))
     start, steps = closed[at], int(effort.amount * min(MOST, NEWTON / newton_cost(sides[at])))
@@ -372,17 +372,17 @@ def _alone_coupled(system: System, effort: Effort) -> tuple[float, float]:
     return least, upper
 
 
-def _searched(found: SegmentPlan, composed: float, effort: Effort, names: str) -> float:
+def _searched(planned: SegmentPlan, composed: float, effort: Effort, names: str) -> float:
     """By gradient steps on coarse tori, in rounds that each begin with the best choice so far; proved on the true one if that pays."""
-    if found.cost > PROOF * max(1.0, effort.amount):
+    if planned.cost > PROOF * max(1.0, effort.amount):
         effort.say(f"{names} not coupled: the proof would take too long; more effort allows it")
         return math.inf
-    shared = zip(found.searches, SHARES, strict=True) if found.searches else [(found.run, ALONE)]
-    tori = [(single(run) if found.searches else run, share) for run, share in shared]
-    coarse, met = tori[-1][0], [MultiplierSearch.closed(found.searches[0] if found.searches else found.run)]
+    shared = zip(planned.searches, SHARES, strict=True) if planned.searches else [(planned.run, ALONE)]
+    tori = [(single(run) if planned.searches else run, share) for run, share in shared]
+    coarse, met = tori[-1][0], [MultiplierSearch.closed(planned.searches[0] if planned.searches else planned.run)]
     promised = [_promise(tori[0][0], met[0])]
-    if found.searches and found.cost <= CHEAP:
-        tori.append((found.run, 1.0))
+    if planned.searches and planned.cost <= CHEAP:
+        tori.append((planned.run, 1.0))
     for i, size in enumerate(ROUNDS):
         if sum(ROUNDS[: i + 1]) > effort.amount or effort.over or not promised[-1] < HOPE * composed:
             break
@@ -398,7 +398,7 @@ def _searched(found: SegmentPlan, composed: float, effort: Effort, names: str) -
     if effort.over:
         effort.say(f"{names} not coupled: the time was up")
         return math.inf
-    return _least(found.run, met, promised, composed, effort)
+    return _least(planned.run, met, promised, composed, effort)
 
 
 def _least(run: Sequence[Piece], met: Sequence[MultiplierSearch], promised: Sequence[float], composed: float, effort: Effort) -> float:
@@ -415,17 +415,17 @@ def _least(run: Sequence[Piece], met: Sequence[MultiplierSearch], promised: Sequ
 
 
 def _promise(pieces: Sequence[Piece], choice: MultiplierSearch) -> float:
-    """What a choice comes to on the tori of the search."""
+    """The value of a choice on the tori of the search."""
     return math.exp(0.5 * min(reached(pieces, choice), 1400.0))
 
 
-def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, found: SegmentPlan | None, effort: Effort) -> Segment:
-    own = [Bound(1.0, 1.0, "input"), *constants[first + 1 : last + 1]]
-    composed = compose(part(network, first, last), own).upper
-    if found is None:
+def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, planned: SegmentPlan | None, effort: Effort) -> Segment:
+    of_steps = [Bound(1.0, 1.0, "input"), *constants[first + 1 : last + 1]]
+    composed = compose(part(network, first, last), of_steps).upper
+    if planned is None:
         return Segment(first, last, composed, composed, "")
     names = f"{network.steps[first + 1].name} to {network.steps[last].name}"
-    upper = _coupled(found, composed, effort, names)
+    upper = _coupled(planned, composed, effort, names)
     if not upper < composed:
         return Segment(first, last, composed, composed, "")
     text = f"{names} coupled: {decimals(upper, upward=True)} against {decimals(composed, upward=True)} by composition"

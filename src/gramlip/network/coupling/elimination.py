@@ -32,7 +32,7 @@ OFF = 1e-3  # and a proof is refused that would lose more, relatively
 
 
 class _Eliminated(torch.autograd.Function):
-    """What is left of a form, in plain floating point, and whether S was positive definite; its gradient costs three products."""
+    """The form that is left, in plain floating point, and whether S was positive definite; its gradient costs three products."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, weights: Tensor, anchor: Anchor) -> tuple[Tensor, Tensor]:
@@ -98,16 +98,16 @@ class Inverse:
         return root.mH @ root, noise
 
 
-def inverse(own: Tensor, weights: Tensor) -> Inverse | None:
+def inverse(block: Tensor, weights: Tensor) -> Inverse | None:
     """A proved upper bound of `S^-1 = (L - own)^-1`, for L at least these multipliers; None where there is no proof. Theorem N27."""
-    unit, n = rd.gamma(32.0 * (own.shape[-1] + 8)), len(weights)
-    eye = torch.eye(n, dtype=own.dtype)
+    unit, n = rd.gamma(32.0 * (block.shape[-1] + 8)), len(weights)
+    eye = torch.eye(n, dtype=block.dtype)
     for lift in LIFTS:
         lifted = weights * lift
         roots = lifted.rsqrt()
         if not bool(lifted.isfinite().all() and roots.isfinite().all()):
             return None
-        part = roots[:, None] * own * roots
+        part = roots[:, None] * block * roots
         inner = eye - part
         factor, info = torch.linalg.cholesky_ex(inner)
         if bool(info.any()):
@@ -122,14 +122,14 @@ def inverse(own: Tensor, weights: Tensor) -> Inverse | None:
     return None
 
 
-def bounded(matrix: Tensor, anchor: Anchor, error: float, found: Inverse) -> tuple[Tensor, Tensor]:
+def bounded(matrix: Tensor, anchor: Anchor, error: float, approximate: Inverse) -> tuple[Tensor, Tensor]:
     """The matrix of a form, and by how much (in norm) the one that is left may exceed it; rows are right up to `error`."""
-    weights, ratio, rows = found.weights, anchor.ratio, anchor.rows
+    weights, ratio, rows = approximate.weights, anchor.ratio, anchor.rows
     steepest, wide = float((weights.sqrt() * ratio.abs()).max()), sizes_of(rows)
     kept, across = sizes_of(matrix[:, : anchor.before, : anchor.before]), sizes_of(matrix[:, anchor.before :, : anchor.before])
-    reach = float((found.roots * anchor.radius).max()) * across + steepest * wide
+    reach = float((approximate.roots * anchor.radius).max()) * across + steepest * wide
     off = (rd.gamma(32.0) * reach + steepest * error) * (1 + 1e-9)
-    left, noise = found.gram(found.roots[:, None] * anchor.right(matrix, weights), off)
+    left, noise = approximate.gram(approximate.roots[:, None] * anchor.right(matrix, weights), off)
     unit = rd.gamma(32.0 * (matrix.shape[-1] + rows.shape[-1] + 8))
     rest = anchor.rest(weights)
     most, thickest = float(rest.abs().max()), float((weights * (1.0 + ratio.square())).max())
@@ -270,13 +270,13 @@ def substituted(system: System, form: Quadratic, k: int, weights: Tensor) -> Qua
 
 def anchor_of(system: System, k: int, live: list[int]) -> tuple[Anchor, float]:
     """The last of some live anchors, with its query on those that are left, and the query's error."""
-    found = system.anchors.get(k)
-    if found is None:
+    anchor = system.anchors.get(k)
+    if anchor is None:
         left, slopes = _left(system, live), system.slopes[k]
         rows, error = query_rows(system, k, left)
         at = torch.cat([torch.full((len(system.channels[a]),), a in live[:-1]) for a in left]) if left else torch.zeros(0)
-        found = system.anchors[k] = Anchor(slopes.radius, slopes.centre / slopes.radius, rows, at.nonzero()[:, 0]), error
-    return found
+        anchor = system.anchors[k] = Anchor(slopes.radius, slopes.centre / slopes.radius, rows, at.nonzero()[:, 0]), error
+    return anchor
 
 
 def eliminated(system: System, form: Quadratic, weigh: Weigh) -> Quadratic | None:
@@ -294,9 +294,9 @@ def eliminated(system: System, form: Quadratic, weigh: Weigh) -> Quadratic | Non
             form = replace(form, live=_left(system, form.live), matrix=matrix).normalised()
             continue
         if len(slopes.on):
-            own, b = own_block(system, form, k), pulled(system, form, k)
-            chosen = weigh(k, own, form.exponent)
-            factor, info = torch.linalg.cholesky_ex(torch.diag(chosen).to(own.dtype) - own)
+            block, b = own_block(system, form, k), pulled(system, form, k)
+            chosen = weigh(k, block, form.exponent)
+            factor, info = torch.linalg.cholesky_ex(torch.diag(chosen).to(block.dtype) - block)
             if bool(info.any()):
                 return None
             root = torch.linalg.solve_triangular(factor, b, upper=False)
@@ -316,23 +316,23 @@ def certified(system: System, form: Quadratic, weigh: Weigh) -> Quadratic | None
         slopes = system.slopes[k]
         weights = torch.zeros_like(slopes.centre)
         if len(slopes.on):
-            own = own_block(system, form, k)
-            found = inverse(own, weigh(k, own, form.exponent))
-            if found is None:
+            block = own_block(system, form, k)
+            approximate = inverse(block, weigh(k, block, form.exponent))
+            if approximate is None:
                 return None
             if Anchor.fits(slopes.centre, slopes.radius):
-                matrix, noise = bounded(form.matrix, *anchor_of(system, k, form.live), found)
+                matrix, noise = bounded(form.matrix, *anchor_of(system, k, form.live), approximate)
                 form = raised(replace(form, live=_left(system, form.live), matrix=matrix), noise).normalised()
                 continue
-            form, weights = _maximised(form, pulled(system, form, k), found), everywhere(slopes, found.weights)
+            form, weights = _maximised(form, pulled(system, form, k), approximate), everywhere(slopes, approximate.weights)
         form = _replaced(system, form, k, weights).normalised()
     return form
 
 
-def _maximised(form: Quadratic, b: Tensor, found: Inverse) -> Quadratic:
+def _maximised(form: Quadratic, b: Tensor, approximate: Inverse) -> Quadratic:
     """A form above `H + B* S^-1 B`."""
-    right = found.roots[:, None] * b
-    gram, noise = found.gram(right, rd.gamma(16.0) * sizes_of(right))
+    right = approximate.roots[:, None] * b
+    gram, noise = approximate.gram(right, rd.gamma(16.0) * sizes_of(right))
     noise = noise + rd.gamma(8) * (sizes_of(form.matrix) + sizes_of(gram))
     return raised(replace(form, matrix=form.matrix + gram), noise * (1 + 1e-9))
 

@@ -60,9 +60,9 @@ class Form:
                 blocks[a], errors[a] = matrix, error
                 continue
             blocks[a] = matrix @ block
-            own = size_of(block)
-            rounding = rd.mul_up(rd.gamma(8.0 * (block.shape[-2] + 4)), rd.mul_up(size, own))
-            errors[a] = rd.add_up(rounding, rd.mul_up(size, self.errors[a]), rd.mul_up(error, rd.add_up(own, self.errors[a])))
+            moduli = size_of(block)
+            rounding = rd.mul_up(rd.gamma(8.0 * (block.shape[-2] + 4)), rd.mul_up(size, moduli))
+            errors[a] = rd.add_up(rounding, rd.mul_up(size, self.errors[a]), rd.mul_up(error, rd.add_up(moduli, self.errors[a])))
         return Form(blocks, errors, clean)
 
     def scaled(self, factors: Tensor) -> Form:
@@ -135,13 +135,13 @@ class Anchor:
 
     @property
     def before(self) -> int:
-        """How many columns the form has before those of the anchor."""
+        """Number of columns of the form before those of the anchor."""
         return len(self.at)
 
     def inner(self, matrix: Tensor, weights: Tensor) -> Tensor:
         """S = L - R H_vv R."""
-        own = matrix[:, self.before :, self.before :]
-        inner = -(self.radius[:, None] * own * self.radius)
+        block = matrix[:, self.before :, self.before :]
+        inner = -(self.radius[:, None] * block * self.radius)
         inner.diagonal(dim1=-2, dim2=-1).add_(weights)
         return inner
 

@@ -41,64 +41,64 @@ class Choice:
     shape: Tensor
     excess: Tensor
 
-    def weights(self, own: Tensor, channels: Tensor, steps: int) -> Tensor:
+    def weights(self, block: Tensor, channels: Tensor, steps: int) -> Tensor:
         """The multipliers (n,) for the anchor's own block (F, n, n); nothing is proved here."""
-        shape = self.shape.to(own.real.dtype).exp()[channels]
-        return shape * _least(own, shape, steps) * (1.0 + self.excess.exp())
+        shape = self.shape.to(block.real.dtype).exp()[channels]
+        return shape * _least(block, shape, steps) * (1.0 + self.excess.exp())
 
 
 Choices = dict[int, Choice]
 Logarithms = dict[int, Tensor]  # of the multipliers of each anchor's entries that are not linear
 
 
-def _least(own: Tensor, shape: Tensor, steps: int) -> Tensor:
+def _least(block: Tensor, shape: Tensor, steps: int) -> Tensor:
     """The least number that makes `shape` times it large enough for `own`."""
     root = shape.rsqrt()
-    return power_estimate(root[:, None] * own * root, steps).clamp_min(max(1e-250, torch.finfo(own.dtype).tiny))
+    return power_estimate(root[:, None] * block * root, steps).clamp_min(max(1e-250, torch.finfo(block.dtype).tiny))
 
 
-def power_estimate(own: Tensor, steps: int) -> Tensor:
+def power_estimate(blocks: Tensor, steps: int) -> Tensor:
     """Nearly the largest eigenvalue over all frequencies, from power steps; its gradient is that of the vector found.
 
     After `FEW` steps those go on that are among the `BEST` so far.
     """
     with torch.no_grad():
-        tiny = max(1e-300, torch.finfo(own.dtype).tiny)
-        v = own.abs().sum(-1, keepdim=True).to(own.dtype) + tiny
-        held, v = _powered(own, v, min(steps, FEW), tiny)
+        tiny = max(1e-300, torch.finfo(blocks.dtype).tiny)
+        v = blocks.abs().sum(-1, keepdim=True).to(blocks.dtype) + tiny
+        estimate, v = _powered(blocks, v, min(steps, FEW), tiny)
         if steps > FEW:
-            best = torch.topk(held[:, 0, 0], min(BEST, len(held)))[1]
-            held, v = _powered(own[best], v[best], steps - FEW, tiny)
+            best = torch.topk(estimate[:, 0, 0], min(BEST, len(estimate)))[1]
+            estimate, v = _powered(blocks[best], v[best], steps - FEW, tiny)
         else:
-            best = torch.arange(len(own))
-        at = int(held[:, 0, 0].argmax())
+            best = torch.arange(len(blocks))
+        at = int(estimate[:, 0, 0].argmax())
         place, vector = int(best[at]), v[at]
-    return (vector.mH @ (own[place] @ vector)).real[0, 0]
+    return (vector.mH @ (blocks[place] @ vector)).real[0, 0]
 
 
-def _powered(own: Tensor, v: Tensor, steps: int, tiny: float) -> tuple[Tensor, Tensor]:
+def _powered(blocks: Tensor, v: Tensor, steps: int, tiny: float) -> tuple[Tensor, Tensor]:
     """The quotients (F, 1, 1) of vectors after power steps, and the vectors."""
     for _ in range(steps):
-        v = own @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny))
+        v = blocks @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny))
     v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny)
-    return (v.mH @ (own @ v)).real, v
+    return (v.mH @ (blocks @ v)).real, v
 
 
-def _largest(own: Tensor) -> float:
-    if own.shape[0] * float(own.shape[-1]) ** 3 <= EXACT and bool(own.isfinite().all()):
-        return float(torch.linalg.eigvalsh(own)[:, -1].max())
-    return float(power_estimate(own, MANY))
+def _largest(blocks: Tensor) -> float:
+    if blocks.shape[0] * float(blocks.shape[-1]) ** 3 <= EXACT and bool(blocks.isfinite().all()):
+        return float(torch.linalg.eigvalsh(blocks)[:, -1].max())
+    return float(power_estimate(blocks, MANY))
 
 
 def _shape(slopes: Slopes) -> Tensor:
-    """Where the block is a multiple of the identity these multipliers are the best ones, up to that multiple (and above the least)."""
+    """Multipliers that are the best ones, up to a factor, if the block is a multiple of the identity."""
     radius, centre = slopes.radius[slopes.on], slopes.centre[slopes.on].abs()
     return radius * (radius + torch.maximum(centre, 1e-2 * radius))
 
 
 @dataclass
 class MultiplierSearch:
-    """What a search may choose: multipliers of each piece's anchors, and the power of each link's weights."""
+    """The variables of a search: multipliers of each piece's anchors, and the power of each link's weights."""
 
     choices: list[Choices]
     powers: list[Tensor]
@@ -131,7 +131,7 @@ def _weigh(system: System, choices: Choices, steps: int) -> Weigh:
 
 
 def _closed(system: System) -> Choices:
-    found = Choices()
+    choices = Choices()
     for k in order(system):
         slopes, channels = system.slopes[k], system.channels[k]
         if not len(slopes.on):
@@ -140,29 +140,29 @@ def _closed(system: System) -> Choices:
         shape[channels[slopes.on]] = _shape(slopes).log()
         # where all slopes are alike, `radius + |centre|` over the radius of the least multiplier
         ratio = float(((slopes.centre[slopes.on].abs() / slopes.radius[slopes.on]).median()).clamp(1e-2, 10.0))
-        found[k] = Choice(shape, torch.tensor(ratio, dtype=torch.float64).log())
-    return found
+        choices[k] = Choice(shape, torch.tensor(ratio, dtype=torch.float64).log())
+    return choices
 
 
 def closed_logarithms(system: System) -> Logarithms | None:
     """Multipliers in closed form, for the forms as elimination meets them: ECLipsE-Fast for chains. None where it fails."""
-    found = Logarithms()
+    logarithms = Logarithms()
 
-    def weigh(k: int, own: Tensor, exponent: int) -> Tensor:
+    def weigh(k: int, block: Tensor, exponent: int) -> Tensor:
         slopes = system.slopes[k]
         radius = slopes.radius[slopes.on]
-        weights = _shape(slopes) * max(_largest(own / radius[:, None] / radius), 1e-250)
-        found[k] = weights.log() + exponent * math.log(4.0)
+        weights = _shape(slopes) * max(_largest(block / radius[:, None] / radius), 1e-250)
+        logarithms[k] = weights.log() + exponent * math.log(4.0)
         return weights
 
     with torch.no_grad():
-        return None if eliminated(system, start(system), weigh) is None else found
+        return None if eliminated(system, start(system), weigh) is None else logarithms
 
 
 def proved(system: System, logarithms: Logarithms) -> float:
     """A proved upper bound of a system's norm for these multipliers; infinite where the proof fails."""
 
-    def weigh(k: int, own: Tensor, exponent: int) -> Tensor:
+    def weigh(k: int, block: Tensor, exponent: int) -> Tensor:
         return (logarithms[k] - exponent * math.log(4.0)).exp()
 
     with torch.no_grad():
@@ -290,7 +290,7 @@ class Program:
         return m
 
     def direction(self, dy: Tensor) -> Tensor:
-        """What M gains with `dy`."""
+        """The change of M by `dy`."""
         weights = dy[1:][self.variable]
         m = -(self.queries.mH @ (weights[:, None] * self.queries))
         m.diagonal(dim1=-2, dim2=-1)[:] += torch.cat([dy[:1].expand(self.x), weights])
@@ -299,25 +299,25 @@ class Program:
     def traces(self, s: Tensor) -> Tensor:
         """The traces of the products of Hermitian matrices with what M gains with each variable."""
         diagonal = s.diagonal(dim1=-2, dim2=-1).real.sum(0)
-        own = diagonal[self.x :] - ((self.queries @ s) * self.queries.conj()).real.sum((0, -1))
-        return torch.cat([diagonal[: self.x].sum()[None], _grouped(own, self.variable, self.count)])
+        diagonal_rest = diagonal[self.x :] - ((self.queries @ s) * self.queries.conj()).real.sum((0, -1))
+        return torch.cat([diagonal[: self.x].sum()[None], _grouped(diagonal_rest, self.variable, self.count)])
 
-    def products(self, one: Tensor, other: Tensor) -> Tensor:
+    def products(self, left: Tensor, right: Tensor) -> Tensor:
         """The traces of `T_i one T_j other` for Hermitian matrices, T_i being what M gains with variable i."""
         x, q = self.x, self.queries
-        u, v = q @ one, q @ other
+        u, v = q @ left, q @ right
         across = _product(u[:, :, x:], v[:, :, x:])
-        own = _product(one[:, x:, x:], other[:, x:, x:]) - across - across.mT + _product(u @ q.mH, v @ q.mH)
+        block = _product(left[:, x:, x:], right[:, x:, x:]) - across - across.mT + _product(u @ q.mH, v @ q.mH)
         full = torch.empty(self.count + 1, self.count + 1, dtype=torch.float64)
-        full[1:, 1:] = _grouped(_grouped(own, self.variable, self.count).mT, self.variable, self.count)
-        full[0, 0] = _product(one[:, :x, :x], other[:, :x, :x]).sum()
-        mixed = _product(one[:, x:, :x], other[:, x:, :x]).sum(-1) - _product(u[:, :, :x], v[:, :, :x]).sum(-1)
+        full[1:, 1:] = _grouped(_grouped(block, self.variable, self.count).mT, self.variable, self.count)
+        full[0, 0] = _product(left[:, :x, :x], right[:, :x, :x]).sum()
+        mixed = _product(left[:, x:, :x], right[:, x:, :x]).sum(-1) - _product(u[:, :, :x], v[:, :, :x]).sum(-1)
         full[0, 1:] = full[1:, 0] = _grouped(mixed, self.variable, self.count)
         return full
 
     @property
     def count(self) -> int:
-        """How many multipliers there are."""
+        """Number of multipliers."""
         return int(self.variable.max()) + 1
 
     def logarithms(self, y: Tensor) -> Logarithms:
@@ -445,7 +445,7 @@ def _inverse(matrix: Tensor) -> Tensor | None:
 def _bound_logarithm(system: System, logarithms: Logarithms) -> float:
     """The logarithm of the square of what these multipliers give in plain floating point."""
 
-    def weigh(k: int, own: Tensor, exponent: int) -> Tensor:
+    def weigh(k: int, block: Tensor, exponent: int) -> Tensor:
         return (logarithms[k] - exponent * math.log(4.0)).exp()
 
     form = eliminated(system, start(system), weigh)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gramlip.network.local.intervals import Region, Value, chords, round_down, round_up, whole_of
+from gramlip.network.local.intervals import Region, Value, as_rows, chords, round_down, round_up, whole_of
 from gramlip.network.local.relaxations import Action, action, stray_of
 from gramlip.network.steps import Input, Linear, Lipschitz, Network, Slope, Step, Sum, terms
 from gramlip.norm.certify import certify_all
@@ -89,7 +89,7 @@ def unit_columns(places: Tensor, lengths: Tensor, shape: Shape, blocks: int, mos
 
 
 def _coordinates(places: Tensor, shape: Shape) -> list[Tensor]:
-    """Where places of the flat value lie along the axes of space."""
+    """Coordinates of places of the flat value along the axes of space."""
     found, rest = list[Tensor](), places
     for n in reversed(shape[2:]):
         found.append(rest % n)
@@ -112,7 +112,7 @@ def rows_at(tile: Tile, places: Tensor, shape: Shape) -> Tensor:
     """The entries of the columns at some places of the flat value: a row for each place."""
     kept, numbers = _inside(places, shape, tile.box)
     made = torch.zeros(len(places), len(tile.data), dtype=torch.float64)
-    made[kept] = tile.data.flatten(1)[:, numbers].mT
+    made[kept] = as_rows(tile.data)[:, numbers].mT
     return made
 
 
@@ -349,7 +349,7 @@ class Columns:
             group, data = self._groups[key], tile.data
             square, plain = sums.setdefault(group.step, [torch.zeros_like(form.loose), torch.zeros_like(form.loose)])
             count[group.step] = count.get(group.step, 0) + len(data)
-            flat = data.flatten(1)
+            flat = as_rows(data)
             ones = torch.ones(len(data), dtype=torch.float64)
             cut(square, tile.box)[...] += (ones @ flat.square()).reshape(data.shape[1:])
             if group.step >= 0 or boxed:
@@ -430,7 +430,7 @@ class Columns:
         return rd.add_up(min(apart, _joint([middle, *parts.values()], 1e-3, apart)), frobenius_up(loose))
 
     def _switched_together(self, extra: Mapping[int, Tensor]) -> float:
-        """What the activations of all steps may add to the results in norm, all of them taken together: theorem L9."""
+        """The norm that the activations of all steps together may add to the results: theorem L9."""
         if not extra or not self._switches:
             return INF
         alike = [part for part, _ in self._switches if part.shape[1] == self._area.entries]
@@ -443,7 +443,7 @@ class Columns:
     def _results(self, form: Form, key: int, count: int) -> Tensor:
         tile = form.tiles.get(key)
         return (
-            torch.zeros(count, form.loose.numel(), dtype=torch.float64) if tile is None else dense(tile, tuple(form.loose.shape)).flatten(1)
+            torch.zeros(count, form.loose.numel(), dtype=torch.float64) if tile is None else as_rows(dense(tile, tuple(form.loose.shape)))
         )
 
 

@@ -59,7 +59,7 @@ class Region:
 
     @property
     def halves(self) -> Tensor:
-        """How far each entry of the flat input is from the centre, at most."""
+        """The largest distance of each entry of the flat input from the centre."""
         low, high = _flat(self.low), _flat(self.high)
         centre = low + (high - low) / 2 if self.centre is None else _flat(self.centre)
         return round_up(torch.maximum(high - centre, centre - low))
@@ -200,6 +200,11 @@ def round_down(x: Tensor) -> Tensor:
 def round_up(x: Tensor) -> Tensor:
     """Above every real number that rounds to x."""
     return x + (x.abs() * 2.0**-52 + rd.TINY)
+
+
+def as_rows(values: Tensor) -> Tensor:
+    """A batch of values, a row each; of single numbers too."""
+    return values.flatten(1) if values.ndim > 1 else values[:, None]
 
 
 def given(area: Region, i: int) -> Value:

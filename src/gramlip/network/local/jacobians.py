@@ -15,7 +15,7 @@ from torch import Tensor
 from gramlip.network.compose import Composition, compose, constants
 from gramlip.network.fold import fold
 from gramlip.network.local.columns import WORK, Columns, inside
-from gramlip.network.local.intervals import Region, Value, followed, given, round_down, round_up
+from gramlip.network.local.intervals import Region, Value, as_rows, followed, given, round_down, round_up
 from gramlip.network.local.relaxations import BUDGET, Relaxations, action, adjoint, drift, roundings, stray_of
 from gramlip.network.steps import Argument, Drift, Input, Linear, Network, Slope, Step
 from gramlip.norm.certify import certify_all
@@ -155,10 +155,10 @@ class Sweeps:
         count = len(next(iter(found.values())).centre)
         ends = [(i, step.shape) for i, step in enumerate(self.network.steps) if isinstance(step.what, Input)]
         parts = [getattr(found[i], name) if i in found else torch.zeros(count, *shape, dtype=torch.float64) for i, shape in ends]
-        return torch.cat([part.flatten(1) for part in parts], 1)
+        return torch.cat([as_rows(part) for part in parts], 1)
 
     def stray(self, i: int) -> float:
-        """What the derivative of a value may be off by in norm where its step is no product of known entries."""
+        """The error, in norm, of the derivative of a value whose step is not a product of known entries."""
         step = self.network.steps[i]
         if isinstance(step.what, Input) or i in self.middle:
             return 0.0
@@ -355,7 +355,7 @@ class Inner:
     def parts(self, rows: Rows, gamma: float) -> list[Part]:
         """What the slopes may add to rows that read the activation."""
         known = [(scale, factor) for scale, factor in ((self.scale, self.factor), (self.turn, self.turned)) if factor > 0.0]
-        centre, moduli = rows.centre.flatten(1), rows.moduli.flatten(1)
+        centre, moduli = as_rows(rows.centre), as_rows(rows.moduli)
         return [Part(centre * scale, 2.0 * gamma * moduli * scale, factor) for scale, factor in known if scale is not None]
 
 
@@ -365,7 +365,7 @@ class Telescope:
     def __init__(self, sweeps: Sweeps, area: Region, every: bool) -> None:
         self.sweeps, self.area, self.every = sweeps, area, every
         self.known = dict[int, Inner]()
-        self._gains = {i: rows.centre.flatten(1).norm(dim=0) for i, rows in sweeps.back(sweeps.network.outputs, spread=False).items()}
+        self._gains = {i: as_rows(rows.centre).norm(dim=0) for i, rows in sweeps.back(sweeps.network.outputs, spread=False).items()}
 
     def run(self) -> Derivative:
         """The derivative of the results."""
@@ -384,7 +384,7 @@ class Telescope:
         spread, noise, third = gamma * moduli, gamma * moduli, None
         far, parts = list[tuple[Tensor, float]](), list[Part]()
         for i, rows in found.items():
-            most = rows.most(gamma).flatten(1)
+            most = as_rows(rows.most(gamma))
             if stray := sweeps.stray(i):
                 far.append((most, stray))
             if i not in known:
@@ -397,10 +397,10 @@ class Telescope:
             if drift is None:
                 spread = spread + (most * half) @ size
                 continue
-            one = torch.einsum("tn,nj,nl->tjl", rows.centre.flatten(1), inner.centre, drift.rows)
+            one = torch.einsum("tn,nj,nl->tjl", as_rows(rows.centre), inner.centre, drift.rows)
             third = one if third is None else third + one
             spread = spread + (most * drift.loose) @ size + (most * drift.reach) @ inner.spread
-            lost = 8.0 * gamma * (rows.moduli.flatten(1) * drift.reach) @ inner.moduli
+            lost = 8.0 * gamma * (as_rows(rows.moduli) * drift.reach) @ inner.moduli
             spread, noise = spread + lost, noise + lost
         spread, noise = spread * (1.0 + gamma), noise * (1.0 + gamma)
         return Derivative(centre, moduli, third, spread, far, noise, parts if self._scales() else None)
@@ -503,7 +503,7 @@ def _of_results(sweeps: Sweeps) -> Derivative:
     """Rows of the results with everything that the slopes may add: theorem L4."""
     found = sweeps.back(sweeps.network.outputs, spread=True)
     centre, moduli, spread = (sweeps.columns(found, name) for name in ("centre", "moduli", "spread"))
-    far = [(rows.most(sweeps.gamma).flatten(1), stray) for i, rows in found.items() if (stray := sweeps.stray(i))]
+    far = [(as_rows(rows.most(sweeps.gamma)), stray) for i, rows in found.items() if (stray := sweeps.stray(i))]
     noise = sweeps.gamma * moduli
     return Derivative(centre, moduli, None, (spread + noise) * (1.0 + sweeps.gamma), far, noise)
 
@@ -532,7 +532,7 @@ class Around:
         self._constants = constants(network.steps, [[network.steps[s].shape for s in step.sources] for step in network.steps])
 
     def results(self, area: Region, matrix: Tensor) -> Results:
-        """What is known on a set of the rows of a matrix, applied to the one result: theorems L3 to L15."""
+        """Bounds on a set for the rows of a matrix applied to the only result: theorems L3 to L15."""
         (end,), last = self._network.outputs, Linear(Dense(matrix))
         whole = [
             *self._network.steps,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gramlip.network.local.intervals import Region, Value, round_down, round_up, whole_of
+from gramlip.network.local.intervals import Region, Value, as_rows, round_down, round_up, whole_of
 from gramlip.network.steps import (
     Argument,
     Drift,
@@ -89,7 +89,7 @@ def _matrices(step: Step, shapes: Sequence[Shape], linear: LinearAction) -> Acti
             blocks.append(torch.stack([linear.run(*blank[:k], e, *blank[k + 1 :]).reshape(-1) for e in basis]))
 
     def act(xs: Sequence[Tensor], moduli: bool) -> Tensor:
-        parts = [x.flatten(1) @ (block.abs() if moduli else block) for x, block in zip(xs, blocks, strict=True)]
+        parts = [as_rows(x) @ (block.abs() if moduli else block) for x, block in zip(xs, blocks, strict=True)]
         return torch.stack(parts).sum(0).reshape(-1, *step.shape)
 
     return step.sources, act
@@ -117,7 +117,7 @@ def _copied(steps: Sequence[Step], step: Step) -> Action | None:
     if not isinstance(read, Tensor) or tuple(read.shape) != step.shape:
         return None
     places = read.reshape(-1).long()
-    return sources, lambda xs, _: xs[0].flatten(1)[:, places].reshape(-1, *step.shape)
+    return sources, lambda xs, _: as_rows(xs[0])[:, places].reshape(-1, *step.shape)
 
 
 def _linear(what: Linear, x: Tensor, moduli: bool) -> Tensor:
@@ -314,7 +314,7 @@ class Relaxations:
                 continue
             rows, moduli = found.pop(j)
             if isinstance(self._steps[j].what, Input):
-                inputs.append((j, rows.flatten(1), moduli.flatten(1)))
+                inputs.append((j, as_rows(rows), as_rows(moduli)))
                 continue
             under, over = self._through(j, rows, moduli, gamma, found)
             low, high = low + under, high + over
@@ -342,16 +342,16 @@ class Relaxations:
         for s, centre, size in handed:
             before = found.get(s)
             found[s] = (centre, size) if before is None else (before[0] + centre, before[1] + size)
-        flat = rows.flatten(1)
+        flat = as_rows(rows)
         if under is None or over is None:
             error, zero = stray_of(self._steps, j), torch.zeros(len(rows), dtype=torch.float64)
             if error == 0.0:
                 return zero, zero
             far = rd.hypot_up([self._distance(s) for s in step.sources])
-            lost = (row_norms_up(flat) + gamma * row_norms_up(moduli.flatten(1))) * rd.mul_up(error, far)
+            lost = (row_norms_up(flat) + gamma * row_norms_up(as_rows(moduli))) * rd.mul_up(error, far)
             return -lost, lost
         under, over = under.expand(step.shape).reshape(-1), over.expand(step.shape).reshape(-1)
-        return _spanned(flat, moduli.flatten(1) * gamma, under, over)
+        return _spanned(flat, as_rows(moduli) * gamma, under, over)
 
     def _apart(self, j: int) -> tuple[Tensor, Tensor]:
         """How far each entry of a value is from that at the centre, by its interval."""
@@ -368,7 +368,7 @@ class Relaxations:
     def _at_inputs(
         self, inputs: list[tuple[int, Tensor, Tensor]], gamma: float, count: int
     ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-        """What the rows of the inputs give, by the box or by the ball, whichever is less; what their errors may; and the rows."""
+        """The sums of the rows over the inputs, by the box or the ball, whichever is less; the same for their errors; and the rows."""
         zero, held = torch.zeros(count, dtype=torch.float64), {j: (rows, moduli) for j, rows, moduli in inputs}
         low, high, stray, every, errors = zero, zero, zero, list[Tensor](), list[Tensor]()
         for j in (j for j, step in enumerate(self._steps) if isinstance(step.what, Input)):

@@ -382,7 +382,7 @@ def _addmm(call: Call) -> Linear:
 
 
 def _bias_error(made: Tensor | Var, roundings: int = 1, largest: float = 1.0) -> float:
-    """How far entries made by so many products may be from the real ones; `largest` bounds the factor after one that underflows."""
+    """The error of entries after so many `roundings`; `largest` bounds the factor after one that underflows."""
     if isinstance(made, Var):
         return 0.0
     return rd.add_up(rd.mul_up(rd.gamma(roundings + 1), float(made.abs().max())), rd.mul_up(2.0 * rd.TINY, max(1.0, largest)))

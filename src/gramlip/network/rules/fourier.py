@@ -54,7 +54,7 @@ class Half:
 
 
 def _half(call: Call) -> Half | None:
-    """What is known of the result where it is made from one half spectrum, or from several of one signal; None elsewhere."""
+    """What is known of a result made from one half spectrum, or from several of one signal; None for other results."""
     packet = call.op.rsplit(".", 1)[0]
     read = [call["src"]] if packet == "aten.copy" else call.vars
     halves = [call.known.halves.get(v.step) if isinstance(v, Var) else None for v in read]
@@ -310,7 +310,7 @@ COMPLEX: dict[str, Any] = {
 
 
 def complex_value(call: Call) -> Any:
-    """What the rule for complex values makes of a call.
+    """Apply the rule for complex values to a call.
 
     Raises:
         UnsupportedError: there is none.

@@ -38,7 +38,7 @@ class Radius(NamedTuple):
 
 @dataclass
 class Known:
-    """What is kept from call to call: curves (`entrywise`) by the number of the step, and values by what was called.
+    """State kept from call to call: curves (`entrywise`) by the number of the step, and values by the call.
 
     `radii` are the steps that are norms of groups, `roots` those that are `sqrt(norm^2 + eps)`, `centred` those that are a value less
     its means: the step of the value, and the shape of the means.
@@ -79,7 +79,7 @@ class Call:
     asked: set[str] = field(default_factory=set[str])
 
     def error_of(self, name: str) -> Tensor | None:
-        """What a constant argument may be off by, entry by entry; None for nothing. Whoever asks must carry it."""
+        """The error of a constant argument, entry by entry; None if it is exact. The rule that asks must carry it."""
         self.asked.add(name)
         return self.inexact.get(name)
 

@@ -375,7 +375,7 @@ class Put:
 
     @property
     def placed(self) -> Tensor:
-        """Where the result has entries of the value."""
+        """Mask of the entries of the result that come from the value."""
         return self.codes >= 0
 
     @property
@@ -548,7 +548,7 @@ def _placed_sum(call: Call) -> Var:
 
 
 def _accumulated(call: Call, value: Any) -> Var:
-    """What is at a place, and the sum of what is added there: rows of ones on disjoint entries have the root of their number as norm."""
+    """The entry at a place plus the entries added there: rows of ones on disjoint entries have the root of their number as norm."""
     ones = torch.ones(tuple(value.shape), dtype=torch.float64)
     base, alpha = call["self"], abs(float(call.args.get("alpha", 1)))
     if not isinstance(value, Var):
