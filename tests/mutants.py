@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from gramlip.network import (
     ranges,
     running_errors,
 )
-from gramlip.network.coupling import circulant, elimination, linear_forms
+from gramlip.network.coupling import elimination, linear_forms
 from gramlip.network.local import columns, intervals, jacobians, relaxations
 from gramlip.network.rules import activations, fourier, patterns
 from gramlip.network.rules import shapes as joins
@@ -46,6 +47,7 @@ from gramlip.norm import (
     finite_layer,
     formulas,
     frequency_cells,
+    gram_symbol,
     methods,
     polyphase,
 )
@@ -88,6 +90,7 @@ from test_network_steps import (
     test_replicate_padding_by_50_repeats_the_error_51_times,
 )
 from test_network_weights import check_cancelling, check_shifts
+from test_parts import check as check_parts
 from test_placements import over_what_is_read, test_an_audit_is_not_below_the_matrix_and_not_far_above
 from test_rounding import assert_exactly_between, exceeds, test_thousands_of_outputs_that_read_one_input_exactly
 from test_rules import test_maps_are_bounded_above_their_jacobians_and_tightly
@@ -653,6 +656,12 @@ def sparse_matrices_hold() -> None:
             assert_exactly_between(matrix, gl.bound(matrix.to_sparse(), rtol=1e-13))
 
 
+def own_scale_of_each_rank(patch: pytest.MonkeyPatch) -> None:
+    """Each rank divides its rows by the power of two of its own largest entry."""
+    gram = gram_symbol.Part.gram
+    patch.setattr(gram_symbol.Part, "gram", lambda part, exponent: gram(part, part.exponent() or 0))
+
+
 def lists_rounded(patch: pytest.MonkeyPatch) -> None:
     """Integers in a list rounded to float64."""
     patch.setattr(given, "_numbers", lambda cells, name: cells.astype(np.float64))
@@ -983,7 +992,7 @@ def slopes_of_the_first_place(patch: pytest.MonkeyPatch) -> None:
             return step
         return replace(step, what=replace(step.what, low=step.what.low[..., :1, :1], high=step.what.high[..., :1, :1]))
 
-    patch.setattr(circulant, "_of_channel", first)
+    patch.setattr(sys.modules["gramlip.network.coupling.circulant"], "_of_channel", first)
 
 
 def boxes_that_do_not_grow(patch: pytest.MonkeyPatch) -> None:
@@ -1152,6 +1161,7 @@ MUTANTS: dict[str, Mutant] = {
     "a shape in the default dtype": Mutant(shapes_in_the_default_dtype, shapes_take_the_dtype_of_the_model),
     "vectors of the last weight for another": Mutant(no_jump_is_noticed, other_weights_are_noticed),
     "norms without a gradient": Mutant(norms_without_a_gradient, gradients_of_divided_weights),
+    "each rank on its own scale": Mutant(own_scale_of_each_rank, check_parts),
     "caps by the lower side": Mutant(caps_by_estimates, caps_are_certified),
     "division by the norm of a zero block": Mutant(division_by_a_zero_block, gram_norm_holds),
 }

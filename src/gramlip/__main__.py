@@ -1,8 +1,6 @@
 """`python -m gramlip` is the `gramlip` command."""
 
-import sys
-
-from gramlip.cli import main
+from gramlip.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

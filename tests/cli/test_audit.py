@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import gramlip as gl
 from gramlip import Bound
@@ -249,18 +249,18 @@ def test_ranks_share_the_layers_and_print_the_report_of_one(model, tmp_path, cou
 
 
 FAILING = """
-import os, sys
-from gramlip.cli import main
+import os
+from gramlip.cli import run
 from gramlip.errors import InputError
 from gramlip.reports.checkpoint import Weights
-rows, count = Weights._rows, []
+rows, count = Weights.rows, []
 def failing(self, names, rtol):
     count.append(1)
     if os.environ["RANK"] == "1" and len(count) == 3:
         raise InputError("the disk of this rank is gone; expected it to stay")
     return rows(self, names, rtol)
-Weights._rows = failing
-sys.exit(main())
+Weights.rows = failing
+run()
 """
 
 
@@ -276,3 +276,82 @@ def test_the_failure_of_one_rank_is_one_line_on_all_and_keeps_what_was_proved(mo
     found = ranks(2, "audit", model, "--resume", tmp_path / "j", "--json", tmp_path / "r.json")
     assert found.returncode == 0, found.stderr
     assert rows(json.loads((tmp_path / "r.json").read_text())) == rows(audited(model, None))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """One matrix that is dearer than all others together, wide, with an odd number of columns."""
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path_factory.mktemp("large") / "m.safetensors"
+    save_file({"big.weight": torch.randn(260, 16401, generator=generator), "small.weight": torch.randn(30, 20, generator=generator)}, path)
+    return path
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_ranks_share_the_rows_of_the_largest_matrix(large, tmp_path, count):
+    found = ranks(count, "audit", large, "--resume", tmp_path / "j", "--json", tmp_path / "r.json")
+    assert found.returncode == 0, found.stderr
+    several, alone = rows(json.loads((tmp_path / "r.json").read_text())), rows(audited(large, None))
+    assert [row["name"] for row in several] == [row["name"] for row in alone]
+    assert several[1] == alone[1]
+    big, whole = several[0], alone[0]
+    assert f"Gram matrices of {count} ranks, added" in big["because"]
+    truth = float(torch.linalg.eigvalsh((w := load_file(large)["big.weight"].double()) @ w.T)[-1].sqrt())
+    for row in (big, whole):
+        assert row["lower"] <= truth * (1 + 1e-12)
+        assert row["upper"] >= truth * (1 - 1e-12)
+        assert row["upper"] <= 1.01 * row["lower"]
+    assert rows(audited(large, tmp_path / "j")) == several  # one process goes on with it
+
+
+BAD_ROWS = """
+import os
+from gramlip.cli import run
+from gramlip.errors import InputError
+from gramlip.reports.readers import Entry
+part = Entry.part
+def failing(self, axis, start, stop):
+    if os.environ["RANK"] == "1":
+        raise InputError("the disk of this rank is gone; expected it to stay")
+    return part(self, axis, start, stop)
+Entry.part = failing
+run()
+"""
+
+
+def test_a_rank_that_cannot_read_its_rows_is_one_line_on_all(large, tmp_path):
+    (tmp_path / "failing.py").write_text(BAD_ROWS)
+    found = ranks(2, "audit", large, program=(str(tmp_path / "failing.py"),))
+    assert found.returncode != 0
+    assert found.stderr.count("the disk of this rank is gone; expected it to stay") == 2
+    assert found.stdout == ""
+
+
+def test_not_a_number_in_the_rows_of_one_rank_is_one_line_on_all(tmp_path):
+    weight = torch.ones(260, 16401)
+    weight[-1, -1] = torch.nan
+    save_file({"big.weight": weight}, tmp_path / "m.safetensors")
+    found = ranks(2, "audit", tmp_path / "m.safetensors")
+    assert found.returncode != 0
+    assert found.stderr.count("big.weight holds NaN or infinite values") == 2
+
+
+# ---- a limit of time -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_begun_in_time_is_named_and_done_the_next_time(model, tmp_path, capsys):
+    line = ["audit", str(model), "--time-limit", "1e-9", "--json", str(tmp_path / "r.json")]
+    assert main([*line, "--resume", str(tmp_path / "j")]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["layers"]  # what begins a run is finished
+    late = [row for row in report["left_out"] if "not begun within 1e-09 seconds" in row["reason"]]
+    assert late
+    assert all(row["is_weight"] and "type the same line again" in row["reason"] for row in late)
+    assert len(late) + len(report["layers"]) == 10
+    assert main([*line, "--resume", str(tmp_path / "j"), "--fail-above", "1e6"]) == 1  # nothing is known of what is left
+    assert len(json.loads((tmp_path / "r.json").read_text())["layers"]) > len(report["layers"])
+    assert main(line) == 0
+    assert "type --resume JOURNAL" in (tmp_path / "r.json").read_text()
+    whole = audited(model, tmp_path / "j")
+    assert rows(whole) == rows(audited(model, None))
+    capsys.readouterr()

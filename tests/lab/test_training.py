@@ -22,6 +22,7 @@ from gramlip import cli
 
 lightning = pytest.importorskip("lightning", reason="the extra gramlip[train]", exc_type=ImportError)
 
+from gramlip.cli.lab import parts  # noqa: E402
 from gramlip.lab import recipes  # noqa: E402
 from gramlip.lab import train as run  # noqa: E402
 from gramlip.lab.recipes import (  # noqa: E402
@@ -166,6 +167,22 @@ def test_command_line(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         shares.append([entry["accuracy"] for entry in read["certified"]])
     assert "around each input" in read["because"]
     assert all(a <= b <= read["clean"] for a, b in zip(*shares, strict=True))
+
+
+def test_rows_of_the_last_layer_count_only_in_a_plain_chain() -> None:
+    """A chain with a forward of its own, which divides its logits by a temperature, would be certified to radii that are too large."""
+
+    class Cold(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) / 0.01
+
+    layers = [nn.ReLU(), nn.Linear(2, 2)]
+    hooked = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
+    hooked[1].register_forward_hook(lambda module, given, result: 10 * result)
+    for model in (Cold(*layers), hooked, nn.ReLU(), nn.Sequential()):
+        assert parts(model) == (model, None)
+    body, last = parts(nn.Sequential(*layers))
+    assert (len(list(body.children())), last) == (1, layers[1])
 
 
 @pytest.mark.parametrize(

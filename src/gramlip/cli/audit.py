@@ -137,7 +137,9 @@ def _model_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--effort", type=effort, default=1.0, metavar="E", help="search for coupled bounds (default 1; 0: closed forms; -1: none)"
     )
-    parser.add_argument("--time-limit", type=seconds, metavar="S", help="start no new search after S seconds (default: no limit)")
+    parser.add_argument(
+        "--time-limit", type=seconds, metavar="S", help="begin no new search, or layer of a file, after S seconds (default: no limit)"
+    )
 
 
 def add_audit(subparsers: _SubParsersAction[Any]) -> None:
@@ -185,7 +187,7 @@ def source_of(target: str, args: Namespace) -> Source:
         named = " and ".join(f"--{name}" for name in (["assume"] if args.assume else []) + given)
         msg = f"{target} holds weights alone; expected a model for {named}: type package.module:callable"
         raise InputError(msg)
-    return source
+    return replace(source, time_limit=args.time_limit) if isinstance(source, Weights) else source
 
 
 def _journal(args: Namespace, sources: Sequence[Source]) -> Path | None:

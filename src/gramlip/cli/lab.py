@@ -26,7 +26,7 @@ from gramlip.lab.compare import compare, error_against_time
 from gramlip.lab.recipes import MEAN, STD, Recipe, build
 from gramlip.lab.reproduce import EXPERIMENTS, Options, reproduce
 from gramlip.network.audit import audit
-from gramlip.operators.given import unwrapped
+from gramlip.operators.given import hooks, unwrapped
 from gramlip.operators.linear_maps import Conv, Dense
 from gramlip.reports.output import aside, check_output, check_outputs, emit, note, watched, write_whole
 from gramlip.reports.pictures import check_picture, save
@@ -301,6 +301,18 @@ def _runs(target: str, model: nn.Module, images: Tensor) -> None:
         raise InputError(msg) from error
 
 
+def parts(model: nn.Module) -> tuple[nn.Module, nn.Linear | None]:
+    """The chain before a last linear layer, and that layer; the whole model and None where it may compute anything else.
+
+    >>> parts(nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))[1]
+    Linear(in_features=2, out_features=2, bias=True)
+    """
+    if not isinstance(model, nn.Sequential) or not len(model) or not isinstance(last := model[-1], nn.Linear):
+        return model, None
+    plain = all(type(m).forward is kind.forward and "forward" not in vars(m) for m, kind in ((model, nn.Sequential), (last, nn.Linear)))
+    return (model[:-1], last) if plain and not hooks(model) and not hooks(last) else (model, None)
+
+
 def _certified(model: nn.Module, batches: list[Any], args: Namespace, mean: tuple[float, ...], std: tuple[float, ...]) -> robust.Certified:
     """By pairs of classes where the network is a chain that ends in a linear layer."""
     ends = [recipes.normalised(torch.full((1, len(std), 1, 1), end), mean, std) for end in (0.0, 1.0)]
@@ -311,9 +323,7 @@ def _certified(model: nn.Module, batches: list[Any], args: Namespace, mean: tupl
         "executed": args.executed,
         "domain": tuple(ends) if args.executed else None,
     }
-    body, last = model, None
-    if isinstance(model, nn.Sequential) and isinstance(end := model[-1], nn.Linear):
-        body, last = model[:-1], end
+    body, last = parts(model)
     loader = watched([pair for x, y in batches for pair in zip(x.split(1), y.split(1), strict=True)]) if args.local else batches
     try:
         return robust.certify(model, loader, audit(body, shape, rtol=args.rtol), args.eps, last=last, **options)

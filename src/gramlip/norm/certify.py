@@ -16,7 +16,7 @@ from gramlip.errors import InputError
 from gramlip.norm.boundary_terms import upper_side
 from gramlip.norm.branch_and_bound import BranchAndBound, Enclosure
 from gramlip.norm.finite_layer import SAMPLE_BYTES, Certificate, FiniteLayer, banded, rounded, sample, small, wave
-from gramlip.norm.gram_symbol import GramSymbol
+from gramlip.norm.gram_symbol import GramSymbol, SummedGram
 from gramlip.norm.polyphase import Symbol, symbol
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.eigenvalues import start
@@ -528,12 +528,27 @@ class LayerTask:
 
     def _reason(self, enclosure: Enclosure) -> str:
         """The reason for the symbol's interval."""
-        tally, side = enclosure.tally, self.search.symbol.side
-        proofs = " and ".join(PROOF_NAMES[name] for name in sorted(tally.proofs))
         where = f"; attained at frequency ({', '.join(f'{w + 0.0:.4g}' for w in enclosure.frequency)})" if enclosure.frequency else ""
         cells = " at the corners of cells (theorem 7)" if enclosure.frequency else ""
         group = f" of group {self._group(enclosure.group)}" if len(self.tap_norm_sums) > 1 else ""
         together = len(self.search.lower.best)
         layers = f", {together} layers together" if together > 1 else ""
         early = "" if enclosure.finished else "; wider than asked for: as close as rounding and the budget allow"
-        return f"{self.symbol.because}; {proofs} on {tally.blocks} blocks of {side}x{side}{cells}{where}{group}{layers}{early}"
+        return f"{self.symbol.because}; {_proofs(enclosure, self.search.symbol.side)}{cells}{where}{group}{layers}{early}"
+
+
+def _proofs(enclosure: Enclosure, side: int) -> str:
+    names = " and ".join(PROOF_NAMES[name] for name in sorted(enclosure.tally.proofs))
+    return f"{names} on {enclosure.tally.blocks} blocks of {side}x{side}"
+
+
+def certify_sum(gram: SummedGram, rtol: float, because: str) -> Bound:
+    """The interval of a matrix in parts, from the sum of their Gram matrices: docs/theory.md#matrices-in-parts."""
+    if not gram.tap_norm_sums[0]:
+        return Bound(0.0, 0.0, f"{because}; all weights are zero")
+    with torch.no_grad(), on_cpu():
+        search = BranchAndBound(gram, (), np.zeros(1, dtype=np.int64))
+        search.start(rtol)
+        (found,) = search.close(np.full(1, rtol), [0])
+    early = "" if found.finished else "; wider than asked for: as close as rounding and the budget allow"
+    return scaled(found.lower, found.upper, gram.exponent, f"{because}; {_proofs(found, gram.side)}{early}")

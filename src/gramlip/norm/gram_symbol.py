@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gramlip.norm.autocorrelation import Mixed, Narrow, Taps, square_errors, squared_symbols, tap_offsets, tap_positions, tap_runs
 from gramlip.norm.frequency_cells import START, Complexes, Ints, Reals, integers, on, pieces, resolution, waves
-from gramlip.norm.polyphase import TallKernel, symbols
+from gramlip.norm.polyphase import TallKernel, exponent_of_all, symbols
 from gramlip.numerics import eigenvalues
 from gramlip.numerics import rounding as rd
 
@@ -198,6 +198,19 @@ class SquaresInSingle(BlockByBlock):
         return squared_symbols(self.tall, slice(group, group + 1), on(self.tall.device, turning))
 
 
+class Given(Strategy):
+    """The Gram matrix of a matrix, which is at hand."""
+
+    def __init__(self, tall: TallKernel, gram: Tensor) -> None:
+        """From `A* A` (c, c), on the scale of `tall`."""
+        super().__init__(tall, 2.0 * tall.side**2)
+        self._gram = gram
+
+    def at(self, group: Ints, index: Ints, sizes: tuple[int, ...]) -> Tensor:
+        """The one block."""
+        return self._gram.expand(len(group), -1, -1)
+
+
 def choose_strategy(tall: TallKernel, rtol: float, frequencies: int | None, nonzero: Sequence[bool]) -> Strategy:
     """The fastest way to form blocks among those with bounded memory and an error that the requested width allows."""
     taps = _tap_count(tall.span)
@@ -251,6 +264,15 @@ def _within(errors: Sequence[float], part: float, eigenvalues: Sequence[float], 
     return all(error <= part * value for error, value, nonzero_there in zip(errors, eigenvalues, nonzero, strict=True) if nonzero_there)
 
 
+def tap_norm_sums(tall: TallKernel) -> list[float]:
+    """Upper bound of `sum_p ||K_p||_F` for each group."""
+    grow = 1.0 + rd.gamma(8.0 * (tall.rows * tall.side + tall.count))
+    norms = torch.zeros(tall.groups, tall.count, dtype=torch.float64, device=tall.device)
+    for piece in tall.pieces():
+        norms = torch.hypot(norms, torch.linalg.vector_norm(piece.flatten(2), dim=-1))
+    return [rd.up(x * rd.up(grow)) if x else 0.0 for x in norms.sum(-1).tolist()]
+
+
 class GramSymbol:
     """`G(w)` for the symbol of `kernel` (groups, m, n, *k), scaled by a power of two: true norms are `2**exponent` times ours.
 
@@ -264,17 +286,21 @@ class GramSymbol:
         `rtol` is the width that the blocks are to serve: where it is small nothing is kept in single precision.
         `frequencies` is how many there are, None for all of the torus.
         """
-        self.tall = TallKernel(kernel, strides)
-        self.flipped, self.groups, self.rows, self.side = self.tall.flipped, self.tall.groups, self.tall.rows, self.tall.side
-        self.span, self.exponent, self.is_complex = self.tall.span, self.tall.exponent, self.tall.is_complex
-        self.device, self.parallel, self.axes = self.tall.device, self.tall.parallel, len(self.span)
-        self.tap_norm_sums = self._sum_tap_norms()
+        tall = TallKernel(kernel, strides)
+        self._measure(tall, tap_norm_sums(tall), tall.rows)
+        self._use(choose_strategy(tall, rtol, frequencies, self._nonzero()))
+
+    def _measure(self, tall: TallKernel, norms: list[float], rows: int) -> None:
+        """The sizes of the symbol and of its rounding error; `norms` are those of its taps, summed, and `rows` the terms of a product."""
+        self.tall, self.tap_norm_sums, self.rows = tall, norms, rows
+        self.flipped, self.groups, self.side = tall.flipped, tall.groups, tall.side
+        self.span, self.exponent, self.is_complex = tall.span, tall.exponent, tall.is_complex
+        self.device, self.parallel, self.axes = tall.device, tall.parallel, len(tall.span)
         count = _tap_count(self.span)
         self.offsets = tap_offsets(self.span) if count <= MOST_TAPS else integers([]).reshape(0, self.axes)
-        length = self.rows * self.tall.count + count + 96
+        length = rows * tall.count + count + 96
         per = rd.gamma(4.0 * length if self.is_complex else 2.0 * length)
-        self.noise = [rd.add_up(rd.mul_up(per, rd.mul_up(m, m)), rd.TINY) if m else 0.0 for m in self.tap_norm_sums]
-        self._use(choose_strategy(self.tall, rtol, frequencies, self._nonzero()))
+        self.noise = [rd.add_up(rd.mul_up(per, rd.mul_up(m, m)), rd.TINY) if m else 0.0 for m in norms]
 
     def _nonzero(self) -> list[bool]:
         """Which groups have a weight other than zero."""
@@ -299,14 +325,6 @@ class GramSymbol:
     def operations(self) -> float:
         """Real operations to form one block, at least the overhead of the search."""
         return self.strategy.operations
-
-    def _sum_tap_norms(self) -> list[float]:
-        """Upper bound of `sum_p ||K_p||_F` for each group."""
-        grow = 1.0 + rd.gamma(8.0 * (self.rows * self.side + self.tall.count))
-        norms = torch.zeros(self.groups, self.tall.count, dtype=torch.float64, device=self.device)
-        for piece in self.tall.pieces():
-            norms = torch.hypot(norms, torch.linalg.vector_norm(piece.flatten(2), dim=-1))
-        return [rd.up(x * rd.up(grow)) if x else 0.0 for x in norms.sum(-1).tolist()]
 
     def tap_norms(self, items: Ints, largest: Reals) -> Reals | None:
         """Upper bounds of `||A_q||`, q > 0, (groups, taps), or None if they are of no use.
@@ -364,3 +382,36 @@ class GramSymbol:
             guess = 1.2 * guess
         top = float(torch.minimum(guess, top))
         return min(self.tap_norm_sums[group], rd.sqrt_up(rd.mul_up(top, float(self.tall.count))))
+
+
+# ---- matrices in parts ---------------------------------------------------------------------------------------------------
+
+
+class Part:
+    """Some rows of a tall matrix (r, c), r >= 0: what they add to its Gram matrix. docs/rounding.md#r11-sums-over-ranks."""
+
+    def __init__(self, rows: Tensor) -> None:
+        """Nothing is computed yet."""
+        self._rows = rows
+
+    def exponent(self) -> int | None:
+        """The exponent of the smallest power of two above the largest entry; None if there is none but zeros."""
+        return exponent_of_all(self._rows[None]) if len(self._rows) else None
+
+    def gram(self, exponent: int) -> tuple[Tensor, float]:
+        """The Gram matrix of the rows divided by `2**exponent`, (c, c), and an upper bound of their Frobenius norm."""
+        wide = torch.complex128 if self._rows.is_complex() else torch.float64
+        if not len(self._rows):
+            return self._rows.new_zeros(self._rows.shape[1], self._rows.shape[1], dtype=wide), 0.0
+        tall = TallKernel(self._rows[None], exponent=exponent, upright=True)
+        return Taps(tall, tap_runs(()), wide, tall.device).zero[0], tap_norm_sums(tall)[0]
+
+
+class SummedGram(GramSymbol):
+    """The symbol of a matrix in parts: its one block is the sum of the Gram matrices of all parts."""
+
+    def __init__(self, gram: Tensor, rows: int, norm: float, exponent: int) -> None:
+        """From the sum (c, c), the number of all rows and of parts, an upper bound of the Frobenius norm, and the common exponent."""
+        tall = TallKernel(gram.new_zeros(1, 1, len(gram)), exponent=exponent, upright=True)  # one row, for the shape of the others
+        self._measure(tall, [norm], rows)
+        self._use(Given(tall, gram))

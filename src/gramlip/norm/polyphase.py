@@ -282,10 +282,13 @@ GPU_PIECE_BYTES = 64 << 20  # or this on a GPU
 class TallKernel:
     """The kernel (groups, taps, rows, side), `rows >= side`, of the symbol of `kernel` (groups, m, n, *k) at `strides`.
 
-    Entries are divided by `2**exponent`, chosen so that the largest lies in [1/2, 1).
+    Entries are divided by `2**exponent`, chosen so that the largest lies in [1/2, 1). Some rows of a taller kernel stay as they are
+    (`upright`), and take the exponent of all its rows.
     """
 
-    def __init__(self, kernel: Tensor, strides: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self, kernel: Tensor, strides: tuple[int, ...] | None = None, *, exponent: int | None = None, upright: bool = False
+    ) -> None:
         """Orient the kernel and compute its exponent; a small kernel is copied."""
         self.source = kernel.detach()
         self.device, self.parallel = kernel.device, precision.parallel(kernel.device)
@@ -294,22 +297,16 @@ class TallKernel:
         self.span = tuple(-(-k // s) for k, s in zip(taps, self.strides, strict=True))
         phases = math.prod(min(s, k) for k, s in zip(taps, self.strides, strict=True))
         m, n = kernel.shape[1], kernel.shape[2] * phases
-        self.flipped = m < n  # D D* instead of D* D; its conjugation only mirrors the frequencies
-        self.groups, self.rows, self.side = kernel.shape[0], max(m, n), min(m, n)
+        self.flipped = m < n and not upright  # D D* instead of D* D; its conjugation only mirrors the frequencies
+        self.groups, (self.rows, self.side) = kernel.shape[0], (n, m) if self.flipped else (m, n)
         self.count = math.prod(self.span)
         self.is_complex = kernel.is_complex()
         self._unit = phases if self.flipped else 1  # rows that stem from one row of the source
         scalar = 16 if self.is_complex else 8
         self._row_bytes = scalar * self._unit * self.side * self.count
         self.small = scalar * self.groups * self.rows * self.side * self.count <= WIDE_BYTES
-        self.exponent = self._exponent()
+        self.exponent = (exponent_of_all(self.source) or 0) if exponent is None else exponent
         self.wide = self._cast(0, self.rows // self._unit, slice(None)) if self.small else None
-
-    def _exponent(self) -> int:
-        """The exponent of the largest entry; 0 if all entries are zero."""
-        each = 8 * self.source.numel() // self.source.shape[1]
-        exponents = (exponent_of(part) for part in self.source.split(max(1, PIECE_BYTES // each), 1))
-        return max((exponent for exponent in exponents if exponent is not None), default=0)
 
     def pieces(self, group: int | None = None, size: int | None = None) -> Iterator[Tensor]:
         """The rows of one group, or of all, in turn: (groups, taps, r, side) of about `size` bytes at most."""
@@ -342,6 +339,13 @@ class TallKernel:
         part = (part.flatten(3) if self.span else part[..., None]).movedim(-1, 1)
         wide = scaled_float64(part.contiguous(), self.exponent)[0]
         return wide.conj().resolve_conj() if self.flipped and self.is_complex else wide
+
+
+def exponent_of_all(kernel: Tensor) -> int | None:
+    """The exponent of the largest entry of a kernel (groups, m, n, *k), read in pieces; None if all entries are zero."""
+    each = 8 * kernel.numel() // kernel.shape[1]
+    exponents = (exponent_of(part) for part in kernel.split(max(1, PIECE_BYTES // each), 1))
+    return max((exponent for exponent in exponents if exponent is not None), default=None)
 
 
 def symbols(waves: Tensor, taps: Tensor) -> Tensor:

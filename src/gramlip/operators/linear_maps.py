@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from torch.nn.parameter import is_lazy
 
 from gramlip.errors import InputError
 from gramlip.numerics.precision import DTYPES, to_float64
-from gramlip.operators.given import as_tensor, is_array_like, is_sparse
+from gramlip.operators.given import as_tensor, is_array_like, is_sharded, is_sparse
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Ints = int | Sequence[int]
 Shape = tuple[int, ...]
@@ -67,13 +70,30 @@ def checked(weight: object, name: str = "weight") -> Tensor:
     return weight
 
 
-def _finite(weight: Tensor, name: str) -> bool:
+def _finite(weight: Any, name: str) -> bool:
+    if is_sharded(weight):
+        return _finite_on_all(weight, name)
+    if not weight.numel():
+        return True
     parts = weight.split(max(1, (1 << 22) * weight.shape[0] // weight.numel())) if weight.ndim else (weight,)
     try:
         return all(bool(torch.isfinite(part).all()) for part in parts)
     except (RuntimeError, TypeError) as error:  # a fake tensor, or another object that only looks like a tensor
         msg = f"{name} is a {type(weight).__name__} whose values cannot be read; expected a plain torch.Tensor"
         raise InputError(msg) from error
+
+
+def _finite_on_all(weight: DTensor, name: str) -> bool:
+    """Whether the shards of all ranks are finite, on all ranks of the mesh; nothing but the answers is sent."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    if weight.device_mesh.get_coordinate() is None:
+        return True  # nothing of it is here
+    if any(placed.is_partial() for placed in weight.placements):
+        weight = weight.redistribute(placements=[Replicate()] * weight.device_mesh.ndim)
+    local = weight.to_local()
+    wrong = local.new_full((), not _finite(local, name), dtype=torch.float32)
+    return not bool(DTensor.from_local(wrong, weight.device_mesh, [Partial()] * weight.device_mesh.ndim, run_check=False).full_tensor())
 
 
 def _axes(name: str, value: object, dims: int, least: int) -> tuple[int, ...]:

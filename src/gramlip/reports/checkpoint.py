@@ -18,7 +18,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from gramlip.distributed import gathered, ranked, share
+from gramlip import distributed
+from gramlip.distributed import IN_PARTS, everywhere, gathered, ranked, share, world
 from gramlip.errors import InputError, out_of_memory
 from gramlip.norm.certify import TOGETHER, certify_all
 from gramlip.numerics import rounding as rd
@@ -54,10 +55,14 @@ Watch = Callable[[list[str]], Iterable[str]]
 
 @dataclass(frozen=True)
 class Weights:
-    """Stored tensors as a source of operators; `target` is the name that the user typed."""
+    """Stored tensors as a source of operators; `target` is the name that the user typed.
+
+    An audit begins nothing more after `time_limit` seconds.
+    """
 
     target: str
     stored: Stored
+    time_limit: float | None = None
 
     def sort(self) -> tuple[list[str], tuple[LeftOut, ...]]:
         """The names of the linear maps, and the tensors that are left out.
@@ -96,8 +101,7 @@ class Weights:
                 return _map(_loaded(self.entries[name], name)), lambda found: found
             left, right = (_loaded(factor, name).double() for factor in factors[:2])
         except InputError as error:
-            msg = f"{self.target}: {error}"
-            raise InputError(msg) from error
+            raise self._refused(error) from error
         return low_rank(left, right, factors[2])
 
     def operators(self) -> Iterator[tuple[str, Dense | Conv]]:
@@ -108,8 +112,9 @@ class Weights:
     def audit(self, *, rtol: float = 1e-2, watch: Watch = iter, journal: Path | None = None) -> Report:
         """The report: for each linear map an interval whose `upper` is at least the layer's norm; `watch` may show progress.
 
-        Ranks of a process group share the work by its estimated cost, and all get the report. A `journal` stores finished rows at once;
-        rows that it holds already are not computed again.
+        Ranks of a process group share the work by its estimated cost, and all get the report; a matrix that takes more than a rank's
+        part of all work is bounded by all together. A `journal` stores finished rows at once; rows that it holds already are not
+        computed again. What is not begun within the time limit is listed as a weight without a bound; each rank bounds something.
 
         Proof that the operator dominates the layer: docs/weights-alone.md.
 
@@ -117,38 +122,26 @@ class Weights:
             InputError: NaN or infinite entries, an axis of size zero, nothing to bound, a journal of another checkpoint.
         """
         kept, left_out = self.sort()
-        groups = self._groups(kept)
-        done, error = dict[str, LayerRow](), None
-        try:
-            kept_before = None if journal is None else Journal(journal, self._fingerprint(kept, rtol), ranked())
-        except Exception as caught:  # any error is raised again, on every rank
-            kept_before, error = None, caught
-        for part in gathered({} if kept_before is None else kept_before.rows, error):
-            done |= part
-        mine = [groups[i] for i in share([self._cost(group) for group in groups])]
-        try:
-            ahead = self._checked([name for group in mine for name in group], done, kept_before)
-            places = {name: group for group in mine for name in group}
-            for name in watch(ahead):
-                if name not in done:
-                    rows = self._rows(places[name], rtol)
-                    if kept_before is not None:
-                        kept_before.add(rows, {name: self._digest(name) for name in rows})
-                    done |= rows
-        except Exception as caught:  # see above
-            error = caught
-        for part in gathered(done, error):
-            done |= part
-        return Report(self.target, tuple(done[name] for name in kept), left_out, notes=(*NOTES, *self.stored.notes))
+        opened: list[Journal] = []
 
-    def _checked(self, names: list[str], done: Mapping[str, LayerRow], journal: Journal | None) -> list[str]:
-        """The names that are left to do. All tensors are checked before the work starts; those in the journal must not have changed."""
-        for name in names:
-            self.operator(name)
-            if journal is not None and name in done and name in journal.digests and journal.digests[name] != self._digest(name):
-                msg = f"{journal.path} is of another {self.target}: {name} has changed; expected the same weights: type a new --resume FILE"
-                raise InputError(msg)
-        return [name for name in names if name not in done]
+        def rows_before() -> dict[str, LayerRow]:
+            opened.extend([] if journal is None else [Journal(journal, self._fingerprint(kept, rtol), ranked())])
+            return opened[0].rows if opened else {}
+
+        done = {name: row for rows in everywhere(rows_before) for name, row in rows.items()}
+        run = _Run(self, rtol, done, opened[0] if opened else None, perf_counter())
+        apart, groups = self._shared(kept)
+        run.in_parts(apart)
+        mine = [groups[i] for i in share([self.cost(group) for group in groups])]
+        rows = {name: row for part in everywhere(lambda: run.alone(mine, watch)) for name, row in part.items()}
+        out = tuple(self._not_begun(name, journal) for name in kept if name not in rows)
+        return Report(
+            self.target, tuple(rows[name] for name in kept if name in rows), (*out, *left_out), notes=(*NOTES, *self.stored.notes)
+        )
+
+    def _not_begun(self, name: str, journal: Path | None) -> LeftOut:
+        how = "type the same line again to go on" if journal is not None else "type --resume JOURNAL, and the same line again, to go on"
+        return LeftOut(name, self.entries[name].shape, f"not begun within {self.time_limit:g} seconds (--time-limit): {how}", True)
 
     def _groups(self, kept: list[str]) -> list[list[str]]:
         """Groups of tensors to bound together: small tensors of one shape, up to 64 in a group."""
@@ -161,24 +154,51 @@ class Weights:
             alike[-1].append(name)
         return [group for alike in groups.values() for group in alike]
 
-    def _cost(self, group: list[str]) -> float:
+    def cost(self, group: list[str]) -> float:
+        """The estimated work of bounding these tensors together."""
         m, n, *k = self.entries[group[0]].shape
         return float(len(group) * m * n * min(m, n) * prod(k))
 
+    def _shared(self, kept: list[str]) -> tuple[list[str], list[list[str]]]:
+        """The matrices that all ranks bound together, each dearer than a rank's part of all work; and the groups for one rank each."""
+        groups = self._groups(kept)
+        part = sum(self.cost(group) for group in groups) / world()
+        apart = [group for group in groups if world() > 1 and self.cost(group) > part and self._may_part(group[0])]
+        return [group[0] for group in apart], [group for group in groups if group not in apart]
+
+    def _may_part(self, name: str) -> bool:
+        entry = self.entries[name]
+        return len(entry.shape) == 2 and entry.factors is None and prod(entry.shape) > IN_PARTS
+
     def _fingerprint(self, kept: list[str], rtol: float) -> dict[str, object]:
-        """A fingerprint of a tensor, which ties a journal to it."""
+        """A fingerprint of the files and of what they hold, which ties a journal to them."""
         files = [[file.name, status.st_size, status.st_mtime_ns] for file in self.stored.files for status in (file.stat(),)]
         tensors = [[name, list(self.entries[name].shape), self.entries[name].dtype] for name in kept]
         digest = blake2b(json.dumps(tensors).encode(), digest_size=16).hexdigest()
         return {"rtol": rtol, "files": files, "tensors": digest}
 
-    def _digest(self, name: str) -> str:
+    def digest(self, name: str) -> str:
+        """A fingerprint of a tensor, which ties a row of a journal to it."""
         entry, digest = self.entries[name], blake2b(digest_size=16)
         for part in entry.factors[:2] if entry.factors is not None else (entry,):
             digest.update(part.load().detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _rows(self, names: list[str], rtol: float) -> dict[str, LayerRow]:
+    def parted(self, name: str) -> Dense:
+        """The matrix in parts, of which every rank reads its own."""
+        entry = self.entries[name]
+        m, n = entry.shape
+        try:
+            weight = distributed.sharded((m, n), lambda axis, start, stop: _read(lambda: entry.part(axis, start, stop), name))
+            return Dense(checked(weight, name))
+        except InputError as error:
+            raise self._refused(error) from error
+
+    def _refused(self, error: InputError) -> InputError:
+        return InputError(f"{self.target}: {error}")
+
+    def rows(self, names: list[str], rtol: float) -> dict[str, LayerRow]:
+        """The rows of tensors that are bounded together."""
         start = perf_counter()
         maps = [self._mapped(name) for name in names]
         bounds = certify_all([op for op, _ in maps], rtol=rtol)
@@ -187,9 +207,74 @@ class Weights:
         return {name: _row(name, op, says(bound), seconds, self.entries[name]) for name, (op, says), bound in parts}
 
 
+class _Run:
+    """A rank's part of an audit of weights: what is done, where it is kept, and until when something may begin."""
+
+    def __init__(self, weights: Weights, rtol: float, done: dict[str, LayerRow], journal: Journal | None, begun: float) -> None:
+        """Nothing is begun yet."""
+        self._weights, self._rtol, self._done, self._journal = weights, rtol, done, journal
+        self._end = math.inf if weights.time_limit is None else begun + weights.time_limit
+
+    def in_parts(self, names: list[str]) -> None:
+        """Bound matrices together with the other ranks, as many at a time as there are ranks; each is kept by one of them."""
+        everywhere(lambda: [self._check(name) for name in names])
+        left = [name for name in names if name not in self._done]
+        for start in range(0, len(left), world()):
+            batch, begun = left[start : start + world()], perf_counter()
+            if any(gathered(start > 0 and begun > self._end)):
+                return
+            ops = [self._weights.parted(name) for name in batch]
+            bounds, entries = distributed.bounds(ops, rtol=self._rtol), self._weights.entries
+            seconds = (perf_counter() - begun) / len(batch)
+            rows = {name: _row(name, op, b, seconds, entries[name]) for name, op, b in zip(batch, ops, bounds, strict=True)}
+            self._done |= rows
+            own = batch[ranked() : ranked() + 1]
+            everywhere(lambda own=own, rows=rows: self._keep({name: rows[name] for name in own}))
+
+    def alone(self, groups: list[list[str]], watch: Watch) -> dict[str, LayerRow]:
+        """Bound the groups that are left, and return all rows that this rank has; the cheapest come first under a time limit.
+
+        All tensors are checked before the work starts, unless time is limited.
+        """
+        limited, done, begun = self._end < math.inf, self._done, False
+        names = [name for group in (sorted(groups, key=self._weights.cost) if limited else groups) for name in group]
+        for name in names:
+            self._check(name)
+            if not limited:
+                self._weights.operator(name)
+        places = {name: group for group in groups for name in group}
+        for name in watch([name for name in names if name not in done]):
+            if begun and perf_counter() > self._end:
+                break
+            if name not in done:
+                rows = self._weights.rows(places[name], self._rtol)
+                self._keep(rows)
+                done |= rows
+                begun = True
+        return done
+
+    def _check(self, name: str) -> None:
+        """Raise an InputError if the journal holds a row of another tensor of this name."""
+        journal = self._journal
+        if journal is None or name not in self._done or name not in journal.digests:
+            return
+        if journal.digests[name] != self._weights.digest(name):
+            target = self._weights.target
+            msg = f"{journal.path} is of another {target}: {name} has changed; expected the same weights: type a new --resume FILE"
+            raise InputError(msg)
+
+    def _keep(self, rows: dict[str, LayerRow]) -> None:
+        if self._journal is not None and rows:
+            self._journal.add(rows, {name: self._weights.digest(name) for name in rows})
+
+
 def _loaded(entry: Entry, name: str) -> Tensor:
+    return checked(_read(entry.load, name), name)
+
+
+def _read(load: Callable[[], Tensor], name: str) -> Tensor:
     try:
-        weight = entry.load()
+        return load()
     except InputError:
         raise
     except Exception as error:  # reading the numbers of a damaged file can raise any exception
@@ -197,7 +282,6 @@ def _loaded(entry: Entry, name: str) -> Tensor:
             raise
         msg = f"{name} cannot be read ({line(error)}); expected a whole file: fetch or save it again"
         raise InputError(msg) from error
-    return checked(weight, name)
 
 
 def _map(weight: Tensor) -> Dense | Conv:

@@ -35,7 +35,7 @@ class Entry:
 
     `because` says how the numbers were made, where they are not those of the file; `out` why the reader knows this to be no map, or none
     whose norm the numbers give, and whether it is a weight. Where the tensor is `factors[2] B A`, B (m, r) and A (r, n, *k), these are
-    its factors, and `load` forms it.
+    its factors, and `load` forms it. `slices(axis, start, stop)` reads a part alone, where the format can.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +44,11 @@ class Entry:
     because: str = ""
     out: tuple[str, bool] | None = None
     factors: tuple[Entry, Entry, float] | None = None
+    slices: Callable[[int, int, int], Tensor] | None = None
+
+    def part(self, axis: int, start: int, stop: int) -> Tensor:
+        """The rows (axis 0) or columns (axis 1) of a matrix from `start` to `stop`."""
+        return self.load().narrow(axis, start, stop - start) if self.slices is None else self.slices(axis, start, stop)
 
     @staticmethod
     def of(tensor: Tensor | StoredTensor) -> Entry:
@@ -110,10 +115,13 @@ def safetensors(path: Path) -> Stored:
         msg = f"{path} cannot be read as safetensors ({line(error)}); expected a whole file: fetch or save it again"
         raise InputError(msg) from None
 
-    def loader(name: str) -> Callable[[], Tensor]:
-        return lambda: file.get_tensor(name)
+    def entry(name: str) -> Entry:
+        def part(axis: int, start: int, stop: int) -> Tensor:
+            return slices[name][start:stop] if axis == 0 else slices[name][:, start:stop]
 
-    return Stored({name: Entry(shapes[name], _DTYPES.get(dtypes[name], dtypes[name]), loader(name)) for name in names})
+        return Entry(shapes[name], _DTYPES.get(dtypes[name], dtypes[name]), lambda: file.get_tensor(name), slices=part)
+
+    return Stored({name: entry(name) for name in names})
 
 
 # ---- arrays of NumPy -----------------------------------------------------------------------------------------------------

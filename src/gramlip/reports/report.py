@@ -199,6 +199,7 @@ _PROOFS = (  # pattern in a reason -> short name of the theorem behind the upper
     (r"\bcoupled\b", "layers coupled"),
     (r"^product of layers", "layer by layer"),
     (r"^averages over", "averages"),
+    (r"Gram matrices of \d+ ranks, added", "matrix in parts (R11)"),
     (r"^a matrix; (?:Cholesky|Gram) \((?:theorems [^,]*, )?(R\d+)\)", r"matrix (\1)"),
 )
 _LONGEST_PROOF = 24
