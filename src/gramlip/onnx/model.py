@@ -405,8 +405,9 @@ def _sizes(file: File, name: str, dims: Dims | None, shape: Sequence[int] | None
     if shape is None:
         known = () if dims is None else (dims[0] or 1, *dims[1:]) if dims else ()
         if dims is None or None in known:
-            how = "type gramlip.onnx.load(path, (3, 224, 224))" if len(file.inputs) == 1 else f"type --input {name}=3,224,224"
-            msg = f"{file.path} takes {_named(file)}; expected the shape of {name} without the batch: {how}"
+            one = len(file.inputs) == 1
+            of, how = ("", "gramlip.onnx.load(path, (3, 224, 224))") if one else (f" of {name}", f"--input {name}=3,224,224")
+            msg = f"{file.path} takes {_named(file)}; expected the shape{of} without the batch: type {how}"
             raise InputError(msg)
         return tuple(n for n in known if n is not None)
     sizes = tuple(int(n) for n in shape)
