@@ -271,6 +271,33 @@ def test_several_inputs_and_half_precision(tmp_path: Path) -> None:
         load(path, (4,))
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_is_bounded_no_less_closely_than_the_module(tmp_path: Path, kind: type[nn.Module]) -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = kind(3, 4, batch_first=True, bidirectional=True), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    model, path, x = Last().eval(), tmp_path / "x.onnx", torch.randn(1, 5, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), path, dynamo=False)
+    found = load(path)
+    assert torch.allclose(found(x), model(x), rtol=1e-5, atol=1e-6)
+    options: dict[str, Any] = {"domain": (-1.0, 1.0), "effort": -1}
+    made, wanted = gl.audit(found, found.example, **options), gl.audit(model, (5, 3), **options)
+    assert made.upper <= 1.01 * wanted.upper
+    assert made.lower == pytest.approx(wanted.lower, rel=1e-3)
+    for _ in range(20):
+        point = torch.rand(1, 5, 3, dtype=torch.float64) * 2 - 1
+        slope = torch.autograd.functional.jacobian(model.double(), point).reshape(2, -1)
+        assert made.upper >= float(torch.linalg.matrix_norm(slope, 2))
+
+
 # ---- the command line ----------------------------------------------------------------------------------------------------
 
 

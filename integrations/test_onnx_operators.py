@@ -536,6 +536,31 @@ def test_control_flow_that_depends_on_the_input_is_refused(tmp_path: Path) -> No
             folded(tmp_path / "x.onnx", nodes, held, numbers(1, 3, 4), 17)
 
 
+PASSES = inner([*AGAIN, N("Relu", ["s"], ["u"])], ["turn", "going", "s"], ["goes on", "u"])
+TWICE = inner([*AGAIN, N("Loop", ["many", "", "s"], ["u"], body=PASSES)], ["turn", "going", "s"], ["goes on", "u"])
+DAMAGED = {
+    "no state": [N("Loop", ["three"], ["y"], body=STEP)],
+    "no condition": [N("If", [], ["y"], then_branch=DOUBLE, else_branch=HALVE)],
+    "no graph": [N("If", ["yes"], ["y"], then_branch=3, else_branch=HALVE)],
+    "too few values": [N("Loop", ["three", "yes"], ["y"], body=STEP)],
+    "a name that nothing makes": [N("If", ["yes"], ["y"], then_branch=inner([N("Relu", ["z"], ["d"])], [], ["d"]), else_branch=HALVE)],
+    "an axis beyond the last": [N("Scan", ["x"], ["y"], body=SUMS, num_scan_inputs=1, scan_input_axes=[7])],
+    "more scanned than given": [N("Scan", ["x"], ["y"], body=SUMS, num_scan_inputs=9)],
+    "for ever": [N("Loop", ["", "yes", "x"], ["y"], body=PASSES)],
+    "too often in all": [N("Loop", ["many", "yes", "x"], ["y"], body=TWICE)],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_control_flow_is_one_line(tmp_path: Path, name: str) -> None:
+    held = {"yes": np.bool_(True), "three": np.int64(3), "many": np.int64(10**6), "half": np.float32(0.5)}
+    with pytest.raises(
+        (gl.InputError, gl.UnsupportedError), match=r"damaged|cannot be applied|not covered|which no node before it makes"
+    ) as error:
+        folded(tmp_path / "x.onnx", DAMAGED[name], held, numbers(1, 3, 4), 17)
+    assert "\n" not in str(error.value)
+
+
 def test_codes_of_activations_are_refused_with_what_to_type(tmp_path: Path) -> None:
     nodes = [N("QuantizeLinear", ["x", "scale"], ["q"]), N("DequantizeLinear", ["q", "scale"], ["y"])]
     with pytest.raises(gl.UnsupportedError, match=r"QuantizeLinear: rounds values to codes.*type the model before"):

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from gramlip.onnx.registry import Graph, Operation, RefusedError
 
-MOST = 20_000  # operations that one node may be replaced by: a file of a few bytes may ask for any number
+MOST = 20_000  # operations that run inside of nodes of a file: a few bytes may ask for any number
 
 
 class Builder(Protocol):
     """What takes in operations one by one."""
 
     opset: int
+    taken: int  # operations that ran inside of others
     used: set[str]
     values: dict[str, Tensor]
 
@@ -38,6 +39,10 @@ def _run(operation: Operation, graph: Graph, mark: str, given: Sequence[str], bu
     """Take in the operations of an inner graph, its names marked, and return the names of its outputs."""
     if len(given) != len(graph.inputs):
         msg = f"{len(given)} values for a graph that takes {len(graph.inputs)}"
+        raise RefusedError(msg)
+    builder.taken += max(1, len(graph.operations))
+    if builder.taken > MOST:
+        msg = f"more than {MOST} operations in all runs"
         raise RefusedError(msg)
     names = dict(zip(graph.inputs, given, strict=True))
     for name, value in graph.constants.items():
@@ -122,9 +127,6 @@ def _loop(operation: Operation, builder: Builder) -> None:
     gathered: list[list[str]] = [[] for _ in range(len(body.outputs) - 1 - len(state))]
     turn = 0
     while going and (runs is None or turn < runs):
-        if (turn + 1) * max(1, len(body.operations)) > MOST:
-            msg = f"more than {MOST} operations in all runs"
-            raise RefusedError(msg)
         number, truth = (f"{operation.name}.{turn}.{name}" for name in ("number", "going"))
         builder.hold(number, torch.tensor(turn))
         builder.hold(truth, torch.tensor(True))
@@ -148,8 +150,8 @@ def _scan(operation: Operation, builder: Builder) -> None:
     state, inputs = list(operation.inputs[:-scanned]), operation.inputs[-scanned:]
     axes = settings.get("scan_input_axes", [0] * scanned)
     lengths = {int(builder.values[name].shape[axis]) for name, axis in zip(inputs, axes, strict=True)}
-    if len(lengths) != 1 or max(lengths) * max(1, len(body.operations)) > MOST:
-        msg = f"{sorted(lengths)} runs of {len(body.operations)} operations; expected one number, and at most {MOST} in all"
+    if len(lengths) != 1:
+        msg = f"{sorted(lengths)} runs; expected one number"
         raise RefusedError(msg)
     (runs,), turned = lengths, settings.get("scan_input_directions", [0] * scanned)
     gathered: list[list[str]] = [[] for _ in body.outputs[len(state) :]]

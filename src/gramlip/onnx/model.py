@@ -428,7 +428,7 @@ class _Builder:
     """Node after node: constants are worked out, what depends on the input becomes a call."""
 
     def __init__(self, file: File, example: Sequence[Tensor]) -> None:
-        self.file, self.opset = file, file.opset
+        self.file, self.opset, self.taken = file, file.opset, 0
         self.values: dict[str, Tensor] = dict(file.constants)  # what is known, and stand-ins of the right shape
         self.kept: dict[str, Tensor] = dict(file.constants)  # constants that calls may take
         self.values |= {name: _stand_in(x) for name, x in zip(file.inputs, example, strict=True)}
@@ -451,17 +451,22 @@ class _Builder:
 
     def step(self, operation: Operation) -> None:
         """Take in one operation; one of control flow is replaced by what it would run."""
-        if self.lost.intersection(operation.inputs):
+        if operation.op not in OPERATORS and operation.op not in FLOW:
+            self._refuse(operation, REASONS.get(operation.op, ""))
+        elif self.lost.intersection(operation.inputs):
             self.lost.update(operation.outputs)
-        elif operation.op in FLOW:
+        elif operation.op in OPERATORS:
+            self._add(operation)
+        else:
             try:
                 FLOW[operation.op](operation, self)
             except RefusedError as error:
                 self._refuse(operation, str(error))
-        elif operation.op in OPERATORS:
-            self._add(operation)
-        else:
-            self._refuse(operation, REASONS.get(operation.op, ""))
+            except (InputError, UnsupportedError):
+                raise
+            except Exception as error:  # whatever a damaged node makes Python say
+                msg = f"{self.file.path}: {operation.name} ({operation.op}) is damaged ({first_line(error)}); expected a whole model"
+                raise InputError(msg) from error
 
     def known(self, name: str) -> Tensor | None:
         """The value of a name, None where it depends on the model's input or is refused."""
