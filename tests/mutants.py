@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from gramlip.network import (
     ranges,
     running_errors,
 )
-from gramlip.network.coupling import circulant, elimination, linear_forms
+from gramlip.network.coupling import elimination, linear_forms
 from gramlip.network.local import columns, intervals, jacobians, relaxations
 from gramlip.network.rules import activations, enclosures, fourier, patterns
 from gramlip.network.rules import shapes as joins
@@ -76,6 +77,8 @@ from test_local import (
     test_an_activation_stays_within_its_line,
     test_every_entry_of_the_result_stays_in_its_interval,
     test_slopes_and_values_on_random_intervals,
+    test_the_derivative_stays_near_its_line_and_values_near_theirs,
+    test_the_middle_and_what_moves_are_bounded_together,
 )
 from test_local_columns import (
     GEOMETRY,
@@ -984,6 +987,25 @@ def middle_slopes_alone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(jacobians.Derivative, "entries", lambda self, area: torch.zeros_like(self.spread))
 
 
+def weights_that_are_not_shared(patch: pytest.MonkeyPatch) -> None:
+    """The norm of the middle beside what moves: the root of both squares, at one and the same direction."""
+
+    def beside(middle: Tensor, third: Tensor, far: float) -> float:
+        return float(torch.linalg.matrix_norm(torch.cat([middle, far * third.flatten(1)], 1), 2))
+
+    patch.setattr(jacobians, "together", beside)
+
+
+def slopes_on_their_lines(patch: pytest.MonkeyPatch) -> None:
+    """What slopes deviate from a linear function of the input adds nothing."""
+    patch.setattr(jacobians.Inner, "parts", lambda self, rows, gamma: [])
+
+
+def values_on_their_lines(patch: pytest.MonkeyPatch) -> None:
+    """A value is that at the centre plus the middle derivative times the way."""
+    patch.setattr(jacobians.Derivative, "stray", lambda self, area: torch.zeros(len(self.centre), dtype=torch.float64))
+
+
 def switches_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Columns of middle slopes alone: what switches adds nothing."""
     right = columns.Columns._activated
@@ -1019,7 +1041,7 @@ def slopes_of_the_first_place(patch: pytest.MonkeyPatch) -> None:
             return step
         return replace(step, what=replace(step.what, low=step.what.low[..., :1, :1], high=step.what.high[..., :1, :1]))
 
-    patch.setattr(circulant, "_of_channel", first)
+    patch.setattr(sys.modules["gramlip.network.coupling.circulant"], "_of_channel", first)
 
 
 def boxes_that_do_not_grow(patch: pytest.MonkeyPatch) -> None:
@@ -1097,6 +1119,11 @@ MUTANTS: dict[str, Mutant] = {
     "L7: inner balls": Mutant(inner_balls_for_outer_ones, radii_on_rays_hold),
     "L7: stretches": Mutant(stretches_from_the_centre, radii_on_rays_hold),
     "L5: middle slopes": Mutant(middle_slopes_alone, around("tanh")),
+    "L13: weights": Mutant(weights_that_are_not_shared, lambda: test_the_middle_and_what_moves_are_bounded_together((3, 6), 1.0)),
+    "L14: first order": Mutant(slopes_on_their_lines, lambda: test_the_derivative_stays_near_its_line_and_values_near_theirs("tanh", 0.3)),
+    "L15: values on lines": Mutant(
+        values_on_their_lines, lambda: test_the_derivative_stays_near_its_line_and_values_near_theirs("tanh", 0.3)
+    ),
     "N18: half of a result": Mutant(half_of_a_result_forgotten, affine_models_hold),
     "N13: lengths of anything": Mutant(
         lengths_of_anything, _stretches(lambda x: 1e6 * x / (torch.linalg.vector_norm(x.flip(1), dim=1, keepdim=True) + 0.1), 1e8)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import gramlip as gl
 from gramlip.cli import main
 from gramlip.errors import InputError
+from gramlip.network.compose import compose, constants
 from gramlip.network.graph import export
-from gramlip.network.local import region, restricted
+from gramlip.network.local import derivative, jacobians, region, restricted
 from gramlip.network.local.relaxations import line
 from gramlip.network.rules import lower
 from gramlip.network.steps import Slope
@@ -233,6 +234,68 @@ def test_of_smooth_networks_it_tends_to_the_norm_of_the_jacobian(name: str) -> N
     exact = float(torch.linalg.matrix_norm(torch.autograd.functional.jacobian(model, x).reshape(-1, x.numel()), 2))
     upper = gl.audit(model, x, at=x, radius=1e-7, effort=0.0).upper
     assert exact * (1 - 1e-6) <= upper <= exact * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("name", ["tanh", "sigmoid", "silu", "gelu", "relu", "elu", "smooth deep"])
+@pytest.mark.parametrize("radius", [0.03, 0.3, 1.0])
+def test_the_derivative_stays_near_its_line_and_values_near_theirs(name: str, radius: float) -> None:
+    model = mlp([3, 8, 6, 7, 4], nn.Tanh, 6, 1.5) if name == "smooth deep" else mlp([3, 12, 9, 4], ACTIVATIONS[name], 5, 2.0)
+    x = centre((3,), 3)
+    area = region([(1, 3)], None, x, radius)
+    assert area is not None
+    local = restricted(lower(export(model, (x,))).network, area)
+    steps = local.network.steps
+    composed = compose(local.network, constants(steps, [[steps[s].shape for s in step.sources] for step in steps]))
+    found = derivative(local.network, composed, area)
+    assert found is not None
+    xs = points(x, radius, 400, 3)
+    seen = torch.func.vmap(torch.func.jacrev(lambda y: model(y[None])[0]))(xs).detach() - found.centre
+    if found.third is not None:
+        seen = seen - torch.einsum("tjl,kl->ktj", found.third, xs - x)
+    assert float(torch.linalg.matrix_norm(seen, 2).max()) <= (found.left(torch.ones(4, dtype=torch.float64)) + found.rest()) * (1 + 1e-9)
+    assert bool((seen.norm(dim=-1).amax(0) <= found.left_rows() * (1 + 1e-9)).all())
+    with torch.no_grad():
+        moved = (model(xs) - model(x) - (xs - x) @ found.centre.mT).abs() / (xs - x).norm(dim=1, keepdim=True)
+    assert bool((moved.amax(0) <= found.stray(area) * (1 + 1e-6) + 1e-9).all())
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (6, 3), (1, 4), (5, 5)])
+@pytest.mark.parametrize("far", [0.01, 1.0, 30.0])
+def test_the_middle_and_what_moves_are_bounded_together(shape: tuple[int, int], far: float) -> None:
+    generator = torch.Generator().manual_seed(sum(shape))
+    middle = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    third = torch.randn(*shape, 4, generator=generator, dtype=torch.float64) * 0.2
+    upper, best = jacobians.together(middle, third, far), 0.0
+    for _ in range(20):
+        d = torch.randn(4, generator=generator, dtype=torch.float64)
+        for _ in range(60):
+            u, s, v = torch.linalg.svd(middle + far * (third @ (d / d.norm())))
+            d = torch.einsum("tjl,t,j->l", third, u[:, 0], v[0])
+        best = max(best, float(s[0]))
+    assert best <= upper * (1 + 1e-12)
+    apart = float(torch.linalg.matrix_norm(middle, 2)) + far * jacobians.least_unfolding(third)
+    assert upper <= apart * (1 + 1e-9)
+    assert upper <= (1.02 if far < 0.1 else 1.25) * best
+
+
+def test_smooth_networks_are_bounded_closely_in_the_middle_radii() -> None:
+    for act, sizes, radius, most in ((nn.Tanh, [6, 40, 40, 3], 0.1, 1.02), (nn.SiLU, [10, 60, 60, 5], 0.3, 1.1)):
+        model, x = mlp(sizes, act, 3), centre((sizes[0],), 103)
+        seen = steepest(model, points(x, radius, 300, 1))
+        assert seen <= gl.audit(model, x, at=x, radius=radius, effort=0.1).upper <= most * seen
+
+
+def test_norms_of_many_matrices_are_never_below_theirs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((40, 5, 5), (7, 1, 9), (3, 30, 30), (5, 8, 2)):
+        many = torch.randn(*shape, generator=generator, dtype=torch.float64) * 10.0 ** torch.randint(-9, 9, (shape[0], 1, 1))
+        many[0] = 0.0
+        many[1] = many[1, :, :1] * many[1, :1]  # rank one: no room but for rounding
+        truth = torch.linalg.matrix_norm(many, 2)
+        found = jacobians.norms_of_many(many)
+        assert bool((found >= truth * (1 - 1e-15)).all())
+        assert bool((found <= truth * 1.3 + 1e-100).all())
+        assert float(found[1] / truth[1]) < 1 + 1e-12
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -142,6 +142,26 @@ def test_a_buffer_is_not_written() -> None:
         gl.audit(Counts().eval(), (4,))
 
 
+def test_views_whose_entries_overlap_are_not_written() -> None:
+    """Of overlapping windows torch multiplies what two of them share twice: by 9, where each of them says 3."""
+
+    def call(x: Tensor) -> Tensor:
+        y = x.clone()
+        y.unfold(1, 2, 1).mul_(3)
+        return y
+
+    assert float(torch.linalg.matrix_norm(matrix(call, (4,)), 2)) == 9.0
+    with pytest.raises(UnsupportedError, match="several entries of a view share"):
+        gl.audit(Map(call).eval(), (4,))
+
+    def apart(x: Tensor) -> Tensor:
+        y = x.clone()
+        y.unfold(1, 2, 2).mul_(3)
+        return y
+
+    assert gl.audit(Map(apart).eval(), (4,)).upper == pytest.approx(3.0)
+
+
 @pytest.mark.parametrize(
     "call",
     [

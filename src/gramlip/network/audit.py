@@ -333,11 +333,15 @@ def _coupled(whole: Whole, network: Network, effort: Effort) -> Upper | None:
 
 
 def _jacobian(whole: Whole, best: float, effort: Effort) -> Upper | None:
-    derivatives = None if whole.local is None else derivative(whole.network, whole.composed, whole.local.area)
+    derivatives = (
+        None if whole.local is None else derivative(whole.network, whole.composed, whole.local.area, every=whole.part.inputs is None)
+    )
     if derivatives is None or whole.local is None:
         return None
     against = f"{decimals(whole.composed.upper, upward=True)} by composition"
-    return Upper(derivatives.norm(whole.local.area), f"bounds of the Jacobian's entries on the set, against {against}")
+    return Upper(
+        derivatives.norm(whole.local.area, search=effort.amount > 0.0), f"bounds of the Jacobian's entries on the set, against {against}"
+    )
 
 
 def _columns(whole: Whole, best: float, effort: Effort) -> Upper | None:

@@ -175,6 +175,9 @@ class _Functional:
         several = any(len(n.all_input_nodes) > 1 for n in chain[:-1] if not _is_mutable(n))  # a view of one value has no other argument
         if renamed or several or any(len(self._exact[n]) != 1 or reads_memory(n) or _changes_type(n) for n in chain):
             return "it overwrites a part of memory that is no part of one value; expected the call out of place"
+        *views, root = chain
+        if _name(node) not in _RENAMED and views and (at := self._numbers(root, views)).unique().numel() < at.numel():
+            return "it overwrites places that several entries of a view share, in an order that torch leaves open; expected a clone before"
         return None
 
     def _chain(self, node: fx.Node) -> list[fx.Node]:

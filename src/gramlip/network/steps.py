@@ -196,13 +196,22 @@ class Drift:
 
 
 @dataclass(frozen=True, eq=False)
+class Argument:
+    """What an activation reads, where the network's input is in a set: an interval for each entry, and for each entry at its centre."""
+
+    low: Tensor
+    high: Tensor
+    middle: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Slope:
     """An entrywise function whose slopes lie in [low, high]; tensors where channels differ, broadcast to the shape.
 
     `image` is an interval that all its values lie in, `at_zero` an interval that its value at 0 lies in; `reach` gives an
-    interval for its values from one for its arguments, `within` slopes and values from an interval for each argument, and
-    `drift` says how its derivatives move with the network's input, where that is in a set. `sharp` says that no smaller
-    interval holds all slopes (up to 2**-40 of it): only then is its constant known from below too.
+    interval for its values from one for its arguments, `within` slopes and values from an interval for each argument. Where
+    the network's input is in a set, `argument` says what is read, and `drift` how the derivatives move with the input.
+    `sharp` says that no smaller interval holds all slopes (up to 2**-40 of it): only then is its constant known from below too.
     """
 
     low: float | Tensor
@@ -214,6 +223,7 @@ class Slope:
     sharp: bool = False
     within: Within | None = None
     drift: Drift | None = None
+    argument: Argument | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,23 @@ import torch
 from torch import Tensor
 
 from gramlip.network.local.intervals import Region, Value, as_rows, round_down, round_up, whole_of
-from gramlip.network.steps import Drift, Input, Join, Linear, LinearAction, Lipschitz, Pad, Slice, Slope, Step, Sum, View, What, terms
+from gramlip.network.steps import (
+    Argument,
+    Drift,
+    Input,
+    Join,
+    Linear,
+    LinearAction,
+    Lipschitz,
+    Pad,
+    Slice,
+    Slope,
+    Step,
+    Sum,
+    View,
+    What,
+    terms,
+)
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import row_norms_up
@@ -195,13 +211,13 @@ def _between(least: Tensor, most: Tensor, falls: Tensor, rises: Tensor, knots: T
     return torch.minimum(least.amin(0), dip.amin(0)) - room, torch.maximum(most.amax(0), peak.amax(0)) + room
 
 
-def drift(what: Slope, argument: Value, rows: Tensor, stray: tuple[Tensor, Tensor], reach: Tensor) -> Drift | None:
+def drift(what: Slope, argument: Argument, rows: Tensor, stray: tuple[Tensor, Tensor], reach: Tensor) -> Drift | None:
     """The derivatives of an activation as linear functions of the input, where its argument is one up to `stray`: theorem L6.
 
     `rows @ (x - c)` is at most `reach` in modulus.
     """
     low, high = argument.low, argument.high
-    if what.within is None or argument.middle is None or not bool((low.isfinite() & high.isfinite()).all()):
+    if what.within is None or not bool((low.isfinite() & high.isfinite()).all()):
         return None
     knots = _knots(low, high, FINE)
     ends, on = what.within(torch.stack([low, high]), torch.stack([low, high])), what.within(knots[:-1], knots[1:])
@@ -250,9 +266,10 @@ class Relaxations:
                 found = line(what, source.low, source.high, source.middle)
                 if found is not None:
                     self._lines[i] = found
-                if (known := self._linear.pop(step.sources[0], None)) is not None:
-                    step = replace(step, what=replace(what, drift=drift(what, source, *known)))
-                    self._steps[i] = step
+                what = replace(what, argument=Argument(source.low, source.high, source.middle))
+                if (known := self._linear.pop(step.sources[0], None)) is not None and what.argument is not None:
+                    what = replace(what, drift=drift(what, what.argument, *known))
+                step = self._steps[i] = replace(step, what=what)
         return step
 
     def tighten(self, i: int, what: What) -> Value:
