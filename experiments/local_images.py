@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from time import process_time
 
@@ -26,10 +27,10 @@ NETWORKS = {
 }
 
 
-def rows(name: str, model: nn.Module) -> list[dict[str, object]]:
-    """One network around one image at all radii, and everywhere."""
+def rows(name: str, model: nn.Module, radii: Sequence[float | None]) -> list[dict[str, object]]:
+    """One network around one image at some radii; None is everywhere."""
     x, found = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
-    for radius in (*RADII, None):
+    for radius in radii:
         begin = process_time()
         report = audit(model, (3, 32, 32)) if radius is None else audit(model, x, at=x, radius=radius)
         sides = {"lower": report.lower, "upper": report.upper, "seconds": process_time() - begin}
@@ -51,10 +52,14 @@ def table(made: list[dict[str, object]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
-    names = parser.parse_args().networks
+    parser.add_argument("--radii", nargs="*", type=float, help="these alone, in the place of their rows; by default all, and everywhere")
+    names, some = parser.parse_args().networks, parser.parse_args().radii
+    radii: tuple[float | None, ...] = (*RADII, None) if some is None else tuple(some)
     torch.set_num_threads(1)
     before = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
-    made = [r for r in before if r["network"] not in names] + [r for name in names for r in rows(name, NETWORKS[name]().eval())]
+    made = [r for r in before if r["network"] not in names or r["radius"] not in radii]
+    made += [r for name in names for r in rows(name, NETWORKS[name]().eval(), radii)]
+    made.sort(key=lambda r: (r["network"], r["radius"] is None, r["radius"] or 0.0))
     RESULT.write_text(json.dumps({"torch": torch.__version__, "rows": made}, indent=1) + "\n")
     begin, end = "<!-- images -->\n", "<!-- end images -->"
     head, rest = PAGE.read_text().split(begin)

@@ -65,6 +65,7 @@ from test_around import test_no_radius_is_beyond_where_a_margin_is_used_up_on_a_
 from test_elimination import check_inverses, check_proved_forms
 from test_enclosures import (
     test_functions_of_one_value_have_the_constant_that_their_derivatives_show,
+    test_functions_that_jump_have_no_constant_however_flat_they_are,
     test_radial_maps_have_their_exact_constant,
     test_response_normalisation_is_bounded_and_nearly_attained,
 )
@@ -85,6 +86,7 @@ from test_local_columns import (
     test_a_convolution_of_a_box_is_that_of_all_entries,
     test_chords_from_the_centre,
     test_columns_are_never_below_points_of_the_ball,
+    test_norms_of_the_activations_that_a_value_reads,
     test_slopes_that_the_places_of_a_channel_share_hold_those_of_each,
     test_values_of_folded_networks_are_in_their_intervals,
 )
@@ -627,6 +629,11 @@ def products_of_slopes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(enclosures.Pieces, "product", product)
 
 
+def slopes_across_jumps(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N28 for functions that jump between flat pieces."""
+    patch.setattr(enclosures.Pieces, "joined", lambda self, f: f)
+
+
 def radial_maps_along_spheres(patch: pytest.MonkeyPatch) -> None:
     """Theorem N29 without the slope along the length."""
     patch.setattr(patterns, "_stretch", lambda signs, known, pieces: patterns._profile(signs, known, pieces).value.abs().amax(-1))
@@ -1021,10 +1028,16 @@ def mean_of_what_switches(patch: pytest.MonkeyPatch) -> None:
     """What switches in many places is on the average what it is in one, not in norm."""
     right = columns.Columns._norm_of_switches
 
-    def mean(self: columns.Columns, form: columns.Form, places: Tensor) -> float:
-        return right(self, form, places) / len(places)
+    def mean(self: columns.Columns, i: int, form: columns.Form, places: Tensor) -> float:
+        return right(self, i, form, places) / len(places)
 
     patch.setattr(columns.Columns, "_norm_of_switches", mean)
+
+
+def first_tile_alone(patch: pytest.MonkeyPatch) -> None:
+    """Of a value that reads several tiles the switches of the first one count."""
+    right = columns.Near._norm
+    patch.setattr(columns.Near, "_norm", lambda self, keys, most: right(self, keys[:1], most))
 
 
 def chords_upwards(patch: pytest.MonkeyPatch) -> None:
@@ -1112,6 +1125,7 @@ MUTANTS: dict[str, Mutant] = {
     "L2: lines at the ends": Mutant(lines_at_the_ends_alone, lambda: test_an_activation_stays_within_its_line("softplus")),
     "L8: middle slopes": Mutant(switches_forgotten, around("residual of relus")),
     "L10: mean of switches": Mutant(mean_of_what_switches, lambda: test_columns_are_never_below_points_of_the_ball("relu images")),
+    "L10: switches of the first tile": Mutant(first_tile_alone, test_norms_of_the_activations_that_a_value_reads),
     "L11: chords upwards": Mutant(chords_upwards, lambda: test_chords_from_the_centre("relu")),
     "coupling: slopes of one place": Mutant(slopes_of_the_first_place, test_slopes_that_the_places_of_a_channel_share_hold_those_of_each),
     "L12: boxes": Mutant(boxes_that_do_not_grow, lambda: test_a_convolution_of_a_box_is_that_of_all_entries(GEOMETRY[0])),
@@ -1134,6 +1148,7 @@ MUTANTS: dict[str, Mutant] = {
     "N28: one factor": Mutant(
         products_of_slopes, lambda: test_functions_of_one_value_have_the_constant_that_their_derivatives_show("a gate that is shifted")
     ),
+    "N28: jumps": Mutant(slopes_across_jumps, lambda: test_functions_that_jump_have_no_constant_however_flat_they_are("at zero")),
     "N29: along spheres": Mutant(radial_maps_along_spheres, lambda: test_radial_maps_have_their_exact_constant("squash in one")),
     "N30: means that stand still": Mutant(responses_of_one_channel, lambda: test_response_normalisation_is_bounded_and_nearly_attained(5)),
     "half lines turned over": Mutant(half_lines_turned_over, _stretches(lambda x: torch.exp(2 * torch.relu(x)), 1e300)),

@@ -260,8 +260,8 @@ def from_torchvision(target: str, inputs: Shape | None) -> Model:
     return Model(target, model, inputs or (3, 224, 224))
 
 
-def from_onnx(target: str, inputs: Shape | None) -> Source:
-    """A file of ONNX: the whole model where the shape of its input is given, else its weights alone."""
+def from_onnx(target: str, inputs: Shape | Mapping[str, Shape] | None) -> Source:
+    """A file of ONNX: the whole model where the shape of its input is given, or of one of its inputs, else its weights alone."""
     if inputs is None:
         note(f"{target}: its weights alone are bounded, for every input size; type --input 3,224,224 for the whole model")
         return _weights(target, None)
@@ -342,8 +342,8 @@ RESOLVERS: dict[str, Callable[[str, Shape | None], Source]] = {name: _weights fo
 """A whole name (`demo`), a file's suffix (`.pt2`) or a scheme (`timm:`) -> (target, input shape) -> source; other files are weights."""
 
 
-def resolve(target: str, inputs: Shape | None = None) -> Source:
-    """The source that a TARGET names.
+def resolve(target: str, inputs: Shape | Mapping[str, Shape] | None = None) -> Source:
+    """The source that a TARGET names, with the shape of its input, or those of its inputs by name.
 
     Raises:
         InputError: no such file, an unknown kind, or a file that cannot be used.
@@ -351,15 +351,19 @@ def resolve(target: str, inputs: Shape | None = None) -> Source:
     if not target:
         msg = "an empty TARGET was given; expected a file of weights, package.module:callable or a name such as demo"
         raise InputError(msg)
+    if isinstance(inputs, Mapping) and Path(target).suffix != ".onnx":
+        msg = f"--input {next(iter(inputs))}=... was given, but {target} is no ONNX model; expected one shape: type --input 3,224,224"
+        raise InputError(msg)
     scheme, colon, _ = target.partition(":")
+    shapes: Any = inputs  # by name for .onnx alone
     for key in (target, f"{scheme}:" if colon else target, Path(target).suffix):
         if key in RESOLVERS:
-            return RESOLVERS[key](target, inputs)
+            return RESOLVERS[key](target, shapes)
     if colon and not Path(target).exists():
         if all(part.isidentifier() for part in target.replace(":", ".").split(".")) and exists(scheme):
-            return from_callable(target, inputs)
+            return from_callable(target, shapes)
         msg = (
             f"{target} is of an unknown kind; expected a file of weights, package.module:callable or one of {', '.join(sorted(RESOLVERS))}"
         )
         raise InputError(msg)
-    return _weights(target, inputs)
+    return _weights(target, shapes)

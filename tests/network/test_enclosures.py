@@ -72,6 +72,17 @@ UNBOUNDED: dict[str, Call] = {
     "pole": lambda x: x / (x**2 - 1),
     "waves of two lengths that grow": lambda x: x.abs() * (x.sin() + (1.41 * x).cos()),
 }
+JUMPS: dict[str, Call] = {
+    "at zero": lambda x: x + F.hardtanh(1 / x),
+    "at zero, by a power": lambda x: x + F.hardtanh(x**-1),
+    "beside the value": lambda x: torch.cat([x, F.hardtanh(1 / x)], 1),
+    "in a product": lambda x: x.sigmoid() * F.relu6(1 / x),
+    "at every turn of a sine": lambda x: x.sin() + F.hardtanh(1 / x.sin()),
+    "away from zero": lambda x: x + F.hardtanh(1 / (x + 1)),
+    "at both ends of an interval": lambda x: x + F.hardtanh(1 / F.softshrink(x, 0.5)),
+    "a sign": lambda x: x / x.abs(),
+    "a sign by a root": lambda x: x * torch.rsqrt(x * x),
+}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -93,6 +104,25 @@ def test_functions_of_one_value_on_a_domain(name: str) -> None:
 @pytest.mark.parametrize("name", UNBOUNDED)
 def test_functions_of_one_value_without_a_constant(name: str) -> None:
     assert upper(UNBOUNDED[name]) == math.inf
+
+
+@pytest.mark.parametrize("name", JUMPS)
+def test_functions_that_jump_have_no_constant_however_flat_they_are(name: str) -> None:
+    assert upper(JUMPS[name]) == math.inf
+    assert upper(JUMPS[name], domain=(-1.5, 0.7)) == math.inf
+
+
+def test_a_length_at_which_a_radial_map_jumps() -> None:
+    assert upper(lambda x: x * F.hardtanh(1 / (torch.linalg.vector_norm(x, dim=1, keepdim=True) - 1))) == math.inf
+
+
+def test_a_jump_that_vanishes_with_its_factor_is_none() -> None:
+    assert 1.0 <= upper(lambda x: x.tanh() * F.hardsigmoid(1 / x)) < math.inf
+
+
+def test_slopes_at_a_single_number_are_in_order() -> None:
+    low, high = torch.tensor([0.0, 0.0, 0.0, -0.1]), torch.tensor([0.0, 0.0, 1e-3, 0.1])  # the first two entries do not move
+    assert 1.9 <= upper(lambda x: x + 0.9 * torch.sin(x), domain=(low.double(), high.double())) <= 1.91  # type: ignore[arg-type]
 
 
 def test_the_extreme_slope_of_gelu_in_40_digits() -> None:

@@ -14,7 +14,7 @@ from gramlip.network.coupling import slopes_of_channels
 from gramlip.network.fold import fold
 from gramlip.network.graph import export
 from gramlip.network.local import Around, Region, columns_norm, region, restricted
-from gramlip.network.local.columns import Columns, Tile, carried, dense, landing
+from gramlip.network.local.columns import Columns, Near, Tile, carried, dense, landing
 from gramlip.network.local.intervals import Value, chords
 from gramlip.network.local.relaxations import action
 from gramlip.network.ranges import Range
@@ -235,3 +235,22 @@ def test_values_of_folded_networks_are_in_their_intervals(name: str) -> None:
         assert bool((known.middle[0] - 1e-13 <= model(x)).all())
         assert bool((model(x) <= known.middle[1] + 1e-13).all())
         assert float((known.middle[1] - known.middle[0]).max()) < 1e-10
+
+
+def test_norms_of_the_activations_that_a_value_reads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(60, 40, generator=generator, dtype=torch.float64)
+    rows[:20] += 3.0  # alike
+    rows /= rows.norm(dim=1, keepdim=True)
+    loose = 1e-3 * torch.rand(60, generator=generator, dtype=torch.float64)
+    boxes = [((0, 3), (0, 4)), ((2, 6), (0, 6)), ((1, 4), (3, 6))]
+    groups = dict(enumerate(torch.arange(60).split(20)))
+    tiles = {k: Tile(box, torch.zeros(20, 1, 2, *(b - a for a, b in box), dtype=torch.float64)) for k, box in enumerate(boxes)}
+    found = Near(rows @ rows.mT, loose, 1.0, 1e-14, groups, {}).norms(tiles, (1, 2, 6, 6), 100.0)
+    assert found.shape == (1, 1, 6, 6)
+    for y in range(6):
+        for x in range(6):
+            read = [k for k, ((a, b), (c, d)) in enumerate(boxes) if a <= y < b and c <= x < d]
+            at = torch.cat([groups[k] for k in read]) if read else torch.zeros(0, dtype=torch.long)
+            truth = float(torch.linalg.matrix_norm(rows[at], 2) + loose[at].norm()) if read else 0.0
+            assert truth * (1 - 1e-12) <= float(found[0, 0, y, x]) <= 1.06 * truth + 1e-100

@@ -14,7 +14,20 @@ from typing import Any
 from xml.etree import ElementTree
 
 from gramlip import __version__
-from gramlip.cli.options import Commands, assumption, effort, examples, interval, limit, numbers, radius, seconds, shape, tolerance
+from gramlip.cli.options import (
+    Commands,
+    add_inputs,
+    assumption,
+    effort,
+    examples,
+    interval,
+    limit,
+    model_inputs,
+    numbers,
+    radius,
+    seconds,
+    tolerance,
+)
 from gramlip.distributed import joined, ranked
 from gramlip.errors import InputError
 from gramlip.numerics import rounding as rd
@@ -115,7 +128,7 @@ TARGET = (
 
 
 def _model_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--input", type=shape, metavar="3,224,224", help="shape of the model's input without the batch")
+    add_inputs(parser)
     parser.add_argument("--rtol", type=tolerance, default=1e-2, metavar="R", help="relative width upper/lower - 1 to reach (default 1e-2)")
     parser.add_argument(
         "--assume",
@@ -177,7 +190,7 @@ def add_audit(subparsers: _SubParsersAction[Any]) -> None:
 
 def source_of(target: str, args: Namespace) -> Source:
     """The source for a target, with the options that only models accept."""
-    source = resolve(target, args.input)
+    source = resolve(target, model_inputs(args.input))
     if isinstance(source, Model):
         at = None if args.at is None else read_input(args.at)
         options = Options(dict(args.assume), args.domain, effort=args.effort, time_limit=args.time_limit)

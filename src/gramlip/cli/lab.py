@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from gramlip import onnx, robust
-from gramlip.cli.options import Commands, count, device, examples, folder, shape, tolerance, whole
+from gramlip.cli.options import Commands, add_inputs, count, device, examples, folder, model_inputs, tolerance, whole
 from gramlip.errors import InputError, UnsupportedError, first_line, out_of_memory
 from gramlip.lab import recipes
 from gramlip.lab.compare import compare, error_against_time
+from gramlip.lab.layer_experiments import EXPERIMENTS
 from gramlip.lab.recipes import MEAN, STD, Recipe, build
-from gramlip.lab.reproduce import EXPERIMENTS, Options, reproduce
+from gramlip.lab.reproduce import Options, reproduce
 from gramlip.network.audit import audit
 from gramlip.operators.given import hooks, unwrapped
 from gramlip.operators.linear_maps import Conv, Dense
@@ -104,7 +105,7 @@ def add_compare(subparsers: _SubParsersAction[Any]) -> None:
         ),
     )
     parser.add_argument("target", metavar="TARGET", help="as for audit")
-    parser.add_argument("--input", type=shape, metavar="3,224,224", help="shape of the model's input without the batch")
+    add_inputs(parser)
     parser.add_argument("--circular", type=count, metavar="N", help="treat each convolution as circular, with stride 1, at input size N")
     parser.add_argument("--methods", type=names, default=(), metavar="A,B", help="methods to run (default: all)")
     parser.add_argument("--rtol", type=tolerance, default=1e-4, metavar="R", help="relative width of the reference interval (default 1e-4)")
@@ -120,7 +121,7 @@ def run_compare(args: Namespace) -> int:
     json, plot = files.get("--json"), files.get("--plot")
     if args.plot is not None:
         check_picture(plot or Path(args.plot))
-    operators: Iterable[tuple[str, Dense | Conv]] = resolve(args.target, args.input).operators()
+    operators: Iterable[tuple[str, Dense | Conv]] = resolve(args.target, model_inputs(args.input)).operators()
     if args.circular is not None:
         operators = _circular(operators, args.circular)
     comparison = compare(args.target, operators, args.methods, rtol=args.rtol, trials=args.trials, watch=watched)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from argparse import (
+    ArgumentParser,
     ArgumentTypeError,
     _SubParsersAction,  # pyright: ignore[reportPrivateUsage]
 )
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
+from gramlip.errors import InputError
 from gramlip.norm.methods import WIDEST, check_rtol
 
 # ---- commands ------------------------------------------------------------------------------------------------------------
@@ -78,6 +80,37 @@ def shape(text: str) -> tuple[int, ...]:
         msg = f"{text!r} was given; expected positive sizes joined by commas, without the batch: 3,224,224"
         raise ArgumentTypeError(msg)
     return tuple(int(size) for size in sizes)
+
+
+def model_input(text: str) -> tuple[str, tuple[int, ...]]:
+    """Sizes of an input without the batch, with its name where a model has several: `mask=1,128`; else the name is empty.
+
+    >>> model_input("mask=1,128"), model_input("3,224,224")
+    (('mask', (1, 128)), ('', (3, 224, 224)))
+    """
+    name, _, sizes = text.rpartition("=")
+    return name, shape(sizes)
+
+
+def model_inputs(pairs: Sequence[tuple[str, tuple[int, ...]]] | None) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    """The shape of the only input, or those of several by name.
+
+    Raises:
+        InputError: several shapes, and one without a name, or two of one name.
+    """
+    if pairs is None or (len(pairs) == 1 and not pairs[0][0]):
+        return pairs[0][1] if pairs else None
+    shapes = dict(pairs)
+    if len(shapes) < len(pairs) or "" in shapes:
+        msg = f"--input was given {len(pairs)} times; expected one shape, or each with the name of its input: type --input NAME=3,224,224"
+        raise InputError(msg)
+    return shapes
+
+
+def add_inputs(parser: ArgumentParser) -> None:
+    """Add `--input`."""
+    what = "shape of the model's input without the batch; of an ONNX model with several inputs NAME=3,224,224, once for each"
+    parser.add_argument("--input", type=model_input, action="append", metavar="3,224,224", help=what)
 
 
 def whole(text: str, least: int = 0) -> int:

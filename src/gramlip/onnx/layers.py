@@ -45,6 +45,29 @@ def _einsum(node: Node) -> Function:
     return lambda *xs: torch.einsum(equation, *xs)
 
 
+# ---- codes ---------------------------------------------------------------------------------------------------------------
+
+
+@register("DequantizeLinear")
+def _dequantize(node: Node) -> Function:
+    """`(code - zero) scale`, with one scale or one for each place along an axis."""
+    if node.get("block_size", 0):
+        msg = "block_size: scales of blocks"
+        raise RefusedError(msg)
+    axis = node.axis(1) if len(node.shape(1)) == 1 and node.tensor(1).numel() > 1 else 0
+    shape = [1] * len(node.shape())
+    if node.tensor(1).numel() > 1:
+        shape[axis] = -1
+    wide = node.tensor(1).dtype
+
+    def run(code: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        centred = code.to(wide) if zero is None else code.to(wide) - zero.to(wide).reshape(shape)
+        return centred * scale.reshape(shape)
+
+    node.get("axis")
+    return run
+
+
 # ---- windows -------------------------------------------------------------------------------------------------------------
 
 
@@ -409,3 +432,97 @@ def _nearest(node: Node, places: list[list[int]]) -> Function:
         return x
 
     return run
+
+
+# ---- recurrent layers ----------------------------------------------------------------------------------------------------
+#
+# Step by step, over the whole length of the input, with the gates in the order that ONNX stores.
+
+Cell = Callable[[Tensor, tuple[Tensor, ...], Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+"""(x, state, W, R, bias of W, bias of R) -> the next state."""
+
+
+def _lstm_cell(x: Tensor, state: tuple[Tensor, ...], w: Tensor, r: Tensor, wb: Tensor, rb: Tensor) -> tuple[Tensor, ...]:
+    """Gates i, o, f and the new content."""
+    h, c = state
+    i, o, f, g = (F.linear(x, w, wb) + F.linear(h, r, rb)).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def _gru_cell(x: Tensor, state: tuple[Tensor, ...], w: Tensor, r: Tensor, wb: Tensor, rb: Tensor, *, reset_before: bool) -> tuple[Tensor]:
+    """Gates z and r, and the new content, whose state is reset before or behind its matrix."""
+    (h,) = state
+    wz, wr, wh = F.linear(x, w, wb).chunk(3, -1)
+    (rz, rr, rh), (bz, br, bh) = r.chunk(3, 0), rb.chunk(3, 0)
+    z, reset = torch.sigmoid(wz + F.linear(h, rz, bz)), torch.sigmoid(wr + F.linear(h, rr, br))
+    content = torch.tanh(wh + (F.linear(reset * h, rh, bh) if reset_before else reset * F.linear(h, rh, bh)))
+    return ((1 - z) * content + z * h,)
+
+
+def _rnn_cell(
+    x: Tensor, state: tuple[Tensor, ...], w: Tensor, r: Tensor, wb: Tensor, rb: Tensor, *, function: Callable[[Tensor], Tensor]
+) -> tuple[Tensor]:
+    return (function(F.linear(x, w, wb) + F.linear(state[0], r, rb)),)
+
+
+_DEFAULTS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}
+
+
+@register("LSTM", "GRU", "RNN")
+def _recurrent(node: Node) -> Function:
+    way = node.only("direction", "forward", "reverse", "bidirectional")
+    ways = [False, True] if way == "bidirectional" else [way == "reverse"]
+    cells, gates = _cells(node, len(ways))
+    turned = bool(node.get("layout", 0))
+    steps, batch = node.shape()[:2][:: -1 if turned else 1]
+    _check_recurrent(node, steps)
+    hidden, states = node.shape(2)[-1], 2 if node.op == "LSTM" else 1
+
+    def run(x: Tensor, w: Tensor, r: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+        b, _, *first = (*others, *(None,) * 5)[:5]
+        x = x.transpose(0, 1) if turned else x
+        ends: list[tuple[Tensor, ...]] = []
+        rows: list[Tensor] = []
+        for k, (back, cell) in enumerate(zip(ways, cells, strict=True)):
+            wb, rb = (w.new_zeros(gates * hidden),) * 2 if b is None else b[k].chunk(2)
+            starts = [s if s is None or not turned else s.transpose(0, 1) for s in first[:states]]
+            state = tuple(x.new_zeros(batch, hidden) if s is None else s[k] for s in starts)
+            made: list[Tensor] = []
+            for t in range(steps)[:: -1 if back else 1]:
+                state = cell(x[t], state, w[k], r[k], wb, rb)
+                made.append(state[0])
+            rows.append(torch.stack(made[::-1] if back else made))
+            ends.append(state)
+        y, last = torch.stack(rows, 1), [torch.stack(each) for each in zip(*ends, strict=True)]
+        if turned:
+            y, last = y.permute(2, 0, 1, 3), [each.transpose(0, 1) for each in last]
+        return y, *last
+
+    return run
+
+
+def _cells(node: Node, ways: int) -> tuple[list[Cell], int]:
+    """The cell of each direction, and its number of gates."""
+    functions = node.get("activations") or _DEFAULTS[node.op] * ways
+    functions = [name.decode() if isinstance(name, bytes) else name for name in functions]
+    if node.op == "RNN" and len(functions) == ways and set(functions) <= {"Tanh", "Relu"}:
+        return [partial(_rnn_cell, function=torch.tanh if name == "Tanh" else torch.relu) for name in functions], 1
+    if functions != _DEFAULTS[node.op] * ways:
+        msg = f"activations={functions}; expected {_DEFAULTS[node.op]}"
+        raise RefusedError(msg)
+    if node.op == "LSTM":
+        return [_lstm_cell] * ways, 4
+    return [partial(_gru_cell, reset_before=not node.get("linear_before_reset", 0))] * ways, 3
+
+
+def _check_recurrent(node: Node, steps: int) -> None:
+    """RefusedError for what few files use: clipping, peepholes, coupled gates, sequences of several lengths."""
+    node.get("hidden_size")
+    if node.get("clip") is not None or node.get("input_forget", 0) or node.has(7):
+        msg = "clip, input_forget or peepholes"
+        raise RefusedError(msg)
+    lengths = node.constant(4)
+    if lengths is not None and bool((lengths != steps).any()):
+        msg = f"sequences of lengths {lengths.tolist()[:5]}; expected {steps}, that of the input"
+        raise RefusedError(msg)

@@ -14,23 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from gramlip.errors import InputError, UnsupportedError, first_line
-from gramlip.onnx.registry import NEWEST, OLDEST, OPERATORS, VALUELESS, Function, Node, RefusedError, floating
+from gramlip.onnx.control import FLOW
+from gramlip.onnx.registry import NEWEST, OLDEST, OPERATORS, REASONS, VALUELESS, Function, Graph, Node, Operation, RefusedError, floating
 from gramlip.reports.output import printable
 from gramlip.reports.readers import extra, line
 
 Dims = tuple[int | None, ...]
 _DOMAINS = ("", "ai.onnx")
-
-
-@dataclass(frozen=True)
-class Operation:
-    """A node as the file has it."""
-
-    op: str
-    name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    attributes: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -168,6 +158,11 @@ def _attribute(package: Any, path: Path, held: Any) -> Any:
         return value.decode(errors="replace")
     if isinstance(value, package.TensorProto):
         return _tensor(package, path, value)
+    if isinstance(value, package.GraphProto):
+        constants = {held.name: _tensor(package, path, held) for held in value.initializer}
+        inputs = tuple(held.name for held in value.input if held.name not in constants)
+        operations = tuple(_operation(package, path, node, i) for i, node in enumerate(value.node))
+        return Graph(inputs, tuple(held.name for held in value.output), constants, operations)
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
@@ -182,14 +177,14 @@ def rewritten(operations: Iterable[Operation], constants: Mapping[str, Tensor]) 
     `where(b x > t, x, softplus(b x) / b)` is torch's softplus, `x tanh(softplus(x))` Mish, `x (1 / sqrt(v))` a quotient, `x W + b` a
     linear layer, and a softmax whose NaN are replaced is the softmax: it has none but where all of a row is masked, whatever the input.
     """
-    graph = _Graph(constants)
-    return [graph.add(operation) for operation in operations]
+    idioms = _Idioms(constants)
+    return [idioms.add(operation) for operation in operations]
 
 
 _OF_ONE = ("Softplus", "Tanh", "IsNaN", "Softmax", "Sqrt", "Reciprocal")
 
 
-class _Graph:
+class _Idioms:
     """Which operation makes a value."""
 
     def __init__(self, constants: Mapping[str, Tensor]) -> None:
@@ -361,7 +356,10 @@ class OnnxModule(nn.Module):
         return tuple(map(torch.cat, zip(*made, strict=True)))
 
 
-def load(path: str | Path, shape: Sequence[int] | None = None) -> OnnxModule:
+Shapes = Sequence[int] | Mapping[str, Sequence[int]]
+
+
+def load(path: str | Path, shape: Shapes | None = None) -> OnnxModule:
     """The model in a file of ONNX, in evaluation mode; no code of the file runs.
 
     Shape arithmetic is worked out once, for the inputs' shapes. What is bounded is the graph as a function of real numbers, with the
@@ -369,7 +367,8 @@ def load(path: str | Path, shape: Sequence[int] | None = None) -> OnnxModule:
 
     Args:
         path: the file.
-        shape: the shape of the model's only input without the batch, such as (3, 224, 224); by default the file's own.
+        shape: the shape of the model's only input without the batch, such as (3, 224, 224), or those of some of its inputs by name; by
+            default the file's own.
 
     Raises:
         InputError: no package `onnx`, a damaged file, data outside of its folder, or a shape that the file does not have.
@@ -382,14 +381,15 @@ def load(path: str | Path, shape: Sequence[int] | None = None) -> OnnxModule:
 # ---- inputs --------------------------------------------------------------------------------------------------------------
 
 
-def _example(file: File, shape: Sequence[int] | None) -> list[Tensor]:
+def _example(file: File, shape: Shapes | None) -> list[Tensor]:
     if not file.inputs:
         msg = f"{file.path} takes no input; expected a model"
         raise InputError(msg)
-    if shape is not None and len(file.inputs) > 1:
-        msg = f"{file.path} takes {_named(file)}; expected one input for one shape, or a file that has all: type gramlip.onnx.load(path)"
+    shapes = shape if isinstance(shape, Mapping) else {} if shape is None else dict.fromkeys(list(file.inputs)[:1], shape)
+    if not set(shapes) <= set(file.inputs) or (len(file.inputs) > 1 and shape is not None and shape is not shapes):
+        msg = f"{file.path} takes {_named(file)}; expected a shape for each by its name: type --input {next(iter(file.inputs))}=3,224,224"
         raise InputError(msg)
-    return [torch.zeros(_sizes(file, name, dims, shape), dtype=kind) for name, (kind, dims) in file.inputs.items()]
+    return [torch.zeros(_sizes(file, name, dims, shapes.get(name)), dtype=kind) for name, (kind, dims) in file.inputs.items()]
 
 
 def _named(file: File) -> str:
@@ -405,7 +405,9 @@ def _sizes(file: File, name: str, dims: Dims | None, shape: Sequence[int] | None
     if shape is None:
         known = () if dims is None else (dims[0] or 1, *dims[1:]) if dims else ()
         if dims is None or None in known:
-            msg = f"{file.path} takes {_named(file)}; expected the shape without the batch: type gramlip.onnx.load(path, (3, 224, 224))"
+            one = len(file.inputs) == 1
+            of, how = ("", "gramlip.onnx.load(path, (3, 224, 224))") if one else (f" of {name}", f"--input {name}=3,224,224")
+            msg = f"{file.path} takes {_named(file)}; expected the shape{of} without the batch: type {how}"
             raise InputError(msg)
         return tuple(n for n in known if n is not None)
     sizes = tuple(int(n) for n in shape)
@@ -426,7 +428,7 @@ class _Builder:
     """Node after node: constants are worked out, what depends on the input becomes a call."""
 
     def __init__(self, file: File, example: Sequence[Tensor]) -> None:
-        self.file = file
+        self.file, self.opset, self.taken = file, file.opset, 0
         self.values: dict[str, Tensor] = dict(file.constants)  # what is known, and stand-ins of the right shape
         self.kept: dict[str, Tensor] = dict(file.constants)  # constants that calls may take
         self.values |= {name: _stand_in(x) for name, x in zip(file.inputs, example, strict=True)}
@@ -434,23 +436,45 @@ class _Builder:
         self.lost: set[str] = set()  # results of what is refused
         self.refused: dict[str, list[str]] = {}
         self.operations = rewritten(file.operations, file.constants)
-        self.used = {name for operation in self.operations for name in operation.inputs} | set(file.outputs)
+        self.used = Graph((), file.outputs, {}, tuple(self.operations)).read()
         self.calls: list[tuple[str, Call]] = []
 
     def built(self) -> tuple[list[tuple[str, Call]], dict[str, Tensor]]:
         """The calls that the outputs need, by their paths, and the constants that these take."""
         for operation in self.operations:
-            if operation.op not in OPERATORS:
-                self._refuse(operation, "")
-            elif not self.lost.intersection(operation.inputs):
-                self._add(operation)
-            else:
-                self.lost.update(operation.outputs)
+            self.step(operation)
         if self.refused:
             named = "; ".join(f"{what} ({_few(names)})" for what, names in self.refused.items())
             msg = f"{self.file.path} has operators that are not covered: {named}; expected those of docs/formats.md#whole-onnx-models"
             raise UnsupportedError(msg)
         return self._needed()
+
+    def step(self, operation: Operation) -> None:
+        """Take in one operation; one of control flow is replaced by what it would run."""
+        if operation.op not in OPERATORS and operation.op not in FLOW:
+            self._refuse(operation, REASONS.get(operation.op, ""))
+        elif self.lost.intersection(operation.inputs):
+            self.lost.update(operation.outputs)
+        elif operation.op in OPERATORS:
+            self._add(operation)
+        else:
+            try:
+                FLOW[operation.op](operation, self)
+            except RefusedError as error:
+                self._refuse(operation, str(error))
+            except (InputError, UnsupportedError):
+                raise
+            except Exception as error:  # whatever a damaged node makes Python say
+                msg = f"{self.file.path}: {operation.name} ({operation.op}) is damaged ({first_line(error)}); expected a whole model"
+                raise InputError(msg) from error
+
+    def known(self, name: str) -> Tensor | None:
+        """The value of a name, None where it depends on the model's input or is refused."""
+        return None if name in self.varies or name in self.lost else self.values.get(name)
+
+    def hold(self, name: str, value: Tensor) -> None:
+        """Enter a constant."""
+        self.values[name] = self.kept[name] = value
 
     def _refuse(self, operation: Operation, why: str) -> None:
         self.refused.setdefault(f"{operation.op}: {why}" if why else operation.op, []).append(operation.name)

@@ -20,6 +20,32 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True)
+class Operation:
+    """A node as the file has it."""
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph inside of a node, as the file has it: names that it does not make are those of the graph around it."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: dict[str, Tensor]
+    operations: tuple[Operation, ...]
+
+    def read(self) -> set[str]:
+        """The names that it reads, those of inner graphs too."""
+        inner = (held for operation in self.operations for held in operation.attributes.values() if isinstance(held, Graph))
+        return {*self.outputs, *(name for operation in self.operations for name in operation.inputs)}.union(*(g.read() for g in inner))
+
+
+@dataclass(frozen=True)
 class Node:
     """A node of the graph, with what its inputs are for one example.
 
@@ -145,6 +171,16 @@ _WITHOUT_MEANING: dict[str, tuple[str, ...]] = {
     "Resize": ("extrapolation_value", "cubic_coeff_a", "nearest_mode", "coordinate_transformation_mode"),
 }
 """Attributes that do not change the first output of an operator in evaluation mode, or not of the kinds that are covered."""
+
+_STEPS = (
+    "rounds values to codes: a step function, which no Lipschitz constant holds for; "
+    "type the model before its activations were quantised (quantised weights alone are read)"
+)
+REASONS: dict[str, str] = {
+    **dict.fromkeys(("QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"), _STEPS),
+    **dict.fromkeys(("ConvInteger", "MatMulInteger"), "takes codes of activations, which QuantizeLinear rounds to steps"),
+}
+"""Operator -> why no function of it is known, where that is no accident."""
 
 Builder = Callable[[Node], Function]
 OPERATORS: dict[str, Builder] = {}

@@ -453,13 +453,78 @@ def _gather_elements(node: Node) -> Function:
     return lambda x, _, at: torch.gather(x, axis, at)
 
 
-def _indices(node: Node, n: int) -> Tensor:
+_REDUCED = {"max": "amax", "min": "amin"}
+
+
+@register("ScatterElements")
+def _scatter_elements(node: Node) -> Function:
+    axis, reduction = node.axis(0), node.only("reduction", "none", "add", "max", "min")
+    at = _indices(node, node.shape()[axis])
+    node.extra.append(at)
+    if reduction == "none":
+        _check_distinct(
+            torch.stack(torch.meshgrid(*map(torch.arange, at.shape), indexing="ij")).index_copy(0, torch.tensor(axis), at[None])
+        )
+        return lambda x, _, y, at: torch.scatter(x, axis, at, y)
+    if reduction == "add":
+        return lambda x, _, y, at: torch.scatter_add(x, axis, at, y)
+    return lambda x, _, y, at: torch.scatter_reduce(x, axis, at, y, _REDUCED[reduction])
+
+
+@register("ScatterND")
+def _scatter_nd(node: Node) -> Function:
+    reduction, at = node.only("reduction", "none", "add"), _places(node)
+    node.extra.extend(at)
+    if reduction == "none":
+        _check_distinct(torch.stack(at))
+    return lambda x, _, y, *at: torch.index_put(x, at, y, accumulate=reduction == "add")
+
+
+@register("GatherND")
+def _gather_nd(node: Node) -> Function:
+    node.only("batch_dims", 0)
+    node.extra.extend(_places(node))
+    return lambda x, _, *at: x[at]
+
+
+@register("TopK")
+def _top_k(node: Node) -> Function:
+    node.single()  # the places depend on the input
+    axis, k = node.axis(-1), node.get("k", node.number(1))
+    if k is None or not 0 < k <= node.shape()[axis]:
+        msg = f"the largest {k} of {node.shape()[axis]}"
+        raise RefusedError(msg)
+    largest, ordered = bool(node.get("largest", 1)), bool(node.get("sorted", 1))
+    return lambda x, *_: torch.topk(x, int(k), axis, largest, ordered)[0]
+
+
+def _places(node: Node) -> list[Tensor]:
+    """The places along the first axes, one tensor for each: the last axis of the indices is taken apart."""
     value = node.constant(1)
-    at = torch.zeros(0, dtype=torch.int64) if value is None else value.to(torch.int64)
+    if value is None or not value.ndim or not 0 < value.shape[-1] <= len(node.shape()):
+        msg = f"indices of shape {None if value is None else tuple(value.shape)} for a value of shape {node.shape()}"
+        raise RefusedError(msg)
+    return [_within(at.to(torch.int64), n) for at, n in zip(value.unbind(-1), node.shape(), strict=False)]
+
+
+def _check_distinct(places: Tensor) -> None:
+    """RefusedError where two of the places (axes, ...) are one: which entry stays is not said."""
+    flat = places.flatten(1)
+    if flat.unique(dim=1).shape[1] < flat.shape[1]:
+        msg = "two entries are written to one place"
+        raise RefusedError(msg)
+
+
+def _within(at: Tensor, n: int) -> Tensor:
     if bool(((at < -n) | (at >= n)).any()):
         msg = f"numbers beyond an axis of {n}"
         raise RefusedError(msg)
     return torch.where(at < 0, at + n, at)
+
+
+def _indices(node: Node, n: int) -> Tensor:
+    value = node.constant(1)
+    return _within(torch.zeros(0, dtype=torch.int64) if value is None else value.to(torch.int64), n)
 
 
 @register("Trilu")

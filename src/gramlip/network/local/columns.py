@@ -15,6 +15,7 @@ from gramlip.network.local.relaxations import Action, action, stray_of
 from gramlip.network.steps import Input, Linear, Lipschitz, Network, Slope, Step, Sum, terms
 from gramlip.norm.certify import certify_all
 from gramlip.numerics import rounding as rd
+from gramlip.numerics.eigenvalues import cholesky
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import frobenius_up
 from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape, axes
@@ -190,6 +191,7 @@ WORK = 2**31  # and of those of all values together
 TOGETHER = 2**24  # of them in one tile
 SWITCHING = 2**12  # activations of a value that have columns
 FREE = 0.2  # of the steepest slope: where most slopes differ more from their middles, columns say nothing
+NEAR = 1024  # activations of a few tiles of which the norm is taken alone
 PRODUCTS = 1e11  # multiplications that a norm of what they are may take
 LARGEST = 1e60  # differences and weights up to which nothing that underflows counts
 LOST = 1e-150  # is added for what does
@@ -216,6 +218,55 @@ class Form:
     most: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Near:
+    """What the columns of the activations of one step stand for, where a value reads those of some tiles alone: theorem L10.
+
+    `gram` holds the products of the activations' rows, each entry known up to `gamma` times the lengths of two rows, `loose`
+    what their rows may be off by, `groups` the rows of each tile.
+    """
+
+    gram: Tensor
+    loose: Tensor
+    shares: float
+    gamma: float
+    groups: dict[int, Tensor]
+    known: dict[bytes, float]
+
+    def norms(self, tiles: Mapping[int, Tile], shape: Shape, most: float) -> Tensor:
+        """For each place of a value of this shape the norm of what its columns stand for; `most` is that of all of them."""
+        keys = [key for key in self.groups if key in tiles]
+        reads = torch.zeros(len(keys), 1, 1, *shape[2:], dtype=torch.bool)
+        for read, key in zip(reads, keys, strict=True):
+            cut(read, tiles[key].box)[...] = True
+        patterns, which = reads.flatten(1).mT.unique(dim=0, return_inverse=True)
+        sets = [[key for key, on in zip(keys, pattern, strict=True) if on] for pattern in patterns.tolist()]
+        norms = torch.tensor([self._norm(some, most) for some in sets], dtype=torch.float64)
+        return norms[which].reshape(*(1,) * min(2, len(shape)), *shape[2:])
+
+    def _norm(self, keys: Sequence[int], most: float) -> float:
+        name = torch.tensor(keys).numpy().tobytes()
+        if name not in self.known:
+            at = torch.cat([self.groups[key] for key in keys]) if keys else torch.zeros(0, dtype=torch.long)
+            self.known[name] = most if len(at) > NEAR else self._of_rows(at, most)
+        return min(self.known[name], most)
+
+    def _of_rows(self, at: Tensor, most: float) -> float:
+        """The norm of the rows of a few activations, at most."""
+        if len(at) == 0:
+            return LOST
+        gram, apart = self.gram[at[:, None], at], frobenius_up(self.loose[at]) * (1.0 + rd.gamma(8.0))
+        plain, trace = rd.sqrt_up(float(len(at))), gram.diagonal().sum()[None]
+        noise, x = self.gamma * trace * (1.0 + rd.gamma(8.0 * len(at))), gram.sum(0)
+        for _ in range(16):
+            x = gram @ (x / torch.linalg.vector_norm(x).clamp_min(1e-300))
+        for slack in (1.01, 1.03, 1.1, 1.5):
+            top = torch.linalg.vector_norm(x) * slack + 8.0 * noise + LOST
+            if bool(cholesky(gram[None], top, noise)):
+                return min(plain, most, rd.add_up(rd.mul_up(rd.sqrt_up(float(top)), self.shares), apart))
+        return min(plain, most)
+
+
 class Columns:
     """The values so far as linear functions of the input, and what slopes may add to them.
 
@@ -236,6 +287,7 @@ class Columns:
         self._chunk = max(1, TOGETHER // max(math.prod(step.shape) for step in steps))
         self._steps, self._forms, self._groups, self._inputs = list[Step](), dict[int, Form](), list[Group](), 0
         self._norms = dict[int, float]()  # of what the columns of the activations of a step stand for
+        self._near = dict[int, Near]()  # and of what those of some of them stand for
         self._switches = list[tuple[Tensor, float]]()  # of these, as functions of the input, up to a rest of that norm
 
     def add(self, step: Step, source: Value | None = None) -> Tensor | None:
@@ -330,9 +382,11 @@ class Columns:
         weights = moved[places] + (1.0 + half.reshape(-1)[places]) * LOST
         moved = moved.index_fill(0, places, 0.0)
         if len(places):
-            self._norms[i] = self._norm_of_switches(form, places)
+            self._norms[i] = self._norm_of_switches(i, form, places)
         for numbers, tile in unit_columns(places, weights, shape, self._blocks, self._chunk):
             tiles[len(self._groups)] = tile
+            if i in self._near:
+                self._near[i].groups[len(self._groups)] = numbers
             self._groups.append(Group(i, places[numbers]))
         loose = round_up(loose + moved.reshape(shape))
         return self._measured(Form(tiles, loose, (middle.abs() + half) * form.most * gamma + loose), i in self._read)
@@ -358,7 +412,9 @@ class Columns:
         most = torch.zeros_like(form.loose)
         for step, (square, plain) in sums.items():
             room = 1.0 + rd.gamma(2.0 * count[step] + 16.0)
-            length = square.sqrt() * (room * (self._unit if step < 0 else self._norms[step])) + LOST
+            norm = self._unit if step < 0 else self._norms[step]
+            near = norm if step not in self._near else self._near[step].norms(form.tiles, tuple(form.loose.shape), norm)
+            length = square.sqrt() * (near * room) + LOST
             most = most + (torch.minimum(length, plain * room) if step >= 0 or boxed else length)
         return replace(form, most=torch.minimum(most * (1.0 + rd.gamma(4.0 * len(sums) + 8.0)) + form.loose * (1.0 + 2.0**-50), form.size))
 
@@ -366,18 +422,38 @@ class Columns:
         """Whether a box cuts into the ball, or there is none."""
         return self._centred and not bool((self._area.halves >= self._area.radius * (1.0 - 2.0**-30)).all())
 
-    def _norm_of_switches(self, form: Form, places: Tensor) -> float:
+    def _norm_of_switches(self, i: int, form: Form, places: Tensor) -> float:
         """The l2 norm of what the columns of some activations will stand for, from the form of their arguments: theorem L10."""
         assert form.most is not None
         shape, scale = tuple(form.loose.shape), form.most.reshape(-1)[places].clamp_min(LOST)
-        plain = rd.sqrt_up(float(len(places)))
-        parts = self._parts({key: rows_at(tile, places, shape) / scale[:, None] for key, tile in form.tiles.items()})
-        apart = frobenius_up(form.loose.reshape(-1)[places] / scale) * (1.0 + rd.gamma(8.0))
+        plain, rows = (
+            rd.sqrt_up(float(len(places))),
+            {key: rows_at(tile, places, shape) / scale[:, None] for key, tile in form.tiles.items()},
+        )
+        parts = self._parts(rows)
+        loose = form.loose.reshape(-1)[places] / scale
+        apart = frobenius_up(loose) * (1.0 + rd.gamma(8.0))
         if not self._centred:
             blank = torch.zeros(len(places), 0, dtype=torch.float64)
             rest = rd.add_up(_joint([part for step, part in parts.items() if step >= 0], 1e-2, plain), apart)
             self._switches.append((parts.get(-1, blank), min(rest, 2.0 * plain)))
+        if self._blocks > 1:
+            self._near[i] = self._gram(rows, parts, loose)
         return min(plain, rd.add_up(_joint(list(parts.values()), 1e-2, plain), apart))
+
+    def _gram(self, rows: Mapping[int, Tensor], parts: Mapping[int, Tensor], loose: Tensor) -> Near:
+        """The products of the rows of all activations that may switch, with shares of the steps: theorem L10."""
+        lengths = {step: _length(part) for step, part in parts.items() if part.numel() and bool(part.any())}
+        total, gram = sum(lengths.values()), torch.zeros(len(loose), len(loose), dtype=torch.float64)
+        for key, columns in rows.items():
+            step = self._groups[key].step
+            at = columns.any(1).nonzero()[:, 0]
+            if step in lengths and len(at):
+                part = columns[at] * ((self._unit if step < 0 else self._norms[step]) * math.sqrt(total / lengths[step]))
+                gram[at[:, None], at] += part @ part.mT
+        count = float(sum(part.shape[1] for part in parts.values()))
+        shares = rd.sqrt_up(rd.add_up(*(length / total for length in lengths.values()))) if lengths else 1.0
+        return Near(gram, loose, shares * (1.0 + rd.gamma(8.0)), rd.gamma(8.0 * (count + 16.0)), {}, {})
 
     def _parts(self, rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Matrices of columns, those of each step joined, times the norm of what they stand for; step -1 are those of the input."""

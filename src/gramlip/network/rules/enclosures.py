@@ -37,7 +37,10 @@ CLOSE = 1e-5  # relative: how far the bound may be above the largest slope that 
 
 
 class Known(NamedTuple):
-    """A function f of t on pieces of the line: `f = t^k h`, its value, its slope f', `grown = t f'`, and `rate` with `t f' = rate f`."""
+    """A function f of t on pieces of the line: `f = t^k h`, its value, its slope f', `grown = t f'`, and `rate` with `t f' = rate f`.
+
+    f is continuous on the piece, its ends among it: at t other than 0 where `away` says so, and at 0 where `at_zero` does.
+    """
 
     k: int
     h: Tensor
@@ -45,18 +48,21 @@ class Known(NamedTuple):
     slope: Tensor
     grown: Tensor
     rate: Tensor
+    away: Tensor
+    at_zero: Tensor
 
 
 @dataclass(frozen=True)
 class Pieces:
     """Pieces of the line, none of which has 0 inside; `far` where all are outside of [-1, 1], else all are within.
 
-    `constant` gives the weights and biases of a step of constants.
+    `constant` gives the weights and biases of a step of constants. `half` if t > 0 alone counts, as for lengths.
     """
 
     t: Tensor
     far: bool
     constant: Callable[[int], tuple[Tensor, Tensor]]
+    half: bool = False
 
     def to(self, k: int) -> Tensor:
         """`t^k`."""
@@ -64,8 +70,14 @@ class Pieces:
 
     def start(self, k: int, scale: Tensor) -> Known:
         """`scale t^k`."""
-        grown = times(times(scale, self.to(k)), interval(k))
-        return Known(k, scale, times(scale, self.to(k)), times(times(scale, self.to(k - 1)), interval(k)), grown, interval(k))
+        grown, sure = times(times(scale, self.to(k)), interval(k)), torch.ones(self.t.shape[:-1], dtype=torch.bool)
+        slope = times(times(scale, self.to(k - 1)), interval(k))
+        return Known(k, scale, times(scale, self.to(k)), slope, grown, interval(k), sure, sure)
+
+    def joined(self, f: Known) -> Known:
+        """The same; without finite slopes where f may jump: theorem N28 reads those of a continuous function."""
+        sure = (f.away & (f.at_zero | ~_holds_zero(self.t) | self.half))[..., None]
+        return f._replace(slope=torch.where(sure, f.slope, WHOLE), grown=torch.where(sure, f.grown, WHOLE))
 
     def closed(self, f: Known) -> Known:
         """The same, each part with what the others know of it."""
@@ -73,13 +85,18 @@ class Pieces:
         rate = meet(meet(f.rate, times(f.grown, inverse(value))), times(times(f.slope, self.to(1 - f.k)), inverse(f.h)))
         grown = meet(f.grown, times(rate, value))
         slope = meet(f.slope, meet(times(rate, times(self.to(f.k - 1), f.h)), times(grown, self.to(-1))))
-        return Known(f.k, f.h, value, slope, grown, rate)
+        return f._replace(value=value, slope=slope, grown=grown, rate=rate, at_zero=f.at_zero | ((f.k > 0) & f.h.isfinite().all(-1)))
+
+    def poles(self, f: Known) -> tuple[Tensor, Tensor]:
+        """Where `1 / f` is continuous, as in `Known`: where f has no zero, or none but that of a power of t at 0."""
+        zero = _holds_zero(f.value)
+        return f.away & ~(zero & _holds_zero(f.h)), f.at_zero & ~(zero & _holds_zero(self.t))
 
     def scaled(self, f: Known, weight: Tensor, bias: Tensor) -> Known:
         """`weight f + bias`."""
-        made = Known(f.k, times(weight, f.h), times(weight, f.value), times(weight, f.slope), times(weight, f.grown), f.rate)
-        none = interval(0.0)
-        return self.sum(made, Known(0, bias, bias, none, none, none)) if bool(bias.any()) else made
+        h, value, slope, grown = (times(weight, part) for part in (f.h, f.value, f.slope, f.grown))
+        made, none, sure = f._replace(h=h, value=value, slope=slope, grown=grown), interval(0.0), torch.tensor(True)
+        return self.sum(made, Known(0, bias, bias, none, none, none, sure, sure)) if bool(bias.any()) else made
 
     def sum(self, f: Known, g: Known) -> Known:
         """`f + g`."""
@@ -88,7 +105,8 @@ class Pieces:
         one, other = parts
         alike = (one[..., 0] >= 0) & (other[..., 0] >= 0) | (one[..., 1] <= 0) & (other[..., 1] <= 0)
         rate = torch.where(alike[..., None], hull(f.rate, g.rate), WHOLE)
-        return self.closed(Known(k, plus(*parts), plus(f.value, g.value), plus(f.slope, g.slope), plus(f.grown, g.grown), rate))
+        h, value, slope, grown = plus(*parts), plus(f.value, g.value), plus(f.slope, g.slope), plus(f.grown, g.grown)
+        return self.closed(Known(k, h, value, slope, grown, rate, f.away & g.away, f.at_zero & g.at_zero))
 
     def product(self, f: Known, g: Known, square: bool) -> Known:
         """`f g`; a `square` where the two are one."""
@@ -99,26 +117,28 @@ class Pieces:
             for i, (one, other) in enumerate(((f, g), (g, f)))
         ]
         grown = plus(times(f.grown, values[1]), times(values[0], g.grown))
-        return self.closed(Known(k, h, value, plus(*slopes), grown, plus(f.rate, g.rate)))
+        both = f.away & g.away, f.at_zero & g.at_zero
+        return self.closed(Known(k, h, value, plus(*slopes), grown, plus(f.rate, g.rate), *both))
 
     def inverse(self, f: Known) -> Known:
         """`1 / f`."""
-        return self.closed(Known(-f.k, inverse(f.h), inverse(f.value), WHOLE, WHOLE, times(f.rate, interval(-1.0))))
+        return self.closed(Known(-f.k, inverse(f.h), inverse(f.value), WHOLE, WHOLE, times(f.rate, interval(-1.0)), *self.poles(f)))
 
     def power(self, f: Known, exponent: int) -> Known:
         """`f^exponent`."""
         inner = power(f.value, exponent - 1)
         slope, grown = (times(times(inner, part), interval(exponent)) for part in (f.slope, f.grown))
-        return self.closed(
-            Known(exponent * f.k, power(f.h, exponent), power(f.value, exponent), slope, grown, times(f.rate, interval(exponent)))
-        )
+        h, value, rate = power(f.h, exponent), power(f.value, exponent), times(f.rate, interval(exponent))
+        sure = self.poles(f) if exponent < 0 else (f.away, f.at_zero)
+        return self.closed(Known(exponent * f.k, h, value, slope, grown, rate, *sure))
 
     def root(self, f: Known, sign: int) -> Known:
         """`sqrt(f)`, or one over it for the sign -1."""
         even = f.k % 4 == 0 or (f.k % 2 == 0 and bool((self.t >= 0).all()))
         k, h = (f.k // 2, root(f.h)) if even else (0, root(f.value))
         h, value = (h, root(f.value)) if sign > 0 else (inverse(h), inverse(root(f.value)))
-        return self.closed(Known(sign * k, h, value, WHOLE, WHOLE, times(f.rate, interval(0.5 * sign))))
+        sure = (f.away, f.at_zero) if sign > 0 else self.poles(f)
+        return self.closed(Known(sign * k, h, value, WHOLE, WHOLE, times(f.rate, interval(0.5 * sign)), *sure))
 
     def activation(self, f: Known, what: Slope, name: str) -> Known:
         """An entrywise function of f."""
@@ -140,7 +160,7 @@ class Pieces:
         ):
             offset = plus(image, times(times(chords, start), interval(-1.0)))
             h = meet(h, plus(times(times(chords, f.h), self.to(f.k - k)), times(offset, self.to(-k))))
-        return self.closed(Known(k, h, values, slope, grown, WHOLE))
+        return self.closed(Known(k, h, values, slope, grown, WHOLE, f.away, f.at_zero))
 
     def steep(self, f: Known, what: Unbounded) -> Known:
         """A function that has bounded slopes on intervals alone, each piece by itself."""
@@ -149,7 +169,12 @@ class Pieces:
         made = [what.within(a, b) for a, b in value.flatten(0, -2).tolist()]
         ends = torch.tensor([(-INF, INF, -INF, INF) if s is None else (s.low, s.high, *s.image) for s in made], dtype=torch.float64)
         slopes, values = ends.reshape(*value.shape[:-1], 2, 2).unbind(-2)
-        return self.closed(Known(0, values, values, times(slopes, f.slope), times(slopes, f.grown), WHOLE))
+        sure = torch.tensor([s is not None for s in made]).reshape(value.shape[:-1])
+        return self.closed(Known(0, values, values, times(slopes, f.slope), times(slopes, f.grown), WHOLE, f.away & sure, f.at_zero & sure))
+
+
+def _holds_zero(x: Tensor) -> Tensor:
+    return (x[..., 0] <= 0) & (x[..., 1] >= 0)
 
 
 def _on(what: Slope, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,7 +247,7 @@ class Function:
         for at in self.inner:
             step = self.steps[at]
             found[at] = _step(step, [found[s] for s in step.sources], pieces, at)
-        return [found[at] for at in self.ends]
+        return [pieces.joined(found[at]) for at in self.ends]
 
     @property
     def key(self) -> object:
@@ -360,7 +385,8 @@ def largest(f: Function, measure: Measure, *, signs: Sequence[float] = (-1.0, 1.
     if rows is None:
         return INF
     grid, settled, before = _grid(f, rows, signs, None if rounds else _period(f, rows)), -INF, INF
-    bounds, seen = _measured(f, rows, measure, grid)
+    half = len(signs) == 1
+    bounds, seen = _measured(f, rows, measure, grid, half)
     for i in range(rounds or ROUNDS):
         gap = max(settled, float(bounds.max())) - seen
         open_ = bounds > seen + max(room, CLOSE * abs(seen))
@@ -370,13 +396,13 @@ def largest(f: Function, measure: Measure, *, signs: Sequence[float] = (-1.0, 1.
         order = bounds.argsort(descending=True)[: int(open_.sum())]
         settled = max([settled, *bounds[order[PIECES : PIECES + 1]].tolist()])
         grid, above = grid[order[:PIECES]].parts(), bounds[order[:PIECES]].repeat(PARTS)
-        bounds, now = _measured(f, rows, measure, grid)
+        bounds, now = _measured(f, rows, measure, grid, half)
         bounds, seen = torch.minimum(bounds, above), max(seen, now)
     return max(settled, float(bounds.max()))
 
 
-def _measured(f: Function, rows: Tensor, measure: Measure, grid: _Grid) -> tuple[Tensor, float]:
-    """What is measured on the pieces of a grid, and the most that is at a point of each."""
+def _measured(f: Function, rows: Tensor, measure: Measure, grid: _Grid, half: bool) -> tuple[Tensor, float]:
+    """What is measured on the pieces of a grid, and the most that is at a point of each; of one `half` of the line."""
     made, far, seen = torch.empty(len(grid.row), dtype=torch.float64), grid.low >= 1.0, -INF
     for outside in (False, True):
         kept = far == outside
@@ -384,7 +410,7 @@ def _measured(f: Function, rows: Tensor, measure: Measure, grid: _Grid) -> tuple
             part, n = grid[kept], int(kept.sum())
             points = part.middles()
             both = _Grid(*(torch.cat([getattr(part, k), getattr(points, k)]) for k in ("row", "sign", "low", "high")))
-            pieces = _pieces(f, rows, both, outside)
+            pieces = replace(_pieces(f, rows, both, outside), half=half)
             values = measure(f.known(pieces), pieces).expand(2 * n).nan_to_num(INF, INF, -INF)
             made[kept], seen = values[:n], max([seen, *(v for v in values[n:].tolist() if v < INF)])
     return made, seen
@@ -520,8 +546,8 @@ def on_set(f: Function, low: Tensor, high: Tensor) -> list[tuple[Tensor, Tensor]
 
 
 def _together(x: Tensor) -> Tensor:
-    """The least interval that holds all along the first axis."""
-    return torch.stack([x[..., 0].amin(0), x[..., 1].amax(0)], -1)
+    """The least interval that holds all along the first axis, with the ends in order: where t is one number, any slope is one."""
+    return torch.stack([x.amin(-1).amin(0), x.amax(-1).amax(0)], -1)
 
 
 def steepness_on(f: Function, low: Tensor, high: Tensor) -> float:

@@ -490,7 +490,7 @@ def _profile(signs: Sequence[int], known: Sequence[Known], pieces: Pieces) -> Kn
 
 def _stretch(signs: Sequence[int], known: Sequence[Known], pieces: Pieces) -> Tensor:
     """The larger of `|g|` and `|g + t g'|`."""
-    g = _profile(signs, known, pieces)
+    g = pieces.joined(_profile(signs, known, pieces))
     return torch.maximum(g.value.abs().amax(-1), plus(g.value, g.grown).abs().amax(-1))
 
 
