@@ -19,7 +19,7 @@ import torch
 import gramlip as gl
 from gramlip.cli import main
 from gramlip.onnx import OPERATORS, load
-from gramlip.onnx.control import FLOW
+from gramlip.onnx.registry import FLOW
 
 Array = Any
 

@@ -207,9 +207,9 @@ def _in_parts(x: Any, input_size: Ints | None, options: Mapping[str, Any]) -> De
     layer = unwrapped(x) if isinstance(x, nn.Module) else x
     if not is_sharded(layer if isinstance(layer, Tensor) else getattr(layer, "weight", None)):
         return None
-    made: list[Operator | Bound] = []
-    everywhere(lambda: made.append(describe(x) if input_size is None else describe(x, input_size)))
-    op = made[0]
+    described: list[Operator | Bound] = []
+    everywhere(lambda: described.append(describe(x) if input_size is None else describe(x, input_size)))
+    op = described[0]
     if not isinstance(op, Dense) or not is_sharded(op.weight) or not _axes(op.weight):
         return None
     weight: Any = op.weight
@@ -238,7 +238,7 @@ def _bounded_in_parts(ops: Mapping[int, Dense], rtol: float) -> tuple[dict[int, 
             if owner == ranked() and gram is not None:
                 parts = math.prod(weight.device_mesh.size(j) for j in _axes(weight))
                 mine[i] = gram, f"{ops[i].because}; Gram matrices of {parts} ranks, added (theorem 16, R11)"
-        done |= everywhere(lambda mine=mine: {i: certify_sum(gram, rtol, why) for i, (gram, why) in mine.items()})[ranked()]
+        done |= everywhere(lambda mine=mine: {i: certify_sum(gram, rtol, reason) for i, (gram, reason) in mine.items()})[ranked()]
     return done, busy
 
 
@@ -249,19 +249,19 @@ def _summed(weight: Any) -> SummedGram | None:
     part = None if place is None else Part(_tall_rows(weight.detach()))
     first = place is not None and not any(at for j, at in enumerate(place) if j not in axes)  # of those that hold the same rows
     exponent = max((e for e in everywhere(lambda: None if part is None else part.exponent()) if e is not None), default=0)
-    made: list[Tensor] = []
+    grams: list[Tensor] = []
 
     def norm() -> float:
         if part is None:
             return 0.0
         gram, size = part.gram(exponent)
-        made.append(gram)
+        grams.append(gram)
         return size if first else 0.0
 
     size = rd.hypot_up(everywhere(norm))
     if part is None:
         return None
-    (gram,) = made
+    (gram,) = grams
     for j in axes:
         dist.all_reduce(torch.view_as_real(gram) if gram.is_complex() else gram, group=mesh.get_group(j))
     return SummedGram(gram, max(weight.shape) + world(), size, exponent)

@@ -103,15 +103,15 @@ class Windows:
 
     def outputs(self, ceil: bool) -> list[int]:
         """The sizes of the output; of a window that starts in what is padded behind nothing is taken."""
-        found: list[int] = []
+        sizes: list[int] = []
         for n, s, r, b, e in zip(self.sizes, self.stride, self.reach, self.before, self.behind, strict=True):
             room = n + b + e - r
             count = (-(-room // s) if ceil else room // s) + 1
-            found.append(count - (ceil and (count - 1) * s >= n + b))
-        if min(found) < 1:
+            sizes.append(count - (ceil and (count - 1) * s >= n + b))
+        if min(sizes) < 1:
             msg = f"a window {self.reach} on an input of the size {list(self.sizes)}, which it does not fit in"
             raise RefusedError(msg)
-        return found
+        return sizes
 
     def padding(self, behind: Sequence[int] | None = None) -> list[int]:
         """The padding at both ends of each axis, in torch's order."""
@@ -133,11 +133,11 @@ def _kernel(node: Node) -> list[int]:
 
 
 def _dimensional(name: str, axes: int) -> Function:
-    found = getattr(F, f"{name}{axes}d", None)
-    if found is None:
+    function = getattr(F, f"{name}{axes}d", None)
+    if function is None:
         msg = f"{axes} spatial axes; expected one, two or three"
         raise RefusedError(msg)
-    return found
+    return function
 
 
 @register("Conv")
@@ -319,8 +319,8 @@ def _attention(node: Node) -> Function:
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (x.unflatten(2, (n, -1)).transpose(1, 2) if n else x for x, n in zip((q, k, v), counts, strict=True))
-        made = F.scaled_dot_product_attention(q, k, v, mask, **options)
-        return made.transpose(1, 2).flatten(2) if counts[0] else made
+        attended = F.scaled_dot_product_attention(q, k, v, mask, **options)
+        return attended.transpose(1, 2).flatten(2) if counts[0] else attended
 
     return run
 
@@ -412,8 +412,8 @@ _WHERE: dict[str, Callable[[Any, Any, int, int], Any]] = {
 
 def _like(j: Any, numerator: int, denominator: int = 1) -> Any:
     """A fraction in the type of another number."""
-    made = Fraction(numerator, denominator)
-    return made if isinstance(j, Fraction) else type(j)(float(made))
+    scale = Fraction(numerator, denominator)
+    return scale if isinstance(j, Fraction) else type(j)(float(scale))
 
 
 def _nearest(node: Node, places: list[list[int]]) -> Function:
@@ -488,11 +488,11 @@ def _recurrent(node: Node) -> Function:
             wb, rb = (w.new_zeros(gates * hidden),) * 2 if b is None else b[k].chunk(2)
             starts = [s if s is None or not turned else s.transpose(0, 1) for s in first[:states]]
             state = tuple(x.new_zeros(batch, hidden) if s is None else s[k] for s in starts)
-            made: list[Tensor] = []
+            results: list[Tensor] = []
             for t in range(steps)[:: -1 if back else 1]:
                 state = cell(x[t], state, w[k], r[k], wb, rb)
-                made.append(state[0])
-            rows.append(torch.stack(made[::-1] if back else made))
+                results.append(state[0])
+            rows.append(torch.stack(results[::-1] if back else results))
             ends.append(state)
         y, last = torch.stack(rows, 1), [torch.stack(each) for each in zip(*ends, strict=True)]
         if turned:

@@ -14,8 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from gramlip.errors import InputError, UnsupportedError, first_line
-from gramlip.onnx.control import FLOW
-from gramlip.onnx.registry import NEWEST, OLDEST, OPERATORS, REASONS, VALUELESS, Function, Graph, Node, Operation, RefusedError, floating
+from gramlip.onnx.registry import (
+    FLOW,
+    NEWEST,
+    OLDEST,
+    OPERATORS,
+    REASONS,
+    VALUELESS,
+    Function,
+    Graph,
+    Node,
+    Operation,
+    RefusedError,
+    floating,
+)
 from gramlip.reports.output import printable
 from gramlip.reports.readers import extra, line
 
@@ -48,7 +60,7 @@ def read(path: Path) -> File:
     model = _model(package, path)
     opset = _opset(path, model)
     graph = model.graph
-    constants = {held.name: _tensor(package, path, held) for held in graph.initializer}
+    constants = {initializer.name: _tensor(package, path, initializer) for initializer in graph.initializer}
     if graph.sparse_initializer:
         msg = f"{path} holds sparse weights; expected dense ones"
         raise InputError(msg)
@@ -80,7 +92,7 @@ def _model(package: Any, path: Path) -> Any:
 
 
 def _opset(path: Path, model: Any) -> int:
-    opset = next((int(held.version) for held in model.opset_import if held.domain in _DOMAINS), 1)
+    opset = next((int(imported.version) for imported in model.opset_import if imported.domain in _DOMAINS), 1)
     if not OLDEST <= opset <= NEWEST:
         msg = f"{path} uses version {opset} of ONNX's operators; expected {OLDEST} to {NEWEST}: type onnx.version_converter.convert_version"
         raise InputError(msg)
@@ -89,37 +101,37 @@ def _opset(path: Path, model: Any) -> int:
 
 def _kind(package: Any, path: Path, name: str, number: int) -> torch.dtype:
     try:
-        found = getattr(torch, str(package.helper.tensor_dtype_to_np_dtype(number).name), None)
+        dtype = getattr(torch, str(package.helper.tensor_dtype_to_np_dtype(number).name), None)
     except (KeyError, AttributeError, TypeError):
-        found = None
-    if not isinstance(found, torch.dtype):
+        dtype = None
+    if not isinstance(dtype, torch.dtype):
         msg = f"{path}: {printable(name)} has entries of a type that torch has not; expected numbers"
         raise InputError(msg)
-    return found
+    return dtype
 
 
-def _tensor(package: Any, path: Path, held: Any) -> Tensor:
+def _tensor(package: Any, path: Path, initializer: Any) -> Tensor:
     """A stored tensor; data outside of the file must lie in the file's folder, and be as long as the shape says."""
-    kind = _kind(package, path, held.name, held.data_type)
-    shape = tuple(held.dims)
+    kind = _kind(package, path, initializer.name, initializer.data_type)
+    shape = tuple(initializer.dims)
     try:
         if min(shape, default=0) < 0:
             msg = f"the shape {shape}"
             raise ValueError(msg)
-        if held.data_location == package.TensorProto.EXTERNAL:
-            _check_place(path, held, math.prod(shape) * kind.itemsize)
-        values: Any = np.array(package.numpy_helper.to_array(held, str(path.parent)), order="C")
+        if initializer.data_location == package.TensorProto.EXTERNAL:
+            _check_place(path, initializer, math.prod(shape) * kind.itemsize)
+        values: Any = np.array(package.numpy_helper.to_array(initializer, str(path.parent)), order="C")
         if values.dtype.kind not in "biufc":  # a type of ml_dtypes, by its bits
             values = values.view(f"u{values.dtype.itemsize}")
-        made = torch.from_numpy(values)
-        return (made if made.dtype == kind else made.view(kind)).reshape(shape)
+        tensor = torch.from_numpy(values)
+        return (tensor if tensor.dtype == kind else tensor.view(kind)).reshape(shape)
     except Exception as error:  # damaged files show in many ways
-        msg = f"{path}: {printable(held.name)} cannot be read ({line(error)}); expected a whole file: export it again"
+        msg = f"{path}: {printable(initializer.name)} cannot be read ({line(error)}); expected a whole file: export it again"
         raise InputError(msg) from None
 
 
-def _check_place(path: Path, held: Any, size: int) -> None:
-    told = {entry.key: entry.value for entry in held.external_data}
+def _check_place(path: Path, initializer: Any, size: int) -> None:
+    told = {entry.key: entry.value for entry in initializer.external_data}
     folder = path.parent.resolve()
     place = (folder / told.get("location", "")).resolve()
     if not place.is_relative_to(folder) or not place.is_file():
@@ -146,23 +158,23 @@ def _input(package: Any, path: Path, value: Any) -> tuple[torch.dtype, Dims | No
 def _operation(package: Any, path: Path, node: Any, i: int) -> Operation:
     op = node.op_type if node.domain in _DOMAINS else f"{node.domain}.{node.op_type}"
     name = printable(node.name or f"{node.op_type}_{i}")
-    attributes = {held.name: _attribute(package, path, held) for held in node.attribute}
+    attributes = {attribute.name: _attribute(package, path, attribute) for attribute in node.attribute}
     return Operation(printable(op), name, tuple(node.input), tuple(node.output), attributes)
 
 
-def _attribute(package: Any, path: Path, held: Any) -> Any:
-    value = package.helper.get_attribute_value(held)
-    if held.name in ("to", "dtype") and isinstance(value, int):
-        return _kind(package, path, held.name, value)
+def _attribute(package: Any, path: Path, item: Any) -> Any:
+    value = package.helper.get_attribute_value(item)
+    if item.name in ("to", "dtype") and isinstance(value, int):
+        return _kind(package, path, item.name, value)
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     if isinstance(value, package.TensorProto):
         return _tensor(package, path, value)
     if isinstance(value, package.GraphProto):
-        constants = {held.name: _tensor(package, path, held) for held in value.initializer}
-        inputs = tuple(held.name for held in value.input if held.name not in constants)
+        constants = {item.name: _tensor(package, path, item) for item in value.initializer}
+        inputs = tuple(item.name for item in value.input if item.name not in constants)
         operations = tuple(_operation(package, path, node, i) for i, node in enumerate(value.node))
-        return Graph(inputs, tuple(held.name for held in value.output), constants, operations)
+        return Graph(inputs, tuple(item.name for item in value.output), constants, operations)
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
@@ -193,16 +205,16 @@ class _Idioms:
 
     def add(self, operation: Operation) -> Operation:
         """The operation, or the one that it ends."""
-        if operation.op == "Constant" and isinstance(held := operation.attributes.get("value"), Tensor):
-            self.constants[operation.outputs[0]] = held
+        if operation.op == "Constant" and isinstance(tensor := operation.attributes.get("value"), Tensor):
+            self.constants[operation.outputs[0]] = tensor
         idioms = {
             ("Where", 3): (self._softplus, self._softmax),
             ("Mul", 2): (self._mish, self._quotient),
             ("Add", 2): (self._linear,),
         }.get((operation.op, len(operation.inputs)), ())
-        found = next((made for idiom in idioms if (made := idiom(operation)) is not None), operation)
-        self.makers |= dict.fromkeys(operation.outputs, found)
-        return found
+        simplified = next((joined for idiom in idioms if (joined := idiom(operation)) is not None), operation)
+        self.makers |= dict.fromkeys(operation.outputs, simplified)
+        return simplified
 
     def _made(self, name: str, op: str) -> tuple[str, ...]:
         """The inputs of the operation of this kind that makes a value; nothing where another makes it."""
@@ -210,8 +222,8 @@ class _Idioms:
         return maker.inputs if maker is not None and maker.op == op and len(maker.inputs) == (1 if op in _OF_ONE else 2) else ()
 
     def _number(self, name: str) -> float | None:
-        held = self.constants.get(name)
-        return float(held) if held is not None and held.numel() == 1 else None
+        tensor = self.constants.get(name)
+        return float(tensor) if tensor is not None and tensor.numel() == 1 else None
 
     def _softplus(self, operation: Operation) -> Operation | None:
         condition, x, smooth = operation.inputs
@@ -247,8 +259,8 @@ class _Idioms:
 
     def _quotient(self, operation: Operation) -> Operation | None:
         for x, inverse in (operation.inputs, operation.inputs[::-1]):
-            one = self._made(inverse, "Div")
-            root = one[1:] if one and self._number(one[0]) == 1 else self._made(inverse, "Reciprocal")
+            reciprocal = self._made(inverse, "Div")
+            root = reciprocal[1:] if reciprocal and self._number(reciprocal[0]) == 1 else self._made(inverse, "Reciprocal")
             if root and self._made(root[0], "Sqrt"):
                 return replace(operation, op="Div", inputs=(x, root[0]))
         return None
@@ -261,8 +273,8 @@ class _Idioms:
         return None
 
     def _sizes(self, name: str) -> tuple[int, ...]:
-        held = self.constants.get(name)
-        return () if held is None else tuple(held.shape)
+        tensor = self.constants.get(name)
+        return () if tensor is None else tuple(tensor.shape)
 
 
 # ---- the module ----------------------------------------------------------------------------------------------------------
@@ -309,8 +321,8 @@ class OnnxModule(nn.Module):
         for name, tensor in constants.items():
             self.places[name] = _free(_identifier(name), dir(self.weights))
             real = tensor.is_floating_point()
-            held = nn.Parameter(tensor, requires_grad=False) if real else tensor
-            (self.weights.register_parameter if real else self.weights.register_buffer)(self.places[name], held)  # type: ignore[arg-type]
+            value = nn.Parameter(tensor, requires_grad=False) if real else tensor
+            (self.weights.register_parameter if real else self.weights.register_buffer)(self.places[name], value)  # type: ignore[arg-type]
         self.calls: list[str] = []
         self.calls += [self._place(path, call) for path, call in calls]
 
@@ -319,12 +331,12 @@ class OnnxModule(nn.Module):
         *parents, last = path.split(".")
         parent: nn.Module = self
         for i, name in enumerate(parents):
-            found = getattr(parent, name, None)
-            if found is None or not isinstance(found, nn.Module):
+            child = getattr(parent, name, None)
+            if child is None or not isinstance(child, nn.Module):
                 parents[i] = _free(name, dir(parent))
-                found = nn.Module()
-                parent.add_module(parents[i], found)
-            parent = found
+                child = nn.Module()
+                parent.add_module(parents[i], child)
+            parent = child
         last = _free(last, dir(parent))
         parent.add_module(last, call)
         return ".".join((*parents, last))
@@ -344,16 +356,16 @@ class OnnxModule(nn.Module):
         for path in self.calls:
             call = self.get_submodule(path)
             assert isinstance(call, Call)
-            made = call(*(values[name] for name in call.inputs))
-            values |= zip(call.outputs, made if isinstance(made, tuple | list) else (made,), strict=False)
-        found = tuple(values[name] for name in self.outputs)
-        return found[0] if len(found) == 1 else found
+            result = call(*(values[name] for name in call.inputs))
+            values |= zip(call.outputs, result if isinstance(result, tuple | list) else (result,), strict=False)
+        results = tuple(values[name] for name in self.outputs)
+        return results[0] if len(results) == 1 else results
 
     def _one_by_one(self, batch: Tensor) -> Any:
-        made = [self(sample[None]) for sample in batch]
-        if isinstance(made[0], Tensor):
-            return torch.cat(made)
-        return tuple(map(torch.cat, zip(*made, strict=True)))
+        results = [self(sample[None]) for sample in batch]
+        if isinstance(results[0], Tensor):
+            return torch.cat(results)
+        return tuple(map(torch.cat, zip(*results, strict=True)))
 
 
 Shapes = Sequence[int] | Mapping[str, Sequence[int]]
@@ -405,8 +417,8 @@ def _sizes(file: File, name: str, dims: Dims | None, shape: Sequence[int] | None
     if shape is None:
         known = () if dims is None else (dims[0] or 1, *dims[1:]) if dims else ()
         if dims is None or None in known:
-            one = len(file.inputs) == 1
-            of, how = ("", "gramlip.onnx.load(path, (3, 224, 224))") if one else (f" of {name}", f"--input {name}=3,224,224")
+            single = len(file.inputs) == 1
+            of, how = ("", "gramlip.onnx.load(path, (3, 224, 224))") if single else (f" of {name}", f"--input {name}=3,224,224")
             msg = f"{file.path} takes {_named(file)}; expected the shape{of} without the batch: type {how}"
             raise InputError(msg)
         return tuple(n for n in known if n is not None)
@@ -476,8 +488,8 @@ class _Builder:
         """Enter a constant."""
         self.values[name] = self.kept[name] = value
 
-    def _refuse(self, operation: Operation, why: str) -> None:
-        self.refused.setdefault(f"{operation.op}: {why}" if why else operation.op, []).append(operation.name)
+    def _refuse(self, operation: Operation, reason: str) -> None:
+        self.refused.setdefault(f"{operation.op}: {reason}" if reason else operation.op, []).append(operation.name)
         self.lost.update(operation.outputs)
 
     def _add(self, operation: Operation) -> None:
@@ -492,7 +504,7 @@ class _Builder:
         try:
             call = Call(OPERATORS[operation.op](node), node.extra, operation.inputs, operation.outputs[:results])
             with torch.no_grad():
-                made = call(*given)
+                result = call(*given)
             node.check_read()
         except RefusedError as error:
             self._refuse(operation, str(error))
@@ -501,19 +513,19 @@ class _Builder:
             shapes = [tuple(x.shape) if x is not None else None for x in given]
             msg = f"{self.file.path}: {operation.name} ({operation.op}) cannot be applied to inputs of shapes {shapes}: {first_line(error)}"
             raise InputError(msg) from error
-        self._keep(node, call, dict(zip(call.outputs, made if isinstance(made, tuple | list) else (made,), strict=False)))
+        self._keep(node, call, dict(zip(call.outputs, result if isinstance(result, tuple | list) else (result,), strict=False)))
 
-    def _keep(self, node: Node, call: Call, made: dict[str, Tensor]) -> None:
+    def _keep(self, node: Node, call: Call, results: dict[str, Tensor]) -> None:
         if not all(node.known) and node.op not in VALUELESS:
-            self.varies.update(made)
-            self.values |= {name: _stand_in(x) for name, x in made.items()}
+            self.varies.update(results)
+            self.values |= {name: _stand_in(x) for name, x in results.items()}
         else:
-            self.values |= made
-            real = any(x is not None and floating(x) for x in node.given) and any(map(floating, made.values()))
+            self.values |= results
+            real = any(x is not None and floating(x) for x in node.given) and any(map(floating, results.values()))
             if (
                 node.op in _MOVES or node.op in VALUELESS or not real
             ):  # else rounding: what is bounded is the function of the stored numbers
-                self.kept |= {name: x.clone() for name, x in made.items()}
+                self.kept |= {name: x.clone() for name, x in results.items()}
                 return
         self.calls.append((_path(call, node.name, self.file.constants), call))
 
@@ -549,8 +561,8 @@ def _identifier(name: str) -> str:
     return re.sub(r"\W", "_", name, flags=re.ASCII) or "_"
 
 
-def _free(name: str, taken: Iterable[str]) -> str:
-    others = set(taken)
+def _free(name: str, names_taken: Iterable[str]) -> str:
+    others = set(names_taken)
     return next(x for x in _numbered(name) if x not in others)
 
 

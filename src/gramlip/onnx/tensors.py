@@ -268,14 +268,14 @@ def _lp_normalization(node: Node) -> Function:
 
 @register("Constant")
 def _constant(node: Node) -> Function:
-    if (held := node.get("value")) is None:
+    if (value := node.get("value")) is None:
         kinds = {"value_float": torch.float32, "value_floats": torch.float32, "value_int": torch.int64, "value_ints": torch.int64}
         name = next((name for name in kinds if node.get(name) is not None), None)
         if name is None:
             msg = f"a constant by {', '.join(node.attributes) or 'nothing'}; expected numbers"
             raise RefusedError(msg)
-        held = torch.tensor(node.get(name), dtype=kinds[name])
-    return lambda: held
+        value = torch.tensor(node.get(name), dtype=kinds[name])
+    return lambda: value
 
 
 @register("Shape")
@@ -306,8 +306,8 @@ def _range(node: Node) -> Function:
     if not ends[2] or not abs(ends[1] - ends[0]) <= LARGEST * abs(ends[2]):
         msg = f"a range from {ends[0]} to {ends[1]} by {ends[2]}"
         raise RefusedError(msg)
-    made = torch.arange(*ends, dtype=node.tensor().dtype) if (ends[1] - ends[0]) * ends[2] > 0 else node.tensor().new_empty(0)
-    return lambda *_: made
+    numbers = torch.arange(*ends, dtype=node.tensor().dtype) if (ends[1] - ends[0]) * ends[2] > 0 else node.tensor().new_empty(0)
+    return lambda *_: numbers
 
 
 @register("NonZero")
