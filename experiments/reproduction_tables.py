@@ -12,8 +12,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from gramlip.lab.reproduce.layers import REFERENCE_PADDING
-from gramlip.lab.reproduce.run import Row, markdown, pick, table
+from gramlip.lab.layer_experiments import REFERENCE_PADDING
+from gramlip.lab.reproduce import Row, markdown, pick, table
 from gramlip.norm.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent

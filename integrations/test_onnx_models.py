@@ -165,7 +165,7 @@ def test_an_export_computes_and_is_bounded_as_the_module(tmp_path: Path, name: s
     report, expected = (gl.audit(m, shape, effort=0.0, rtol=1e-4) for m in (found, model))
     if name != "encoder":  # of which torch exports the attention in pieces
         assert report.upper == pytest.approx(expected.upper, rel=1e-4)
-    assert report.upper <= 1.3 * expected.upper
+    assert report.upper <= 1.1 * expected.upper
     near = x + 1e-2 * torch.randn_like(x)
     quotients = (run(near) - run(x)).flatten(1).norm(dim=1) / (near - x).flatten(1).norm(dim=1)
     assert report.upper >= quotients.max()
@@ -174,11 +174,12 @@ def test_an_export_computes_and_is_bounded_as_the_module(tmp_path: Path, name: s
 
 @pytest.mark.parametrize(("opset", "dynamo"), [(14, False), (18, True)])
 def test_activations_that_are_exported_in_pieces(tmp_path: Path, opset: int, dynamo: bool) -> None:
-    layers = [nn.Softplus(2.0, 15.0), nn.Mish(), nn.GELU(), nn.SiLU(), nn.Softplus()]
+    layers = [nn.Softplus(2.0, 15.0), nn.Mish(), nn.GELU(), nn.SiLU(), nn.GELU("tanh"), nn.Softplus()]
     for i, layer in enumerate(layers if dynamo else layers[1:]):
         path = exported(nn.Sequential(layer), (5,), tmp_path / f"{i}.onnx", opset, dynamo)
         found = load(path)
-        assert gl.audit(found, (5,)).upper == pytest.approx(gl.audit(layer, (5,)).upper, rel=1e-6)
+        within = 2e-5 if isinstance(layer, nn.GELU) and layer.approximate == "tanh" else 1e-6  # its curve is enclosed, not known
+        assert gl.audit(found, (5,)).upper == pytest.approx(gl.audit(layer, (5,)).upper, rel=within)
         x = 20 * torch.randn(30, 5)
         assert torch.allclose(found(x), session(path)(x), rtol=1e-5, atol=1e-5)
 

@@ -17,10 +17,9 @@ from torch import nn
 
 from gramlip.cli import main
 from gramlip.errors import InputError
+from gramlip.lab.layer_experiments import EXPERIMENTS, convolutions
 from gramlip.lab.recipes import MODELS, RECIPES
-from gramlip.lab.reproduce import EXPERIMENTS, Options, Task, reproduce
-from gramlip.lab.reproduce.layers import convolutions
-from gramlip.lab.reproduce.run import PRESETS, preset
+from gramlip.lab.reproduce import PRESETS, Options, Task, preset, reproduce
 from gramlip.norm.methods import METHODS
 
 pytest.importorskip("lightning", reason="the extra gramlip[train]", exc_type=ImportError)

@@ -23,8 +23,9 @@ from gramlip.cli.options import Commands, add_inputs, count, device, examples, f
 from gramlip.errors import InputError, UnsupportedError, first_line, out_of_memory
 from gramlip.lab import recipes
 from gramlip.lab.compare import compare, error_against_time
+from gramlip.lab.layer_experiments import EXPERIMENTS
 from gramlip.lab.recipes import MEAN, STD, Recipe, build
-from gramlip.lab.reproduce import EXPERIMENTS, Options, reproduce
+from gramlip.lab.reproduce import Options, reproduce
 from gramlip.network.audit import audit
 from gramlip.operators.given import hooks, unwrapped
 from gramlip.operators.linear_maps import Conv, Dense

@@ -131,8 +131,9 @@ class Weights:
         done = {name: row for rows in everywhere(rows_before) for name, row in rows.items()}
         run = _Run(self, rtol, done, opened[0] if opened else None, perf_counter())
         apart, groups = self._shared(kept)
-        run.in_parts(apart)
         mine = [groups[i] for i in share([self.cost(group) for group in groups])]
+        everywhere(lambda: run.look(apart, mine))
+        run.in_parts(apart)
         rows = {name: row for part in everywhere(lambda: run.alone(mine, watch)) for name, row in part.items()}
         out = tuple(self._not_begun(name, journal) for name in kept if name not in rows)
         return Report(
@@ -215,9 +216,19 @@ class _Run:
         self._weights, self._rtol, self._done, self._journal = weights, rtol, done, journal
         self._end = math.inf if weights.time_limit is None else begun + weights.time_limit
 
+    def look(self, apart: list[str], groups: list[list[str]]) -> None:
+        """Check all tensors before the work starts: those of the journal have not changed, and, unless time is limited, all are finite.
+
+        Matrices in parts are checked when they are read.
+        """
+        names = [name for group in groups for name in group]
+        for name in (*apart, *names):
+            self._check(name)
+        for name in names if self._end == math.inf else ():
+            self._weights.operator(name)
+
     def in_parts(self, names: list[str]) -> None:
         """Bound matrices together with the other ranks, as many at a time as there are ranks; each is kept by one of them."""
-        everywhere(lambda: [self._check(name) for name in names])
         left = [name for name in names if name not in self._done]
         for start in range(0, len(left), world()):
             batch, begun = left[start : start + world()], perf_counter()
@@ -232,16 +243,9 @@ class _Run:
             everywhere(lambda own=own, rows=rows: self._keep({name: rows[name] for name in own}))
 
     def alone(self, groups: list[list[str]], watch: Watch) -> dict[str, LayerRow]:
-        """Bound the groups that are left, and return all rows that this rank has; the cheapest come first under a time limit.
-
-        All tensors are checked before the work starts, unless time is limited.
-        """
-        limited, done, begun = self._end < math.inf, self._done, False
-        names = [name for group in (sorted(groups, key=self._weights.cost) if limited else groups) for name in group]
-        for name in names:
-            self._check(name)
-            if not limited:
-                self._weights.operator(name)
+        """Bound the groups that are left, and return all rows that this rank has; the cheapest come first under a time limit."""
+        done, begun = self._done, False
+        names = [name for group in (groups if self._end == math.inf else sorted(groups, key=self._weights.cost)) for name in group]
         places = {name: group for group in groups for name in group}
         for name in watch([name for name in names if name not in done]):
             if begun and perf_counter() > self._end:

@@ -20,8 +20,8 @@ from torch.nn.utils import parametrizations
 from gramlip.demo import demo
 from gramlip.errors import UnsupportedError
 from gramlip.lab.bench.result import OURS, Claim, Entry, Options, Row, contest, count, proofs, total
+from gramlip.lab.layer_experiments import convolutions
 from gramlip.lab.recipes import MODELS
-from gramlip.lab.reproduce.layers import convolutions
 from gramlip.network.audit import audit
 from gramlip.nn import Cap, LipschitzPenalty, Monitor, normalised, spectral_norm_, spectral_rescaling_
 from gramlip.nn.monitor import Norms

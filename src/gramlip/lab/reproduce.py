@@ -1,6 +1,6 @@
 """An experiment is a list of tasks. The table of their rows is written after every task, so that a run can be resumed.
 
-The experiment on training stands here too; those on single layers are in `layers`.
+The experiment on training stands here too; those on single layers are in `layer_experiments`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gramlip.errors import InputError
-from gramlip.lab.reproduce.run import Choice, Experiment, Options, Row, Task, markdown, measured, pick, title
+from gramlip.lab.reproduce import TRAINING, Choice, Experiment, Options, Row, Task, markdown, measured, pick, title
 from gramlip.norm.methods import METHODS, bound
 from gramlip.operators.linear_maps import Conv
 from gramlip.reports.formats import read
@@ -581,3 +581,6 @@ def _share(rows: list[Row]) -> float:
 
 
 CERTIFICATES = Experiment("certificates", 'How often a "bound" is below the truth', certificate_tasks, draw_certificates, tell_certificates)
+
+EXPERIMENTS = {experiment.name: experiment for experiment in (DENSE, CONV, RESNET18, SCALING, CERTIFICATES, TRAINING)}
+"""Name -> experiment, of all of them."""
