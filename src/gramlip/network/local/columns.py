@@ -54,9 +54,9 @@ def dense(tile: Tile, shape: Shape) -> Tensor:
     """The columns with their zeros."""
     if tile.box == whole_box(shape):
         return tile.data
-    made = torch.zeros(len(tile.data), *shape, dtype=torch.float64)
-    cut(made, tile.box)[...] = tile.data
-    return made
+    values = torch.zeros(len(tile.data), *shape, dtype=torch.float64)
+    cut(values, tile.box)[...] = tile.data
+    return values
 
 
 def size_of(box: Box, shape: Shape) -> int:
@@ -72,7 +72,7 @@ def unit_columns(places: Tensor, lengths: Tensor, shape: Shape, blocks: int, mos
 
     With each tile come the numbers of its columns. The axes of space are cut into so many blocks, of two places each at least.
     """
-    space, made = shape[2:], list[tuple[Tensor, Tile]]()
+    space, tiles = shape[2:], list[tuple[Tensor, Tile]]()
     parts = max(1, round(blocks ** (1 / max(1, len(space)))))
     steps = [math.ceil(n / max(1, min(n // 2, parts))) for n in space]
     at = _coordinates(places, shape)
@@ -85,17 +85,17 @@ def unit_columns(places: Tensor, lengths: Tensor, shape: Shape, blocks: int, mos
             box = tuple((c, min(c + step, n)) for c, step, n in zip(corner, steps, space, strict=True))
             data = torch.zeros(len(numbers), size_of(box, shape), dtype=torch.float64)
             data[torch.arange(len(numbers)), _inside(places[numbers], shape, box)[1]] = lengths[numbers]
-            made.append((numbers, Tile(box, data.reshape(-1, *shape[:2], *(b - a for a, b in box)))))
-    return made
+            tiles.append((numbers, Tile(box, data.reshape(-1, *shape[:2], *(b - a for a, b in box)))))
+    return tiles
 
 
 def _coordinates(places: Tensor, shape: Shape) -> list[Tensor]:
     """Coordinates of places of the flat value along the axes of space."""
-    found, rest = list[Tensor](), places
+    coordinates, rest = list[Tensor](), places
     for n in reversed(shape[2:]):
-        found.append(rest % n)
+        coordinates.append(rest % n)
         rest = rest // n
-    return found[::-1]
+    return coordinates[::-1]
 
 
 def _inside(places: Tensor, shape: Shape, box: Box) -> tuple[Tensor, Tensor]:
@@ -112,9 +112,9 @@ def _inside(places: Tensor, shape: Shape, box: Box) -> tuple[Tensor, Tensor]:
 def rows_at(tile: Tile, places: Tensor, shape: Shape) -> Tensor:
     """The entries of the columns at some places of the flat value: a row for each place."""
     kept, numbers = _inside(places, shape, tile.box)
-    made = torch.zeros(len(places), len(tile.data), dtype=torch.float64)
-    made[kept] = as_rows(tile.data)[:, numbers].mT
-    return made
+    rows = torch.zeros(len(places), len(tile.data), dtype=torch.float64)
+    rows[kept] = as_rows(tile.data)[:, numbers].mT
+    return rows
 
 
 # ---- linear steps ------------------------------------------------------------------------------------------------------------
@@ -140,15 +140,15 @@ def _slides(op: object) -> bool:
 def _seen(op: object, box: Box) -> Box | None:
     """The outputs of a convolution that read anything in a box."""
     assert isinstance(op, Conv)
-    made: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     for axis, (a, b) in zip(axes(op), box, strict=True):
         assert axis.outputs is not None
         first = max(0, -(-(a + axis.before - axis.span + 1) // axis.stride))
         last = min(axis.outputs - 1, (b - 1 + axis.before) // axis.stride)
         if last < first:
             return None
-        made.append((first, last + 1))
-    return tuple(made)
+        ranges.append((first, last + 1))
+    return tuple(ranges)
 
 
 def carried(step: Step, act: Act, tiles: Sequence[Tile | None], shapes: Sequence[Shape], box: Box) -> Tile:
@@ -162,10 +162,10 @@ def carried(step: Step, act: Act, tiles: Sequence[Tile | None], shapes: Sequence
     if isinstance(what, Sum) and all(shape == step.shape for shape in shapes):
         if len(known) == 1:
             return known[0]
-        made = torch.zeros(count, *step.shape[:2], *(b - a for a, b in box), dtype=torch.float64)
+        values = torch.zeros(count, *step.shape[:2], *(b - a for a, b in box), dtype=torch.float64)
         for tile in known:
-            cut(made, tuple((a - lo, b - lo) for (a, b), (lo, _) in zip(tile.box, box, strict=True)))[...] += tile.data
-        return Tile(box, made)
+            cut(values, tuple((a - lo, b - lo) for (a, b), (lo, _) in zip(tile.box, box, strict=True)))[...] += tile.data
+        return Tile(box, values)
     blank = [torch.zeros(count, *s, dtype=torch.float64) if t is None else dense(t, s) for t, s in zip(tiles, shapes, strict=True)]
     return Tile(box, act(blank, False))
 
@@ -241,7 +241,7 @@ class Near:
             cut(read, tiles[key].box)[...] = True
         patterns, which = reads.flatten(1).mT.unique(dim=0, return_inverse=True)
         sets = [[key for key, on in zip(keys, pattern, strict=True) if on] for pattern in patterns.tolist()]
-        norms = torch.tensor([self._norm(some, most) for some in sets], dtype=torch.float64)
+        norms = torch.tensor([self._norm(places, most) for places in sets], dtype=torch.float64)
         return norms[which].reshape(*(1,) * min(2, len(shape)), *shape[2:])
 
     def _norm(self, keys: Sequence[int], most: float) -> float:
@@ -281,8 +281,8 @@ class Columns:
         self._pays = budget > 0 and area.far < LARGEST
         self._actions: list[Action | None] = [action(steps, i) if self._pays else None for i in range(len(steps))]
         reads = [step.sources if act is None else act[0] for step, act in zip(steps, self._actions, strict=True)]
-        self._last = {s: i for i, some in enumerate(reads) for s in some} | dict.fromkeys(outputs, len(steps))
-        self._read = {s for some, act in zip(reads, self._actions, strict=True) if act is None for s in some} | set(outputs)
+        self._last = {s: i for i, sources in enumerate(reads) for s in sources} | dict.fromkeys(outputs, len(steps))
+        self._read = {s for sources, act in zip(reads, self._actions, strict=True) if act is None for s in sources} | set(outputs)
         self._blocks = BLOCKS if any(isinstance(s.what, Linear) and isinstance(s.what.op, Conv) for s in steps) else 1
         self._chunk = max(1, TOGETHER // max(math.prod(step.shape) for step in steps))
         self._steps, self._forms, self._groups, self._inputs = list[Step](), dict[int, Form](), list[Group](), 0
@@ -340,14 +340,14 @@ class Columns:
         """A linear step."""
         shapes, run = [tuple(f.loose.shape) for f in forms], act[1]
         boxes: dict[int, tuple[tuple[int, int], ...]] = {}
-        held = {key: [f.tiles.get(key) for f in forms] for key in dict.fromkeys(key for f in forms for key in f.tiles)}
-        for key, tiles in held.items():
+        read = {key: [f.tiles.get(key) for f in forms] for key in dict.fromkeys(key for f in forms for key in f.tiles)}
+        for key, tiles in read.items():
             box = landing(step, [None if tile is None else tile.box for tile in tiles], shapes)
             if box is not None:
                 boxes[key] = box
         if not self._pay(sum(len(self._groups[key].numbers) * size_of(box, step.shape) for key, box in boxes.items())):
             return None
-        made = {key: carried(step, run, held[key], shapes, box) for key, box in boxes.items()}
+        made = {key: carried(step, run, read[key], shapes, box) for key, box in boxes.items()}
         what, wide = step.what, sum(f.loose.numel() for f in forms)
         products = terms(what.op) if isinstance(what, Linear) else wide if isinstance(what, Lipschitz) else len(forms)
         gamma = rd.gamma(8.0 * (products + 8))
@@ -460,7 +460,7 @@ class Columns:
         joined: dict[int, list[Tensor]] = {}
         for key, columns in rows.items():
             joined.setdefault(self._groups[key].step, []).append(columns)
-        return {step: torch.cat(some, 1) * (self._unit if step < 0 else self._norms[step]) for step, some in joined.items()}
+        return {step: torch.cat(blocks, 1) * (self._unit if step < 0 else self._norms[step]) for step, blocks in joined.items()}
 
     # ---- what they say of the results ----------------------------------------------------------------------------------------
 
@@ -490,11 +490,11 @@ class Columns:
         loose = torch.cat([f.loose.reshape(-1) for f in forms])
         rows: dict[int, Tensor] = {}
         for key in sorted({key for f in forms for key in f.tiles}):
-            own, count = self._groups[key], len(self._groups[key].numbers)
-            made = torch.cat([self._results(f, key, count) for f in forms], 1)
+            group, count = self._groups[key], len(self._groups[key].numbers)
+            matrix = torch.cat([self._results(f, key, count) for f in forms], 1)
             if outputs is not None:
-                made = made[:, outputs]
-            rows[key] = (made[inputs[own.numbers]] if inputs is not None and own.step < 0 else made).mT
+                matrix = matrix[:, outputs]
+            rows[key] = (matrix[inputs[group.numbers]] if inputs is not None and group.step < 0 else matrix).mT
         loose = loose if outputs is None else loose[outputs]
         parts = self._parts(rows)
         if -1 not in parts:
@@ -579,7 +579,7 @@ def inside(value: Value, span: Tensor, step: Step) -> Value:
 
 def columns_norm(network: Network, area: Region, inputs: Tensor | None, outputs: Tensor | None) -> float:
     """Upper bound of the constant of a network on the set that its slopes are restricted to, from and to some entries; None are all."""
-    made = Columns(network, area, centred=False)
+    columns = Columns(network, area, centred=False)
     for step in network.steps:
-        made.add(step)
-    return made.norm(inputs, outputs)
+        columns.add(step)
+    return columns.norm(inputs, outputs)

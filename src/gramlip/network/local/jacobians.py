@@ -47,15 +47,15 @@ def restricted(network: Network, area: Region, budget: float = BUDGET, columns: 
     inputs, lines, moved = iter(range(len(area.low))), Relaxations(area, budget), Columns(network, area, centred=True, budget=columns)
     for step in network.steps:
         if isinstance(step.what, Input):
-            made, value = step, given(area, next(inputs))
+            narrowed, value = step, given(area, next(inputs))
         else:
             for s in step.sources:
                 known[s] = lines.tighten(s, step.what)
-            made, value = followed(step, [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources])
-            made = shortened(made, known)
-        span = moved.add(made, known[step.sources[0]] if step.sources else None)
+            narrowed, value = followed(step, [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources])
+            narrowed = shortened(narrowed, known)
+        span = moved.add(narrowed, known[step.sources[0]] if step.sources else None)
         value = value if span is None else inside(value, span, step)
-        steps.append(lines.add(made, value))
+        steps.append(lines.add(narrowed, value))
         known.append(value)
     return Local(area, Network([_settled(step) for step in steps], network.outputs), known, moved)
 
@@ -127,16 +127,16 @@ class Sweeps:
     def back(self, ends: Sequence[int], spread: bool) -> dict[int, Rows]:
         """The rows of the given values, joined, by every value that they depend on."""
         sizes = [math.prod(self.network.steps[i].shape) for i in ends]
-        eye, found = torch.eye(sum(sizes), dtype=torch.float64), dict[int, Rows]()
+        eye, by_step = torch.eye(sum(sizes), dtype=torch.float64), dict[int, Rows]()
         for i, part in zip(ends, eye.split(sizes, 1), strict=True):
             rows = part.reshape(-1, *self.network.steps[i].shape)
-            own = Rows(rows, rows, torch.zeros_like(rows) if spread else None)
-            found[i] = found[i] + own if i in found else own
+            identity = Rows(rows, rows, torch.zeros_like(rows) if spread else None)
+            by_step[i] = by_step[i] + identity if i in by_step else identity
         for i in range(max(ends), -1, -1):
-            if i in found:
-                for source, rows in self._through(i, found[i]):
-                    found[source] = found[source] + rows if source in found else rows
-        return found
+            if i in by_step:
+                for source, rows in self._through(i, by_step[i]):
+                    by_step[source] = by_step[source] + rows if source in by_step else rows
+        return by_step
 
     def _through(self, i: int, rows: Rows) -> list[tuple[int, Rows]]:
         step, act = self.network.steps[i], self.actions[i]
@@ -148,14 +148,14 @@ class Sweeps:
         if act is None:
             return []
         parts = [rows.centre, rows.moduli] + ([] if rows.spread is None else [rows.spread])
-        made = [adjoint(self.network.steps, i, act, part, moduli=k > 0) for k, part in enumerate(parts)]
-        return [(s, Rows(made[0][j], made[1][j], made[2][j] if rows.spread is not None else None)) for j, s in enumerate(act[0])]
+        carried = [adjoint(self.network.steps, i, act, part, moduli=k > 0) for k, part in enumerate(parts)]
+        return [(s, Rows(carried[0][j], carried[1][j], carried[2][j] if rows.spread is not None else None)) for j, s in enumerate(act[0])]
 
-    def columns(self, found: dict[int, Rows], name: str) -> Tensor:
+    def columns(self, by_step: dict[int, Rows], name: str) -> Tensor:
         """The rows by all inputs, flat and joined: with the middle slopes, with all moduli, or what slopes may add."""
-        count = len(next(iter(found.values())).centre)
+        count = len(next(iter(by_step.values())).centre)
         ends = [(i, step.shape) for i, step in enumerate(self.network.steps) if isinstance(step.what, Input)]
-        parts = [getattr(found[i], name) if i in found else torch.zeros(count, *shape, dtype=torch.float64) for i, shape in ends]
+        parts = [getattr(by_step[i], name) if i in by_step else torch.zeros(count, *shape, dtype=torch.float64) for i, shape in ends]
         return torch.cat([as_rows(part) for part in parts], 1)
 
     def stray(self, i: int) -> float:
@@ -312,7 +312,7 @@ def _weighed(centre: Tensor, third: Tensor) -> tuple[float, Tensor]:
     squares = centre @ centre.mT + torch.einsum("ijl,kjl->ik", third, third)
     first = 0.5 * math.log(max(float(third.square().sum()), 1e-200) / max(float(centre.square().sum()), 1e-200))
     power = (first * torch.eye(side, dtype=torch.float64)).requires_grad_()
-    optimiser, best, found = torch.optim.Adam([power], lr=STEP), math.inf, power.detach().clone()
+    optimiser, best, weights = torch.optim.Adam([power], lr=STEP), math.inf, power.detach().clone()
     with torch.enable_grad():
         for i in range(STEPS):
             for group in optimiser.param_groups:
@@ -325,11 +325,11 @@ def _weighed(centre: Tensor, third: Tensor) -> tuple[float, Tensor]:
             if not math.isfinite(top):
                 break
             if top < best:
-                best, found = top, even.detach().clone()
+                best, weights = top, even.detach().clone()
             optimiser.zero_grad()
             torch.logsumexp(SHARP / max(top, 1e-300) * values, 0).backward()  # type: ignore[reportUnknownMemberType]
             optimiser.step()
-    return best, found
+    return best, weights
 
 
 # ---- from the arguments of activations to the results ------------------------------------------------------------------------
@@ -371,20 +371,20 @@ class Telescope:
     def run(self) -> Derivative:
         """The derivative of the results."""
         for i in sorted(self.sweeps.middle):
-            made = self.rows(self.sweeps.network.steps[i].sources)
+            derivative_of = self.rows(self.sweeps.network.steps[i].sources)
             if self.every:
-                self._restrict(i, made)
-            self.known[i] = self._inner(i, made)
+                self._restrict(i, derivative_of)
+            self.known[i] = self._inner(i, derivative_of)
         return self.rows(self.sweeps.network.outputs)
 
     def rows(self, ends: Sequence[int]) -> Derivative:
         """Rows of some values, from those of the arguments of all activations before them."""
         sweeps, known = self.sweeps, self.known
-        gamma, found = sweeps.gamma, sweeps.back(ends, spread=False)
-        centre, moduli = (sweeps.columns(found, name) for name in ("centre", "moduli"))
+        gamma, by_step = sweeps.gamma, sweeps.back(ends, spread=False)
+        centre, moduli = (sweeps.columns(by_step, name) for name in ("centre", "moduli"))
         spread, noise, third = gamma * moduli, gamma * moduli, None
         far, parts = list[tuple[Tensor, float]](), list[Part]()
-        for i, rows in found.items():
+        for i, rows in by_step.items():
             most = as_rows(rows.most(gamma))
             if stray := sweeps.stray(i):
                 far.append((most, stray))
@@ -398,8 +398,8 @@ class Telescope:
             if drift is None:
                 spread = spread + (most * half) @ size
                 continue
-            one = torch.einsum("tn,nj,nl->tjl", as_rows(rows.centre), inner.centre, drift.rows)
-            third = one if third is None else third + one
+            turned = torch.einsum("tn,nj,nl->tjl", as_rows(rows.centre), inner.centre, drift.rows)
+            third = turned if third is None else third + turned
             spread = spread + (most * drift.loose) @ size + (most * drift.reach) @ inner.spread
             lost = 8.0 * gamma * (as_rows(rows.moduli) * drift.reach) @ inner.moduli
             spread, noise = spread + lost, noise + lost
@@ -409,45 +409,45 @@ class Telescope:
     def _scales(self) -> bool:
         return max(map(len, (half.reshape(-1) for half in self.sweeps.half.values())), default=0) <= SCALED
 
-    def _restrict(self, i: int, made: Derivative) -> None:
+    def _restrict(self, i: int, known: Derivative) -> None:
         """The slopes of an activation on the interval that its argument's derivative gives, and how they move: theorem L15."""
         what = self.sweeps.network.steps[i].what
         assert isinstance(what, Slope)
         given = what.argument
-        if given is None or what.within is None or given.low.numel() != len(made.centre):
+        if given is None or what.within is None or given.low.numel() != len(known.centre):
             return
-        span, stray = self.area.span(made.centre), round_up(made.stray(self.area) * self.area.far)
+        span, stray = self.area.span(known.centre), round_up(known.stray(self.area) * self.area.far)
         reach = round_up(span + stray).reshape(given.low.shape)
         low = torch.maximum(given.low, round_down(given.middle[0] - reach))
         high = torch.maximum(low, torch.minimum(given.high, round_up(given.middle[1] + reach)))
         on = what.within(low, high)
         least = torch.maximum(on.low.expand(low.shape), torch.as_tensor(what.low, dtype=torch.float64))
         most = torch.maximum(least, torch.minimum(on.high.expand(low.shape), torch.as_tensor(what.high, dtype=torch.float64)))
-        moved = drift(replace(what, low=least, high=most), Argument(low, high, given.middle), made.centre, (-stray, stray), span)
+        moved = drift(replace(what, low=least, high=most), Argument(low, high, given.middle), known.centre, (-stray, stray), span)
         self.sweeps.restrict(i, least, most, _tightest(least, most, [d for d in (what.drift, moved) if d is not None]))
 
-    def _inner(self, i: int, made: Derivative) -> Inner:
+    def _inner(self, i: int, known: Derivative) -> Inner:
         sweeps, far = self.sweeps, self.area.far
         moved, half = sweeps.drift.get(i), sweeps.half[i].reshape(-1)
         loose = half if moved is None else moved.loose
-        plain = Inner(made.centre, made.moduli, made.entries(self.area) * (1.0 + sweeps.gamma), made.rest(), loose, 0.0)
+        plain = Inner(known.centre, known.moduli, known.entries(self.area) * (1.0 + sweeps.gamma), known.rest(), loose, 0.0)
         if not self._scales():
             return plain
         gain = self._gains.get(i, torch.zeros(0))
         gain = gain if len(gain) == len(loose) else torch.ones(len(loose), dtype=torch.float64)
         turns = 0.0
-        third = made.third
-        scale, line = _shared(loose, row_norms_up(made.centre), gain)
+        third = known.third
+        scale, line = _shared(loose, row_norms_up(known.centre), gain)
         if third is not None:
             turns = rd.mul_up(far, least_unfolding(third * line[:, None, None]))
-        factor = rd.add_up(_norms([made.centre * line[:, None]], 1e-3)[0], turns, made.left(line))
+        factor = rd.add_up(_norms([known.centre * line[:, None]], 1e-3)[0], turns, known.left(line))
         plain = replace(plain, scale=scale, factor=factor)
         if moved is None:
             return plain
         if third is None:
-            return replace(plain, turn=torch.ones_like(loose), turned=made.left(moved.reach))
+            return replace(plain, turn=torch.ones_like(loose), turned=known.left(moved.reach))
         turn, line = _shared(moved.reach, row_norms_up(third.flatten(1)), gain)
-        turned = rd.add_up(rd.mul_up(far, least_unfolding(third * line[:, None, None])), made.left(line))
+        turned = rd.add_up(rd.mul_up(far, least_unfolding(third * line[:, None, None])), known.left(line))
         return replace(plain, turn=turn, turned=turned)
 
 
@@ -502,9 +502,9 @@ def _growth(network: Network, composed: Composition) -> float:
 
 def _of_results(sweeps: Sweeps) -> Derivative:
     """Rows of the results with everything that the slopes may add: theorem L4."""
-    found = sweeps.back(sweeps.network.outputs, spread=True)
-    centre, moduli, spread = (sweeps.columns(found, name) for name in ("centre", "moduli", "spread"))
-    far = [(as_rows(rows.most(sweeps.gamma)), stray) for i, rows in found.items() if (stray := sweeps.stray(i))]
+    by_step = sweeps.back(sweeps.network.outputs, spread=True)
+    centre, moduli, spread = (sweeps.columns(by_step, name) for name in ("centre", "moduli", "spread"))
+    far = [(as_rows(rows.most(sweeps.gamma)), stray) for i, rows in by_step.items() if (stray := sweeps.stray(i))]
     noise = sweeps.gamma * moduli
     return Derivative(centre, moduli, None, (spread + noise) * (1.0 + sweeps.gamma), far, noise)
 
@@ -543,11 +543,11 @@ class Around:
         steps = local.network.steps
         shapes = [[steps[s].shape for s in step.sources] for step in steps]
         moved = [i for i, step in enumerate(steps) if not isinstance(step.what, Linear) or step.what is last]
-        own = constants([steps[i] for i in moved], [shapes[i] for i in moved])
-        found = [*self._constants, own[-1]]
-        for i, bound in zip(moved, own, strict=True):
-            found[i] = bound
-        known = derivative(local.network, compose(local.network, found), area)
+        bounds = constants([steps[i] for i in moved], [shapes[i] for i in moved])
+        of_steps = [*self._constants, bounds[-1]]
+        for i, bound in zip(moved, bounds, strict=True):
+            of_steps[i] = bound
+        known = derivative(local.network, compose(local.network, of_steps), area)
         unknown, columns = torch.full((len(matrix),), math.inf, dtype=torch.float64), local.columns.rows()
         slopes = unknown if known is None else known.rows(area)
         rates = slopes if known is None else torch.minimum(slopes, known.rates(area))

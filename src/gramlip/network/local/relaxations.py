@@ -203,11 +203,11 @@ def _chord(first: Tensor, last: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def _between(least: Tensor, most: Tensor, falls: Tensor, rises: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
     """Least and largest values of a function between knots from those at them and how fast it falls and rises."""
-    both, lost = (falls + rises).clamp_min(rd.TINY), falls * rises * round_up(knots[1:] - knots[:-1])
+    width, lost = (falls + rises).clamp_min(rd.TINY), falls * rises * round_up(knots[1:] - knots[:-1])
     turns = falls * rises > 0
-    dip = torch.where(turns, (least[:-1] * rises + least[1:] * falls - lost) / both, INF)
-    peak = torch.where(turns, (most[:-1] * falls + most[1:] * rises + lost) / both, -INF)
-    room = 2.0**-46 * ((lost / both).amax(0) + least.abs().amax(0) + most.abs().amax(0))
+    dip = torch.where(turns, (least[:-1] * rises + least[1:] * falls - lost) / width, INF)
+    peak = torch.where(turns, (most[:-1] * falls + most[1:] * rises + lost) / width, -INF)
+    room = 2.0**-46 * ((lost / width).amax(0) + least.abs().amax(0) + most.abs().amax(0))
     return torch.minimum(least.amin(0), dip.amin(0)) - room, torch.maximum(most.amax(0), peak.amax(0)) + room
 
 
@@ -263,9 +263,9 @@ class Relaxations:
         if isinstance(what, Slope) and isinstance(value.low, Tensor):
             source = self._values[step.sources[0]]
             if isinstance(source.low, Tensor) and source.middle is not None and tuple(source.low.shape) == step.shape:
-                found = line(what, source.low, source.high, source.middle)
-                if found is not None:
-                    self._lines[i] = found
+                of_step = line(what, source.low, source.high, source.middle)
+                if of_step is not None:
+                    self._lines[i] = of_step
                 what = replace(what, argument=Argument(source.low, source.high, source.middle))
                 if (known := self._linear.pop(step.sources[0], None)) is not None and what.argument is not None:
                     what = replace(what, drift=drift(what, what.argument, *known))
@@ -286,7 +286,7 @@ class Relaxations:
         if len(entries) == 0 or work > self._left or self._actions[i] is None:
             return value
         self._left -= work
-        parts = [self._deviation(i, some) for some in entries.split(max(1, TOGETHER // self._entries))]
+        parts = [self._deviation(i, batch) for batch in entries.split(max(1, TOGETHER // self._entries))]
         under, over, *rest, rows, reach = (torch.cat(side) for side in zip(*parts, strict=True))
         if len(entries) == value.low.numel() and len(entries) * self._area.entries**2 <= THIRD:
             self._linear[i] = rows, (rest[0], rest[1]), reach
@@ -306,17 +306,17 @@ class Relaxations:
         rows = torch.zeros(len(entries), math.prod(self._steps[i].shape), dtype=torch.float64)
         rows[torch.arange(len(entries)), entries] = 1.0
         rows = rows.reshape(-1, *self._steps[i].shape)
-        found, gamma = {i: (rows, rows)}, rd.gamma(roundings(self._steps[: i + 1]))
+        by_step, gamma = {i: (rows, rows)}, rd.gamma(roundings(self._steps[: i + 1]))
         low, high = (torch.zeros(len(entries), dtype=torch.float64) for _ in range(2))
         inputs: list[tuple[int, Tensor, Tensor]] = []
         for j in range(i, -1, -1):
-            if j not in found:
+            if j not in by_step:
                 continue
-            rows, moduli = found.pop(j)
+            rows, moduli = by_step.pop(j)
             if isinstance(self._steps[j].what, Input):
                 inputs.append((j, as_rows(rows), as_rows(moduli)))
                 continue
-            under, over = self._through(j, rows, moduli, gamma, found)
+            under, over = self._through(j, rows, moduli, gamma, by_step)
             low, high = low + under, high + over
         ends, stray, rows = self._at_inputs(inputs, gamma, len(entries))
         low, high = low - stray - gamma * low.abs(), high + stray + gamma * high.abs()
@@ -325,23 +325,23 @@ class Relaxations:
         return (*whole, low, high, rows, torch.maximum(-ends[0], ends[1]))
 
     def _through(
-        self, j: int, rows: Tensor, moduli: Tensor, gamma: float, found: dict[int, tuple[Tensor, Tensor]]
+        self, j: int, rows: Tensor, moduli: Tensor, gamma: float, by_step: dict[int, tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """Rows handed on to what step j reads; what it may add to them below and above."""
-        step, made, own = self._steps[j], self._actions[j], self._lines.get(j)
-        if own is not None:
-            handed = [(step.sources[0], rows * own.slope, moduli * own.slope.abs())]
-            under, over = own.low, own.high
-        elif made is not None:
-            parts = [adjoint(self._steps, j, made, part, moduli=k > 0) for k, part in enumerate((rows, moduli))]
-            handed = list(zip(made[0], *parts, strict=True))
+        step, act, slopes = self._steps[j], self._actions[j], self._lines.get(j)
+        if slopes is not None:
+            handed = [(step.sources[0], rows * slopes.slope, moduli * slopes.slope.abs())]
+            under, over = slopes.low, slopes.high
+        elif act is not None:
+            parts = [adjoint(self._steps, j, act, part, moduli=k > 0) for k, part in enumerate((rows, moduli))]
+            handed = list(zip(act[0], *parts, strict=True))
             under = over = None
         else:
             under, over = self._apart(j)
             handed = []
         for s, centre, size in handed:
-            before = found.get(s)
-            found[s] = (centre, size) if before is None else (before[0] + centre, before[1] + size)
+            before = by_step.get(s)
+            by_step[s] = (centre, size) if before is None else (before[0] + centre, before[1] + size)
         flat = as_rows(rows)
         if under is None or over is None:
             error, zero = stray_of(self._steps, j), torch.zeros(len(rows), dtype=torch.float64)
@@ -369,12 +369,12 @@ class Relaxations:
         self, inputs: list[tuple[int, Tensor, Tensor]], gamma: float, count: int
     ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """The sums of the rows over the inputs, by the box or the ball, whichever is less; the same for their errors; and the rows."""
-        zero, held = torch.zeros(count, dtype=torch.float64), {j: (rows, moduli) for j, rows, moduli in inputs}
+        zero, by_input = torch.zeros(count, dtype=torch.float64), {j: (rows, moduli) for j, rows, moduli in inputs}
         low, high, stray, every, errors = zero, zero, zero, list[Tensor](), list[Tensor]()
         for j in (j for j, step in enumerate(self._steps) if isinstance(step.what, Input)):
             ends = [end.reshape(-1) for end in self._apart(j)]
             blank = torch.zeros(count, len(ends[0]), dtype=torch.float64)
-            rows, moduli = held.get(j, (blank, blank))
+            rows, moduli = by_input.get(j, (blank, blank))
             under, over = _spanned(rows, blank, *ends)
             low, high, stray = low + under, high + over, stray + torch.maximum(*_spanned(moduli * gamma, blank, *ends)[::-1])
             every, errors = [*every, rows], [*errors, moduli]

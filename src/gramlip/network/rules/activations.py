@@ -348,7 +348,7 @@ def gated(call: Call, x: Var, gate: Var) -> Slope | None:
 
 def _constants_before(call: Call, step: int) -> dict[int, tuple[Fraction, Fraction, float]]:
     """Steps of which this one is `factor v + shift`, itself first, by one constant for all entries; and the relative error of these."""
-    found = {step: (Fraction(1), Fraction(0), 0.0)}
+    known = {step: (Fraction(1), Fraction(0), 0.0)}
     while True:
         what = call.steps[step].what
         if (
@@ -360,25 +360,25 @@ def _constants_before(call: Call, step: int) -> dict[int, tuple[Fraction, Fracti
             or not math.isfinite(float(what.bias) + float(what.op.weight))
             or float(what.op.weight) == 0
         ):
-            return found
-        factor, shift, error = found[step]
+            return known
+        factor, shift, error = known[step]
         step = call.steps[step].sources[0]
         by = float(what.op.weight)
         more = 2.0 * what.error / abs(by)
-        found[step] = (factor * Fraction(by), shift + factor * Fraction(float(what.bias)), error + more)
+        known[step] = (factor * Fraction(by), shift + factor * Fraction(float(what.bias)), error + more)
 
 
 def _gate(name: str, scale: Fraction, factor: Fraction, written: str, error: float, root: float = 1.0) -> Slope:
     """`scale / b` times a named function of `b x`, with b = `root factor` known up to a relative error: docs/network.md#activations."""
-    found = slope(name)
+    activation = slope(name)
     b, grow, room = root * float(factor), float(scale), error + 2.0**-48
     if (b, grow, error) == (1.0, 1.0, 0.0):
-        return replace(found, because=f"{written}: {found.because}")
-    low, high = (outward(outward(float(s) * grow)) for s, outward in ((found.low, rd.down), (found.high, rd.up)))
-    image = (-rd.up(-found.image[0] * grow / b * (1 + 4 * room)), INF)
-    assert found.within is not None
-    on = _rescaled(found.within, b, grow, room)
-    return replace(found, low=low, high=high, because=f"{written}: {found.because}", image=image, within=on)
+        return replace(activation, because=f"{written}: {activation.because}")
+    low, high = (outward(outward(float(s) * grow)) for s, outward in ((activation.low, rd.down), (activation.high, rd.up)))
+    image = (-rd.up(-activation.image[0] * grow / b * (1 + 4 * room)), INF)
+    assert activation.within is not None
+    on = _rescaled(activation.within, b, grow, room)
+    return replace(activation, low=low, high=high, because=f"{written}: {activation.because}", image=image, within=on)
 
 
 def _rescaled(within: Within, b: float, scale: float, room: float) -> Within:
@@ -388,8 +388,8 @@ def _rescaled(within: Within, b: float, scale: float, room: float) -> Within:
         return (x * by + side * (4 * room * by * x.abs() + rd.TINY)).nan_to_num(side * INF, INF, -INF)
 
     def on(a: Tensor, c: Tensor) -> OnInterval:
-        found = within(wide(a, -1.0, b), wide(c, 1.0, b))
-        ends = (wide(x, side, by) for x, side, by in zip(found, (-1.0, 1.0) * 2, (scale, scale, scale / b, scale / b), strict=True))
+        inner = within(wide(a, -1.0, b), wide(c, 1.0, b))
+        ends = (wide(x, side, by) for x, side, by in zip(inner, (-1.0, 1.0) * 2, (scale, scale, scale / b, scale / b), strict=True))
         return OnInterval(*ends)
 
     return on

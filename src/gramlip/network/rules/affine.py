@@ -192,19 +192,19 @@ def _plain(call: Call, operands: Sequence[Var | Tensor], terms: Sequence[str]) -
             sizes[c] = max(n, sizes.get(c, 1))
     found: list[tuple[Var | Tensor, str]] = []
     for x, term in zip(operands, terms, strict=True):
-        own = "".join(dict.fromkeys(term))
-        shape, alike = tuple(sizes[c] for c in own), all(n == sizes[c] for c, n in zip(term, x.shape, strict=True))
-        if own == term and alike:
+        letters = "".join(dict.fromkeys(term))
+        shape, alike = tuple(sizes[c] for c in letters), all(n == sizes[c] for c, n in zip(term, x.shape, strict=True))
+        if letters == term and alike:
             found.append((x, term))
         elif isinstance(x, Tensor):
-            found.append((torch.einsum(f"{term}->{own}", x).expand(shape), own))
+            found.append((torch.einsum(f"{term}->{letters}", x).expand(shape), letters))
         else:
             picked = (
                 x
-                if own == term
-                else call.then(Lipschitz(1.0, "a diagonal", same_range=True), x, shape=tuple(x.shape[term.index(c)] for c in own))
+                if letters == term
+                else call.then(Lipschitz(1.0, "a diagonal", same_range=True), x, shape=tuple(x.shape[term.index(c)] for c in letters))
             )
-            found.append((spread(call, picked, shape), own))
+            found.append((spread(call, picked, shape), letters))
     return [x for x, _ in found], [term for _, term in found]
 
 
@@ -232,18 +232,18 @@ def _einsum(call: Call) -> Var:
     error = 0.0
     if len(operands) > 2:
         operands, terms, error = _contracted(call, operands, terms, result)
-    (one, other), (a, b) = operands, terms
-    if isinstance(one, Var) and isinstance(other, Var):
-        return _product(call, (one, other), (a, b), result)
-    constant, variable = ((one, a), (other, b)) if isinstance(other, Var) else ((other, b), (one, a))
+    (left, right), (a, b) = operands, terms
+    if isinstance(left, Var) and isinstance(right, Var):
+        return _product(call, (left, right), (a, b), result)
+    constant, variable = ((left, a), (right, b)) if isinstance(right, Var) else ((right, b), (left, a))
     assert isinstance(constant[0], Tensor)
     if len(call["tensors"]) == 2:
         error = sum(frobenius_up(e) if bool(e.isfinite().all()) else math.inf for e in tensors(call.error_of("tensors")))
     assert isinstance(variable[0], Var)
-    made, count = _matrices(constant[0], constant[1], variable[0], variable[1], result, error)
+    action, count = _matrices(constant[0], constant[1], variable[0], variable[1], result, error)
     if len(call["tensors"]) == 2 and variable[0] == call.vars[0]:
-        made = replace(made, linear=call.linear(_moduli(call, made.upper), rd.mul_up(error, count)))
-    return call.then(made, variable[0])
+        action = replace(action, linear=call.linear(_moduli(call, action.upper), rd.mul_up(error, count)))
+    return call.then(action, variable[0])
 
 
 def _moduli(call: Call, upper: float) -> float:
@@ -382,11 +382,11 @@ def _addmm(call: Call) -> Linear:
     )
 
 
-def _bias_error(made: Tensor | Var, roundings: int = 1, largest: float = 1.0) -> float:
+def _bias_error(constant: Tensor | Var, roundings: int = 1, largest: float = 1.0) -> float:
     """The error of entries after so many `roundings`; `largest` bounds the factor after one that underflows."""
-    if isinstance(made, Var):
+    if isinstance(constant, Var):
         return 0.0
-    return rd.add_up(rd.mul_up(rd.gamma(roundings + 1), float(made.abs().max())), rd.mul_up(2.0 * rd.TINY, max(1.0, largest)))
+    return rd.add_up(rd.mul_up(rd.gamma(roundings + 1), float(constant.abs().max())), rd.mul_up(2.0 * rd.TINY, max(1.0, largest)))
 
 
 @register("aten.matmul", "aten.mm", "aten.bmm", "aten.mv")
@@ -401,8 +401,8 @@ def _baddbmm(call: Call) -> Var:
     if shift is None or call.const("alpha") != 1:
         msg = f"baddbmm with alpha={call['alpha']!r}, which no rule covers"
         raise UnsupportedError(msg)
-    made = _product_of(call, call["batch1"], call["batch2"])
-    value = made if isinstance(made, Var) else call.then(made, *call.vars)
+    product = _product_of(call, call["batch1"], call["batch2"])
+    value = product if isinstance(product, Var) else call.then(product, *call.vars)
     return _summed(call, value, shift, (1.0, float(call.const("beta"))), most(call.error_of("self")))
 
 
@@ -426,8 +426,8 @@ def matrix_product(call: Call, left: Var | Tensor, right: Var | Tensor, lost: fl
     constant, variable = (right, left) if isinstance(left, Var) else (left, right)
     assert isinstance(constant, Tensor)
     matrices = constant.detach().reshape(-1, *constant.shape[-2:]) if constant.ndim >= 2 else constant.detach()[None, None]
-    batch, own = (call.shape[:-1], 1) if len(variable.shape) == 1 else (call.shape[:-2], math.prod(variable.shape[:-2]))
-    repeats = rd.sqrt_up(float(max(1, math.prod(batch) // max(1, own))))
+    batch, samples = (call.shape[:-1], 1) if len(variable.shape) == 1 else (call.shape[:-2], math.prod(variable.shape[:-2]))
+    repeats = rd.sqrt_up(float(max(1, math.prod(batch) // max(1, samples))))
     upper = rd.mul_up(rd.add_up(largest(matrices), lost), repeats)
     linear = call.linear(_moduli(call, upper), rd.mul_up(lost, repeats))
     terms = constant.detach() if isinstance(right, Var) or constant.ndim < 2 else constant.detach().mT
@@ -569,12 +569,12 @@ def _by(call: Call, rule: Callable[[Call], Any], op: str, left: Any, right: Any)
     """A product or quotient of two arguments as a part of the call: a value, or a constant where both are."""
     pair = {"self": left, "other": right}
     if not any(isinstance(v, Var) for v in pair.values()):
-        one, other = (cast("Tensor", entries_of(v)) for v in (left, right))
-        return {"aten.mul": torch.mul, "aten.div": torch.div}[op](one, other)
+        left_entries, right_entries = (cast("Tensor", entries_of(v)) for v in (left, right))
+        return {"aten.mul": torch.mul, "aten.div": torch.div}[op](left_entries, right_entries)
     shape = torch.broadcast_shapes(*(v.shape if isinstance(v, Var | Tensor) else () for v in (left, right)))
     part = replace(call, op=op, args=pair, shape=tuple(shape), errors={}, asked=set())
-    made = rule(part)
-    return made if isinstance(made, Var) else part.then(made, *part.vars)
+    result = rule(part)
+    return result if isinstance(result, Var) else part.then(result, *part.vars)
 
 
 @register("aten.addcmul", "aten.addcdiv")

@@ -255,8 +255,8 @@ class Curve:
         return Curve(lines, tuple(knots), tuple(map(self, knots)))
 
     def _with(self, other: Curve, line: Callable[[Line, Line], Line], value: Callable[[Fraction, Fraction], Fraction]) -> Curve:
-        one, two = together([self, other])
-        return Curve(tuple(map(line, one.lines, two.lines)), one.knots, tuple(map(value, one.values, two.values)))
+        first, second = together([self, other])
+        return Curve(tuple(map(line, first.lines, second.lines)), first.knots, tuple(map(value, first.values, second.values)))
 
     def __add__(self, other: Curve) -> Curve:
         """The sum."""
@@ -424,8 +424,8 @@ class Entrywise:
 
 def aligned(values: Sequence[Entrywise]) -> list[list[Curve]]:
     """For each different entry the curves of all the values there."""
-    held = torch.broadcast_tensors(*(to_float64(c) for v in values for c in v.constants))
-    rows = torch.stack([c.reshape(-1) for c in held], 1).unique(dim=0).tolist() if held else [[]]
+    constants = torch.broadcast_tensors(*(to_float64(c) for v in values for c in v.constants))
+    rows = torch.stack([c.reshape(-1) for c in constants], 1).unique(dim=0).tolist() if constants else [[]]
     if len(rows) > EACH:
         raise NotACurveError
     found: list[list[Curve]] = []
@@ -482,19 +482,19 @@ def entrywise(call: Call) -> Entrywise | None:
 
     held = tuple(c for v in numbers for c in (v.constants if isinstance(v, Entrywise) else () if v is None else (v,)))
     errors = bool(call.inexact) or any(v.errors for v in known if isinstance(v, Entrywise))
-    made = Entrywise(bases.pop(), held, at, calls, errors)
+    function = Entrywise(bases.pop(), held, at, calls, errors)
     try:
-        curves = made.curves()
+        curves = function.curves()
     except NotACurveError:
         return None
-    return made if call.dtype is None or truth or call.dtype.is_floating_point or _fit(curves, call.dtype) else None
+    return function if call.dtype is None or truth or call.dtype.is_floating_point or _fit(curves, call.dtype) else None
 
 
 def _fit(curves: Sequence[Curve], dtype: torch.dtype) -> bool:
     """Whether curves have whole numbers alone that a type of integers holds, and float64 too: beyond its ends it wraps around."""
-    held = torch.iinfo(dtype)
+    limits = torch.iinfo(dtype)
     values = [(s, h) for c in curves for s, h in (*c.lines, *((Fraction(0), v) for v in c.values))]
-    return all(s == 0 and h.denominator == 1 and max(held.min, -EXACT) <= h <= min(held.max, EXACT) for s, h in values)
+    return all(s == 0 and h.denominator == 1 and max(limits.min, -EXACT) <= h <= min(limits.max, EXACT) for s, h in values)
 
 
 def merged(call: Call, value: Entrywise) -> Slope | Unbounded | None:

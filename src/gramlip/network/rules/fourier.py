@@ -132,17 +132,17 @@ def _transform(call: Call) -> Var:
     whole = name.startswith(("fft", "rfft", "hfft"))
     root, inverse = rd.sqrt_up(float(count)), rd.up(1.0 / rd.sqrt_down(float(count)))
     scaled = {None: root if whole else inverse, "backward": root if whole else inverse, "ortho": 1.0, "forward": inverse if whole else root}
-    own = scaled[call.const("norm")]
+    scale = scaled[call.const("norm")]
     doubled = rd.sqrt_up(2.0) if halved and points[-1] > 2 else 1.0
-    made = call.then(Lipschitz(rd.mul_up(own, doubled), f"{name} of {count} points: docs/network.md#complex-values"), x)
+    result = call.then(Lipschitz(rd.mul_up(scale, doubled), f"{name} of {count} points: docs/network.md#complex-values"), x)
     last = axes[-1] == len(x.shape) - 1
     if name.startswith(("rfft", "ihfft")) and last:
-        call.known.halves[made.step] = Half(x.step, points[-1], own, torch.arange(math.prod(made.shape)).reshape(made.shape))
+        call.known.halves[result.step] = Half(x.step, points[-1], scale, torch.arange(math.prod(result.shape)).reshape(result.shape))
     half = call.known.halves.get(x.step)
     if halved and last and half is not None and not _meets_itself(half, x.shape[-1], points[-1]):
-        way = Shortcut((rd.mul_up(half.factor, own),), (half.origin,))
-        call.steps[made.step] = replace(call.steps[made.step], shortcut=way)
-    return made
+        way = Shortcut((rd.mul_up(half.factor, scale),), (half.origin,))
+        call.steps[result.step] = replace(call.steps[result.step], shortcut=way)
+    return result
 
 
 def _meets_itself(half: Half, size: int, points: int) -> bool:
@@ -175,8 +175,8 @@ def _stft(call: Call) -> Lipschitz:
     squares = torch.ones(call.const("win_length") or points, dtype=torch.float64) if window is None else window.abs().double() ** 2
     most = max(float(squares[start::hop].sum()) for start in range(hop))
     root = rd.sqrt_up(rd.mul_up(most, 1.0 + rd.gamma(len(squares) + 8.0)))
-    own = root if call.const("normalized") else rd.mul_up(root, rd.sqrt_up(float(points)))
-    return Lipschitz(own, f"stft of {points} points: docs/network.md#complex-values")
+    scale = root if call.const("normalized") else rd.mul_up(root, rd.sqrt_up(float(points)))
+    return Lipschitz(scale, f"stft of {points} points: docs/network.md#complex-values")
 
 
 # ---- complex values ------------------------------------------------------------------------------------------------------
@@ -249,8 +249,8 @@ def _sum(call: Call) -> Var | Lipschitz:
         raise UnsupportedError(msg)
     if not constants:
         return added(call)
-    own = 1.0 if isinstance(call["self"], Var) and "rsub" not in call.op else max(1.0, abs(float(alpha)))
-    return call.then(Lipschitz(own, "a shift by a constant"), spread(call, call.vars[0], call.shape))
+    factor = 1.0 if isinstance(call["self"], Var) and "rsub" not in call.op else max(1.0, abs(float(alpha)))
+    return call.then(Lipschitz(factor, "a shift by a constant"), spread(call, call.vars[0], call.shape))
 
 
 def _scaled(call: Call) -> Var:
@@ -263,22 +263,22 @@ def _scaled(call: Call) -> Var:
     if divides and not bool(moduli.min() > 1e-300):
         return call.then(Unbounded("division by zero"), x)
     own = rd.mul_up(1.0 / float(moduli.min()) if divides else float(moduli.max()), ROUNDED)
-    made = call.then(
+    result = call.then(
         Lipschitz(rd.add_up(own, rd.TINY) if own else 0.0, "a complex factor: its largest modulus"), spread(call, x, call.shape)
     )
     half = call.known.halves.get(x.step)
     if half is not None and x.shape == call.shape:
-        call.known.halves[made.step] = half.mixed(own)
-    return made
+        call.known.halves[result.step] = half.mixed(own)
+    return result
 
 
 def _einsum(call: Call) -> Var:
     value: Var = _as_given(call)
     half = call.known.halves.get(call.vars[0].step) if len(call.vars) == 1 else None
     terms, arrow, result = call["equation"].replace(" ", "").partition("->")
-    own = terms.split(",")[next(i for i, v in enumerate(call["tensors"]) if isinstance(v, Var))]
+    letters = terms.split(",")[next(i for i, v in enumerate(call["tensors"]) if isinstance(v, Var))]
     what, sources = call.steps[value.step].what, call.steps[value.step].sources
-    if half is not None and arrow and own[-1:] == result[-1:] != "." and sources == (call.vars[0].step,) and isinstance(what, Lipschitz):
+    if half is not None and arrow and letters[-1:] == result[-1:] != "." and sources == (call.vars[0].step,) and isinstance(what, Lipschitz):
         call.known.halves[value.step] = half.mixed(what.upper)
     return value
 

@@ -105,11 +105,11 @@ class Call:
     @property
     def vars(self) -> list[Var]:
         """The arguments that depend on the input, in order, those inside lists too."""
-        found: list[Var] = []
+        variables: list[Var] = []
         for value in self.args.values():
             items: Sequence[Any] = value if isinstance(value, list | tuple) else [value]  # type: ignore[reportUnknownVariableType]
-            found += [v for v in items if isinstance(v, Var)]
-        return found
+            variables += [v for v in items if isinstance(v, Var)]
+        return variables
 
     def var(self, name: str) -> Var:
         """The argument as a variable."""
@@ -147,8 +147,8 @@ class Call:
         x = self.vars[0]
         wide = self.then(View(True, "rows"), x, shape=(1, *x.shape))
         part = replace(self, args={k: wide if v is x else v for k, v in self.args.items()}, shape=(1, *self.shape))
-        made = rule(part)
-        return self.then(View(True, "rows"), made if isinstance(made, Var) else part.then(made, wide))  # type: ignore[arg-type]
+        result = rule(part)
+        return self.then(View(True, "rows"), result if isinstance(result, Var) else part.then(result, wide))  # type: ignore[arg-type]
 
     def run(self, *values: Tensor) -> Tensor:
         """The call, out of place, on float64 tensors instead of its variables, in order; its constants too are float64."""
@@ -219,10 +219,10 @@ PATTERNS: dict[str, list[Pattern]] = {}
 def pattern(*operations: str) -> Callable[[Pattern], Pattern]:
     """Decorator for a function that is asked before the rule of these operations; it returns None where its pattern is not met."""
 
-    def keep(found: Pattern) -> Pattern:
+    def keep(rule: Pattern) -> Pattern:
         for operation in operations:
-            PATTERNS.setdefault(operation, []).append(found)
-        return found
+            PATTERNS.setdefault(operation, []).append(rule)
+        return rule
 
     return keep
 

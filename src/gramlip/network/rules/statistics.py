@@ -37,8 +37,8 @@ def _mean(call: Call) -> Lipschitz:
     if ".sum" in call.op:
         because = f"sum over {count} entries: the root of their number"
         return Lipschitz(root, because, same_range=True, times=float(count), linear=call.linear(root))
-    made = _average(count)
-    return replace(made, linear=call.linear(made.upper))
+    averages = _average(count)
+    return replace(averages, linear=call.linear(averages.upper))
 
 
 def _average(count: int) -> Lipschitz:
@@ -71,10 +71,10 @@ def _products(call: Call) -> Var:
         raise UnsupportedError(msg)
     shape = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
     factors = [call.then(Slice(axis, i, i + 1), x, shape=shape) for i in range(x.shape[axis])]
-    made = list(itertools.accumulate(factors, lambda a, b: call.then(Product("entries"), a, b, shape=shape)))
+    products = list(itertools.accumulate(factors, lambda a, b: call.then(Product("entries"), a, b, shape=shape)))
     if "cumprod" in call.op:
-        return call.then(Join(axis), *made)
-    return made[-1] if shape == call.shape else call.then(View(flat=True), made[-1])
+        return call.then(Join(axis), *products)
+    return products[-1] if shape == call.shape else call.then(View(flat=True), products[-1])
 
 
 @register("aten.linalg_vector_norm", "aten.norm")
@@ -106,10 +106,10 @@ def _distances(call: Call) -> Lipschitz:
     if order < 1:
         msg = f"{call.op} of order {order:g}; expected an order of at least 1"
         raise UnsupportedError(msg)
-    one, other = call["x1"], call["x2"]
-    counts = [shape[-2] * math.prod(call.shape[:-2]) // math.prod(x.shape[:-2]) for x, shape in ((one, other.shape), (other, one.shape))]
-    most = sum(count for x, count in zip((one, other), counts, strict=True) if isinstance(x, Var))
-    wider = 1.0 if order >= 2 else one.shape[-1] ** (1 / order - 0.5) * (1 + SLACK)
+    left, right = call["x1"], call["x2"]
+    counts = [shape[-2] * math.prod(call.shape[:-2]) // math.prod(x.shape[:-2]) for x, shape in ((left, right.shape), (right, left.shape))]
+    most = sum(count for x, count in zip((left, right), counts, strict=True) if isinstance(x, Var))
+    wider = 1.0 if order >= 2 else left.shape[-1] ** (1 / order - 0.5) * (1 + SLACK)
     return Lipschitz(rd.mul_up(rd.sqrt_up(float(most)), wider), f"distances, each point in {max(counts)} of them", (0.0, math.inf))
 
 
@@ -157,8 +157,8 @@ def _batch_norm(call: Call) -> Linear | Unbounded | Lipschitz | Var:
         return Unbounded("batch norm divides by a running variance plus eps that is not positive")
     gain = (1.0 if call.const("weight") is None else to_float64(call.const("weight"))) / spread.sqrt()
     bias, moved = torch.zeros_like(gain) if call.const("bias") is None else to_float64(call.const("bias")), to_float64(mean) * gain
-    none = call.const("weight") is not None and not bool(call.const("weight").any())
-    error = 0.0 if none else rd.add_up(rd.mul_up(rd.gamma(5), float(gain.abs().max())), rd.TINY)
+    vanishes = call.const("weight") is not None and not bool(call.const("weight").any())
+    error = 0.0 if vanishes else rd.add_up(rd.mul_up(rd.gamma(5), float(gain.abs().max())), rd.TINY)
     # what is left of the bias may be small beside its rounding; a gain that was flushed moves the mean by more than TINY
     bias_error = rd.add_up(
         rd.mul_up(rd.gamma(8), float((bias.abs() + moved.abs()).max())), rd.mul_up(rd.TINY, 2.0 + float(to_float64(mean).abs().max()))
@@ -314,8 +314,8 @@ def _adaptive_avg_pool(call: Call) -> Linear | Lipschitz:
 @register("aten.upsample_linear1d", "aten.upsample_bilinear2d", "aten.upsample_trilinear3d", "aten._upsample_bilinear2d_aa")
 def _upsample(call: Call) -> Lipschitz:
     shape = call.vars[0].shape
-    made = nonnegative(call, "interpolation", _one_channel(shape, len(shape) - 2))
-    return replace(made, linear=_interpolation(call, made.upper, made.upper))
+    result = nonnegative(call, "interpolation", _one_channel(shape, len(shape) - 2))
+    return replace(result, linear=_interpolation(call, result.upper, result.upper))
 
 
 def _interpolation(call: Call, upper: float, moduli: float) -> LinearAction | None:
@@ -332,11 +332,11 @@ def _nearest(call: Call) -> Linear | Lipschitz:
     n, m = x.shape[2:], call.shape[2:]
     named = [call.args.get(f"scales{side}") for side in ("_d", "_h", "_w", "") if f"scales{side}" in call.args]
     factors = call.args.get("scale_factors") or named or [None] * len(n)
-    taken = [_places(call.op, *axis) for axis in zip(n, m, factors, strict=True)]
-    if not all(torch.equal(at, torch.arange(o) * i // o) and o % i == 0 for i, o, some in zip(n, m, taken, strict=True) for at in some):
-        most = math.prod(max(int(at.bincount().max()) for at in some) for some in taken)
+    indices = [_places(call.op, *axis) for axis in zip(n, m, factors, strict=True)]
+    if not all(torch.equal(at, torch.arange(o) * i // o) and o % i == 0 for i, o, index in zip(n, m, indices, strict=True) for at in index):
+        most = math.prod(max(int(at.bincount().max()) for at in index) for index in indices)
         return Lipschitz(rd.sqrt_up(float(most)), f"nearest neighbours: an entry occurs at most {most} times", same_range=True)
-    sides = [other // one for one, other in zip(n, m, strict=True)]
+    sides = [other // inputs for inputs, other in zip(n, m, strict=True)]
     weight = torch.ones(x.shape[1], 1, *sides, dtype=torch.float64)
     root = float(math.prod(sides))
     known = Bound(rd.sqrt_down(root), rd.sqrt_up(root), f"each entry repeated {math.prod(sides)} times")
@@ -410,8 +410,8 @@ def _nearest_sums(call: Call, shape: Sequence[int]) -> tuple[float, float]:
     pairs = list[Tensor]()
     for signs in itertools.product((-1.0, 1.0), repeat=axes):
         moved = call["grid"] + 2.0**-30 * torch.tensor(signs, dtype=torch.float64)
-        taken = replace(call, args={**call.args, "grid": moved}).run(numbers).long().reshape(-1)
-        pairs.append(torch.arange(len(taken)) * (shape[0] * count + 1) + taken)
+        indices = replace(call, args={**call.args, "grid": moved}).run(numbers).long().reshape(-1)
+        pairs.append(torch.arange(len(indices)) * (shape[0] * count + 1) + indices)
     pair = torch.cat(pairs).unique()
     pair = pair[pair % (shape[0] * count + 1) > 0]  # 0 is read outside
     sides = pair // (shape[0] * count + 1), pair % (shape[0] * count + 1)
