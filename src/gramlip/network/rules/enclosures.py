@@ -525,8 +525,8 @@ def remembered(call: Call, key: object, make: Callable[[], Any]) -> Any:
     return call.known.functions[key]
 
 
-def on_set(f: Function, low: Tensor, high: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Slopes and values of each end where t is in an interval for each entry."""
+def _cut(f: Function, low: Tensor, high: Tensor) -> Pieces:
+    """The intervals of all entries in pieces, along a first axis."""
     shape = torch.broadcast_shapes(low.shape, *(end.shape for _, ends in f.constants() for end in ends))
     low, high = low.expand(shape), high.expand(shape)
     cuts = max(1, min(CUTS, ENTRIES // max(1, low.numel())))
@@ -537,12 +537,14 @@ def on_set(f: Function, low: Tensor, high: Tensor) -> list[tuple[Tensor, Tensor]
     through = (a < 0) & (b > 0)
     t = torch.stack([torch.cat([a, torch.where(through, 0.0, a)]), torch.cat([torch.where(through, 0.0, b), b])], -1)
     held = {at: (flushed(torch.stack(ends[:2], -1)), flushed(torch.stack(ends[2:], -1))) for at, ends in f.constants()}
-    pieces = Pieces(flushed(t), False, held.__getitem__)
-    found: list[tuple[Tensor, Tensor]] = []
-    for known in f.known(pieces):
-        slope, value = (part.expand(t.shape) for part in (known.slope, known.value))
-        found.append((_together(slope), _together(value)))
-    return found
+    return Pieces(flushed(t), False, held.__getitem__)
+
+
+def on_set(f: Function, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Slopes and values of the first end where t is in an interval for each entry."""
+    pieces = _cut(f, low, high)
+    known = f.known(pieces)[0]
+    return _together(known.slope.expand(pieces.t.shape)), _together(known.value.expand(pieces.t.shape))
 
 
 def _together(x: Tensor) -> Tensor:
@@ -552,12 +554,13 @@ def _together(x: Tensor) -> Tensor:
 
 def steepness_on(f: Function, low: Tensor, high: Tensor) -> float:
     """At least the root of the sum of the squares of all slopes where t is in an interval for each entry."""
-    return float(root(reduce(plus, (power(slope, 2) for slope, _ in on_set(f, low, high))))[..., 1].max())
+    pieces = _cut(f, low, high)
+    return float(steepness(f.known(pieces), pieces).max())
 
 
 def _on_interval(f: Function, slopes: tuple[float, float], image: tuple[float, float], low: Tensor, high: Tensor) -> OnInterval:
-    found = on_set(f, low, high)[0]
-    (least, most), values = found[0].clamp(*slopes).unbind(-1), found[1].clamp(*image)
+    slope, value = on_set(f, low, high)
+    (least, most), values = slope.clamp(*slopes).unbind(-1), value.clamp(*image)
     return OnInterval(least, most, *values.unbind(-1))
 
 
@@ -572,7 +575,7 @@ def slope_of(f: Function, because: str, most: float) -> Slope | None:
     image = [largest(f, lambda known, _, side=side: side * known[0].value[..., int(side > 0)], rounds=ROUNDS // 3) for side in (-1, 1)]
     text = f"{because}: slopes in [{low:.6g}, {high:.6g}]"
     zero = torch.zeros((), dtype=torch.float64)
-    at_zero = on_set(f, zero, zero)[0][1]
+    at_zero = on_set(f, zero, zero)[1]
     within = partial(_on_interval, f, (low, high), (-image[0], image[1]))
     return Slope(low, high, text, (-image[0], image[1]), (float(at_zero[..., 0].min()), float(at_zero[..., 1].max())), within=within)
 
