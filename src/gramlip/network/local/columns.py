@@ -347,7 +347,7 @@ class Columns:
                 boxes[key] = box
         if not self._pay(sum(len(self._groups[key].numbers) * size_of(box, step.shape) for key, box in boxes.items())):
             return None
-        made = {key: carried(step, run, read[key], shapes, box) for key, box in boxes.items()}
+        mapped = {key: carried(step, run, read[key], shapes, box) for key, box in boxes.items()}
         what, wide = step.what, sum(f.loose.numel() for f in forms)
         products = terms(what.op) if isinstance(what, Linear) else wide if isinstance(what, Lipschitz) else len(forms)
         gamma = rd.gamma(8.0 * (products + 8))
@@ -357,7 +357,7 @@ class Columns:
         loose = loose * (1.0 + gamma) + LOST
         if stray := stray_of(self._steps, i):
             loose = round_up(loose + rd.mul_up(stray, rd.hypot_up(frobenius_up(f.size) for f in forms)))
-        return self._measured(Form(made, loose, size * (1.0 + gamma) + loose), i in self._read)
+        return self._measured(Form(mapped, loose, size * (1.0 + gamma) + loose), i in self._read)
 
     def _activated(self, i: int, what: Slope, form: Form, source: Value | None) -> Form | None:
         """An activation: its middle slopes, and a column of its own for each entry that differs most from them, as many as fit."""

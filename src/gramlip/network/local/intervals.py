@@ -156,19 +156,19 @@ def _tensors(name: str, given: object, shapes: Sequence[Shape]) -> tuple[Tensor,
     """One float64 tensor for each input, broadcast to its shape; a sequence of tensors stands for several inputs."""
     several = isinstance(given, list | tuple) and len(given) == len(shapes) and all(isinstance(g, Tensor) for g in given)  # type: ignore[reportUnknownVariableType]
     items: Sequence[Any] = given if several else [given] * len(shapes)  # type: ignore[assignment]
-    made: list[Tensor] = []
+    tensors: list[Tensor] = []
     for item, shape in zip(items, shapes, strict=True):
         try:
             wide = to_float64(item if isinstance(item, Tensor) else torch.as_tensor(item, dtype=torch.float64)).cpu()
-            made.append(wide.expand(torch.broadcast_shapes(wide.shape, shape)).reshape(shape).clone())
+            tensors.append(wide.expand(torch.broadcast_shapes(wide.shape, shape)).reshape(shape).clone())
         except (RuntimeError, TypeError, ValueError) as error:
             shown = f"of shape {tuple(item.shape)}" if isinstance(item, Tensor) else repr(item)
             msg = f"{name} {shown} was given; expected real numbers that broadcast to the input's shape {shape}"
             raise InputError(msg) from error
-        if isinstance(item, bool) or not bool(made[-1].isfinite().all()):
+        if isinstance(item, bool) or not bool(tensors[-1].isfinite().all()):
             msg = f"{name}={item!r} was given; expected finite numbers"
             raise InputError(msg)
-    return tuple(made)
+    return tuple(tensors)
 
 
 # ---- intervals of values -------------------------------------------------------------------------------------------------
@@ -221,32 +221,32 @@ def given(area: Region, i: int) -> Value:
 def followed(step: Step, sources: Sequence[Value], shapes: Sequence[Shape]) -> tuple[Step, Value]:
     """A step on the set, and its value."""
     wholes = [v.whole for v in sources]
-    made = capped_step(restrict(step, sources), wholes, shapes)
+    narrowed = capped_step(restrict(step, sources), wholes, shapes)
     # slopes on the set say nothing of the way from 0 to it, which ranges go: they read the step as it was
-    whole = range_of(made if isinstance(step.what, Unbounded) else capped_step(step, wholes, shapes), wholes, shapes)
-    low, high = _bounds(made, [(v.low, v.high) for v in sources], whole)
+    whole = range_of(narrowed if isinstance(step.what, Unbounded) else capped_step(step, wholes, shapes), wholes, shapes)
+    low, high = _bounds(narrowed, [(v.low, v.high) for v in sources], whole)
     middle, far = None, INF
     if all(v.middle is not None for v in sources) and sources:
-        middle = _bounds(made, [v.middle for v in sources if v.middle is not None], whole)
-        far = distance(made, [v.far for v in sources])
+        middle = _bounds(narrowed, [v.middle for v in sources if v.middle is not None], whole)
+        far = distance(narrowed, [v.far for v in sources])
         if isinstance(low, Tensor):
-            reach = _reach(made, sources, far)
+            reach = _reach(narrowed, sources, far)
             low, high = torch.maximum(low, round_down(middle[0] - reach)), torch.minimum(high, round_up(middle[1] + reach))
     if isinstance(low, Tensor):
-        whole = whole_of(low, high, whole, made.shape)
-    return made, Value(low, high, whole, middle, far)
+        whole = whole_of(low, high, whole, narrowed.shape)
+    return narrowed, Value(low, high, whole, middle, far)
 
 
 def _bounds(step: Step, sources: Sequence[tuple[Entries, Entries]], whole: Range) -> tuple[Entries, Entries]:
     """Intervals of the entries, inside that of all of them; that one for each where the step is not followed entry by entry."""
     plain = all(isinstance(end, Tensor) for pair in sources for end in pair)
     copied = getattr(step.what, "copy_entries", None)
-    found = (copied(sources[0][0]), copied(sources[0][1])) if copied is not None else entries(step.what, step, sources) if plain else None
-    if found is not None and not isinstance(found[0], Tensor):
-        return found
-    if found is None or tuple(found[0].shape) != step.shape or bool(found[0].isnan().any() | found[1].isnan().any()):
+    ends = (copied(sources[0][0]), copied(sources[0][1])) if copied is not None else entries(step.what, step, sources) if plain else None
+    if ends is not None and not isinstance(ends[0], Tensor):
+        return ends
+    if ends is None or tuple(ends[0].shape) != step.shape or bool(ends[0].isnan().any() | ends[1].isnan().any()):
         return tuple(torch.full(step.shape, end, dtype=torch.float64) for end in (whole.low, whole.high))  # type: ignore[return-value]
-    return found[0].clamp_min(whole.low), found[1].clamp_max(whole.high)
+    return ends[0].clamp_min(whole.low), ends[1].clamp_max(whole.high)
 
 
 def whole_of(low: Tensor, high: Tensor, before: Range, shape: Shape) -> Range:
@@ -298,15 +298,15 @@ def shortened(step: Step, known: Sequence[Value]) -> Step:
 
 def _each(within: Callable[[float, float], Slope | None], low: Tensor, high: Tensor) -> OnInterval | None:
     """The slopes and values of a function of numbers for each entry; None where they have no finite bound."""
-    made = [within(a, b) for a, b in zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)]
-    ends = [torch.tensor([float(s.low), float(s.high), *s.image], dtype=torch.float64) for s in made if s is not None]
-    return OnInterval(*(part.reshape(low.shape) for part in torch.stack(ends, 1))) if len(ends) == len(made) else None
+    slopes = [within(a, b) for a, b in zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)]
+    ends = [torch.tensor([float(s.low), float(s.high), *s.image], dtype=torch.float64) for s in slopes if s is not None]
+    return OnInterval(*(part.reshape(low.shape) for part in torch.stack(ends, 1))) if len(ends) == len(slopes) else None
 
 
 def _within(within: Callable[[float, float], Slope | None], known: OnInterval, low: Tensor, high: Tensor) -> OnInterval:
     """The same on smaller intervals; what is known, where there are too many of them."""
-    found = _each(within, low, high) if low.numel() <= EACH else None
-    return known if found is None else found
+    on = _each(within, low, high) if low.numel() <= EACH else None
+    return known if on is None else on
 
 
 def _restricted_slope(what: Slope, low: Tensor, high: Tensor) -> Slope:

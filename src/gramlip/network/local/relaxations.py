@@ -130,9 +130,9 @@ def _sum(xs: Sequence[Tensor], step: Step) -> Tensor:
     return torch.stack([x.expand(len(x), *step.shape) for x in wide]).sum(0)
 
 
-def adjoint(steps: Sequence[Step], i: int, made: Action, rows: Tensor, moduli: bool) -> list[Tensor]:
+def adjoint(steps: Sequence[Step], i: int, action_of: Action, rows: Tensor, moduli: bool) -> list[Tensor]:
     """Rows of the result of a linear step as rows of what it reads."""
-    what, (reads, act) = steps[i].what, made
+    what, (reads, act) = steps[i].what, action_of
     if isinstance(what, Linear) and isinstance(what.op, Dense):
         weight = to_float64(what.op.weight)
         return [rows @ (weight.abs() if moduli else weight)]

@@ -326,11 +326,11 @@ def gated(call: Call, x: Var, gate: Var) -> Slope | None:
     (scale, lift, unsure), step = outer[top], call.steps[top]
     if not isinstance(step.what, Slope) or len(step.sources) != 1:
         return None
-    inner, own = _constants_before(call, step.sources[0]), _constants_before(call, x.step)
-    at = next((k for k in inner if k in own), None)
-    if at is None or own[at][1] != 0 or own[at][0] <= 0:
+    inner, constants = _constants_before(call, step.sources[0]), _constants_before(call, x.step)
+    at = next((k for k in inner if k in constants), None)
+    if at is None or constants[at][1] != 0 or constants[at][0] <= 0:
         return None
-    factor, shift, error = inner[at][0] / own[at][0], inner[at][1], inner[at][2] + own[at][2]  # of f's argument, from x
+    factor, shift, error = inner[at][0] / constants[at][0], inner[at][1], inner[at][2] + constants[at][2]  # of f's argument, from x
     if unsure > 0 or error > 1e-6 or not all(1e-100 < constant < 1e100 for constant in (factor, abs(scale))):
         return None
     if step.op.startswith("aten.erf") and shift == 0 and scale == lift > 0:

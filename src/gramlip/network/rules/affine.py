@@ -190,22 +190,22 @@ def _plain(call: Call, operands: Sequence[Var | Tensor], terms: Sequence[str]) -
     for x, term in zip(operands, terms, strict=True):
         for c, n in zip(term, x.shape, strict=True):
             sizes[c] = max(n, sizes.get(c, 1))
-    found: list[tuple[Var | Tensor, str]] = []
+    reduced: list[tuple[Var | Tensor, str]] = []
     for x, term in zip(operands, terms, strict=True):
         letters = "".join(dict.fromkeys(term))
         shape, alike = tuple(sizes[c] for c in letters), all(n == sizes[c] for c, n in zip(term, x.shape, strict=True))
         if letters == term and alike:
-            found.append((x, term))
+            reduced.append((x, term))
         elif isinstance(x, Tensor):
-            found.append((torch.einsum(f"{term}->{letters}", x).expand(shape), letters))
+            reduced.append((torch.einsum(f"{term}->{letters}", x).expand(shape), letters))
         else:
             picked = (
                 x
                 if letters == term
                 else call.then(Lipschitz(1.0, "a diagonal", same_range=True), x, shape=tuple(x.shape[term.index(c)] for c in letters))
             )
-            found.append((spread(call, picked, shape), letters))
-    return [x for x, _ in found], [term for _, term in found]
+            reduced.append((spread(call, picked, shape), letters))
+    return [x for x, _ in reduced], [term for _, term in reduced]
 
 
 def _viewed(call: Call, x: Var, term: str, groups: Sequence[str], shape: tuple[int, ...]) -> Var:

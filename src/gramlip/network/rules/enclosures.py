@@ -95,15 +95,15 @@ class Pieces:
     def scaled(self, f: Known, weight: Tensor, bias: Tensor) -> Known:
         """`weight f + bias`."""
         h, value, slope, grown = (times(weight, part) for part in (f.h, f.value, f.slope, f.grown))
-        made, none, sure = f._replace(h=h, value=value, slope=slope, grown=grown), interval(0.0), torch.tensor(True)
-        return self.sum(made, Known(0, bias, bias, none, none, none, sure, sure)) if bool(bias.any()) else made
+        scaled, zero, sure = f._replace(h=h, value=value, slope=slope, grown=grown), interval(0.0), torch.tensor(True)
+        return self.sum(scaled, Known(0, bias, bias, zero, zero, zero, sure, sure)) if bool(bias.any()) else scaled
 
     def sum(self, f: Known, g: Known) -> Known:
         """`f + g`."""
         k = max(f.k, g.k) if self.far else min(f.k, g.k)
         parts = [times(self.to(x.k - k), x.h) for x in (f, g)]
-        one, other = parts
-        alike = (one[..., 0] >= 0) & (other[..., 0] >= 0) | (one[..., 1] <= 0) & (other[..., 1] <= 0)
+        left, right = parts
+        alike = (left[..., 0] >= 0) & (right[..., 0] >= 0) | (left[..., 1] <= 0) & (right[..., 1] <= 0)
         rate = torch.where(alike[..., None], hull(f.rate, g.rate), WHOLE)
         h, value, slope, grown = plus(*parts), plus(f.value, g.value), plus(f.slope, g.slope), plus(f.grown, g.grown)
         return self.closed(Known(k, h, value, slope, grown, rate, f.away & g.away, f.at_zero & g.at_zero))
@@ -113,12 +113,12 @@ class Pieces:
         values, k = (f.value, g.value), f.k + g.k
         h, value = (power(f.h, 2), power(f.value, 2)) if square else (times(f.h, g.h), times(*values))
         slopes = [
-            meet(times(one.slope, values[1 - i]), times(one.grown, times(self.to(other.k - 1), other.h)))
-            for i, (one, other) in enumerate(((f, g), (g, f)))
+            meet(times(first.slope, values[1 - i]), times(first.grown, times(self.to(second.k - 1), second.h)))
+            for i, (first, second) in enumerate(((f, g), (g, f)))
         ]
         grown = plus(times(f.grown, values[1]), times(values[0], g.grown))
-        both = f.away & g.away, f.at_zero & g.at_zero
-        return self.closed(Known(k, h, value, plus(*slopes), grown, plus(f.rate, g.rate), *both))
+        sure = f.away & g.away, f.at_zero & g.at_zero
+        return self.closed(Known(k, h, value, plus(*slopes), grown, plus(f.rate, g.rate), *sure))
 
     def inverse(self, f: Known) -> Known:
         """`1 / f`."""
@@ -166,10 +166,10 @@ class Pieces:
         """A function that has bounded slopes on intervals alone, each piece by itself."""
         value = f.value
         assert what.within is not None
-        made = [what.within(a, b) for a, b in value.flatten(0, -2).tolist()]
-        ends = torch.tensor([(-INF, INF, -INF, INF) if s is None else (s.low, s.high, *s.image) for s in made], dtype=torch.float64)
+        slopes_on = [what.within(a, b) for a, b in value.flatten(0, -2).tolist()]
+        ends = torch.tensor([(-INF, INF, -INF, INF) if s is None else (s.low, s.high, *s.image) for s in slopes_on], dtype=torch.float64)
         slopes, values = ends.reshape(*value.shape[:-1], 2, 2).unbind(-2)
-        sure = torch.tensor([s is not None for s in made]).reshape(value.shape[:-1])
+        sure = torch.tensor([s is not None for s in slopes_on]).reshape(value.shape[:-1])
         return self.closed(Known(0, values, values, times(slopes, f.slope), times(slopes, f.grown), WHOLE, f.away & sure, f.at_zero & sure))
 
 
@@ -229,25 +229,25 @@ class Function:
     @staticmethod
     def of(call: Call, base: Base, ends: Sequence[int]) -> Function | None:
         """The function that the ends are of the base alone; None where they are none, or one of too many steps."""
-        found, stack = dict[int, Step](), list(ends)
+        inner, stack = dict[int, Step](), list(ends)
         while stack:
             at = stack.pop()
-            if at in found or at in base:
+            if at in inner or at in base:
                 continue
             step = _followed(call, at)
-            if step is None or at < min(base) or len(found) == STEPS:
+            if step is None or at < min(base) or len(inner) == STEPS:
                 return None
-            found[at] = step
+            inner[at] = step
             stack += step.sources
-        return Function(found, base, tuple(sorted(found)), tuple(ends))
+        return Function(inner, base, tuple(sorted(inner)), tuple(ends))
 
     def known(self, pieces: Pieces) -> list[Known]:
         """What is known of each end on the pieces."""
-        found = {at: start(pieces) for at, start in self.base.items()}
+        by_step = {at: start(pieces) for at, start in self.base.items()}
         for at in self.inner:
             step = self.steps[at]
-            found[at] = _step(step, [found[s] for s in step.sources], pieces, at)
-        return [pieces.joined(found[at]) for at in self.ends]
+            by_step[at] = _step(step, [by_step[s] for s in step.sources], pieces, at)
+        return [pieces.joined(by_step[at]) for at in self.ends]
 
     @property
     def key(self) -> object:
@@ -268,10 +268,10 @@ class Function:
 
     def rows(self) -> Tensor | None:
         """The different constants of entries, a row each, four for each step of constants; None where there are too many."""
-        held = torch.broadcast_tensors(*(end for _, ends in self.constants() for end in ends))
-        if not held:
+        constants = torch.broadcast_tensors(*(end for _, ends in self.constants() for end in ends))
+        if not constants:
             return torch.zeros(1, 0, dtype=torch.float64)
-        rows = torch.stack([c.reshape(-1) for c in held], 1).unique(dim=0)
+        rows = torch.stack([c.reshape(-1) for c in constants], 1).unique(dim=0)
         return rows if len(rows) <= ROWS else None
 
 
@@ -289,11 +289,11 @@ def _what(step: Step) -> tuple[object, ...]:
     """What a step is, but for the constants of its entries."""
     what = step.what
     within = getattr(what, "within", None)
-    own = (what.low, what.high, what.image, what.at_zero) if isinstance(what, Slope) else ()
+    bounds = (what.low, what.high, what.image, what.at_zero) if isinstance(what, Slope) else ()
     return (
         type(what),
         step.op,
-        *own,
+        *bounds,
         *((within.func, within.args) if isinstance(within, partial) and isinstance(what, Unbounded) else (within,)),
     )
 
@@ -358,8 +358,8 @@ class _Grid:
     low: Tensor
     high: Tensor
 
-    def __getitem__(self, kept: Tensor) -> _Grid:
-        return _Grid(self.row[kept], self.sign[kept], self.low[kept], self.high[kept])
+    def __getitem__(self, chosen: Tensor) -> _Grid:
+        return _Grid(self.row[chosen], self.sign[chosen], self.low[chosen], self.high[chosen])
 
     def parts(self) -> _Grid:
         """Each piece in `PARTS`."""
@@ -403,17 +403,17 @@ def largest(f: Function, measure: Measure, *, signs: Sequence[float] = (-1.0, 1.
 
 def _measured(f: Function, rows: Tensor, measure: Measure, grid: _Grid, half: bool) -> tuple[Tensor, float]:
     """What is measured on the pieces of a grid, and the most that is at a point of each; of one `half` of the line."""
-    made, far, seen = torch.empty(len(grid.row), dtype=torch.float64), grid.low >= 1.0, -INF
+    values_of, far, seen = torch.empty(len(grid.row), dtype=torch.float64), grid.low >= 1.0, -INF
     for outside in (False, True):
-        kept = far == outside
-        if bool(kept.any()):
-            part, n = grid[kept], int(kept.sum())
+        at = far == outside
+        if bool(at.any()):
+            part, n = grid[at], int(at.sum())
             points = part.middles()
-            both = _Grid(*(torch.cat([getattr(part, k), getattr(points, k)]) for k in ("row", "sign", "low", "high")))
-            pieces = replace(_pieces(f, rows, both, outside), half=half)
+            pieces_and_points = _Grid(*(torch.cat([getattr(part, k), getattr(points, k)]) for k in ("row", "sign", "low", "high")))
+            pieces = replace(_pieces(f, rows, pieces_and_points, outside), half=half)
             values = measure(f.known(pieces), pieces).expand(2 * n).nan_to_num(INF, INF, -INF)
-            made[kept], seen = values[:n], max([seen, *(v for v in values[n:].tolist() if v < INF)])
-    return made, seen
+            values_of[at], seen = values[:n], max([seen, *(v for v in values[n:].tolist() if v < INF)])
+    return values_of, seen
 
 
 def _pieces(f: Function, rows: Tensor, grid: _Grid, far: bool) -> Pieces:
@@ -448,12 +448,12 @@ def _period(f: Function, rows: Tensor) -> Tensor | None:
     places = {at: 4 * i for i, (at, _) in enumerate(f.constants())}
     kinds: dict[int, tuple[str, Tensor]] = {at: ("line", torch.ones(len(rows), dtype=torch.float64)) for at in f.base}
     for at in f.inner:
-        made = _repeats(
+        kind = _repeats(
             f.steps[at], [kinds[s] for s in f.steps[at].sources], rows[:, places[at] : places[at] + 2] if at in places else rows
         )
-        if made is None:
+        if kind is None:
             return None
-        kinds[at] = made
+        kinds[at] = kind
     periods = [kinds[at][1] for at in f.ends if kinds[at][0] != "line"]
     return periods[0] if periods and all(torch.equal(p, periods[0]) for p in periods) else None
 
@@ -488,15 +488,15 @@ BASES = 4  # values, the nearest first, that something is looked at as a functio
 
 def of_one_value(call: Call, ends: Sequence[int]) -> list[Function]:
     """The functions that some steps are of one earlier value, the nearest value first."""
-    found, stack = set[int](), list(ends)
-    while stack and len(found) <= STEPS:
+    before, stack = set[int](), list(ends)
+    while stack and len(before) <= STEPS:
         at = stack.pop()
-        if at not in found:
-            found.add(at)
+        if at not in before:
+            before.add(at)
             step = _followed(call, at)
             stack += () if step is None else step.sources
-    made = (Function.of(call, {at: itself}, ends) for at in sorted(found, reverse=True))
-    return [f for f in made if f is not None and f.inner][:BASES]
+    functions = (Function.of(call, {at: itself}, ends) for at in sorted(before, reverse=True))
+    return [f for f in functions if f is not None and f.inner][:BASES]
 
 
 def tied(call: Call, values: Sequence[int]) -> tuple[list[tuple[Function, float]], list[int]]:
@@ -504,7 +504,7 @@ def tied(call: Call, values: Sequence[int]) -> tuple[list[tuple[Function, float]
 
     The constant is infinite where it is finite on intervals alone.
     """
-    rest, found, left = list(values), list[tuple[Function, float]](), list[int]()
+    rest, groups, left = list(values), list[tuple[Function, float]](), list[int]()
     while rest:
         first = rest.pop(0)
         group = [first, *(i for i in rest if of_one_value(call, [first, i]))]
@@ -514,8 +514,8 @@ def tied(call: Call, values: Sequence[int]) -> tuple[list[tuple[Function, float]
             continue
         rest = [i for i in rest if i not in group]
         sizes = [(f, remembered(call, ("joined", f.key), lambda f=f: largest(f, steepness))) for f in functions]
-        found.append(next((pair for pair in sizes if pair[1] < INF), sizes[0]))
-    return found, left
+        groups.append(next((pair for pair in sizes if pair[1] < INF), sizes[0]))
+    return groups, left
 
 
 def remembered(call: Call, key: object, make: Callable[[], Any]) -> Any:

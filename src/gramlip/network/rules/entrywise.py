@@ -428,11 +428,11 @@ def aligned(values: Sequence[Entrywise]) -> list[list[Curve]]:
     rows = torch.stack([c.reshape(-1) for c in constants], 1).unique(dim=0).tolist() if constants else [[]]
     if len(rows) > EACH:
         raise NotACurveError
-    found: list[list[Curve]] = []
+    lists: list[list[Curve]] = []
     for row in rows:
         rest = list(map(Fraction, row))
-        found.append([v.at([rest.pop(0) for _ in v.constants]) for v in values])
-    return found
+        lists.append([v.at([rest.pop(0) for _ in v.constants]) for v in values])
+    return lists
 
 
 def _outward(values: Sequence[Fraction]) -> tuple[float, float]:
@@ -480,9 +480,9 @@ def entrywise(call: Call) -> Entrywise | None:
                 parts.append(None if v is None else constant(rest.pop(0)))
         return make(*parts)
 
-    held = tuple(c for v in numbers for c in (v.constants if isinstance(v, Entrywise) else () if v is None else (v,)))
+    numbers_held = tuple(c for v in numbers for c in (v.constants if isinstance(v, Entrywise) else () if v is None else (v,)))
     errors = bool(call.inexact) or any(v.errors for v in known if isinstance(v, Entrywise))
-    function = Entrywise(bases.pop(), held, at, calls, errors)
+    function = Entrywise(bases.pop(), numbers_held, at, calls, errors)
     try:
         curves = function.curves()
     except NotACurveError:

@@ -262,13 +262,13 @@ def _scaled(call: Call) -> Var:
     moduli = torch.as_tensor(factor).to(torch.complex128).abs()
     if divides and not bool(moduli.min() > 1e-300):
         return call.then(Unbounded("division by zero"), x)
-    own = rd.mul_up(1.0 / float(moduli.min()) if divides else float(moduli.max()), ROUNDED)
+    gain = rd.mul_up(1.0 / float(moduli.min()) if divides else float(moduli.max()), ROUNDED)
     result = call.then(
-        Lipschitz(rd.add_up(own, rd.TINY) if own else 0.0, "a complex factor: its largest modulus"), spread(call, x, call.shape)
+        Lipschitz(rd.add_up(gain, rd.TINY) if gain else 0.0, "a complex factor: its largest modulus"), spread(call, x, call.shape)
     )
     half = call.known.halves.get(x.step)
     if half is not None and x.shape == call.shape:
-        call.known.halves[result.step] = half.mixed(own)
+        call.known.halves[result.step] = half.mixed(gain)
     return result
 
 
@@ -276,9 +276,9 @@ def _einsum(call: Call) -> Var:
     value: Var = _as_given(call)
     half = call.known.halves.get(call.vars[0].step) if len(call.vars) == 1 else None
     terms, arrow, result = call["equation"].replace(" ", "").partition("->")
-    letters = terms.split(",")[next(i for i, v in enumerate(call["tensors"]) if isinstance(v, Var))]
+    term = terms.split(",")[next(i for i, v in enumerate(call["tensors"]) if isinstance(v, Var))]
     what, sources = call.steps[value.step].what, call.steps[value.step].sources
-    if half is not None and arrow and letters[-1:] == result[-1:] != "." and sources == (call.vars[0].step,) and isinstance(what, Lipschitz):
+    if half is not None and arrow and term[-1:] == result[-1:] != "." and sources == (call.vars[0].step,) and isinstance(what, Lipschitz):
         call.known.halves[value.step] = half.mixed(what.upper)
     return value
 

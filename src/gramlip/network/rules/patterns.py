@@ -156,14 +156,14 @@ def _over_its_length(call: Call) -> Var | None:
     for x, scale in pairs:
         if not (isinstance(x, Var) and isinstance(scale, Var)) or x.shape != call.shape or call.args.get("rounding_mode") is not None:
             continue
-        made = None
+        result = None
         if divides and (divisor := _divisor(call, scale.step)) is not None:
-            made = _divided(call, x, divisor)
+            result = _divided(call, x, divisor)
         if not divides:
-            made = _times_inverse(call, x, _repeated(call, scale.step))
-        if made is not None:
-            call.known.radial[made.step] = x.step, ((_repeated(call, scale.step), -1 if divides else 1),)
-            return made
+            result = _times_inverse(call, x, _repeated(call, scale.step))
+        if result is not None:
+            call.known.radial[result.step] = x.step, ((_repeated(call, scale.step), -1 if divides else 1),)
+            return result
     return None
 
 
@@ -385,22 +385,22 @@ def _of_one_value(call: Call) -> Var | None:
     rule = find(call.op)
     if len(call.vars) < 2 or any(v.shape != call.shape for v in call.vars) or call.args.get("rounding_mode") is not None or rule is None:
         return None
-    made = rule(call)
-    what = call.steps[made.step].what if isinstance(made, Var) else None
-    if not isinstance(made, Var) or not isinstance(what, Sum | Product) or call.vars[0] == call.vars[1]:
-        return made if isinstance(made, Var) else None
-    functions = of_one_value(call, [made.step])
+    result = rule(call)
+    what = call.steps[result.step].what if isinstance(result, Var) else None
+    if not isinstance(result, Var) or not isinstance(what, Sum | Product) or call.vars[0] == call.vars[1]:
+        return result if isinstance(result, Var) else None
+    functions = of_one_value(call, [result.step])
     for f in functions[: 1 if isinstance(what, Sum) else None]:
-        one = remembered(call, ("slopes", f.key), lambda f=f: slope_of(f, "a function of one value", GAIN * summed_up(f)))
-        if one is not None:
-            value = call.then(one, Var(min(f.base), call.shape))
-            call.known.written[value.step] = made.step
+        function = remembered(call, ("slopes", f.key), lambda f=f: slope_of(f, "a function of one value", GAIN * summed_up(f)))
+        if function is not None:
+            value = call.then(function, Var(min(f.base), call.shape))
+            call.known.written[value.step] = result.step
             return value
     if functions and isinstance(what, Product):
         f = functions[0]
         short = Shortcut((math.inf,), tuple(f.base), within=(partial(steepness_on, f),))
-        call.steps[made.step] = replace(call.steps[made.step], shortcut=short)
-    return made
+        call.steps[result.step] = replace(call.steps[result.step], shortcut=short)
+    return result
 
 
 @pattern("aten.pow", "aten.square", "aten.mul")
@@ -410,14 +410,14 @@ def _square_of_a_function(call: Call) -> Var | None:
     two = "pow" not in call.op or (isinstance(call["exponent"], int | float) and call["exponent"] == 2)
     if rule is None or not two or len(call.vars) != 1 + ("mul" in call.op) or call.vars[0] != call.vars[-1]:
         return None
-    made = rule(call)
-    if not isinstance(made, Var):
+    result = rule(call)
+    if not isinstance(result, Var):
         return None
-    for f in of_one_value(call, [made.step]):
+    for f in of_one_value(call, [result.step]):
         if len(f.inner) > 1 and (size := remembered(call, ("joined", f.key), lambda f=f: largest(f, steepness))) < math.inf:
-            call.steps[made.step] = replace(call.steps[made.step], shortcut=Shortcut((size,), tuple(f.base), "a square"))
+            call.steps[result.step] = replace(call.steps[result.step], shortcut=Shortcut((size,), tuple(f.base), "a square"))
             break
-    return made
+    return result
 
 
 # ---- radial maps ---------------------------------------------------------------------------------------------------------
@@ -441,10 +441,10 @@ def _radial(call: Call) -> Var | None:
             continue
         signs = tuple(sign for _, sign in factors)
         top = largest(f, partial(_stretch, signs), signs=(1.0,), rounds=2 * ROUNDS)
-        made = call.then(_radial_step(f, signs, call.steps[factors[0][0]].shape, top), x) if top < math.inf else rule(call)
-        if isinstance(made, Var):
-            call.known.radial[made.step] = at, factors
-            return made
+        result = call.then(_radial_step(f, signs, call.steps[factors[0][0]].shape, top), x) if top < math.inf else rule(call)
+        if isinstance(result, Var):
+            call.known.radial[result.step] = at, factors
+            return result
     return None
 
 
@@ -514,9 +514,9 @@ def _response(call: Call) -> Var | None:
     for x, scale in ((call["self"], call["other"]), (call["other"], call["self"])):
         if not (isinstance(x, Var) and isinstance(scale, Var)) or x.shape != call.shape:
             continue
-        found = _over_its_mean(call, _repeated(call, scale.step), x.step)
-        if found is not None and len(groups := call.steps[found[0]].shape) == len(x.shape):
-            means, eps = call.steps[found[1]].shape or (1,) * len(groups), found[2]
+        parts = _over_its_mean(call, _repeated(call, scale.step), x.step)
+        if parts is not None and len(groups := call.steps[parts[0]].shape) == len(x.shape):
+            means, eps = call.steps[parts[1]].shape or (1,) * len(groups), parts[2]
             count = math.prod(groups) // max(1, math.prod(means))
             upper = rd.mul_up(float(count), rd.sqrt_up(float(count)))
             because = f"global response normalisation of {count} channels: at most the power 3/2 of their number"

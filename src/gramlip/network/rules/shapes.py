@@ -80,8 +80,8 @@ def _row_layout(call: Call) -> RowLayout:
     if len(call.vars) > 1 or len(x.shape) < 2 or len(call.shape) < 2 or math.prod(x.shape) > LARGEST:
         return ""
     numbers = torch.arange(math.prod(x.shape[:-1]), dtype=torch.float64).reshape(*x.shape[:-1], 1).expand(x.shape).contiguous()
-    made: Tensor | Sequence[Tensor] = call.run(numbers)
-    parts = [made] if isinstance(made, Tensor) else list(made)
+    layout: Tensor | Sequence[Tensor] = call.run(numbers)
+    parts = [layout] if isinstance(layout, Tensor) else list(layout)
     if all(bool((part == part[..., :1]).all()) for part in parts):
         return "rows"
     return "columns" if all(bool((part == part[..., :1, :]).all()) for part in parts) else ""
@@ -299,13 +299,13 @@ def _cat(call: Call) -> Var:
         what = Join(int(call.const("dim")) % len(call.shape))
     else:
         what = Lipschitz(1.0, "values stacked", same_range=True, linear=call.linear(1.0))
-    made, apart = call.then(what, *call.vars), [_origin(call, v) for v in call.vars]
+    result, apart = call.then(what, *call.vars), [_origin(call, v) for v in call.vars]
     ways = _tied(call, list(apart))
     if sorted((way.factor, way.source) for way in ways) != [(1.0, i) for i in sorted(apart)]:
         factors, sources, within = zip(*ways, strict=True)
         short = Shortcut(factors, sources, within=within if any(within) else ())
-        call.steps[made.step] = replace(call.steps[made.step], shortcut=short)
-    return made
+        call.steps[result.step] = replace(call.steps[result.step], shortcut=short)
+    return result
 
 
 class _Way(NamedTuple):
@@ -324,7 +324,7 @@ def _tied(call: Call, alone: list[int]) -> list[_Way]:
         curves.setdefault(i if curve is None else curve.base.step, []).append(
             curve or Entrywise(Var(i, call.steps[i].shape), (), lambda _: IDENTITY)
         )
-    found: list[_Way] = []
+    ways: list[_Way] = []
     for base, values in curves.items():
         try:
             factor = steepness(values) if len(values) > 1 else math.inf
@@ -333,7 +333,7 @@ def _tied(call: Call, alone: list[int]) -> list[_Way]:
         if factor < math.inf:
             for value in values:
                 value.rely(call)
-            found.append(_Way(factor, base))
+            ways.append(_Way(factor, base))
             alone = [i for i in alone if i != base and (i not in call.known.curves or call.known.curves[i].base.step != base)]
     single: list[int] = []
     while alone:
@@ -343,19 +343,19 @@ def _tied(call: Call, alone: list[int]) -> list[_Way]:
             single.append(i)
             continue
         alone.remove(mate)
-        found += [_Way(1.0, s) for s in call.steps[i].sources]
+        ways += [_Way(1.0, s) for s in call.steps[i].sources]
     functions, single = tied(call, single)
-    return found + [_Way(size, min(f.base), partial(steepness_on, f)) for f, size in functions] + [_Way(1.0, i) for i in single]
+    return ways + [_Way(size, min(f.base), partial(steepness_on, f)) for f, size in functions] + [_Way(1.0, i) for i in single]
 
 
-def _mates(one: Step, other: Step) -> bool:
+def _mates(first: Step, second: Step) -> bool:
     """Whether the two are the largest and the least of the same groups of entries, or sine and cosine of one value."""
-    a, b = one.what, other.what
-    if sorted(one.sources) != sorted(other.sources):
+    a, b = first.what, second.what
+    if sorted(first.sources) != sorted(second.sources):
         return False
     if isinstance(a, Lipschitz) and isinstance(b, Lipschitz) and a.extremum is not None and b.extremum is not None:
         return a.extremum[0] == -b.extremum[0] and a.extremum[1] == b.extremum[1]
-    return {one.op, other.op} == {"aten.sin.default", "aten.cos.default"}
+    return {first.op, second.op} == {"aten.sin.default", "aten.cos.default"}
 
 
 def _origin(call: Call, v: Var) -> int:
@@ -368,8 +368,8 @@ def _origin(call: Call, v: Var) -> int:
 
 def _is_value(steps: Sequence[Step], at: int) -> bool:
     """Whether the step takes the values, not the places, from what the largest or least entries are found with."""
-    found = steps[steps[at].sources[0]].what if steps[at].op == "getitem" else None
-    return getattr(found, "extremum", None) is not None and not isinstance(steps[at].what, Unbounded)
+    indices = steps[steps[at].sources[0]].what if steps[at].op == "getitem" else None
+    return getattr(indices, "extremum", None) is not None and not isinstance(steps[at].what, Unbounded)
 
 
 # ---- entries written into others -----------------------------------------------------------------------------------------
@@ -481,10 +481,10 @@ def _given(call: Call) -> tuple[Call, Any]:
 
 def _numbered(call: Call) -> list[Tensor | None]:
     """Indices with masks as numbers, as many as axes of the mask."""
-    found: list[Tensor | None] = []
+    numbered: list[Tensor | None] = []
     for index in call["indices"]:
-        found += index.nonzero(as_tuple=True) if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) else [index]
-    return found
+        numbered += index.nonzero(as_tuple=True) if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) else [index]
+    return numbered
 
 
 def _run(call: Call, base: Tensor, value: Any, **others: Any) -> Tensor:
