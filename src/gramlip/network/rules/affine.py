@@ -431,13 +431,14 @@ def matrix_product(call: Call, left: Var | Tensor, right: Var | Tensor, lost: fl
     upper = rd.mul_up(rd.add_up(largest(matrices), lost), repeats)
     linear = call.linear(_moduli(call, upper), rd.mul_up(lost, repeats))
     terms = constant.detach() if isinstance(right, Var) or constant.ndim < 2 else constant.detach().mT
-    return Lipschitz(upper, "matrix product with a constant", linear=linear, reach=partial(_sums_of, to_float64(terms), lost))
+    reach = None if terms.is_complex() else partial(_sums_of, to_float64(terms), lost)
+    return Lipschitz(upper, "matrix product with a constant", linear=linear, reach=reach)
 
 
 def _sums_of(rows: Tensor, lost: float, low: float, high: float) -> tuple[float, float]:
     """Interval of the sums of numbers in an interval by the weights of a row, which have errors of a norm of at most `lost`."""
     size = max(abs(low), abs(high))
-    if size == math.inf or rows.is_complex():
+    if size == math.inf:
         return -math.inf, math.inf
     plus, minus, count = rows.clamp_min(0).sum(-1), rows.clamp_max(0).sum(-1), float(rows.shape[-1])
     moduli = rd.add_up(float(rows.abs().sum(-1).max()) * (1.0 + rd.gamma(count + 8.0)), rd.mul_up(lost, rd.sqrt_up(count)))
