@@ -483,6 +483,5 @@ def test_entries_that_the_box_holds_at_one_number_do_not_count():
     low, high = torch.tensor([[0.0, 0.0, 0.0, -0.1]]).double(), torch.tensor([[0.0, 0.0, 0.0, 0.1]]).double()
     report = gl.audit(model, (4,), domain=(low, high))
     assert 1.0 <= report.upper <= 1.0 + 1e-6
-    assert report.network is not None
-    assert "1 of 4 inputs" in report.network.because
+    assert report.network is not None and "1 of 4 inputs" in report.network.because
     assert gl.audit(model, (4,), domain=(low, high), inputs=[0]).upper <= 2.0  # the input that is asked for does not move at all
