@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Real
 
 import torch
@@ -122,15 +122,6 @@ def _part(network: Network, inputs: Sequence[int] | None, outputs: Sequence[int]
     return Part(entries("inputs", inputs, counts[0]), entries("outputs", outputs, counts[1]))
 
 
-def _moving(part: Part, area: Region | None) -> Part:
-    """The same without the entries of the input that the set holds at one number: they are in no difference of two of its points."""
-    if area is None:
-        return part
-    free = torch.cat([(low < high).reshape(-1) for low, high in zip(area.low, area.high, strict=True)])
-    inputs = free if part.inputs is None else part.inputs & free
-    return part if bool(free.all()) or not bool(inputs.any()) else replace(part, inputs=inputs)
-
-
 def entries(name: str, given: Sequence[int] | None, count: int) -> Tensor | None:
     """The entries of these numbers, as truth values; a number below 0 counts from the end.
 
@@ -221,8 +212,7 @@ def audit(
         example: input tensor(s) with their batch axis, or the shape of one sample, in the model's dtype and on its device.
         rtol: relative width asked of each layer's interval.
         assume: Lipschitz constants to believe, by module path, node or operation name; each stands in the report.
-        domain: (low, high), two numbers or tensors that broadcast to the input: the constant is that of inputs between them. Entries
-            with low equal to high stay what they are.
+        domain: (low, high), two numbers or tensors that broadcast to the input: the constant is that of inputs between them.
         at: an input, and
         radius: the l2 distance from it of the inputs that the constant holds for; with a domain, of those in both.
         inputs: numbers of the entries of the flat input that change, the others staying what they are; None is all of them.
@@ -258,7 +248,7 @@ def audit(
         msg = f"{type(model).__name__} has {len(lowered.unsupported)} calls that no rule can bound; expected rules for all of them: {calls}"
         raise UnsupportedError(msg)
     area = region([tuple(t.shape) for t in tensors], domain, at, radius)
-    part = _moving(_part(lowered.network, inputs, outputs), area)
+    part = _part(lowered.network, inputs, outputs)
     network, local = _restricted(lowered.network, area, part)
     constants, seconds = _constants(network, rtol, search)
     ways = linear_stretches(network, constants, rtol, search)
