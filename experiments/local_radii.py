@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gramlip import audit
+from gramlip.cli.lab import parts
 from gramlip.demo import demo, demo_regularised
 from gramlip.lab.recipes import MEAN, RECIPES, STD, build, load, normalised
 from gramlip.operators.interval import decimals
@@ -51,9 +52,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[float, ...], tupl
 
 def everywhere(model: nn.Module, std: tuple[float, ...]) -> Everywhere:
     """The constant of all inputs, of the whole network or, where it ends in a linear layer, of what stands before it."""
-    body, last = model, None
-    if isinstance(model, nn.Sequential) and isinstance(end := model[-1], nn.Linear):
-        body, last = model[:-1], end
+    body, last = parts(model)
     return Everywhere(audit(body, (3, 32, 32)).upper, std, last)
 
 

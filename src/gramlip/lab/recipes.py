@@ -292,9 +292,9 @@ def load(source: str | Path, split: str, limit: int | None = None) -> tuple[Tens
     images: list[Tensor] = []
     labels: list[int] = []
     for file in files(source, split):
-        pictures, classes_of = _rows(file, None if limit is None else limit - len(images))
+        pictures, classes = _rows(file, None if limit is None else limit - len(images))
         images += [_pixels(f"{file}: image {i}", picture) for i, picture in enumerate(pictures)]
-        labels += classes_of
+        labels += classes
     if not images:
         msg = f"{source} holds no image in its {split} files; expected CIFAR-10's, as in {HUB}: fetch it again"
         raise InputError(msg)

@@ -120,11 +120,11 @@ def _indexed(path: Path) -> Stored:
         msg = f"{path} places {missing[0]} in {places[missing[0]]}, which lacks it; expected the shards of this index: fetch them again"
         raise InputError(msg)
     entries = {name: files[shard][name] for name, shard in places.items()}
-    for shard, names in files.items():
-        for name in names:
+    for shard, inside in files.items():
+        for name in inside:
             if places.get(name, shard) != shard or (name not in places and name in entries):
                 raise _same_name(path, name)
-            entries[name] = names[name]
+            entries[name] = inside[name]
     notes = tuple(dict.fromkeys(note for part in parts.values() for note in part.notes))
     return Stored(entries, (), notes, (path, *(path.parent / shard for shard in parts)))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -254,18 +254,21 @@ class Function:
         """Equal for functions that are the same."""
         places = {at: i for i, at in enumerate((*sorted(self.base), *self.inner))}
         parts = [(tuple(places[s] for s in self.steps[at].sources), *_what(self.steps[at])) for at in self.inner]
-        rows = self.rows()
-        return (
-            None
-            if rows is None
-            else (tuple(parts), tuple(places[at] for at in self.ends), tuple(self.base.values()), rows.numpy().tobytes())
-        )
+        if self.rows is None:
+            return None
+        return tuple(parts), tuple(places[at] for at in self.ends), tuple(self.base.values()), self.rows.numpy().tobytes()
+
+    @property
+    def places(self) -> dict[int, int]:
+        """For each step of constants the first of its columns in `rows`."""
+        return {at: 4 * i for i, at in enumerate(at for at in self.inner if isinstance(self.steps[at].what, Linear))}
 
     def constants(self) -> list[tuple[int, list[Tensor]]]:
         """For each step of constants its number and the ends of its weights and biases."""
         whats = [(at, what) for at in self.inner if isinstance(what := self.steps[at].what, Linear)]
         return [(at, _constants(what)) for at, what in whats]
 
+    @cached_property
     def rows(self) -> Tensor | None:
         """The different constants of entries, a row each, four for each step of constants; None where there are too many."""
         constants = torch.broadcast_tensors(*(end for _, ends in self.constants() for end in ends))
@@ -381,7 +384,7 @@ def largest(f: Function, measure: Measure, *, signs: Sequence[float] = (-1.0, 1.
     Pieces are cut until the bound is within `room`, or `CLOSE` of it, of what was seen at a point, or the rounds are over. Where slopes
     have a period, one will do, but for values, which have `rounds` of their own.
     """
-    rows = f.rows()
+    rows = f.rows
     if rows is None:
         return INF
     grid, settled, before = _grid(f, rows, signs, None if rounds else _period(f, rows)), -INF, INF
@@ -419,7 +422,7 @@ def _measured(f: Function, rows: Tensor, measure: Measure, grid: _Grid, half: bo
 def _pieces(f: Function, rows: Tensor, grid: _Grid, far: bool) -> Pieces:
     above = grid.sign > 0
     t = torch.stack([torch.where(above, grid.low, -grid.high), torch.where(above, grid.high, -grid.low)], -1)
-    places = {at: 4 * i for i, (at, _) in enumerate(f.constants())}
+    places = f.places
 
     def constant(at: int) -> tuple[Tensor, Tensor]:
         ends = rows[grid.row, places[at] : places[at] + 4]
@@ -445,7 +448,7 @@ def _grid(f: Function, rows: Tensor, signs: Sequence[float], period: Tensor | No
 
 def _period(f: Function, rows: Tensor) -> Tensor | None:
     """For each row a period that all slopes have; None where they have none."""
-    places = {at: 4 * i for i, (at, _) in enumerate(f.constants())}
+    places = f.places
     kinds: dict[int, tuple[str, Tensor]] = {at: ("line", torch.ones(len(rows), dtype=torch.float64)) for at in f.base}
     for at in f.inner:
         kind = _repeats(
@@ -582,7 +585,7 @@ def slope_of(f: Function, because: str, most: float) -> Slope | None:
 
 def summed_up(f: Function) -> float:
     """The root of the sum of the squares of all slopes as far as the ends of the slopes of its parts say."""
-    rows = f.rows()
+    rows = f.rows
     if rows is None:
         return INF
     grid = _Grid(
