@@ -7,12 +7,12 @@ can be paid for, by Newton steps on the barrier of the semidefinite program. doc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gramlip.network.coupling.elimination import (
     Piece,
@@ -248,7 +248,7 @@ def improve(run: Sequence[Piece], search: MultiplierSearch, steps: int) -> Multi
 # to a matrix with X M = 0 and with traces of X times what M gains by each variable of 1 for rho and 0 for the multipliers.
 
 GAP = 2e-3  # relative, of rho: what is left where the search ends
-RATIO, LENGTHS = 0.9, 32  # steps are shortened to powers of the ratio, down to a thirtieth
+RATIO, LENGTHS = 0.86, 16  # steps are shortened to powers of the ratio, down to a tenth
 
 
 @dataclass
@@ -348,6 +348,33 @@ class Program:
         full[0, 0] = _product(left[:, :x, :x], right[:, :x, :x]).sum()
         full[0, 1:] = full[1:, 0] = _grouped((p[:, n:] - q[:, n:]).sum(-1), self.variable, self.count)
         return full
+
+    @cached_property
+    def blocks(self) -> list[tuple[slice, int]]:
+        """The input and the anchors as parts of z, each with the first column that M couples it with."""
+        parts = [slice(0, self.x), *(slice(self.x + first, self.x + last) for _, first, last in self.places)]
+        reads = [(slice(self.x + rows.start, self.x + rows.stop), cols) for rows, cols, _ in self.queries]
+        reads.append((slice(0, 0), _span(self.output)))
+        return [(at, min([at.start, *(cols.start for rows, cols in reads if rows == at or cols.start < at.stop <= cols.stop)])) for at in parts]
+
+    def longest(self, m: Tensor, step: Tensor) -> float:
+        """`_longest` for M and a change of it: anchor after anchor eliminated, from the last one."""
+
+        def fits(length: float) -> bool:
+            front, low = m[:, :0, :0], m.shape[-1]  # what is left of M between the columns low and at.stop
+            for at, first in reversed(self.blocks):
+                rows = torch.add(m[:, at, min(low, first) : at.stop], step[:, at, min(low, first) : at.stop], alpha=length)
+                n, grown = at.stop - at.start, low - min(low, first)
+                front = nn.functional.pad(front, (grown, 0, grown, 0)) if grown else front
+                rows += front[:, -n:]
+                factor, info = torch.linalg.cholesky_ex(rows[:, :, -n:])
+                if bool(info.any()):
+                    return False
+                root = torch.linalg.solve_triangular(factor, rows[:, :, :-n], upper=False)
+                front, low = front[:, :-n, :-n] - root.mH @ root, min(low, first)
+            return True
+
+        return _longest(fits)
 
     @cached_property
     def count(self) -> int:
@@ -464,44 +491,47 @@ class Iterate:
         lower, info = torch.linalg.cholesky_ex(self.program.products(self.dual, self.inverse, self.queried))
         if bool(info) or not bool(lower.isfinite().all()):
             return None
-        size = self.gap
-        _, dm, dx, turned = self._step(lower, None)
-        left = float(_product(self.dual + _longest(self.dual, dx) * dx, self.m + _longest(self.m, dm) * dm).sum()) / size
-        goal = -_hermitian(dx @ turned)
-        goal += min(max(left, 0.0), 1.0) ** 3 * size / (self.m.shape[0] * self.m.shape[-1]) * self.inverse
-        dy, dm, dx, _ = self._step(lower, goal)
-        return Iterate.at(self.program, self.y + _longest(self.m, dm) * dy, self.dual + _longest(self.dual, dx) * dx)
+        dy, turned = self._direction(lower, None)
+        left = 1.0 - self.program.longest(self.m, self.program.direction(dy))  # of the gap, were X as free as M
+        dx = self._dual_step(turned, None)
+        goal = -_hermitian(dx @ turned.to(dx.dtype)).to(turned.dtype)
+        goal += left**3 * self.gap / (self.m.shape[0] * self.m.shape[-1]) * self.inverse
+        dy, turned = self._direction(lower, goal)
+        dx, longest = self._dual_step(turned, goal), self.program.longest(self.m, self.program.direction(dy))
+        return Iterate.at(self.program, self.y + longest * dy, self.dual + self._longest_dual(dx) * dx)
 
-    def _step(self, lower: Tensor, goal: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The steps of y, of M and of X, and that of M times the inverse.
+    def _longest_dual(self, dx: Tensor) -> float:
+        return _longest(lambda length: not bool(torch.linalg.cholesky_ex(torch.add(self.dual, dx, alpha=length))[1].any()))
 
-        To first order, X M becomes `goal` M, and the traces of X what they should be.
-        """
+    def _direction(self, lower: Tensor, goal: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The step of y, and that of M times the inverse: to first order X M becomes `goal` M, and the traces of X what they should be."""
         rest = torch.zeros_like(self.y) if goal is None else self.program.traces(goal)
         rest[0] -= 1.0
         dy = torch.cholesky_solve(rest[:, None], lower)[:, 0]
-        turned = self.program.moved(dy, self.inverse, self.queried)
-        dx = _hermitian(self.dual @ turned).add_(self.dual).neg_()
-        return dy, self.program.direction(dy), dx if goal is None else dx.add_(goal), turned
+        return dy, self.program.moved(dy, self.inverse, self.queried)
+
+    def _dual_step(self, turned: Tensor, goal: Tensor | None) -> Tensor:
+        """The step of X; without a goal in single precision, as it is for a correction alone."""
+        if goal is None:
+            single = torch.complex64 if turned.is_complex() else torch.float32
+            dual = self.dual.to(single)
+            return _hermitian(dual @ turned.to(single)).add_(dual).neg_()
+        return goal - _hermitian(self.dual @ turned).add_(self.dual)
 
 
 def _hermitian(matrix: Tensor) -> Tensor:
     return torch.add(matrix, matrix.mH).mul_(0.5)
 
 
-def _longest(matrix: Tensor, step: Tensor) -> float:
-    """Nearly the longest part of a step, at most all of it, that leaves a positive definite matrix so; and a little less."""
-
-    def fits(length: float) -> bool:
-        return not bool(torch.linalg.cholesky_ex(matrix + length * step)[1].any())
-
+def _longest(fits: Callable[[float], bool]) -> float:
+    """Nearly the longest part of a step that fits, at most all of it, and a little less."""
     if fits(1.0):
         return 1.0
     short, long = LENGTHS, 0  # by halves, among the powers of a ratio
     while short - long > 1:
         middle = (short + long) // 2
         short, long = (middle, long) if fits(RATIO**middle) else (short, middle)
-    return 0.95 * RATIO**short if short < LENGTHS or fits(RATIO**short) else 0.0
+    return 0.95 * RATIO**short
 
 
 def _inverse(matrix: Tensor) -> Tensor | None:
