@@ -248,7 +248,9 @@ def improve(run: Sequence[Piece], search: MultiplierSearch, steps: int) -> Multi
 # to a matrix with X M = 0 and with traces of X times what M gains by each variable of 1 for rho and 0 for the multipliers.
 
 GAP = 2e-3  # relative, of rho: what is left where the search ends
-RATIO, LENGTHS = 0.86, 16  # steps are shortened to powers of the ratio, down to a tenth
+RATIO, LENGTHS = 0.86, 32  # steps are shortened to powers of the ratio
+LONG = 8  # chains of so many anchors start from their halves,
+JOINED, MOST_JOINED = 0.3, 30  # whose gaps are so small, after at most so many steps
 
 
 @dataclass
@@ -264,7 +266,8 @@ class Program:
     output: Tensor
     x: int
     variable: Tensor  # for each w the number of its multiplier
-    units: Tensor  # logarithms of the units of the multipliers
+    rho: float  # logarithms of the units of rho
+    units: Tensor  # and of the multipliers
     places: list[tuple[int, int, int]]  # anchor, and its first and last + 1 entry among w
 
     @staticmethod
@@ -286,7 +289,7 @@ class Program:
             rows = halves[x + first : x + last, None] - halves[cols]
             scaled.append((slice(first, last), cols, wide[:, :, cols] * rows.exp()))
         ratio = torch.cat([_pulled_towards(system.slopes[k])[0][system.slopes[k].on] for k, _, _ in places])
-        return Program(scaled, ratio, output * (-halves).exp(), x, torch.cat(variable), units, places)
+        return Program(scaled, ratio, output * (-halves).exp(), x, torch.cat(variable), rho, units, places)
 
     def matrix(self, y: Tensor) -> Tensor:
         """M at `y`: rho, and the multipliers."""
@@ -446,11 +449,9 @@ def newton_cost(system: System) -> float:
 
 def newton(system: System, logarithms: Logarithms, steps: int) -> Iterator[Logarithms]:
     """Better and better multipliers from feasible ones, within so many steps of a primal-dual method (HKM, with a corrector)."""
-    rho = _bound_logarithm(system, logarithms)
-    if not math.isfinite(rho) or not logarithms:
+    if steps < 1 or not logarithms:
         return
-    program = Program.of(system, logarithms, rho)
-    at = Iterate.at(program, torch.cat([torch.full((1,), 1.5), torch.ones(program.count)]).double())  # a little inside
+    at = Iterate.first(system, _joined(system, logarithms))
     for _ in range(steps):
         at = None if at is None else at.next()
         if at is None:
@@ -458,6 +459,51 @@ def newton(system: System, logarithms: Logarithms, steps: int) -> Iterator[Logar
         yield at.program.logarithms(at.y)
         if at.gap < GAP * float(at.y[0]):
             return
+
+
+def _joined(system: System, logarithms: Logarithms) -> Logarithms:
+    """Multipliers to start from: of a long chain those of its halves, once their own gaps are small; else the given ones.
+
+    Where |v| <= r |x| and |output| <= s |v| follow from two sums of multipliers, s^2 times the first and the second give r s.
+    """
+    joined, scale, last = Logarithms(), 0.0, len(system.queries) - 1
+    middle = _middle(system)
+    for part in (middle, last), (0, middle):
+        half = None if middle is None else _part(system, *part)
+        closed = None if half is None else closed_logarithms(half)
+        at = None if half is None or not closed else Iterate.first(half, _joined(half, closed))
+        for _ in range(MOST_JOINED):
+            if at is None or at.gap < JOINED * float(at.y[0]):
+                break
+            at = at.next()
+        if at is None:
+            return logarithms
+        joined |= {part[0] + k: logs + scale for k, logs in at.program.logarithms(at.y).items()}
+        scale += at.program.rho + math.log(float(at.y[0]))
+    return joined if _bound_logarithm(system, joined) < _bound_logarithm(system, logarithms) else logarithms
+
+
+def _middle(system: System) -> int | None:
+    """The anchor nearest to the middle of a long chain that stands between all before and all after it; None where there is none."""
+    last = len(system.queries) - 1
+    reads = [min(form.blocks, default=0) if form is not None else 0 for form in (*system.queries, system.output)]
+    cuts = [k for k in range(2, last - 1) if min(reads[k + 1 :]) >= k]
+    return min(cuts, key=lambda k: abs(2 * k - last)) if cuts and last >= LONG else None
+
+
+def _part(system: System, first: int, last: int) -> System:
+    """The anchors after `first` up to `last`, with the one as input and the other as output."""
+
+    def shifted(form: Form | None) -> Form:
+        assert form is not None
+        return Form({a - first: b for a, b in form.blocks.items()}, {a - first: e for a, e in form.errors.items()}, form.clean)
+
+    like, ones = next(iter(system.output.blocks.values())), torch.ones(len(system.channels[first]), dtype=torch.float64)
+    eye = torch.eye(len(system.channels[last]), dtype=like.dtype)[None]
+    output = shifted(system.output) if last == len(system.queries) - 1 else Form({last - first: eye}, {last - first: 0.0}, True)
+    queries = [None, *map(shifted, system.queries[first + 1 : last + 1])]
+    slopes = [Slopes.between(ones, ones), *system.slopes[first + 1 : last + 1]]
+    return System(queries, system.channels[first : last + 1], output, system.frequencies, slopes)
 
 
 @dataclass
@@ -470,6 +516,15 @@ class Iterate:
     inverse: Tensor
     queried: Tensor
     dual: Tensor
+
+    @staticmethod
+    def first(system: System, logarithms: Logarithms) -> Iterate | None:
+        """A little inside the multipliers given; None where they prove nothing."""
+        rho = _bound_logarithm(system, logarithms)
+        if not math.isfinite(rho):
+            return None
+        program = Program.of(system, logarithms, rho)
+        return Iterate.at(program, torch.cat([torch.full((1,), 1.5), torch.ones(program.count)]).double())
 
     @staticmethod
     def at(program: Program, y: Tensor, dual: Tensor | None = None) -> Iterate | None:
@@ -531,7 +586,7 @@ def _longest(fits: Callable[[float], bool]) -> float:
     while short - long > 1:
         middle = (short + long) // 2
         short, long = (middle, long) if fits(RATIO**middle) else (short, middle)
-    return 0.95 * RATIO**short
+    return 0.95 * RATIO**short if short < LENGTHS or fits(RATIO**short) else 0.0
 
 
 def _inverse(matrix: Tensor) -> Tensor | None:
