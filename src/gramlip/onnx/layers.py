@@ -557,7 +557,7 @@ _SETTINGS: dict[str, tuple[float, ...]] = {
     "Elu": (1.0,),
     "HardSigmoid": (0.2, 0.5),
 }
-"""Functions that a cell may have, and their alpha and beta by default, as far as they have them."""
+"""Functions of cells, with their alpha and beta by default, as far as they have them."""
 
 
 def _function(name: str, settings: Sequence[float]) -> Function:
@@ -593,8 +593,7 @@ def _cells(node: Node, ways: int) -> list[Cell]:
         raise RefusedError(msg)
     given = [iter(node.get(f"activation_{name}") or ()) for name in ("alpha", "beta")]
     functions = [_function(name, [next(values, usual) for values, usual in zip(given, _SETTINGS[name], strict=False)]) for name in names]
-    clip = node.get("clip")
-    coupled, reset_before = bool(node.get("input_forget", 0)), not node.get("linear_before_reset", 0)
+    clip, coupled, reset_before = node.get("clip"), bool(node.get("input_forget", 0)), not node.get("linear_before_reset", 0)
     each = len(names) // ways
     gates = [Gates(functions[k : k + each], clip, coupled, reset_before) for k in range(0, len(names), each)]
     return [{"LSTM": gate.lstm, "GRU": gate.gru, "RNN": gate.rnn}[node.op] for gate in gates]
