@@ -440,6 +440,8 @@ def _lower_side(
 ) -> Stretch:
     if program.refused or any(map(reads_memory, program.nodes)):
         return Stretch(0.0, "no lower side: what an in-place call overwrites, or what is read from memory by place, is not followed")
+    if any(read.op == "get_attr" for node in program.nodes for read in node.all_input_nodes):
+        return Stretch(0.0, "no lower side: a part that a call such as `torch.cond` runs is not followed")
 
     shapes = [tuple(t.shape) for t in tensors]
     size = sum(t.numel() for t in tensors)
