@@ -342,23 +342,24 @@ def _drawn(mode: str, dims: int) -> list[Case]:
 def _draw(rng: random.Random, mode: str, dims: int, number: int) -> Case:
     transposed = mode == "zeros" and rng.random() < 0.3
     out, inner, groups = rng.choice(CHANNELS[dims])
-    channels = (out * inner // groups, max(1, out // groups)) if transposed else (out, inner // groups)
-    if transposed:
-        channels = (groups * max(1, inner // groups), max(1, out // groups))
+    channels = (groups * max(1, inner // groups), max(1, out // groups)) if transposed else (out, inner // groups)
     kernel = tuple(rng.choice(KERNEL_SIDES[dims]) for _ in range(dims))
     stride = tuple(rng.choice((1, 1, 2, 3)) for _ in range(dims))
     dilation = tuple(rng.choice((1, 1, 2, 3)) for _ in range(dims))
-    reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-    ways: list[tuple[tuple[int, int], ...]]
-    ways = [((r // 2, r - r // 2), (0, 0), (r // 2 + 1, r // 2 + 1), (r + 1, r + 1), (0, r // 2 + 1), (r, 0)) for r in reach]
-    padding: str | tuple[tuple[int, int], ...] = tuple(rng.choice(way) for way in ways)
+    padding: str | tuple[tuple[int, int], ...] = tuple(_pair(rng, d * (k - 1)) for k, d in zip(kernel, dilation, strict=True))
     if not transposed and max(stride) == 1 and rng.random() < 0.3:
         padding = "same"
     extra = tuple(rng.randrange(max(s, d)) for s, d in zip(stride, dilation, strict=True)) if transposed else (0,) * dims
-    kernel_name, dtype = rng.choice(list(KERNELS)), DTYPES[number % len(DTYPES)]
-    if dtype == torch.float16 and kernel_name in ("tiny", "huge", "ill_scaled"):
-        kernel_name = "random"
-    return Case(kernel_name, (*channels, *kernel), (1,) * dims, stride, padding, mode, dilation, groups, transposed, extra, dtype, number)
+    values, dtype = rng.choice(list(KERNELS)), DTYPES[number % len(DTYPES)]
+    if dtype == torch.float16 and values in ("tiny", "huge", "ill_scaled"):
+        values = "random"
+    return Case(values, (*channels, *kernel), (1,) * dims, stride, padding, mode, dilation, groups, transposed, extra, dtype, number)
+
+
+def _pair(rng: random.Random, reach: int) -> tuple[int, int]:
+    """Padding before and after an axis on which the kernel reaches so far."""
+    half = reach // 2
+    return rng.choice(((half, reach - half), (0, 0), (half + 1, half + 1), (reach + 1, reach + 1), (0, half + 1), (reach, 0)))
 
 
 def _fits(case: Case) -> bool:
