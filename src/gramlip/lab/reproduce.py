@@ -23,6 +23,7 @@ from gramlip.lab.recipes import files
 from gramlip.reports.pictures import figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 import hashlib
 import io
@@ -347,21 +348,29 @@ def _epochs(log: Path) -> list[Row]:
 def draw(rows: list[Row]) -> Figure:
     """Accuracy and the product of the certified norms over the epochs; certified accuracy against the radius."""
     page, (accuracy, product, certified) = figure(3, width=4.2, height=3.8)
-    for control, of_control in by(rows, "control").items():
-        colour, marker, line = LOOKS[control]
-        style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "label": CONTROLS[control]}
-        for ax, field, scale in ((accuracy, "accuracy", PERCENT), (product, "upper_product", 1.0)):
-            known = _logged(of_control, field)
-            ax.plot(numbers(known, "epoch"), numbers(known, field, scale), **style)
-        radii, shares = zip(*_radii(pick(of_control, kind="end")[0]), strict=True)
-        certified.plot(radii, [PERCENT * share for share in shares], **style)
-    for ax, title in ((accuracy, "test accuracy (%)"), (product, "product of the certified layer norms")):
-        ax.set(xlabel="epoch", ylabel=title)
-        ax.locator_params(axis="x", integer=True)
+    _draw_epochs(accuracy, rows, "accuracy", PERCENT, "test accuracy (%)")
+    _draw_epochs(product, rows, "upper_product", 1.0, "product of the certified layer norms")
     product.set_yscale("log")
+    for control, of_control in by(rows, "control").items():
+        radii, shares = zip(*_radii(pick(of_control, kind="end")[0]), strict=True)
+        certified.plot(radii, [PERCENT * share for share in shares], **_style(control))
     certified.set(xlabel="radius in pixels of [0, 1], l2", ylabel="certified accuracy (%)", ylim=(-2, None))
     page.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return page
+
+
+def _draw_epochs(ax: Axes, rows: list[Row], field: str, scale: float, label: str) -> None:
+    """A field of the log over the epochs, a line for each control."""
+    for control, of_control in by(rows, "control").items():
+        known = _logged(of_control, field)
+        ax.plot(numbers(known, "epoch"), numbers(known, field, scale), **_style(control))
+    ax.set(xlabel="epoch", ylabel=label)
+    ax.locator_params(axis="x", integer=True)
+
+
+def _style(control: str) -> dict[str, Any]:
+    colour, marker, line = LOOKS[control]
+    return {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "label": CONTROLS[control]}
 
 
 def _logged(rows: list[Row], field: str) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import singledispatch
 from typing import Any, cast
@@ -293,9 +293,13 @@ def _average(module: Any, input_size: Ints | None = None) -> Separable | Bound:
         raise InputError(msg)
     if input_size is not None:
         return Separable(tuple(matrix(j, n) for j, (n, _) in enumerate(_sides(module, input_size, dims))), scale)
-    # Bounds for every size: Schur's test on each axis. Its pattern repeats with the stride once the two ends do not overlap.
+    return _average_of_every_size(matrix, zip(kernel, stride, padding, strict=True), scale)
+
+
+def _average_of_every_size(matrix: Callable[[int, int], Tensor], geometry: Iterable[tuple[int, int, int]], scale: float) -> Bound:
+    """Schur's test on each axis, given by kernel, stride and padding. Its pattern repeats with the stride once the ends do not overlap."""
     upper = lower = scale
-    for j, (k, s, p) in enumerate(zip(kernel, stride, padding, strict=True)):
+    for j, (k, s, p) in enumerate(geometry):
         matrices = [matrix(j, n) for n in range(max(1, k - 2 * p), 4 * (k + p + s) + s)]
         schur = max(float(m.sum(0).max()) * float(m.sum(1).max()) for m in matrices)
         upper = rd.mul_up(upper, rd.sqrt_up(schur * (1 + 1e-12)))
