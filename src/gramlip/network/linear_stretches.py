@@ -150,8 +150,8 @@ def linear_stretches(network: Network, constants: Sequence[Bound], rtol: float, 
     for k in effort.shown("linear stretches", [network.steps[parts[-1].last].name for parts in ends]):
         parts, end = ends[k], len(ends[k])
         while end > 0:
-            affordable = left > 0 and not effort.over
-            start = next((a for a in range(end) if affordable and _pays(network, _joined(parts[a:end]))), end)
+            starts = range(end) if left > 0 and not effort.over else ()
+            start = next((a for a in starts if _pays(network, _joined(parts[a:end]))), end)
             form = Matrices(network, actions, constants, _joined(parts[start:end])) if start < end else None
             way = None if form is None else form.shortcut(rtol)
             left -= 0.0 if form is None else form.spent

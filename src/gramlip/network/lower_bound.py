@@ -366,20 +366,19 @@ def stretch(
         weights: computed weights that are known up to errors, and these.
     """
     points = points or Everywhere()
-    starts = _starts(sum(map(math.prod, shapes)), data, points, seed)
-    search = Search(build, shapes, starts, points, weights or {}, torch.Generator().manual_seed(seed), effort)
+    starts, signs = _starts(sum(map(math.prod, shapes)), data, points, seed), torch.Generator().manual_seed(seed)
+    search = Search(build, shapes, starts, points, weights or {}, signs, effort)
     exact, value = build(shapes, torch.float64), 0.0
     for precision in (torch.float32, torch.float64):
         if precision == torch.float32 and (wide == torch.float64 or not full_products()):
             continue
         pair = search.best(precision)
         x, y = (points.inside(p.double()) for p in (pair.x, pair.y))
-        value = max(value, quotient(exact, x, y, search.signs, search.weights))
+        value = max(value, quotient(exact, x, y, signs, search.weights))
         if value >= NEAR * pair.value > 0 or effort.over:
             break
-    origin = "data" if data is not None else "random points"
     how = "lower side: a difference of two inputs in float64, less its rounding (measured, not proved)"
-    return Stretch(value, f"{how}, from {origin}, seed {seed}")
+    return Stretch(value, f"{how}, from {'random points' if data is None else 'data'}, seed {seed}")
 
 
 def _starts(size: int, data: Tensor | None, points: Points, seed: int) -> list[tuple[Tensor, Tensor]]:

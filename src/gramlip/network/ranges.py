@@ -209,15 +209,20 @@ def _linear(what: Linear, r: Range, entries: int) -> tuple[float, float, float]:
     plus, minus = rows.clamp_min(0).sum(1), rows.clamp_max(0).sum(1)
     low, high = (r.low, r.high) if isinstance(what.op, Dense) else (min(r.low, 0.0), max(r.high, 0.0))  # a padded window holds zeros
     a, b = float((plus * low + minus * high).min()), float((plus * high + minus * low).max())
-    row, stray = INF, rd.add_up(what.bias_error, lost)
+    row = INF
     if isinstance(what.op, Dense):
-        constant = bias.expand(*bias.shape[:-1], len(rows)).abs() + what.bias_error  # one constant may be added to every entry of a row
-        row = rd.add_up(rd.mul_up(quick_norm(rows), r.row), lost, rd.mul_up(float(row_norms_up(constant).max()), 1.0 + SLACK))
+        row = rd.add_up(_row_of_matrix(rows, bias, what.bias_error, r.row), lost)
         most = rd.mul_up(float(row_norms_up(rows).max()), r.row)
         a, b = max(a, -most), min(b, most)
     size = rd.add_up(rd.mul_up(float(rows.abs().sum(1).max()), r.size), float(bias.abs().max()))
-    stray = rd.add_up(_slack(size, rows.shape[1]), stray)
+    stray = rd.add_up(_slack(size, rows.shape[1]), what.bias_error, lost)
     return _below(a, float(bias.min()), -stray), _above(b, float(bias.max()), stray), row
+
+
+def _row_of_matrix(rows: Tensor, bias: Tensor, bias_error: float, row: float) -> float:
+    """Norm of the image of a row of a norm; one constant may be added to every entry of it."""
+    constant = bias.expand(*bias.shape[:-1], len(rows)).abs() + bias_error
+    return rd.add_up(rd.mul_up(quick_norm(rows), row), rd.mul_up(float(row_norms_up(constant).max()), 1.0 + SLACK))
 
 
 def _scaled(what: Linear, weight: Tensor, r: Range, lost: float) -> tuple[float, float, float]:

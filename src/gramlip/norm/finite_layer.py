@@ -266,8 +266,7 @@ def wave(peak: Peak, layer: FiniteLayer, group: int) -> Tensor:
         phase, factor = _wave_on_axis(axis, turn, count, flipped, x.device)
         x = x.index_select(1 + j, phase) * factor.reshape(-1, *(1,) * (len(phases) - 1 - j))
     if not layer.is_complex:
-        real, imaginary = x.real.contiguous(), x.imag.contiguous()
-        x = real if float(real.norm()) >= float(imaginary.norm()) else imaginary
+        x = max((x.real.contiguous(), x.imag.contiguous()), key=lambda part: float(part.norm()))
     x = x.flatten(1).mT.contiguous()
     x = layer.adjoint(x, group) if flipped else x
     return x if bool(x.any()) else start_like(layer, x)  # if all taps read padding, the wave is zero

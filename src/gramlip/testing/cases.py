@@ -341,8 +341,7 @@ def _drawn(mode: str, dims: int) -> list[Case]:
 
 def _draw(rng: random.Random, mode: str, dims: int, number: int) -> Case:
     transposed = mode == "zeros" and rng.random() < 0.3
-    out, inner, groups = rng.choice(CHANNELS[dims])
-    channels = (groups * max(1, inner // groups), max(1, out // groups)) if transposed else (out, inner // groups)
+    groups, channels = _drawn_channels(rng, dims, transposed)
     kernel = tuple(rng.choice(KERNEL_SIDES[dims]) for _ in range(dims))
     stride = tuple(rng.choice((1, 1, 2, 3)) for _ in range(dims))
     dilation = tuple(rng.choice((1, 1, 2, 3)) for _ in range(dims))
@@ -354,6 +353,12 @@ def _draw(rng: random.Random, mode: str, dims: int, number: int) -> Case:
     if dtype == torch.float16 and values in ("tiny", "huge", "ill_scaled"):
         values = "random"
     return Case(values, (*channels, *kernel), (1,) * dims, stride, padding, mode, dilation, groups, transposed, extra, dtype, number)
+
+
+def _drawn_channels(rng: random.Random, dims: int, transposed: bool) -> tuple[int, Ints]:
+    """The number of groups, and the first two sides of the weight."""
+    out, inner, groups = rng.choice(CHANNELS[dims])
+    return groups, (groups * max(1, inner // groups), max(1, out // groups)) if transposed else (out, inner // groups)
 
 
 def _pair(rng: random.Random, reach: int) -> tuple[int, int]:
