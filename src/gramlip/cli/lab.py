@@ -418,10 +418,4 @@ def _change(text: str) -> tuple[str, Any]:
         return field, value
 
 
-COMMANDS: Commands = {
-    "bench": add_bench,
-    "certify": add_certify,
-    "compare": add_compare,
-    "reproduce": add_reproduce,
-    "train": add_train,
-}
+COMMANDS: Commands = {"bench": add_bench, "certify": add_certify, "compare": add_compare, "reproduce": add_reproduce, "train": add_train}

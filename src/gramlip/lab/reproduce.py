@@ -258,12 +258,7 @@ def title(row: Row) -> str:
 # the recipes of `gramlip.lab.train`. A run that stops goes on from its last epoch, in the folder `runs` beside the
 # table.
 
-CONTROLS = {
-    "plain": "plain",
-    "gram": "Gram penalty (the paper's)",
-    "penalised": "tracked penalty",
-    "normalised": "spectral normalisation",
-}
+CONTROLS = {"plain": "plain", "gram": "Gram penalty (the paper's)", "penalised": "tracked penalty", "normalised": "spectral normalisation"}
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("resnet18", {}),
     "small": ("small", {"epochs": 4, "samples": 20_000, "test_samples": 5_000}),

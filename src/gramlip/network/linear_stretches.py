@@ -16,20 +16,7 @@ from torch.nn import functional as F
 
 from gramlip.network import Effort
 from gramlip.network.compose import SMALL, coefficients
-from gramlip.network.steps import (
-    Join,
-    Linear,
-    LinearAction,
-    Lipschitz,
-    Network,
-    Pad,
-    Shortcut,
-    Slice,
-    Step,
-    Sum,
-    View,
-    rough_norm,
-)
+from gramlip.network.steps import Join, Linear, LinearAction, Lipschitz, Network, Pad, Shortcut, Slice, Step, Sum, View, rough_norm
 from gramlip.norm.certify import certify_all
 from gramlip.numerics import rounding as rd
 from gramlip.operators.interval import Bound, decimals

@@ -9,22 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gramlip.network.steps import (
-    Attention,
-    Join,
-    Linear,
-    Lipschitz,
-    Network,
-    Pad,
-    Product,
-    Slice,
-    Slope,
-    Step,
-    Sum,
-    Unbounded,
-    View,
-    What,
-)
+from gramlip.network.steps import Attention, Join, Linear, Lipschitz, Network, Pad, Product, Slice, Slope, Step, Sum, Unbounded, View, What
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import frobenius_up, row_norms_up

@@ -200,14 +200,7 @@ class Cap(Norms):
         return {path: least[id(weight_of(modules[path]))][1] for path in factors}
 
 
-def cap_(
-    model: nn.Module,
-    target: float = 1.0,
-    example: Any = None,
-    *,
-    where: Where | None = None,
-    rtol: float = 1e-2,
-) -> dict[str, float]:
+def cap_(model: nn.Module, target: float = 1.0, example: Any = None, *, where: Where | None = None, rtol: float = 1e-2) -> dict[str, float]:
     """Scale every layer whose certified norm exceeds the target down, in place: then `gramlip.bound(...).upper <= target` for each.
 
     It certifies each layer, so it belongs at the end of training or at a checkpoint; use `Cap` at every step. If a layer cannot be

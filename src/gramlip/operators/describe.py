@@ -156,8 +156,7 @@ def _(module: nn.Linear, input_size: Ints | None = None) -> Dense:
 @describe.register(nn.ConvTranspose2d)
 @describe.register(nn.ConvTranspose3d)
 def _(
-    module: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
-    input_size: Ints | None = None,
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d, input_size: Ints | None = None
 ) -> Conv:
     return Conv(
         module.weight,

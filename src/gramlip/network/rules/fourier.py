@@ -16,7 +16,7 @@ from torch import Tensor
 from gramlip.errors import UnsupportedError
 from gramlip.network.rules.affine import added, largest, matrix_product, spread
 from gramlip.network.rules.registry import Call, Var, find, register
-from gramlip.network.rules.shapes import PICKS, Put
+from gramlip.network.rules.shapes import PICKS, Put, aten
 from gramlip.network.steps import Lipschitz, Shortcut, Unbounded
 from gramlip.numerics import rounding as rd
 
@@ -186,29 +186,10 @@ def _stft(call: Call) -> Lipschitz:
 
 _COPY = (
     *PICKS,
-    *(
-        f"aten.{name}"
-        for name in [
-            "cat",
-            "concat",
-            "concatenate",
-            "stack",
-            "hstack",
-            "vstack",
-            "dstack",
-            "where",
-            "masked_fill",
-            "triu",
-            "tril",
-            "sum",
-            "neg",
-        ]
+    *aten(
+        "cat concat concatenate stack hstack vstack dstack where masked_fill triu tril sum neg pad constant_pad_nd clone contiguous detach"
     ),
-    *(f"aten.{name}" for name in ["pad", "constant_pad_nd", "clone", "contiguous", "detach", "alias", "lift_fresh_copy", "mean", "cumsum"]),
-    *(
-        f"aten.{name}"
-        for name in ["scatter_add", "index_add", "index_put", "scatter", "index_copy", "copy", "fill", "zero", "unfold", "dropout"]
-    ),
+    *aten("detach alias lift_fresh_copy mean cumsum scatter_add index_add index_put scatter index_copy copy fill zero unfold dropout"),
     "getitem",
     Put.OP,
 )

@@ -24,29 +24,30 @@ from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Shape
 
 
-def _aten(names: str) -> list[str]:
+def aten(names: str) -> list[str]:
+    """The operations of these names."""
     return [f"aten.{name}" for name in names.split()]
 
 
-_SAME = _aten(
+_SAME = aten(
     "clone contiguous detach alias lift_fresh_copy lift_fresh positive _to_copy to type_as dropout feature_dropout "
     "alpha_dropout feature_alpha_dropout"
 )
-_VIEWS = _aten(
+_VIEWS = aten(
     "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT squeeze unsqueeze movedim moveaxis swapaxes swapdims "
     "flip fliplr flipud rot90 roll ravel pixel_shuffle pixel_unshuffle channel_shuffle view_as reshape_as fft_fftshift fft_ifftshift"
 )
-_PARTS = _aten(
+_PARTS = aten(
     "split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split diagonal narrow_copy "
     "sort msort topk kthvalue median amax amin max min maximum minimum"
 )
 PICKS = {
     *_VIEWS,
-    *_aten("split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split diagonal narrow_copy"),
-    *_aten("slice narrow select index index_select gather expand expand_as broadcast_to repeat tile repeat_interleave"),
+    *aten("split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split diagonal narrow_copy"),
+    *aten("slice narrow select index index_select gather expand expand_as broadcast_to repeat tile repeat_interleave"),
 }
 """Operations that copy entries, of one value that depends on the input."""
-RISING = {*_aten("amax amin msort"), *(f"aten.{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in (1, 2, 3))}
+RISING = {*aten("amax amin msort"), *(f"aten.{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in (1, 2, 3))}
 """Operations that choose entries by comparing them: what they give rises with every entry, and is computed exactly."""
 
 
