@@ -297,8 +297,6 @@ def snapshot(target: str, repository: str, patterns: list[str], kind: str = "mod
 
 
 # ---- targets -------------------------------------------------------------------------------------------------------------
-#
-# TARGET: what the user typed becomes a source of layers. One entry of `RESOLVERS` for each kind.
 
 Shape = tuple[int, ...]
 

@@ -290,11 +290,7 @@ def is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
-# ---- calls in float64 ----------------------------------------------------------------------------------------------------
-#
-# Calls of the graph in float64: what both sides take the weights, and all that the model computes from them, to be.
-#
-# docs/network.md#computed-weights.
+# ---- calls in float64: docs/network.md#computed-weights ------------------------------------------------------------------
 
 _VIEWS = ("aten.view.default", "aten._unsafe_view.default", "aten.view_as.default")
 _SAME = ("aten.detach.default",)

@@ -19,8 +19,6 @@ from gramlip.numerics.precision import full_products
 from gramlip.operators.linear_maps import Shape
 
 # ---- the network as a function -------------------------------------------------------------------------------------------
-#
-# The network as a function of one flat vector, in float64 for what is reported, in the model's own precision for the search.
 
 MARGIN = 2.0**-20  # relative; covers the rounding of the difference of two results, of their distance and of the quotient
 MOVES = 2**8  # by so many spacings of its type every value is moved, to see what the rounding of all of them may do;
@@ -92,8 +90,6 @@ def _moved(value: Any, signs: torch.Generator | None) -> Any:
 
 
 # ---- what is reported ----------------------------------------------------------------------------------------------------
-#
-# The quotient of one pair of points in float64, less what rounding may have done to it.
 
 
 def noise(run: Function, x: Tensor, value: Tensor, signs: torch.Generator, weights: Weights) -> float:
@@ -137,8 +133,6 @@ def quotient(run: Function, x: Tensor, y: Tensor, signs: torch.Generator, weight
 
 
 # ---- the search ----------------------------------------------------------------------------------------------------------
-#
-# The search for a pair: power steps at a point give a direction, steps of several lengths along it the next point.
 
 SCALES = (1.0, 0.1, 3.0)  # of the random points where no domain is given: a normalisation is steepest near constant inputs
 STARTS = 6

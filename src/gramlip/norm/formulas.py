@@ -133,8 +133,6 @@ def _scaled(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
 
 # ---- arXiv 2305.16173 ----------------------------------------------------------------------------------------------------
 #
-# The four algorithms of arXiv 2305.16173 under the paper's names, as published, without the known defects of common code.
-#
 # They do not cover rounding, zero padding and stride, as the rest of gramlip does. For a proved interval call `gramlip.bound`;
 # for training call `gramlip.gram_norm` and `gramlip.conv_gram_norm`, whose memory does not grow with the steps. Here autograd
 # differentiates every step.

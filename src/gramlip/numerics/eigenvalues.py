@@ -159,8 +159,6 @@ def frobenius(g: Tensor) -> Tensor:
 
 
 # ---- bounds --------------------------------------------------------------------------------------------------------------
-#
-# Upper bounds from moments, lower bounds from Rayleigh quotients, and the vectors to take them at.
 
 WHOLE, MANY = 16, 32  # up to order WHOLE (half of it for more than MANY blocks) a full eigendecomposition is cheaper than a Krylov basis
 SHORT, LONG = 8, 16  # rows of a Krylov basis in single and in double precision
@@ -276,8 +274,6 @@ def _unit(v: Tensor) -> Tensor:
 
 
 # ---- Gram iteration ----------------------------------------------------------------------------------------------------
-#
-# The differentiable upper estimate of a spectral norm (arXiv 2305.16173, algorithm 2).
 
 
 def reals(x: Tensor) -> Tensor:

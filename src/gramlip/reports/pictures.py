@@ -167,8 +167,6 @@ def sampled(row: LayerRow) -> list[list[float]] | None:
 
 
 # ---- pictures for notebooks ----------------------------------------------------------------------------------------------
-#
-# The pictures of a report for notebooks: shares of the logarithm, intervals, symbols. Needs `gramlip[plots]`.
 
 
 def _notebook_figure(rows: int, width: float = 7.0) -> tuple[Any, Any]:
@@ -236,8 +234,6 @@ def symbols(report: Report, name: str) -> Any:
 
 
 # ---- figures for print ---------------------------------------------------------------------------------------------------
-#
-# Figures for print: one style, drawn without a display and without global state.
 
 LOOKS = {
     "certify": ("#0072B2", "o"),

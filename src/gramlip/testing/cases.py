@@ -18,8 +18,6 @@ from gramlip.operators.linear_maps import Conv, Dense
 from gramlip.testing.oracle import oracle, torch_layer
 
 # ---- kernels -------------------------------------------------------------------------------------------------------------
-#
-# Named adversary kernels, which random draws hardly ever produce.
 
 Shape = tuple[int, ...]
 Maker = Callable[[Shape, torch.Generator], Tensor]
@@ -162,8 +160,6 @@ KNOWN: dict[str, Maker] = {
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------------
-#
-# The case table: geometries of torch layers, each with a named adversary kernel. It is data only.
 
 Ints = tuple[int, ...]
 MODES = ("zeros", "circular", "reflect", "replicate")
@@ -444,8 +440,6 @@ TRAPS: dict[str, Case] = {
 
 
 # ---- conformance ---------------------------------------------------------------------------------------------------------
-#
-# `conformance`: runs the norm function of any library over the case table, and judges it against the oracle.
 
 ROUNDING = 1e-12  # accuracy of the oracle: a value closer than this to the truth is not called false
 VERDICTS = {
