@@ -266,7 +266,8 @@ def compare(
         raise InputError(msg)
     chosen = list(dict.fromkeys(methods)) or list(METHODS)
     values = [v for name, op in watch(pairs) for v in _of(name, op, chosen, rtol, trials)]
-    return Comparison(target, tuple(values), environment(pairs[0][1].weight.device) | {"trials": trials, "dtype": _dtypes(pairs)})
+    dtypes = ", ".join(sorted({str(op.weight.dtype).removeprefix("torch.") for _, op in pairs}))
+    return Comparison(target, tuple(values), environment(pairs[0][1].weight.device) | {"trials": trials, "dtype": dtypes})
 
 
 def _of(name: str, op: Dense | Conv, methods: Sequence[str], rtol: float, trials: int) -> list[Value]:
@@ -282,10 +283,6 @@ def _of(name: str, op: Dense | Conv, methods: Sequence[str], rtol: float, trials
         place = (name, tuple(op.weight.shape), size)
         values.append(Value(*place, method, value, seconds, float(truth.lower), float(truth.upper), refused))  # type: ignore[arg-type]
     return values
-
-
-def _dtypes(pairs: list[tuple[str, Dense | Conv]]) -> str:
-    return ", ".join(sorted({str(op.weight.dtype).removeprefix("torch.") for _, op in pairs}))
 
 
 def error_against_time(comparison: Comparison) -> Figure:

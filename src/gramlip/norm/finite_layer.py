@@ -260,7 +260,7 @@ def wave(peak: Peak, layer: FiniteLayer, group: int) -> Tensor:
     phases = [1 if flipped else min(axis.stride, axis.kernel) for axis in layer.geometry]
     divided = any(axis.stride > 1 and axis.dilation > 1 for axis in layer.geometry)  # the symbol used a divisor of the stride
     if divided or x.numel() != layer.shape[1 if flipped else 2] * math.prod(phases):
-        return start_like(layer, _blank(layer))
+        return start_like(layer, x.new_zeros(math.prod(layer.sizes), layer.shape[2]))
     x = x.reshape(-1, *phases)
     for j, (axis, turn, count) in enumerate(zip(layer.geometry, peak.frequency, phases, strict=True)):
         phase, factor = _wave_on_axis(axis, turn, count, flipped, x.device)
@@ -282,10 +282,6 @@ def _wave_on_axis(axis: Axis, turn: float, count: int, flipped: bool, device: to
     phase, t = shifted.remainder(step), shifted.div(step, rounding_mode="floor").to(torch.float64)
     factor = torch.polar(window * (phase < count), (turn if flipped else -turn) / axis.dilation * t)
     return phase.clamp_max(count - 1), factor
-
-
-def _blank(layer: FiniteLayer) -> Tensor:
-    return torch.zeros(math.prod(layer.sizes), layer.shape[2], dtype=layer.dtype, device=layer.device)
 
 
 def start_like(layer: FiniteLayer, x: Tensor, number: int = 0) -> Tensor:

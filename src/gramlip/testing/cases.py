@@ -55,10 +55,6 @@ def _binomial(k: int, sign: int) -> Tensor:
     return torch.tensor([float(math.comb(k - 1, i) * sign**i) for i in range(k)], dtype=torch.float64)
 
 
-def _second_difference(shape: Shape, g: torch.Generator) -> Tensor:
-    return _channels(shape, _outer([_binomial(k, -1) for k in shape[2:]]))
-
-
 def _laplacian(shape: Shape, g: torch.Generator) -> Tensor:
     filter_ = -torch.ones(shape[2:], dtype=torch.float64)
     filter_[tuple(k // 2 for k in shape[2:])] += filter_.numel()
@@ -72,10 +68,6 @@ def _sobel(shape: Shape, g: torch.Generator) -> Tensor:
 
 def _ones(shape: Shape, g: torch.Generator) -> Tensor:
     return torch.ones(shape, dtype=torch.float64)
-
-
-def _alternating(shape: Shape, g: torch.Generator) -> Tensor:
-    return _ones(shape, g) * _outer([(-1.0) ** torch.arange(k, dtype=torch.float64) for k in shape[2:]])
 
 
 def _corner(shape: Shape, g: torch.Generator) -> Tensor:
@@ -102,26 +94,6 @@ def _orthogonal(shape: Shape, g: torch.Generator) -> Tensor:
     return torch.einsum("ai,bi,ip->abp", _basis(shape[0], inner, g), _basis(shape[1], inner, g), taps).reshape(shape)
 
 
-def _near_orthogonal(shape: Shape, g: torch.Generator) -> Tensor:
-    return _orthogonal(shape, g) + 1e-3 * _random(shape, g)
-
-
-def _rank_one(shape: Shape, g: torch.Generator) -> Tensor:
-    return _outer([_random((k,), g) for k in shape])
-
-
-def _zero(shape: Shape, g: torch.Generator) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64)
-
-
-def _tiny(shape: Shape, g: torch.Generator) -> Tensor:
-    return 1e-30 * _random(shape, g)
-
-
-def _huge(shape: Shape, g: torch.Generator) -> Tensor:
-    return 1e30 * _random(shape, g)
-
-
 def _ill_scaled(shape: Shape, g: torch.Generator) -> Tensor:
     scales = torch.logspace(0, -12, shape[0], dtype=torch.float64)
     return _random(shape, g) * scales.reshape(-1, *(1,) * (len(shape) - 1))
@@ -129,19 +101,19 @@ def _ill_scaled(shape: Shape, g: torch.Generator) -> Tensor:
 
 KERNELS: dict[str, Maker] = {
     "random": _random,
-    "second_difference": _second_difference,  # [1, -2, 1] and its outer products
+    "second_difference": lambda shape, _: _channels(shape, _outer([_binomial(k, -1) for k in shape[2:]])),  # [1, -2, 1], outer products
     "laplacian": _laplacian,  # zero mean: a zero block at frequency 0
     "sobel": _sobel,
     "ones": _ones,
-    "alternating": _alternating,
+    "alternating": lambda shape, g: _ones(shape, g) * _outer([(-1.0) ** torch.arange(k, dtype=torch.float64) for k in shape[2:]]),
     "corner": _corner,
     "wave": _wave,  # peaked at one frequency
     "orthogonal": _orthogonal,  # flat over all frequencies
-    "near_orthogonal": _near_orthogonal,
-    "rank_one": _rank_one,
-    "zero": _zero,
-    "tiny": _tiny,
-    "huge": _huge,
+    "near_orthogonal": lambda shape, g: _orthogonal(shape, g) + 1e-3 * _random(shape, g),
+    "rank_one": lambda shape, g: _outer([_random((k,), g) for k in shape]),
+    "zero": lambda shape, _: torch.zeros(shape, dtype=torch.float64),
+    "tiny": lambda shape, g: 1e-30 * _random(shape, g),
+    "huge": lambda shape, g: 1e30 * _random(shape, g),
     "ill_scaled": _ill_scaled,
     "denormal": _random,  # scaled below the normal range of its dtype
 }

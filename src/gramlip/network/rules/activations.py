@@ -196,11 +196,8 @@ def _gelu(call: Call) -> Slope:
 @register("aten.leaky_relu")
 def _leaky(call: Call) -> Slope:
     s = float(call.const("negative_slope"))
-    return Slope(min(s, 1.0), max(s, 1.0), f"leaky relu: slopes {s:.6g} and 1", sharp=True, within=_leaking(s))
-
-
-def _leaking(s: float) -> Within:
-    return kinked(partial(F.leaky_relu, negative_slope=s), [0.0], [s, 1.0])
+    on = kinked(partial(F.leaky_relu, negative_slope=s), [0.0], [s, 1.0])
+    return Slope(min(s, 1.0), max(s, 1.0), f"leaky relu: slopes {s:.6g} and 1", sharp=True, within=on)
 
 
 @register("aten.rrelu")

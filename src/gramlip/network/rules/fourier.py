@@ -216,10 +216,6 @@ def _complex(call: Call) -> Lipschitz:
     return Lipschitz(rd.sqrt_up(float(max(math.prod(call.shape) // math.prod(v.shape) for v in call.vars))), "real and imaginary parts")
 
 
-def _modulus(call: Call) -> Lipschitz:
-    return Lipschitz(1.0, "the modulus of a complex number", (0.0, math.inf))
-
-
 @register("aten.angle")
 def _angle(call: Call) -> Unbounded:
     return Unbounded("an angle jumps, and turns without bound near zero; expected real and imaginary parts: torch.view_as_real")
@@ -286,7 +282,7 @@ COMPLEX: dict[str, Any] = {
     **dict.fromkeys(["aten.add", "aten.sub", "aten.rsub"], _sum),
     **dict.fromkeys(["aten.mul", "aten.div", "aten.true_divide"], _scaled),
     **dict.fromkeys(["aten.matmul", "aten.mm", "aten.bmm", "aten.mv"], _matmul),
-    "aten.abs": _modulus,
+    "aten.abs": lambda _: Lipschitz(1.0, "the modulus of a complex number", (0.0, math.inf)),
     "aten.einsum": _einsum,
     "aten.linear": _linear,
 }

@@ -136,16 +136,13 @@ def _divisor(call: Call, at: int) -> _Divisor | None:
     if len(curves) != 1 or curves[0].jumps() or least < Fraction(1, 10**100) or any(s < 0 or h < 0 for s, h in lines):
         return None
     curve.rely(call)
-    knots, ends = curves[0].knots, [(float(s), float(h)) for s, h in lines]
+    knots = torch.tensor([float(k) for k in curves[0].knots if k > 0], dtype=torch.float64)
+    ends = [(float(s), float(h)) for s, h in lines]
 
     def value(r: Tensor) -> Tensor:
-        return torch.stack([r * s + h for s, h in ends]).gather(0, _piece(r, [float(k) for k in knots if k > 0])[None])[0]
+        return torch.stack([r * s + h for s, h in ends]).gather(0, torch.bucketize(r, knots)[None])[0]
 
     return _Divisor(radius, step.shape, value, float(least) * (1 - SLACK), float(lines[-1][0]) * (1 - SLACK))
-
-
-def _piece(r: Tensor, knots: list[float]) -> Tensor:
-    return torch.bucketize(r, torch.tensor(knots, dtype=torch.float64))
 
 
 @pattern("aten.mul", "aten.div", "aten.true_divide")
