@@ -26,7 +26,7 @@ from gramlip.network.audit import audit
 from gramlip.nn import Cap, LipschitzPenalty, Monitor, normalised, spectral_norm_, spectral_rescaling_
 from gramlip.nn.monitor import Norms
 from gramlip.nn.parametrizations import TrackedSpectralNorm
-from gramlip.nn.parametrize import Where, layers
+from gramlip.nn.parametrize import layers
 from gramlip.norm.certify import certify_all
 from gramlip.norm.formulas import Lip_conv, operator_gram_norm
 from gramlip.norm.methods import METHODS, bound
@@ -411,15 +411,14 @@ PUBLISHED_PENALTY, BEST = f"Lip_conv ({STEPS}), every step differentiated", f"gr
 def _penalty(options: Options) -> Row:
     """Forward and backward pass of the penalty on a ResNet-18 for 32x32 images, against those of the published iteration and a step."""
     batch, name = (4, "small") if options.quick else (32, "resnet18")
-    where: Where = lambda _, module: isinstance(module, nn.Conv2d)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = MODELS[name]().to(options.device)
         x, y = (t.to(options.device) for t in (torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))))
     example = torch.zeros(1, 3, 32, 32, device=options.device)
-    sized = [describe(module) if size is None else describe(module, size) for _, module, size in layers(net, example, where)]
+    sized = [describe(module) if size is None else describe(module, size) for _, module, size in layers(net, example, _convolution)]
     convolutions = [op for op in sized if isinstance(op, Conv)]
-    penalty = LipschitzPenalty(net, example, where=where, every=10**9)
+    penalty = LipschitzPenalty(net, example, where=_convolution, every=10**9)
     penalty()  # the first call searches
 
     def search() -> Tensor:
@@ -451,6 +450,10 @@ def _spread(case: str, works: dict[str, Callable[[], float]], options: Options) 
     result.at_least("published Gram iteration over gramlip", result.of(case, PUBLISHED_PENALTY).median / median, 5)
     result.at_least("Gram iteration with the arg-max gradient over gramlip", result.of(case, BEST).median / median, 5)
     return result
+
+
+def _convolution(_: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d)
 
 
 def _in_turn(works: list[Callable[[], Tensor]]) -> Callable[[], float]:
