@@ -367,8 +367,7 @@ def stretch(
         if precision == torch.float32 and (wide == torch.float64 or not full_products()):
             continue
         pair = search.best(precision)
-        x, y = (points.inside(p.double()) for p in (pair.x, pair.y))
-        value = max(value, quotient(exact, x, y, signs, search.weights))
+        value = max(value, quotient(exact, points.inside(pair.x.double()), points.inside(pair.y.double()), signs, search.weights))
         if value >= NEAR * pair.value > 0 or effort.over:
             break
     how = "lower side: a difference of two inputs in float64, less its rounding (measured, not proved)"

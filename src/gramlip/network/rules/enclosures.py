@@ -396,11 +396,11 @@ def largest(f: Function, measure: Measure, *, signs: Sequence[float] = (-1.0, 1.
         open_ = bounds > seen + max(room, CLOSE * abs(seen))
         if not bool(open_.any()) or (i >= LAST and gap >= 0.8 * before):
             break
-        before, order = gap, bounds.argsort(descending=True)[: int(open_.sum())]
+        order, before = bounds.argsort(descending=True)[: int(open_.sum())], gap
         settled = max([settled, *bounds[~open_].tolist(), *bounds[order[PIECES : PIECES + 1]].tolist()])
         grid, above = grid[order[:PIECES]].parts(), bounds[order[:PIECES]].repeat(PARTS)
-        bounds, now = _measured(f, rows, measure, grid, half)
-        bounds, seen = torch.minimum(bounds, above), max(seen, now)
+        bounds, at_points = _measured(f, rows, measure, grid, half)
+        bounds, seen = torch.minimum(bounds, above), max(seen, at_points)
     return max(settled, float(bounds.max()))
 
 
