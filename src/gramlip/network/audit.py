@@ -447,6 +447,8 @@ def _lower_side(problem: Problem, data: Tensor | None, seed: int, effort: Effort
     program, lowered, area, part = problem.program, problem.lowered, problem.area, problem.part
     if program.refused or any(map(reads_memory, program.nodes)):
         return Stretch(0.0, "no lower side: what an in-place call overwrites, or what is read from memory by place, is not followed")
+    if any(read.op == "get_attr" for node in program.nodes for read in node.all_input_nodes):
+        return Stretch(0.0, "no lower side: a part that a call such as `torch.cond` runs is not followed")
     shapes = [tuple(t.shape) for t in problem.tensors]
 
     def build(given: Sequence[Shape], wide: torch.dtype) -> Function:

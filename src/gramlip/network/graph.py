@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._decomp import get_decompositions
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from gramlip.errors import InputError, first_line
-from gramlip.network.in_place import Refused, functional, op_name, shape_of
+from gramlip.network.in_place import Refused, functional, is_mutable, op_name, shape_of
 from gramlip.numerics.precision import scaled_float64
 
 # ---- the graph -----------------------------------------------------------------------------------------------------------
@@ -62,6 +64,7 @@ _APART = {
         "pairwise_distance",
     ]
 }  # calls that torch itself writes as others, for each of which there is a rule
+_TRANSFORMS = "torch._functorch.predispatch"  # the module of the calls that begin and end `torch.vmap` and its kin
 _SCOPES = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}  # calls of a part of the graph, and where it stands
 
 
@@ -91,7 +94,7 @@ def export(model: nn.Module | torch.export.ExportedProgram, example: tuple[Tenso
             warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # recurrent layers keep a list of their weights
             warnings.simplefilter("ignore", FutureWarning)  # of torch to itself, where it unrolls them
             exported = model if isinstance(model, torch.export.ExportedProgram) else torch.export.export(_ordinary(model), example)
-            program = _unrolled(exported)
+            program = _unrolled(_unbatched(exported))
     except (Exception, SystemExit) as error:  # torch.export raises many types; all of them mean that there is no graph
         shapes = [tuple(e.shape) for e in example]
         msg = f"{type(model).__name__} was given with inputs {shapes}; expected a model that torch.export takes: {first_line(error)}"
@@ -126,6 +129,26 @@ def undisturbed() -> Generator[None, None, None]:
     ):
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
         yield
+
+
+def _unbatched(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program with what `torch.vmap` and its kin do to calls written out: as they stand they begin a scope that an error leaves open.
+
+    Raises:
+        ValueError: derivatives of a part, of which torch keeps a tensor without numbers in place of the input; or in-place calls, which
+            writing out would take out of place before it is known what shares their memory.
+    """
+    stored = [t for t in exported.constants.values() if isinstance(t, Tensor)]
+    if any(isinstance(t, FakeTensor) or is_functorch_wrapped_tensor(t) for t in stored):
+        msg = "torch.func.grad or vjp in the model, which torch.export does not follow; type torch.autograd.grad(y, x, create_graph=True)"
+        raise ValueError(msg)
+    nodes = [n for part in exported.graph_module.modules() if isinstance(part, fx.GraphModule) for n in part.graph.nodes]
+    if not any(getattr(n.target, "__module__", "") == _TRANSFORMS for n in nodes):
+        return exported
+    if any(map(is_mutable, nodes)):
+        msg = "in-place calls in a model with torch.vmap; type them out of place"
+        raise ValueError(msg)
+    return exported.run_decompositions({})
 
 
 def _unrolled(exported: torch.export.ExportedProgram) -> Program:
