@@ -112,31 +112,31 @@ def enclosure(op: Sparse, rtol: float, certify: Callable[[Dense], Bound]) -> Bou
         return Bound(0.0, 0.0, f"{reason}; all weights are zero")
     if math.prod(entries.shape) <= ENTRIES:
         bound = certify(Dense(entries.dense(), reason))
+        lower, upper, reason = bound.lower, float(bound.upper), bound.because
     elif (gram := entries.gram()) is not None:
-        bound = _root_of_gram(entries, certify(Dense(gram, f"{reason}: its Gram matrix, whose entries are rounded")))
+        square = certify(Dense(gram, f"{reason}: its Gram matrix, whose entries are rounded"))
+        (lower, upper), reason = _root_of_gram(entries, square), square.because
     else:
-        bound = _tested(entries, rtol, reason)
-    lower, upper = bound.lower, float(bound.upper)
+        lower, upper = _tested(entries, rtol)
+        wide = "" if upper <= lower * (1 + rtol) else "; wider than asked for"
+        reason = f"{reason}; Schur's test on its moduli; lower side: a vector of Lanczos steps{wide}"
     if lower > upper:
-        msg = f"{bound.because}: a vector is stretched by {lower}, beyond the bound {upper}; expected no such vector: please report this"
+        msg = f"{reason}: a vector is stretched by {lower}, beyond the bound {upper}; expected no such vector: please report this"
         raise ArithmeticError(msg)
-    return scaled(lower, upper, exponent, bound.because)
+    return scaled(lower, upper, exponent, reason)
 
 
-def _root_of_gram(entries: Entries, square: Bound) -> Bound:
-    """The interval from that of the rounded Gram matrix."""
+def _root_of_gram(entries: Entries, square: Bound) -> tuple[float, float]:
+    """Both ends from the interval of the rounded Gram matrix."""
     error = rd.mul_up(rd.gamma(8.0 * (entries.longest + 8)), _schur(entries, 0.5))
-    lower = rd.sqrt_down(max(rd.down(square.lower - error), 0.0))
-    return Bound(lower, rd.sqrt_up(rd.add_up(float(square.upper), error)), square.because)
+    return rd.sqrt_down(max(rd.down(square.lower - error), 0.0)), rd.sqrt_up(rd.add_up(float(square.upper), error))
 
 
-def _tested(entries: Entries, rtol: float, reason: str) -> Bound:
-    """The interval from Schur's test and a vector of Lanczos steps."""
+def _tested(entries: Entries, rtol: float) -> tuple[float, float]:
+    """Both ends from a vector of Lanczos steps and Schur's test; a wrong bound may put the lower above the upper."""
     square = _schur(entries, rtol)
     upper = rd.sqrt_up(square)
-    lower = _rayleigh(entries, _ascend(entries, upper, rtol), square)
-    wide = "" if upper <= lower * (1 + rtol) else "; wider than asked for"
-    return Bound(lower, upper, f"{reason}; Schur's test on its moduli; lower side: a vector of Lanczos steps{wide}")
+    return _rayleigh(entries, _ascend(entries, upper, rtol), square), upper
 
 
 def _schur(entries: Entries, rtol: float) -> float:
