@@ -186,27 +186,34 @@ def silent() -> Generator[None, None, None]:
 
 def _program(exported: torch.export.ExportedProgram) -> Program:
     signature = exported.graph_signature
-    names: dict[str, str] = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-        **signature.inputs_to_lifted_custom_objs,
-    }
     graph, ends = _opened(exported.graph_module)
     nodes = list(graph.nodes)
     given = {old.name: new for old, new in zip(exported.graph.nodes, nodes, strict=False) if old.op == "placeholder"}  # they come first
-    constants: dict[fx.Node, Any] = {}
-    for name, node in given.items():
-        if name in names:
-            stored = exported.state_dict.get(names[name], exported.constants.get(names[name]))
-            if stored is not None:
-                constants[node] = _own(stored) if isinstance(stored, Tensor) else stored
+    constants = _constants(exported, given)
     inputs = [given[name] for name in signature.user_inputs if name in given]
     pairs = zip(signature.output_specs, ends, strict=True)
     outputs = [n for spec, n in pairs if spec.kind is OutputKind.USER_OUTPUT and isinstance(n, fx.Node)]
     plain = functional(nodes, outputs, constants)
     stored = {plain.given[n]: value for n, value in constants.items()} | plain.constants
     return Program(plain.nodes, stored, [plain.given[n] for n in inputs], plain.outputs, plain.refused, plain.hidden)
+
+
+def _constants(exported: torch.export.ExportedProgram, given: dict[str, fx.Node]) -> dict[fx.Node, Any]:
+    """The weights, buffers and other constants of a program, by their nodes."""
+    signature = exported.graph_signature
+    names: dict[str, str] = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+        **signature.inputs_to_lifted_custom_objs,
+    }
+    constants: dict[fx.Node, Any] = {}
+    for name, node in given.items():
+        if name in names:
+            stored = exported.state_dict.get(names[name], exported.constants.get(names[name]))
+            if stored is not None:
+                constants[node] = _own(stored) if isinstance(stored, Tensor) else stored
+    return constants
 
 
 def _own(weight: Tensor) -> Tensor:
@@ -306,11 +313,7 @@ def is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
-# ---- calls in float64 ----------------------------------------------------------------------------------------------------
-#
-# Calls of the graph in float64: what both sides take the weights, and all that the model computes from them, to be.
-#
-# docs/network.md#computed-weights.
+# ---- calls in float64: docs/network.md#computed-weights ------------------------------------------------------------------
 
 _VIEWS = ("aten.view.default", "aten._unsafe_view.default", "aten.view_as.default")
 _SAME = ("aten.detach.default",)
