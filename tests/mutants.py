@@ -57,7 +57,7 @@ from gramlip.numerics import rounding as rd
 from gramlip.operators import describe, given, linear_maps
 from gramlip.operators.linear_maps import Axis, Scale
 from gramlip.reports import checkpoint, formats
-from gramlip.reports.readers import Entry, Stored
+from gramlip.reports.readers import Entry, Ranks, Stored
 from gramlip.robust import margins
 from gramlip.rules import Call, Var
 from rule_cases import Map
@@ -70,7 +70,7 @@ from test_enclosures import (
     test_response_normalisation_is_bounded_and_nearly_attained,
 )
 from test_execution import test_the_worst_order_of_a_sum_is_covered, test_weights_that_the_format_does_not_hold_count
-from test_formats import test_products_of_two_vectors_exactly
+from test_formats import test_products_of_two_vectors_exactly, test_ranks_of_zero_are_put_together
 from test_fourier import test_a_spectrum_of_an_even_signal_read_as_another_length
 from test_linear_stretches import exact as affine_norm
 from test_local import (
@@ -784,6 +784,23 @@ def arguments_are_no_weights() -> None:
         test_a_tensor_that_a_function_was_to_change_is_left_out(Path(folder))
 
 
+def slices_without_padding(patch: pytest.MonkeyPatch) -> None:
+    """Ranks of ZeRO 3 whose slices follow one another as if each parameter were cut without padding: n // ranks entries each."""
+    right = Ranks.placed
+
+    def mutated(self, shapes, counts, ranks, totals):
+        below = [math.prod(shape) // len(ranks) for shape in shapes.values()] if self.stage == 3 else counts
+        return right(self, shapes, below, ranks, range(10**9))
+
+    patch.setattr(Ranks, "placed", mutated)
+
+
+def ranks_are_put_together() -> None:
+    """A network of odd sizes on 4 ranks of ZeRO 3."""
+    with tempfile.TemporaryDirectory() as folder:
+        test_ranks_of_zero_are_put_together(Path(folder), 3, 4)
+
+
 def hooks_of_wrappers_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A wrapper taken off with the hook that doubles what it returns."""
     patch.setattr(given, "hooks", lambda module: [])
@@ -829,6 +846,25 @@ def norms_without_a_gradient(patch: pytest.MonkeyPatch) -> None:
 
 def gradients_of_divided_weights() -> None:
     test_gradient_is_that_of_the_value("conv", soft=False)
+
+
+def samples_taken_for_apart(patch: pytest.MonkeyPatch) -> None:
+    """A batch is certified by the constant of one sample without asking whether the logits depend on the others."""
+    patch.setattr(gl.robust, "_check_apart", lambda *_: None)
+
+
+def coupled_samples_have_no_radius() -> None:
+    """`x - x.mean(0)` is constant for a single sample; the labels of a batch of two change within 1 all the same."""
+
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.mean(0)
+
+    try:
+        proved = gl.robust.certify(Centred(), [(torch.eye(2), torch.tensor([0, 1]))])
+    except gl.InputError:
+        return
+    assert float(proved.radii.max()) <= 2.0
 
 
 def caps_by_estimates(patch: pytest.MonkeyPatch) -> None:
@@ -1229,11 +1265,13 @@ MUTANTS: dict[str, Mutant] = {
     "codes without their scale": Mutant(codes_without_their_scale, codes_have_a_scale),
     "no rounding in the factors of a product": Mutant(factors_without_rounding, products_by_factors_that_are_off),
     "arguments taken for weights": Mutant(arguments_taken_for_weights, arguments_are_no_weights),
+    "slices of ZeRO without padding": Mutant(slices_without_padding, ranks_are_put_together),
     "a hook lost with its wrapper": Mutant(hooks_of_wrappers_forgotten, hooks_of_wrappers_count),
     "a shape in the default dtype": Mutant(shapes_in_the_default_dtype, shapes_take_the_dtype_of_the_model),
     "vectors of the last weight for another": Mutant(no_jump_is_noticed, other_weights_are_noticed),
     "norms without a gradient": Mutant(norms_without_a_gradient, gradients_of_divided_weights),
     "each rank on its own scale": Mutant(own_scale_of_each_rank, check_parts),
+    "samples taken for apart": Mutant(samples_taken_for_apart, coupled_samples_have_no_radius),
     "caps by the lower side": Mutant(caps_by_estimates, caps_are_certified),
     "division by the norm of a zero block": Mutant(division_by_a_zero_block, gram_norm_holds),
 }
