@@ -207,6 +207,7 @@ MOST = 2**27  # entries of the columns of one value
 WORK = 2**31  # and of those of all values together
 TOGETHER = 2**24  # of them in one tile
 SWITCHING = 2**12  # activations of a value that have columns
+FAINT = 1e-12  # of the longest column of a step: what is shorter has none
 FREE = 0.2  # of the steepest slope: where most slopes differ more from their middles, columns say nothing
 NEAR = 1024  # activations of a few tiles of which the norm is taken alone
 PRODUCTS = 1e11  # multiplications that a norm of what they are may take
@@ -398,7 +399,7 @@ class Columns:
         tiles = {key: Tile(tile.box, tile.data * cut(middle, tile.box)) for key, tile in form.tiles.items()}
         loose = (middle.abs() * (form.loose + rd.gamma(8.0) * form.most)) * gamma + LOST
         moved = (half * form.most * gamma).reshape(-1)
-        places = moved.topk(min(int((half > 0).sum()), SWITCHING)).indices.sort().values
+        places = moved.topk(min(int((moved > FAINT * moved.max()).sum()), SWITCHING)).indices.sort().values
         weights = moved[places] + (1.0 + half.reshape(-1)[places]) * LOST
         moved = moved.index_fill(0, places, 0.0)
         if len(places):

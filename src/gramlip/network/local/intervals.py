@@ -358,6 +358,8 @@ def _(what: Linear, step: Step, sources: Sequence[tuple[Tensor, Tensor]]) -> tup
     half = torch.where(known & (half > 0), round_up(round_up(half)) + mid.abs() * 2.0**-51, half)
     if what.op.weight.is_complex():
         return None
+    if isinstance(what.op, Scale) and what.op.weight.numel() == 1 and float(what.op.weight) == -1.0 and not what.error + what.constant:
+        return -high, -low
     op, moduli = what.op, replace(what.op, weight=to_float64(what.op.weight).abs())
     bias = torch.as_tensor(what.bias, dtype=torch.float64)
     centre, spread, size = apply(op, mid) + bias, apply(moduli, half), apply(moduli, mid.abs()) + bias.abs()
@@ -417,8 +419,9 @@ def _(what: Pad, step: Step, sources: Sequence[tuple[Tensor, Tensor]]) -> tuple[
 @entries.register
 def _(what: Sum, step: Step, sources: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
     low, high = sources[0]
-    for a, b in sources[1:]:
-        low, high = round_down(low + a), round_up(high + b)
+    for a, b in sources[1:]:  # nothing is rounded where a term is zero
+        low = torch.where((low == 0) | (a == 0), low + a, round_down(low + a))
+        high = torch.where((high == 0) | (b == 0), high + b, round_up(high + b))
     return low, high
 
 

@@ -241,7 +241,7 @@ class _Pairs:
     def _ordered(self, step: Step, compared: Compared, values: list[int]) -> int:
         """All entries of each group in order, by a network of comparisons."""
         first, last = (1, -1) if compared.descending else (-1, 1)
-        for i, j in _comparisons(len(values)):
+        for i, j in comparisons(len(values)):
             a, b = (values[i], None), (values[j], None)
             values[i], values[j] = self._extreme(step, first, a, b)[0], self._extreme(step, last, a, b)[0]
         return self._step(step, Join(compared.axis), tuple(values), step.shape)
@@ -283,7 +283,7 @@ class _Pairs:
         return self._known[name]
 
 
-def _comparisons(count: int) -> list[tuple[int, int]]:
+def comparisons(count: int) -> list[tuple[int, int]]:
     """Pairs of places that are compared, one after the other, until the entries at all of so many places are in order.
 
     Reference: Knuth, The Art of Computer Programming 3, 5.2.2, algorithm M.
