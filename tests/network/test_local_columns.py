@@ -80,7 +80,7 @@ def test_columns_are_never_below_points_of_the_ball(name: str) -> None:
         rows = local.columns.rows()
         assert rows is not None
         assert bool((moved <= rows * (1 + 1e-7) + 1e-9).all())
-        upper = columns_norm(local.network, area, None, None)
+        upper = columns_norm(local.apart, area, None, None)
         assert steepest(model, xs) <= upper * (1 + 1e-9)
         if radius < 1e-5:
             assert upper <= float(torch.linalg.matrix_norm(slope, 2)) * (1 + 1e-4)
@@ -96,7 +96,7 @@ def test_what_switches_in_many_places_adds_far_less_than_the_sum_of_it(seed: int
         int((s.what.low < s.what.high).sum()) for s in local.network.steps if isinstance(s.what, Slope) and isinstance(s.what.low, Tensor)
     )
     assert open_ > 30
-    assert columns_norm(local.network, area, None, None) <= 3 * steepest(model, points(x, 0.1, 100, 5))
+    assert columns_norm(local.apart, area, None, None) <= 3 * steepest(model, points(x, 0.1, 100, 5))
 
 
 def test_from_some_inputs_to_some_results() -> None:
@@ -105,8 +105,8 @@ def test_from_some_inputs_to_some_results() -> None:
     local = restricted(network, area)
     inputs, outputs = torch.arange(162) < 40, torch.tensor([True, False, True])
     slope = torch.autograd.functional.jacobian(model, x).reshape(3, -1)[outputs][:, inputs]
-    part = columns_norm(local.network, area, inputs, outputs)
-    assert float(torch.linalg.matrix_norm(slope, 2)) <= part <= columns_norm(local.network, area, None, None) * (1 + 1e-6)
+    part = columns_norm(local.apart, area, inputs, outputs)
+    assert float(torch.linalg.matrix_norm(slope, 2)) <= part <= columns_norm(local.apart, area, None, None) * (1 + 1e-6)
 
 
 def test_nothing_is_followed_beyond_the_budget() -> None:
