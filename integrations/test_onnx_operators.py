@@ -197,7 +197,52 @@ def recurrent() -> list[Any]:
         case("GRU", x, w, r, b, linear_before_reset=1, hidden_size=5),
         case("RNN", x, w[:, :5], r[:, :5], activations=["Relu"], hidden_size=5),
     ]
+    return [*found, *seldom(4 * x)]
+
+
+def seldom(x: Array) -> list[Any]:
+    """What few files use: lengths, peepholes, coupled gates, clipping, other functions with their settings."""
+    found, size = list[Any](), {"hidden_size": 5}
+    for op, gates in (("LSTM", 4), ("GRU", 3), ("RNN", 1)):
+        for way, n in (("forward", 1), ("reverse", 1), ("bidirectional", 2)):
+            w, r, b = 3 * numbers(n, gates * 5, 3), numbers(n, gates * 5, 5), numbers(n, 2 * gates * 5)
+            states = [numbers(n, 2, 5), 2 * numbers(n, 2, 4 + 1)][: 2 if op == "LSTM" else 1]
+            for lengths in ([4, 2], [3, 3], [1, 4]):
+                given = (w, r, b, np.int32(lengths), *states)
+                found.append(case(op, x, *given, direction=way, outputs=len(states) + 1, **size))
+            found.append(case(op, x, w, r, b, direction=way, clip=0.7, outputs=len(states) + 1, **size))
+    w, r, b, p = 3 * numbers(2, 20, 3), numbers(2, 20, 5), numbers(2, 40), 2 * numbers(2, 15)
+    both = {"direction": "bidirectional", "outputs": 3, **size}
+    states = (numbers(2, 2, 5), 2 * numbers(2, 2, 5))
+    found += [case("LSTM", x, w, r, b, np.int32([2, 4]), *states, p, **both), case("LSTM", x, w, r, b, None, *states, p, clip=0.5, **both)]
+    found += [case("LSTM", x, w[:1], r[:1], b[:1], None, None, None, p[:1], **size)]
+    found += [
+        case("LSTM", x, w, r, b, None, *states, input_forget=1, **both),
+        case("LSTM", x, w, r, b, None, *states, p, input_forget=1, **both),
+    ]
+    several = ["HardSigmoid", "LeakyRelu", "Softsign", "Sigmoid", "Elu", "Tanh"]
+    found += [
+        case("LSTM", x, w, r, b, activations=several, **both),
+        case("LSTM", x, w, r, b, activations=several, activation_alpha=[0.3, 0.1, 0.7], activation_beta=[0.4], **both),
+        case("GRU", x, w[:1, :15], r[:1, :15], b[:1, :30], activations=["HardSigmoid", "Softplus"], activation_alpha=[0.25], **size),
+        case("RNN", x, w[:1, :5], r[:1, :5], activations=["LeakyRelu"], clip=1.5, **size),
+    ]
     return found
+
+
+def test_a_batch_before_the_steps_is_the_same_layer_turned(tmp_path: Path) -> None:
+    """onnxruntime does not have `layout`; what it returns for the other one is the oracle."""
+    x, w, r = numbers(4, 2, 3), numbers(2, 20, 3), numbers(2, 20, 5)
+    b, h, c, lengths, p = numbers(2, 40), numbers(2, 2, 5), 2 * numbers(2, 2, 5), np.int32([2, 4]), numbers(2, 15)
+    settings = {"direction": "bidirectional", "hidden_size": 5}
+    for given in ((w, r, b), (w, r, b, lengths, h, c, p)):
+        saved(tmp_path / "a.onnx", "LSTM", (x, *given), 17, 3, settings)
+        turned = [g.swapaxes(0, 1).copy() if g is h or g is c else g for g in given]
+        rows = saved(tmp_path / "b.onnx", "LSTM", (x.swapaxes(0, 1).copy(), *turned), 17, 3, {"layout": 1, **settings})
+        y, *last = run(tmp_path / "a.onnx", x)
+        found = load(tmp_path / "b.onnx")(torch.from_numpy(rows))
+        for made, wanted in zip(found, (y.transpose(2, 0, 1, 3), *(each.swapaxes(0, 1) for each in last)), strict=True):
+            np.testing.assert_allclose(made.numpy(), wanted, rtol=2e-5, atol=2e-5)
 
 
 def matrices() -> list[Any]:
@@ -647,3 +692,32 @@ def test_every_operator_has_a_case() -> None:
 def test_the_document_names_every_operator() -> None:
     page = (Path(__file__).parent.parent / "docs" / "formats.md").read_text().split("## Whole ONNX models")[1].split("## Pickles")[0]
     assert set(OPERATORS) <= set(re.findall(r"`([A-Z]\w+)`", page))
+
+
+@pytest.mark.parametrize(
+    ("settings", "lengths", "reason"),
+    [
+        ({"activations": ["Sigmoid", "Affine", "Tanh"]}, None, r"activations=.*'Affine'.*; expected 3 for each direction of Sigmoid, Tanh"),
+        ({"activations": ["Sigmoid", "Tanh"]}, None, r"expected 3 for each direction"),
+        ({}, [5, 2], r"sequences of lengths \[5, 2\]; expected at most 4, that of the input"),
+    ],
+)
+def test_a_recurrent_layer_that_is_not_covered_is_one_line(tmp_path: Path, settings: Any, lengths: Any, reason: str) -> None:
+    given = (numbers(4, 2, 3), numbers(1, 20, 3), numbers(1, 20, 5), None, None if lengths is None else np.int32(lengths))
+    saved(tmp_path / "x.onnx", "LSTM", given, 17, 1, {"hidden_size": 5, **settings})
+    with pytest.raises(gl.UnsupportedError, match=reason):
+        load(tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("extra", [{}, {"clip": 0.7}, {"input_forget": 1}], ids=str)
+@pytest.mark.parametrize("lengths", [None, [2]], ids=str)
+def test_the_constant_of_a_cell_with_peepholes_is_not_below_what_its_inputs_show(tmp_path: Path, extra: Any, lengths: Any) -> None:
+    path, weights = tmp_path / "x.onnx", (3 * numbers(1, 20, 3), numbers(1, 20, 5), numbers(1, 40))
+    rest = (None if lengths is None else np.int32(lengths), None, None, 2 * numbers(1, 15))
+    saved(path, "LSTM", (numbers(4, 1, 3), *weights, *rest), 17, 1, {"hidden_size": 5, **extra})
+    model = load(path)
+    upper = gl.audit(model, model.example).upper
+    torch.manual_seed(0)
+    x, ways = 3 * torch.randn(200, 4, 1, 3), torch.randn(200, 4, 1, 3) / 1e3
+    steepest = max(float((model(a + d) - model(a)).norm() / d.norm()) for a, d in zip(x, ways, strict=True))
+    assert 0.5 < steepest * (1 - 1e-3) <= upper < float("inf")

@@ -57,7 +57,7 @@ from gramlip.numerics import rounding as rd
 from gramlip.operators import describe, given, linear_maps
 from gramlip.operators.linear_maps import Axis, Scale
 from gramlip.reports import checkpoint, formats
-from gramlip.reports.readers import Entry, Stored
+from gramlip.reports.readers import Entry, Ranks, Stored
 from gramlip.robust import margins
 from gramlip.rules import Call, Var
 from rule_cases import Map
@@ -70,7 +70,7 @@ from test_enclosures import (
     test_response_normalisation_is_bounded_and_nearly_attained,
 )
 from test_execution import test_the_worst_order_of_a_sum_is_covered, test_weights_that_the_format_does_not_hold_count
-from test_formats import test_products_of_two_vectors_exactly
+from test_formats import test_products_of_two_vectors_exactly, test_ranks_of_zero_are_put_together
 from test_fourier import test_a_spectrum_of_an_even_signal_read_as_another_length
 from test_linear_stretches import exact as affine_norm
 from test_local import (
@@ -784,6 +784,23 @@ def arguments_are_no_weights() -> None:
         test_a_tensor_that_a_function_was_to_change_is_left_out(Path(folder))
 
 
+def slices_without_padding(patch: pytest.MonkeyPatch) -> None:
+    """Ranks of ZeRO 3 whose slices follow one another as if each parameter were cut without padding: n // ranks entries each."""
+    right = Ranks.placed
+
+    def mutated(self, shapes, counts, ranks, totals):
+        below = [math.prod(shape) // len(ranks) for shape in shapes.values()] if self.stage == 3 else counts
+        return right(self, shapes, below, ranks, range(10**9))
+
+    patch.setattr(Ranks, "placed", mutated)
+
+
+def ranks_are_put_together() -> None:
+    """A network of odd sizes on 4 ranks of ZeRO 3."""
+    with tempfile.TemporaryDirectory() as folder:
+        test_ranks_of_zero_are_put_together(Path(folder), 3, 4)
+
+
 def hooks_of_wrappers_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A wrapper taken off with the hook that doubles what it returns."""
     patch.setattr(given, "hooks", lambda module: [])
@@ -1264,6 +1281,7 @@ MUTANTS: dict[str, Mutant] = {
     "codes without their scale": Mutant(codes_without_their_scale, codes_have_a_scale),
     "no rounding in the factors of a product": Mutant(factors_without_rounding, products_by_factors_that_are_off),
     "arguments taken for weights": Mutant(arguments_taken_for_weights, arguments_are_no_weights),
+    "slices of ZeRO without padding": Mutant(slices_without_padding, ranks_are_put_together),
     "a hook lost with its wrapper": Mutant(hooks_of_wrappers_forgotten, hooks_of_wrappers_count),
     "a shape in the default dtype": Mutant(shapes_in_the_default_dtype, shapes_take_the_dtype_of_the_model),
     "vectors of the last weight for another": Mutant(no_jump_is_noticed, other_weights_are_noticed),

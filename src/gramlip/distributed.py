@@ -224,22 +224,30 @@ def _axes(weight: Any) -> list[int]:
 def _bounded_in_parts(ops: Mapping[int, Dense], rtol: float) -> tuple[dict[int, Bound], list[float]]:
     """The intervals that this rank certifies, and the work of every rank. Ranks certify at the same time, each one matrix at most."""
     check_rtol(rtol)
-    ranks, done = world(), dict[int, Bound]()
-    busy = [0.0] * ranks
+    done, busy = dict[int, Bound](), [0.0] * world()
     order = sorted(ops, key=lambda i: (-cost(ops[i]), i))
-    for batch in (order[k : k + ranks] for k in range(0, len(order), ranks)):
-        mine: dict[int, tuple[SummedGram, str]] = {}
+    for batch in (order[k : k + len(busy)] for k in range(0, len(order), len(busy))):
+        mine: dict[int, SummedGram] = {}
         for k, i in enumerate(batch):
-            weight: Any = ops[i].weight
-            members: list[int] = weight.device_mesh.mesh.flatten().tolist()
-            owner = k if k in members else members[k % len(members)]
-            busy[owner] += float(min(weight.shape)) ** 3
-            gram = _summed(weight)
+            owner = _owner(ops[i].weight, k)
+            busy[owner] += float(min(ops[i].weight.shape)) ** 3
+            gram = _summed(ops[i].weight)
             if owner == ranked() and gram is not None:
-                parts = math.prod(weight.device_mesh.size(j) for j in _axes(weight))
-                mine[i] = gram, f"{ops[i].because}; Gram matrices of {parts} ranks, added (theorem 16, R11)"
-        done |= everywhere(lambda mine=mine: {i: certify_sum(gram, rtol, reason) for i, (gram, reason) in mine.items()})[ranked()]
+                mine[i] = gram
+        done |= everywhere(lambda mine=mine: {i: certify_sum(gram, rtol, _because(ops[i])) for i, gram in mine.items()})[ranked()]
     return done, busy
+
+
+def _owner(weight: Any, number: int) -> int:
+    """The rank that certifies a matrix: the one of that number, or another one if that holds no part of it."""
+    members: list[int] = weight.device_mesh.mesh.flatten().tolist()
+    return number if number in members else members[number % len(members)]
+
+
+def _because(op: Dense) -> str:
+    weight: Any = op.weight
+    parts = math.prod(weight.device_mesh.size(j) for j in _axes(weight))
+    return f"{op.because}; Gram matrices of {parts} ranks, added (theorem 16, R11)"
 
 
 def _summed(weight: Any) -> SummedGram | None:

@@ -104,7 +104,7 @@ def read_input(path: Path) -> Tensor:
         InputError: a file of another kind, or that holds something else.
     """
     kinds: dict[str, Callable[[Path], object]] = {
-        ".npy": _of_numpy,
+        ".npy": lambda path: torch.from_numpy(np.load(path, allow_pickle=False)),
         ".pt": _of_torch,
         ".pth": _of_torch,
         **dict.fromkeys((".png", ".jpg", ".jpeg"), _of_picture),
@@ -123,10 +123,6 @@ def read_input(path: Path) -> Tensor:
         msg = f"{path} holds {'no real entries' if isinstance(value, Tensor) else type(value).__name__}; expected one real tensor"
         raise InputError(msg)
     return value
-
-
-def _of_numpy(path: Path) -> Tensor:
-    return torch.from_numpy(np.load(path, allow_pickle=False))
 
 
 def _of_torch(path: Path) -> Tensor:
@@ -297,8 +293,6 @@ def snapshot(target: str, repository: str, patterns: list[str], kind: str = "mod
 
 
 # ---- targets -------------------------------------------------------------------------------------------------------------
-#
-# TARGET: what the user typed becomes a source of layers. One entry of `RESOLVERS` for each kind.
 
 Shape = tuple[int, ...]
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import reduce
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import gramlip as gl
+from gramlip.errors import InputError
 from gramlip.network.compose import compose, constants
 from gramlip.network.coupling import coupled
 from gramlip.network.fold import fold
@@ -242,3 +244,42 @@ def test_the_slack_of_a_sum_grows_with_its_terms() -> None:
 
     assert _slack(1.0, 10**9) >= 10**9 * 2.0**-53
     assert _slack(2.0**-1000, 10**9) >= 10**9 * 2.0**-1022
+
+
+def test_vmap_is_the_calls_that_it_makes_and_leaves_no_scope_open() -> None:
+    weight = torch.linspace(-1, 2, 12, dtype=torch.float64).reshape(4, 3)
+    example = torch.zeros(2, 3, dtype=torch.float64)
+    report = gl.audit(Map(lambda x: torch.vmap(lambda row: torch.relu(row.unsqueeze(0) @ weight.T)[0])(x)).eval(), example)
+    plain = gl.audit(Map(lambda x: torch.relu(x @ weight.T)).eval(), example)
+    assert plain.lower * 0.9 < report.lower <= report.upper
+    assert plain.upper * (1 - 1e-9) <= report.upper < plain.upper * (1 + 1e-3)
+    torch.randn(2)  # an open scope of vmap forbids it
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda x: x + torch.func.grad(lambda y: (y**3).sum())(x), "does not follow"),
+        (lambda x: torch.func.vjp(lambda y: y**3, x)[1](x)[0], "does not follow"),
+        (lambda x: torch.vmap(lambda row: row.clone().mul_(2))(x), "out of place"),
+    ],
+)
+def test_derivatives_that_an_export_loses_are_refused(call: Callable[[Tensor], Tensor], says: str) -> None:
+    for strict in (True, False):
+        with pytest.raises(InputError, match=says):
+            gl.audit(Map(call).eval(), torch.zeros(2, 3), domain=(-1.0, 1.0), strict=strict)
+
+
+@pytest.mark.parametrize("options", [{}, {"domain": (-1.0, 1.0)}, {"at": torch.zeros(1, 4), "radius": 0.5}])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: x.flip(1).gather(1, x.argsort(1)),
+        lambda x: torch.where(x.roll(1, 1) > 0, x, -x) + x,
+        lambda x: torch.cond(x.sum() > 0, lambda y: 2 * y, lambda y: 3 * y, (x,)),
+    ],
+)
+def test_calls_without_a_rule_are_unbounded_on_sets_too(call: Callable[[Tensor], Tensor], options: dict[str, Any]) -> None:
+    report = gl.audit(Map(call).eval(), torch.zeros(1, 4), strict=False, **options)
+    assert report.upper == math.inf
+    assert report.unsupported

@@ -1,6 +1,9 @@
 """Folders and arrays, each written by the library whose format it is, and low-rank changes against the product itself."""
 
+import collections
+import enum
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -130,15 +133,208 @@ def test_deepspeed_folders(tmp_path):
     torch.save({"optimizer_state_dict": {}}, step / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     for place in (tmp_path, step):
         holds(place)
-    (step / "mp_rank_00_model_states.pt").rename(step / "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    for place in (tmp_path, step):
-        with pytest.raises(
-            gl.InputError, match=r"holds weights that 1 ranks? shares?; expected them whole: type python .*zero_to_fp32\.py"
-        ):
-            read(place)
     (tmp_path / "latest").write_text("../elsewhere")
     with pytest.raises(gl.InputError, match="expected"):
         read(tmp_path)
+
+
+class ZeroStageEnum(enum.IntEnum):
+    """As DeepSpeed's own: a class that the reader must not import."""
+
+    gradients = 2
+    weights = 3
+
+
+class Tied(nn.Module):
+    """Two groups of parameters of odd sizes, frozen ones, buffers, and a weight under two names."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(7)
+        self.conv = nn.Conv2d(3, 5, 3)
+        self.norm = nn.BatchNorm1d(5)
+        self.frozen = nn.Linear(7, 3).requires_grad_(False)
+        self.read_out = nn.Linear(7, 11, bias=False)
+        self.head = nn.Linear(7, 11)
+        self.head.weight = self.read_out.weight
+
+    def groups(self):
+        """Trained parameters as an optimiser has them, without the second name of one of them."""
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        return [{n: p for n, p in trained.items() if p.ndim > 1}, {n: p for n, p in trained.items() if p.ndim == 1}]
+
+
+def flat(tensors, world, *, each):
+    """The parts of the ranks: each tensor cut into slices (ZeRO 3), or all of them in a row cut (ZeRO 1 and 2); NaN pads them."""
+    parts = [[] for _ in range(world)]
+    for tensor in tensors if each else [torch.cat([t.flatten() for t in tensors])]:
+        unit = world if each else 2 * world
+        padded = torch.full((-(-tensor.numel() // unit) * unit,), float("nan"), dtype=tensor.dtype)
+        padded[: tensor.numel()] = tensor.detach().flatten()
+        for part, slice_ in zip(parts, padded.chunk(world), strict=True):
+            part.append(slice_)
+    return [torch.cat(part) for part in parts]
+
+
+def write_zero(folder, net, stage, world, *, module=None):
+    """A step that `engine.save_checkpoint` writes: module in bfloat16, masters in float32."""
+    half = {name: tensor.detach().bfloat16() for name, tensor in net.state_dict().items()}
+    placeholder = torch.empty(0, dtype=torch.bfloat16)
+    groups, frozen = net.groups(), {name: p for name, p in net.named_parameters() if not p.requires_grad}
+    buffers = [name for name, _ in net.named_buffers()]
+    folder.mkdir()
+    for rank in range(world):
+        states = {
+            "module": {n: t if n in buffers else placeholder for n, t in half.items()} if module is None else module,
+            "buffer_names": buffers,
+            "param_shapes": [collections.OrderedDict((n, p.shape) for n, p in group.items()) for group in groups],
+            "shared_params": {"head.weight": "read_out.weight"},
+            "frozen_param_shapes": {name: p.shape for name, p in frozen.items()},
+            "frozen_param_fragments": {n: flat([half[n]], world, each=True)[rank] if stage == 3 else half[n] for n in frozen},
+            "ds_version": "0.15",
+            "dp_world_size": world,
+        }
+        if stage == 3 or rank == 0:
+            torch.save(states, folder / f"{f'zero_pp_rank_{rank}_' * (stage == 3)}mp_rank_00_model_states.pt")
+        masters = [flat(group.values(), world, each=stage == 3)[rank] for group in groups]
+        key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+        optimiser = {
+            "zero_stage": ZeroStageEnum(stage),
+            "partition_count": world if stage == 3 else [world] * len(groups),
+            "optimizer_state_dict": {"state": {0: {"exp_avg": torch.ones(50), "step": 3}}, "param_groups": [{"lr": 0.1}]},
+            key: [nn.Parameter(master) for master in masters],
+        }
+        prefix = "" if stage == 3 else "bf16_"
+        torch.save({"optimizer_state_dict": optimiser}, folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    return half
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 11])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_of_zero_are_put_together(tmp_path, stage, world):
+    net = Tied()
+    step = tmp_path / "global_step3"
+    half = write_zero(step, net, stage, world)
+    (tmp_path / "latest").write_text("global_step3")
+    for place in (tmp_path, step):
+        stored = read(place)
+        assert list(stored.entries) == list(net.state_dict())
+        for name, tensor in net.state_dict().items():
+            trained = name in net.groups()[0] or name in net.groups()[1] or name == "head.weight"
+            expected = tensor if trained else half[name]
+            entry = stored.entries[name]
+            assert (entry.shape, entry.dtype) == (tuple(expected.shape), str(expected.dtype).removeprefix("torch."))
+            assert torch.equal(entry.load(), expected), name
+        assert any(f"from the files of {world} ranks" in note for note in stored.notes)
+        assert any("ZeroStageEnum" in note for note in stored.notes)
+        assert len(stored.files) == (world * 2 if stage == 3 else world + 1)
+    names, out = Weights("x", read(tmp_path)).sort()
+    assert sorted(names) == ["conv.weight", "frozen.weight", "head.weight", "read_out.weight"]
+    assert not any(row.is_weight for row in out)
+
+
+def test_zero_2_with_a_whole_module_keeps_it(tmp_path):
+    net = Tied()
+    half = write_zero(tmp_path / "s", net, 2, 2, module={n: t.bfloat16() for n, t in net.state_dict().items()})
+    stored = read(tmp_path / "s")
+    assert all(torch.equal(stored.entries[name].load(), tensor) for name, tensor in half.items())
+    assert (list(stored.entries), len(stored.files)) == (list(half), 1)
+
+
+def rewritten(file, change):
+    states = torch.load(file, weights_only=False)
+    change(states)
+    torch.save(states, file)
+
+
+def drop_numbers(states):
+    key = next(key for key in states["optimizer_state_dict"] if key in ("fp32_flat_groups", "single_partition_of_fp32_groups"))
+    states["optimizer_state_dict"][key][0] = states["optimizer_state_dict"][key][0][:-7]
+
+
+def of_rank(folder, number, kind="optim"):
+    return sorted(folder.glob(f"*pp_rank_{number}_*{kind}_states.pt"))
+
+
+def renamed(file, old, new):
+    return file.with_name(file.name.replace(old, new))
+
+
+DAMAGES = {
+    r"lacks zero_pp_rank_1_mp_rank_00_optim_states\.pt; expected the files of 3": lambda s: [f.unlink() for f in of_rank(s, 1)],
+    r"lacks zero_pp_rank_0_mp_rank_00_optim_states\.pt; expected": lambda s: [f.unlink() for f in s.glob("*optim*")],
+    r"lacks zero_pp_rank_2_mp_rank_00_optim": lambda s: [f.rename(renamed(f, "rank_2", "rank_3")) for f in of_rank(s, 2)],
+    r"has, beside .* zero_pp_rank_3_mp": lambda s: [shutil.copy(f, renamed(f, "rank_2", "rank_3")) for f in of_rank(s, 2)],
+    r"has \d+ numbers for shapes of \d+; expected the files": lambda s: [rewritten(f, drop_numbers) for f in of_rank(s, 2)],
+    r"cannot be read as states of DeepSpeed": lambda s: [f.write_bytes(b"PK\x03\x04 short") for f in of_rank(s, 2)],
+    r"2 ranks of tensor parallelism share": lambda s: [shutil.copy(f, renamed(f, "mp_rank_00", "mp_rank_01")) for f in s.glob("*.pt")],
+}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("message", DAMAGES)
+def test_ranks_that_do_not_fit_are_one_line(tmp_path, stage, message):
+    write_zero(tmp_path / "s", Tied(), stage, 3)
+    DAMAGES[message](tmp_path / "s")
+    with pytest.raises(gl.InputError, match=message):
+        read(tmp_path / "s")
+
+
+def test_a_rank_of_zero_3_without_its_states(tmp_path):
+    write_zero(tmp_path / "s", Tied(), 3, 3)
+    (tmp_path / "s" / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(gl.InputError, match=r"lacks zero_pp_rank_1_mp_rank_00_model_states\.pt; expected the files of 3 ranks"):
+        read(tmp_path / "s")
+
+
+def test_groups_of_experts_are_refused(tmp_path):
+    write_zero(tmp_path / "s", Tied(), 2, 2)
+    for file in (tmp_path / "s").glob("*optim*"):
+        rewritten(file, lambda s: s["optimizer_state_dict"].update(partition_count=[2, 1]))
+    with pytest.raises(gl.InputError, match=r"shares its groups among \[2, 1\] ranks; expected one number: type engine"):
+        read(tmp_path / "s")
+
+
+def test_states_of_experts_and_of_a_pipeline_are_joined(tmp_path):
+    experts = {f"1.experts.{k}.weight": torch.randn(2, 3) for k in range(2)}
+    torch.save({"module": STATE, "num_experts": [2]}, tmp_path / "mp_rank_00_model_states.pt")
+    for k, (name, tensor) in enumerate(experts.items()):
+        torch.save({name: tensor}, tmp_path / f"layer_0_expert_{k}_mp_rank_00_model_states.pt")
+    holds(tmp_path, STATE | experts, [*KEPT, *experts])
+    for file in tmp_path.glob("*expert*"):
+        file.unlink()
+    for layer in (2, 10):
+        torch.save({"weight": torch.full((2, 3), float(layer))}, tmp_path / f"layer_{layer:02d}-model_00-model_states.pt")
+    torch.save({"module": None}, tmp_path / "mp_rank_01_model_states.pt")
+    assert kept(tmp_path) == ["2.weight", "10.weight"]
+    torch.save({"weight": torch.ones(2, 3)}, tmp_path / "layer_02-model_01-model_states.pt")
+    with pytest.raises(gl.InputError, match=r"that 2 ranks of tensor parallelism share; expected them whole"):
+        read(tmp_path)
+
+
+LOADED = """
+import re, sys, torch
+from pathlib import Path
+from gramlip.reports.formats import read
+mib = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+entry = read(Path(sys.argv[1])).entries["weight"]
+before = mib()
+weight = entry.load()
+print(mib() - before)
+torch.save(weight, sys.argv[2])
+"""
+
+
+def test_one_slice_of_zero_is_in_memory_at_a_time(tmp_path):
+    """A weight of 32 MB on 8 ranks: itself and a slice, while each file holds as much of Adam's averages."""
+    net = nn.Module()
+    net.weight = nn.Parameter(torch.randn(2048, 4095))
+    net.groups = lambda: [{"weight": net.weight}]
+    write_zero(tmp_path / "s", net, 3, 8)
+    run = [sys.executable, "-W", "ignore", "-c", LOADED, str(tmp_path / "s"), str(tmp_path / "whole.pt")]
+    grown = float(subprocess.run(run, check=True, capture_output=True, timeout=200).stdout)
+    assert 30 < grown < 48
+    assert torch.equal(torch.load(tmp_path / "whole.pt"), net.weight)
 
 
 def test_folders_without_weights(tmp_path, capsys):

@@ -34,8 +34,6 @@ from gramlip.reports.pictures import check_picture, save
 from gramlip.targets import called, resolve
 
 # ---- bench ---------------------------------------------------------------------------------------------------------------
-#
-# `gramlip bench [ROW ...]`: certified intervals against the published method and the machine's limit, timed in one run.
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -87,8 +85,6 @@ def run_bench(args: Namespace) -> int:
 
 
 # ---- compare -------------------------------------------------------------------------------------------------------------
-#
-# `gramlip compare TARGET`: every method on every layer, with its side of the truth, its error and its time.
 
 
 def add_compare(subparsers: _SubParsersAction[Any]) -> None:
@@ -157,8 +153,6 @@ def _circular(operators: Iterable[tuple[str, Dense | Conv]], size: int) -> Itera
 
 
 # ---- reproduce -----------------------------------------------------------------------------------------------------------
-#
-# `gramlip reproduce EXPERIMENT`: the paper's experiments, each a folder with a table, a figure and a summary.
 
 
 def add_reproduce(subparsers: _SubParsersAction[Any]) -> None:
@@ -357,8 +351,6 @@ def _called(target: str) -> nn.Module:
 
 
 # ---- train ---------------------------------------------------------------------------------------------------------------
-#
-# `gramlip train RECIPE`: train the network of a recipe, certify it and write it to a folder; an interrupted run is resumed.
 
 
 def add_train(subparsers: _SubParsersAction[Any]) -> None:
@@ -418,10 +410,4 @@ def _change(text: str) -> tuple[str, Any]:
         return field, value
 
 
-COMMANDS: Commands = {
-    "bench": add_bench,
-    "certify": add_certify,
-    "compare": add_compare,
-    "reproduce": add_reproduce,
-    "train": add_train,
-}
+COMMANDS: Commands = {"bench": add_bench, "certify": add_certify, "compare": add_compare, "reproduce": add_reproduce, "train": add_train}

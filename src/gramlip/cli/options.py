@@ -19,10 +19,9 @@ from gramlip.errors import InputError
 from gramlip.norm.methods import WIDEST, check_rtol
 
 # ---- commands ------------------------------------------------------------------------------------------------------------
-# The type of `COMMANDS` in each module of commands: name -> function that adds the command. The parser's default `run` takes
-# the arguments.
 
 Commands: TypeAlias = dict[str, Callable[["_SubParsersAction[Any]"], None]]
+"""Name -> function that adds the command. The parser's default `run` takes the arguments."""
 
 
 def examples(meaning: Mapping[str, str]) -> str:
@@ -34,8 +33,7 @@ def examples(meaning: Mapping[str, str]) -> str:
     return "\n".join(["examples:", *(f"  {typed}\n      {what}" for typed, what in meaning.items())])
 
 
-# ---- types of options ----------------------------------------------------------------------------------------------------
-# Types of command line options. Their errors say what was given and what was expected.
+# ---- types of options: their errors say what was given and what was expected ---------------------------------------------
 
 
 def tolerance(text: str) -> float:
@@ -180,51 +178,29 @@ def numbers(text: str) -> list[int]:
         raise ArgumentTypeError(msg) from error
 
 
-def _number(text: str) -> float:
-    """The number in a text; NaN if there is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+def _numbers(holds: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    """The type of numbers for which something holds; NaN and texts without a number are refused.
 
-
-def radius(text: str) -> float:
-    """A positive finite distance.
-
-    >>> radius("0.25")
-    0.25
+    >>> radius("0.25"), effort("0.5"), effort("-1"), seconds("30")
+    (0.25, 0.5, -1.0, 30.0)
     """
-    value = _number(text)
-    if not 0 < value < math.inf:
-        msg = f"{text!r} was given; expected a positive number such as 0.25"
-        raise ArgumentTypeError(msg)
-    return value
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):
+            msg = f"{text!r} was given; expected {expected}"
+            raise ArgumentTypeError(msg)
+        return value
+
+    return number
 
 
-def effort(text: str) -> float:
-    """A finite number, as `gramlip.audit` takes it; a negative one asks for no search and no closed forms.
-
-    >>> effort("0.5"), effort("-1")
-    (0.5, -1.0)
-    """
-    value = _number(text)
-    if not math.isfinite(value):
-        msg = f"{text!r} was given; expected a finite number such as 1.0"
-        raise ArgumentTypeError(msg)
-    return value
-
-
-def seconds(text: str) -> float:
-    """A time, at least 0.
-
-    >>> seconds("30")
-    30.0
-    """
-    value = _number(text)
-    if not 0 <= value < math.inf:
-        msg = f"{text!r} was given; expected seconds, at least 0, such as 30"
-        raise ArgumentTypeError(msg)
-    return value
+radius = _numbers(lambda x: 0 < x < math.inf, "a positive number such as 0.25")
+effort = _numbers(math.isfinite, "a finite number such as 1.0")
+seconds = _numbers(lambda x: 0 <= x < math.inf, "seconds, at least 0, such as 30")
 
 
 def folder(text: str) -> Path:

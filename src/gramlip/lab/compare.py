@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # ---- measuring from outside ----------------------------------------------------------------------------------------------
-#
-# Measurements from outside: environment and time. The measured code does not know of them.
 
 T = TypeVar("T")
 WARM_UP = 1  # warm-up runs, which do not count
@@ -123,8 +121,6 @@ def _processor() -> str:
 
 
 # ---- compare -------------------------------------------------------------------------------------------------------------
-#
-# `compare`: every method on every layer, against the certified interval: value, side of the truth, error, time.
 
 _SIDES = {"exact": "exact", "upper": "upper", "lower": "lower", "estimate": "either", "interval": "both, proved"}
 
@@ -270,7 +266,8 @@ def compare(
         raise InputError(msg)
     chosen = list(dict.fromkeys(methods)) or list(METHODS)
     values = [v for name, op in watch(pairs) for v in _of(name, op, chosen, rtol, trials)]
-    return Comparison(target, tuple(values), environment(pairs[0][1].weight.device) | {"trials": trials, "dtype": _dtypes(pairs)})
+    dtypes = ", ".join(sorted({str(op.weight.dtype).removeprefix("torch.") for _, op in pairs}))
+    return Comparison(target, tuple(values), environment(pairs[0][1].weight.device) | {"trials": trials, "dtype": dtypes})
 
 
 def _of(name: str, op: Dense | Conv, methods: Sequence[str], rtol: float, trials: int) -> list[Value]:
@@ -288,31 +285,30 @@ def _of(name: str, op: Dense | Conv, methods: Sequence[str], rtol: float, trials
     return values
 
 
-def _dtypes(pairs: list[tuple[str, Dense | Conv]]) -> str:
-    return ", ".join(sorted({str(op.weight.dtype).removeprefix("torch.") for _, op in pairs}))
-
-
 def error_against_time(comparison: Comparison) -> Figure:
     """Each method on each layer: relative error (absolute value) against time; inside the interval, its width."""
-    figure_made, (ax,) = figure(width=7.2, height=4.2)
-    for name in dict.fromkeys(v.method for v in comparison.values):
-        dots = [v for v in comparison.values if v.method == name and v.seconds and v.error is not None and v.upper < math.inf]
-        known = [(1e3 * (v.seconds or 0.0), max(abs(v.error or v.upper / v.lower - 1), 1e-16), v.verdict) for v in dots]
-        label: str | None = name
-        for below in (False, True):
-            points = [(x, y) for x, y, verdict in known if (verdict == "below") == below]
-            if points:
-                style: dict[str, Any] = look(name) | {"linestyle": "none", "fillstyle": "none" if below else "full"}
-                ax.plot(*zip(*points, strict=True), label=label, **style)
-                label = None
-    ax.set(
-        xscale="log",
-        yscale="log",
-        xlabel="time per layer (ms)",
-        ylabel="relative distance to the certified interval",
-    )
+    points: dict[str, list[tuple[float, float, bool]]] = {}
+    for v in comparison.values:
+        dots = points.setdefault(v.method, [])
+        if v.seconds and v.error is not None and v.upper < math.inf:
+            dots.append((1e3 * v.seconds, max(abs(v.error or v.upper / v.lower - 1), 1e-16), v.verdict == "below"))
     title = f"{printable(Path(comparison.target).name)} (hollow: below the truth; inside the interval: at its width)"
+    return scattered({method: (method, dots) for method, dots in points.items()}, title, "relative distance to the certified interval")
+
+
+def scattered(points: Mapping[str, tuple[str, Sequence[tuple[float, float, bool]]]], title: str, error: str) -> Figure:
+    """Points (milliseconds, error, whether below the truth) by label, each label with its method; `error` is the name of the axis."""
+    page, (ax,) = figure(width=7.2, height=4.2)
+    for label, (method, dots) in points.items():
+        text: str | None = label
+        for below in (False, True):
+            shown = [(time, size) for time, size, hollow in dots if hollow == below]
+            if shown:
+                style: dict[str, Any] = look(method) | {"linestyle": "none", "fillstyle": "none" if below else "full"}
+                ax.plot(*zip(*shown, strict=True), label=text, **style)
+                text = None  # one entry of the legend for each label
+    ax.set(xscale="log", yscale="log", xlabel="time per layer (ms)", ylabel=error)
     ax.set_title(title, fontsize=10, parse_math=False)
     if ax.lines:
         ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure_made
+    return page

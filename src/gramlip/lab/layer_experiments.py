@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -13,24 +14,22 @@ import torch
 from torch import Tensor
 
 from gramlip.errors import InputError
-from gramlip.lab.reproduce import TRAINING, Choice, Experiment, Options, Row, Task, markdown, measured, pick, title
+from gramlip.lab.reproduce import TRAINING, Choice, Experiment, Options, Row, Task, by, markdown, measured, numbers, pick, title
 from gramlip.norm.methods import METHODS, bound
 from gramlip.operators.linear_maps import Conv
 from gramlip.reports.formats import read
 from gramlip.reports.pictures import figure, look
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from collections.abc import Callable
 
-from gramlip.lab.compare import timed
+from gramlip.lab.compare import scattered, timed
 from gramlip.norm.formulas import Gram_iteration_naive, Lip_dense, Power_iteration
 from gramlip.operators.linear_maps import Dense
 from gramlip.testing import KERNELS, Case
 
 # ---- section 5.2 ---------------------------------------------------------------------------------------------------------
-#
-# Section 5.2: simulated convolutional layers over channels, kernel and input size, circular padding.
 
 PUBLISHED = (64, 64, 5, 12)  # the paper's own case: c_out, c_in, k, n
 SHAPES = (
@@ -74,25 +73,20 @@ def _layer(c_out: int, c_in: int, k: int, n: int, options: Options) -> list[Row]
 
 def draw_conv(rows: list[Row]) -> Figure:
     """Relative error against time, one point for each layer."""
-    page, (ax,) = figure(width=7.5, height=4.4)
-    for method in dict.fromkeys(str(row["method"]) for row in rows):
-        points = pick(rows, method=method)
-        for below in (False, True):
-            shown = [r for r in points if (float(r["difference"]) < 0) == below]
-            if shown:
-                style: dict[str, Any] = look(method) | {"linestyle": "none", "fillstyle": "none" if below else "full"}
-                label = None if below and len(shown) < len(points) else title(points[0])
-                errors = [max(abs(float(r["difference"])) / float(r["exact"]), 1e-9) for r in shown]
-                ax.plot(
-                    [1e3 * float(r["seconds"]) for r in shown],
-                    errors,
-                    label=label,
-                    **style,
+    points = {
+        title(of_method[0]): (
+            method,
+            [
+                (time, max(abs(difference) / exact, 1e-9), difference < 0)
+                for time, difference, exact in zip(
+                    *(numbers(of_method, "seconds", 1e3), numbers(of_method, "difference"), numbers(of_method, "exact")), strict=True
                 )
-    ax.set(xscale="log", yscale="log", xlabel="time per layer (ms)", ylabel="relative distance to the exact norm (absolute value)")
-    ax.set_title("Standard normal kernels, circular padding (hollow: below the truth)", fontsize=10)
-    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return page
+            ],
+        )
+        for method, of_method in by(rows, "method").items()
+    }
+    text = "Standard normal kernels, circular padding (hollow: below the truth)"
+    return scattered(points, text, "relative distance to the exact norm (absolute value)")
 
 
 def tell_conv(rows: list[Row]) -> str:
@@ -100,11 +94,10 @@ def tell_conv(rows: list[Row]) -> str:
     first = pick(rows, task=rows[0]["task"])
     first_layers = [[title(r), r["side"], r["value"], r["difference"], 1e3 * float(r["seconds"])] for r in first]
     every: list[list[object]] = []
-    for method in dict.fromkeys(str(row["method"]) for row in rows):
-        rows_of = pick(rows, method=method)
-        ratios = [float(r["value"]) / float(r["exact"]) - 1 for r in rows_of]
-        below = sum(ratio < 0 for ratio in ratios)
-        every.append([title(rows_of[0]), min(ratios), median(ratios), max(ratios), below, 1e3 * sum(float(r["seconds"]) for r in rows_of)])
+    for of_method in by(rows, "method").values():
+        ratios = [float(r["value"]) / float(r["exact"]) - 1 for r in of_method]
+        below, time = sum(ratio < 0 for ratio in ratios), sum(numbers(of_method, "seconds", 1e3))
+        every.append([title(of_method[0]), min(ratios), median(ratios), max(ratios), below, time])
     return (
         f"The layer {first[0]['task']}, exact circular norm {float(first[0]['exact']):.6g}:\n\n"
         f"{markdown(('method', 'side', 'value', 'value - exact', 'time (ms)'), first_layers)}\n\n"
@@ -117,8 +110,6 @@ CONV = Experiment("conv", "Simulated convolutions (paper, section 5.2)", conv_ta
 
 
 # ---- cost against size ---------------------------------------------------------------------------------------------------
-#
-# Cost against channels and against the input size.
 
 SCALED: tuple[Choice, ...] = (
     ("certify", {}),
@@ -157,12 +148,11 @@ def draw_scaling(rows: list[Row]) -> Figure:
     page, axes = figure(2)
     for ax, (sweep, x) in zip(axes, X.items(), strict=True):
         points = pick(rows, sweep=sweep)
-        for method in dict.fromkeys(str(row["method"]) for row in points):
-            line = pick(points, method=method)
-            ax.plot([float(r[x]) for r in line], [1e3 * float(r["seconds"]) for r in line], label=title(line[0]), **look(method))
+        for method, line in by(points, "method").items():
+            ax.plot(numbers(line, x), numbers(line, "seconds", 1e3), label=title(line[0]), **look(method))
         fixed = f"n = {points[0]['n']}" if sweep == "channels" else f"{points[0]['c']} channels"
         ax.set(xscale="log", yscale="log", xlabel=f"{sweep} (3x3 kernel, {fixed})", ylabel="time (ms)")
-        ticks = sorted({float(r[x]) for r in points})
+        ticks = sorted(set(numbers(points, x)))
         ax.set_xticks(ticks, [f"{t:.0f}" for t in ticks])
         ax.minorticks_off()
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -175,13 +165,12 @@ def tell_scaling(rows: list[Row]) -> str:
     for sweep, x in X.items():
         of_sweep = pick(rows, sweep=sweep)
         points = list(dict.fromkeys(r[x] for r in of_sweep))
-        lines: list[list[object]] = []
-        for method in dict.fromkeys(str(row["method"]) for row in of_sweep):
-            line = pick(of_sweep, method=method)
-            lines.append([title(line[0]), *(1e3 * float(r["seconds"]) for p in points for r in pick(line, **{x: p}))])
-        parts.append(
-            f"Time in ms against {sweep} (circular, 3x3, He weights):\n\n{markdown(['method', *(f'{x} = {p}' for p in points)], lines)}"
-        )
+        lines: list[list[object]] = [
+            [title(line[0]), *(time for p in points for time in numbers(pick(line, **{x: p}), "seconds", 1e3))]
+            for line in by(of_sweep, "method").values()
+        ]
+        head = ["method", *(f"{x} = {p}" for p in points)]
+        parts.append(f"Time in ms against {sweep} (circular, 3x3, He weights):\n\n{markdown(head, lines)}")
     return "\n\n".join(parts)
 
 
@@ -189,8 +178,6 @@ SCALING = Experiment("scaling", "Cost against channels and input size", scaling_
 
 
 # ---- section 5.3 ---------------------------------------------------------------------------------------------------------
-#
-# Section 5.3: every convolution of ResNet18 at its true size, stride and padding.
 
 Shape = tuple[str, tuple[int, int, int, int], int, int]  # name in the state dict, weight's shape, stride, input size
 TRUE: tuple[Choice, ...] = (
@@ -258,46 +245,56 @@ def _resnet18_layer(index: int, shape: Shape, given: dict[str, Tensor], options:
         generator = torch.Generator().manual_seed(options.seed * 1000 + index)
         weight = torch.randn(sizes, generator=generator) * math.sqrt(2 / (sizes[0] * sizes[2] * sizes[3]))  # He, by the outputs
     true = Conv(weight.float().to(options.device), n, stride, sizes[-1] // 2)
+    cases = (
+        ("zeros", true, TRUE),
+        (REFERENCE_PADDING, replace(true, stride=1, padding=1), REFERENCE),  # as the reference of the paper treats every layer
+        ("circular", replace(true, padding_mode="circular"), CIRCULAR),
+    )
     interval = bound(true)
     place: Row = {"weights": "given" if given else "random He", "shape": "x".join(map(str, sizes)), "stride": stride, "n": n}
     place |= {"lower": interval.lower, "upper": float(interval.upper)}
-    rows = [{"padding": "zeros"} | row for row in measured(true, TRUE, options)]
-    published = replace(true, stride=1, padding=1)  # as the reference of the paper treats every layer
-    rows += [{"padding": REFERENCE_PADDING} | row for row in measured(published, REFERENCE, options)]
-    rows += [{"padding": "circular"} | row for row in measured(replace(true, padding_mode="circular"), CIRCULAR, options)]
-    return [place | row | {"ratio": 2 * float(row["value"]) / (interval.lower + float(interval.upper))} for row in rows]
+    rows = [place | {"padding": padding} | row for padding, op, choices in cases for row in measured(op, choices, options)]
+    return [row | {"ratio": 2 * float(row["value"]) / (interval.lower + float(interval.upper))} for row in rows]
 
 
 def draw_resnet18(rows: list[Row]) -> Figure:
     """The ratio to the truth for each layer, the same plot near 1, and the total time."""
     page, (ratios, near, times) = figure(3, width=5.0, height=4.6)
-    names = list(dict.fromkeys(str(row["task"]) for row in rows))
-    groups = _by_method(rows)
-    for label, of_label in groups.items():
-        places, values = [names.index(str(r["task"])) for r in of_label], [float(r["ratio"]) for r in of_label]
-        style = _resnet18_look(of_label)
-        bare: dict[str, Any] = style | {"linestyle": "none"}
-        ratios.plot(places, values, label=label, **style)
+    names, groups = list(by(rows, "task")), _by_method(rows)
+    for label, group in groups.items():
+        places, values = [names.index(str(r["task"])) for r in group], numbers(group, "ratio")
+        bare: dict[str, Any] = _resnet18_look(group) | {"linestyle": "none"}
+        ratios.plot(places, values, label=label, **_resnet18_look(group))
         near.plot(places, [100 * (value - 1) for value in values], **bare)
-    half = [50 * (float(r["upper"]) - float(r["lower"])) / ((float(r["upper"]) + float(r["lower"])) / 2) for r in groups["certify"]]
-    places = range(len(names))
-    near.fill_between(places, [-h for h in half], half, step="mid", color="0.85", zorder=0, label="certified interval")
+    half = [100 * _half_width(r) for r in groups["certify"]]
+    near.fill_between(range(len(names)), [-h for h in half], half, step="mid", color="0.85", zorder=0, label="certified interval")
     near.set(ylim=(-3, 3), ylabel="the same near 1: value / norm - 1 (%)")
     near.legend(fontsize=7)
     ratios.axhline(1.0, color="black", linewidth=0.8)
     ratios.set(yscale="log", ylabel="value / certified norm of the layer")
     for ax in (ratios, near):
-        ax.set_xticks(places, [name.removesuffix(".weight") for name in names], rotation=90, fontsize=6)
-    totals = [sum(float(r["seconds"]) for r in of_label) for of_label in groups.values()]
-    bars = times.barh(list(groups), totals, color=[_resnet18_look(of_label)["color"] for of_label in groups.values()])
-    times.bar_label(bars, [f"{total:.3g}" for total in totals], fontsize=6, padding=2)
-    times.set(xscale="log", xlabel=f"total time of the {len(names)} layers (s)")
-    times.set_xlim(right=3 * max(totals))
-    times.tick_params(axis="y", labelsize=7)
-    times.invert_yaxis()
+        ax.set_xticks(range(len(names)), [name.removesuffix(".weight") for name in names], rotation=90, fontsize=6)
+    _draw_times(times, groups, len(names))
     page.legend(*ratios.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=7)
     page.suptitle(f"ResNet18, {rows[0]['weights']} weights", fontsize=10)
     return page
+
+
+def _draw_times(ax: Axes, groups: dict[str, list[Row]], layers: int) -> None:
+    """A bar for the total time of each method."""
+    totals = [sum(numbers(group, "seconds")) for group in groups.values()]
+    bars = ax.barh(list(groups), totals, color=[_resnet18_look(group)["color"] for group in groups.values()])
+    ax.bar_label(bars, [f"{total:.3g}" for total in totals], fontsize=6, padding=2)
+    ax.set(xscale="log", xlabel=f"total time of the {layers} layers (s)")
+    ax.set_xlim(right=3 * max(totals))
+    ax.tick_params(axis="y", labelsize=7)
+    ax.invert_yaxis()
+
+
+def _half_width(row: Row) -> float:
+    """Half of the certified interval's width over its middle."""
+    lower, upper = float(row["lower"]), float(row["upper"])
+    return (upper - lower) / (upper + lower)
 
 
 def _by_method(rows: list[Row]) -> dict[str, list[Row]]:
@@ -317,26 +314,22 @@ def _resnet18_look(group: list[Row]) -> dict[str, Any]:
 
 def tell_resnet18(rows: list[Row]) -> str:
     """Products over the layers against that of power iteration, and total times; then the intervals."""
-    names = list(dict.fromkeys(str(row["task"]) for row in rows))
     ryu = {str(r["task"]): float(r["value"]) for r in pick(rows, method="power", padding="zeros")}
     totals: list[list[object]] = []
     for label, group in _by_method(rows).items():
-        product = math.exp(sum(math.log(float(r["value"]) / ryu[str(r["task"])]) for r in group))
-        exact = math.exp(sum(math.log(float(r["ratio"])) for r in group))
-        below = sum(float(r["value"]) < float(r["lower"]) for r in group)
-        lowest, highest = min(float(r["ratio"]) for r in group), max(float(r["ratio"]) for r in group)
-        seconds = sum(float(r["seconds"]) for r in group)
-        totals.append([label, group[0]["side"], group[0]["padding"], product, exact, lowest, highest, below, seconds])
+        product = math.prod(float(r["value"]) / ryu[str(r["task"])] for r in group)
+        ratios, below = numbers(group, "ratio"), sum(float(r["value"]) < float(r["lower"]) for r in group)
+        line = [product, math.prod(ratios), min(ratios), max(ratios), below, sum(numbers(group, "seconds"))]
+        totals.append([label, group[0]["side"], group[0]["padding"], *line])
     head = ("method", "side", "padding", "product / power's", "product / truth", "least ratio", "largest ratio")
     head = (*head, "layers below the truth", "total time (s)")
-    of_layers = [pick(rows, task=name)[0] for name in names]
-    layers = [[name, r["shape"], r["stride"], r["n"], r["lower"], r["upper"]] for name, r in zip(names, of_layers, strict=True)]
-    half = max((float(r["upper"]) - float(r["lower"])) / (float(r["upper"]) + float(r["lower"])) for r in of_layers)
+    layers = {name: of_layer[0] for name, of_layer in by(rows, "task").items()}
+    lines = [[name, r["shape"], r["stride"], r["n"], r["lower"], r["upper"]] for name, r in layers.items()]
     return (
-        f"{len(names)} convolutions, {rows[0]['weights']} weights, zero padding, true strides. Ratio: value over the middle of the "
-        f"certified interval, whose ends lie up to {100 * half:.2g} % from it; below the truth: below its lower end.\n\n"
-        f"{markdown(head, totals)}\n\n"
-        f"{markdown(('layer', 'shape', 'stride', 'n', 'certified lower', 'certified upper'), layers)}"
+        f"{len(layers)} convolutions, {rows[0]['weights']} weights, zero padding, true strides. Ratio: value over the middle of the "
+        f"certified interval, whose ends lie up to {100 * max(map(_half_width, layers.values())):.2g} % from it; below the truth: below "
+        f"its lower end.\n\n{markdown(head, totals)}\n\n"
+        f"{markdown(('layer', 'shape', 'stride', 'n', 'certified lower', 'certified upper'), lines)}"
     )
 
 
@@ -351,8 +344,6 @@ RESNET18 = Experiment(
 
 
 # ---- dense matrices ------------------------------------------------------------------------------------------------------
-#
-# Section 5.5: Gram iteration against power iteration on a dense matrix, error and time against steps.
 
 GRAM_STEPS = tuple(range(1, 16))
 POWER_STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -369,18 +360,18 @@ def dense_tasks(options: Options) -> list[Task]:
     """One task for each precision, method and number of steps."""
     m, n = (50, 40) if options.quick else (500, 400)
     limit = 20 if options.quick else 10**9
-    tasks: list[Task] = []
-    for dtype in (torch.float32, torch.float64):
-        for method, steps in (("gram", GRAM_STEPS), ("naive", GRAM_STEPS), ("power", POWER_STEPS)):
-            for k in steps:
-                if k <= limit:
-                    tasks.append(Task(f"{_dtype_name(dtype)} {method} {k}", partial(_dense_row, m, n, dtype, method, k, options)))
-    return tasks
+    return [
+        Task(f"{_dtype_name(dtype)} {method} {k}", partial(_dense_row, (m, n), dtype, method, k, options))
+        for dtype in (torch.float32, torch.float64)
+        for method, steps in (("gram", GRAM_STEPS), ("naive", GRAM_STEPS), ("power", POWER_STEPS))
+        for k in steps
+        if k <= limit
+    ]
 
 
-def _dense_row(m: int, n: int, dtype: torch.dtype, method: str, steps: int, options: Options) -> list[Row]:
+def _dense_row(shape: tuple[int, int], dtype: torch.dtype, method: str, steps: int, options: Options) -> list[Row]:
     generator = torch.Generator().manual_seed(options.seed)
-    g = torch.randn(m, n, dtype=torch.float64, generator=generator).to(dtype)
+    g = torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
     truth = float(torch.linalg.matrix_norm(g.double(), 2))
     g = g.to(options.device)
     start = torch.Generator(options.device)
@@ -390,35 +381,35 @@ def _dense_row(m: int, n: int, dtype: torch.dtype, method: str, steps: int, opti
         "power": lambda: Power_iteration(g, steps, generator=start.manual_seed(options.seed)),
     }
     value, seconds = timed(lambda: float(ways[method]()), options.device, options.trials)
-    error = value / truth - 1
-    row: Row = {"m": m, "n": n, "dtype": _dtype_name(dtype), "method": method, "steps": steps, "value": value, "truth": truth}
-    return [row | {"difference": value - truth, "relative_error": error, "seconds": seconds}]
+    row: Row = {"m": shape[0], "n": shape[1], "dtype": _dtype_name(dtype), "method": method, "steps": steps, "value": value, "truth": truth}
+    return [row | {"difference": value - truth, "relative_error": value / truth - 1, "seconds": seconds}]
 
 
 def draw_dense(rows: list[Row]) -> Figure:
     """Error against steps and against time, for each precision."""
     page, axes = figure(2, 2)
-    panels = [(dtype, x, scale) for dtype in ("float32", "float64") for x, scale in (("steps", 1.0), ("seconds", 1e3))]
-    for ax, (dtype, x, scale) in zip(axes, panels, strict=True):
-        for method, style in STYLES.items():
-            of_method = pick(rows, dtype=dtype, method=method)
-            known = [row for row in of_method if _usable(row)]
-            hollow: dict[str, Any] = style | {"linestyle": "none", "fillstyle": "none", "markeredgewidth": 1.2}
-            for below, shown in ((False, style), (True, hollow)):
-                # The line runs through all points; points below the truth are hollow.
-                drawn = [row for row in known if _below(row)] if below else known
-                points = [scale * float(row[x]) for row in drawn], [max(abs(float(row["relative_error"])), 1e-17) for row in drawn]
-                if below:
-                    ax.plot(*points, linestyle="none", marker=style["marker"], markersize=5, color="white")
-                ax.plot(*points, label=None if below else METHOD_NAMES[method], **shown)
-            if known and len(known) < len(of_method) and x == "steps":
-                ax.axvline(
-                    max(float(row["steps"]) for row in known), color=style["color"], linestyle=":", label="naive: overflows after this step"
-                )
+    panels = [(dtype, x) for dtype in ("float32", "float64") for x in ("steps", "seconds")]
+    for ax, (dtype, x) in zip(axes, panels, strict=True):
+        for method in STYLES:
+            _draw_errors(ax, x, method, pick(rows, dtype=dtype, method=method))
         ax.set(xscale="log", yscale="log", title=f"{dtype} (hollow: below the truth)", ylabel="relative error (absolute value)")
         ax.set_xlabel("steps" if x == "steps" else "time (ms)")
     page.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return page
+
+
+def _draw_errors(ax: Axes, x: str, method: str, rows: list[Row]) -> None:
+    """A line through all points of a method; points below the truth are hollow."""
+    style, known = STYLES[method], [row for row in rows if _usable(row)]
+    hollow: dict[str, Any] = style | {"linestyle": "none", "fillstyle": "none", "markeredgewidth": 1.2}
+    for below, shown in ((False, style), (True, hollow)):
+        drawn = [row for row in known if _below(row)] if below else known
+        points = numbers(drawn, x, 1.0 if x == "steps" else 1e3), [max(abs(e), 1e-17) for e in numbers(drawn, "relative_error")]
+        if below:
+            ax.plot(*points, linestyle="none", marker=style["marker"], markersize=5, color="white")
+        ax.plot(*points, label=None if below else METHOD_NAMES[method], **shown)
+    if known and len(known) < len(rows) and x == "steps":
+        ax.axvline(max(numbers(known, "steps")), color=style["color"], linestyle=":", label="naive: overflows after this step")
 
 
 def _usable(row: Row) -> bool:
@@ -438,23 +429,11 @@ def tell_dense(rows: list[Row]) -> str:
             points = pick(rows, dtype=dtype, method=method)
             finite = [r for r in points if _usable(r)]
             last = max(finite, key=lambda r: float(r["steps"]))
-            below = sum(_below(r) for r in finite)
-            lost = len(points) - len(finite)
-            table.append(
-                [dtype, method, last["steps"], last["difference"], last["relative_error"], 1e3 * float(last["seconds"]), below, lost]
-            )
-    head = (
-        "dtype",
-        "method",
-        "last finite step",
-        "value - truth",
-        "relative error",
-        "time (ms)",
-        "rows below",
-        "rows lost to overflow",
-    )
-    first = rows[0]
-    text = f"Standard normal matrix {first['m']}x{first['n']}; truth by SVD in float64, below it: by more than {SVD_ACCURACY} of it."
+            facts = [last["steps"], last["difference"], last["relative_error"], 1e3 * float(last["seconds"])]
+            table.append([dtype, method, *facts, sum(_below(r) for r in finite), len(points) - len(finite)])
+    head = ("dtype", "method", "last finite step", "value - truth", "relative error", "time (ms)", "rows below", "rows lost to overflow")
+    size = f"{rows[0]['m']}x{rows[0]['n']}"
+    text = f"Standard normal matrix {size}; truth by SVD in float64, below it: by more than {SVD_ACCURACY} of it."
     return f"{text}\n\n{markdown(head, table)}"
 
 
@@ -466,8 +445,6 @@ DENSE = Experiment("dense", "Dense matrix: error and time against steps (paper, 
 
 
 # ---- values below the truth ----------------------------------------------------------------------------------------------
-#
-# How often the "bound" of each method lies below the true norm, which the oracle takes from the real torch layer.
 
 ORACLE_ACCURACY = 1e-12  # accuracy of the truth: a value closer to it is not called below
 Claim = Callable[[Conv | Dense], float]
@@ -508,12 +485,12 @@ CLAIMS: dict[str, Claim] = {
 
 def certificate_tasks(options: Options) -> list[Task]:
     """One task for each precision, padding and family of kernels; random kernels are drawn many times."""
-    tasks: list[Task] = []
-    for dtype in (torch.float32, torch.float64):
-        for mode in ("dense", "zeros", "circular"):
-            for kernel in sorted(KERNELS):
-                task = f"{str(dtype).removeprefix('torch.')} {mode} {kernel}"
-                tasks.append(Task(task, partial(_family, kernel, mode, dtype, options)))
+    tasks = [
+        Task(f"{_dtype_name(dtype)} {mode} {kernel}", partial(_family, kernel, mode, dtype, options))
+        for dtype in (torch.float32, torch.float64)
+        for mode in ("dense", "zeros", "circular")
+        for kernel in sorted(KERNELS)
+    ]
     return [t for t in tasks if t.name.endswith((" random", " ones"))][::2] if options.quick else tasks
 
 
@@ -532,12 +509,10 @@ def _family(kernel: str, mode: str, dtype: torch.dtype, options: Options) -> lis
     for name, claim in CLAIMS.items():
         ratios: list[float] = []
         for case in cases:
-            try:
+            with suppress(InputError):  # the method is not valid for the layer
                 ratios.append(claim(case.operator()) / case.truth)
-            except InputError:
-                continue
         if ratios:
-            row: Row = {"dtype": str(dtype).removeprefix("torch."), "padding": mode, "kernel": kernel, "method": name, "cases": len(ratios)}
+            row: Row = {"dtype": _dtype_name(dtype), "padding": mode, "kernel": kernel, "method": name, "cases": len(ratios)}
             below = sum(not r >= 1 - ORACLE_ACCURACY for r in ratios)
             rows.append(row | {"below": below, "least_ratio": min(ratios), "median_ratio": median(ratios), "largest_ratio": max(ratios)})
     return rows
@@ -567,17 +542,15 @@ def tell_certificates(rows: list[Row]) -> str:
             points = pick(rows, method=name, dtype=dtype)
             if points:
                 worst = min(points, key=lambda r: float(r["least_ratio"]))
-                total, below = sum(int(r["cases"]) for r in points), sum(int(r["below"]) for r in points)
-                where = f"{worst['kernel']}, {worst['padding']}"
-                gap = float(worst["least_ratio"]) - 1
-                lines.append([name, dtype, total, below, gap, where, median(float(r["median_ratio"]) for r in points)])
+                counts = [int(sum(numbers(points, key))) for key in ("cases", "below")]
+                place = [float(worst["least_ratio"]) - 1, f"{worst['kernel']}, {worst['padding']}"]
+                lines.append([name, dtype, *counts, *place, median(numbers(points, "median_ratio"))])
     head = ("method", "dtype", "cases", "below the truth", "least value / truth - 1", "found at", "median of value / truth")
     return f"Truth: the matrix of the real torch layer in float64, by SVD.\n\n{markdown(head, lines)}"
 
 
 def _share(rows: list[Row]) -> float:
-    cases = sum(int(r["cases"]) for r in rows)
-    return sum(int(r["below"]) for r in rows) / cases if cases else math.nan
+    return sum(numbers(rows, "below")) / sum(numbers(rows, "cases")) if rows else math.nan
 
 
 CERTIFICATES = Experiment("certificates", 'How often a "bound" is below the truth', certificate_tasks, draw_certificates, tell_certificates)

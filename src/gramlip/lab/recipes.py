@@ -21,8 +21,6 @@ from gramlip.nn import Residual
 from gramlip.targets import snapshot
 
 # ---- recipes -------------------------------------------------------------------------------------------------------------
-#
-# `RECIPES`: name -> everything that determines a training run, apart from the seed.
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 """Of CIFAR-10's training pixels, by channel."""
@@ -152,8 +150,6 @@ def recipe(name: str) -> Recipe:
 
 
 # ---- networks ------------------------------------------------------------------------------------------------------------
-#
-# The networks of the recipes.
 
 
 class Block(nn.Module):
@@ -174,14 +170,18 @@ class Block(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
+def basic_blocks() -> list[nn.Module]:
+    """The four stages of ResNet-18 (arXiv 1512.03385)."""
+    stages: list[nn.Module] = []
+    for inputs, width in pairwise((64, 64, 128, 256, 512)):
+        stages += [Block(inputs, width, 1 if inputs == width else 2), Block(width, width, 1)]
+    return stages
+
+
 def resnet18(classes: int = 10) -> nn.Module:
-    """ResNet-18 with the 3x3 stem used for 32x32 images (arXiv 1512.03385)."""
-    widths, strides, inputs = (64, 128, 256, 512), (1, 2, 2, 2), 64
-    parts: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    for width, stride in zip(widths, strides, strict=True):
-        parts += [Block(inputs, width, stride), Block(width, width, 1)]
-        inputs = width
-    return nn.Sequential(*parts, nn.AvgPool2d(4), nn.Flatten(), nn.Linear(512, classes))
+    """ResNet-18 with the 3x3 stem used for 32x32 images."""
+    stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    return nn.Sequential(*stem, *basic_blocks(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(512, classes))
 
 
 class MaxMin(nn.Module):

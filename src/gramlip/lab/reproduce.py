@@ -23,6 +23,7 @@ from gramlip.lab.recipes import files
 from gramlip.reports.pictures import figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 import hashlib
 import io
@@ -210,9 +211,20 @@ def pick(rows: Iterable[Row], **where: object) -> list[Row]:
     return [row for row in rows if all(row.get(key) == value for key, value in where.items())]
 
 
+def by(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
+    """The rows of each value of a column, in the order in which the values come first."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(row[key]), []).append(row)
+    return groups
+
+
+def numbers(rows: Iterable[Row], key: str, scale: float = 1.0) -> list[float]:
+    """A column of numbers, scaled."""
+    return [scale * float(row[key]) for row in rows]
+
+
 # ---- one layer -----------------------------------------------------------------------------------------------------------
-#
-# Methods with the options of the paper's tables, measured on a layer.
 
 Choice = tuple[str, dict[str, object]]
 
@@ -246,12 +258,7 @@ def title(row: Row) -> str:
 # the recipes of `gramlip.lab.train`. A run that stops goes on from its last epoch, in the folder `runs` beside the
 # table.
 
-CONTROLS = {
-    "plain": "plain",
-    "gram": "Gram penalty (the paper's)",
-    "penalised": "tracked penalty",
-    "normalised": "spectral normalisation",
-}
+CONTROLS = {"plain": "plain", "gram": "Gram penalty (the paper's)", "penalised": "tracked penalty", "normalised": "spectral normalisation"}
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("resnet18", {}),
     "small": ("small", {"epochs": 4, "samples": 20_000, "test_samples": 5_000}),
@@ -336,22 +343,34 @@ def _epochs(log: Path) -> list[Row]:
 def draw(rows: list[Row]) -> Figure:
     """Accuracy and the product of the certified norms over the epochs; certified accuracy against the radius."""
     page, (accuracy, product, certified) = figure(3, width=4.2, height=3.8)
-    for control in dict.fromkeys(str(row["control"]) for row in rows):
-        colour, marker, line = LOOKS[control]
-        style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "label": CONTROLS[control]}
-        epochs = pick(rows, control=control, kind="epoch")
-        for ax, field, scale in ((accuracy, "accuracy", PERCENT), (product, "upper_product", 1.0)):
-            known = [r for r in epochs if r.get(field, "") != ""]
-            ax.plot([float(r["epoch"]) for r in known], [scale * float(r[field]) for r in known], **style)
-        radii = _radii(pick(rows, control=control, kind="end")[0])
-        certified.plot([r for r, _ in radii], [PERCENT * share for _, share in radii], **style)
-    for ax, title in ((accuracy, "test accuracy (%)"), (product, "product of the certified layer norms")):
-        ax.set(xlabel="epoch", ylabel=title)
-        ax.locator_params(axis="x", integer=True)
+    _draw_epochs(accuracy, rows, "accuracy", PERCENT, "test accuracy (%)")
+    _draw_epochs(product, rows, "upper_product", 1.0, "product of the certified layer norms")
     product.set_yscale("log")
+    for control, of_control in by(rows, "control").items():
+        radii, shares = zip(*_radii(pick(of_control, kind="end")[0]), strict=True)
+        certified.plot(radii, [PERCENT * share for share in shares], **_style(control))
     certified.set(xlabel="radius in pixels of [0, 1], l2", ylabel="certified accuracy (%)", ylim=(-2, None))
     page.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return page
+
+
+def _draw_epochs(ax: Axes, rows: list[Row], field: str, scale: float, label: str) -> None:
+    """A field of the log over the epochs, a line for each control."""
+    for control, of_control in by(rows, "control").items():
+        known = _logged(of_control, field)
+        ax.plot(numbers(known, "epoch"), numbers(known, field, scale), **_style(control))
+    ax.set(xlabel="epoch", ylabel=label)
+    ax.locator_params(axis="x", integer=True)
+
+
+def _style(control: str) -> dict[str, Any]:
+    colour, marker, line = LOOKS[control]
+    return {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "label": CONTROLS[control]}
+
+
+def _logged(rows: list[Row], field: str) -> list[Row]:
+    """The epochs whose log has the field."""
+    return [row for row in pick(rows, kind="epoch") if row.get(field, "") != ""]
 
 
 def _radii(end: Row) -> list[tuple[float, float]]:
@@ -366,8 +385,7 @@ def tell(rows: list[Row]) -> str:
     ends = pick(rows, kind="end")
     for end in ends:
         shares = [f"{PERCENT * share:.1f}" for _, share in _radii(end)]
-        known = [r for r in pick(rows, control=end["control"], kind="epoch") if r.get("upper_product", "") != ""]
-        logged = [f"{float(r['upper_product']):.4g}" for r in known]
+        logged = [f"{product:.4g}" for product in numbers(_logged(pick(rows, control=end["control"]), "upper_product"), "upper_product")]
         head = [CONTROLS[str(end["control"])], *shares, float(end["lower"]), float(end["upper"])]
         lines.append([*head, " -> ".join(dict.fromkeys((logged[0], logged[-1]))), float(end["seconds"])])
     first, penalised = ends[0], pick(ends, control="gram")[0]

@@ -41,9 +41,6 @@ from gramlip.operators.interval import Bound
 from gramlip.reports.output import write_bytes_whole, write_whole
 
 # ---- Lightning modules ---------------------------------------------------------------------------------------------------
-#
-# The Lightning modules: classification and denoising, with the control of the Lipschitz constant, and the audit during
-# training.
 
 EXAMPLE = (1, 3, 32, 32)
 
@@ -151,8 +148,6 @@ def chain(net: nn.Module) -> Bound:
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------------
-#
-# `train`: a recipe from its name to certified results in one folder, resumed where it stopped.
 
 WRITTEN = ("last.ckpt", "logs", "weights.safetensors", "results.json")
 """The files that a run writes after `recipe.json`."""
@@ -205,7 +200,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "recipe.json", header)
     with _global_state_kept():
-        return _run(plan, name, sets, folder, seed, stop_after, audit_every_epoch)
+        return _run(plan, header, sets, folder, [_Stop(stop_after), *([Audit()] if audit_every_epoch else [])])
 
 
 @contextmanager
@@ -244,36 +239,38 @@ def _signals() -> Generator[None, None, None]:
 
 
 def _run(
-    plan: Recipe, name: str, sets: Sequence[tuple[Tensor, Tensor]], folder: Path, seed: int, stop_after: int | None, audit_every_epoch: bool
+    plan: Recipe, header: dict[str, Any], sets: Sequence[tuple[Tensor, Tensor]], folder: Path, callbacks: list[Callback]
 ) -> dict[str, Any]:
-    lightning.seed_everything(seed, workers=True, verbose=False)
-    task = Task(plan, seed)
-    train_set, test_set = sets
-    loaders = _loader(train_set, plan, recipes.Order(len(train_set[1]), seed)), _loader(test_set, plan, None)
+    lightning.seed_everything(header["seed"], workers=True, verbose=False)
+    task, last, clock = Task(plan, header["seed"]), folder / "last.ckpt", _Clock()
+    trainer = _trainer(plan, folder, [clock, *callbacks])
+    order = recipes.Order(len(sets[0][1]), header["seed"])
+    begin = time.perf_counter()
+    with _signals():
+        loaders = _loader(sets[0], plan, order), _loader(sets[1], plan, None)
+        trainer.fit(task, *loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    done = {**header, "finished_epochs": trainer.current_epoch, "seconds": time.perf_counter() - begin}
+    done["step_cpu_seconds"] = statistics.median(clock.steps) if clock.steps else None
+    if trainer.current_epoch < plan.epochs:
+        return done
+    results = {**done, **evaluate(task, sets[1])}
+    write_bytes_whole(folder / "weights.safetensors", save({k: v.contiguous() for k, v in task.net.state_dict().items()}))
+    _write(folder / "results.json", results)
+    return results
+
+
+def _trainer(plan: Recipe, folder: Path, callbacks: list[Callback]) -> lightning.Trainer:
     # The newest under one name. Keeping "the last beside the best 0" would write it when training ends, and not before.
     checkpoint = ModelCheckpoint(folder, "last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False)
-    last = folder / "last.ckpt"
-    trainer = lightning.Trainer(
+    return lightning.Trainer(
         max_epochs=plan.epochs,
-        callbacks=[checkpoint, clock := _Clock(), _Stop(stop_after), *([Audit()] if audit_every_epoch else [])],
-        logger=_logger(folder, last),
+        callbacks=[checkpoint, *callbacks],
+        logger=_logger(folder, folder / "last.ckpt"),
         deterministic=True,
         gradient_clip_val=plan.clip,
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    begin = time.perf_counter()
-    with _signals():
-        trainer.fit(task, *loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
-    seconds = time.perf_counter() - begin
-    done = {"recipe": name, "seed": seed, **plan.to_dict(), "finished_epochs": trainer.current_epoch, "seconds": seconds}
-    done["step_cpu_seconds"] = statistics.median(clock.steps) if clock.steps else None
-    if trainer.current_epoch < plan.epochs:
-        return done
-    results = {**done, **evaluate(task, test_set)}
-    write_bytes_whole(folder / "weights.safetensors", save({k: v.contiguous() for k, v in task.net.state_dict().items()}))
-    _write(folder / "results.json", results)
-    return results
 
 
 def _logger(folder: Path, last: Path) -> CSVLogger:

@@ -32,8 +32,6 @@ from gramlip.operators.linear_maps import Conv, Scale, Shape
 from gramlip.reports.report import LayerRow, LeftOut, Report
 
 # ---- what is accepted ----------------------------------------------------------------------------------------------------
-#
-# What `audit` accepts: everything else ends in one line that says what was given, what was expected and what to type.
 
 
 def check_inputs(tensors: Sequence[Tensor]) -> None:
@@ -140,8 +138,6 @@ def entries(name: str, given: Sequence[int] | None, count: int) -> Tensor | None
 
 
 # ---- audit ---------------------------------------------------------------------------------------------------------------
-#
-# `audit`: an interval for the Lipschitz constant of a whole network, layer by layer and composed; its upper side is proved.
 
 _KINDS: dict[type, str] = {
     Slope: "activation",
@@ -248,25 +244,41 @@ def audit(
         msg = f"{type(model).__name__} has {len(lowered.unsupported)} calls that no rule can bound; expected rules for all of them: {calls}"
         raise UnsupportedError(msg)
     area = region([tuple(t.shape) for t in tensors], domain, at, radius)
-    part = _part(lowered.network, inputs, outputs)
-    network, local = _restricted(lowered.network, area, part)
-    constants, seconds = _constants(network, rtol, search)
-    ways = linear_stretches(network, constants, rtol, search)
-    composed = compose(network, constants, ways)
-    above = _upper_side(Whole(network, constants, ways, composed, part, local), search)
-    below = _lower_side(program, lowered, tensors, data, area, part, seed, search)
+    problem = Problem(program, lowered, tensors, area, _part(lowered.network, inputs, outputs))
+    whole, seconds = _composed(problem, rtol, search)
+    above, below = _upper_side(whole, search), _lower_side(problem, data, seed, search)
     if below.value > above.value:
         _contradicted(lowered.assumed, below, above.value)
-    chain = "; ".join([*([] if area is None else [str(area)]), *part.said(), above.because, *search.said, *_taken(lowered), below.because])
+    said = problem.part.said()
+    chain = "; ".join([*([] if area is None else [str(area)]), *said, above.because, *search.said, *_taken(lowered), below.because])
     return Report(
         target or type(model).__name__,
-        _rows(network, constants, seconds, composed),
-        _left_out(network),
+        _rows(whole, seconds),
+        _left_out(whole.network),
         Bound(below.value, above.value, chain),
         tuple(lowered.assumed),
         unsupported=tuple(lowered.unsupported),
-        scope=(*([] if area is None or area.centre is None else [str(area)]), *part.said()),
+        scope=(*([] if area is None or area.centre is None else [str(area)]), *said),
     )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The model as calls and as steps, its example, and the set of inputs and the entries that the constant is of."""
+
+    program: Program
+    lowered: Lowered
+    tensors: tuple[Tensor, ...]
+    area: Region | None
+    part: Part
+
+
+def _composed(problem: Problem, rtol: float, effort: Effort) -> tuple[Whole, list[float]]:
+    """The folded steps with their constants, all composed, and the seconds of each step."""
+    network, local = _restricted(problem.lowered.network, problem.area, problem.part)
+    constants, seconds = _constants(network, rtol, effort)
+    ways = linear_stretches(network, constants, rtol, effort)
+    return Whole(network, constants, ways, compose(network, constants, ways), problem.part, local), seconds
 
 
 def _contradicted(assumed: Sequence[str], below: Stretch, upper: float) -> None:
@@ -405,21 +417,24 @@ def steps_of(model: nn.Module | torch.export.ExportedProgram, example: Example) 
 
 
 def _constants(network: Network, rtol: float, effort: Effort) -> tuple[list[Bound], list[float]]:
-    steps = network.steps
-    shapes = [[steps[s].shape for s in step.sources] for step in steps]
-    alike: dict[object, list[int]] = {}
-    for i, step in enumerate(steps):
-        operators = kind(step)
-        alike.setdefault(i if operators is None else operators, []).append(i)
-    groups = {min(group): group for group in alike.values()}
+    steps, groups = network.steps, _alike(network.steps)
     known: dict[int, tuple[Bound, float]] = {}
     for i in effort.shown("layers", [step.name for step in steps]):
         group = groups.get(i, [])
         begin = time.perf_counter()
-        bounds = _bounds([(steps[j], shapes[j]) for j in group], rtol)
+        bounds = _bounds([(steps[j], [steps[s].shape for s in steps[j].sources]) for j in group], rtol)
         seconds = (time.perf_counter() - begin) / max(1, len(group))
         known |= {j: (bound, seconds) for j, bound in zip(group, bounds, strict=True)}
     return [known[i][0] for i in range(len(steps))], [known[i][1] for i in range(len(steps))]
+
+
+def _alike(steps: Sequence[Step]) -> dict[int, list[int]]:
+    """The steps that are searched together, by the first of them."""
+    alike: dict[object, list[int]] = {}
+    for i, step in enumerate(steps):
+        operators = kind(step)
+        alike.setdefault(i if operators is None else operators, []).append(i)
+    return {group[0]: group for group in alike.values()}
 
 
 def _bounds(items: Sequence[tuple[Step, Sequence[Shape]]], rtol: float) -> list[Bound]:
@@ -433,64 +448,60 @@ def _bounds(items: Sequence[tuple[Step, Sequence[Shape]]], rtol: float) -> list[
         raise InputError(msg) from error
 
 
-def _lower_side(
-    program: Program,
-    lowered: Lowered,
-    tensors: tuple[Tensor, ...],
-    data: Tensor | None,
-    area: Region | None,
-    part: Part,
-    seed: int,
-    effort: Effort,
-) -> Stretch:
+def _lower_side(problem: Problem, data: Tensor | None, seed: int, effort: Effort) -> Stretch:
+    program, lowered, area, part = problem.program, problem.lowered, problem.area, problem.part
     if program.refused or any(map(reads_memory, program.nodes)):
         return Stretch(0.0, "no lower side: what an in-place call overwrites, or what is read from memory by place, is not followed")
-
-    shapes = [tuple(t.shape) for t in tensors]
-    size = sum(t.numel() for t in tensors)
+    if any(read.op == "get_attr" for node in program.nodes for read in node.all_input_nodes):
+        return Stretch(0.0, "no lower side: a part that a call such as `torch.cond` runs is not followed")
+    shapes = [tuple(t.shape) for t in problem.tensors]
 
     def build(given: Sequence[Shape], wide: torch.dtype) -> Function:
         run = function(program, given, lowered.computed, wide)
         base = torch.zeros(sum(map(math.prod, given)), dtype=torch.float64)
         return chosen(run, base if area is None or list(given) != shapes else area.inside(base), part.inputs, part.outputs)
 
+    _check_data(data, shapes)
+    weights = {n: (value, error) for n, error in lowered.errors.items() if isinstance(value := lowered.computed[n], Tensor)}
+    of_program = [t for t in (*problem.tensors, *program.constants.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+    around = area is not None and area.centre is not None  # differences of close points need all digits
+    wide = torch.float64 if around or any(t.dtype == torch.float64 for t in of_program) else torch.float32
+    return stretch(build, shapes, effort, wide=wide, data=data, points=area, seed=seed, weights=weights)
+
+
+def _check_data(data: object, shapes: Sequence[Shape]) -> None:
+    """Samples of the input, finite and stacked, or none."""
+    size = sum(map(math.prod, shapes))
     if data is not None and not (
         isinstance(data, Tensor) and data.ndim and len(data) and data[0].numel() == size and data.isfinite().all()
     ):
         given = f"of shape {tuple(data.shape)}" if isinstance(data, Tensor) else repr(type(data).__name__)
         msg = f"data {given} was given; expected a tensor of finite samples of shape {shapes[0]}, stacked along the first axis"
         raise InputError(msg)
-    weights = {n: (value, error) for n, error in lowered.errors.items() if isinstance(value := lowered.computed[n], Tensor)}
-    of_program = [t for t in (*tensors, *program.constants.values()) if isinstance(t, Tensor) and t.is_floating_point()]
-    around = area is not None and area.centre is not None  # differences of close points need all digits
-    wide = torch.float64 if around or any(t.dtype == torch.float64 for t in of_program) else torch.float32
-    return stretch(build, shapes, effort, wide=wide, data=data, points=area, seed=seed, weights=weights)
 
 
-def _rows(network: Network, constants: Sequence[Bound], seconds: Sequence[float], composed: Composition) -> tuple[LayerRow, ...]:
+def _rows(whole: Whole, seconds: Sequence[float]) -> tuple[LayerRow, ...]:
     rows: list[LayerRow] = []
-    parts = composed.parts or []
-    whole = math.log(composed.upper) if parts else 0.0
-    comparable = 0 < sum(map(abs, parts)) <= 2 * abs(whole)  # parts that all but cancel are no shares of what is left
-    for i, (step, constant) in enumerate(zip(network.steps, constants, strict=True)):
-        share = parts[i] / whole if comparable else None
+    parts = whole.composed.parts or []
+    total = math.log(whole.composed.upper) if parts else 0.0
+    comparable = 0 < sum(map(abs, parts)) <= 2 * abs(total)  # parts that all but cancel are no shares of what is left
+    for i, (step, constant) in enumerate(zip(whole.network.steps, whole.constants, strict=True)):
         if isinstance(step.what, Linear | Sum | Product | Attention) or constant.upper != 1.0:
-            rows.append(_row(i, step, constant, seconds[i], share, network, composed))
+            rows.append(_row(whole, i, seconds[i], parts[i] / total if comparable else None))
     return tuple(rows)
 
 
-def _row(i: int, step: Step, constant: Bound, seconds: float, share: float | None, network: Network, composed: Composition) -> LayerRow:
-    what = step.what
-    sizes = network.steps[step.sources[0]].shape[2:] if step.sources else None
+def _row(whole: Whole, i: int, seconds: float, share: float | None) -> LayerRow:
+    step, constant = whole.network.steps[i], whole.constants[i]
+    what, sizes = step.what, whole.network.steps[step.sources[0]].shape[2:] if step.sources else None
     if isinstance(what, Linear):
         size = what.op.input_size if isinstance(what.op, Conv) else None
         op = None if isinstance(what.op, Scale) else what.op
         return LayerRow(step.name, type(what.op).__name__, tuple(what.op.weight.shape), size, constant, seconds, share, op)  # type: ignore[arg-type]
     label = _KINDS.get(type(what), "map")
     if isinstance(what, Sum | Product | Attention):
-        largest = max(composed.lips[s] for s in step.sources)
-        growth = rd.up(composed.lips[i] / largest) if 0 < largest < math.inf else composed.lips[i]
-        constant = Bound(0.0, growth, _GROWTH[type(what)])
+        lips, largest = whole.composed.lips, max(whole.composed.lips[s] for s in step.sources)
+        constant = Bound(0.0, rd.up(lips[i] / largest) if 0 < largest < math.inf else lips[i], _GROWTH[type(what)])
     return LayerRow(step.name, f"{label} ({step.op.removeprefix('aten.').split('.')[0]})", (), sizes, constant, seconds, share)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +15,9 @@ from gramlip.norm.certify import TOGETHER, certify_all
 from gramlip.norm.frequency_cells import Reals
 from gramlip.numerics import rounding as rd
 from gramlip.operators.interval import Bound
-from gramlip.operators.linear_maps import Dense, Diagonal, Operator, Scale, Shape
+from gramlip.operators.linear_maps import Conv, Dense, Diagonal, Operator, Scale, Shape
 
-# ---- parts ---------------------------------------------------------------------------------------------------------------
-#
-# Parts: values that read different entries of one earlier value and meet again. docs/network.md#parts.
+# ---- parts: docs/network.md#parts ----------------------------------------------------------------------------------------
 #
 # Where `|d v|^2 <= x' G x`, x the norms of the difference on each of some disjoint parts of an earlier value and G >= 0, v has the form
 # G. Forms are carried from the value where the parts part to where all of them have met.
@@ -58,19 +56,20 @@ def shortcuts(network: Network, constants: Sequence[Bound]) -> dict[int, list[Sh
         forms: dict[int, Reals] = {i: np.eye(len(next(iter(sizes.values()))))}
         for j in steps:
             step = network.steps[j]
-            if j in sizes:
-                forms[j] = np.diag(sizes[j])
-                continue
-            known = [Shortcut((float(constants[j].upper),) * len(step.sources), step.sources)] if coefficients(step) is None else []
-            known += [s for s in (step.shortcut, *by_end.get(j, ())) if s is not None]
-            ways = [_rooted(s, forms) for s in known] + [_added(step, forms)]
-            reached = [form for form in ways if form is not None]
-            if not reached:
-                continue
-            forms[j] = min(reached, key=perron_bound)
-            if len(step.reads) > 1:
-                by_end.setdefault(j, []).append(Shortcut((rd.sqrt_up(perron_bound(forms[j])),), (i,)))
+            form = np.diag(sizes[j]) if j in sizes else _form(step, float(constants[j].upper), by_end.get(j, ()), forms)
+            if form is not None:
+                forms[j] = form
+                if len(step.reads) > 1 and j not in sizes:
+                    by_end.setdefault(j, []).append(Shortcut((rd.sqrt_up(perron_bound(form)),), (i,)))
     return by_end
+
+
+def _form(step: Step, constant: float, ways: Sequence[Shortcut], forms: dict[int, Reals]) -> Reals | None:
+    """The smallest form of a value that its step and shortcuts to it say, from those of what they read."""
+    known = [Shortcut((constant,) * len(step.sources), step.sources)] if coefficients(step) is None else []
+    known += [way for way in (step.shortcut, *ways) if way is not None]
+    reached = [form for form in (*(_rooted(way, forms) for way in known), _added(step, forms)) if form is not None]
+    return min(reached, key=perron_bound, default=None)
 
 
 def _roots(network: Network) -> dict[int, list[int]]:
@@ -100,17 +99,11 @@ def _between(network: Network, users: list[list[int]], root: int, copies: list[i
 
 def _sizes(network: Network, root: int, copies: list[int], steps: list[int]) -> dict[int, Reals]:
     """For each step that copies entries, the most copies of an entry of each part; none where there is one part or too many."""
-    shape: Shape = network.steps[root].shape
-    picked: dict[int, Tensor | Sequence[Tensor]] = {root: torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)}
+    label, parts = torch.zeros(math.prod(network.steps[root].shape), dtype=torch.int64), 1
     counts: dict[int, Tensor] = {}
-    label, parts = torch.zeros(math.prod(shape), dtype=torch.int64), 1
-    for j in (j for j in copies if j in steps):
-        step = network.steps[j]
-        picked[j] = step.what.copy_entries(picked[step.sources[0]])  # type: ignore[union-attr]
-        read = picked[j]
-        numbers = torch.cat([t.reshape(-1) for t in ([read] if isinstance(read, Tensor) else read)]).long()
-        counts[j] = torch.bincount(numbers, minlength=len(label))
-        code = 2 * label + (counts[j] > 0)
+    for j, count in _counted(network, root, [j for j in copies if j in steps]):
+        counts[j] = count
+        code = 2 * label + (count > 0)
         used = torch.bincount(code, minlength=2 * parts) > 0
         label, parts = (used.cumsum(0) - 1)[code], int(used.sum())
         if parts > PARTS:
@@ -119,6 +112,17 @@ def _sizes(network: Network, root: int, copies: list[int], steps: list[int]) -> 
         return {}
     most = {j: torch.zeros(parts, dtype=torch.int64).scatter_reduce(0, label, count, "amax") for j, count in counts.items()}
     return {j: m.double().numpy() for j, m in most.items()}
+
+
+def _counted(network: Network, root: int, copies: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """For each step that copies entries of a value, how often it has each of them."""
+    shape: Shape = network.steps[root].shape
+    picked: dict[int, Tensor | Sequence[Tensor]] = {root: torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)}
+    for j in copies:
+        step = network.steps[j]
+        picked[j] = read = step.what.copy_entries(picked[step.sources[0]])  # type: ignore[union-attr]
+        numbers = torch.cat([t.reshape(-1) for t in ([read] if isinstance(read, Tensor) else read)]).long()
+        yield j, torch.bincount(numbers, minlength=math.prod(shape))
 
 
 def _rooted(way: Shortcut, forms: dict[int, Reals]) -> Reals | None:
@@ -176,9 +180,7 @@ def perron_bound(form: Reals) -> float:
     return rd.mul_up(rd.mul_up(best, 1.0 + 1e-12), top) + LEAST
 
 
-# ---- composition ---------------------------------------------------------------------------------------------------------
-#
-# Composition: the constant of each step, and of the whole network by products, sums and roots of squares. docs/network.md#composition.
+# ---- composition: docs/network.md#composition ----------------------------------------------------------------------------
 
 SMALL = 256  # matrices with a side of at most this are closed to 1e-6: it costs next to nothing
 
@@ -197,15 +199,18 @@ def constants(steps: Sequence[Step], shapes: Sequence[Sequence[Shape]], rtol: fl
         elif what.known is not None:
             bounds[i] = _widened(what, what.known)
         else:
-            small = isinstance(what.op, Dense) and min(what.op.weight.shape) <= SMALL
-            op = Diagonal(what.op.weight) if isinstance(what.op, Scale) else what.op
-            by_width.setdefault(min(rtol, 1e-6) if small else rtol, []).append((i, op))
+            by_width.setdefault(_width(what.op, rtol), []).append((i, Diagonal(what.op.weight) if isinstance(what.op, Scale) else what.op))
     for width, items in by_width.items():
         for (i, _), bound in zip(items, certify_all([op for _, op in items], rtol=width), strict=True):
             what = steps[i].what
             assert isinstance(what, Linear)
             bounds[i] = _widened(what, bound)
     return [bounds[i] for i in range(len(steps))]
+
+
+def _width(op: Conv | Dense | Scale, rtol: float) -> float:
+    """The relative width for the interval of an operator."""
+    return min(rtol, 1e-6) if isinstance(op, Dense) and min(op.weight.shape) <= SMALL else rtol
 
 
 def kind(step: Step) -> object:
@@ -294,39 +299,36 @@ def _joined(step: Step, lips: list[float]) -> float:
     return rd.hypot_up(lips) if factors is None else rd.add_up(*map(rd.mul_up, factors, lips))
 
 
-def _weights(step: Step, way: Shortcut | None, lips: list[float]) -> list[float]:
-    """The share of each source in the step's constant; the shares add up to 1 (derivatives of its logarithm)."""
+def _shares(step: Step, way: Shortcut | None, lips: Sequence[float]) -> list[tuple[int, float]]:
+    """What a step's constant comes from, and the share of each in it: derivatives of its logarithm, which add up to 1."""
+    sources = step.sources if way is None else way.sources
+    largest = max(lips[s] for s in sources)
+    values = [lips[s] / largest for s in sources]
     factors = None if way is not None else coefficients(step)
     if factors is None:
-        values = lips if way is None else _terms(way, lips)
-        top = max(values)
-        terms = [(t / top) ** 2 for t in values]  # squares of tiny ones would be zero
-    else:
-        terms = [c * x if x else 0.0 for c, x in zip(factors, lips, strict=True)]  # what does not move may have an infinite factor
-    total = math.fsum(terms)
-    return [t / total for t in terms]
+        return list(zip(sources, _squared(values if way is None else _terms(way, values)), strict=True))
+    terms = [c * x if x else 0.0 for c, x in zip(factors, values, strict=True)]  # what does not move may have an infinite factor
+    return [(s, t / math.fsum(terms)) for s, t in zip(sources, terms, strict=True)]
+
+
+def _squared(values: Sequence[float]) -> list[float]:
+    """The share of each square in the sum of the squares."""
+    top = max(values)
+    terms = [(t / top) ** 2 for t in values]  # squares of tiny ones would be zero
+    return [t / math.fsum(terms) for t in terms]
 
 
 def _parts(network: Network, lips: list[float], used: dict[int, Shortcut], upper: float) -> tuple[float, ...] | None:
     if not 0.0 < upper < math.inf:
         return None
-    flow = [0.0] * len(lips)
-    ends = [lips[i] for i in network.outputs]
-    top = max(ends)
-    squares = [(x / top) ** 2 for x in ends]
-    for i, square in zip(network.outputs, squares, strict=True):
-        flow[i] += square / math.fsum(squares)
-    parts = [0.0] * len(lips)
+    flow, parts = [0.0] * len(lips), [0.0] * len(lips)
+    for i, share in zip(network.outputs, _squared([lips[i] for i in network.outputs]), strict=True):
+        flow[i] += share
     for i in reversed(range(len(lips))):
-        step = network.steps[i]
-        if flow[i] == 0.0 or not step.sources:
+        if flow[i] == 0.0 or not network.steps[i].sources:
             continue
-        way = used.get(i)
-        sources = step.sources if way is None else way.sources
-        largest = max(lips[s] for s in sources)
-        shares = _weights(step, way, [lips[s] / largest for s in sources])
         below = 0.0
-        for s, share in zip(sources, shares, strict=True):
+        for s, share in _shares(network.steps[i], used.get(i), lips):
             flow[s] += flow[i] * share
             below += share * math.log(lips[s]) if share else 0.0
         parts[i] = flow[i] * (math.log(lips[i]) - below)

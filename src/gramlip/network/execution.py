@@ -293,23 +293,26 @@ class _Propagation:
         if total * sum(math.prod(step.shape) for step in network.steps) > ROWS or not composed.upper < INF:
             return None, ()
         sweeps = Sweeps(network, composed)
-        swept = sweeps.back(network.outputs, spread=True)
         added: dict[int, Tensor] = {}
-        for i, rows in swept.items():
-            most, step = as_rows(rows.most(sweeps.gamma)), network.steps[i]
+        for i, rows in sweeps.back(network.outputs, spread=True).items():
             if not isinstance(self._errors[i], Tensor):
                 return None, ()
-            blocked = sweeps.actions[i] is None and i not in sweeps.middle and not isinstance(step.what, Input)
-            errors = self._errors[i] if blocked else self._rounded.get(i, torch.zeros(step.shape, dtype=torch.float64))
-            added[i] = (most @ errors.reshape(-1) * ROOM).nan_to_num(INF, INF)
-            if blocked:
-                added[i] = torch.minimum(added[i], (row_norms_up(most) * self._norms[i]).nan_to_num(INF, INF))
-            if stray := stray_of(network.steps, i):
-                added[i] = added[i] + row_norms_up(most) * rd.mul_up(stray, rd.hypot_up(self._norms[s] for s in step.sources))
+            blocked = sweeps.actions[i] is None and i not in sweeps.middle and not isinstance(network.steps[i].what, Input)
+            added[i] = self._at_outputs(network.steps, i, as_rows(rows.most(sweeps.gamma)), blocked)
         whole = sum(added.values(), torch.zeros(total, dtype=torch.float64)) * ROOM
         worst = int(whole.argmax())
         first = sorted(added, key=lambda i: -float(added[i][worst]))[:3]
         return whole, tuple((network.steps[i].name, float(added[i][worst])) for i in first)
+
+    def _at_outputs(self, steps: Sequence[Step], i: int, most: Tensor, blocked: bool) -> Tensor:
+        """What a step's rounding makes of the outputs, its rows of derivatives being `most`; where they end here, what all errors make."""
+        errors = self._errors[i] if blocked else self._rounded.get(i, torch.zeros(steps[i].shape, dtype=torch.float64))
+        added = (most @ errors.reshape(-1) * ROOM).nan_to_num(INF, INF)
+        if blocked:
+            added = torch.minimum(added, (row_norms_up(most) * self._norms[i]).nan_to_num(INF, INF))
+        if stray := stray_of(steps, i):
+            added = added + row_norms_up(most) * rd.mul_up(stray, rd.hypot_up(self._norms[s] for s in steps[i].sources))
+        return added
 
 
 def _norms_of(network: Network) -> dict[int, Bound]:

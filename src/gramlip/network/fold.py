@@ -29,34 +29,33 @@ def fold(network: Network, *, biases: bool = False) -> Network:
     """
     while True:
         steps: list[Step | None] = list(network.steps)
-        users = network.users()
-        ends = set(network.outputs)
-        changed = False
+        users, changed = network.users(), False
         for i, step in enumerate(network.steps):
             if steps[i] is None or any(steps[s] is not network.steps[s] for s in step.sources):
                 continue  # a neighbour changed in this pass: the next one sees it
-            if isinstance(step.what, Linear):
-                source = step.sources[0]
-                inner = network.steps[source]
-                if len(users[source]) > 1 or source in ends:
-                    continue
-                folded_map = _chain(step, inner, network, biases)
-                if folded_map is not None:
-                    steps[i] = replace(step, what=folded_map, sources=inner.sources, name=_names(inner, step, folded_map))
-                    steps[source] = None
-                    changed = True
-            elif isinstance(step.what, Sum):
-                folded = _branches(step, network, users, ends, biases)
-                if folded is not None:
-                    folded_map, base, gone = folded
-                    names = " + ".join(dict.fromkeys(network.steps[g].name for g in gone)) or step.name
-                    steps[i] = replace(step, what=folded_map, sources=(base,), name=f"{names} + skip" if len(gone) == 1 else names)
-                    for g in gone:
-                        steps[g] = None
-                    changed = True
+            for at, folded in _folded(network, i, users, biases).items():
+                steps[at], changed = folded, True
         if not changed:
             return Network([_entrywise(step, network) for step in network.steps], network.outputs)
         network = renumbered(steps, network.outputs, {})
+
+
+def _folded(network: Network, i: int, users: list[list[int]], biases: bool) -> dict[int, Step | None]:
+    """The steps that a fold at a step replaces, or leaves out, by their numbers; none where nothing folds."""
+    step, ends = network.steps[i], set(network.outputs)
+    if isinstance(step.what, Linear):
+        source = step.sources[0]
+        inner = network.steps[source]
+        if len(users[source]) > 1 or source in ends or (folded_map := _chain(step, inner, network, biases)) is None:
+            return {}
+        return {i: replace(step, what=folded_map, sources=inner.sources, name=_names(inner, step, folded_map)), source: None}
+    branches = _branches(step, network, users, ends, biases)
+    if branches is None:
+        return {}
+    folded_map, base, gone = branches
+    names = " + ".join(dict.fromkeys(network.steps[g].name for g in gone)) or step.name
+    joined = replace(step, what=folded_map, sources=(base,), name=f"{names} + skip" if len(gone) == 1 else names)
+    return {i: joined, **dict.fromkeys(gone)}
 
 
 def _names(inner: Step, outer: Step, folded_map: Linear) -> str:

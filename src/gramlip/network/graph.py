@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._decomp import get_decompositions
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from gramlip.errors import InputError, first_line
-from gramlip.network.in_place import Refused, functional, op_name, shape_of
+from gramlip.network.in_place import Refused, functional, is_mutable, op_name, shape_of
 from gramlip.numerics.precision import scaled_float64
 
 # ---- the graph -----------------------------------------------------------------------------------------------------------
@@ -62,6 +64,7 @@ _APART = {
         "pairwise_distance",
     ]
 }  # calls that torch itself writes as others, for each of which there is a rule
+_TRANSFORMS = "torch._functorch.predispatch"  # the module of the calls that begin and end `torch.vmap` and its kin
 _SCOPES = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}  # calls of a part of the graph, and where it stands
 
 
@@ -91,7 +94,7 @@ def export(model: nn.Module | torch.export.ExportedProgram, example: tuple[Tenso
             warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # recurrent layers keep a list of their weights
             warnings.simplefilter("ignore", FutureWarning)  # of torch to itself, where it unrolls them
             exported = model if isinstance(model, torch.export.ExportedProgram) else torch.export.export(_ordinary(model), example)
-            program = _unrolled(exported)
+            program = _unrolled(_unbatched(exported))
     except (Exception, SystemExit) as error:  # torch.export raises many types; all of them mean that there is no graph
         shapes = [tuple(e.shape) for e in example]
         msg = f"{type(model).__name__} was given with inputs {shapes}; expected a model that torch.export takes: {first_line(error)}"
@@ -126,6 +129,26 @@ def undisturbed() -> Generator[None, None, None]:
     ):
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
         yield
+
+
+def _unbatched(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program with what `torch.vmap` and its kin do to calls written out: as they stand they begin a scope that an error leaves open.
+
+    Raises:
+        ValueError: derivatives of a part, of which torch keeps a tensor without numbers in place of the input; or in-place calls, which
+            writing out would take out of place before it is known what shares their memory.
+    """
+    stored = [t for t in exported.constants.values() if isinstance(t, Tensor)]
+    if any(isinstance(t, FakeTensor) or is_functorch_wrapped_tensor(t) for t in stored):
+        msg = "torch.func.grad or vjp in the model, which torch.export does not follow; type torch.autograd.grad(y, x, create_graph=True)"
+        raise ValueError(msg)
+    nodes = [n for part in exported.graph_module.modules() if isinstance(part, fx.GraphModule) for n in part.graph.nodes]
+    if not any(getattr(n.target, "__module__", "") == _TRANSFORMS for n in nodes):
+        return exported
+    if any(map(is_mutable, nodes)):
+        msg = "in-place calls in a model with torch.vmap; type them out of place"
+        raise ValueError(msg)
+    return exported.run_decompositions({})
 
 
 def _unrolled(exported: torch.export.ExportedProgram) -> Program:
@@ -163,27 +186,34 @@ def silent() -> Generator[None, None, None]:
 
 def _program(exported: torch.export.ExportedProgram) -> Program:
     signature = exported.graph_signature
-    names: dict[str, str] = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-        **signature.inputs_to_lifted_custom_objs,
-    }
     graph, ends = _opened(exported.graph_module)
     nodes = list(graph.nodes)
     given = {old.name: new for old, new in zip(exported.graph.nodes, nodes, strict=False) if old.op == "placeholder"}  # they come first
-    constants: dict[fx.Node, Any] = {}
-    for name, node in given.items():
-        if name in names:
-            stored = exported.state_dict.get(names[name], exported.constants.get(names[name]))
-            if stored is not None:
-                constants[node] = _own(stored) if isinstance(stored, Tensor) else stored
+    constants = _constants(exported, given)
     inputs = [given[name] for name in signature.user_inputs if name in given]
     pairs = zip(signature.output_specs, ends, strict=True)
     outputs = [n for spec, n in pairs if spec.kind is OutputKind.USER_OUTPUT and isinstance(n, fx.Node)]
     plain = functional(nodes, outputs, constants)
     stored = {plain.given[n]: value for n, value in constants.items()} | plain.constants
     return Program(plain.nodes, stored, [plain.given[n] for n in inputs], plain.outputs, plain.refused, plain.hidden)
+
+
+def _constants(exported: torch.export.ExportedProgram, given: dict[str, fx.Node]) -> dict[fx.Node, Any]:
+    """The weights, buffers and other constants of a program, by their nodes."""
+    signature = exported.graph_signature
+    names: dict[str, str] = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+        **signature.inputs_to_lifted_custom_objs,
+    }
+    constants: dict[fx.Node, Any] = {}
+    for name, node in given.items():
+        if name in names:
+            stored = exported.state_dict.get(names[name], exported.constants.get(names[name]))
+            if stored is not None:
+                constants[node] = _own(stored) if isinstance(stored, Tensor) else stored
+    return constants
 
 
 def _own(weight: Tensor) -> Tensor:
@@ -283,11 +313,7 @@ def is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
-# ---- calls in float64 ----------------------------------------------------------------------------------------------------
-#
-# Calls of the graph in float64: what both sides take the weights, and all that the model computes from them, to be.
-#
-# docs/network.md#computed-weights.
+# ---- calls in float64: docs/network.md#computed-weights ------------------------------------------------------------------
 
 _VIEWS = ("aten.view.default", "aten._unsafe_view.default", "aten.view_as.default")
 _SAME = ("aten.detach.default",)

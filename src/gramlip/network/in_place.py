@@ -91,12 +91,13 @@ class Functional:
 
 def functional(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], fixed: Collection[fx.Node]) -> Functional:
     """The graph of these nodes and results, `fixed` being weights and buffers, with each in-place call out of place."""
-    if not any(map(_is_mutable, nodes)):
+    if not any(map(is_mutable, nodes)):
         return Functional(list(nodes), {n: n for n in nodes}, list(outputs), {}, {})
     return _Functional(nodes, outputs, fixed).done()
 
 
-def _is_mutable(node: fx.Node) -> bool:
+def is_mutable(node: fx.Node) -> bool:
+    """Whether a call writes into an argument."""
     return node.op == "call_function" and bool(getattr(_schema(node), "is_mutable", False))
 
 
@@ -116,20 +117,20 @@ class _Functional:
     def done(self) -> Functional:
         """The graph, every call in order."""
         for node in self._nodes:
-            reason = self._why_not(node) if _is_mutable(node) else None
+            reason = self._why_not(node) if is_mutable(node) else None
             if reason is not None:
                 targets_of = set[int]().union(*(self._maybe[t] for t in _marked(node, written=True)))
                 spoiled = [self._now[n] for n in self._nodes[: self._order[node]] if self._maybe[n] & targets_of]
                 self._now[node] = self._graph.node_copy(node, self._present)
                 self._refused[self._now[node]] = Refused(reason, spoiled)
-            elif _is_mutable(node):
+            elif is_mutable(node):
                 self._write(node)
             else:
                 self._now[node] = self._graph.node_copy(node, self._present)
                 self._seen[node] = self._count(node)
                 self._given |= {node: self._now[node]} if node.op == "placeholder" else {}
         outputs = list(map(self._present, self._outputs))
-        written = {s for n in self._nodes if _is_mutable(n) for t in _marked(n, written=True) for s in self._maybe[t]}
+        written = {s for n in self._nodes if is_mutable(n) for t in _marked(n, written=True) for s in self._maybe[t]}
         hidden = any(self._parent(n) is not None and not _is_view(n) for n in self._nodes if self._exact[n] & written)
         return Functional(list(self._graph.nodes), self._given, outputs, self._constants, self._refused, hidden)
 
@@ -147,7 +148,7 @@ class _Functional:
             parent = self._parent(node)
             if parent is not None:
                 again = self._present(parent)
-                self._now[node] = again if _is_mutable(node) else self._graph.node_copy(node, self._present)
+                self._now[node] = again if is_mutable(node) else self._graph.node_copy(node, self._present)
             self._seen[node] = self._count(node)
         return self._now[node]
 
@@ -171,8 +172,8 @@ class _Functional:
         chain = self._chain(targets[0])
         if later and (_name(node) in _RENAMED or any(self._exact[n] != self._maybe[n] for n in (*chain, *later))):
             return f"it overwrites what {later[0].name}, read later, shares; expected the call out of place"
-        renamed = any(_is_mutable(n) and _name(n) in _RENAMED[:-1] for n in chain)
-        several = any(len(n.all_input_nodes) > 1 for n in chain[:-1] if not _is_mutable(n))  # a view of one value has no other argument
+        renamed = any(is_mutable(n) and _name(n) in _RENAMED[:-1] for n in chain)
+        several = any(len(n.all_input_nodes) > 1 for n in chain[:-1] if not is_mutable(n))  # a view of one value has no other argument
         if renamed or several or any(len(self._exact[n]) != 1 or reads_memory(n) or _changes_type(n) for n in chain):
             return "it overwrites a part of memory that is no part of one value; expected the call out of place"
         *views, root = chain
@@ -197,7 +198,7 @@ class _Functional:
             self._graph.erase_node(result)
             result = self._present(target)
         elif _name(node) not in _RENAMED:
-            whole = all(map(_is_mutable, views))
+            whole = all(map(is_mutable, views))
             self._now[root] = result if whole else self._placed(node, root, views, result)
             for s in self._exact[target]:
                 self._changes[s] = self._changes.get(s, 0) + 1
@@ -225,7 +226,7 @@ class _Functional:
 
         at = numbers[root] = torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
         for n in reversed(views):
-            if not _is_mutable(n):
+            if not is_mutable(n):
                 at = n.target(*map_arg(n.args, read), **map_arg(n.kwargs, read))  # type: ignore[operator]
             numbers[n] = at
         return at.long()

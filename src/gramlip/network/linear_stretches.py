@@ -16,20 +16,7 @@ from torch.nn import functional as F
 
 from gramlip.network import Effort
 from gramlip.network.compose import SMALL, coefficients
-from gramlip.network.steps import (
-    Join,
-    Linear,
-    LinearAction,
-    Lipschitz,
-    Network,
-    Pad,
-    Shortcut,
-    Slice,
-    Step,
-    Sum,
-    View,
-    rough_norm,
-)
+from gramlip.network.steps import Join, Linear, LinearAction, Lipschitz, Network, Pad, Shortcut, Slice, Step, Sum, View, rough_norm
 from gramlip.norm.certify import certify_all
 from gramlip.numerics import rounding as rd
 from gramlip.operators.interval import Bound, decimals
@@ -144,23 +131,21 @@ def linear_stretches(network: Network, constants: Sequence[Bound], rtol: float, 
         _action(step, [network.steps[s].shape for s in step.sources], float(constant.upper)) if step.sources else None
         for step, constant in zip(network.steps, constants, strict=True)
     ]
-    by_start: dict[int, list[Shortcut]] = {}
+    by_end: dict[int, list[Shortcut]] = {}
     left, effort = TOTAL, effort or Effort()
     ends = [parts for parts in stretches(network, actions) if _gains(network, _joined(parts))]
     for k in effort.shown("linear stretches", [network.steps[parts[-1].last].name for parts in ends]):
         parts, end = ends[k], len(ends[k])
         while end > 0:
-            affordable = left > 0 and not effort.over
-            start = next((a for a in range(end) if affordable and _pays(network, _joined(parts[a:end]))), end)
-            way = None
-            if start < end:
-                form = Matrices(network, actions, constants, _joined(parts[start:end]))
-                way = form.shortcut(rtol)
-                left -= form.spent
+            starts = range(end) if left > 0 and not effort.over else ()
+            start = next((a for a in starts if _pays(network, _joined(parts[a:end]))), end)
+            form = Matrices(network, actions, constants, _joined(parts[start:end])) if start < end else None
+            way = None if form is None else form.shortcut(rtol)
+            left -= 0.0 if form is None else form.spent
             if way is not None:
-                by_start.setdefault(parts[end - 1].last, []).append(way)
+                by_end.setdefault(parts[end - 1].last, []).append(way)
             end = start if way is not None else end - 1
-    return by_start
+    return by_end
 
 
 def _gains(network: Network, stretch: Stretch) -> bool:
@@ -280,7 +265,6 @@ class Matrices:
 
     def _formed(self, parts: tuple[Tensor, Tensor], size: float, error: float) -> tuple[list[Tensor], int] | None:
         """The different matrices of the parts, each with its smaller side first to be pushed, and how many vectors were pushed."""
-        shape = self.network.steps[self.stretch.first].shape
         sides = [int(labels[labels >= 0].bincount().max()) if bool((labels >= 0).any()) else 0 for labels in parts]
         adjoint = sides[1] < sides[0]
         pushed, other = sides[::-1] if adjoint else sides
@@ -290,10 +274,7 @@ class Matrices:
             return None
         source, target = parts[::-1] if adjoint else parts
         places = [(source == k).nonzero()[:, 0] for k in range(int(source.max()) + 1)]
-        vectors = torch.zeros(pushed, len(source), dtype=torch.float64)
-        for at in places:
-            vectors[torch.arange(len(at)), at] = 1.0
-        images = self._pushed(self._adjoint, vectors) if adjoint else self._pushed(self._apply, vectors.reshape(pushed, *shape))
+        images = self._images(places, len(source), pushed, adjoint)
         if not bool(images.isfinite().all()):
             return None
         distinct: list[Tensor] = []
@@ -303,6 +284,14 @@ class Matrices:
                 distinct.append(matrix)
         self.spent += float(pushed) ** 2 * other * len(distinct)
         return (distinct, pushed) if distinct and self.spent <= PUSHES + PROOF else None
+
+    def _images(self, places: Sequence[Tensor], size: int, pushed: int, adjoint: bool) -> Tensor:
+        """The images of vectors, each with one entry of every part at 1; under the adjoint if that takes fewer."""
+        vectors = torch.zeros(pushed, size, dtype=torch.float64)
+        for at in places:
+            vectors[torch.arange(len(at)), at] = 1.0
+        shape = self.network.steps[self.stretch.first].shape
+        return self._pushed(self._adjoint, vectors) if adjoint else self._pushed(self._apply, vectors.reshape(pushed, *shape))
 
     def _is_adjoint(self, size: float, error: float) -> bool:
         """Whether torch's derivative is the adjoint of the map, up to rounding: `y.A x = A* y.x` for random x and y."""

@@ -19,8 +19,6 @@ from gramlip.numerics.precision import full_products
 from gramlip.operators.linear_maps import Shape
 
 # ---- the network as a function -------------------------------------------------------------------------------------------
-#
-# The network as a function of one flat vector, in float64 for what is reported, in the model's own precision for the search.
 
 MARGIN = 2.0**-20  # relative; covers the rounding of the difference of two results, of their distance and of the quotient
 MOVES = 2**8  # by so many spacings of its type every value is moved, to see what the rounding of all of them may do;
@@ -92,8 +90,6 @@ def _moved(value: Any, signs: torch.Generator | None) -> Any:
 
 
 # ---- what is reported ----------------------------------------------------------------------------------------------------
-#
-# The quotient of one pair of points in float64, less what rounding may have done to it.
 
 
 def noise(run: Function, x: Tensor, value: Tensor, signs: torch.Generator, weights: Weights) -> float:
@@ -137,8 +133,6 @@ def quotient(run: Function, x: Tensor, y: Tensor, signs: torch.Generator, weight
 
 
 # ---- the search ----------------------------------------------------------------------------------------------------------
-#
-# The search for a pair: power steps at a point give a direction, steps of several lengths along it the next point.
 
 SCALES = (1.0, 0.1, 3.0)  # of the random points where no domain is given: a normalisation is steepest near constant inputs
 STARTS = 6
@@ -229,14 +223,9 @@ class Ascent:
         for _ in range(STEPS if value.requires_grad else 0):
             pair, image = self.tried(x, base, close * scale * v, room)
             best = max(best, pair, key=lambda p: p.value)
-            try:
-                (back,) = torch.autograd.grad(value, point, image, retain_graph=True, materialize_grads=True)
-            except (NotImplementedError, RuntimeError):  # no derivative
+            if (back := _pulled(value, point, image)) is None:
                 break
-            size = torch.linalg.vector_norm(back)
-            if not 0 < float(size) < math.inf:
-                break
-            v = back / size
+            v = back
         for length in (close, *LENGTHS):
             best = max(best, self.tried(x, base, length * scale * v, room)[0], key=lambda p: p.value)
         return best
@@ -260,6 +249,16 @@ class Ascent:
             idle = 0 if now.value > BETTER * best.value else idle + 1
             best = max(best, now, key=lambda p: p.value)
         return best
+
+
+def _pulled(value: Tensor, point: Tensor, image: Tensor) -> Tensor | None:
+    """The unit vector along the derivative at the point of the result's product with an image; None where there is none."""
+    try:
+        (back,) = torch.autograd.grad(value, point, image, retain_graph=True, materialize_grads=True)
+    except (NotImplementedError, RuntimeError):  # no derivative
+        return None
+    size = torch.linalg.vector_norm(back)
+    return back / size if 0 < float(size) < math.inf else None
 
 
 def operations(run: Function, x: Tensor) -> int:
@@ -361,23 +360,26 @@ def stretch(
         weights: computed weights that are known up to errors, and these.
     """
     points = points or Everywhere()
-    size, generator = sum(map(math.prod, shapes)), torch.Generator().manual_seed(seed)
-    starts: list[tuple[Tensor, Tensor]] = []
-    for number in range(STARTS):
-        x = torch.randn(size, generator=generator, dtype=torch.float64)
-        x = points.drawn(x, number) if data is None else data[number % len(data)].detach().double().reshape(-1) + 1e-6 * x
-        starts.append((x, torch.randn(size, generator=generator, dtype=torch.float64)))
-    signs = torch.Generator().manual_seed(seed)
+    starts, signs = _starts(sum(map(math.prod, shapes)), data, points, seed), torch.Generator().manual_seed(seed)
     search = Search(build, shapes, starts, points, weights or {}, signs, effort)
     exact, value = build(shapes, torch.float64), 0.0
     for precision in (torch.float32, torch.float64):
         if precision == torch.float32 and (wide == torch.float64 or not full_products()):
             continue
         pair = search.best(precision)
-        x, y = (points.inside(p.double()) for p in (pair.x, pair.y))
-        value = max(value, quotient(exact, x, y, signs, search.weights))
+        value = max(value, quotient(exact, points.inside(pair.x.double()), points.inside(pair.y.double()), signs, search.weights))
         if value >= NEAR * pair.value > 0 or effort.over:
             break
-    origin = "data" if data is not None else "random points"
     how = "lower side: a difference of two inputs in float64, less its rounding (measured, not proved)"
-    return Stretch(value, f"{how}, from {origin}, seed {seed}")
+    return Stretch(value, f"{how}, from {'random points' if data is None else 'data'}, seed {seed}")
+
+
+def _starts(size: int, data: Tensor | None, points: Points, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Points to start from, each with a direction."""
+    generator = torch.Generator().manual_seed(seed)
+    starts: list[tuple[Tensor, Tensor]] = []
+    for number in range(STARTS):
+        x = torch.randn(size, generator=generator, dtype=torch.float64)
+        x = points.drawn(x, number) if data is None else data[number % len(data)].detach().double().reshape(-1) + 1e-6 * x
+        starts.append((x, torch.randn(size, generator=generator, dtype=torch.float64)))
+    return starts

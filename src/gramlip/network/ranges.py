@@ -9,22 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gramlip.network.steps import (
-    Attention,
-    Join,
-    Linear,
-    Lipschitz,
-    Network,
-    Pad,
-    Product,
-    Slice,
-    Slope,
-    Step,
-    Sum,
-    Unbounded,
-    View,
-    What,
-)
+from gramlip.network.steps import Attention, Join, Linear, Lipschitz, Network, Pad, Product, Slice, Slope, Step, Sum, Unbounded, View, What
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import frobenius_up, row_norms_up
@@ -132,22 +117,10 @@ def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape]) -> tup
     low, high = min(r.low for r in sources), max(r.high for r in sources)
     if isinstance(what, Linear):
         return _linear(what, sources[0], math.prod(shapes[0]))
-    if isinstance(what, Slope) and what.reach is not None:
-        return (*what.reach(low, high), INF)
     if isinstance(what, Slope):
-        slopes = _ends(what)
-        reach = [_times(s, x) for s in slopes for x in (low, high)]
-        a, b = _below(what.at_zero[0], min(*reach, 0.0)), _above(what.at_zero[1], max(*reach, 0.0))
-        return max(a, what.image[0]), min(b, what.image[1]), INF
+        return _of_slopes(what, low, high)
     if isinstance(what, Lipschitz):
-        inside = (-INF, INF) if what.reach is None else what.reach(low, high)
-        if what.same_range:
-            ends = (low, high) if what.others is None else (min(low, what.others[0]), max(high, what.others[1]))
-            if what.times != 1.0:
-                near, far = sorted(_times(what.times, end) for end in ends)
-                ends = _below(near), _above(far)
-            inside = ends
-        return max(inside[0], what.image[0]), min(inside[1], what.image[1]), what.row
+        return _of_constant(what, low, high)
     if isinstance(what, Pad):
         return min(low, what.value), max(high, what.value), INF
     if isinstance(what, Sum):
@@ -162,6 +135,24 @@ def _range(step: Step, sources: Sequence[Range], shapes: Sequence[Shape]) -> tup
         low, high, row = sources[2].low, sources[2].high, sources[2].row
         return (min(low, 0.0), max(high, 0.0), row) if what.empty else (low, high, row)
     return (low, high, INF) if isinstance(what, View | Slice | Join) else (-INF, INF, INF)
+
+
+def _of_slopes(what: Slope, low: float, high: float) -> tuple[float, float, float]:
+    if what.reach is not None:
+        return (*what.reach(low, high), INF)
+    reach = [_times(s, x) for s in _ends(what) for x in (low, high)]
+    a, b = _below(what.at_zero[0], min(*reach, 0.0)), _above(what.at_zero[1], max(*reach, 0.0))
+    return max(a, what.image[0]), min(b, what.image[1]), INF
+
+
+def _of_constant(what: Lipschitz, low: float, high: float) -> tuple[float, float, float]:
+    inside = (-INF, INF) if what.reach is None else what.reach(low, high)
+    if what.same_range:
+        inside = (low, high) if what.others is None else (min(low, what.others[0]), max(high, what.others[1]))
+        if what.times != 1.0:
+            near, far = sorted(_times(what.times, end) for end in inside)
+            inside = _below(near), _above(far)
+    return max(inside[0], what.image[0]), min(inside[1], what.image[1]), what.row
 
 
 def _ends(what: Slope) -> list[float]:
@@ -197,26 +188,36 @@ def _linear(what: Linear, r: Range, entries: int) -> tuple[float, float, float]:
     if r.size == INF:
         return (*_half_line(what, r), INF)
     lost = rd.mul_up(what.error, rd.mul_up(rd.sqrt_up(float(entries)), r.size))
-    bias = torch.as_tensor(what.bias, dtype=torch.float64)
-    shift, room = (float(bias.min()), float(bias.max())), float(bias.abs().max())
     if isinstance(what.op, Scale):
-        ends = [float(w) * x for w in (what.op.weight.min(), what.op.weight.max()) for x in (r.low, r.high)]
-        top = float(what.op.weight.abs().max())
-        stray = rd.add_up(_slack(rd.add_up(rd.mul_up(top, r.size), room)), lost, what.bias_error)
-        row = rd.add_up(rd.mul_up(top, r.row), lost)
-        return _below(min(ends), shift[0], -stray), _above(max(ends), shift[1], stray), INF if room or what.bias_error else row
-    rows = _rows(what.op)
+        return _scaled(what, what.op.weight, r, lost)
+    rows, bias = _rows(what.op), torch.as_tensor(what.bias, dtype=torch.float64)
     plus, minus = rows.clamp_min(0).sum(1), rows.clamp_max(0).sum(1)
     low, high = (r.low, r.high) if isinstance(what.op, Dense) else (min(r.low, 0.0), max(r.high, 0.0))  # a padded window holds zeros
     a, b = float((plus * low + minus * high).min()), float((plus * high + minus * low).max())
-    row, stray = INF, rd.add_up(what.bias_error, lost)
+    row = INF
     if isinstance(what.op, Dense):
-        constant = bias.expand(*bias.shape[:-1], len(rows)).abs() + what.bias_error  # one constant may be added to every entry of a row
-        row = rd.add_up(rd.mul_up(quick_norm(rows), r.row), lost, rd.mul_up(float(row_norms_up(constant).max()), 1.0 + SLACK))
+        row = rd.add_up(_row_of_matrix(rows, bias, what.bias_error, r.row), lost)
         most = rd.mul_up(float(row_norms_up(rows).max()), r.row)
         a, b = max(a, -most), min(b, most)
-    stray = rd.add_up(_slack(rd.add_up(rd.mul_up(float(rows.abs().sum(1).max()), r.size), room), rows.shape[1]), stray)
-    return _below(a, shift[0], -stray), _above(b, shift[1], stray), row
+    size = rd.add_up(rd.mul_up(float(rows.abs().sum(1).max()), r.size), float(bias.abs().max()))
+    stray = rd.add_up(_slack(size, rows.shape[1]), what.bias_error, lost)
+    return _below(a, float(bias.min()), -stray), _above(b, float(bias.max()), stray), row
+
+
+def _row_of_matrix(rows: Tensor, bias: Tensor, bias_error: float, row: float) -> float:
+    """Norm of the image of a row of a norm; one constant may be added to every entry of it."""
+    constant = bias.expand(*bias.shape[:-1], len(rows)).abs() + bias_error
+    return rd.add_up(rd.mul_up(quick_norm(rows), row), rd.mul_up(float(row_norms_up(constant).max()), 1.0 + SLACK))
+
+
+def _scaled(what: Linear, weight: Tensor, r: Range, lost: float) -> tuple[float, float, float]:
+    """The same of entries times their factors; `lost` is what the error of the map may add to an entry, or to a row."""
+    bias = torch.as_tensor(what.bias, dtype=torch.float64)
+    ends = [float(w) * x for w in (weight.min(), weight.max()) for x in (r.low, r.high)]
+    top, room = float(weight.abs().max()), float(bias.abs().max())
+    stray = rd.add_up(_slack(rd.add_up(rd.mul_up(top, r.size), room)), lost, what.bias_error)
+    row = INF if room or what.bias_error else rd.add_up(rd.mul_up(top, r.row), lost)
+    return _below(min(ends), float(bias.min()), -stray), _above(max(ends), float(bias.max()), stray), row
 
 
 def _half_line(what: Linear, r: Range) -> tuple[float, float]:

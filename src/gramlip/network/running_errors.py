@@ -132,10 +132,6 @@ def _function(slope: Callable[[Tensor, Tensor, Tensor], Tensor], relative: bool 
     return rule
 
 
-def _log(x: Tensor, error: Tensor, _: Tensor) -> Tensor:
-    return torch.where(x > error, error / (x - error), math.inf)
-
-
 def _reduced(m: Made) -> dict[str, Any]:
     return {"dim": dim, "keepdim": m.args["keepdim"]} if (dim := m.args.get("dim")) not in (None, []) else {}
 
@@ -246,7 +242,7 @@ _BOUNDS: dict[str, Rule] = {
     "rsqrt": _inverse_root,
     "pow": _pow,
     "exp": _function(lambda _, error, value: value * error.expm1()),
-    "log": _function(_log),
+    "log": _function(lambda x, error, _: torch.where(x > error, error / (x - error), math.inf)),
     "tanh": _function(lambda _, error, __: error),
     "sigmoid": _function(lambda _, error, __: error / 4.0),
     "sin": _function(lambda _, error, __: error, relative=False),

@@ -20,7 +20,7 @@ from gramlip.nn.parametrize import Where, evaluating, in_eval_mode, layers, oper
 from gramlip.nn.tracker import Tracker, plainly
 from gramlip.numerics.precision import norm
 from gramlip.operators.interval import Bound
-from gramlip.operators.linear_maps import Ints
+from gramlip.operators.linear_maps import Conv, Dense, Ints
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -65,21 +65,24 @@ class Norms(nn.Module):
             operators = [(path, module, operator(module, "weight", size)) for path, module, size in self._layers]
             if shared:
                 operators = [operators[i] for i in distributed.share([distributed.cost(op) for *_, op in operators])]
-            alike: dict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)
-            for path, module, op in operators:
-                real(op, type(self).__name__)
-                if weight_of(module).is_meta:
-                    msg = (
-                        f"{path} is on the meta device; expected weights with values: type model.to_empty(device='cpu') and load them first"
-                    )
-                    raise InputError(msg)
-                weight = op.weight
-                alike[NormGeometry.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
+            alike = self._alike(operators, torus)
             self.trackers = nn.ModuleList(
                 Tracker(geometry, [weight_of(module) for _, module in group], steps, peaks) for (geometry, *_), group in alike.items()
             )
         self._paths = [path for group in alike.values() for path, _ in group]
         self._tracked = tuple(module for group in alike.values() for _, module in group)
+
+    def _alike(self, operators: list[tuple[str, nn.Module, Dense | Conv]], torus: int) -> dict[Any, list[tuple[str, nn.Module]]]:
+        """The layers that one tracker follows, by their geometry and by the shape, dtype and device of their weights."""
+        alike: dict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)
+        for path, module, op in operators:
+            real(op, type(self).__name__)
+            if weight_of(module).is_meta:
+                msg = f"{path} is on the meta device; expected weights with values: type model.to_empty(device='cpu') and load them first"
+                raise InputError(msg)
+            weight = op.weight
+            alike[NormGeometry.of(op, torus), weight.shape, weight.dtype, weight.device].append((path, module))
+        return alike
 
     def sigmas(self) -> dict[str, Tensor]:
         """Take one tracking step, or a search if one is due; return {path: norm estimate}, scalars with their graph."""
@@ -127,9 +130,6 @@ class Norms(nn.Module):
 
 
 # ---- monitor -------------------------------------------------------------------------------------------------------------
-#
-# `Monitor` returns the norms and stable ranks of a network's layers as numbers to log, at a small fraction of the cost of a
-# training step.
 
 
 class Monitor(Norms):
@@ -231,7 +231,6 @@ def _way(writer: Any) -> Callable[[dict[str, float], int], object]:
 
 # ---- callbacks -----------------------------------------------------------------------------------------------------------
 #
-# `Monitor` in other training loops: `LightningMonitor` is a callback of Lightning, `TrainerMonitor` one of Hugging Face.
 # Each reads the norms at the first step and then every `every` steps, with a new search, and passes them to the loop's logger.
 # Either package is imported only when its callback is asked for.
 

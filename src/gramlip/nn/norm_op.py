@@ -199,16 +199,16 @@ def block_at(kernel: Tensor, index: Tensor, grid: Sequence[int]) -> Tensor:
     if not grid:
         return kernel.index_select(0, index.reshape(1))[0]  # nothing waits for the index, and meta tensors pass
     half = [*grid[:-1], grid[-1] if kernel.is_complex() else grid[-1] // 2 + 1]
-    rest, turns = index, []
-    for side, n in zip(reversed(half), reversed(grid), strict=True):
-        turns.append((rest % side, n))
-        rest = rest // side
+    turns: list[Tensor] = []
+    for side in reversed(half):
+        turns.append(index % side)
+        index = index // side
     phase = torch.zeros((), dtype=kernel.real.dtype if kernel.is_complex() else kernel.dtype, device=kernel.device)
-    for (turn, n), k in zip(reversed(turns), kernel.shape[3:], strict=True):
+    for turn, n, k in zip(reversed(turns), grid, kernel.shape[3:], strict=True):
         step = (turn * torch.arange(k, device=kernel.device)) % n
         phase = phase[..., None] + step.to(phase.dtype) * (2 * math.pi / n)
     wave = torch.polar(torch.ones_like(phase), -phase).flatten()
-    taps = kernel.flatten(3).index_select(0, rest.reshape(1))[0]
+    taps = kernel.flatten(3).index_select(0, index.reshape(1))[0]
     return (taps.to(wave.dtype) * wave).sum(-1)
 
 

@@ -24,8 +24,6 @@ from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Ints
 
 # ---- spectral rescaling --------------------------------------------------------------------------------------------------
-#
-# Spectral rescaling: a diagonal that makes any layer 1-Lipschitz, from the row sums of a Gram iterate; one step is AOL.
 
 M = TypeVar("M", bound=nn.Module)
 PEAKS = 4  # tracked frequencies: more of them cost little, since they share each pass over the weight
@@ -73,22 +71,29 @@ def rescaling(kernel: Tensor, n_iter: int) -> Tensor:
 
     Reference: arXiv 2402.00240, spectral rescaling.
     """
-    power, rows = 2 ** (n_iter - 1), kernel.shape[1] < kernel.shape[2]
+    power = 2 ** (n_iter - 1)
     grid = [2 * power * (k - 1) + 1 for k in kernel.shape[3:]]
     dims, spots = list(range(3, kernel.ndim)), list(range(1, kernel.ndim - 2))
     spectrum = (torch.fft.rfftn(kernel, s=grid, dim=dims) if grid else kernel).movedim((1, 2), (-2, -1))
-    # A^m = (K* K)^m, or K* (K K*)^(m-1) K where that side is the smaller.
+    gram, log = _autocorrelation_power(spectrum, n_iter)
+    taps = torch.fft.irfftn(gram, s=grid, dim=spots) if grid else gram
+    sums = taps.abs().sum(dim=(*spots, -1))
+    return torch.where(sums == 0, 1.0, torch.exp(-(torch.where(sums == 0, 1.0, sums).log() + log) / (2 * power)))
+
+
+def _autocorrelation_power(spectrum: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
+    """`A^m = (K* K)^m` at every frequency, m = 2^(n_iter - 1), up to a factor, and the logarithm of the factor.
+
+    If the other side is the smaller, it is `K* (K K*)^(m-1) K`.
+    """
+    rows = spectrum.shape[-2] < spectrum.shape[-1]
     gram, log = _unit(spectrum @ spectrum.mH if rows else spectrum.mH @ spectrum, 0.0)
     product, total = spectrum, torch.zeros_like(log)
     for _ in range(n_iter - 1):
         if rows:
             product, total = _unit(gram @ product, total + log)
         gram, log = _unit(gram @ gram, 2 * log)
-    if rows:
-        gram, log = _unit(spectrum.mH @ product, total)
-    taps = torch.fft.irfftn(gram, s=grid, dim=spots) if grid else gram
-    sums = taps.abs().sum(dim=(*spots, -1))
-    return torch.where(sums == 0, 1.0, torch.exp(-(torch.where(sums == 0, 1.0, sums).log() + log) / (2 * power)))
+    return _unit(spectrum.mH @ product, total) if rows else (gram, log)
 
 
 def _unit(x: Tensor, log: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -212,8 +217,6 @@ def _(module: Residual, input_size: Ints | None = None) -> Bound:
 
 
 # ---- spectral normalisation ----------------------------------------------------------------------------------------------
-#
-# `spectral_norm`: the parametrization of torch, correct for convolutions; tracked, or stateless and exact.
 
 
 def _forget(state_dict: dict[str, Any], prefix: str, names: frozenset[str]) -> None:
@@ -378,9 +381,7 @@ def spectral_norm(
     """
     del n_power_iterations, eps, dim
     check_integers(1, n_iter=n_iter, every=every)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0.0 <= margin < 1.0:
-        msg = f"margin={margin!r} was given; expected a share of the target in [0, 1), such as 0.01"
-        raise InputError(msg)
+    _check_margin(margin)
     op, goal = operator(module, name, input_size), positive("target", target)
     if exact or op.weight.is_complex():  # tracking follows vectors of real kernels only
         attach(module, name, SpectralNorm(NormGeometry.of(op, torus), input_size, goal, soft, n_iter))
@@ -388,6 +389,12 @@ def spectral_norm(
     geometry = NormGeometry.of(op, max(4, torus // 2))
     attach(module, name, TrackedSpectralNorm(geometry, getattr(unwrapped(module), name), input_size, goal, soft, margin, every))
     return module
+
+
+def _check_margin(margin: object) -> None:
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0.0 <= margin < 1.0:
+        msg = f"margin={margin!r} was given; expected a share of the target in [0, 1), such as 0.01"
+        raise InputError(msg)
 
 
 def spectral_norm_(model: M, example: Any = None, *, where: Callable[[str, nn.Module], bool] | None = None, **options: Any) -> M:

@@ -23,8 +23,6 @@ from gramlip.operators.given import example_inputs, is_wrapper, unwrapped
 from gramlip.operators.linear_maps import Conv, Dense, Ints
 
 # ---- eval mode -----------------------------------------------------------------------------------------------------------
-#
-# Eval mode for a while.
 
 
 @contextmanager
@@ -115,8 +113,6 @@ def _left_out(model: nn.Module, modules: list[nn.Module]) -> list[str]:
 
 
 # ---- parametrizations ----------------------------------------------------------------------------------------------------
-#
-# Attaching parametrizations to a layer, pickling, walking a model, and baking into certified plain weights.
 
 SHRINK_ATTEMPTS = 40  # each try doubles the margin: from one rounding unit to far more than a cast can lose
 
@@ -299,6 +295,16 @@ def _baked(model: nn.Module, layers: list[tuple[str, nn.Module, str, Normalised]
     Layers that share a stored weight and compute the same value from it get one common weight.
     """
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    baked: dict[int, tuple[Tensor, nn.Parameter | None]] = {}
+    for original, value, members in _of_equal_value(layers, uses):
+        weight = _baked_value(value, [layers[i] for i in members], rtol)
+        separate = nn.Parameter(original.detach().clone(), original.requires_grad) if uses[id(original)] > 1 else None
+        baked.update(dict.fromkeys(members, (weight, separate)))
+    return [baked[i] for i in range(len(layers))]
+
+
+def _of_equal_value(layers: list[tuple[str, nn.Module, str, Normalised]], uses: Counter[int]) -> list[tuple[Any, Tensor, list[int]]]:
+    """The stored weights, the values that are computed from them, and the layers with the same of both."""
     groups: list[tuple[Any, Tensor, list[int]]] = []
     for i, (path, module, name, _) in enumerate(layers):
         original, value = getattr(module.parametrizations[name], "original", None), getattr(module, name).detach()  # type: ignore[union-attr,index]
@@ -310,21 +316,22 @@ def _baked(model: nn.Module, layers: list[tuple[str, nn.Module, str, Normalised]
         if members is None:
             groups.append((original, value, members := []))
         members.append(i)
-    baked: dict[int, tuple[Tensor, nn.Parameter | None]] = {}
-    for original, value, members in groups:
-        path, module, name, _ = layers[members[0]]
-        limits = [(operator(layers[i][1], layers[i][2], layers[i][3].input_size), layers[i][3].target) for i in members]
-        try:
-            weight, _ = shrunk(value, limits, rtol)
-            if not bool(weight.any()) and all(bool(p.any()) for p in module.parametrizations[name].parameters()):  # type: ignore[union-attr,index]
-                msg = f"target={limits[0][1]:.6g} is below what {weight.dtype} can hold: all weights would be zero; expected a wider dtype"
-                raise InputError(msg)
-        except InputError as error:
-            msg = f"{path or type(module).__name__}.{name}: {error}: nothing was removed"
-            raise InputError(msg) from error
-        separate = nn.Parameter(original.detach().clone(), original.requires_grad) if uses[id(original)] > 1 else None
-        baked.update(dict.fromkeys(members, (weight, separate)))
-    return [baked[i] for i in range(len(layers))]
+    return groups
+
+
+def _baked_value(value: Tensor, layers: list[tuple[str, nn.Module, str, Normalised]], rtol: float) -> Tensor:
+    """The certified weight of layers that compute the same value."""
+    path, module, name, _ = layers[0]
+    limits = [(operator(module, name, norm.input_size), norm.target) for _, module, name, norm in layers]
+    try:
+        weight, _ = shrunk(value, limits, rtol)
+        if not bool(weight.any()) and all(bool(p.any()) for p in module.parametrizations[name].parameters()):  # type: ignore[union-attr,index]
+            msg = f"target={limits[0][1]:.6g} is below what {weight.dtype} can hold: all weights would be zero; expected a wider dtype"
+            raise InputError(msg)
+    except InputError as error:
+        msg = f"{path or type(module).__name__}.{name}: {error}: nothing was removed"
+        raise InputError(msg) from error
+    return weight
 
 
 def shrunk(value: Tensor, limits: list[tuple[Dense | Conv, float]], rtol: float) -> tuple[Tensor, float]:

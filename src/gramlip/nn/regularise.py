@@ -120,8 +120,6 @@ class LipschitzPenalty(Norms):
 
 
 # ---- cap -----------------------------------------------------------------------------------------------------------------
-#
-# `Cap` and `cap_` scale weights down in place if the norm of their layer exceeds a target.
 
 FAR = 0.8  # of the target: a smaller norm does not reach the target in the few steps until it is read again
 TURNS = 8  # calls between two readings of such a layer
@@ -202,14 +200,7 @@ class Cap(Norms):
         return {path: least[id(weight_of(modules[path]))][1] for path in factors}
 
 
-def cap_(
-    model: nn.Module,
-    target: float = 1.0,
-    example: Any = None,
-    *,
-    where: Where | None = None,
-    rtol: float = 1e-2,
-) -> dict[str, float]:
+def cap_(model: nn.Module, target: float = 1.0, example: Any = None, *, where: Where | None = None, rtol: float = 1e-2) -> dict[str, float]:
     """Scale every layer whose certified norm exceeds the target down, in place: then `gramlip.bound(...).upper <= target` for each.
 
     It certifies each layer, so it belongs at the end of training or at a checkpoint; use `Cap` at every step. If a layer cannot be
@@ -241,27 +232,33 @@ def cap_(
     for path, module, size in layers(model, example, where, stacklevel=3):
         _refuse(path, module)
         uses.setdefault(id(weight_of(module)), []).append((path, module, size))
-    scaled: list[tuple[Tensor, Tensor]] = []
     factors: dict[str, float] = {}
+    scaled: list[tuple[Tensor, Tensor]] = []
     for members in uses.values():
-        path, weight = members[0][0], weight_of(members[0][1])
-        try:
-            limits = [(operator(m, "weight", size), goal) for _, m, size in members]
-            real(limits[0][0], "cap_")
-            capped, factor = shrunk(weight.detach(), limits, rtol)
-        except InputError as error:
-            msg = f"{path or type(model).__name__}: {error}: nothing was capped"
-            raise InputError(msg) from error
-        if not bool(capped.any()) and bool(weight.any()):
-            msg = f"target={goal:.6g} is below what {weight.dtype} can hold in {path!r}: all weights would be zero; expected a wider dtype"
-            raise InputError(msg)
+        capped, factor = _capped(members, goal, rtol, type(model).__name__)
         if factor < 1.0:
-            scaled.append((weight, capped))
+            scaled.append((weight_of(members[0][1]), capped))
             factors |= {path: factor for path, *_ in members}
     with torch.no_grad():
         for weight, capped in scaled:
             weight.copy_(capped)
     return factors
+
+
+def _capped(members: list[tuple[str, nn.Module, Any]], goal: float, rtol: float, model: str) -> tuple[Tensor, float]:
+    """The weight that some layers share, scaled down for all of them, and the factor."""
+    path, weight = members[0][0], weight_of(members[0][1])
+    try:
+        limits = [(operator(m, "weight", size), goal) for _, m, size in members]
+        real(limits[0][0], "cap_")
+        capped, factor = shrunk(weight.detach(), limits, rtol)
+    except InputError as error:
+        msg = f"{path or model}: {error}: nothing was capped"
+        raise InputError(msg) from error
+    if not bool(capped.any()) and bool(weight.any()):
+        msg = f"target={goal:.6g} is below what {weight.dtype} can hold in {path!r}: all weights would be zero; expected a wider dtype"
+        raise InputError(msg)
+    return capped, factor
 
 
 def _refuse(path: str, module: nn.Module) -> None:

@@ -139,23 +139,28 @@ class Tracker(nn.Module):
             due: as in a call.
             still: as in a call.
         """
-        sharded = replicated(weight)
         with without_autocast(self.frequency):
-            kernels = self.kernels([weight]).detach()
-            chosen, probes, (unit,) = self._followed(kernels, list(due), still)
-            kernel = kernels if self.geometry.groups == 1 else kernels.index_select(0, chosen)
-            image = probes[0] @ kernel[0].mT
-            value = torch.linalg.vector_norm(image)
-            left = image / torch.where(value == 0, 1.0, value)
-            if self.geometry.groups > 1:
-                left = left.new_zeros(self.geometry.groups, *left.shape).index_copy(0, chosen, left[None]).transpose(0, 1).flatten(1)
+            left, probes, unit, value = self._singular(weight, due, still)
+            sharded = replicated(weight)
             plain = sharded is not None or torch.compiler.is_compiling()
-            value = _value(_full(weight), left, probes[0]) if plain else value
+            value = _value(_full(weight), left, probes) if plain else value
             scale = (goal / torch.where(value == 0, 1.0, value) / unit).clamp_max(most)
             if plain:
                 return (weight * (scale if sharded is None else sharded[1](scale))).to(weight.dtype)
             slope = torch.where((value == 0) | (scale == most), 0.0, -scale / value)
-            return _Divided.apply(weight, left, probes[0], scale, slope)  # type: ignore[no-any-return]
+            return _Divided.apply(weight, left, probes, scale, slope)  # type: ignore[no-any-return]
+
+    def _singular(self, weight: Tensor, due: Sequence[int], still: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the only layer, without a graph: u on the rows of the weight, the probes of D(w) v, the unit, and `|u* D(w) v|` in it."""
+        kernels = self.kernels([weight]).detach()
+        chosen, probes, (unit,) = self._followed(kernels, list(due), still)
+        kernel = kernels if self.geometry.groups == 1 else kernels.index_select(0, chosen)
+        image = probes[0] @ kernel[0].mT
+        value = torch.linalg.vector_norm(image)
+        left = image / torch.where(value == 0, 1.0, value)
+        if self.geometry.groups > 1:
+            left = left.new_zeros(self.geometry.groups, *left.shape).index_copy(0, chosen, left[None]).transpose(0, 1).flatten(1)
+        return left, probes[0], unit, value
 
     def _followed(self, kernels: Tensor, due: list[int], still: bool) -> tuple[Tensor, ...]:
         """`follow` or `look` on the plain tensors below any transform of `torch.func`; compiled code calls one opaque operation."""
@@ -284,20 +289,12 @@ class Tracker(nn.Module):
         points = (turns * (2 * math.pi / sides)).to(self.frequency.dtype)
         waves = self._waves(points)
         vectors = start[:, None].expand(-1, len(points), -1)
-        left = points.new_zeros(())
+        heights = points.new_zeros(())
         for _ in range(SEARCH_STEPS):
             back = kernels.back(kernels.image(vectors, waves), waves.shape[-1])
-            left, vectors = _split((back * waves.conj()[:, None]).sum(-1), vectors)
-        tops, line = [], torch.arange(len(start), device=start.device)
-        for _ in range(self.frequency.shape[1]):
-            tops.append(top := left.argmax(-1))
-            near = torch.zeros_like(left, dtype=torch.bool)
-            for other in (turns[top], -turns[top]):  # a real kernel has the same norm at w and -w
-                gap = (turns[None] - other[:, None]).remainder(sides)
-                near |= (torch.minimum(gap, sides - gap) <= 1).all(-1)
-            left = torch.where(near, -1.0, left)
-        chosen = torch.stack(tops, -1)
-        return points[chosen], vectors[line[:, None], chosen]
+            heights, vectors = _split((back * waves.conj()[:, None]).sum(-1), vectors)
+        chosen = _summits(heights, turns, sides, self.frequency.shape[1])
+        return points[chosen], vectors[torch.arange(len(start), device=start.device)[:, None], chosen]
 
     def _waves(self, frequency: Tensor) -> Tensor:
         """exp(-i p.w): (..., taps)."""
@@ -332,6 +329,19 @@ class Tracker(nn.Module):
         waves = self._waves(tried)
         best = (taps[..., None, :] * waves).sum(-1).abs().argmax(-1)[..., None, None]
         return tried.take_along_dim(best, -2).squeeze(-2), waves.take_along_dim(best, -2).squeeze(-2)
+
+
+def _summits(heights: Tensor, turns: Tensor, sides: Tensor, count: int) -> Tensor:
+    """The numbers (B, count) of the highest points, none a neighbour of a higher one or of its mirror image."""
+    tops: list[Tensor] = []
+    for _ in range(count):
+        tops.append(top := heights.argmax(-1))
+        near = torch.zeros_like(heights, dtype=torch.bool)
+        for other in (turns[top], -turns[top]):  # a real kernel has the same norm at w and -w
+            gap = (turns[None] - other[:, None]).remainder(sides)
+            near |= (torch.minimum(gap, sides - gap) <= 1).all(-1)
+        heights = torch.where(near, -1.0, heights)
+    return torch.stack(tops, -1)
 
 
 class _Peaks(NamedTuple):

@@ -338,11 +338,11 @@ def squared_symbols(tall: TallKernel, groups: slice, waves: Tensor) -> Tensor:
     Complex products alone: no global setting cuts them short on a CPU.
     """
     assert tall.wide is not None
-    kernel, count, c = tall.wide[groups], len(waves), tall.side
-    out = torch.empty(len(kernel), count, c, c, dtype=torch.complex64, device=waves.device)
+    kernel, c = tall.wide[groups], tall.side
+    out = torch.empty(len(kernel), len(waves), c, c, dtype=torch.complex64, device=waves.device)
+    size = 8 * len(waves) * tall.rows * c  # of the symbols of a group, of which some are formed at once or else a few of one
     form, limit = (_small_squares, SMALL_SQUARE_BYTES) if c <= STRIP else (_large_squares, SQUARE_BYTES)
-    size = 8 * count * tall.rows * c  # of the symbols of a group, of which some are formed at once or else a few of one
-    batch, few = max(1, limit // size) if c <= STRIP else 1, -(-count // -(-size // limit))
+    batch, few = max(1, limit // size) if c <= STRIP else 1, -(-len(waves) // -(-size // limit))
     for part, blocks in zip(kernel.split(batch), out.split(batch), strict=True):
         for wave, places in zip(waves.split(few), blocks.split(few, 1), strict=True):
             form(part, wave, places.flatten(0, 1))
@@ -361,18 +361,22 @@ def _small_squares(kernel: Tensor, waves: Tensor, out: Tensor) -> None:
 
 
 def _large_squares(kernel: Tensor, waves: Tensor, out: Tensor) -> None:
-    """Those of one group one after the other, which caches hold, each below its diagonal; symbols formed in double and rounded."""
-    count, rows, side = len(waves), *kernel.shape[2:]
-    symbols = torch.empty(count, rows, side, dtype=torch.complex64, device=waves.device)
-    real_and_imaginary = torch.cat([waves.real, waves.imag])
-    for part, places in zip(kernel[0].split(SQUARE_ROWS, 1), torch.view_as_real(symbols).split(SQUARE_ROWS, 1), strict=True):
-        sums = (real_and_imaginary @ part.flatten(1)).reshape(2, count, -1, side)
-        places[..., 0], places[..., 1] = sums[0], sums[1]
-    parts = strips(side, STRIP)
-    for block, symbol in zip(out, symbols, strict=True):
+    """Those of one group one after the other, which caches hold, each below its diagonal."""
+    parts = strips(kernel.shape[-1], STRIP)
+    for block, symbol in zip(out, _rounded_symbols(kernel[0], waves), strict=True):
         for i, j in parts:
             _strip_of_square(symbol, i, j, block[i:j, :j])
     mirror(out, parts)
+
+
+def _rounded_symbols(kernel: Tensor, waves: Tensor) -> Tensor:
+    """The symbols of one group at the waves, formed in double and rounded to single precision: (F, rows, c)."""
+    symbols = torch.empty(len(waves), *kernel.shape[1:], dtype=torch.complex64, device=waves.device)
+    real_and_imaginary = torch.cat([waves.real, waves.imag])
+    for part, places in zip(kernel.split(SQUARE_ROWS, 1), torch.view_as_real(symbols).split(SQUARE_ROWS, 1), strict=True):
+        sums = (real_and_imaginary @ part.flatten(1)).reshape(2, *places.shape[:-1])
+        places[..., 0], places[..., 1] = sums[0], sums[1]
+    return symbols
 
 
 def _strip_of_square(symbol: Tensor, first: int, last: int, out: Tensor) -> None:

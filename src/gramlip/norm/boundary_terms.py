@@ -138,25 +138,8 @@ def _components(f: Tensor) -> list[Tensor]:
 def _largest(
     kernel: Tensor, geometry: list[Axis], chosen: tuple[int, ...], ends: tuple[Tensor, ...], tap_norm_sum: float, points: int = POINTS[0]
 ) -> float:
-    """Upper bound of the positive part of the largest eigenvalue of one boundary term over all frequencies of the other axes.
-
-    On the other axes it is a Hermitian trigonometric polynomial, closed by the corner theorem on a grid.
-    """
-    term = _boundary_term(kernel, geometry, chosen, ends)
-    counts = [max(1, points * (k - 1)) for k in term.spans]
-    grid = integers(list(itertools.product(*map(range, counts)))).reshape(math.prod(counts), len(term.spans))
-    if not kernel.is_complex() and term.spans:
-        grid = grid[grid[:, -1] <= counts[-1] // 2]
-    size = term.size(tap_norm_sum)
-    noise = size * rd.gamma(16.0 * (term.products + 64))  # docs/rounding.md#boundary-terms
-    top = bottom = 0.0
-    for part in pieces(len(grid), term.frequencies_at_once):
-        turns = torch.from_numpy(waves(grid[part], tuple(counts), tap_positions(term.spans)))
-        e = term.at(turns.real if not term.spans and not kernel.is_complex() else turns)
-        top, bottom = max(top, _positive(e, noise, size)), max(bottom, _positive(-e, noise, size) if term.spans else 0.0)
-    angles = [math.pi * (k - 1) / c for k, c in zip(term.spans, counts, strict=True)]
-    largest = min(size, max(top, bottom) / math.prod(math.cos(t) for t in angles) * (1 + 1e-9))  # of the norm at any frequency
-    return rd.up(top + largest * sum(1 - math.cos(t) for t in angles) * (1 + 1e-9))
+    """Upper bound of the positive part of the largest eigenvalue of one boundary term over all frequencies of the other axes."""
+    return _boundary_term(kernel, geometry, chosen, ends).bound(tap_norm_sum, points)
 
 
 @dataclass(frozen=True)
@@ -192,6 +175,23 @@ class BoundaryTerm:
         """Upper bound of the norm at every frequency, by Schur's test on F."""
         width = math.prod(float(f.abs().sum((0, 1)).sum(-1).max()) for f in self.ends)
         return max(rd.up(tap_norm_sum * tap_norm_sum * width * (1 + 1e-9)), LEAST)
+
+    def bound(self, tap_norm_sum: float, points: int) -> float:
+        """Upper bound of the positive part of its largest eigenvalue over all frequencies, by the corner theorem on a grid."""
+        counts = [max(1, points * (k - 1)) for k in self.spans]
+        grid = integers(list(itertools.product(*map(range, counts)))).reshape(math.prod(counts), len(self.spans))
+        if not self.taps.is_complex() and self.spans:
+            grid = grid[grid[:, -1] <= counts[-1] // 2]
+        size = self.size(tap_norm_sum)
+        noise = size * rd.gamma(16.0 * (self.products + 64))  # docs/rounding.md#boundary-terms
+        top = bottom = 0.0
+        for part in pieces(len(grid), self.frequencies_at_once):
+            turns = torch.from_numpy(waves(grid[part], tuple(counts), tap_positions(self.spans)))
+            e = self.at(turns.real if not self.spans and not self.taps.is_complex() else turns)
+            top, bottom = max(top, _positive(e, noise, size)), max(bottom, _positive(-e, noise, size) if self.spans else 0.0)
+        angles = [math.pi * (k - 1) / c for k, c in zip(self.spans, counts, strict=True)]
+        largest = min(size, max(top, bottom) / math.prod(math.cos(t) for t in angles) * (1 + 1e-9))  # of the norm at any frequency
+        return rd.up(top + largest * sum(1 - math.cos(t) for t in angles) * (1 + 1e-9))
 
     def at(self, turns: Tensor) -> Tensor:
         """The Hermitian matrices (f, side, side) at the frequencies whose waves (f, taps) are given."""

@@ -15,7 +15,18 @@ from torch import Tensor
 from gramlip.errors import InputError
 from gramlip.norm.boundary_terms import upper_side
 from gramlip.norm.branch_and_bound import BranchAndBound, Enclosure
-from gramlip.norm.finite_layer import SAMPLE_BYTES, Certificate, FiniteLayer, banded, rounded, sample, small, wave
+from gramlip.norm.finite_layer import (
+    SAMPLE_BYTES,
+    Certificate,
+    FiniteLayer,
+    RitzValues,
+    banded,
+    leading_vector,
+    rounded,
+    sample,
+    small,
+    wave,
+)
 from gramlip.norm.gram_symbol import GramSymbol, SummedGram
 from gramlip.norm.polyphase import Symbol, symbol
 from gramlip.numerics import rounding as rd
@@ -24,10 +35,7 @@ from gramlip.numerics.precision import on_cpu, scaled_float64, scaled_float64_ea
 from gramlip.operators.interval import Bound, scaled
 from gramlip.operators.linear_maps import Conv, Dense, Diagonal, Operator, Separable, Sparse
 
-# ---- sparse matrices -----------------------------------------------------------------------------------------------------
-#
-# The interval of a sparse matrix: from the dense matrix or Gram matrix if small, otherwise by Schur's test.
-# docs/theory.md#sparse-matrices.
+# ---- sparse matrices: docs/theory.md#sparse-matrices --------------------------------------------------------------------
 
 ENTRIES = 1 << 24  # entries of the largest matrix that is formed densely
 SIDE = 1 << 12  # order of the largest Gram matrix that is formed,
@@ -96,7 +104,7 @@ class Entries:
 
 
 def enclosure(op: Sparse, rtol: float, certify: Callable[[Dense], Bound]) -> Bound:
-    """The interval; by `certify` if the matrix or its Gram matrix is formed densely."""
+    """The interval: by `certify` from the dense matrix or Gram matrix if small, otherwise by Schur's test."""
     entries, exponent = Entries.of(op)
     m, n = op.weight.shape
     reason = f"a sparse matrix {m}x{n} with {len(entries.values)} entries"
@@ -106,20 +114,29 @@ def enclosure(op: Sparse, rtol: float, certify: Callable[[Dense], Bound]) -> Bou
         bound = certify(Dense(entries.dense(), reason))
         lower, upper, reason = bound.lower, float(bound.upper), bound.because
     elif (gram := entries.gram()) is not None:
-        error = rd.mul_up(rd.gamma(8.0 * (entries.longest + 8)), _schur(entries, 0.5))
-        bound = certify(Dense(gram, f"{reason}: its Gram matrix, whose entries are rounded"))
-        lower, upper = rd.sqrt_down(max(rd.down(bound.lower - error), 0.0)), rd.sqrt_up(rd.add_up(float(bound.upper), error))
-        reason = bound.because
+        square = certify(Dense(gram, f"{reason}: its Gram matrix, whose entries are rounded"))
+        (lower, upper), reason = _root_of_gram(entries, square), square.because
     else:
-        square = _schur(entries, rtol)
-        upper = rd.sqrt_up(square)
-        lower = _rayleigh(entries, _ascend(entries, upper, rtol), square)
+        lower, upper = _tested(entries, rtol)
         wide = "" if upper <= lower * (1 + rtol) else "; wider than asked for"
         reason = f"{reason}; Schur's test on its moduli; lower side: a vector of Lanczos steps{wide}"
     if lower > upper:
         msg = f"{reason}: a vector is stretched by {lower}, beyond the bound {upper}; expected no such vector: please report this"
         raise ArithmeticError(msg)
     return scaled(lower, upper, exponent, reason)
+
+
+def _root_of_gram(entries: Entries, square: Bound) -> tuple[float, float]:
+    """Both ends from the interval of the rounded Gram matrix."""
+    error = rd.mul_up(rd.gamma(8.0 * (entries.longest + 8)), _schur(entries, 0.5))
+    return rd.sqrt_down(max(rd.down(square.lower - error), 0.0)), rd.sqrt_up(rd.add_up(float(square.upper), error))
+
+
+def _tested(entries: Entries, rtol: float) -> tuple[float, float]:
+    """Both ends from a vector of Lanczos steps and Schur's test; a wrong bound may put the lower above the upper."""
+    square = _schur(entries, rtol)
+    upper = rd.sqrt_up(square)
+    return _rayleigh(entries, _ascend(entries, upper, rtol), square), upper
 
 
 def _schur(entries: Entries, rtol: float) -> float:
@@ -156,37 +173,16 @@ def _ascend(entries: Entries, above: float, rtol: float) -> Tensor:
     v = v if entries.values.is_complex() else v.real
     steps = min(STEPS, count, max(8, BASIS_BYTES // (count * v.element_size())))
     for _ in range(ROUNDS):
-        v, before = _leading(entries, v / torch.linalg.vector_norm(v), steps), size
+        unit, ritz, before = v / torch.linalg.vector_norm(v), RitzValues(steps, 1e-13, math.inf, 0.0), size
+        v = leading_vector(unit, ritz, entries.times, entries.adjoint)
+        v = v / torch.linalg.vector_norm(v)
         size = float(torch.linalg.vector_norm(entries.times(v)))
         if size <= before * (1 + rtol / 20) or above <= size * (1 + rtol / 2):
             break
     return v
 
 
-def _leading(entries: Entries, v: Tensor, steps: int) -> Tensor:
-    """The leading Ritz vector after a number of Lanczos steps with full orthogonalisation."""
-    basis, small = v.new_zeros(steps, len(v)), torch.zeros(steps, steps, dtype=torch.float64)
-    for j in range(steps):
-        basis[j] = v
-        image = entries.times(v)
-        small[j, j] = float(torch.linalg.vector_norm(image)) ** 2
-        w = entries.adjoint(image)
-        for _ in range(2):
-            w = w - basis[: j + 1].mT @ (basis[: j + 1].conj() @ w)
-        size = float(torch.linalg.vector_norm(w))
-        if j + 1 == steps or size <= 1e-13 * float(small[0, 0]):
-            steps = j + 1
-            break
-        small[j + 1, j] = size
-        v = w / size
-    weights = torch.linalg.eigh(small[:steps, :steps])[1][:, -1].to(v.dtype).to(v.device)
-    v = weights @ basis[:steps]
-    return v / torch.linalg.vector_norm(v)
-
-
 # ---- enclosures ----------------------------------------------------------------------------------------------------------
-#
-# `certify`: the enclosure of an operator's norm to a relative width, rounding included.
 
 AUTO_OPERATIONS = 2e10  # finite="auto" certifies the finite layer itself if its estimated operations stay below this
 FINITE_BYTES = 384 << 20  # and never with more memory than this
@@ -297,12 +293,7 @@ def _repeated_most(op: Conv) -> Conv | None:
 
 def _searched_together(ops: Sequence[Conv | Dense], syms: Sequence[Symbol], rtol: float, finite: bool | str) -> list[Bound]:
     """The intervals of layers with symbols of equal shape, in the given order, from one search."""
-    if len(ops) == 1:
-        gram = GramSymbol(syms[0].plain, syms[0].strides, rtol, syms[0].frequencies)
-        exponents = [0]
-    else:  # each layer on its own scale
-        wide, exponents = scaled_float64_each(_stack([sym.kernel.detach() for sym in syms]))
-        gram = GramSymbol(wide.flatten(0, 1), rtol=rtol, frequencies=syms[0].frequencies)
+    gram, exponents = _gram_of_all(syms, rtol)
     groups = gram.groups // len(ops)
     search = BranchAndBound(gram, syms[0].points, np.arange(len(ops)).repeat(groups))
     tasks: list[LayerTask] = []
@@ -310,6 +301,14 @@ def _searched_together(ops: Sequence[Conv | Dense], syms: Sequence[Symbol], rtol
         norm_sums = layer_norm_sums(sym, gram.tap_norm_sums[i * groups : (i + 1) * groups])
         tasks.append(LayerTask(i, op, sym, search, exponent + gram.exponent, norm_sums, rtol, finite))
     return _bounds(tasks, search, rtol)
+
+
+def _gram_of_all(syms: Sequence[Symbol], rtol: float) -> tuple[GramSymbol, list[int]]:
+    """The Gram symbol with the groups of all layers, and the exponent by which each layer was scaled before."""
+    if len(syms) == 1:
+        return GramSymbol(syms[0].plain, syms[0].strides, rtol, syms[0].frequencies), [0]
+    wide, exponents = scaled_float64_each(_stack([sym.kernel.detach() for sym in syms]))
+    return GramSymbol(wide.flatten(0, 1), rtol=rtol, frequencies=syms[0].frequencies), exponents
 
 
 def _bounds(tasks: Sequence[LayerTask], search: BranchAndBound, rtol: float) -> list[Bound]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from gramlip.numerics import precision
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.eigenvalues import shift
 from gramlip.numerics.precision import full_products, scaled_float64
-from gramlip.operators.linear_maps import Conv, axes, index_map
+from gramlip.operators.linear_maps import Axis, Conv, axes, index_map
 
 WIDE_BYTES = 48 << 20  # keep a copy of the kernel in the precision of the vectors if it is smaller than this
 PIECE_BYTES = 2 << 20  # otherwise cast pieces of about this size, which fit in caches, at each use
@@ -128,26 +129,35 @@ class FiniteLayer:
         single = rtol >= SINGLE_RTOL and large and (self.is_complex or full_products())
         dtype = (torch.complex64 if self.is_complex else torch.float32) if single else self.dtype
         steps = min(steps, max(8, BASIS_BYTES // (x.numel() * dtype.itemsize)))
-        ritz = _RitzValues(steps, 1e-6 if single else 1e-13, above, rtol)
-        basis = torch.empty(steps, x.numel(), dtype=dtype, device=self.device)
+        ritz = RitzValues(steps, 1e-6 if single else 1e-13, above, rtol)
         w = (x / torch.linalg.vector_norm(x)).to(dtype)
-        waiting = [
-            w.new_zeros((), dtype=w.real.dtype)
-        ]  # subdiagonal and diagonal entries that are not read yet: reading waits for the device
-        while not ritz.ended:
-            j = len(ritz.tops) + len(waiting) // 2
-            basis[j] = w.flatten()
-            y = self.forward(w, group)
-            waiting.append(torch.linalg.vector_norm(y) ** 2)
-            if len(waiting) >= 2 * self._look or j + 1 == steps:
-                ritz.add(torch.stack(waiting).reshape(-1, 2).tolist())
-                waiting = []
-            if not ritz.ended:
-                w = _orthogonal(self.adjoint(y, group), basis[: j + 1])
-                waiting.append(torch.linalg.vector_norm(w))
-                w = w / waiting[-1].clamp_min(1e-30)
-        weights = ritz.vector().to(dtype).to(self.device)
-        return (weights @ basis[: len(weights)]).reshape(x.shape).to(self.dtype), ritz.converged
+        vector = leading_vector(w, ritz, partial(self.forward, group=group), partial(self.adjoint, group=group), self._look)
+        return vector.to(self.dtype), ritz.converged
+
+
+def leading_vector(
+    w: Tensor, ritz: RitzValues, image: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], look: int = 1
+) -> Tensor:
+    """The leading Ritz vector of `T* T` after Lanczos steps from the unit vector w, with full orthogonalisation.
+
+    `image` applies T and `adjoint` its adjoint. `ritz` says when to stop, at one look at the device for every `look` steps.
+    """
+    basis = w.new_empty(ritz.steps, w.numel())
+    waiting = [w.new_zeros((), dtype=w.real.dtype)]  # subdiagonal and diagonal entries that are not read yet
+    while not ritz.ended:
+        j = len(ritz.tops) + len(waiting) // 2
+        basis[j] = w.flatten()
+        y = image(w)
+        waiting.append(torch.linalg.vector_norm(y) ** 2)
+        if len(waiting) >= 2 * look or j + 1 == ritz.steps:
+            ritz.add(torch.stack(waiting).reshape(-1, 2).tolist())
+            waiting = []
+        if not ritz.ended:
+            w = _orthogonal(adjoint(y), basis[: j + 1])
+            waiting.append(torch.linalg.vector_norm(w))
+            w = w / waiting[-1].clamp_min(1e-30)
+    weights = ritz.vector().to(basis.dtype).to(basis.device)
+    return (weights @ basis[: len(weights)]).reshape(w.shape)
 
 
 def _orthogonal(w: Tensor, basis: Tensor) -> Tensor:
@@ -158,7 +168,7 @@ def _orthogonal(w: Tensor, basis: Tensor) -> Tensor:
 
 
 @dataclass
-class _RitzValues:
+class RitzValues:
     """The square roots `tops` of the largest eigenvalues of the tridiagonal Lanczos matrices of 1, 2, ... vectors, and when to stop.
 
     The steps stop after `steps` vectors, at a new vector of length at most `negligible` times the first value, or if they `converged`:
@@ -206,9 +216,7 @@ class _RitzValues:
         return torch.linalg.eigh(self._matrix[:count, :count])[1][:, -1]
 
 
-# ---- start vectors -------------------------------------------------------------------------------------------------------
-#
-# Start vectors for the lower bound of a finite layer, from the best frequency of its symbol. docs/theory.md#lower-side.
+# ---- start vectors: docs/theory.md#lower-side ----------------------------------------------------------------------------
 
 SAMPLE_BYTES = 48 << 20  # memory of one application of a finite layer
 
@@ -219,15 +227,11 @@ def sample(op: Conv) -> tuple[Conv, tuple[str, ...]]:
     Inputs that are restricted to a window of an axis see the same map as on a zero-padded axis of the window's size. Only axes that are
     cut become zero-padded.
     """
-    scalar = 16 if op.weight.is_complex() else 8
-    taps, sizes, small = math.prod(op.weight.shape[1:]), list(op.sizes or ()), op
+    sizes, small = list(op.sizes or ()), op
     modes = [op.padding_mode] * op.dims
     while True:
-        base = axes(small)
-        reads = taps * math.prod(axis.outputs or 0 for axis in base)
-        bytes_held = 14 * op.weight.shape[1] * math.prod(axis.size or 0 for axis in base)
         longest = max(range(len(sizes)), key=sizes.__getitem__)
-        if scalar * max(reads, bytes_held) <= SAMPLE_BYTES or sizes[longest] <= 8 * max(op.spans):
+        if _bytes_held(small) <= SAMPLE_BYTES or sizes[longest] <= 8 * max(op.spans):
             return small, tuple(modes)
         pad, whole = max(op.pads[longest]), sizes[longest]
         # on an axis whose padding repeats inputs, the window keeps a distance from the ends that the padding cannot reach
@@ -239,39 +243,45 @@ def sample(op: Conv) -> tuple[Conv, tuple[str, ...]]:
         small = replace(op, input_size=sizes, padding_mode="zeros")
 
 
+def _bytes_held(op: Conv) -> int:
+    """Memory of one application: the inputs that all taps read, or the vectors of the inputs."""
+    geometry = axes(op)
+    reads = math.prod(op.weight.shape[1:]) * math.prod(axis.outputs or 0 for axis in geometry)
+    inputs = op.weight.shape[1] * math.prod(axis.size or 0 for axis in geometry)
+    return (16 if op.weight.is_complex() else 8) * max(reads, 14 * inputs)
+
+
 def wave(peak: Peak, layer: FiniteLayer, group: int) -> Tensor:
     """A start vector for iterations on the layer: the singular vector of the best block on a plane wave with a sine window.
 
     The vector lives on the inputs, split into the phases of a stride, or on the outputs where the blocks were flipped.
     """
-    if any(axis.stride > 1 and axis.dilation > 1 for axis in layer.geometry):
-        return start_like(layer, _blank(layer))
-    flipped, vector = peak.flipped, peak.vector
+    flipped, x = peak.flipped, peak.vector
     phases = [1 if flipped else min(axis.stride, axis.kernel) for axis in layer.geometry]
-    if vector.numel() != layer.shape[1 if flipped else 2] * math.prod(phases):  # the symbol used a divisor of the stride
-        return start_like(layer, _blank(layer))
-    x = vector.reshape(-1, *phases)
+    divided = any(axis.stride > 1 and axis.dilation > 1 for axis in layer.geometry)  # the symbol used a divisor of the stride
+    if divided or x.numel() != layer.shape[1 if flipped else 2] * math.prod(phases):
+        return start_like(layer, x.new_zeros(math.prod(layer.sizes), layer.shape[2]))
+    x = x.reshape(-1, *phases)
     for j, (axis, turn, count) in enumerate(zip(layer.geometry, peak.frequency, phases, strict=True)):
-        size = (axis.outputs if flipped else axis.size) or 0
-        place = torch.arange(size, device=vector.device)
-        window = (math.pi / (size + 1) * (place + 1).to(torch.float64)).sin()
-        # input i with i + before = stride t + phase has place t; output j has place j
-        step = 1 if flipped else axis.stride
-        shifted = place if flipped else place + axis.before
-        phase, t = shifted.remainder(step), shifted.div(step, rounding_mode="floor").to(torch.float64)
-        factor = torch.polar(window * (phase < count), (turn if flipped else -turn) / axis.dilation * t)
-        shape = (-1, *(1,) * (len(phases) - 1 - j))
-        x = x.index_select(1 + j, phase.clamp_max(count - 1)) * factor.reshape(shape)
+        phase, factor = _wave_on_axis(axis, turn, count, flipped, x.device)
+        x = x.index_select(1 + j, phase) * factor.reshape(-1, *(1,) * (len(phases) - 1 - j))
     if not layer.is_complex:
-        real, imaginary = x.real.contiguous(), x.imag.contiguous()
-        x = real if float(real.norm()) >= float(imaginary.norm()) else imaginary
+        x = max((x.real.contiguous(), x.imag.contiguous()), key=lambda part: float(part.norm()))
     x = x.flatten(1).mT.contiguous()
     x = layer.adjoint(x, group) if flipped else x
     return x if bool(x.any()) else start_like(layer, x)  # if all taps read padding, the wave is zero
 
 
-def _blank(layer: FiniteLayer) -> Tensor:
-    return torch.zeros(math.prod(layer.sizes), layer.shape[2], dtype=layer.dtype, device=layer.device)
+def _wave_on_axis(axis: Axis, turn: float, count: int, flipped: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each place of an axis the phase that it belongs to, of `count`, and the value of the wave there."""
+    size = (axis.outputs if flipped else axis.size) or 0
+    place = torch.arange(size, device=device)
+    window = (math.pi / (size + 1) * (place + 1).to(torch.float64)).sin()
+    # input i with i + before = stride t + phase has place t; output j has place j
+    step, shifted = (1, place) if flipped else (axis.stride, place + axis.before)
+    phase, t = shifted.remainder(step), shifted.div(step, rounding_mode="floor").to(torch.float64)
+    factor = torch.polar(window * (phase < count), (turn if flipped else -turn) / axis.dilation * t)
+    return phase.clamp_max(count - 1), factor
 
 
 def start_like(layer: FiniteLayer, x: Tensor, number: int = 0) -> Tensor:
@@ -304,49 +314,64 @@ def rounded(layer: FiniteLayer, group: int, tap_norm_sum: float) -> tuple[Tensor
     most = int(met.index_put_(at, torch.ones_like(reads), accumulate=True)[:, :-1].max())
     matrix = kernel.new_zeros(outputs, inputs + 1, m, n)
     matrix.index_put_(at, kernel.expand(outputs, -1, -1, -1), accumulate=most > 1)
-    error = 0.0
-    if most > 1:
-        error = rd.mul_up(rd.mul_up(rd.gamma(2.0 * most), tap_norm_sum), rd.sqrt_up(float(layer.shared)))
-        error = rd.add_up(error, rd.mul_up(2.0 * most * matrix.numel(), rd.TINY))
+    error = _error_of_sums(layer, most, tap_norm_sum, matrix.numel()) if most > 1 else 0.0
     return matrix[:, :-1].permute(0, 2, 1, 3).reshape(outputs * m, inputs * n), error
 
 
-# ---- block-banded certificate --------------------------------------------------------------------------------------------
-#
-# The interval of a finite layer from its matrix: a block-banded Cholesky factorisation, or a dense one if it is small.
-# docs/theory.md#finite-layer.
+def _error_of_sums(layer: FiniteLayer, most: int, tap_norm_sum: float, entries: int) -> float:
+    error = rd.mul_up(rd.mul_up(rd.gamma(2.0 * most), tap_norm_sum), rd.sqrt_up(float(layer.shared)))
+    return rd.add_up(error, rd.mul_up(2.0 * most * entries, rd.TINY))
+
+
+# ---- block-banded certificate: docs/theory.md#finite-layer ---------------------------------------------------------------
 
 FRESH = 3  # number of other start vectors to try before the interval stays wider than `rtol`
 
 
 def banded(layer: FiniteLayer, tap_norm_sums: Sequence[float], rtol: float, best: int, lower: float, x: Tensor) -> tuple[float, float, str]:
     """Both ends over all groups, from a vector x of group `best` with quotient `lower`; only rounding makes it wider than `rtol`."""
-    top, floor, factorizations, width = lower, 0.0, 0, rtol * 0.98
+    interval = _BandedInterval(layer, lower, rtol * 0.98)
     for group, tap_norm_sum in enumerate(tap_norm_sums):
-        if rd.mul_up(tap_norm_sum, rd.sqrt_up(float(layer.shared))) <= top:
-            continue
-        certificate = Certificate(layer, group)
+        if rd.mul_up(tap_norm_sum, rd.sqrt_up(float(layer.shared))) > interval.lower:
+            interval.include(group, tap_norm_sum, x if group == best else start_like(layer, x))
+    return interval.lower, interval.upper, f"block-banded Cholesky (theorem 11, R3), {interval.factorizations} factorizations"
+
+
+@dataclass
+class _BandedInterval:
+    """The interval of the groups so far: `lower` and its relative width, or `floor` if that is larger."""
+
+    layer: FiniteLayer
+    lower: float
+    width: float
+    floor: float = 0.0
+    factorizations: int = 0
+
+    @property
+    def upper(self) -> float:
+        return max(rd.mul_up(self.lower, rd.up(1 + self.width)), self.floor)
+
+    def include(self, group: int, tap_norm_sum: float, vector: Tensor) -> None:
+        """Raise the lower side from a vector of the group until a factorisation proves the upper side, or the width grows."""
+        certificate = Certificate(self.layer, group)
         certificate.prepare()
         # a map whose entries cancel to zero is closed to the smallest norm that rounding can distinguish from zero
-        floor = max(floor, 2 * rd.sqrt_up(certificate.noise(tap_norm_sum)))
-        width = max(width, certificate.attainable_rtol(top, tap_norm_sum))
-        vector = leading = x if group == best else start_like(layer, x)
-        fresh = 0
-        while True:
-            factorizations += 1
-            if certificate.proves(max(top * (1 + width), floor), tap_norm_sum):
-                break
-            before = top
-            vector, _ = layer.ascend(vector, group, steps=24)
-            if (value := layer.lower(vector, group, tap_norm_sum)) > top:
-                top, leading = value, vector
-            if top > before * (1 + width / 50):
-                continue
-            fresh += 1  # the start vector may be orthogonal to the leading vector: try others before the interval stays wider than `rtol`
-            vector = start_like(layer, x, fresh) if fresh <= FRESH else leading
-            width *= 1.5 if fresh > FRESH else 1.0
-    upper = max(rd.mul_up(top, rd.up(1 + width)), floor)
-    return top, upper, f"block-banded Cholesky (theorem 11, R3), {factorizations} factorizations"
+        self.floor = max(self.floor, 2 * rd.sqrt_up(certificate.noise(tap_norm_sum)))
+        self.width = max(self.width, certificate.attainable_rtol(self.lower, tap_norm_sum))
+        leading, fresh = vector, 0
+        while not self._proved(certificate, tap_norm_sum):
+            before = self.lower
+            vector, _ = self.layer.ascend(vector, group, steps=24)
+            if (value := self.layer.lower(vector, group, tap_norm_sum)) > self.lower:
+                self.lower, leading = value, vector
+            if self.lower <= before * (1 + self.width / 50):
+                fresh += 1  # the start vector may be orthogonal to the leading one: try others before the interval stays wider
+                vector = start_like(self.layer, vector, fresh) if fresh <= FRESH else leading
+                self.width *= 1.5 if fresh > FRESH else 1.0
+
+    def _proved(self, certificate: Certificate, tap_norm_sum: float) -> bool:
+        self.factorizations += 1
+        return certificate.proves(max(self.lower * (1 + self.width), self.floor), tap_norm_sum)
 
 
 class Certificate:
@@ -398,21 +423,22 @@ class Certificate:
         """The layer on the other axes for each tap of the first: matrices (m * outputs, n * sizes)."""
         kernel = self.layer.kernel(self.group).cpu()
         m, n, first, *rest = kernel.shape
-        outs, ins = math.prod(self.layer.outputs[1:]), math.prod(self.layer.sizes[1:])
-        slices = []
-        for p in range(first):
-            matrix = kernel.new_zeros(outs, ins, m, n)
-            for q in itertools.product(*map(range, rest)):
-                to, source = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-                for at, table, size, out in zip(q, self.layer.maps[1:], self.layer.sizes[1:], self.layer.outputs[1:], strict=True):
-                    reads = table[at]
-                    source = torch.where((source[:, None] >= 0) & (reads >= 0), source[:, None] * size + reads, -1).flatten()
-                    to = (to[:, None] * out + torch.arange(out)).flatten()
-                keep = source >= 0
-                tap = kernel[(slice(None), slice(None), p, *q)].expand(int(keep.sum()), m, n)
-                matrix.index_put_((to[keep], source[keep]), tap, accumulate=True)
-            slices.append(matrix.permute(0, 2, 1, 3).reshape(outs * m, ins * n))
-        return slices
+        outputs, inputs = math.prod(self.layer.outputs[1:]), math.prod(self.layer.sizes[1:])
+        matrices = kernel.new_zeros(first, outputs, inputs, m, n)
+        for q in itertools.product(*map(range, rest)):
+            to, source = self._read(q)
+            for p, matrix in enumerate(matrices):
+                matrix.index_put_((to, source), kernel[(slice(None), slice(None), p, *q)].expand(len(to), m, n), accumulate=True)
+        return [matrix.permute(0, 2, 1, 3).reshape(outputs * m, inputs * n) for matrix in matrices]
+
+    def _read(self, taps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The outputs on the axes after the first at which these taps read an input, and the inputs that they read."""
+        to, source = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        for tap, table, size, outputs in zip(taps, self.layer.maps[1:], self.layer.sizes[1:], self.layer.outputs[1:], strict=True):
+            reads = table[tap]
+            source = torch.where((source[:, None] >= 0) & (reads >= 0), source[:, None] * size + reads, -1).flatten()
+            to = (to[:, None] * outputs + torch.arange(outputs)).flatten()
+        return to[source >= 0], source[source >= 0]
 
     def prepare(self) -> None:
         """Compute the products of the slices, once for all thresholds."""
@@ -441,29 +467,34 @@ class Certificate:
         t = (target_norm * target_norm - noise) * (1 - 2 * shift(total)) - 2 * shift(total) * noise
         if t <= 0:
             return False
-        window: dict[tuple[int, int], Tensor] = {}
-        eye = torch.eye(self.side, dtype=self.layer.dtype)
-        for i in range(self.steps):
-            row = [self._block(window, i, j, t, eye) for j in range(i, min(i + self.band + 1, self.steps))]
-            factor, info = torch.linalg.cholesky_ex(row[0])
-            if int(info):
-                return False
-            solved = [torch.linalg.solve_triangular(factor, b, upper=False) for b in row[1:]]
-            for a, x in enumerate(solved):
-                for b in range(a, len(solved)):
-                    key = (i + 1 + a, i + 1 + b)
-                    before = window.get(key)
-                    if before is None:
-                        before = self._block(window, *key, t, eye)
-                    window[key] = before - x.mH @ solved[b]
+        elimination = _Elimination(self, t)
+        return all(elimination.of_row(i) for i in range(self.steps))
+
+
+class _Elimination:
+    """The block-banded Cholesky factorisation of `t I - Gram`, row by row; only blocks that later rows read are held."""
+
+    def __init__(self, certificate: Certificate, t: float) -> None:
+        self._certificate, self._diagonal = certificate, t * torch.eye(certificate.side, dtype=certificate.layer.dtype)
+        self._window: dict[tuple[int, int], Tensor] = {}
+
+    def of_row(self, i: int) -> bool:
+        """Eliminate the next row; whether its diagonal block is positive definite."""
+        row = [self._block(i, j) for j in range(i, min(i + self._certificate.band + 1, self._certificate.steps))]
+        factor, info = torch.linalg.cholesky_ex(row[0])
+        if int(info):
+            return False
+        solved = [torch.linalg.solve_triangular(factor, b, upper=False) for b in row[1:]]
+        for a, x in enumerate(solved):
+            for b in range(a, len(solved)):
+                self._window[i + 1 + a, i + 1 + b] = self._block(i + 1 + a, i + 1 + b) - x.mH @ solved[b]
         return True
 
-    def _block(self, window: dict[tuple[int, int], Tensor], i: int, j: int, t: float, eye: Tensor) -> Tensor:
-        """Block (i, j) of `t I - Gram`, after the elimination of earlier rows."""
-        done = window.pop((i, j), None)
-        if done is not None:
-            return done
-        total = t * eye if i == j else torch.zeros_like(eye)
-        for pq in self.pairs.get((i, j), []):
-            total = total - self.gram[pq]
-        return total
+    def _block(self, i: int, j: int) -> Tensor:
+        """Block (i, j) after the elimination of earlier rows; it is held no longer."""
+        block = self._window.pop((i, j), None)
+        if block is None:
+            block = self._diagonal if i == j else torch.zeros_like(self._diagonal)
+            for pq in self._certificate.pairs.get((i, j), []):
+                block = block - self._certificate.gram[pq]
+        return block

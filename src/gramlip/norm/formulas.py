@@ -20,8 +20,6 @@ from gramlip.numerics.precision import gram, in_norm_precision, norm, real_dtype
 from gramlip.operators.linear_maps import Conv, Dense, Ints, apply
 
 # ---- differentiable norms of convolutions --------------------------------------------------------------------------------
-#
-# The differentiable norm of a convolution: Gram iteration on its blocks, with the gradient of the largest block.
 
 
 def operator_gram_norm(op: Dense | Conv, n_iter: int = 6) -> Tensor:
@@ -95,15 +93,19 @@ def conv_gram_norm(
     >>> round(norm.item(), 4), round(weight.grad.sum().item(), 4)
     (9.0, 9.0)
     """
-    if not isinstance(weight, Tensor) or not (weight.is_floating_point() or weight.is_complex()):
-        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        msg = f"a weight of {kind} was given; expected a tensor of real or complex floating-point numbers: type weight.double()"
-        raise InputError(msg)
+    _check_weight(weight)
     options = (padding_mode, dilation, groups, transposed, output_padding)
     parts, *geometry = _geometry(tuple(weight.shape), input_size, stride, padding, options)
     kernel, scale = _scaled(in_norm_precision(weight))
     sym = Symbol(kernel.reshape(parts, weight.shape[0] // parts, *weight.shape[1:]), *geometry)
     return (_symbol_gram_norm(sym, n_iter) * scale[0] * scale[1]).to(real_dtype(weight))
+
+
+def _check_weight(weight: Any) -> None:
+    if not isinstance(weight, Tensor) or not (weight.is_floating_point() or weight.is_complex()):
+        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        msg = f"a weight of {kind} was given; expected a tensor of real or complex floating-point numbers: type weight.double()"
+        raise InputError(msg)
 
 
 def _geometry(shape: tuple[int, ...], input_size: Any, stride: Any, padding: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -130,8 +132,6 @@ def _scaled(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
 
 
 # ---- arXiv 2305.16173 ----------------------------------------------------------------------------------------------------
-#
-# The four algorithms of arXiv 2305.16173 under the paper's names, as published, without the known defects of common code.
 #
 # They do not cover rounding, zero padding and stride, as the rest of gramlip does. For a proved interval call `gramlip.bound`;
 # for training call `gramlip.gram_norm` and `gramlip.conv_gram_norm`, whose memory does not grow with the steps. Here autograd
@@ -180,15 +180,20 @@ def Lip_dense(G: Tensor, Niter: int = 6) -> Tensor:
     _check(G, Niter)
     tall = G if G.shape[-2] >= G.shape[-1] else G.mH
     peak = reals(G.detach()).abs().amax(-1)[..., None, None]
-    x = tall / torch.where(peak > 0, peak, 1.0)
-    log = torch.zeros_like(peak)
-    for step in range(Niter):
-        size = _size(x)
+    x, log = _gram_iterate(tall / torch.where(peak > 0, peak, 1.0), Niter, 2)
+    root = 2.0**-Niter
+    return (peak * _root(norm(x, 2, keepdim=True), root) * (log * root).exp())[..., 0, 0]
+
+
+def _gram_iterate(x: Tensor, steps: int, axes: int) -> tuple[Tensor, Tensor]:
+    """The iterate after Gram steps, rescaled before each by its norm over the last axes, and the logarithm of what it is scaled by."""
+    log = x.real.new_zeros(())
+    for step in range(steps):
+        size = _size(x, axes)
         x = x / size
         log = 2 * (log + size.log())
         x = x @ x if step else gram(x)  # the iterates are Hermitian after the first product
-    root = 2.0**-Niter
-    return (peak * _root(norm(x, 2, keepdim=True), root) * (log * root).exp())[..., 0, 0]
+    return x, log
 
 
 def Lip_conv(K: Tensor, Niter: int = 6, *, n: int | Sequence[int], n0: int | None = None) -> Tensor:
@@ -250,9 +255,9 @@ def oversampling(kernel: Sequence[int], samples: int) -> float:
     return math.prod((1 - (k - 1) / samples) ** -0.5 for k in kernel)
 
 
-def _size(x: Tensor) -> Tensor:
-    """Frobenius norms as divisors: zero is replaced by one."""
-    size = norm(x, 2, keepdim=True)
+def _size(x: Tensor, axes: int = 2) -> Tensor:
+    """l2 norms over the last axes as divisors: zero is replaced by one."""
+    size = norm(x, axes, keepdim=True)
     return torch.where(size > 0, size, 1.0)
 
 
@@ -261,11 +266,11 @@ def _root(size: Tensor, power: float) -> Tensor:
     return torch.where(size == 0, 0.0, torch.where(size == 0, 1.0, size) ** power)
 
 
-def _direction(x: Tensor) -> Tensor:
-    """The unit vector of x without over- or underflow; zero stays zero."""
-    peak = x.detach().abs().amax(dim=(-2, -1), keepdim=True)
+def _direction(x: Tensor, axes: int = 2) -> Tensor:
+    """The unit vector of x, which its last axes hold, without over- or underflow; zero stays zero."""
+    peak = x.detach().abs().amax(dim=tuple(range(-axes, 0)), keepdim=True)
     x = x / torch.where(peak > 0, peak, 1.0)
-    return x / _size(x)
+    return x / _size(x, axes)
 
 
 def _check(G: Tensor, Niter: int) -> None:
@@ -273,9 +278,7 @@ def _check(G: Tensor, Niter: int) -> None:
     check_integers(0, Niter=Niter)
 
 
-# ---- raw taps ------------------------------------------------------------------------------------------------------------
-#
-# Methods on the taps: they bound the symbol at every frequency, so they hold for any padding and any input size.
+# ---- raw taps: bounds of the symbol at every frequency, for any padding and any input size -------------------------------
 
 
 def frobenius(op: Dense | Conv) -> Tensor:
@@ -344,14 +347,19 @@ def tensor_norm(op: Dense | Conv, n_iter: int = 30, starts: int = 4) -> Tensor:
     for tensor in sym.kernel.to(wide):
         for _ in range(starts):
             factors = [_unit(torch.randn(k, generator=generator, dtype=wide).to(tensor.device)) for k in shape]
-            value = torch.zeros(())
-            for _ in range(n_iter):
-                for axis in range(len(shape)):
-                    image = _contract(tensor, factors, axis)
-                    value = norm(image, image.ndim)
-                    factors[axis] = _unit(image.conj())
-            best = torch.maximum(best, value.cpu().to(best.dtype))
+            best = torch.maximum(best, _maximised(tensor, factors, n_iter).cpu().to(best.dtype))
     return math.sqrt(sym.padding_norm_squared * math.prod(shape[2:])) * best
+
+
+def _maximised(tensor: Tensor, factors: list[Tensor], n_iter: int) -> Tensor:
+    """The largest value of the tensor that alternating maximisation over the unit factors reaches."""
+    value = torch.zeros(())
+    for _ in range(n_iter):
+        for axis in range(len(factors)):
+            image = _contract(tensor, factors, axis)
+            value = norm(image, image.ndim)
+            factors[axis] = _unit(image.conj())
+    return value
 
 
 def top_singular_value(matrices: Tensor) -> Tensor:
@@ -374,20 +382,12 @@ def _row_sum(kernel: Tensor, n_iter: int) -> Tensor:
     peak = kernel.abs().amax()
     sides = [2**n_iter * (k - 1) + 1 for k in kernel.shape[3:]]
     x = transform(kernel / torch.where(peak > 0, peak, 1.0), sides)
-    log = torch.zeros_like(peak)
-    for step in range(n_iter):
-        size = norm(x, x.ndim)
-        size = torch.where(size > 0, size, 1.0)
-        x = x / size
-        log = 2 * (log + size.log())
-        x = x @ x if step else gram(x)
+    x, log = _gram_iterate(x, n_iter, x.ndim)
     if sides:
         dims = list(range(1, 1 + len(sides)))
-        taps = torch.fft.ifftn(x, s=sides, dim=dims) if kernel.is_complex() else torch.fft.irfftn(x, s=sides, dim=dims)
-    else:
-        taps = x
-    sums = taps.abs().flatten(1, -3).sum(1).sum(-1) if sides else taps.abs().sum(-1)
-    return peak * (sums.amax() ** (2.0**-n_iter)) * (log * 2.0**-n_iter).exp()
+        x = torch.fft.ifftn(x, s=sides, dim=dims) if kernel.is_complex() else torch.fft.irfftn(x, s=sides, dim=dims)
+    sums = x.abs().flatten(1, -3).sum(1).sum(-1) if sides else x.abs().sum(-1)
+    return peak * (sums.amax() ** (2.0**-n_iter)) * (log.squeeze() * 2.0**-n_iter).exp()
 
 
 def _contract(tensor: Tensor, factors: list[Tensor], keep: int) -> Tensor:
@@ -401,13 +401,10 @@ def _contract(tensor: Tensor, factors: list[Tensor], keep: int) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    size = norm(x, x.ndim)
-    return x / torch.where(size > 0, size, 1.0)
+    return x / _size(x, x.ndim)
 
 
 # ---- power iteration -----------------------------------------------------------------------------------------------------
-#
-# Power iteration on the layer itself, with torch's convolution and its exact adjoint.
 
 
 def power(op: Dense | Conv, n_iter: int = 100, seed: int = 0) -> Tensor:
@@ -418,25 +415,17 @@ def power(op: Dense | Conv, n_iter: int = 100, seed: int = 0) -> Tensor:
         shape[1] = op.weight.shape[0] if op.transposed else op.weight.shape[1] * op.groups
         shape += cast("tuple[int, ...]", op.input_size)
     generator = torch.Generator().manual_seed(seed)
-    x = _unit_vector(torch.randn(shape, generator=generator, dtype=op.weight.dtype).to(op.weight.device))
+    x = torch.randn(shape, generator=generator, dtype=op.weight.dtype).to(op.weight.device)
+    x = _direction(x, x.ndim)
     adjoint = cast("Callable[[Tensor], tuple[Tensor]]", torch.func.vjp(layer, x)[1])
     for _ in range(n_iter):
-        (x,) = adjoint(_unit_vector(layer(x)))
-        x = _unit_vector(x)
+        (x,) = adjoint(_direction(layer(x), x.ndim))
+        x = _direction(x, x.ndim)
     image = layer(x)
     return norm(image, image.ndim)
 
 
-def _unit_vector(x: Tensor) -> Tensor:
-    peak = x.abs().amax()
-    x = x / torch.where(peak > 0, peak, 1.0)
-    size = norm(x, x.ndim)
-    return x / torch.where(size > 0, size, 1.0)
-
-
 # ---- the symbol on a grid ------------------------------------------------------------------------------------------------
-#
-# Methods on the symbol at a grid of frequencies.
 
 
 def gram_bound(op: Dense | Conv, n_iter: int = 6) -> Tensor:

@@ -63,9 +63,8 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
     matrix = _shifted(g, t, single, overwrite and not (single and side > TRACE_ORDER))
     factor, info = _factor(matrix)
     proved = (info == 0) & (t > 0)
-    if precision.parallel(g.device):  # the backward error of LAPACK is a theorem; for other libraries it is measured on the result
-        residual = frobenius(matrix.baddbmm_(factor, factor.mH, alpha=-1)) * (1 + rd.gamma(4.0 * (side + 4)))
-        proved &= residual + rd.gamma(8.0 * (side + 2)) * frobenius(factor).square() <= (2 * shift(side) - 2.0**-52) * t
+    if precision.parallel(g.device):
+        proved &= _measured(matrix, factor, t)
     if single and side > TRACE_ORDER:
         within = _growth(factor).to(torch.float64) * ((1 + 1e-3) * _single_gamma(side)) <= (0.99 * s - 2.0**-23 * side**0.5) * t
         again = (proved & ~within).nonzero()[:, 0]
@@ -73,6 +72,13 @@ def cholesky(g: Tensor, threshold: Tensor, noise: Tensor, *, single: bool = Fals
         if len(again):  # rare: the factor is too large for a verdict in single precision
             proved[again] = _factor(_shifted(g[again], t[again], False, True))[1] == 0
     return proved
+
+
+def _measured(matrix: Tensor, factor: Tensor, t: Tensor) -> Tensor:
+    """Whether the residual of each factorisation is small enough: the error is a theorem for LAPACK, other libraries are measured."""
+    side = factor.shape[-1]
+    residual = frobenius(matrix.baddbmm_(factor, factor.mH, alpha=-1)) * (1 + rd.gamma(4.0 * (side + 4)))
+    return residual + rd.gamma(8.0 * (side + 2)) * frobenius(factor).square() <= (2 * shift(side) - 2.0**-52) * t
 
 
 def _factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,8 +159,6 @@ def frobenius(g: Tensor) -> Tensor:
 
 
 # ---- bounds --------------------------------------------------------------------------------------------------------------
-#
-# Upper bounds from moments, lower bounds from Rayleigh quotients, and the vectors to take them at.
 
 WHOLE, MANY = 16, 32  # up to order WHOLE (half of it for more than MANY blocks) a full eigendecomposition is cheaper than a Krylov basis
 SHORT, LONG = 8, 16  # rows of a Krylov basis in single and in double precision
@@ -270,8 +274,6 @@ def _unit(v: Tensor) -> Tensor:
 
 
 # ---- Gram iteration ----------------------------------------------------------------------------------------------------
-#
-# The differentiable upper estimate of a spectral norm (arXiv 2305.16173, algorithm 2).
 
 
 def reals(x: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -155,18 +156,10 @@ def _conv(node: Node) -> Function:
 def _conv_transpose(node: Node) -> Function:
     """A transposed convolution. Torch crops both sides alike; for other `pads` the whole result is computed and then cropped."""
     windows, groups = Windows(node, _kernel(node)), node.get("group", 1)
-    n = len(windows.kernel)
-    call = _dimensional("conv_transpose", n)
-    beyond: list[int] = node.get("output_padding") or [0] * n
+    call = _dimensional("conv_transpose", len(windows.kernel))
+    beyond: list[int] = node.get("output_padding") or [0] * len(windows.kernel)
     full = [(m - 1) * s + r + o for m, s, r, o in zip(windows.sizes, windows.stride, windows.reach, beyond, strict=True)]
-    wanted: list[int] | None = node.get("output_shape")
-    if wanted is None and windows.auto.startswith("SAME"):
-        wanted = [m * s for m, s in zip(windows.sizes, windows.stride, strict=True)]
-    if wanted is not None:
-        cut = [f - w for f, w in zip(full, wanted[-n:], strict=True)]
-        upper = windows.auto == "SAME_UPPER"
-        windows.before = [c // 2 if upper else c - c // 2 for c in cut]
-        windows.behind = [c - b for c, b in zip(cut, windows.before, strict=True)]
+    _crop(node, windows, full)
     sizes = [f - b - e for f, b, e in zip(full, windows.before, windows.behind, strict=True)]
     if min((*windows.before, *windows.behind)) < 0 or min(sizes) < 1:
         msg = f"an output of the size {sizes} from a full one of {full}; expected a part of it"
@@ -177,6 +170,17 @@ def _conv_transpose(node: Node) -> Function:
         return lambda x, w, b=None: call(x, w, b, windows.stride, windows.before, *options)
     parts = (..., *(slice(b, b + m) for b, m in zip(windows.before, sizes, strict=True)))
     return lambda x, w, b=None: call(x, w, b, windows.stride, 0, *options)[parts]
+
+
+def _crop(node: Node, windows: Windows, full: Sequence[int]) -> None:
+    """What is cut off before and behind, where the node gives the size of its output or asks for that of the input times the step."""
+    wanted: list[int] | None = node.get("output_shape")
+    if wanted is None and windows.auto.startswith("SAME"):
+        wanted = [m * s for m, s in zip(windows.sizes, windows.stride, strict=True)]
+    if wanted is not None:
+        cut = [f - w for f, w in zip(full, wanted[-len(full) :], strict=True)]
+        windows.before = [c // 2 if windows.auto == "SAME_UPPER" else c - c // 2 for c in cut]
+        windows.behind = [c - b for c, b in zip(cut, windows.before, strict=True)]
 
 
 def _pool(node: Node) -> tuple[Windows, int, bool, bool]:
@@ -350,15 +354,25 @@ def _resize(node: Node) -> Function:
     if not corners and not (where == "half_pixel" or (where == "pytorch_half_pixel" and min(outputs[2:]) > 1)):
         msg = f"mode={mode!r} with coordinate_transformation_mode={where!r}; expected half_pixel or align_corners"
         raise RefusedError(msg)
-    spatial = len(sizes) - 2
-    name = {("linear", 1): "linear", ("linear", 2): "bilinear", ("linear", 3): "trilinear", ("cubic", 2): "bicubic"}.get((mode, spatial))
-    if name is None or list(sizes[:2]) != outputs[:2] or not whole:
-        msg = f"mode={mode!r} from {tuple(sizes)} to {tuple(outputs)}; expected spatial axes alone, by scales that give whole sizes"
+    name = _interpolation(node, mode, outputs)
+    if not whole:
+        msg = f"mode={mode!r} from {tuple(sizes)} to {tuple(outputs)}; expected scales that give whole sizes"
+        raise RefusedError(msg)
+    return lambda x, *_: F.interpolate(x, outputs[2:], mode=name, align_corners=corners)
+
+
+def _interpolation(node: Node, mode: str, outputs: Sequence[int]) -> str:
+    """Torch's name of an interpolation along spatial axes alone."""
+    sizes = node.shape()
+    names = {("linear", 1): "linear", ("linear", 2): "bilinear", ("linear", 3): "trilinear", ("cubic", 2): "bicubic"}
+    name = names.get((mode, len(sizes) - 2))
+    if name is None or list(sizes[:2]) != list(outputs[:2]):
+        msg = f"mode={mode!r} from {tuple(sizes)} to {tuple(outputs)}; expected spatial axes alone, one to three, or two for cubic"
         raise RefusedError(msg)
     if mode == "cubic" and node.get("cubic_coeff_a", -0.75) != -0.75:
         msg = f"cubic_coeff_a={node.get('cubic_coeff_a')}; expected -0.75"
         raise RefusedError(msg)
-    return lambda x, *_: F.interpolate(x, outputs[2:], mode=name, align_corners=corners)
+    return name
 
 
 def _scales(node: Node) -> tuple[list[Fraction], list[int]]:
@@ -436,93 +450,150 @@ def _nearest(node: Node, places: list[list[int]]) -> Function:
 
 # ---- recurrent layers ----------------------------------------------------------------------------------------------------
 #
-# Step by step, over the whole length of the input, with the gates in the order that ONNX stores.
-
-Cell = Callable[[Tensor, tuple[Tensor, ...], Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-"""(x, state, W, R, bias of W, bias of R) -> the next state."""
+# Step by step, with the gates in the order that ONNX stores.
 
 
-def _lstm_cell(x: Tensor, state: tuple[Tensor, ...], w: Tensor, r: Tensor, wb: Tensor, rb: Tensor) -> tuple[Tensor, ...]:
-    """Gates i, o, f and the new content."""
-    h, c = state
-    i, o, f, g = (F.linear(x, w, wb) + F.linear(h, r, rb)).chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
+class Weights(NamedTuple):
+    """The weights of one direction: of the input, of the state, their biases, and those by which gates see the content."""
+
+    w: Tensor
+    r: Tensor
+    wb: Tensor
+    rb: Tensor
+    peepholes: Sequence[Tensor | None]
 
 
-def _gru_cell(x: Tensor, state: tuple[Tensor, ...], w: Tensor, r: Tensor, wb: Tensor, rb: Tensor, *, reset_before: bool) -> tuple[Tensor]:
-    """Gates z and r, and the new content, whose state is reset before or behind its matrix."""
-    (h,) = state
-    wz, wr, wh = F.linear(x, w, wb).chunk(3, -1)
-    (rz, rr, rh), (bz, br, bh) = r.chunk(3, 0), rb.chunk(3, 0)
-    z, reset = torch.sigmoid(wz + F.linear(h, rz, bz)), torch.sigmoid(wr + F.linear(h, rr, br))
-    content = torch.tanh(wh + (F.linear(reset * h, rh, bh) if reset_before else reset * F.linear(h, rh, bh)))
-    return ((1 - z) * content + z * h,)
+State = tuple[Tensor, ...]
+Cell = Callable[[Tensor, State, Weights], State]
+"""(input of one step, state, weights) -> the next state."""
 
 
-def _rnn_cell(
-    x: Tensor, state: tuple[Tensor, ...], w: Tensor, r: Tensor, wb: Tensor, rb: Tensor, *, function: Callable[[Tensor], Tensor]
-) -> tuple[Tensor]:
-    return (function(F.linear(x, w, wb) + F.linear(state[0], r, rb)),)
+@dataclass(frozen=True)
+class Gates:
+    """What a cell does to the values of its gates: bounds them by `clip`, if any, and applies the functions of its direction."""
+
+    functions: Sequence[Function]
+    clip: float | None = None
+    coupled: bool = False
+    reset_before: bool = True
+
+    def apply(self, k: int, x: Tensor, weight: Tensor | None = None, content: Tensor | None = None) -> Tensor:
+        """The k-th function of `x + weight content`, bounded."""
+        x = x if weight is None or content is None else x + weight * content
+        return self.functions[k](x if self.clip is None else x.clamp(-self.clip, self.clip))
+
+    def lstm(self, x: Tensor, state: State, by: Weights) -> State:
+        """Gates i, o, f and the new content; with `coupled` gates the content forgets what it takes in."""
+        h, c = state
+        i, o, f, g = (F.linear(x, by.w, by.wb) + F.linear(h, by.r, by.rb)).chunk(4, -1)
+        i = self.apply(0, i, by.peepholes[0], c)
+        c = (1 - i if self.coupled else self.apply(0, f, by.peepholes[2], c)) * c + i * self.apply(1, g)
+        return self.apply(0, o, by.peepholes[1], c) * self.functions[2](c), c
+
+    def gru(self, x: Tensor, state: State, by: Weights) -> State:
+        """Gates z and r, and the new content, whose state is reset before or behind its matrix."""
+        (h,) = state
+        reads, weights, biases = F.linear(x, by.w, by.wb).chunk(3, -1), by.r.chunk(3, 0), by.rb.chunk(3, 0)
+        z, reset = (self.apply(0, reads[i] + F.linear(h, weights[i], biases[i])) for i in (0, 1))
+        recalled = F.linear(reset * h, weights[2], biases[2]) if self.reset_before else reset * F.linear(h, weights[2], biases[2])
+        return ((1 - z) * self.apply(1, reads[2] + recalled) + z * h,)
+
+    def rnn(self, x: Tensor, state: State, by: Weights) -> State:
+        """One function of input and state."""
+        return (self.apply(0, F.linear(x, by.w, by.wb) + F.linear(state[0], by.r, by.rb)),)
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """A recurrent layer for a number of steps, cells in one or two directions; `turned` where the batch is the first axis.
+
+    With `lengths`, the last tensor says for each step and sample whether the sample is that long: where it is not, the state stays and the
+    result is 0.
+    """
+
+    steps: range
+    hidden: int
+    states: int
+    cells: Sequence[tuple[Cell, bool]]
+    turned: bool
+    lengths: bool
+
+    def __call__(self, x: Tensor, w: Tensor, r: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+        """All results, and the last state."""
+        alive, others = (others[-1], others[:-1]) if self.lengths else (None, others)
+        b, _, *first, peepholes = (*others, *(None,) * 5)[:5]
+        x = x.transpose(0, 1) if self.turned else x
+        ends: list[tuple[Tensor, ...]] = []
+        for k, (cell, back) in enumerate(self.cells):
+            by = self.weights(k, w, r, b, peepholes)
+            ends.append(self.along(x, self.start(x, first[: self.states], k), by, cell, back, alive))
+        y, *last = (torch.stack(each, -3) for each in zip(*ends, strict=True))
+        return (y.permute(2, 0, 1, 3), *(each.transpose(0, 1) for each in last)) if self.turned else (y, *last)
+
+    def weights(self, k: int, w: Tensor, r: Tensor, b: Tensor | None, peepholes: Tensor | None) -> Weights:
+        """Those of the k-th direction."""
+        wb, rb = (w.new_zeros(w.shape[1]),) * 2 if b is None else b[k].chunk(2)
+        return Weights(w[k], r[k], wb, rb, (None,) * 3 if peepholes is None else peepholes[k].chunk(3))
+
+    def start(self, x: Tensor, first: Sequence[Tensor | None], k: int) -> State:
+        """The first state of a direction: zeros unless it is given."""
+        given = [s if s is None or not self.turned else s.transpose(0, 1) for s in first]
+        return tuple(x.new_zeros(x.shape[1], self.hidden) if s is None else s[k] for s in given)
+
+    def along(self, x: Tensor, state: State, by: Weights, cell: Cell, back: bool, alive: Tensor | None) -> State:
+        """The results of all steps in one direction, in the order of the input, and behind them the last state."""
+        results: list[Tensor] = []
+        for t in reversed(self.steps) if back else self.steps:
+            ahead = cell(x[t], state, by)
+            results.append(ahead[0] if alive is None else torch.where(alive[t], ahead[0], 0.0))
+            state = ahead if alive is None else tuple(torch.where(alive[t], new, old) for new, old in zip(ahead, state, strict=True))
+        return torch.stack(results[::-1] if back else results), *state
 
 
 _DEFAULTS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}
+_SETTINGS: dict[str, tuple[float, ...]] = {
+    **dict.fromkeys(("Sigmoid", "Tanh", "Relu", "Softsign", "Softplus"), ()),
+    "LeakyRelu": (0.01,),
+    "Elu": (1.0,),
+    "HardSigmoid": (0.2, 0.5),
+}
+"""Functions of cells, with their alpha and beta by default, as far as they have them."""
+
+
+def _function(name: str, settings: Sequence[float]) -> Function:
+    """A function of the name with its alpha and beta, as the operator of that name computes it."""
+    if name == "HardSigmoid":
+        return lambda x: (x * settings[0] + settings[1]).clamp(0, 1)
+    if settings:
+        return (lambda x: F.elu(x, settings[0])) if name == "Elu" else (lambda x: F.leaky_relu(x, settings[0]))
+    return {"Sigmoid": torch.sigmoid, "Tanh": torch.tanh, "Relu": torch.relu, "Softsign": F.softsign, "Softplus": F.softplus}[name]
 
 
 @register("LSTM", "GRU", "RNN")
 def _recurrent(node: Node) -> Function:
     way = node.only("direction", "forward", "reverse", "bidirectional")
     ways = [False, True] if way == "bidirectional" else [way == "reverse"]
-    cells, gates = _cells(node, len(ways))
-    turned = bool(node.get("layout", 0))
-    steps, batch = node.shape()[:2][:: -1 if turned else 1]
-    _check_recurrent(node, steps)
-    hidden, states = node.shape(2)[-1], 2 if node.op == "LSTM" else 1
-
-    def run(x: Tensor, w: Tensor, r: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
-        b, _, *first = (*others, *(None,) * 5)[:5]
-        x = x.transpose(0, 1) if turned else x
-        ends: list[tuple[Tensor, ...]] = []
-        rows: list[Tensor] = []
-        for k, (back, cell) in enumerate(zip(ways, cells, strict=True)):
-            wb, rb = (w.new_zeros(gates * hidden),) * 2 if b is None else b[k].chunk(2)
-            starts = [s if s is None or not turned else s.transpose(0, 1) for s in first[:states]]
-            state = tuple(x.new_zeros(batch, hidden) if s is None else s[k] for s in starts)
-            results: list[Tensor] = []
-            for t in range(steps)[:: -1 if back else 1]:
-                state = cell(x[t], state, w[k], r[k], wb, rb)
-                results.append(state[0])
-            rows.append(torch.stack(results[::-1] if back else results))
-            ends.append(state)
-        y, last = torch.stack(rows, 1), [torch.stack(each) for each in zip(*ends, strict=True)]
-        if turned:
-            y, last = y.permute(2, 0, 1, 3), [each.transpose(0, 1) for each in last]
-        return y, *last
-
-    return run
-
-
-def _cells(node: Node, ways: int) -> tuple[list[Cell], int]:
-    """The cell of each direction, and its number of gates."""
-    functions = node.get("activations") or _DEFAULTS[node.op] * ways
-    functions = [name.decode() if isinstance(name, bytes) else name for name in functions]
-    if node.op == "RNN" and len(functions) == ways and set(functions) <= {"Tanh", "Relu"}:
-        return [partial(_rnn_cell, function=torch.tanh if name == "Tanh" else torch.relu) for name in functions], 1
-    if functions != _DEFAULTS[node.op] * ways:
-        msg = f"activations={functions}; expected {_DEFAULTS[node.op]}"
+    turned, _ = bool(node.get("layout", 0)), node.get("hidden_size")
+    cells = list(zip(_cells(node, len(ways)), ways, strict=True))
+    steps, lengths = node.shape()[1 if turned else 0], node.constant(4)
+    if lengths is not None and bool((lengths < 0).any() | (lengths > steps).any()):
+        msg = f"sequences of lengths {lengths.tolist()[:5]}; expected at most {steps}, that of the input"
         raise RefusedError(msg)
-    if node.op == "LSTM":
-        return [_lstm_cell] * ways, 4
-    return [partial(_gru_cell, reset_before=not node.get("linear_before_reset", 0))] * ways, 3
+    uneven = lengths is not None and bool((lengths != steps).any())
+    if lengths is not None and uneven:
+        node.extra.append((torch.arange(steps)[:, None] < lengths)[..., None])
+    return Recurrence(range(steps), node.shape(2)[-1], 2 if node.op == "LSTM" else 1, cells, turned, uneven)
 
 
-def _check_recurrent(node: Node, steps: int) -> None:
-    """RefusedError for what few files use: clipping, peepholes, coupled gates, sequences of several lengths."""
-    node.get("hidden_size")
-    if node.get("clip") is not None or node.get("input_forget", 0) or node.has(7):
-        msg = "clip, input_forget or peepholes"
+def _cells(node: Node, ways: int) -> list[Cell]:
+    """The cell of each direction."""
+    names = [name.decode() if isinstance(name, bytes) else name for name in node.get("activations") or _DEFAULTS[node.op] * ways]
+    if len(names) != ways * len(_DEFAULTS[node.op]) or not set(names) <= set(_SETTINGS):
+        msg = f"activations={names}; expected {len(_DEFAULTS[node.op])} for each direction of {', '.join(_SETTINGS)}"
         raise RefusedError(msg)
-    lengths = node.constant(4)
-    if lengths is not None and bool((lengths != steps).any()):
-        msg = f"sequences of lengths {lengths.tolist()[:5]}; expected {steps}, that of the input"
-        raise RefusedError(msg)
+    given = [iter(node.get(f"activation_{name}") or ()) for name in ("alpha", "beta")]
+    functions = [_function(name, [next(values, usual) for values, usual in zip(given, _SETTINGS[name], strict=False)]) for name in names]
+    clip, coupled, reset_before = node.get("clip"), bool(node.get("input_forget", 0)), not node.get("linear_before_reset", 0)
+    each = len(names) // ways
+    gates = [Gates(functions[k : k + each], clip, coupled, reset_before) for k in range(0, len(names), each)]
+    return [{"LSTM": gate.lstm, "GRU": gate.gru, "RNN": gate.rnn}[node.op] for gate in gates]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -336,53 +336,63 @@ def _stacked(operation: Operation, i: int, parts: Sequence[str], axis: int, buil
     return name
 
 
+def _gathered(results: Sequence[str], states: int, parts: Sequence[list[str]]) -> list[str]:
+    """The state behind a run; what the run makes beside it is put behind that of the runs before."""
+    for part, name in zip(parts, results[states:], strict=True):
+        part.append(name)
+    return list(results[:states])
+
+
 def _loop(operation: Operation, builder: Unroller) -> None:
     """As many runs of the body as its count and its conditions say, all of them constants."""
     body, (count, condition, *state) = _graph(operation, "body"), operation.inputs
-    runs = _settled(builder, count, "the number of runs") if count else None
+    runs = _settled(builder, count, "the number of runs") if count else math.inf
     going = bool(_settled(builder, condition, "the condition")) if condition else True
-    gathered: list[list[str]] = [[] for _ in range(len(body.outputs) - 1 - len(state))]
+    parts: list[list[str]] = [[] for _ in range(len(body.outputs) - 1 - len(state))]
     turn = 0
-    while going and (runs is None or turn < runs):
-        number, truth = (f"{operation.name}.{turn}.{name}" for name in ("number", "going"))
-        builder.hold(number, torch.tensor(turn))
-        builder.hold(truth, torch.tensor(True))
-        goes_on, *results = _run(operation, body, str(turn), (number, truth, *state), builder)
-        state = results[: len(state)]
-        for parts, name in zip(gathered, results[len(state) :], strict=True):
-            parts.append(name)
+    while going and turn < runs:
+        goes_on, *results = _run(operation, body, str(turn), (*_turn(operation, turn, builder), *state), builder)
+        state = _gathered(results, len(state), parts)
         going = bool(_settled(builder, goes_on, "the condition of going on"))
         turn += 1
-    used = operation.outputs[len(state) :]
-    stacks = [
-        _stacked(operation, i, parts, 0, builder) if name else "" for i, (parts, name) in enumerate(zip(gathered, used, strict=False))
-    ]
-    _give(operation, [*state, *stacks], builder)
+    used = zip(parts, operation.outputs[len(state) :], strict=False)
+    _give(operation, [*state, *(_stacked(operation, i, p, 0, builder) if name else "" for i, (p, name) in enumerate(used))], builder)
+
+
+def _turn(operation: Operation, turn: int, builder: Unroller) -> list[str]:
+    """The names of the first two values that the body of a loop takes: the number of the run, and that it goes on."""
+    names = [f"{operation.name}.{turn}.{name}" for name in ("number", "going")]
+    for name, value in zip(names, (torch.tensor(turn), torch.tensor(True)), strict=True):
+        builder.hold(name, value)
+    return names
 
 
 def _scan(operation: Operation, builder: Unroller) -> None:
     """A run of the body for each place along the scanned axes."""
     body, settings = _graph(operation, "body"), operation.attributes
     scanned = int(settings.get("num_scan_inputs", 0))
-    state, inputs = list(operation.inputs[:-scanned]), operation.inputs[-scanned:]
-    axes = settings.get("scan_input_axes", [0] * scanned)
+    state = list(operation.inputs[:-scanned])
+    parts: list[list[str]] = [[] for _ in body.outputs[len(state) :]]
+    for turn, given in enumerate(_scanned(operation, operation.inputs[-scanned:], builder)):
+        state = _gathered(_run(operation, body, str(turn), (*state, *given), builder), len(state), parts)
+    back = settings.get("scan_output_directions", [0] * len(parts))
+    ends = settings.get("scan_output_axes", [0] * len(parts))
+    ordered = [part[::-1] if reverse else part for part, reverse in zip(parts, back, strict=True)]
+    _give(operation, [*state, *(_stacked(operation, i, part, ends[i], builder) for i, part in enumerate(ordered))], builder)
+
+
+def _scanned(operation: Operation, inputs: Sequence[str], builder: Unroller) -> Iterator[list[str]]:
+    """For each run the names of the entries of the inputs at its place."""
+    settings, n = operation.attributes, len(inputs)
+    axes, turned = settings.get("scan_input_axes", [0] * n), settings.get("scan_input_directions", [0] * n)
     lengths = {int(builder.values[name].shape[axis]) for name, axis in zip(inputs, axes, strict=True)}
     if len(lengths) != 1:
         msg = f"{sorted(lengths)} runs; expected one number"
         raise RefusedError(msg)
-    (runs,), turned = lengths, settings.get("scan_input_directions", [0] * scanned)
-    gathered: list[list[str]] = [[] for _ in body.outputs[len(state) :]]
+    (runs,) = lengths
     for turn in range(runs):
         places = [runs - 1 - turn if back else turn for back in turned]
-        given = [_part(operation, f"{turn}.{j}", part, builder) for j, part in enumerate(zip(inputs, axes, places, strict=True))]
-        results = _run(operation, body, str(turn), (*state, *given), builder)
-        state = results[: len(state)]
-        for parts, name in zip(gathered, results[len(state) :], strict=True):
-            parts.append(name)
-    back = settings.get("scan_output_directions", [0] * len(gathered))
-    ends = settings.get("scan_output_axes", [0] * len(gathered))
-    ordered = [parts[::-1] if reverse else parts for parts, reverse in zip(gathered, back, strict=True)]
-    _give(operation, [*state, *(_stacked(operation, i, parts, ends[i], builder) for i, parts in enumerate(ordered))], builder)
+        yield [_part(operation, f"{turn}.{j}", part, builder) for j, part in enumerate(zip(inputs, axes, places, strict=True))]
 
 
 def _part(operation: Operation, mark: str, part: tuple[str, int, int], builder: Unroller) -> str:

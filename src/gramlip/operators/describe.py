@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import singledispatch
 from typing import Any, cast
@@ -156,8 +156,7 @@ def _(module: nn.Linear, input_size: Ints | None = None) -> Dense:
 @describe.register(nn.ConvTranspose2d)
 @describe.register(nn.ConvTranspose3d)
 def _(
-    module: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
-    input_size: Ints | None = None,
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d, input_size: Ints | None = None
 ) -> Conv:
     return Conv(
         module.weight,
@@ -200,9 +199,7 @@ def _(module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNor
     return Bound(lower, upper, "batch norm in evaluation mode: largest modulus of weight / sqrt(running_var + eps)")
 
 
-# ---- layers without weights ----------------------------------------------------------------------------------------------
-#
-# Rules for layers without weights: pooling, padding, interpolation, reshaping. docs/theory.md#fixed-maps.
+# ---- layers without weights: docs/theory.md#fixed-maps -------------------------------------------------------------------
 
 AXES = {
     "linear": 1,
@@ -280,8 +277,7 @@ def _columns(size: int, run: Callable[[Tensor], Tensor], dims: int = 1) -> Tenso
 
 def _average(module: Any, input_size: Ints | None = None) -> Separable | Bound:
     dims = _dims(module)
-    kernel, padding = _tuple(module.kernel_size, dims), _tuple(module.padding, dims)
-    stride = _tuple(module.stride, dims)
+    kernel, stride, padding = (_tuple(given, dims) for given in (module.kernel_size, module.stride, module.padding))
     override = getattr(module, "divisor_override", None)
 
     def matrix(j: int, n: int) -> Tensor:
@@ -290,18 +286,20 @@ def _average(module: Any, input_size: Ints | None = None) -> Separable | Bound:
 
         return _columns(n, run)
 
-    scale = math.prod(kernel) / override if override else 1.0
+    scale = abs(math.prod(kernel) / override) if override else 1.0
     if override and (module.ceil_mode or not module.count_include_pad):
         msg = f"divisor_override={override} with ceil_mode or count_include_pad=False has no rule; expected the defaults of both"
         raise InputError(msg)
     if input_size is not None:
-        return Separable(tuple(matrix(j, n) for j, (n, _) in enumerate(_sides(module, input_size, dims))), abs(scale))
-    # Bounds for every size: Schur's test on each axis. Its pattern repeats with the stride once the two ends do not overlap.
-    upper, lower = abs(scale), abs(scale)
-    for j in range(dims):
-        least = max(1, kernel[j] - 2 * padding[j])
-        many = 4 * (kernel[j] + padding[j] + stride[j])
-        matrices = [matrix(j, n) for n in range(least, many + stride[j])]
+        return Separable(tuple(matrix(j, n) for j, (n, _) in enumerate(_sides(module, input_size, dims))), scale)
+    return _average_of_every_size(matrix, zip(kernel, stride, padding, strict=True), scale)
+
+
+def _average_of_every_size(matrix: Callable[[int, int], Tensor], geometry: Iterable[tuple[int, int, int]], scale: float) -> Bound:
+    """Schur's test on each axis, given by kernel, stride and padding. Its pattern repeats with the stride once the ends do not overlap."""
+    upper = lower = scale
+    for j, (k, s, p) in enumerate(geometry):
+        matrices = [matrix(j, n) for n in range(max(1, k - 2 * p), 4 * (k + p + s) + s)]
         schur = max(float(m.sum(0).max()) * float(m.sum(1).max()) for m in matrices)
         upper = rd.mul_up(upper, rd.sqrt_up(schur * (1 + 1e-12)))
         lower *= float(torch.linalg.matrix_norm(matrices[-1], 2)) * (1 - 1e-12)
@@ -309,19 +307,18 @@ def _average(module: Any, input_size: Ints | None = None) -> Separable | Bound:
 
 
 def _maximum(module: Any, input_size: Ints | None = None) -> Bound:
-    dims = _dims(module)
-    kernel, stride = _tuple(module.kernel_size, dims), _tuple(module.stride, dims)
-    padding, dilation = _tuple(module.padding, dims), _tuple(module.dilation, dims)
-    count = 1
-    if input_size is None:
-        count = math.prod(-(-k // (s // math.gcd(s, d))) for k, s, d in zip(kernel, stride, dilation, strict=True))
-    else:
-        for (n, outputs), k, s, p, d in zip(_sides(module, input_size, dims), kernel, stride, padding, dilation, strict=True):
-            reads = index_map(Axis(n, outputs, k, s, d, p, 0), "zeros")
-            if bool((reads < 0).all(0).any()):  # torch would read outside of the input
-                msg = f"input_size={input_size!r} was given for {module}: a window holds no entry; expected a larger input or less padding"
-                raise InputError(msg)
-            count *= _most(reads[reads >= 0])
+    dims, count = _dims(module), 1
+    geometry = (_tuple(given, dims) for given in (module.kernel_size, module.stride, module.dilation, module.padding))
+    sides = [] if input_size is None else _sides(module, input_size, dims)
+    for j, (k, s, d, p) in enumerate(zip(*geometry, strict=True)):
+        if not sides:
+            count *= -(-k // (s // math.gcd(s, d)))
+            continue
+        reads = index_map(Axis(*sides[j], k, s, d, p, 0), "zeros")
+        if bool((reads < 0).all(0).any()):  # torch would read outside of the input
+            msg = f"input_size={input_size!r} was given for {module}: a window holds no entry; expected a larger input or less padding"
+            raise InputError(msg)
+        count *= _most(reads[reads >= 0])
     return _root(count, count, f"max pooling: at most {count} windows share an entry, and a peak reaches them all")
 
 

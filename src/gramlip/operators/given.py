@@ -18,8 +18,6 @@ from gramlip.errors import InputError, UnsupportedError, first_line
 from gramlip.numerics.precision import DTYPES
 
 # ---- examples ------------------------------------------------------------------------------------------------------------
-#
-# The `example` argument of the public functions: an input, a tuple of inputs, or the shape of one sample.
 
 
 def example_inputs(model: nn.Module | torch.export.ExportedProgram, example: Any, *, real: bool = False) -> tuple[Any, ...]:

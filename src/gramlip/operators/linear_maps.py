@@ -356,8 +356,6 @@ Operator = Dense | Sparse | Diagonal | Conv | Separable
 
 
 # ---- axes ----------------------------------------------------------------------------------------------------------------
-#
-# The axes of a convolution as torch defines them, and the input position that each tap of each output reads.
 
 
 @dataclass(frozen=True)
@@ -406,8 +404,6 @@ def axes(op: Conv) -> list[Axis]:
 
 
 # ---- operators applied ---------------------------------------------------------------------------------------------------
-#
-# Operators applied to a batch, by torch's own functions, and to a basis, which gives their matrix.
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}

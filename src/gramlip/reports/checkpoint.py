@@ -311,20 +311,18 @@ def low_rank(left: Tensor, right: Tensor, scale: float) -> tuple[Dense | Conv, C
         right: A, (r, n, *k) in float64.
         scale: the factor of the product.
     """
-    root = rd.sqrt_up(float(prod(right.shape[2:])))
     if not bool(left.any()) or not bool(right.any()) or scale == 0.0:
         return _map(right.new_zeros(1, 1, *right.shape[2:])), lambda _: Bound(0.0, 0.0, "a factor is zero")
     small, residual, skew = _triangular(left)
+    other, other_residual, other_skew = right.flatten(1), 0.0, 0.0
     if right.ndim == 2:
         other, other_residual, other_skew = _triangular(right.T)
         other = other.T
-    else:
-        other, other_residual, other_skew = right.flatten(1), 0.0, 0.0
-    size, other_size = rd.frobenius_up(left), rd.frobenius_up(right)
-    core = small @ other
-    rounding = rd.add_up(rd.mul_up(rd.gamma(len(other) + 1), rd.mul_up(rd.frobenius_up(small), rd.frobenius_up(other))), _UNDERFLOW)
-    rest = rd.mul_up(root, rd.add_up(rd.mul_up(residual, other_size), rd.mul_up(rd.add_up(size, residual), other_residual)))
-    rounding = rd.mul_up(root, rounding)
+    core, size, root = small @ other, rd.frobenius_up(left), rd.sqrt_up(float(prod(right.shape[2:])))
+    product = rd.mul_up(rd.frobenius_up(small), rd.frobenius_up(other))
+    rounding = rd.mul_up(root, rd.add_up(rd.mul_up(rd.gamma(len(other) + 1), product), _UNDERFLOW))
+    rest = rd.add_up(rd.mul_up(residual, rd.frobenius_up(right)), rd.mul_up(rd.add_up(size, residual), other_residual))
+    rest = rd.mul_up(root, rest)
 
     def says(bound: Bound) -> Bound:
         spread = rd.mul_up(rd.sqrt_up(rd.add_up(1.0, skew)), rd.sqrt_up(rd.add_up(1.0, other_skew)))

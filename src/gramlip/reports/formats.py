@@ -18,8 +18,22 @@ import torch
 from torch import Tensor
 
 from gramlip.errors import InputError
-from gramlip.reports.readers import Entries, Entry, Stored, gguf, keras, line, numpy_file, onnx, safetensors
-from gramlip.reports.unpickle import Array, Name, Placeholder, StoredTensor, unpickled
+from gramlip.reports.readers import (
+    Entries,
+    Entry,
+    Ranks,
+    Stored,
+    gguf,
+    keras,
+    line,
+    numpy_file,
+    onnx,
+    parameter_groups,
+    placeholders,
+    safetensors,
+    some,
+)
+from gramlip.reports.unpickle import Array, Name, Placeholder, StoredTensor, Unpickled, unpickled
 
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _CONTAINERS = re.compile(
@@ -144,17 +158,17 @@ def _pickled(path: Path) -> Stored:
     except Exception as error:  # a damaged file can raise anything; none of it is a defect of ours
         msg = f"{path} cannot be read as a torch checkpoint ({line(error)}); expected what torch.save(model.state_dict()) writes"
         raise InputError(msg) from None
+    stored = _of_pickle(path, content)
+    if not stored.entries and content.names:
+        msg = f"{path} holds no tensor, but what {some(content.names)} would make, which was not run; expected model.state_dict()"
+        raise InputError(msg)
+    return stored
+
+
+def _of_pickle(path: Path, content: Unpickled) -> Stored:
     skipped = list[str]()
     entries = _containers(content.value, skipped, path)
-    if not entries and content.names:
-        msg = f"{path} holds no tensor, but what {_some(content.names)} would make, which was not run; expected model.state_dict()"
-        raise InputError(msg)
-    note = (f"Read as placeholders, neither imported nor run: {_some(content.names)}.",) if content.names else ()
-    return Stored(entries, tuple(skipped), note)
-
-
-def _some(names: tuple[str, ...], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return Stored(entries, tuple(skipped), placeholders(content.names))
 
 
 def _containers(loaded: Any, skipped: list[str], file: Path) -> Entries:
@@ -314,19 +328,66 @@ def _pieces(path: Path, name: str, metadata: dict[str, Any], places: dict[Any, d
     return Entry(shape, str(dtype).removeprefix("torch."), load)
 
 
+# ---- DeepSpeed -----------------------------------------------------------------------------------------------------------
+
+
 def _deepspeed(path: Path) -> Stored:
-    """A folder of DeepSpeed: the states of the module where they are whole; those that ZeRO 3 or ranks of a tensor share are refused."""
+    """A folder of DeepSpeed: the states of the module, or the optimiser's weights where the ranks of ZeRO share them."""
     folder = path.parent / path.read_text().strip() if path.name == "latest" else path.parent
-    states = sorted(folder.glob("*model_states.pt"))
-    whole = [file for file in states if file.name.startswith("mp_rank_")]
-    if len(whole) == 1:
-        stored = _pickled(whole[0])
-        kept = {name.removeprefix("module."): entry for name, entry in stored.entries.items()}
-        return replace(stored, entries=kept, files=(whole[0],))
-    how = f"type python {path.parent / 'zero_to_fp32.py'} {path.parent} {path.parent / 'whole'}, and audit that folder"
-    given = f"holds weights that {len(states)} ranks share" if states else f"names {folder.name}, where no model_states.pt lies"
-    msg = f"{path.parent} {given}; expected them whole: {how}"
-    raise InputError(msg)
+    files = {file.name: file for file in sorted(folder.glob("*_states.pt"), key=lambda file: file.name)}
+    states = [file for name, file in files.items() if name.endswith("model_states.pt")]
+    if not states or not folder.resolve().is_relative_to(path.parent.resolve()):
+        msg = f"{path} names {folder.name}, where no model_states.pt lies; expected a folder of a training step: type that folder"
+        raise InputError(msg)
+    layers = [file for file in states if re.fullmatch(r"layer_\d+-model_\d+-model_states\.pt", file.name)]
+    slices = {match[1] for file in layers or states if (match := re.search(r"(?:mp_rank|-model)_(\d+)", file.name))}
+    if len(slices) > 1:
+        msg = f"{folder} holds weights that {len(slices)} ranks of tensor parallelism share; expected them whole: "
+        msg += "type engine.save_16bit_model('whole') where it trains, or export them by the library that split them"
+        raise InputError(msg)
+    try:
+        if not layers and not any(file.name.startswith("mp_rank_") for file in states):
+            return Ranks.of(folder, files).stored({})
+        return _whole_states(folder, files, layers)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        msg = f"{folder} cannot be read as states of DeepSpeed ({line(error)}); expected what engine.save_checkpoint writes"
+        raise InputError(msg) from None
+
+
+def _whole_states(folder: Path, files: dict[str, Path], layers: list[Path]) -> Stored:
+    """Whole states of the module: one file, or one for each layer of a pipeline, and those of experts.
+
+    Parameters that these lack are taken from the optimiser's weights.
+    """
+    module = [] if layers else [file for name, file in files.items() if name.startswith("mp_rank_") and name.endswith("model_states.pt")]
+    experts = [file for name, file in files.items() if re.fullmatch(r"layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt", name)]
+    contents = {file: unpickled(file) for file in (*layers, *module, *experts)}
+    parts = {file: _of_module(file, content) for file, content in contents.items()}
+    entries: Entries = {}
+    for file, part in parts.items():
+        layer = f"{int(re.findall(r'[0-9]+', file.name)[0])}." if file in layers else ""
+        entries |= {layer + name.removeprefix("module."): entry for name, entry in part.entries.items()}
+    named = [name.removeprefix("module.") for file in module for group in parameter_groups(contents[file].value) for name in group]
+    filled = {name: entry for name, entry in entries.items() if prod(entry.shape)}
+    if any(name not in filled for name in named):
+        return Ranks.of(folder, files).stored(filled)
+    notes = tuple(dict.fromkeys(note for part in parts.values() for note in part.notes))
+    skipped = tuple(dict.fromkeys(name for part in parts.values() for name in part.skipped))
+    return Stored(entries, skipped, notes, tuple(parts))
+
+
+def _of_module(file: Path, content: Unpickled) -> Stored:
+    """The states of a module; beside them a file has the state of training, and copies of the parameters that are not trained."""
+    states = cast("dict[str, Any]", content.value)
+    if not isinstance(states.get("module"), dict):
+        return _of_pickle(file, content)
+    skipped = tuple(key for key, part in states.items() if part and key != "module" and _TRAINING.search(key))
+    return replace(_of_pickle(file, replace(content, value=states["module"])), skipped=skipped)
+
+
+# ---- adapters ------------------------------------------------------------------------------------------------------------
 
 
 def _adapter(path: Path) -> Stored:

@@ -167,8 +167,6 @@ def sampled(row: LayerRow) -> list[list[float]] | None:
 
 
 # ---- pictures for notebooks ----------------------------------------------------------------------------------------------
-#
-# The pictures of a report for notebooks: shares of the logarithm, intervals, symbols. Needs `gramlip[plots]`.
 
 
 def _notebook_figure(rows: int, width: float = 7.0) -> tuple[Any, Any]:
@@ -236,40 +234,23 @@ def symbols(report: Report, name: str) -> Any:
 
 
 # ---- figures for print ---------------------------------------------------------------------------------------------------
-#
-# Figures for print: one style, drawn without a display and without global state.
 
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-    "#7F7F7F",
-    "#8C564B",
-    "#6A3D9A",
-    "#999933",
-    "#1B4F72",
-    "#B15928",
-)
-MARKERS = "osD^vP*X<>ph8"
-METHODS_IN_ORDER = (
-    "certify",
-    "gram",
-    "delattre2023",
-    "power",
-    "sedghi2019",
-    "senderovich2022",
-    "singla2021",
-    "araujo2021",
-    "norm2toep",
-    "aol",
-    "tensor_norm",
-    "frobenius",
-    "torch",
-)
+LOOKS = {
+    "certify": ("#0072B2", "o"),
+    "gram": ("#D55E00", "s"),
+    "delattre2023": ("#009E73", "D"),
+    "power": ("#CC79A7", "^"),
+    "sedghi2019": ("#E69F00", "v"),
+    "senderovich2022": ("#56B4E9", "P"),
+    "singla2021": ("#000000", "*"),
+    "araujo2021": ("#7F7F7F", "X"),
+    "norm2toep": ("#8C564B", "<"),
+    "aol": ("#6A3D9A", ">"),
+    "tensor_norm": ("#999933", "p"),
+    "frobenius": ("#1B4F72", "h"),
+    "torch": ("#B15928", "8"),
+}
+"""Method -> colour and marker, in every figure."""
 
 
 def figure(columns: int = 1, rows: int = 1, *, width: float = 5.0, height: float = 3.6) -> tuple[Figure, list[Axes]]:
@@ -296,8 +277,8 @@ def figure(columns: int = 1, rows: int = 1, *, width: float = 5.0, height: float
 
 def look(method: str) -> dict[str, Any]:
     """The same colour and marker for a method in every figure, told apart in grey as well."""
-    i = METHODS_IN_ORDER.index(method) if method in METHODS_IN_ORDER else len(METHODS_IN_ORDER)
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
+    colour, marker = LOOKS.get(method, LOOKS["certify"])
+    return {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.2}
 
 
 def check_picture(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tensors of a file by name, and the readers of safetensors, NumPy, Keras, GGUF and ONNX. Those of other libraries are extras."""
+"""Tensors of a file by name, and the readers of safetensors, NumPy, Keras, GGUF, ONNX and of the ranks of ZeRO. Some need extras."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from gramlip.errors import InputError, first_line
 from gramlip.reports.output import printable
-from gramlip.reports.unpickle import StoredTensor
+from gramlip.reports.unpickle import StoredTensor, unpickled
 
 _DTYPES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool"},
@@ -73,6 +75,16 @@ class Stored:
 def line(error: Exception) -> str:
     """The first line of an error, short, or its type."""
     return printable(first_line(error).strip()[:160]) or type(error).__name__
+
+
+def some(names: tuple[str, ...], most: int = 12) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def placeholders(names: tuple[str, ...]) -> tuple[str, ...]:
+    """What the report is to say of names in a pickle that were not looked up."""
+    return (f"Read as placeholders, neither imported nor run: {some(names)}.",) if names else ()
 
 
 def extra(path: Path, package: str, name: str) -> Any:
@@ -316,3 +328,145 @@ def onnx(path: Path) -> Stored:
 
 
 _ENTRYWISE = ("Add", "Sub", "Mul", "Div", "Where", "Pow", "PRelu", "Max", "Min", "Equal", "Less", "Greater", "BatchNormalization")
+
+
+# ---- the ranks of ZeRO ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The files of all ranks of DeepSpeed's ZeRO: the states of the module and, flat, one part of the optimiser's weights from each."""
+
+    folder: Path
+    models: list[dict[str, Any]]
+    flat: list[list[StoredTensor]]
+    stage: int
+    files: tuple[Path, ...]
+    names: tuple[str, ...]
+
+    @staticmethod
+    def of(folder: Path, files: dict[str, Path]) -> Ranks:
+        """All ranks, in their order; InputError where one is missing."""
+        kinds: dict[str, dict[int, Path]] = {"model": {}, "optim": {}}
+        for name, file in files.items():
+            if match := re.fullmatch(r"(?:\w+_)?zero_pp_rank_(\d+)_mp_rank_\d+_(model|optim)_states\.pt", name):
+                kinds[match[2]][int(match[1])] = file
+            elif name.startswith("mp_rank_") and name.endswith("model_states.pt"):
+                kinds["model"][0] = file
+        contents = {file: unpickled(file) for kind in kinds.values() for _, file in sorted(kind.items())}
+        states = [contents[file].value["optimizer_state_dict"] for _, file in sorted(kinds["optim"].items())]
+        stage = 3 if not states or "fp32_flat_groups" in states[0] else 2
+        _complete(folder, kinds, states[0]["partition_count"] if states else max(kinds["model"]) + 1, stage)
+        flat = [list(state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]) for state in states]
+        models = [contents[file].value for _, file in sorted(kinds["model"].items())]
+        names = tuple(dict.fromkeys(name for content in contents.values() for name in content.names))
+        return Ranks(folder, models, flat, stage, tuple(contents), names)
+
+    def stored(self, whole: Entries) -> Stored:
+        """The tensors of the module in its order: those that are `whole` already, the rest put together when they are read."""
+        first = self.models[0]
+        module = cast("dict[str, Any]", first.get("module") or {})
+        gathered = {name: Entry.of(tensor) for name, tensor in module.items() if isinstance(tensor, StoredTensor) and prod(tensor.shape)}
+        gathered |= self.frozen() | self.trained() | whole
+        for name, source in (first.get("shared_params") or {}).items():
+            if source in gathered:
+                gathered.setdefault(name, gathered[source])
+        order = [name for name in module if name in gathered]
+        entries = {name: gathered[name] for name in (*order, *(name for name in gathered if name not in module))}
+        note = f"Weights are those of the optimiser, from the files of {len(self.flat)} ranks; a run may round them to fewer digits."
+        return Stored(entries, ("optimizer_state_dict",), (note, *placeholders(self.names)), self.files)
+
+    def trained(self) -> Entries:
+        """The parameters that were trained, from the flat groups."""
+        groups = parameter_groups(self.models[0])
+        if self.stage == 3:
+            shapes = {name: shape for group in groups for name, shape in group.items()}
+            counts = [-(-prod(shape) // len(self.flat)) for shape in shapes.values()]
+            return self.placed(shapes, counts, self.flat, [sum(counts)])
+        if any(len(rank) != len(groups) for rank in self.flat):
+            raise self.unequal(len(groups), len(self.flat[0]), "groups")
+        entries: Entries = {}
+        for group, parts in zip(groups, zip(*self.flat, strict=True), strict=True):
+            counts, unit = [prod(shape) for shape in group.values()], 2 * len(self.flat)
+            total = sum(counts)
+            entries |= self.placed(group, counts, [list(parts)], range(total, -(-total // unit) * unit + 1))
+        return entries
+
+    def frozen(self) -> Entries:
+        """The parameters that were not trained: whole in ZeRO 1 and 2, a slice in the file of each rank in ZeRO 3."""
+        shapes = cast("dict[str, Any]", self.models[0].get("frozen_param_shapes") or {})
+        fragments = [cast("dict[str, StoredTensor]", model.get("frozen_param_fragments") or {}) for model in self.models]
+        entries: Entries = {}
+        for name, shape in shapes.items():
+            parts = [[rank[name]] for rank in fragments]
+            if self.stage == 3:
+                count = -(-prod(shape) // len(parts))
+                entries |= self.placed({name: shape}, [count], parts, [count])
+            else:
+                entries[name] = Entry.of(parts[0][0])
+        return entries
+
+    def placed(self, shapes: dict[str, Any], counts: list[int], ranks: list[list[StoredTensor]], totals: Iterable[int]) -> Entries:
+        """Parameters of which each rank has `counts` entries, in a row; InputError where the numbers of a rank are not in `totals`."""
+        for rank in ranks:
+            have = sum(prod(tensor.shape) for tensor in rank)
+            if have not in totals or any(tensor.strides != (1,) or tensor.storage is None for tensor in rank):
+                raise self.unequal(sum(counts), have, "numbers")
+        entries: Entries = {}
+        start = 0
+        for (name, shape), count in zip(shapes.items(), counts, strict=True):
+            pieces = [piece for rank in ranks for piece in _between(rank, start, start + count)]
+            start += count
+            dtype = str(ranks[0][0].dtype).removeprefix("torch.") if ranks[0] else "float32"
+            entries[name] = Entry(tuple(shape), dtype, partial(_joined, pieces, tuple(shape)))
+        return entries
+
+    def unequal(self, expected: int, given: int, what: str) -> InputError:
+        """The error for shapes and flat groups that do not fit."""
+        msg = f"{self.folder} has {given} {what} for shapes of {expected}; expected the files of one step of one run: fetch them again"
+        return InputError(msg)
+
+
+def _complete(folder: Path, kinds: dict[str, dict[int, Path]], shared: Any, stage: int) -> None:
+    """InputError where a file of a rank is missing or one too many, or where groups are shared among different numbers of ranks."""
+    counts = cast("list[int]", shared if isinstance(shared, list) else [shared])
+    world = max(counts)
+    for kind, numbered in kinds.items():
+        ranks = range(world if kind == "optim" or stage == 3 else 1)
+        missing = [rank for rank in ranks if rank not in numbered]
+        if missing or len(numbered) > len(ranks):
+            rank = missing[0] if missing else max(numbered)
+            given = f"{'lacks' if missing else 'has, beside those of its ranks,'} zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"
+            msg = f"{folder} {given}; expected the files of {world} ranks: fetch those of one step of one run"
+            raise InputError(msg)
+    if len(set(counts)) > 1:
+        msg = f"{folder} shares its groups among {counts} ranks; expected one number: type engine.save_16bit_model('whole') where it trains"
+        raise InputError(msg)
+
+
+def parameter_groups(model: Any) -> list[dict[str, Any]]:
+    """Names and shapes of the trained parameters, group by group; older files have one group alone."""
+    shapes = model.get("param_shapes") or [] if isinstance(model, dict) else []
+    return [cast("dict[str, Any]", shapes)] if isinstance(shapes, dict) else cast("list[dict[str, Any]]", shapes)
+
+
+def _between(tensors: list[StoredTensor], start: int, stop: int) -> list[StoredTensor]:
+    """The entries from `start` to `stop` of flat tensors that lie one behind the other."""
+    pieces: list[StoredTensor] = []
+    for tensor in tensors:
+        size = tensor.shape[0]
+        first, last = max(start, 0), min(stop, size)
+        if first < last:
+            pieces.append(replace(tensor, shape=(last - first,), start=tensor.start + first))
+        start, stop = start - size, stop - size
+    return pieces
+
+
+def _joined(pieces: list[StoredTensor], shape: tuple[int, ...]) -> Tensor:
+    """The numbers of the pieces, one behind the other, without what pads the last of them; one piece at a time is in memory beside them."""
+    numbers, start = torch.empty(prod(shape), dtype=pieces[0].dtype if pieces else torch.float32), 0
+    for piece in pieces:
+        part = piece.load()[: len(numbers) - start]
+        numbers[start : start + len(part)] = part
+        start += len(part)
+    return numbers.reshape(shape)

@@ -330,27 +330,30 @@ def _summary(report: Report, screen: Screen) -> list[str]:
     """One wrapped line for each note."""
     ranked = sorted((row for row in report.layers if row.share is not None), key=lambda row: -(row.share or 0.0))
     shares = ", ".join(f"{short_name(row.name)} {100 * (row.share or 0.0):.0f}%" for row in ranked[:_SHOWN])
-    unbounded = [row for row in report.left_out if _is_unbounded(row)]
-    weights = [row for row in report.left_out if row.is_weight]
-    rest = Counter(row.reason.split(": ")[0] for row in report.left_out if row not in unbounded and row not in weights)
+    unbounded = [f"{row.name}, {row.reason}" for row in report.left_out if _is_unbounded(row)]
+    weights = [f"{row.name} ({row.reason})" for row in report.left_out if row.is_weight]
+    rest = Counter(row.reason.split(": ")[0] for row in report.left_out if not _is_unbounded(row) and not row.is_weight)
     facts = [
         ("largest shares", "bold", "" if report.advice else shares),
         ("wide", "yellow", report.advice),
-        ("no finite constant", "red", _few([f"{row.name}, {row.reason}" for row in unbounded])),
-        ("weights without a bound", "red", _few([f"{row.name} ({row.reason})" for row in weights])),
+        ("no finite constant", "red", _few(unbounded)),
+        ("weights without a bound", "red", _few(weights)),
         ("no rule", "red", _few(list(report.unsupported))),
         ("left out", "bold", ", ".join(f"{count} x {reason}" for reason, count in rest.most_common())),
         *(("note", "dim", note) for note in report.notes),
     ]
-    lines: list[str] = []
-    for title, style, text in facts:
-        if text:
-            first, *more = screen.wrapped(text, f"{title}: ")
-            lines += [screen.styled(title, style) + first[len(title) :], *more]
+    lines = [line for fact in facts for line in _titled(screen, *fact)]
     if report.left_out or report.unsupported:
         hint = screen.wrapped("every name and every reason: --verbose, or report.text(verbose=True)")
         lines += [screen.styled(line, "dim") for line in hint]
     return lines
+
+
+def _titled(screen: Screen, title: str, style: str, text: str) -> list[str]:
+    if not text:
+        return []
+    first, *more = screen.wrapped(text, f"{title}: ")
+    return [screen.styled(title, style) + first[len(title) :], *more]
 
 
 def _is_unbounded(row: LeftOut) -> bool:
@@ -366,17 +369,7 @@ def _few(items: list[str]) -> str:
 def _verbose(report: Report, screen: Screen) -> Iterable[list[str]]:
     """Notes, the reasons of each row, and every name that is left out: a block of lines each."""
     yield [line for note in report.notes for line in screen.wrapped(note, "  ", "    ")]
-    bounds = [(row.name, row.bound) for row in report.layers] + ([] if report.network is None else [("network", report.network)])
-    counts = Counter(part for _, bound in bounds for part in _parts(bound))
-    common = [part for part, n in counts.items() if n > max(1, len(bounds) / 3)]  # stated once, after the rows
-    marks = {part: f"[{i}]" for i, part in enumerate(common, 1)}
-    reasons: list[str] = []
-    for name, bound in bounds:
-        shared = "".join(marks[part] for part in _parts(bound) if part in marks)
-        of_bound = "; ".join(part for part in _parts(bound) if part not in marks)
-        reasons += [screen.styled(f"  {printable(name)}", "bold"), *screen.wrapped(f"{shared} {of_bound}".strip(), "    ", "    ")]
-    yield [screen.styled("reasons", "bold"), *reasons]
-    yield [line for part, mark in marks.items() for line in screen.wrapped(f"{mark} {part}", "  ", "      ")]
+    yield from _reasons(report, screen)
     for title, is_weight in (("weights without a bound", True), ("left out", False)):
         names: dict[str, list[str]] = {}
         for row in report.left_out:
@@ -386,6 +379,21 @@ def _verbose(report: Report, screen: Screen) -> Iterable[list[str]]:
         yield [screen.styled(title, "bold"), *lines] if lines else []
     calls = [line for call in report.unsupported for line in screen.wrapped(call, "  ", "    ")]
     yield [screen.styled("no rule", "bold"), *calls] if calls else []
+
+
+def _reasons(report: Report, screen: Screen) -> Iterable[list[str]]:
+    """The reasons of each row, then those that many rows share, which the rows only number."""
+    bounds = [(row.name, row.bound) for row in report.layers] + ([] if report.network is None else [("network", report.network)])
+    counts = Counter(part for _, bound in bounds for part in _parts(bound))
+    common = [part for part, n in counts.items() if n > max(1, len(bounds) / 3)]
+    marks = {part: f"[{i}]" for i, part in enumerate(common, 1)}
+    lines = [screen.styled("reasons", "bold")]
+    for name, bound in bounds:
+        shared = "".join(marks[part] for part in _parts(bound) if part in marks)
+        of_bound = "; ".join(part for part in _parts(bound) if part not in marks)
+        lines += [screen.styled(f"  {printable(name)}", "bold"), *screen.wrapped(f"{shared} {of_bound}".strip(), "    ", "    ")]
+    yield lines
+    yield [line for part, mark in marks.items() for line in screen.wrapped(f"{mark} {part}", "  ", "      ")]
 
 
 def _interval(bound: Bound) -> dict[str, float | None]:

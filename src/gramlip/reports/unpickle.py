@@ -98,14 +98,18 @@ _STANDINS: dict[str, Callable[[], Tensor]] = {
 }
 
 
+def _require(holds: bool, problem: str) -> None:
+    """Refuse a pickle that nothing real writes."""
+    if not holds:
+        raise ValueError(problem)
+
+
 # ---- what is rebuilt -----------------------------------------------------------------------------------------------------
 
 
 def _ints(values: Any) -> tuple[int, ...]:
     integers = tuple(cast("Iterable[Any]", values))
-    if not all(type(n) is int and 0 <= n < 1 << 62 for n in integers):
-        msg = f"a tensor of shape or strides {integers}"
-        raise ValueError(msg)
+    _require(all(type(n) is int and 0 <= n < 1 << 62 for n in integers), f"a tensor of shape or strides {integers}")
     return cast("tuple[int, ...]", integers)
 
 
@@ -124,32 +128,17 @@ def _view(dtype: torch.dtype, storage: Storage, start: int, shape: Any, strides:
     sizes, steps = _ints(shape), _ints(strides)
     (first,) = _ints((start,))
     count, available = int(np.prod(sizes, dtype=object)), storage.size // dtype.itemsize
-    if count and first + sum((n - 1) * s for n, s in zip(sizes, steps, strict=True)) >= available:
-        msg = f"a tensor of shape {sizes} reaches beyond the {available} numbers of its storage"
-        raise ValueError(msg)
-    if count > max(available, MOST_REPEATED):
-        msg = f"a tensor of shape {sizes} is made of {available} numbers"
-        raise ValueError(msg)
+    last = first + sum((n - 1) * s for n, s in zip(sizes, steps, strict=True))
+    _require(not count or last < available, f"a tensor of shape {sizes} reaches beyond the {available} numbers of its storage")
+    _require(count <= max(available, MOST_REPEATED), f"a tensor of shape {sizes} is made of {available} numbers")
     flips = tuple(key for key, on in flags.items() if on) if isinstance(flags, dict) else ()
     return StoredTensor(dtype, sizes, steps, first, storage, flips)
-
-
-def _quantised(storage: Storage, start: int, shape: Any, strides: Any, *_: Any) -> StoredTensor:
-    return _view(storage.dtype, storage, start, shape, strides, None)
 
 
 def _sparse(layout: Any, data: Any) -> Any:
     kind = str(layout).removeprefix("torch.")
     values, shape = (data[1], data[2]) if kind == "sparse_coo" else (data[2], data[3])
     return StoredTensor(values.dtype, _ints(shape), kind=kind) if kind in _STANDINS else Placeholder("torch._utils._rebuild_sparse_tensor")
-
-
-def _meta(dtype: torch.dtype, shape: Any, *_: Any) -> StoredTensor:
-    return StoredTensor(dtype, _ints(shape), kind="meta")
-
-
-def _nested(*_: Any) -> StoredTensor:
-    return StoredTensor(torch.float32, (), kind="nested")
 
 
 def _of_type(function: Any, kind: Any, args: Any, _state: Any) -> Any:
@@ -244,10 +233,10 @@ REBUILD: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": _untyped,
     "torch._utils._rebuild_parameter": _same,
     "torch._utils._rebuild_parameter_with_state": _same,
-    "torch._utils._rebuild_qtensor": _quantised,
+    "torch._utils._rebuild_qtensor": lambda storage, start, shape, strides, *_: _view(storage.dtype, storage, start, shape, strides, None),
     "torch._utils._rebuild_sparse_tensor": _sparse,
-    "torch._utils._rebuild_meta_tensor_no_storage": _meta,
-    "torch._utils._rebuild_nested_tensor": _nested,
+    "torch._utils._rebuild_meta_tensor_no_storage": lambda dtype, shape, *_: StoredTensor(dtype, _ints(shape), kind="meta"),
+    "torch._utils._rebuild_nested_tensor": lambda *_: StoredTensor(torch.float32, (), kind="nested"),
     "torch._utils._rebuild_device_tensor_from_numpy": _same,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _same,
     "torch._tensor._rebuild_from_type_v2": _of_type,
@@ -380,9 +369,7 @@ class Machine:
     def top(self, count: int) -> list[Any]:
         """The last items of the stack, popped."""
         items = self.stack[len(self.stack) - count :]
-        if len(items) < count:
-            msg = "more items popped than pushed"
-            raise ValueError(msg)
+        _require(len(items) == count, "more items popped than pushed")
         del self.stack[len(self.stack) - count :]
         return items
 
@@ -506,9 +493,7 @@ def _reader(file: IO[bytes], path: Path | None, offset: int) -> Callable[[int, i
 
 def _exactly(file: IO[bytes], count: int) -> bytearray:
     data = bytearray(count)
-    if cast("Any", file).readinto(data) != count:
-        msg = "the file ends before its numbers do"
-        raise ValueError(msg)
+    _require(cast("Any", file).readinto(data) == count, "the file ends before its numbers do")
     return data
 
 
@@ -521,9 +506,7 @@ def _zipped(file: IO[bytes], machine: Machine, path: Path | None = None) -> Any:
             raise InputError(msg)
         records = {info.filename: info for info in archive.infolist()}
         root = next(name for name in records if name.rpartition("/")[2] == "data.pkl").removesuffix("data.pkl")
-        if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
-            msg = "numbers in big-endian order"
-            raise ValueError(msg)
+        _require(f"{root}byteorder" not in records or archive.read(f"{root}byteorder") == b"little", "numbers in big-endian order")
 
         def member(folder: str) -> Any:
             def storage(key: Any) -> Storage:
@@ -541,13 +524,9 @@ def _zipped(file: IO[bytes], machine: Machine, path: Path | None = None) -> Any:
 
 def _record(file: IO[bytes], path: Path | None, info: zipfile.ZipInfo, dtype: torch.dtype, count: int) -> Storage:
     """The bytes of a record, which lie in the file as they are."""
-    if info.compress_type != zipfile.ZIP_STORED:
-        msg = f"{info.filename} is compressed"
-        raise ValueError(msg)
+    _require(info.compress_type == zipfile.ZIP_STORED, f"{info.filename} is compressed")
     size = count * dtype.itemsize
-    if not 0 <= size <= info.file_size:
-        msg = f"{info.filename} holds fewer than {count} numbers"
-        raise ValueError(msg)
+    _require(0 <= size <= info.file_size, f"{info.filename} holds fewer than {count} numbers")
     file.seek(info.header_offset)
     header = _exactly(file, 30)
     offset = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
@@ -583,12 +562,8 @@ def legacy(file: IO[bytes], machine: Machine, path: Path | None = None) -> Any:
         dtype = storages[key][1]
         size = int.from_bytes(_exactly(file, 8), "little") * dtype.itemsize
         offset = file.tell()
-        if storages[key][2] * dtype.itemsize > size or file.seek(0, 2) < offset + size:
-            msg = "the file ends before its numbers do"
-            raise ValueError(msg)
+        _require(storages[key][2] * dtype.itemsize <= size and file.seek(0, 2) >= offset + size, "the file ends before its numbers do")
         storages[key][0] = _reader(file, path, offset)
         file.seek(offset + size)
-    if any(place[0] is None for place in storages.values()):
-        msg = "a tensor without its numbers"
-        raise ValueError(msg)
+    _require(all(place[0] is not None for place in storages.values()), "a tensor without its numbers")
     return value

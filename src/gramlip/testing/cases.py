@@ -18,8 +18,6 @@ from gramlip.operators.linear_maps import Conv, Dense
 from gramlip.testing.oracle import oracle, torch_layer
 
 # ---- kernels -------------------------------------------------------------------------------------------------------------
-#
-# Named adversary kernels, which random draws hardly ever produce.
 
 Shape = tuple[int, ...]
 Maker = Callable[[Shape, torch.Generator], Tensor]
@@ -57,10 +55,6 @@ def _binomial(k: int, sign: int) -> Tensor:
     return torch.tensor([float(math.comb(k - 1, i) * sign**i) for i in range(k)], dtype=torch.float64)
 
 
-def _second_difference(shape: Shape, g: torch.Generator) -> Tensor:
-    return _channels(shape, _outer([_binomial(k, -1) for k in shape[2:]]))
-
-
 def _laplacian(shape: Shape, g: torch.Generator) -> Tensor:
     filter_ = -torch.ones(shape[2:], dtype=torch.float64)
     filter_[tuple(k // 2 for k in shape[2:])] += filter_.numel()
@@ -74,10 +68,6 @@ def _sobel(shape: Shape, g: torch.Generator) -> Tensor:
 
 def _ones(shape: Shape, g: torch.Generator) -> Tensor:
     return torch.ones(shape, dtype=torch.float64)
-
-
-def _alternating(shape: Shape, g: torch.Generator) -> Tensor:
-    return _ones(shape, g) * _outer([(-1.0) ** torch.arange(k, dtype=torch.float64) for k in shape[2:]])
 
 
 def _corner(shape: Shape, g: torch.Generator) -> Tensor:
@@ -104,26 +94,6 @@ def _orthogonal(shape: Shape, g: torch.Generator) -> Tensor:
     return torch.einsum("ai,bi,ip->abp", _basis(shape[0], inner, g), _basis(shape[1], inner, g), taps).reshape(shape)
 
 
-def _near_orthogonal(shape: Shape, g: torch.Generator) -> Tensor:
-    return _orthogonal(shape, g) + 1e-3 * _random(shape, g)
-
-
-def _rank_one(shape: Shape, g: torch.Generator) -> Tensor:
-    return _outer([_random((k,), g) for k in shape])
-
-
-def _zero(shape: Shape, g: torch.Generator) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64)
-
-
-def _tiny(shape: Shape, g: torch.Generator) -> Tensor:
-    return 1e-30 * _random(shape, g)
-
-
-def _huge(shape: Shape, g: torch.Generator) -> Tensor:
-    return 1e30 * _random(shape, g)
-
-
 def _ill_scaled(shape: Shape, g: torch.Generator) -> Tensor:
     scales = torch.logspace(0, -12, shape[0], dtype=torch.float64)
     return _random(shape, g) * scales.reshape(-1, *(1,) * (len(shape) - 1))
@@ -131,19 +101,19 @@ def _ill_scaled(shape: Shape, g: torch.Generator) -> Tensor:
 
 KERNELS: dict[str, Maker] = {
     "random": _random,
-    "second_difference": _second_difference,  # [1, -2, 1] and its outer products
+    "second_difference": lambda shape, _: _channels(shape, _outer([_binomial(k, -1) for k in shape[2:]])),  # [1, -2, 1], outer products
     "laplacian": _laplacian,  # zero mean: a zero block at frequency 0
     "sobel": _sobel,
     "ones": _ones,
-    "alternating": _alternating,
+    "alternating": lambda shape, g: _ones(shape, g) * _outer([(-1.0) ** torch.arange(k, dtype=torch.float64) for k in shape[2:]]),
     "corner": _corner,
     "wave": _wave,  # peaked at one frequency
     "orthogonal": _orthogonal,  # flat over all frequencies
-    "near_orthogonal": _near_orthogonal,
-    "rank_one": _rank_one,
-    "zero": _zero,
-    "tiny": _tiny,
-    "huge": _huge,
+    "near_orthogonal": lambda shape, g: _orthogonal(shape, g) + 1e-3 * _random(shape, g),
+    "rank_one": lambda shape, g: _outer([_random((k,), g) for k in shape]),
+    "zero": lambda shape, _: torch.zeros(shape, dtype=torch.float64),
+    "tiny": lambda shape, g: 1e-30 * _random(shape, g),
+    "huge": lambda shape, g: 1e30 * _random(shape, g),
     "ill_scaled": _ill_scaled,
     "denormal": _random,  # scaled below the normal range of its dtype
 }
@@ -162,8 +132,6 @@ KNOWN: dict[str, Maker] = {
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------------
-#
-# The case table: geometries of torch layers, each with a named adversary kernel. It is data only.
 
 Ints = tuple[int, ...]
 MODES = ("zeros", "circular", "reflect", "replicate")
@@ -341,24 +309,30 @@ def _drawn(mode: str, dims: int) -> list[Case]:
 
 def _draw(rng: random.Random, mode: str, dims: int, number: int) -> Case:
     transposed = mode == "zeros" and rng.random() < 0.3
-    out, inner, groups = rng.choice(CHANNELS[dims])
-    channels = (out * inner // groups, max(1, out // groups)) if transposed else (out, inner // groups)
-    if transposed:
-        channels = (groups * max(1, inner // groups), max(1, out // groups))
+    groups, channels = _drawn_channels(rng, dims, transposed)
     kernel = tuple(rng.choice(KERNEL_SIDES[dims]) for _ in range(dims))
     stride = tuple(rng.choice((1, 1, 2, 3)) for _ in range(dims))
     dilation = tuple(rng.choice((1, 1, 2, 3)) for _ in range(dims))
-    reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-    ways: list[tuple[tuple[int, int], ...]]
-    ways = [((r // 2, r - r // 2), (0, 0), (r // 2 + 1, r // 2 + 1), (r + 1, r + 1), (0, r // 2 + 1), (r, 0)) for r in reach]
-    padding: str | tuple[tuple[int, int], ...] = tuple(rng.choice(way) for way in ways)
+    padding: str | tuple[tuple[int, int], ...] = tuple(_pair(rng, d * (k - 1)) for k, d in zip(kernel, dilation, strict=True))
     if not transposed and max(stride) == 1 and rng.random() < 0.3:
         padding = "same"
     extra = tuple(rng.randrange(max(s, d)) for s, d in zip(stride, dilation, strict=True)) if transposed else (0,) * dims
-    kernel_name, dtype = rng.choice(list(KERNELS)), DTYPES[number % len(DTYPES)]
-    if dtype == torch.float16 and kernel_name in ("tiny", "huge", "ill_scaled"):
-        kernel_name = "random"
-    return Case(kernel_name, (*channels, *kernel), (1,) * dims, stride, padding, mode, dilation, groups, transposed, extra, dtype, number)
+    values, dtype = rng.choice(list(KERNELS)), DTYPES[number % len(DTYPES)]
+    if dtype == torch.float16 and values in ("tiny", "huge", "ill_scaled"):
+        values = "random"
+    return Case(values, (*channels, *kernel), (1,) * dims, stride, padding, mode, dilation, groups, transposed, extra, dtype, number)
+
+
+def _drawn_channels(rng: random.Random, dims: int, transposed: bool) -> tuple[int, Ints]:
+    """The number of groups, and the first two sides of the weight."""
+    out, inner, groups = rng.choice(CHANNELS[dims])
+    return groups, (groups * max(1, inner // groups), max(1, out // groups)) if transposed else (out, inner // groups)
+
+
+def _pair(rng: random.Random, reach: int) -> tuple[int, int]:
+    """Padding before and after an axis on which the kernel reaches so far."""
+    half = reach // 2
+    return rng.choice(((half, reach - half), (0, 0), (half + 1, half + 1), (reach + 1, reach + 1), (0, half + 1), (reach, 0)))
 
 
 def _fits(case: Case) -> bool:
@@ -438,8 +412,6 @@ TRAPS: dict[str, Case] = {
 
 
 # ---- conformance ---------------------------------------------------------------------------------------------------------
-#
-# `conformance`: runs the norm function of any library over the case table, and judges it against the oracle.
 
 ROUNDING = 1e-12  # accuracy of the oracle: a value closer than this to the truth is not called false
 VERDICTS = {

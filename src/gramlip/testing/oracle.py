@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,24 +101,24 @@ def torch_layer(
     d = weight.ndim - 2
     if d == 0:
         return _filled(nn.Linear, weight, weight.shape[1], weight.shape[0])
-    settings = {"stride": tuple(stride), "dilation": tuple(dilation), "groups": groups, "bias": False}
     pairs = [] if isinstance(padding, str) else list(padding)
-    even = all(lo == hi for lo, hi in pairs)
+    settings = {"stride": tuple(stride), "dilation": tuple(dilation), "groups": groups, "bias": False}
     if transposed:
-        channels = weight.shape[0], weight.shape[1] * groups
-        settings |= {"output_padding": tuple(output_padding)}
-        if even:
-            return _filled(_TRANSPOSED[d - 1], weight, *channels, weight.shape[2:], padding=tuple(lo for lo, _ in pairs), **settings)
-        crop = [x for lo, hi in reversed(pairs) for x in (-lo, -hi)]
-        return nn.Sequential(
-            _filled(_TRANSPOSED[d - 1], weight, *channels, weight.shape[2:], **settings), _PAD["zeros"][d - 1](tuple(crop))
-        )
-    channels = weight.shape[1] * groups, weight.shape[0]
-    if even:
-        amount = padding if isinstance(padding, str) else tuple(lo for lo, _ in pairs)
-        return _filled(_CONV[d - 1], weight, *channels, weight.shape[2:], padding=amount, padding_mode=padding_mode, **settings)
+        return _transposed(weight, pairs, settings | {"output_padding": tuple(output_padding)})
+    layer = partial(_filled, _CONV[d - 1], weight, weight.shape[1] * groups, weight.shape[0], weight.shape[2:], **settings)
+    if all(lo == hi for lo, hi in pairs):
+        return layer(padding=padding if isinstance(padding, str) else tuple(lo for lo, _ in pairs), padding_mode=padding_mode)
     room = tuple(x for pair in reversed(pairs) for x in pair)
-    return nn.Sequential(_PAD[padding_mode][d - 1](room), _filled(_CONV[d - 1], weight, *channels, weight.shape[2:], **settings))
+    return nn.Sequential(_PAD[padding_mode][d - 1](room), layer())
+
+
+def _transposed(weight: Tensor, pairs: Pairs, settings: dict[str, Any]) -> nn.Module:
+    dims, channels = weight.ndim - 2, (weight.shape[0], weight.shape[1] * settings["groups"])
+    layer = partial(_filled, _TRANSPOSED[dims - 1], weight, *channels, weight.shape[2:], **settings)
+    if all(lo == hi for lo, hi in pairs):
+        return layer(padding=tuple(lo for lo, _ in pairs))
+    crop = tuple(x for lo, hi in reversed(pairs) for x in (-lo, -hi))
+    return nn.Sequential(layer(), _PAD["zeros"][dims - 1](crop))
 
 
 def as_module(op: Conv | Dense | Diagonal) -> nn.Module:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,6 @@ from gramlip.operators.interval import Bound
 from gramlip.reports.output import aligned
 
 # ---- what a certificate took ---------------------------------------------------------------------------------------------
-#
-# The operations of a certificate, and the shortest possible time for them at the machine's rate of matrix products.
 
 SIDE = {"cpu": 1024, "cuda": 8192}  # size of the matrices whose product gives the rate
 DTYPES = (torch.float64, torch.float32, torch.complex128, torch.complex64)
@@ -55,7 +53,7 @@ class Counts:
     double: float
     single: float
 
-    def seconds(self, rates: dict[str, float]) -> float:
+    def seconds(self, rates: Mapping[str, float]) -> float:
         """The shortest time of these proofs in seconds, at the rate of matrix products, without lower bounds, memory traffic or calls."""
         return (self.forming + self.double) / rates["complex128"] + self.single / rates["complex64"]
 
@@ -157,8 +155,6 @@ def rates(device: torch.device, trials: int, quick: bool = False, dtypes: Sequen
 
 
 # ---- entries and claims --------------------------------------------------------------------------------------------------
-#
-# The benchmark's entries and claims, its table and its JSON.
 
 OURS = "gramlip"
 Work = Callable[[], "Bound | list[Bound] | float"]
@@ -239,6 +235,7 @@ class Claim:
 class Row:
     """The result of a row: entries, claims, and notes on what was left out."""
 
+    name: str = ""
     entries: list[Entry] = field(default_factory=list["Entry"])
     claims: list[Claim] = field(default_factory=list["Claim"])
     notes: list[str] = field(default_factory=list[str])
@@ -247,51 +244,44 @@ class Row:
         """The entry of a contender on a case."""
         return next(e for e in self.entries if e.case == case and e.contender == contender)
 
+    def at_least(self, text: str, measured: float, bound: float) -> None:
+        """Add the claim that a ratio is at least a number."""
+        self.claims.append(Claim(self.name, text, measured, bound, True))
 
-def contest(
-    row: str,
-    case: str,
-    works: Mapping[str, Work],
-    options: Options,
-    *,
-    truths: Mapping[str, float] | None = None,
-    counts: Mapping[str, Counts] | None = None,
-) -> list[Entry]:
-    """Time the contenders against each other; contenders in `truths` get a gap, those in `counts` a limit."""
-    options.say(f"{row}: {case}")
-    times = interleaved(works, options.device, options.trials)
-    base = times[OURS].median if OURS in times else None
-    truths, counts = truths or {}, counts or {}
-    return [_entry(row, case, who, time, base, truths.get(who), counts.get(who), options.rates) for who, time in times.items()]
+    def at_most(self, text: str, measured: float, bound: float) -> None:
+        """Add the claim that a ratio is at most a number."""
+        self.claims.append(Claim(self.name, text, measured, bound, False))
+
+    def contest(
+        self,
+        case: str,
+        works: Mapping[str, Work],
+        options: Options,
+        *,
+        truths: Mapping[str, float] | None = None,
+        counted: Iterable[str] = (),
+    ) -> None:
+        """Time the contenders against each other and add their entries; those in `truths` get a gap, those `counted` a limit."""
+        options.say(f"{self.name}: {case}")
+        counts = {who: count(works[who]) for who in counted}
+        times = interleaved(works, options.device, options.trials)
+        base = times[OURS].median if OURS in times else None
+        for who, time in times.items():
+            entry = replace(_timed(time), row=self.name, case=case, contender=who, ratio=time.median / base if base else None)
+            if truths and who in truths and entry.value is not None:
+                entry = replace(entry, gap=entry.value / truths[who] - 1)
+            if who in counts:
+                entry = replace(entry, counts=counts[who], limit=counts[who].seconds(options.rates))
+            self.entries.append(entry)
 
 
-def _entry(
-    row: str,
-    case: str,
-    who: str,
-    time: Timing[Bound | list[Bound] | float],
-    base: float | None,
-    truth: float | None,
-    counts: Counts | None,
-    rates: Mapping[str, float],
-) -> Entry:
-    shown = time.value
-    bounds = shown if isinstance(shown, list) else [shown] if isinstance(shown, Bound) else []
-    value = shown if isinstance(shown, float) else float(bounds[0].upper) if len(bounds) == 1 else None
+def _timed(time: Timing[Bound | list[Bound] | float]) -> Entry:
+    """The entry of a contender without its place: its times, the value and the width of its interval."""
+    result = time.value
+    bounds = result if isinstance(result, list) else [result] if isinstance(result, Bound) else []
+    value = result if isinstance(result, float) else float(bounds[0].upper) if len(bounds) == 1 else None
     width = max((float(b.upper) / b.lower - 1 if b.lower else math.inf for b in bounds), default=None)
-    return Entry(
-        row,
-        case,
-        who,
-        time.minimum,
-        time.median,
-        time.median / base if base else None,
-        value,
-        width,
-        value / truth - 1 if value is not None and truth else None,
-        counts,
-        counts.seconds(dict(rates)) if counts else None,
-    )
+    return Entry("", "", "", time.minimum, time.median, value=value, width=width)
 
 
 def total(entries: Sequence[Entry], case: str = "total") -> list[Entry]:

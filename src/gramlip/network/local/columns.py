@@ -331,7 +331,8 @@ class Columns:
         if isinstance(step.what, Input):
             return self._input(step)
         act = self._actions[i]
-        if any(s not in self._forms for s in (step.sources if act is None else act[0])):
+        reads = step.sources if act is None else act[0]
+        if not reads or any(s not in self._forms for s in reads):  # a call without a rule may have lost what it reads
             return None
         form = self._forms[step.sources[0]] if act is None else None
         if form is not None and isinstance(step.what, Slope) and tuple(form.loose.shape) == step.shape:

@@ -21,9 +21,7 @@ from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.operators.linear_maps import Scale
 
-# ---- slopes on an interval -----------------------------------------------------------------------------------------------
-#
-# Functions whose slopes are bounded only on an interval, and quotients. docs/network.md#ranges.
+# ---- slopes on an interval: docs/network.md#ranges -----------------------------------------------------------------------
 
 ROOM = 1.0 + 2.0**-41  # the C library's functions are off by a few units in the last place, a power by up to 710 for that of its exponent
 Reach = Callable[[float, float], Slope | None]
@@ -45,32 +43,15 @@ def _on(name: str, a: float, b: float, ends: tuple[float, float], slopes: tuple[
     return Slope(low, high, because, _outward(*ends), (-INF, INF))
 
 
-def _exp(a: float, b: float) -> Slope | None:
-    return _on("exp", a, b, (math.exp(a), math.exp(b)), (math.exp(a), math.exp(b))) if b < 700 else None
-
-
-def _exp2(a: float, b: float) -> Slope | None:
-    return _on("exp2", a, b, (2.0**a, 2.0**b), (math.log(2.0) * 2.0**a, math.log(2.0) * 2.0**b)) if b < 1000 else None
-
-
-def _expm1(a: float, b: float) -> Slope | None:
-    return _on("expm1", a, b, (math.expm1(a), math.expm1(b)), (math.exp(a), math.exp(b))) if b < 700 else None
-
-
-def _sqrt(a: float, b: float) -> Slope | None:
-    return _on("sqrt", a, b, (math.sqrt(a), math.sqrt(b)), (0.0, 0.5 / math.sqrt(a))) if a > 1e-200 else None
+def _rising(
+    name: str, value: Callable[[float], float], slopes: Callable[[float, float], tuple[float, float]], holds: Callable[[float, float], bool]
+) -> Reach:
+    """A function that rises, with these slopes on [a, b], where that holds."""
+    return lambda a, b: _on(name, a, b, (value(a), value(b)), slopes(a, b)) if holds(a, b) else None
 
 
 def _rsqrt(a: float, b: float) -> Slope | None:
     return _on("rsqrt", a, b, (0.0, 1.0 / math.sqrt(a)), (-0.5 / a / math.sqrt(a), 0.0)) if a > 1e-100 else None
-
-
-def _log(a: float, b: float) -> Slope | None:
-    return _on("log", a, b, (math.log(a), math.log(b)), (0.0, 1.0 / a)) if a > 1e-200 else None
-
-
-def _log1p(a: float, b: float) -> Slope | None:
-    return _on("log1p", a, b, (math.log1p(a), math.log1p(b)), (0.0, 1.0 / (1.0 + a))) if a > -1.0 else None
 
 
 def _reciprocal(a: float, b: float) -> Slope | None:
@@ -78,11 +59,6 @@ def _reciprocal(a: float, b: float) -> Slope | None:
     if a <= 0.0 <= b or near < 1e-100:
         return None
     return _on("one over", a, b, (min(1 / a, 1 / b, 0.0), max(1 / a, 1 / b, 0.0)), (-1.0 / near / near, 0.0))
-
-
-def _sinh(a: float, b: float) -> Slope | None:
-    most = max(abs(a), abs(b))
-    return _on("sinh", a, b, (math.sinh(a), math.sinh(b)), (1.0, math.cosh(most))) if most < 700 else None
 
 
 def _cosh(a: float, b: float) -> Slope | None:
@@ -113,15 +89,15 @@ def _power(exponent: float, a: float, b: float) -> Slope | None:
 
 
 STEEP: dict[str, Reach | None] = {
-    "exp": _exp,
-    "exp2": _exp2,
-    "expm1": _expm1,
-    "sqrt": _sqrt,
+    "exp": _rising("exp", math.exp, lambda a, b: (math.exp(a), math.exp(b)), lambda _, b: b < 700),
+    "exp2": _rising("exp2", lambda x: 2.0**x, lambda a, b: (math.log(2.0) * 2.0**a, math.log(2.0) * 2.0**b), lambda _, b: b < 1000),
+    "expm1": _rising("expm1", math.expm1, lambda a, b: (math.exp(a), math.exp(b)), lambda _, b: b < 700),
+    "sqrt": _rising("sqrt", math.sqrt, lambda a, _: (0.0, 0.5 / math.sqrt(a)), lambda a, _: a > 1e-200),
     "rsqrt": _rsqrt,
-    "log": _log,
-    "log1p": _log1p,
+    "log": _rising("log", math.log, lambda a, _: (0.0, 1.0 / a), lambda a, _: a > 1e-200),
+    "log1p": _rising("log1p", math.log1p, lambda a, _: (0.0, 1.0 / (1.0 + a)), lambda a, _: a > -1.0),
     "reciprocal": _reciprocal,
-    "sinh": _sinh,
+    "sinh": _rising("sinh", math.sinh, lambda a, b: (1.0, math.cosh(max(-a, b))), lambda a, b: max(-a, b) < 700),
     "cosh": _cosh,
     "tan": None,
 }
@@ -160,9 +136,7 @@ def quotient(call: Call, numerator: Var | None, denominator: Var) -> Var:
     return inverse if numerator is None else call.then(Product("entries"), numerator, inverse)
 
 
-# ---- slopes everywhere ---------------------------------------------------------------------------------------------------
-#
-# Entrywise functions with the exact range of their slopes, outward rounded. docs/network.md#activations.
+# ---- slopes everywhere, outward rounded: docs/network.md#activations -----------------------------------------------------
 
 INF = math.inf
 JUMP = 1e-6  # the largest jump of a softplus that is taken for the smooth function
@@ -222,11 +196,8 @@ def _gelu(call: Call) -> Slope:
 @register("aten.leaky_relu")
 def _leaky(call: Call) -> Slope:
     s = float(call.const("negative_slope"))
-    return Slope(min(s, 1.0), max(s, 1.0), f"leaky relu: slopes {s:.6g} and 1", sharp=True, within=_leaking(s))
-
-
-def _leaking(s: float) -> Within:
-    return kinked(partial(F.leaky_relu, negative_slope=s), [0.0], [s, 1.0])
+    on = kinked(partial(F.leaky_relu, negative_slope=s), [0.0], [s, 1.0])
+    return Slope(min(s, 1.0), max(s, 1.0), f"leaky relu: slopes {s:.6g} and 1", sharp=True, within=on)
 
 
 @register("aten.rrelu")

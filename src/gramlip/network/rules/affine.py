@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -24,9 +24,7 @@ from gramlip.numerics.rounding import frobenius_up, row_norms_up
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Dense, Scale
 
-# ---- two values ----------------------------------------------------------------------------------------------------------
-#
-# Matrix products of two values that depend on the input, and dot-product attention. docs/network.md#attention.
+# ---- products of two values, and attention: docs/network.md#attention -----------------------------------------------------
 
 
 def product(call: Call, left: Var, right: Var) -> Var:
@@ -34,25 +32,12 @@ def product(call: Call, left: Var, right: Var) -> Var:
 
     Batch axes that are broadcast repeat the factor.
     """
-    pair = [_spread(call, v, (*call.shape[:-2], *v.shape[-2:])) for v in (left, right)]
+    pair = [spread(call, v, (*call.shape[:-2], *v.shape[-2:]), "matrix") for v in (left, right)]
     scores = _scores(call, left)
     if scores is not None and pair[0] is left and pair[1] is right:
         queries, keys = (Var(at, call.steps[at].shape) for at in scores[:2])
         return call.then(Attention(scores[2], transposed=True), queries, keys, right)
     return call.then(Product("matrix"), *pair)
-
-
-def _spread(call: Call, x: Var, shape: tuple[int, ...]) -> Var:
-    if x.shape == shape:
-        return x
-    repeats = math.prod(shape) // math.prod(x.shape)
-    return call.then(_copies(shape, repeats, f"each matrix repeated {repeats} times"), x, shape=shape)
-
-
-def _copies(shape: tuple[int, ...], repeats: int, because: str) -> Lipschitz:
-    """Broadcasting to a shape."""
-    root = rd.sqrt_up(float(repeats))
-    return Lipschitz(root, because, same_range=True, linear=LinearAction(lambda value: value.expand(shape), root))
 
 
 def _unviewed(call: Call, step: Step) -> Step:
@@ -118,20 +103,23 @@ def _grouped(call: Call, x: Var, heads: int) -> Var:
 @register("aten.linalg_cross", "aten.cross")
 def _cross(call: Call) -> Var:
     """With a fixed vector v linear, of norm |v|; of two values the difference of two products of entries."""
-    first = "self" if "self" in call.args else "input"
-    dim = call.args.get("dim")
-    axis = call.shape.index(3) if dim is None else int(dim)
-    sides = [(call[name], call.error_of(name)) for name in (first, "other")]
-    for fixed, errors in sides:
-        if isinstance(fixed, Tensor):
-            vectors = to_float64(fixed).abs() + (0.0 if errors is None else errors)
-            longest = float(row_norms_up(vectors.broadcast_to(call.shape).movedim(axis, -1).reshape(-1, 3)).max())
-            x = call.vars[0]
-            return call.then(Lipschitz(longest, "a cross product with fixed vectors: the longest of them"), spread(call, x, call.shape))
-    a, b = (spread(call, v, call.shape) for v, _ in sides)
+    sides = ["self" if "self" in call.args else "input", "other"]
+    fixed = next((name for name in sides if isinstance(call[name], Tensor)), None)
+    if fixed is not None:
+        return _cross_with(call, fixed)
+    a, b = (spread(call, call[name], call.shape) for name in sides)
     (a1, b1), (a2, b2) = ([call.then(View(), x) for x in (a, b)] for _ in (1, 2))  # turned by one place, and by two
     minus = _times(call, call.then(Product("entries"), a2, b1), torch.tensor(-1.0, dtype=torch.float64), known=_ONE)
     return call.then(Sum((1, 1)), call.then(Product("entries"), a1, b2), minus)
+
+
+def _cross_with(call: Call, fixed: str) -> Var:
+    dim, errors = call.args.get("dim"), call.error_of(fixed)
+    axis = call.shape.index(3) if dim is None else int(dim)
+    vectors = to_float64(call[fixed]).abs() + (0.0 if errors is None else errors)
+    longest = float(row_norms_up(vectors.broadcast_to(call.shape).movedim(axis, -1).reshape(-1, 3)).max())
+    what = Lipschitz(longest, "a cross product with fixed vectors: the longest of them")
+    return call.then(what, spread(call, call.vars[0], call.shape))
 
 
 @register("aten.bilinear")
@@ -161,7 +149,25 @@ def _one_side(call: Call) -> Var:
 
 # ---- einsum --------------------------------------------------------------------------------------------------------------
 #
-# `einsum` of one or two operands: sums, a constant matrix for each shared index, or a product of two values.
+# Of one or two operands: sums, a constant matrix for each shared index, or a product of two values.
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """A value or a constant, and the index of each of its axes."""
+
+    x: Var | Tensor
+    term: str
+
+    def size(self, letters: str) -> int:
+        """The number of entries along these indices."""
+        return math.prod(self.x.shape[self.term.index(c)] for c in letters)
+
+    def grouped(self, call: Call, groups: Sequence[str]) -> Var:
+        """The value with its indices in the order of the groups, each group an axis of a new shape."""
+        assert isinstance(self.x, Var)
+        layout = "rows" if groups[-1] == self.term[-1] else "columns" if groups[-2] == self.term[-1] else ""
+        return call.then(View(self.term == "".join(groups), layout), self.x, shape=tuple(map(self.size, groups)))
 
 
 def _letters(call: Call, operands: Sequence[Var | Tensor]) -> tuple[list[str], str]:
@@ -184,66 +190,55 @@ def _letters(call: Call, operands: Sequence[Var | Tensor]) -> tuple[list[str], s
     return terms, result
 
 
-def _plain(call: Call, operands: Sequence[Var | Tensor], terms: Sequence[str]) -> tuple[list[Var | Tensor], list[str]]:
+def _plain(call: Call, operands: Sequence[Var | Tensor], terms: Sequence[str]) -> list[_Operand]:
     """Each index once in an operand, by its diagonal, and everywhere of one size, by repeats."""
     sizes: dict[str, int] = {}
     for x, term in zip(operands, terms, strict=True):
         for c, n in zip(term, x.shape, strict=True):
             sizes[c] = max(n, sizes.get(c, 1))
-    reduced: list[tuple[Var | Tensor, str]] = []
+    reduced: list[_Operand] = []
     for x, term in zip(operands, terms, strict=True):
         letters = "".join(dict.fromkeys(term))
         shape, alike = tuple(sizes[c] for c in letters), all(n == sizes[c] for c, n in zip(term, x.shape, strict=True))
         if letters == term and alike:
-            reduced.append((x, term))
+            reduced.append(_Operand(x, term))
         elif isinstance(x, Tensor):
-            reduced.append((torch.einsum(f"{term}->{letters}", x).expand(shape), letters))
+            reduced.append(_Operand(torch.einsum(f"{term}->{letters}", x).expand(shape), letters))
         else:
-            picked = (
-                x
-                if letters == term
-                else call.then(Lipschitz(1.0, "a diagonal", same_range=True), x, shape=tuple(x.shape[term.index(c)] for c in letters))
-            )
-            reduced.append((spread(call, picked, shape), letters))
-    return [x for x, _ in reduced], [term for _, term in reduced]
-
-
-def _viewed(call: Call, x: Var, term: str, groups: Sequence[str], shape: tuple[int, ...]) -> Var:
-    """The value with its indices in the order of the groups, each group an axis of a new shape."""
-    layout = "rows" if groups[-1] == term[-1] else "columns" if groups[-2] == term[-1] else ""
-    return call.then(View(term == "".join(groups), layout), x, shape=shape)
-
-
-def _size(x: Var | Tensor, term: str, letters: str) -> int:
-    return math.prod(x.shape[term.index(c)] for c in letters)
+            diagonal, own = Lipschitz(1.0, "a diagonal", same_range=True), tuple(x.shape[term.index(c)] for c in letters)
+            reduced.append(_Operand(spread(call, x if letters == term else call.then(diagonal, x, shape=own), shape), letters))
+    return reduced
 
 
 @register("aten.einsum")
 def _einsum(call: Call) -> Var:
-    operands: list[Var | Tensor] = list(call["tensors"])
-    given, result = _letters(call, operands)
-    operands, terms = _plain(call, operands, given)
+    terms, result = _letters(call, call["tensors"])
+    operands, error = _plain(call, call["tensors"], terms), 0.0
     if len(operands) == 1:
-        count = _size(operands[0], terms[0], "".join(c for c in terms[0] if c not in result))
-        assert isinstance(operands[0], Var)
-        root = rd.sqrt_up(float(count))
-        linear = call.linear(root) if operands[0] == call.vars[0] else None
-        return call.then(Lipschitz(root, f"sums over {count} entries: the root of their number", linear=linear), operands[0])
-    error = 0.0
+        return _sums(call, operands[0], result)
     if len(operands) > 2:
-        operands, terms, error = _contracted(call, operands, terms, result)
-    (left, right), (a, b) = operands, terms
-    if isinstance(left, Var) and isinstance(right, Var):
-        return _product(call, (left, right), (a, b), result)
-    constant, variable = ((left, a), (right, b)) if isinstance(right, Var) else ((right, b), (left, a))
-    assert isinstance(constant[0], Tensor)
-    if len(call["tensors"]) == 2:
+        operands, error = _contracted(call, operands, result)
+    left, right = operands
+    if isinstance(left.x, Var) and isinstance(right.x, Var):
+        return _product(call, left, right, result)
+    constant, variable = (left, right) if isinstance(right.x, Var) else (right, left)
+    assert isinstance(variable.x, Var)
+    plain = len(call["tensors"]) == 2
+    if plain:
         error = sum(frobenius_up(e) if bool(e.isfinite().all()) else math.inf for e in tensors(call.error_of("tensors")))
-    assert isinstance(variable[0], Var)
-    action, count = _matrices(constant[0], constant[1], variable[0], variable[1], result, error)
-    if len(call["tensors"]) == 2 and variable[0] == call.vars[0]:
+    action, count = _matrices(constant, variable, result, error)
+    if plain and variable.x == call.vars[0]:
         action = replace(action, linear=call.linear(_moduli(call, action.upper), rd.mul_up(error, count)))
-    return call.then(action, variable[0])
+    return call.then(action, variable.x)
+
+
+def _sums(call: Call, operand: _Operand, result: str) -> Var:
+    """Sums over the indices that the result has not."""
+    assert isinstance(operand.x, Var)
+    count = operand.size("".join(c for c in operand.term if c not in result))
+    root = rd.sqrt_up(float(count))
+    linear = call.linear(root) if operand.x == call.vars[0] else None
+    return call.then(Lipschitz(root, f"sums over {count} entries: the root of their number", linear=linear), operand.x)
 
 
 def _moduli(call: Call, upper: float) -> float:
@@ -251,48 +246,54 @@ def _moduli(call: Call, upper: float) -> float:
     return rd.mul_up(upper, rd.sqrt_up(float(min(math.prod(call.vars[0].shape), math.prod(call.shape)))))
 
 
-def _contracted(
-    call: Call, operands: Sequence[Var | Tensor], terms: Sequence[str], result: str
-) -> tuple[list[Var | Tensor], list[str], float]:
+def _contracted(call: Call, operands: Sequence[_Operand], result: str) -> tuple[list[_Operand], float]:
     """The one variable and the product of all constants, over the indices that it or the result has; a bound of the product's rounding."""
-    fixed = [(to_float64(x), term) for x, term in zip(operands, terms, strict=True) if isinstance(x, Tensor)]
-    moving = [(x, term) for x, term in zip(operands, terms, strict=True) if isinstance(x, Var)]
+    fixed = [(to_float64(o.x), o.term) for o in operands if isinstance(o.x, Tensor)]
+    moving = [o for o in operands if isinstance(o.x, Var)]
     if len(moving) != 1:
         msg = f"einsum of {len(operands)} operands, {len(moving)} of which depend on the input; expected one: multiply them two by two"
         raise UnsupportedError(msg)
     letters = "".join(sorted({c for _, term in fixed for c in term}))
-    kept = "".join(c for c in letters if c in moving[0][1] or c in result)
+    kept = "".join(c for c in letters if c in moving[0].term or c in result)
     equation = ",".join(term for _, term in fixed) + "->" + kept
     sizes = {c: n for x, term in fixed for c, n in zip(term, x.shape, strict=True)}
     moduli = torch.einsum(equation, *(x.abs() for x, _ in fixed))
-    roundings = float(math.prod(sizes.values()) + 4 * len(fixed))
-    error = (
-        0.0
-        if not bool(moduli.any())
-        else rd.add_up(rd.mul_up(rd.gamma(roundings), frobenius_up(moduli)), rd.mul_up(roundings * moduli.numel(), rd.TINY))
-    )
-    return [moving[0][0], torch.einsum(equation, *(x for x, _ in fixed))], [moving[0][1], kept], error
+    roundings, error = float(math.prod(sizes.values()) + 4 * len(fixed)), 0.0
+    if bool(moduli.any()):
+        error = rd.add_up(rd.mul_up(rd.gamma(roundings), frobenius_up(moduli)), rd.mul_up(roundings * moduli.numel(), rd.TINY))
+    return [moving[0], _Operand(torch.einsum(equation, *(x for x, _ in fixed)), kept)], error
 
 
-def _matrices(weight: Tensor, w: str, x: Var | Tensor, v: str, result: str, error: float) -> tuple[Lipschitz, float]:
+def _matrices(constant: _Operand, variable: _Operand, result: str, error: float) -> tuple[Lipschitz, float]:
     """The largest of the constant's matrices, one for each index that all three share; sums over what only the variable has.
 
     With it the root of how many of the variable's entries are summed so.
     """
+    w, v = constant.term, variable.term
+    assert isinstance(constant.x, Tensor)
     if any(c not in v and c not in result for c in w):
         msg = f"einsum sums the constant over {w!r} alone; expected the sum taken before"
         raise UnsupportedError(msg)
-    weight = weight.detach()
-    shared, inner, new = (
-        "".join(c for c in w if c in v and c in result),
-        "".join(c for c in w if c in v and c not in result),
-        "".join(c for c in w if c not in v),
-    )
-    rows, columns = _size(weight, w, new), _size(weight, w, inner)
-    matrices = weight.permute([w.index(c) for c in shared + new + inner]).reshape(-1, rows, columns)
-    top = rd.add_up(largest(matrices), error)
-    root = rd.sqrt_up(float(_size(x, v, "".join(c for c in v if c not in w and c not in result))))
+    shared, inner = "".join(c for c in w if c in v and c in result), "".join(c for c in w if c in v and c not in result)
+    new = "".join(c for c in w if c not in v)
+    weight = constant.x.detach().permute([w.index(c) for c in shared + new + inner])
+    top = rd.add_up(largest(weight.reshape(-1, constant.size(new), constant.size(inner))), error)
+    root = rd.sqrt_up(float(variable.size("".join(c for c in v if c not in w and c not in result))))
     return Lipschitz(rd.mul_up(top, root), "einsum with a constant: the largest of its matrices"), root
+
+
+def _product(call: Call, left: _Operand, right: _Operand, result: str) -> Var:
+    """Two values as matrices over what they share, what one has alone, and what is summed."""
+    a, b = left.term, right.term
+    shared = "".join(c for c in result if c in a and c in b)
+    inner = "".join(c for c in a if c in b and c not in result)
+    rows, columns = "".join(c for c in result if c not in b), "".join(c for c in result if c not in a)
+    if set(a) - set(shared + inner + rows) or set(b) - set(shared + inner + columns):
+        msg = f"einsum {call['equation']!r} sums over an index of one of two values that depend on the input, which no rule covers"
+        raise UnsupportedError(msg)
+    x, y = left.grouped(call, (shared, rows, inner)), right.grouped(call, (shared, inner, columns))
+    value = product(replace(call, shape=(*x.shape[:2], y.shape[2])), x, y)
+    return call.then(View(shared + rows + columns == result), value)
 
 
 def largest(matrices: Tensor) -> float:
@@ -312,25 +313,7 @@ def largest(matrices: Tensor) -> float:
     return top
 
 
-def _product(call: Call, pair: tuple[Var, Var], terms: tuple[str, str], result: str) -> Var:
-    """Two values as matrices over what they share, what one has alone, and what is summed."""
-    (x, y), (a, b) = pair, terms
-    shared = "".join(c for c in result if c in a and c in b)
-    inner = "".join(c for c in a if c in b and c not in result)
-    rows, columns = "".join(c for c in result if c not in b), "".join(c for c in result if c not in a)
-    if set(a) - set(shared + inner + rows) or set(b) - set(shared + inner + columns):
-        msg = f"einsum {call['equation']!r} sums over an index of one of two values that depend on the input, which no rule covers"
-        raise UnsupportedError(msg)
-    batch, m, k, n = _size(x, a, shared), _size(x, a, rows), _size(x, a, inner), _size(y, b, columns)
-    left = _viewed(call, x, a, (shared, rows, inner), (batch, m, k))
-    right = _viewed(call, y, b, (shared, inner, columns), (batch, k, n))
-    value = product(replace(call, shape=(batch, m, n)), left, right)
-    return call.then(View(shared + rows + columns == result), value)
-
-
-# ---- maps with weights ---------------------------------------------------------------------------------------------------
-#
-# Linear maps with weights: convolutions, matrices, constants that add or multiply. docs/network.md#affine-maps.
+# ---- maps with weights: docs/network.md#affine-maps -----------------------------------------------------------------------
 
 
 def entries_of(value: object) -> Tensor | None:
@@ -338,6 +321,15 @@ def entries_of(value: object) -> Tensor | None:
     if isinstance(value, bool | int | float):
         value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
     return to_float64(value) if isinstance(value, Tensor) and not value.is_complex() else None
+
+
+def _constant(call: Call, value: object) -> Tensor:
+    """The entries of a constant; UnsupportedError for one of another type than real numbers."""
+    entries = entries_of(value)
+    if entries is None:
+        msg = f"{call.op} with a constant of another type, which no rule covers"
+        raise UnsupportedError(msg)
+    return entries
 
 
 def _along(bias: Tensor | None, axis: int, ndim: int) -> Tensor | float:
@@ -479,12 +471,14 @@ def _conv(call: Call) -> Linear | Var:
     return up_to(op, call.error_of("weight"), _along(call.const("bias"), 1, len(call.shape)), most(call.error_of("bias")))
 
 
-def spread(call: Call, x: Var, shape: tuple[int, ...]) -> Var:
-    """The variable broadcast to a shape: each entry repeated, so the root of the repeats."""
+def spread(call: Call, x: Var, shape: tuple[int, ...], part: str = "entry") -> Var:
+    """The variable broadcast to a shape: each entry, or each part of another kind, repeated, so the root of the repeats."""
     if x.shape == shape:
         return x
     repeats = math.prod(shape) // math.prod(x.shape)
-    return call.then(_copies(shape, repeats, f"each entry repeated {repeats} times"), x, shape=shape)
+    root = rd.sqrt_up(float(repeats))
+    linear = LinearAction(lambda value: value.expand(shape), root)
+    return call.then(Lipschitz(root, f"each {part} repeated {repeats} times", same_range=True, linear=linear), x, shape=shape)
 
 
 def _times(
@@ -511,17 +505,12 @@ register("aten.add", "aten.sub", "aten.rsub")(added)
 def _summed(call: Call, left: Any, right: Any, signs: tuple[float, float] = (1.0, 1.0), bias_error: float = 0.0) -> Var:
     """Two values, or one and a constant known up to `bias_error`, each times its sign, added."""
     terms = [(v, s) for v, s in zip((left, right), signs, strict=True) if isinstance(v, Var)]
-    constant = [entries_of(v) for v in (left, right) if not isinstance(v, Var)]
-    if any(c is None for c in constant):
-        msg = f"{call.op} with a constant of another type, which no rule covers"
-        raise UnsupportedError(msg)
     if len(terms) == 1:
         x, sign = terms[0]
-        at = signs[1] if isinstance(left, Var) else signs[0]
-        known = _ONE if abs(sign) == 1 else None
-        assert constant[0] is not None
-        bias = constant[0] * at
+        other, at = (right, signs[1]) if isinstance(left, Var) else (left, signs[0])
+        bias = _constant(call, other) * at
         bias_error = rd.add_up(rd.mul_up(bias_error, abs(at)), 0.0 if abs(at) == 1 else _bias_error(bias))
+        known = _ONE if abs(sign) == 1 else None
         return _times(call, x, torch.tensor(sign, dtype=torch.float64), bias, known=known, bias_error=bias_error)
     signed = [
         v if s == 1 else _times(_shaped(call, v.shape), v, torch.tensor(s, dtype=torch.float64), known=_ONE if s == -1 else None)
@@ -547,17 +536,9 @@ def _mul(call: Call) -> Var | Unbounded:
         left, right = spread(call, left, call.shape), spread(call, right, call.shape)
         return quotient(call, left, right) if divides else call.then(Product("entries"), left, right)
     if divides and isinstance(right, Var):
-        numerator = entries_of(left)
-        if numerator is None:
-            msg = f"{call.op} with a constant of another type, which no rule covers"
-            raise UnsupportedError(msg)
-        return _times(call, quotient(call, None, right), numerator, error=most(call.error_of("self")))
+        return _times(call, quotient(call, None, right), _constant(call, left), error=most(call.error_of("self")))
     x, other = (left, right) if isinstance(left, Var) else (right, left)
-    constant = entries_of(other)
-    if constant is None:
-        msg = f"{call.op} with a constant of another type, which no rule covers"
-        raise UnsupportedError(msg)
-    errors = call.error_of("other" if x is left else "self")
+    constant, errors = _constant(call, other), call.error_of("other" if x is left else "self")
     if not divides:
         return _times(call, x, constant, error=most(errors))
     if not bool((constant != 0).all()):

@@ -142,25 +142,25 @@ class Pieces:
 
     def activation(self, f: Known, what: Slope, name: str) -> Known:
         """An entrywise function of f."""
-        assert what.within is not None
-        value = f.value
-        slopes, values = _on(what, value)
-        inner = meet(times(slopes, value), _decay(what, name, value))  # v a'(v) at the values v of f
+        slopes, values = _on(what, f.value)
+        inner = meet(times(slopes, f.value), _decay(what, name, f.value))  # v a'(v) at the values v of f
         grown = meet(times(slopes, f.grown), times(inner, f.rate))
         slope = meet(times(slopes, f.slope), times(grown, self.to(-1)))
-        zero = interval(0.0)
-        bounded, at_zero = max(map(abs, what.image)) < INF, meet(interval(*what.at_zero), _on(what, zero)[1])
+        bounded, at_zero = max(map(abs, what.image)) < INF, meet(interval(*what.at_zero), _on(what, interval(0.0))[1])
         k = 0 if (bounded if self.far else what.at_zero != (0.0, 0.0)) else f.k
-        h = times(values, self.to(-k))
-        near = value.gather(-1, value.abs().argmin(-1, keepdim=True)).clamp(-FAR, FAR)
-        near = torch.where((value[..., :1] <= 0) & (value[..., 1:] >= 0), 0.0, near).expand(value.shape)
-        for chords, start, image in (
-            (_on(what, hull(value, near))[0], near, _on(what, near)[1]),
-            (_on(what, hull(value, zero))[0], zero, at_zero),
-        ):
+        h = meet(times(values, self.to(-k)), self._along_chords(f, what, k, at_zero))
+        return self.closed(Known(k, h, values, slope, grown, WHOLE, f.away, f.at_zero))
+
+    def _along_chords(self, f: Known, what: Slope, k: int, at_zero: Tensor) -> Tensor:
+        """Values over `t^k`, from those at one point of each piece, and at 0, along the chords from there."""
+        near = f.value.gather(-1, f.value.abs().argmin(-1, keepdim=True)).clamp(-FAR, FAR)
+        near, zero = torch.where(_holds_zero(f.value)[..., None], 0.0, near).expand(f.value.shape), interval(0.0)
+        h = WHOLE
+        for start, image in ((near, _on(what, near)[1]), (zero, at_zero)):
+            chords = _on(what, hull(f.value, start))[0]
             offset = plus(image, times(times(chords, start), interval(-1.0)))
             h = meet(h, plus(times(times(chords, f.h), self.to(f.k - k)), times(offset, self.to(-k))))
-        return self.closed(Known(k, h, values, slope, grown, WHOLE, f.away, f.at_zero))
+        return h
 
     def steep(self, f: Known, what: Unbounded) -> Known:
         """A function that has bounded slopes on intervals alone, each piece by itself."""
@@ -372,10 +372,11 @@ class _Grid:
         edges[0], edges[-1] = self.low, self.high
         return _Grid(self.row.repeat(PARTS), self.sign.repeat(PARTS), edges[:-1].reshape(-1), edges[1:].reshape(-1))
 
-    def middles(self) -> _Grid:
-        """A point of each piece."""
+    def with_middles(self) -> _Grid:
+        """The pieces, and after them a point of each."""
         middle = torch.where(self.high == INF, 2 * self.low, (self.low + self.high) / 2)
-        return _Grid(self.row, self.sign, middle, middle)
+        ends = torch.cat([self.low, middle]), torch.cat([self.high, middle])
+        return _Grid(self.row.repeat(2), self.sign.repeat(2), *ends)
 
 
 def largest(f: Function, measure: Measure, *, signs: Sequence[float] = (-1.0, 1.0), room: float = 0.0, rounds: int = 0) -> float:
@@ -387,36 +388,33 @@ def largest(f: Function, measure: Measure, *, signs: Sequence[float] = (-1.0, 1.
     rows = f.rows
     if rows is None:
         return INF
-    grid, settled, before = _grid(f, rows, signs, None if rounds else _period(f, rows)), -INF, INF
-    half = len(signs) == 1
+    half, grid = len(signs) == 1, _grid(f, rows, signs, None if rounds else _period(f, rows))
+    settled, before = -INF, INF  # the largest bound of the pieces that are not cut any more, and how far it all was above what was seen
     bounds, seen = _measured(f, rows, measure, grid, half)
     for i in range(rounds or ROUNDS):
         gap = max(settled, float(bounds.max())) - seen
         open_ = bounds > seen + max(room, CLOSE * abs(seen))
         if not bool(open_.any()) or (i >= LAST and gap >= 0.8 * before):
             break
-        settled, before = max([settled, *bounds[~open_].tolist()]), gap
-        order = bounds.argsort(descending=True)[: int(open_.sum())]
-        settled = max([settled, *bounds[order[PIECES : PIECES + 1]].tolist()])
+        order, before = bounds.argsort(descending=True)[: int(open_.sum())], gap
+        settled = max([settled, *bounds[~open_].tolist(), *bounds[order[PIECES : PIECES + 1]].tolist()])
         grid, above = grid[order[:PIECES]].parts(), bounds[order[:PIECES]].repeat(PARTS)
-        bounds, now = _measured(f, rows, measure, grid, half)
-        bounds, seen = torch.minimum(bounds, above), max(seen, now)
+        bounds, at_points = _measured(f, rows, measure, grid, half)
+        bounds, seen = torch.minimum(bounds, above), max(seen, at_points)
     return max(settled, float(bounds.max()))
 
 
 def _measured(f: Function, rows: Tensor, measure: Measure, grid: _Grid, half: bool) -> tuple[Tensor, float]:
     """What is measured on the pieces of a grid, and the most that is at a point of each; of one `half` of the line."""
-    values_of, far, seen = torch.empty(len(grid.row), dtype=torch.float64), grid.low >= 1.0, -INF
+    bounds, far, seen = torch.empty(len(grid.row), dtype=torch.float64), grid.low >= 1.0, -INF
     for outside in (False, True):
         at = far == outside
         if bool(at.any()):
-            part, n = grid[at], int(at.sum())
-            points = part.middles()
-            pieces_and_points = _Grid(*(torch.cat([getattr(part, k), getattr(points, k)]) for k in ("row", "sign", "low", "high")))
-            pieces = replace(_pieces(f, rows, pieces_and_points, outside), half=half)
-            values = measure(f.known(pieces), pieces).expand(2 * n).nan_to_num(INF, INF, -INF)
-            values_of[at], seen = values[:n], max([seen, *(v for v in values[n:].tolist() if v < INF)])
-    return values_of, seen
+            pieces = replace(_pieces(f, rows, grid[at].with_middles(), outside), half=half)
+            values = measure(f.known(pieces), pieces).expand(pieces.t.shape[:-1]).nan_to_num(INF, INF, -INF)
+            bounds[at], points = values.split(len(values) // 2)
+            seen = max([seen, *(v for v in points.tolist() if v < INF)])
+    return bounds, seen
 
 
 def _pieces(f: Function, rows: Tensor, grid: _Grid, far: bool) -> Pieces:

@@ -336,10 +336,6 @@ def _where(mask: Curve, x: Curve, y: Curve) -> Curve:
     return mask * x + (ONE - mask) * y
 
 
-def _leaky(x: Curve, slope: Curve) -> Curve:
-    return slope * x + (ONE - slope) * _relu(x)
-
-
 def _above(x: Curve, y: Curve) -> Curve:
     return (x - y).positive()
 
@@ -362,7 +358,7 @@ CURVES: dict[str, tuple[Made, str]] = {
     "abs": (lambda x: _relu(x) + _relu(-x), "self"),
     "neg": (lambda x: -x, "self"),
     "sign": (lambda x: x.positive() - (-x).positive(), "self"),
-    "leaky_relu": (_leaky, "self negative_slope"),
+    "leaky_relu": (lambda x, slope: slope * x + (ONE - slope) * _relu(x), "self negative_slope"),
     "hardtanh": (_clamp, "self min_val max_val"),
     "clamp": (_clamp, "self min max"),
     "clip": (_clamp, "self min max"),

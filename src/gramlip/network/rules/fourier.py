@@ -16,7 +16,7 @@ from torch import Tensor
 from gramlip.errors import UnsupportedError
 from gramlip.network.rules.affine import added, largest, matrix_product, spread
 from gramlip.network.rules.registry import Call, Var, find, register
-from gramlip.network.rules.shapes import PICKS, Put
+from gramlip.network.rules.shapes import PICKS, Put, aten
 from gramlip.network.steps import Lipschitz, Shortcut, Unbounded
 from gramlip.numerics import rounding as rd
 
@@ -128,21 +128,24 @@ def _transform(call: Call) -> Var:
     """Parseval: the root of the number of points, one, or one over the root, as the transform is scaled."""
     x, name = call.var("self"), call.op.split(".")[1].removeprefix("fft_")
     axes, points = _points(call, x.shape, halved := name.startswith(("irfft", "hfft")))
-    count = math.prod(points)
-    whole = name.startswith(("fft", "rfft", "hfft"))
-    root, inverse = rd.sqrt_up(float(count)), rd.up(1.0 / rd.sqrt_down(float(count)))
-    scaled = {None: root if whole else inverse, "backward": root if whole else inverse, "ortho": 1.0, "forward": inverse if whole else root}
-    scale = scaled[call.const("norm")]
+    scale = _scale(math.prod(points), call.const("norm"), whole=name.startswith(("fft", "rfft", "hfft")))
     doubled = rd.sqrt_up(2.0) if halved and points[-1] > 2 else 1.0
-    result = call.then(Lipschitz(rd.mul_up(scale, doubled), f"{name} of {count} points: docs/network.md#complex-values"), x)
-    last = axes[-1] == len(x.shape) - 1
+    result = call.then(Lipschitz(rd.mul_up(scale, doubled), f"{name} of {math.prod(points)} points: docs/network.md#complex-values"), x)
+    last, half = axes[-1] == len(x.shape) - 1, call.known.halves.get(x.step)
     if name.startswith(("rfft", "ihfft")) and last:
         call.known.halves[result.step] = Half(x.step, points[-1], scale, torch.arange(math.prod(result.shape)).reshape(result.shape))
-    half = call.known.halves.get(x.step)
     if halved and last and half is not None and not _meets_itself(half, x.shape[-1], points[-1]):
         way = Shortcut((rd.mul_up(half.factor, scale),), (half.origin,))
         call.steps[result.step] = replace(call.steps[result.step], shortcut=way)
     return result
+
+
+def _scale(count: int, norm: str | None, *, whole: bool) -> float:
+    """What a transform of so many points, forward if `whole`, multiplies all lengths by."""
+    if norm == "ortho":
+        return 1.0
+    grows = whole == (norm in (None, "backward"))
+    return rd.sqrt_up(float(count)) if grows else rd.up(1.0 / rd.sqrt_down(float(count)))
 
 
 def _meets_itself(half: Half, size: int, points: int) -> bool:
@@ -183,29 +186,10 @@ def _stft(call: Call) -> Lipschitz:
 
 _COPY = (
     *PICKS,
-    *(
-        f"aten.{name}"
-        for name in [
-            "cat",
-            "concat",
-            "concatenate",
-            "stack",
-            "hstack",
-            "vstack",
-            "dstack",
-            "where",
-            "masked_fill",
-            "triu",
-            "tril",
-            "sum",
-            "neg",
-        ]
+    *aten(
+        "cat concat concatenate stack hstack vstack dstack where masked_fill triu tril sum neg pad constant_pad_nd clone contiguous detach"
     ),
-    *(f"aten.{name}" for name in ["pad", "constant_pad_nd", "clone", "contiguous", "detach", "alias", "lift_fresh_copy", "mean", "cumsum"]),
-    *(
-        f"aten.{name}"
-        for name in ["scatter_add", "index_add", "index_put", "scatter", "index_copy", "copy", "fill", "zero", "unfold", "dropout"]
-    ),
+    *aten("detach alias lift_fresh_copy mean cumsum scatter_add index_add index_put scatter index_copy copy fill zero unfold dropout"),
     "getitem",
     Put.OP,
 )
@@ -230,10 +214,6 @@ def _pairs(_: Call) -> Lipschitz:
 def _complex(call: Call) -> Lipschitz:
     """Two values side by side, each entry repeated where it is broadcast."""
     return Lipschitz(rd.sqrt_up(float(max(math.prod(call.shape) // math.prod(v.shape) for v in call.vars))), "real and imaginary parts")
-
-
-def _modulus(call: Call) -> Lipschitz:
-    return Lipschitz(1.0, "the modulus of a complex number", (0.0, math.inf))
 
 
 @register("aten.angle")
@@ -302,7 +282,7 @@ COMPLEX: dict[str, Any] = {
     **dict.fromkeys(["aten.add", "aten.sub", "aten.rsub"], _sum),
     **dict.fromkeys(["aten.mul", "aten.div", "aten.true_divide"], _scaled),
     **dict.fromkeys(["aten.matmul", "aten.mm", "aten.bmm", "aten.mv"], _matmul),
-    "aten.abs": _modulus,
+    "aten.abs": lambda _: Lipschitz(1.0, "the modulus of a complex number", (0.0, math.inf)),
     "aten.einsum": _einsum,
     "aten.linear": _linear,
 }

@@ -136,16 +136,13 @@ def _divisor(call: Call, at: int) -> _Divisor | None:
     if len(curves) != 1 or curves[0].jumps() or least < Fraction(1, 10**100) or any(s < 0 or h < 0 for s, h in lines):
         return None
     curve.rely(call)
-    knots, ends = curves[0].knots, [(float(s), float(h)) for s, h in lines]
+    knots = torch.tensor([float(k) for k in curves[0].knots if k > 0], dtype=torch.float64)
+    ends = [(float(s), float(h)) for s, h in lines]
 
     def value(r: Tensor) -> Tensor:
-        return torch.stack([r * s + h for s, h in ends]).gather(0, _piece(r, [float(k) for k in knots if k > 0])[None])[0]
+        return torch.stack([r * s + h for s, h in ends]).gather(0, torch.bucketize(r, knots)[None])[0]
 
     return _Divisor(radius, step.shape, value, float(least) * (1 - SLACK), float(lines[-1][0]) * (1 - SLACK))
-
-
-def _piece(r: Tensor, knots: list[float]) -> Tensor:
-    return torch.bucketize(r, torch.tensor(knots, dtype=torch.float64))
 
 
 @pattern("aten.mul", "aten.div", "aten.true_divide")
@@ -201,26 +198,35 @@ def _divided(call: Call, x: Var, divisor: _Divisor) -> Var | None:
             return None
         inner = _divided(call, Var(step.sources[0], x.shape), divisor)
         return None if inner is None else call.then(replace(what, copy_entries=None), inner)
-    upper = rd.up(1.0 / divisor.least)
-    slope = divisor.slope * radius.factor
+    return call.then(_over(divisor), x)
+
+
+def _over(divisor: _Divisor) -> Lipschitz:
+    slope = divisor.slope * divisor.radius.factor
     most = rd.up(1.0 / slope) if slope > 0 else math.inf
     row = most if divisor.shape == () or divisor.shape[-1] == 1 else math.inf
     because = f"a value over a function of its length that is at least {divisor.least:.6g}"
-    return call.then(Lipschitz(upper, because, (-most, most), row=row, within=partial(_divided_on, divisor, most)), x)
+    return Lipschitz(rd.up(1.0 / divisor.least), because, (-most, most), row=row, within=partial(_divided_on, divisor, most))
 
 
 def _divided_on(divisor: _Divisor, most: float, a: Tensor, b: Tensor) -> tuple[float, Tensor, Tensor]:
     """Constant and values of `x / D(|x|)` on intervals of its arguments: docs/local.md#slopes."""
     axes = [j for j in range(a.ndim) if divisor.shape == () or divisor.shape[j] == 1]
     factor, room = divisor.radius.factor, 1.0 + a.numel() * 2.0**-50 + 8 * SLACK
-    nearest = torch.where((a <= 0) & (b >= 0), 0.0, torch.minimum(a.abs(), b.abs()))
-    radii = [torch.linalg.vector_norm(end, dim=axes, keepdim=True) for end in (nearest, torch.maximum(a.abs(), b.abs()))]
-    below = (divisor.at(radii[0] * factor / room) * (1 - SLACK)).clamp_min(divisor.least)
-    above = divisor.at(radii[1] * factor * room) * (1 + SLACK)
+    least, longest = _lengths(a, b, axes)
+    below = (divisor.at(least * factor / room) * (1 - SLACK)).clamp_min(divisor.least)
+    above = divisor.at(longest * factor * room) * (1 + SLACK)
     ends = torch.stack([end / d for end in (a, b) for d in (below, above)]).nan_to_num(0.0, most, -most)
     slack = SLACK * ends.abs().amax(0) + rd.TINY
     low, high = (ends.amin(0) - slack).clamp(-most, most), (ends.amax(0) + slack).clamp(-most, most)
     return float((1.0 / below).max()) * (1 + SLACK), low, high
+
+
+def _lengths(a: Tensor, b: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
+    """The least and the largest l2 norm along some axes of entries in intervals, up to rounding."""
+    nearest = torch.where((a <= 0) & (b >= 0), 0.0, torch.minimum(a.abs(), b.abs()))
+    least, most = (torch.linalg.vector_norm(x, dim=axes, keepdim=True) for x in (nearest, torch.maximum(a.abs(), b.abs())))
+    return least, most
 
 
 @pattern("aten.sqrt")
@@ -372,9 +378,7 @@ def _gaussian_on(c: float, steep: float) -> Within:
     return on_interval(lambda x: torch.exp(-c * x * x), slope, turns, [0.0], 4 * SLACK * (1 + steep), ((-steep, steep), (0.0, 1.0)))
 
 
-# ---- functions of one value ----------------------------------------------------------------------------------------------
-#
-# Sums and products of functions of one value, with the slopes of the function that they are together. docs/network.md#enclosures.
+# ---- functions of one value: docs/network.md#enclosures ------------------------------------------------------------------
 
 GAIN = 0.99  # of what the parts of a sum say: above it they are left as they are
 
@@ -420,9 +424,7 @@ def _square_of_a_function(call: Call) -> Var | None:
     return result
 
 
-# ---- radial maps ---------------------------------------------------------------------------------------------------------
-#
-# A value times functions of the length of its groups: capsules, projections, maps of hyperbolic space. docs/network.md#radial-maps.
+# ---- a value times functions of the length of its groups: docs/network.md#radial-maps ------------------------------------
 
 
 @pattern("aten.mul", "aten.div", "aten.true_divide")
@@ -503,9 +505,7 @@ def _radial_step(f: Function, signs: Sequence[int], groups: Shape, top: float) -
     return Lipschitz(top, f"a value times a function of its length: slopes up to {top:.6g}", (-most, most), row=row)
 
 
-# ---- global response normalisation ---------------------------------------------------------------------------------------
-#
-# Channels times their length over the mean length of all: ConvNeXt V2. docs/network.md#radial-maps.
+# ---- channels times their length over the mean length of all (ConvNeXt V2): docs/network.md#radial-maps ------------------
 
 
 @pattern("aten.mul")
@@ -539,25 +539,26 @@ def _over_its_mean(call: Call, at: int, x: int) -> tuple[int, int, float] | None
     while isinstance(what := call.steps[below].what, Lipschitz) and what.same_range and call.steps[below].op == step.op:
         below = call.steps[below].sources[0]  # copies that the quotient makes
     mean, eps = _shifted(call, below)
-    groups = Var(lengths, call.steps[lengths].shape)
-    reduces = mean is not None and _reduces(call, Var(mean, call.steps[mean].shape), "mean", groups)
-    return (lengths, mean, eps) if mean is not None and reduces else None
+    if mean is None or not _reduces(call, Var(mean, call.steps[mean].shape), "mean", Var(lengths, call.steps[lengths].shape)):
+        return None
+    return lengths, mean, eps
 
 
 def _response_on(groups: Shape, means: Shape, eps: float, a: Tensor, b: Tensor) -> tuple[float, Tensor, Tensor]:
     """Constant and values of the normalisation on intervals of its arguments: docs/local.md#slopes."""
     within, across = ([j for j, (n, m) in enumerate(zip(x, y, strict=True)) if n != m] for x, y in ((a.shape, groups), (groups, means)))
     count, room = math.prod(groups) / max(1, math.prod(means)), 1.0 + (a.numel() + 64.0) * 2.0**-50
-    nearest = torch.where((a <= 0) & (b >= 0), 0.0, torch.minimum(a.abs(), b.abs()))
-    low, high = (
-        torch.linalg.vector_norm(end, dim=within, keepdim=True) for end in (nearest / room, torch.maximum(a.abs(), b.abs()) * room)
-    )
-    mean = [end.mean(across, keepdim=True) + eps for end in (low, high)]
-    most = (high / mean[0] * room).nan_to_num(count, count).clamp_max(count)
-    least = (low / mean[1] / room).nan_to_num(0.0)
+    low, high = _lengths(a, b, within)
+    most = (high / ((low / room).mean(across, keepdim=True) + eps) * room * room).nan_to_num(count, count).clamp_max(count)
+    least = (low / ((high * room).mean(across, keepdim=True) + eps) / room / room).nan_to_num(0.0)
+    ends = torch.stack([x * n for x in (a, b) for n in (least, most)]).nan_to_num(0.0)
+    slack = SLACK * ends.abs().amax(0) + rd.TINY
+    return _response_slope(most, count, across) * room * (1 + SLACK), ends.amin(0) - slack, ends.amax(0) + slack
+
+
+def _response_slope(most: Tensor, count: float, across: list[int]) -> float:
+    """The constant of the normalisation where the lengths are at most these multiples of their mean."""
     share = most / count
     whole = count * (4 * share**2 * (1 - share) + count * share**4).sum(across, keepdim=True).sqrt()
     apart = 2 * most.amax(across, keepdim=True) + (most**4).sum(across, keepdim=True).sqrt() / math.sqrt(count)
-    ends = torch.stack([x * n for x in (a, b) for n in (least, most)]).nan_to_num(0.0)
-    slack = SLACK * ends.abs().amax(0) + rd.TINY
-    return float(torch.minimum(whole, apart).max()) * room * (1 + SLACK), ends.amin(0) - slack, ends.amax(0) + slack
+    return float(torch.minimum(whole, apart).max())

@@ -25,30 +25,31 @@ from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Shape
 
 
-def _aten(names: str) -> list[str]:
+def aten(names: str) -> list[str]:
+    """The operations of these names."""
     return [f"aten.{name}" for name in names.split()]
 
 
-_SAME = _aten(
+_SAME = aten(
     "clone contiguous detach alias lift_fresh_copy lift_fresh positive _to_copy to type_as dropout feature_dropout "
     "alpha_dropout feature_alpha_dropout"
 )
-_VIEWS = _aten(
+_VIEWS = aten(
     "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT squeeze unsqueeze movedim moveaxis swapaxes swapdims "
     "flip fliplr flipud rot90 roll ravel pixel_shuffle pixel_unshuffle channel_shuffle view_as reshape_as fft_fftshift fft_ifftshift"
 )
-_PARTS = _aten(
+_PARTS = aten(
     "split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split diagonal narrow_copy "
     "sort msort topk kthvalue median amax amin max min maximum minimum"
 )
 PICKS = {
     *_VIEWS,
-    *_aten("split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split diagonal narrow_copy"),
-    *_aten("slice narrow select index index_select gather expand expand_as broadcast_to repeat tile repeat_interleave"),
+    *aten("split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split diagonal narrow_copy"),
+    *aten("slice narrow select index index_select gather expand expand_as broadcast_to repeat tile repeat_interleave"),
 }
 """Operations that copy entries, of one value that depends on the input."""
 RISING = {
-    *_aten("amax amin max min maximum minimum msort sort kthvalue median"),
+    *aten("amax amin max min maximum minimum msort sort kthvalue median"),
     *(f"aten.{kind}max_pool{d}d{rest}" for kind in ("", "adaptive_") for d in (1, 2, 3) for rest in ("", "_with_indices")),
 }
 """Operations that choose entries by comparing them: what they give rises with every entry, and is computed exactly."""
@@ -180,9 +181,7 @@ def _index(call: Call) -> Lipschitz:
     if any(isinstance(i, Var) for i in indices):
         msg = f"{call.op} by indices that depend on the input jumps; expected the parts before and after it audited each by itself"
         raise UnsupportedError(msg)
-    numbers = torch.arange(math.prod(x.shape)).reshape(x.shape)
-    picked = torch.ops.aten.index.Tensor(numbers, list(indices))
-    most = _most_frequent(picked % math.prod(x.shape))
+    most = _most_frequent(torch.ops.aten.index.Tensor(torch.arange(math.prod(x.shape)).reshape(x.shape), list(indices)))
     return Lipschitz(rd.sqrt_up(float(most)), f"a selection of entries, each at most {most} times", same_range=True)
 
 
@@ -193,11 +192,9 @@ def _repeat(call: Call) -> Lipschitz | Var:
         msg = f"{call.op} with a tensor of repeats, which no rule covers"
         raise UnsupportedError(msg)
     times = math.prod(call.shape) // math.prod(x.shape)
-    return (
-        x
-        if times == 1 and x.shape == call.shape
-        else Lipschitz(rd.sqrt_up(float(times)), f"each entry repeated {times} times", same_range=True)
-    )
+    if times == 1 and x.shape == call.shape:
+        return x
+    return Lipschitz(rd.sqrt_up(float(times)), f"each entry repeated {times} times", same_range=True)
 
 
 @register("aten.where", "aten.masked_fill")
@@ -288,9 +285,7 @@ def _of_gradient_one(call: Call) -> Lipschitz:
     return Lipschitz(upper, f"{call.op.split('.')[1]}: its gradient has norm at most 1")
 
 
-# ---- joins ---------------------------------------------------------------------------------------------------------------
-#
-# Values joined, and what is known of them together: curves of one value, sorted pairs. docs/network.md#shortcuts.
+# ---- joins, and what is known of the values together: docs/network.md#shortcuts ------------------------------------------
 
 
 @register("aten.cat", "aten.concat", "aten.concatenate", "aten.stack", "aten.hstack", "aten.vstack", "aten.dstack")
@@ -376,9 +371,7 @@ def _is_value(steps: Sequence[Step], at: int) -> bool:
     return getattr(indices, "extremum", None) is not None and not isinstance(steps[at].what, Unbounded)
 
 
-# ---- entries written into others -----------------------------------------------------------------------------------------
-#
-# Entries written into another value: scatters, assignments to parts, sums at given places. docs/network.md#placements.
+# ---- entries written into others: docs/network.md#placements ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -458,11 +451,7 @@ _VALUES = ("src", "source", "values", "value")
 
 
 def _fixed(call: Call) -> None:
-    """Refuse places that depend on the input.
-
-    Raises:
-        UnsupportedError: such places.
-    """
+    """Refuse places that depend on the input."""
     for name in ("index", "mask"):
         if name in call.args:
             call.const(name)
@@ -522,23 +511,18 @@ def _overwritten(call: Call) -> Var:
 
 
 def _check_once(call: Call, index: Tensor) -> None:
-    """Refuse places that are named twice.
-
-    Raises:
-        UnsupportedError: such places.
-    """
+    """Refuse places that are named twice."""
     if "scatter" in call.op:
         counts = torch.zeros(call.shape).scatter_add(int(call["dim"]), index, torch.ones(index.shape))
-        twice = bool((counts > 1).any())
+        _refuse_twice(call, bool((counts > 1).any()))
     else:
-        twice = _most_frequent(index % call.shape[int(call["dim"])]) > 1
+        _refuse_twice(call, _most_frequent(index % call.shape[int(call["dim"])]) > 1)
+
+
+def _refuse_twice(call: Call, twice: bool) -> None:
     if twice:
-        _refuse_twice(call)
-
-
-def _refuse_twice(call: Call) -> None:
-    msg = f"{call.op} at a place that is named twice, where torch keeps either entry; expected each place once, or a sum: accumulate"
-    raise UnsupportedError(msg)
+        msg = f"{call.op} at a place that is named twice, where torch keeps either entry; expected each place once, or a sum: accumulate"
+        raise UnsupportedError(msg)
 
 
 @register("aten.index_put", "aten._unsafe_index_put")
@@ -551,8 +535,7 @@ def _index_put(call: Call) -> Var:
     shape = tuple(value.shape)
     if math.prod(call["values"].shape) > 1:
         counts = _run(part, torch.zeros(call.shape), torch.ones(shape), accumulate=True)
-        if bool((counts > 1).any()):
-            _refuse_twice(call)
+        _refuse_twice(call, bool((counts > 1).any()))
     codes = _run(part, torch.full(call.shape, -1.0, dtype=torch.float64), _numbers(shape)).long()
     return Put(call["self"], value, codes).made(call)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,9 +22,7 @@ from gramlip.numerics.precision import to_float64
 from gramlip.operators.interval import Bound
 from gramlip.operators.linear_maps import Conv, Scale, Shape
 
-# ---- sums, means and norms -----------------------------------------------------------------------------------------------
-#
-# Sums, means, norms and deviations of entries. docs/network.md#selections.
+# ---- sums, means and norms: docs/network.md#selections -------------------------------------------------------------------
 
 SLACK = 2.0**-40  # relative, of a few roundings
 
@@ -137,9 +135,7 @@ def _spread(call: Call) -> Var | tuple[Var, Var]:
     return value, call.then(_average(count), x)
 
 
-# ---- normalisation -------------------------------------------------------------------------------------------------------
-#
-# Batch, layer, group, instance and RMS norm. docs/network.md#normalisation.
+# ---- normalisation: docs/network.md#normalisation ------------------------------------------------------------------------
 
 
 @register("aten.batch_norm", "aten._native_batch_norm_legit_no_training", "aten.instance_norm")
@@ -178,36 +174,52 @@ def normalised(call: Call, x: Var, count: int, weight: Tensor | None, bias: Tens
     shift = 0.0 if bias is None else rd.add_up(float(to_float64(bias).abs().max()), most(call.error_of("bias")))
     edge = rd.add_up(rd.mul_up(top, reach), shift)
     row = rd.add_up(rd.mul_up(top, reach), rd.mul_up(reach, shift)) if x.shape[-1] == count else math.inf
-    on = None
-    if count > 1 and not any(name in call.inexact for name in ("weight", "bias")) and math.prod(x.shape) % count == 0:
-        ones = [1] * (len(x.shape) - 1)
-        gains = [default if given is None else to_float64(given) for given, default in ((weight, torch.ones(())), (bias, torch.zeros(())))]
-        if "group" in call.op or "instance" in call.op:  # one for each channel
-            gains = [g.reshape(1, -1, *ones[1:]) if g.numel() > 1 else g for g in gains]
-        on = partial(_normalised_on, count, eps, "rms" not in call.op, *gains)
+    on = _on_intervals(call, x.shape, count, eps, weight, bias)
     return Lipschitz(upper, f"{because}, times the largest gain {top:.6g}", (-edge, edge), row=row, within=on)
+
+
+def _on_intervals(
+    call: Call, shape: Shape, count: int, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> Callable[[Tensor, Tensor], tuple[float, Tensor, Tensor]] | None:
+    """The normalisation on intervals of its arguments; None where its constants are not known exactly."""
+    if count <= 1 or any(name in call.inexact for name in ("weight", "bias")) or math.prod(shape) % count:
+        return None
+    gains = [default if given is None else to_float64(given) for given, default in ((weight, torch.ones(())), (bias, torch.zeros(())))]
+    if "group" in call.op or "instance" in call.op:  # one for each channel
+        gains = [g.reshape(1, -1, *[1] * (len(shape) - 2)) if g.numel() > 1 else g for g in gains]
+    return partial(_normalised_on, count, eps, "rms" not in call.op, *gains)
 
 
 def _normalised_on(
     count: int, eps: float, centred: bool, gain: Tensor, shift: Tensor, a: Tensor, b: Tensor
 ) -> tuple[float, Tensor, Tensor]:
     """Constant and values of a normalisation on intervals of its arguments: docs/local.md#slopes."""
+    low, high, inverse = _standardised(count, eps, centred, a, b)
+    values = torch.stack([low * gain, high * gain]) + shift
+    room = SLACK * (values.abs().amax(0) + shift.abs()) + rd.TINY
+    return float((gain.abs() * inverse).max()) * (1 + SLACK), values.amin(0) - room, values.amax(0) + room
+
+
+def _standardised(count: int, eps: float, centred: bool, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The ends of the values over the roots of their groups, before any gain, and at least one over the root, for each entry."""
     low, high = (end.reshape(-1, count) for end in (a, b))
     mid, half = (low + high) / 2, (high - low) / 2
     size = torch.maximum(low.abs(), high.abs()).sum(1, keepdim=True) * (SLACK + count * 2.0**-50)  # room for the rounding of sums
     if centred:
         means = low.mean(1, keepdim=True) - size, high.mean(1, keepdim=True) + size
         mid, low, high = mid - mid.mean(1, keepdim=True), low - means[1], high - means[0]
-    far = torch.linalg.vector_norm(mid, dim=1, keepdim=True), torch.linalg.vector_norm(half, dim=1, keepdim=True)
+    inverse = _inverse_roots(mid, half, size, eps)
+    ends = torch.stack([end * by for end in (low, high) for by in inverse]).nan_to_num(0.0)
+    room = SLACK * ends.abs().amax(0)
+    return tuple(x.reshape(a.shape) for x in (ends.amin(0) - room, ends.amax(0) + room, inverse[0].expand(-1, count)))  # type: ignore[return-value]
+
+
+def _inverse_roots(mid: Tensor, half: Tensor, size: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The largest and the least of one over the root of the mean square and eps, for groups within `half` of `mid`."""
+    count, far = mid.shape[1], [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (mid, half)]
     nearest = ((far[0] - far[1]) * (1 - SLACK) - 2 * size).clamp_min(0.0).nan_to_num(0.0)
     roots = [(((d * d) / count + eps) ** 0.5) for d in (nearest, far[0] + far[1] + 2 * size)]
-    inverse = 1.0 / roots[0] * (1 + SLACK), 1.0 / roots[1] * (1 - SLACK)
-    ends = torch.stack([end * by for end in (low, high) for by in inverse]).nan_to_num(0.0)
-    z = [end.reshape(a.shape) for end in (ends.amin(0) - SLACK * ends.abs().amax(0), ends.amax(0) + SLACK * ends.abs().amax(0))]
-    values = torch.stack([z[0] * gain, z[1] * gain]) + shift
-    room = SLACK * (values.abs().amax(0) + shift.abs()) + rd.TINY
-    steep = (gain.abs() * inverse[0].expand(-1, count).reshape(a.shape)).max()
-    return float(steep) * (1 + SLACK), values.amin(0) - room, values.amax(0) + room
+    return 1.0 / roots[0] * (1 + SLACK), 1.0 / roots[1] * (1 - SLACK)
 
 
 @register("aten.layer_norm", "aten.native_layer_norm")
@@ -231,9 +243,7 @@ def _rms_norm(call: Call) -> Lipschitz | Unbounded | Var:
     return normalised(call, call.var("input"), count, call.const("weight"), None, default if eps is None else float(eps))
 
 
-# ---- pooling and interpolation -------------------------------------------------------------------------------------------
-#
-# Pooling and interpolation. docs/network.md#pooling.
+# ---- pooling and interpolation: docs/network.md#pooling ------------------------------------------------------------------
 
 
 def _axes(value: Any, dims: int, default: Sequence[int] = ()) -> list[int]:
@@ -433,13 +443,19 @@ def _grid_sample(call: Call) -> Lipschitz:
     return Lipschitz(rd.sqrt_up(rd.mul_up(*most)), "samples at fixed places: Schur's test on the moduli of its entries")
 
 
-def _smooth_sums(call: Call, shape: Sequence[int]) -> tuple[float, float]:
-    """The largest row and column sum of a map with nonnegative entries."""
-    ones = torch.ones(shape[0], 1, *shape[2:], dtype=torch.float64, requires_grad=True)
+def _row_and_column_sums(call: Call, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The sums of a linear map's rows and of its columns: of its values at ones, and of its derivative."""
+    ones = torch.ones(*shape, dtype=torch.float64, requires_grad=True)
     with torch.enable_grad():
         rows: Tensor = call.run(ones)
         (columns,) = torch.autograd.grad(rows.sum(), ones)
-    return float(rows.detach().max()), float(columns.max())
+    return rows.detach(), columns
+
+
+def _smooth_sums(call: Call, shape: Sequence[int]) -> tuple[float, float]:
+    """The largest row and column sum of a map with nonnegative entries."""
+    rows, columns = _row_and_column_sums(call, (shape[0], 1, *shape[2:]))
+    return float(rows.max()), float(columns.max())
 
 
 def _nearest_sums(call: Call, shape: Sequence[int]) -> tuple[float, float]:
@@ -483,18 +499,15 @@ def nonnegative(call: Call, what: str, shape: Sequence[int]) -> Lipschitz:
 
     `shape` is that of the tensor of ones given to the call: one channel unless it mixes channels.
     """
-    ones = torch.ones(*shape, dtype=torch.float64, requires_grad=True)
-    with torch.enable_grad():
-        rows: Tensor = call.run(ones)
-        (columns,) = torch.autograd.grad(rows.sum(), ones)
-    probe = torch.linspace(1.0, 2.0, ones.numel(), dtype=torch.float64).reshape(ones.shape)
+    rows, columns = _row_and_column_sums(call, shape)
+    probe = torch.linspace(1.0, 2.0, columns.numel(), dtype=torch.float64).reshape(columns.shape)
     seen, meant = float(call.run(probe).sum()), float((columns * probe).sum())
     if not abs(seen - meant) <= 1e-9 * abs(meant):
         msg = f"{call.op}: its derivative in torch is not that of its values, so its column sums are not known"
         raise UnsupportedError(msg)
-    slack = 1.0 + rd.gamma(64.0 * (rows.numel() + ones.numel() + 1))  # the sums, and entries of interpolation: rounding.md#fixed-maps
-    most = [rd.mul_up(float(sums.detach().abs().max()), slack) for sums in (rows, columns)]
-    mean = abs(float(rows.detach().max()) - 1) < 1e-9 and abs(float(rows.detach().min()) - 1) < 1e-9
+    slack = 1.0 + rd.gamma(64.0 * (rows.numel() + columns.numel() + 1))  # the sums, and entries of interpolation: rounding.md#fixed-maps
+    most = [rd.mul_up(float(sums.abs().max()), slack) for sums in (rows, columns)]
+    mean = abs(float(rows.max()) - 1) < 1e-9 and abs(float(rows.min()) - 1) < 1e-9
     upper = rd.up(rd.sqrt_up(rd.mul_up(*most)))
     linear = call.linear(upper, averages=bool((rows.detach() >= 0).all()))
     return Lipschitz(upper, f"{what}: Schur's test on its nonnegative entries", same_range=mean, linear=linear)
