@@ -51,12 +51,15 @@ bench: $(READY)
 
 $(READY): EXTRA := dev
 $(BESIDE_READY): EXTRA := integrations
+# without their dependencies, which are PyTorch's CUDA packages: see integrations/vision.py
+$(BESIDE_READY): ALONE := timm torchvision
 $(READY) $(BESIDE_READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 | tail -n 1); expected Python 3.10 or newer: type make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@echo "setting up $(@D) (once; PyTorch is a large download)" >&2
 	@$(PYTHON) -m venv $(@D) || { echo "no virtual environment; expected Python's venv: on Debian type apt install python3-venv" >&2; exit 1; }
-	@{ $(@D)/bin/pip install --quiet $(TORCH) && $(@D)/bin/pip install --quiet $(TORCH) -e '.[$(EXTRA)]'; } || \
+	@{ $(@D)/bin/pip install --quiet $(TORCH) && $(@D)/bin/pip install --quiet $(TORCH) -e '.[$(EXTRA)]' && \
+	  { [ -z "$(ALONE)" ] || $(@D)/bin/pip install --quiet --no-deps $(ALONE); }; } || \
 	  { echo "the packages above were not installed; expected access to PyPI: check the network and type make $(MAKECMDGOALS) again" >&2; exit 1; }
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""Architectures of transformers, diffusers and monai, small and with fresh weights, built from their configurations: nothing is loaded.
+"""Small architectures of public packages with fresh weights, built from their configurations: nothing is loaded.
 
 `python integrations/architectures.py` audits all of them, globally and then on [0, 1], and writes what docs/network.md shows.
 """
@@ -16,11 +16,18 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1"}
 
+from vision import timm  # isort: skip  before transformers, which imports torchvision where it is installed
+
 import diffusers as d
 import torch
 import transformers as t
 from monai.networks import nets
+from timm.models.convnext import ConvNeXt
+from timm.models.metaformer import GroupNorm1, MetaFormer, Pooling
+from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
+from timm.models.starnet import StarNet
 from torch import Tensor, nn
+from torchvision import models as v
 
 import gramlip as gl
 from gramlip.operators.interval import decimals
@@ -29,6 +36,10 @@ from gramlip.reports.report import Report
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 WORDS = {"vocab_size": 20, "use_cache": False}
 BLOCKS = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+PATCHES = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 10}
+WINDOWS = {"depths": (1, 1), "embed_dim": 12, "num_heads": (1, 2), "num_classes": 10}
+STAGES = {"depths": (1, 1, 1, 1), "num_classes": 10}
+MIXED = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_blocks": 2, "num_classes": 10}
 PLANES = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2}
 
 
@@ -59,6 +70,13 @@ def responses() -> nn.Module:
         if ".grn." in name:
             nn.init.normal_(weight, std=0.1)
     return of_pixels(model)
+
+
+def mixer(**options: object) -> nn.Module:
+    """Patches and channels mixed in turn, with a head that is not zero, as it begins."""
+    model = MlpMixer(**MIXED, **options)
+    nn.init.normal_(model.head.weight, std=0.1)
+    return model
 
 
 def autoencoder() -> nn.Module:
@@ -166,6 +184,29 @@ ARCHITECTURES: dict[str, Architecture] = {
     "SegResNet": Architecture("monai", lambda: nets.SegResNet(init_filters=8, blocks_down=(1, 1), blocks_up=(1,), **PLANES), (1, 16, 16)),
     "DenseNet": Architecture("monai", lambda: nets.DenseNet(init_features=4, growth_rate=2, block_config=(1, 1), **PLANES), (1, 32, 32)),
     "DynUNet": Architecture("monai", lambda: nets.DynUNet(2, 1, 2, [3] * 3, [1, 2, 2], [2, 2], filters=[4, 8, 8]), (1, 16, 16)),
+    "ViT of timm": Architecture("timm", lambda: timm.create_model("vit_tiny_patch16_224", **PATCHES), (3, 32, 32)),
+    "DeiT III": Architecture("timm", lambda: timm.create_model("deit3_small_patch16_224", **PATCHES), (3, 32, 32)),
+    "CaiT": Architecture("timm", lambda: timm.create_model("cait_xxs24_224", **PATCHES), (3, 32, 32)),
+    "EVA-02": Architecture("timm", lambda: timm.create_model("eva02_tiny_patch14_224", **PATCHES | {"img_size": 28}), (3, 28, 28)),
+    "Swin of timm": Architecture("timm", lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=56, **WINDOWS), (3, 56, 56)),
+    "Swin V2": Architecture("timm", lambda: timm.create_model("swinv2_tiny_window8_256", img_size=64, **WINDOWS), (3, 64, 64)),
+    "ConvNeXt of timm": Architecture("timm", lambda: ConvNeXt(dims=(8, 8, 16, 16), **STAGES), (3, 64, 64)),
+    "MLP-Mixer": Architecture("timm", mixer, (3, 32, 32)),
+    "ResMLP": Architecture("timm", lambda: mixer(mlp_ratio=4, block_layer=ResBlock, norm_layer=Affine), (3, 32, 32)),
+    "PoolFormer": Architecture(
+        "timm",
+        lambda: MetaFormer(depths=(1, 1), dims=(8, 16), token_mixers=Pooling, norm_layers=GroupNorm1, num_classes=10),
+        (3, 32, 32),
+    ),
+    "StarNet": Architecture("timm", lambda: StarNet(base_dim=8, **STAGES), (3, 64, 64)),
+    "MobileNetV3": Architecture("timm", lambda: timm.create_model("mobilenetv3_small_050", num_classes=10), (3, 32, 32)),
+    "MobileNetV4": Architecture("timm", lambda: timm.create_model("mobilenetv4_conv_small_035", num_classes=10), (3, 32, 32)),
+    "RegNetX": Architecture("timm", lambda: timm.create_model("regnetx_002", num_classes=10), (3, 32, 32)),
+    "SqueezeNet": Architecture("torchvision", lambda: v.squeezenet1_1(num_classes=10), (3, 64, 64)),
+    "ShuffleNet V2": Architecture("torchvision", lambda: v.shufflenet_v2_x0_5(num_classes=10), (3, 64, 64)),
+    "MobileNetV2": Architecture("torchvision", lambda: v.mobilenet_v2(width_mult=0.25, num_classes=10), (3, 32, 32)),
+    "GoogLeNet": Architecture("torchvision", lambda: v.googlenet(num_classes=10, aux_logits=False, init_weights=False), (3, 64, 64)),
+    "ViT of torchvision": Architecture("torchvision", lambda: v.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=10), (3, 32, 32)),
 }
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 from architectures import ARCHITECTURES, audited
 
-ON_A_DOMAIN = {"RegNet", "attention U-Net"}
+ON_A_DOMAIN = {"RegNet", "attention U-Net", "MobileNetV3"}
 REFUSED = {"VQ autoencoder": "jump"}
 
 

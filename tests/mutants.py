@@ -848,6 +848,25 @@ def gradients_of_divided_weights() -> None:
     test_gradient_is_that_of_the_value("conv", soft=False)
 
 
+def samples_taken_for_apart(patch: pytest.MonkeyPatch) -> None:
+    """A batch is certified by the constant of one sample without asking whether the logits depend on the others."""
+    patch.setattr(gl.robust, "_check_apart", lambda *_: None)
+
+
+def coupled_samples_have_no_radius() -> None:
+    """`x - x.mean(0)` is constant for a single sample; the labels of a batch of two change within 1 all the same."""
+
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.mean(0)
+
+    try:
+        proved = gl.robust.certify(Centred(), [(torch.eye(2), torch.tensor([0, 1]))])
+    except gl.InputError:
+        return
+    assert float(proved.radii.max()) <= 2.0
+
+
 def caps_by_estimates(patch: pytest.MonkeyPatch) -> None:
     """`cap_` by the lower side of the interval."""
     right = parametrize.bound
@@ -1287,6 +1306,7 @@ MUTANTS: dict[str, Mutant] = {
     "vectors of the last weight for another": Mutant(no_jump_is_noticed, other_weights_are_noticed),
     "norms without a gradient": Mutant(norms_without_a_gradient, gradients_of_divided_weights),
     "each rank on its own scale": Mutant(own_scale_of_each_rank, check_parts),
+    "samples taken for apart": Mutant(samples_taken_for_apart, coupled_samples_have_no_radius),
     "caps by the lower side": Mutant(caps_by_estimates, caps_are_certified),
     "division by the norm of a zero block": Mutant(division_by_a_zero_block, gram_norm_holds),
 }

@@ -138,6 +138,28 @@ def test_a_matrix_that_is_too_large_leaves_the_product(monkeypatch: pytest.Monke
     assert report.upper > exact(model, (2, 8)) * 1.001
 
 
+class TwoHalves(nn.Module):
+    """Two linear maps, whose result is unbound into two tensors, as the queries and keys of windowed attention are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.second(self.first(x)).reshape(3, 2, 12).permute(1, 0, 2).unbind(0)
+        return q.relu() + k.relu()
+
+
+def test_a_stretch_does_not_end_at_a_tuple(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the whole matrix is not formed a shorter stretch is tried, but the value of `unbind` has no matrix."""
+    torch.manual_seed(0)
+    model = TwoHalves()
+    monkeypatch.setattr(linear_stretches, "PROOF", 0.0)
+    with torch.no_grad():
+        both = (model.second.weight[:12] + model.second.weight[12:]) @ model.first.weight
+    assert float(torch.linalg.matrix_norm(both, 2)) <= audit(model, (3, 6), effort=-1).upper < math.inf
+
+
 def test_a_long_run_of_convolutions_is_coupled_without_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no matrix is formed the torus still knows that the coarse part is a projection."""
     monkeypatch.setattr(linear_stretches, "SIDE", 4)

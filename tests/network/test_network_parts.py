@@ -39,6 +39,14 @@ def coupling(x: Tensor) -> Tensor:
     return torch.cat([a, b + 0.5 * torch.tanh(a)], 1)
 
 
+def shuffled(x: Tensor) -> Tensor:
+    """The units of ShuffleNet: channels in two groups that change places, then one half through a layer."""
+    a, b = x.chunk(2, 1)
+    mixed = torch.cat([a, b.relu()], 1).view(len(x), 2, 2, 3, 3).transpose(1, 2).contiguous().view(len(x), 4, 3, 3)
+    a, b = mixed.chunk(2, 1)
+    return torch.cat([a, 2 * b.relu()], 1)
+
+
 COUPLED = math.sqrt((2.25 + math.sqrt(2.25**2 - 4)) / 2)  # the norm of [[1, 0], [1/2, 1]]
 TIGHT: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] = {
     # name: (call, shape of a sample, its exact constant)
@@ -48,6 +56,7 @@ TIGHT: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], float]] = {
     "patches merged": (merging, (4, 4, 3), 1.0),
     "views between": (lambda x: torch.cat([y.transpose(1, 2) for y in x.reshape(1, 2, 3, 4).unbind(1)], 1), (6, 4), 1.0),
     "channels": (lambda x: torch.cat([3 * x[:, :2], x[:, 2:].tanh()], 1), (4, 3, 3), 3.0),
+    "channels shuffled": (shuffled, (4, 3, 3), 2.0),
     "an entry twice": (lambda x: torch.cat([x[:, :3], x[:, 2:]], 1), (4,), math.sqrt(2)),
     "an index": (lambda x: torch.cat([x[:, [3, 1]], 2 * x[:, [0, 2]]], 1), (4,), 2.0),
     "additive coupling": (coupling, (4,), COUPLED),

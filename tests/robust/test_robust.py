@@ -194,6 +194,31 @@ def test_a_constant_of_a_part_certifies_nothing_elsewhere(part: dict[str, Any]) 
     assert gl.robust.radii(torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([0]), gl.audit(model, (4,), domain=(-1.0, 1.0))) > 0
 
 
+def test_samples_that_depend_on_each_other_have_no_radius() -> None:
+    """Of one sample alone `x - x.mean(0)` is constant, so that the radii of its batches were 1e13: each label goes within about 1."""
+
+    class Centred(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x - x.mean(0)
+
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    labels = (x - x.mean(0)).argmax(1)
+    for options in ({}, {"local": True}, {"lipschitz": 1.0}):
+        with pytest.raises(gl.InputError, match="in a batch of 4 differ by"):
+            gl.robust.certify(Centred(), [(x, labels)], **options)  # type: ignore[arg-type]
+    net = nn.Sequential(nn.Linear(3, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 3))
+    for kind in (torch.float32, torch.float64, torch.bfloat16):
+        assert gl.robust.certify(net.to(kind), [(x.to(kind), labels)], 1e3).count == 4
+
+
+@pytest.mark.parametrize("local", [False, True, "eps"])
+def test_labels_may_be_truth_values(local: Any) -> None:
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    radii = [gl.robust.certify(nn.Identity(), [(x, labels)], local=local).radii for labels in (torch.tensor([0, 1]), x[:, 1] > 0.5)]
+    assert torch.equal(*radii)
+    assert bool((radii[0] > 0.7).all())
+
+
 def test_rows_of_the_last_layer_need_the_constant_before_it() -> None:
     """The constant of the whole network counts the last layer too: with its norm of 0.01 the radius was 100 times too large."""
     model = nn.Sequential(nn.Identity(), nn.Linear(2, 2, bias=False))

@@ -110,9 +110,10 @@ def _between(network: Network, first: int, last: int) -> list[Stretch]:
     for i in order[1:]:
         for s in network.steps[i].sources:
             reach[s] = i
+    tuples = network.tuples()  # of which a stretch has no matrix
     cuts, far = [0], reach[first]
     for at in range(1, len(order)):
-        if far <= order[at]:
+        if far <= order[at] and order[at] not in tuples:
             cuts.append(at)
         far = max(far, reach.get(order[at], 0))
     return [Stretch(order[a], order[b], tuple(order[a + 1 : b + 1])) for a, b in pairwise(cuts)]

@@ -426,6 +426,10 @@ class Network:
                 read[source].append(i)
         return read
 
+    def tuples(self) -> set[int]:
+        """Numbers of the steps whose value is several tensors, of which later steps take one each."""
+        return {source for step in self.steps if step.op == "getitem" for source in step.sources}
+
 
 def numbering(steps: Sequence[Step | None], outputs: Sequence[int], moved: Mapping[int, int]) -> dict[int, int]:
     """New numbers of the inputs and of what these outputs depend on; `moved` maps a dropped step to the one that stands for it."""

@@ -161,6 +161,7 @@ class Run:
         most = decimals(constant(self._upper, known.std), upward=True)
         self._error = None if box is None else _execution(model, inputs[:1], box)
         self._around = LocalRadii(model, inputs) if local else None
+        self._apart = False  # whether samples were seen to go through the model apart
         self._goals = sorted(rd.up(e / self._least_std) * (1 + 2.0**-48) for e in eps) if local == "eps" else [math.inf]
         pairs = "the pairwise norms of the last layer's rows" if known.last is not None else "sqrt(2)"
         self.because = f"margin over {pairs} times the constant {most} for pixels{AROUND if local else ''}; {_rounding(self._error)}"
@@ -173,6 +174,9 @@ class Run:
             )
             raise InputError(msg)
         logits, truth = tensor("logits", logits_of(self._model, inputs)), labels.to(_device(self._model))
+        if not self._apart and len(inputs) > 1:
+            _check_apart(self._model, inputs, logits)
+            self._apart = True
         sure = least_favourable(logits, truth, self._error or 0.0)
         proved = radii(sure, truth, self._upper, std=self._known.std, last=self._known.last).cpu()
         right = (logits.argmax(1) == truth) & logits.isfinite().all(1)  # the argmax of NaN is no answer
@@ -183,11 +187,30 @@ class Run:
     def _widened(self, around: LocalRadii, inputs: Tensor, sure: Tensor, truth: Tensor, least: Tensor) -> Tensor:
         """The radii around each input where they are larger; a step of one pixel moves the input by 1/std."""
         pairs, std, made = pair_constants(self._upper, self._known.last, sure), self._least_std, least.tolist()
-        for i, (radius, label) in enumerate(zip(made, truth.tolist(), strict=True)):
+        for i, (radius, label) in enumerate(zip(made, truth.long().tolist(), strict=True)):
             proved = rd.down(radius / std) if 0 < radius < math.inf else radius
             larger = around.radius(inputs[i : i + 1], sure[i], label, pairs[label], proved, self._goals)
             made[i] = max(radius, rd.down(larger * std))
         return torch.tensor(made, dtype=torch.float64)
+
+
+def _check_apart(model: nn.Module, inputs: Tensor, logits: Tensor) -> None:
+    """Refuse a model whose logits for a sample depend on the others of its batch: a radius is of one that changes alone.
+
+    Raises:
+        InputError: such a model, by more than rounding makes of another size of the batch.
+    """
+    try:
+        alone = tensor("logits", logits_of(model, inputs[:1]))
+    except (RuntimeError, ValueError):  # of a model for batches of one size nothing is seen
+        return
+    first = logits[:1].double()
+    off = float((alone.double() - first).abs().nan_to_num(0.0, 0.0).max()) if alone.shape == first.shape else math.inf
+    rounding = torch.finfo(logits.dtype).eps ** (1 / 3) if logits.is_floating_point() else 0.0  # 0.005 for float32
+    if off > rounding * float(first.abs().nan_to_num(0.0, 0.0).max()):
+        given = f"the logits of the first sample in a batch of {len(inputs)} differ by {off:.3g} from those of the sample alone"
+        msg = f"{given}; expected a model that treats samples apart, as batch norm does by running statistics: type batches of one sample"
+        raise InputError(msg)
 
 
 AROUND = "; or over the constants of pairs of classes around each input, where that is more"

@@ -338,10 +338,10 @@ def cuts_of(network: Network) -> list[int] | None:
     if not isinstance(network.steps[0].what, Input) or network.outputs[0] != len(network.steps) - 1:
         return None
     users = network.users()
+    tuples = network.tuples()  # no value by itself, which a part could begin with
     cuts, reach = [0], max(users[0], default=0)
     for i in range(1, len(network.steps)):
-        several = any(network.steps[j].op == "getitem" for j in users[i])  # no value by itself, which a part could begin with
-        if reach <= i and not several:
+        if reach <= i and i not in tuples:
             cuts.append(i)
         reach = max(reach, *users[i], i)
     return cuts

@@ -152,7 +152,7 @@ class Call:
 
     def run(self, *values: Tensor) -> Tensor:
         """The call, out of place, on float64 tensors instead of its variables, in order; its constants too are float64."""
-        rest = list(values)
+        rest = [value.contiguous() for value in values]  # a view of values whose strides are not the program's could fail
 
         def given(v: Any) -> Any:
             return rest.pop(0) if isinstance(v, Var) else [given(item) for item in v] if isinstance(v, list | tuple) else in_float64(v)
