@@ -1076,6 +1076,36 @@ def first_tile_alone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(columns.Near, "_norm", lambda self, keys, most: right(self, keys[:1], most))
 
 
+def order_at_the_middle(patch: pytest.MonkeyPatch) -> None:
+    """Of two entries that may change places the one that is larger in the middle of the interval counts."""
+    right = relaxations._excess
+
+    def excess(*signs: Tensor) -> Slope:
+        what = right(*signs)
+        assert what.within is not None
+        within = what.within
+
+        def middle(low: Tensor, high: Tensor) -> Any:
+            on, at = within(low, high), (low + high) / 2
+            return on._replace(low=within(at, at).low, high=within(at, at).high)
+
+        return replace(what, within=middle)
+
+    patch.setattr(relaxations, "_excess", excess)
+
+
+def larger_sets_lose(patch: pytest.MonkeyPatch) -> None:
+    """The largest of a set is at most that of a smaller one."""
+    right = relaxations._excess
+    patch.setattr(relaxations, "_excess", lambda never=None, always=None: right(always, never))
+
+
+def averages_of_the_lower_end(patch: pytest.MonkeyPatch) -> None:
+    """A mean of entries in intervals is that of their lower ends."""
+    right = intervals._averages
+    patch.setattr(intervals, "_averages", lambda linear, sources: right(linear, [(low, low) for low, _ in sources]))
+
+
 def chords_upwards(patch: pytest.MonkeyPatch) -> None:
     """Chords from the centre to the upper end alone."""
     right = intervals._means
@@ -1162,6 +1192,11 @@ MUTANTS: dict[str, Mutant] = {
     "L8: middle slopes": Mutant(switches_forgotten, around("residual of relus")),
     "L10: mean of switches": Mutant(mean_of_what_switches, lambda: test_columns_are_never_below_points_of_the_ball("relu images")),
     "L10: switches of the first tile": Mutant(first_tile_alone, test_norms_of_the_activations_that_a_value_reads),
+    "L1: averages of lower ends": Mutant(
+        averages_of_the_lower_end, lambda: test_every_entry_of_the_result_stays_in_its_interval("wide mean")
+    ),
+    "L16: order at the middle": Mutant(order_at_the_middle, around("maxmin")),
+    "L16: larger sets lose": Mutant(larger_sets_lose, around("pooled")),
     "L11: chords upwards": Mutant(chords_upwards, lambda: test_chords_from_the_centre("relu")),
     "coupling: slopes of one place": Mutant(slopes_of_the_first_place, test_slopes_that_the_places_of_a_channel_share_hold_those_of_each),
     "L12: boxes": Mutant(boxes_that_do_not_grow, lambda: test_a_convolution_of_a_box_is_that_of_all_entries(GEOMETRY[0])),

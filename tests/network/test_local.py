@@ -142,6 +142,52 @@ class Token(nn.Module):
         return x + self.down(a * torch.sigmoid(b)) * torch.softmax(x, -1)
 
 
+class MaxMin(nn.Module):
+    """The larger and the smaller of entries of two halves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.split(x.shape[1] // 2, 1)
+        return torch.cat([torch.max(a, b), torch.min(a, b)], 1)
+
+
+class Ordered(nn.Module):
+    """Neighbouring entries in order, in groups of so many."""
+
+    def __init__(self, count: int, *, descending: bool = False) -> None:
+        super().__init__()
+        self.count, self.descending = count, descending
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, self.count)).sort(2, descending=self.descending)[0].flatten(1, 2)
+
+
+def pooled(seed: int) -> nn.Module:
+    """Convolutions, overlapping, padded and dilated windows of which the largest entries are taken, and a mean."""
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(3, 3, 3, padding=1)]
+    layers += [nn.MaxPool2d(2, 1, dilation=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)]
+    return nn.Sequential(*layers).double().eval()
+
+
+def maxima_of_channels(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv1d(2, 6, 3), Ordered(2), nn.AdaptiveMaxPool1d(3), nn.Conv1d(6, 2, 2)).double().eval()
+
+
+def largest_and_least(x: Tensor) -> Tensor:
+    return torch.cat([x.amax(1, True), x[:, :2].min(1, True)[0], x.max(1)[0].expand(3, -1).mT], 1)
+
+
+COMPARING: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "maxmin": (lambda: mlp([4, 10, 8, 3], MaxMin, 5, 2.0), (4,)),
+    "in order": (lambda: mlp([4, 9, 6, 3], lambda: Ordered(3), 5, 2.0), (4,)),
+    "in falling order": (lambda: mlp([4, 10, 8, 3], lambda: Ordered(2, descending=True), 6, 2.0), (4,)),
+    "pooled": (lambda: pooled(0), (2, 8, 8)),
+    "maxima of channels": (lambda: maxima_of_channels(0), (2, 9)),
+    "largest and least": (lambda: between(largest_and_least), (3,)),
+    "wide mean": (lambda: Map(lambda x: 2.0 * x.mean((2, 3))).eval(), (1, 65, 65)),
+    "spread of a mean": (lambda: Map(lambda x: (x.mean((2, 3), keepdim=True) - x).relu().sum(1)).eval(), (2, 5, 5)),
+}  # fmt: skip
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     **{name: (lambda act=act: mlp([4, 9, 7, 3], act, 5, 2.0), (4,)) for name, act in ACTIVATIONS.items()},
     **{name: (lambda call=call: between(call), (3,)) for name, call in ENTRYWISE.items()},
@@ -156,6 +202,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "transposed": (lambda: lines(nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1), nn.ReLU()), (2, 5)),
     "joined": (lambda: Map(lambda x: torch.cat([x.relu(), (-x).tanh()], 1)[:, 1:7] * x[:, :1]).eval(), (4,)),
     "permuted": (lambda: Map(lambda x: torch.relu(x.permute(0, 2, 1).flip(1)) @ torch.tanh(x)).eval(), (3, 4)),
+    **COMPARING,
     "split": (lambda: Map(lambda x: x.split([1, 3], 1)[1].relu() - x.split([1, 3], 1)[0].sigmoid()).eval(), (4,)),
 }  # fmt: skip
 
@@ -218,7 +265,7 @@ def test_every_entry_of_the_result_stays_in_its_interval(name: str) -> None:
         assert float(ys.max()) <= value.whole.high + 1e-12
 
 
-@pytest.mark.parametrize("name", ["relu", "leaky", "hardtanh", "relu6", "strided", "transposed"])
+@pytest.mark.parametrize("name", ["relu", "leaky", "hardtanh", "relu6", "strided", "transposed", *COMPARING])
 def test_inside_one_region_of_a_piecewise_linear_network_it_is_the_norm_of_the_jacobian(name: str) -> None:
     make, shape = MODELS[name]
     model, x = make(), centre(shape, 11)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -10,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import gramlip as gl
 from gramlip.network.coupling import slopes_of_channels
 from gramlip.network.fold import fold
 from gramlip.network.graph import export
 from gramlip.network.local import Around, Region, columns_norm, region, restricted
 from gramlip.network.local.columns import Columns, Near, Tile, carried, dense, landing
 from gramlip.network.local.intervals import Value, chords
-from gramlip.network.local.relaxations import action
+from gramlip.network.local.relaxations import action, comparisons
 from gramlip.network.ranges import Range
 from gramlip.network.rules import lower
-from gramlip.network.steps import Linear, Network, Slope, Step
+from gramlip.network.steps import Linear, Lipschitz, Network, Slope, Step
 from gramlip.operators.linear_maps import Conv
 from test_local import MODELS, SMOOTH_OR_KINKED, centre, points, steepest
 from test_rules import Map
@@ -39,7 +41,21 @@ DEEP: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "relu images": (lambda: convolutions(1, nn.ReLU), (2, 9, 9)),
     "tanh images": (lambda: convolutions(2, nn.Tanh), (2, 9, 9)),
     "leaky images": (lambda: convolutions(3, lambda: nn.LeakyReLU(-0.3)), (2, 9, 9)),
-    **{name: MODELS[name] for name in ("relu", "silu", "residual of relus", "smooth strided", "reflect", "transposed")},
+    **{
+        name: MODELS[name]
+        for name in (
+            "maxmin",
+            "in order",
+            "pooled",
+            "maxima of channels",
+            "relu",
+            "silu",
+            "residual of relus",
+            "smooth strided",
+            "reflect",
+            "transposed",
+        )
+    },
 }
 
 
@@ -64,7 +80,7 @@ def test_columns_are_never_below_points_of_the_ball(name: str) -> None:
         rows = local.columns.rows()
         assert rows is not None
         assert bool((moved <= rows * (1 + 1e-7) + 1e-9).all())
-        upper = columns_norm(local.network, area, None, None)
+        upper = columns_norm(local.apart, area, None, None)
         assert steepest(model, xs) <= upper * (1 + 1e-9)
         if radius < 1e-5:
             assert upper <= float(torch.linalg.matrix_norm(slope, 2)) * (1 + 1e-4)
@@ -80,7 +96,7 @@ def test_what_switches_in_many_places_adds_far_less_than_the_sum_of_it(seed: int
         int((s.what.low < s.what.high).sum()) for s in local.network.steps if isinstance(s.what, Slope) and isinstance(s.what.low, Tensor)
     )
     assert open_ > 30
-    assert columns_norm(local.network, area, None, None) <= 3 * steepest(model, points(x, 0.1, 100, 5))
+    assert columns_norm(local.apart, area, None, None) <= 3 * steepest(model, points(x, 0.1, 100, 5))
 
 
 def test_from_some_inputs_to_some_results() -> None:
@@ -89,8 +105,8 @@ def test_from_some_inputs_to_some_results() -> None:
     local = restricted(network, area)
     inputs, outputs = torch.arange(162) < 40, torch.tensor([True, False, True])
     slope = torch.autograd.functional.jacobian(model, x).reshape(3, -1)[outputs][:, inputs]
-    part = columns_norm(local.network, area, inputs, outputs)
-    assert float(torch.linalg.matrix_norm(slope, 2)) <= part <= columns_norm(local.network, area, None, None) * (1 + 1e-6)
+    part = columns_norm(local.apart, area, inputs, outputs)
+    assert float(torch.linalg.matrix_norm(slope, 2)) <= part <= columns_norm(local.apart, area, None, None) * (1 + 1e-6)
 
 
 def test_nothing_is_followed_beyond_the_budget() -> None:
@@ -188,6 +204,88 @@ def test_chords_from_the_centre(name: str) -> None:
         across = (low < -0.1) & (at > 0.1) & (at < high)
         assert float((least - at / (at - low))[across].abs().max()) < 1e-9
         assert float((most - 1.0)[across].abs().max()) < 1e-9
+
+
+# ---- maxima and means --------------------------------------------------------------------------------------------------
+
+
+def test_places_are_in_order_after_their_comparisons() -> None:
+    for count in range(1, 11):
+        for bits in itertools.product((0, 1), repeat=count):
+            values = list(bits)
+            for i, j in comparisons(count):
+                values[i], values[j] = min(values[i], values[j]), max(values[i], values[j])
+            assert values == sorted(bits)
+
+
+POOLS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    "padded": (lambda x: F.max_pool2d(x, 3, 2, 1), (2, 7, 8)),
+    "beyond the end": (lambda x: F.max_pool2d(x, 3, 2, 1, ceil_mode=True), (2, 6, 8)),
+    "dilated": (lambda x: F.max_pool2d(x, (2, 3), 1, (1, 1), dilation=(2, 1)), (2, 6, 7)),
+    "in one axis": (lambda x: F.max_pool1d(x, 3, 2, 1), (2, 7)),
+    "in three axes": (lambda x: F.max_pool3d(x, 2, 2), (2, 4, 4, 6)),
+    "adaptive": (lambda x: F.adaptive_max_pool2d(x, (3, 2)), (2, 7, 5)),
+    "of axes": (lambda x: x.amax((1, 3)), (2, 7, 5)),
+    "of all": (lambda x: -(-x).max(), (2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_members_are_the_entries_that_are_compared(name: str) -> None:
+    call, shape = POOLS[name]
+    x = centre(shape, 1)
+    (compared,) = [
+        step.what.compared
+        for step in lower(export(Map(call).eval(), (x,))).network.steps
+        if isinstance(step.what, Lipschitz) and step.what.compared is not None
+    ]
+    assert compared.members is not None
+    largest = (-x if name == "of all" else x).reshape(-1)[compared.members()].amax(0)
+    assert torch.equal(-largest if name == "of all" else largest, call(x))
+
+
+def test_a_maximum_and_a_minimum_share_what_switches() -> None:
+    report = gl.audit(Map(lambda x: torch.max(x[:, :1], x[:, 1:]) + torch.min(x[:, :1], x[:, 1:])).eval(), (2,), domain=(-1.0, 1.0))
+    assert math.sqrt(2) <= report.upper <= math.sqrt(2) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("radius", [1e-9, 0.1])
+def test_ties_at_the_input(radius: float) -> None:
+    """Equal entries, some of them equal everywhere, some there alone: these cost the root of 2 at most."""
+    for call, exact in (
+        (lambda x: torch.maximum(x[:, :1], x[:, 1:2]), 1.0),
+        (lambda x: F.max_pool1d(x[:, None, [0, 0, 1, 1]], 4) * 3.0, 3.0),
+        (lambda x: x.relu().amax(1, True), 1.0),  # of negative entries: zeros
+        (lambda x: x[:, [2, 2, 2]].sort(1)[0], math.sqrt(3)),
+        (lambda x: 5.0 * (torch.maximum(x[:, :1], x[:, 1:2]) - torch.maximum(x[:, 1:2], x[:, :1])), 0.0),
+    ):
+        x = torch.tensor([[0.5, 0.5, -0.25]], dtype=torch.float64)
+        report = gl.audit(Map(call).eval(), x, at=x, radius=radius, effort=0.0)
+        assert exact * (1 - 1e-9) <= report.upper <= math.sqrt(2) * exact * (1 + 1e-6) + 1e-9
+
+
+def test_what_loses_everywhere_on_the_set_adds_nothing() -> None:
+    """Two entries far below the largest change places: the largest alone counts."""
+    weight = torch.tensor([[100.0, 0.0], [-100.0, 0.0], [0.0, 1.0], [0.0, 0.5]], dtype=torch.float64)
+    model = Map(lambda x: ((x @ weight.mT) + torch.tensor([0.0, 0.0, 300.0, 0.0])).amax(1)).eval()
+    x = torch.zeros(1, 2, dtype=torch.float64)
+    assert 1.0 <= gl.audit(model, x, at=x, radius=1.0, effort=0.0).upper <= 1.0 + 1e-5
+    assert gl.audit(model, x, at=x, radius=4.0, effort=0.0).upper >= 100.0  # where it does not lose
+
+
+def test_means_of_many_entries_are_followed_entry_by_entry() -> None:
+    """More entries than the matrix of a map is read off for; one is far from all others."""
+    x = torch.zeros(1, 3, 40, 40, dtype=torch.float64)
+    x[0, 0, 0, 0] = 4800.0
+    for call in (lambda x: x.mean((2, 3)), lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1), lambda x: x.sum((2, 3)) / 1600.0):
+        model = Map(lambda x, call=call: (call(x) - torch.tensor([2.9, 0.1, 0.0])).relu().sum(1, keepdim=True)).eval()
+        network = lower(export(model, (x,))).network
+        area = region([tuple(x.shape)], None, x, 0.5)
+        assert area is not None
+        known = restricted(network, area, columns=0).values[network.outputs[0]]
+        assert 0.1 - 0.04 <= float(known.low) <= 0.1 <= float(known.high) <= 0.1 + 0.04
+        upper = gl.audit(model, x, at=x, radius=0.5, effort=0.0).upper
+        assert 1 / 40 <= upper <= math.sqrt(2) / 40 * (1 + 1e-6)
 
 
 # ---- constants of folded maps ------------------------------------------------------------------------------------------------

@@ -345,14 +345,19 @@ def _coupled(whole: Whole, network: Network, effort: Effort) -> Upper | None:
 
 
 def _jacobian(whole: Whole, best: float, effort: Effort) -> Upper | None:
-    derivatives = (
-        None if whole.local is None else derivative(whole.network, whole.composed, whole.local.area, every=whole.part.inputs is None)
-    )
-    if derivatives is None or whole.local is None:
+    local, part = whole.local, whole.part
+    if local is None:
+        return None
+    network, composed = whole.network, whole.composed
+    if local.apart is not local.network:
+        network = fold(selected(local.apart, part.inputs, part.outputs))
+        composed = compose(network, constants(network.steps, [[network.steps[s].shape for s in step.sources] for step in network.steps]))
+    derivatives = derivative(network, composed, local.area, every=part.inputs is None)
+    if derivatives is None:
         return None
     against = f"{decimals(whole.composed.upper, upward=True)} by composition"
     return Upper(
-        derivatives.norm(whole.local.area, search=effort.amount > 0.0), f"bounds of the Jacobian's entries on the set, against {against}"
+        derivatives.norm(local.area, search=effort.amount > 0.0), f"bounds of the Jacobian's entries on the set, against {against}"
     )
 
 
@@ -360,7 +365,7 @@ def _columns(whole: Whole, best: float, effort: Effort) -> Upper | None:
     local, part = whole.local, whole.part
     if local is None or not local.columns.pay(part.outputs, whole.composed.upper):
         return None
-    norm = columns_norm(local.network, local.area, part.inputs, part.outputs)
+    norm = columns_norm(local.apart, local.area, part.inputs, part.outputs)
     if norm == math.inf:
         return None
     against = f"{decimals(whole.composed.upper, upward=True)} by composition"

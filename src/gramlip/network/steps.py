@@ -231,12 +231,29 @@ class LinearAction:
     """A map that is linear in its sources joined: `run` applies it in float64, to tensors of their shapes.
 
     `moduli` is at least the norm of the matrix of the moduli of its entries; `error` at least that of what `run` differs by from the real
-    map, beside the rounding of its sums.
+    map, beside the rounding of its sums. `averages` where no entry is negative and nothing is added: means, sums, pooling.
     """
 
     run: Callable[..., Tensor]
     moduli: float
     error: float = 0.0
+    averages: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """Groups of `count` entries that are compared: the result holds the largest (1) or the least (-1) of each, or (0) all in order.
+
+    `members` gives the numbers of the entries in the flat source, (count, *shape of the result); a group may name an entry twice. It is
+    None for the entries of two sources, pair by pair. Entries in order lie along `axis` of the result, which has one place for each
+    group in `members`; the largest comes first where they are `descending`.
+    """
+
+    sign: int
+    count: int
+    members: Callable[[], Tensor] | None = None
+    axis: int = 0
+    descending: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +265,7 @@ class Lipschitz:
     `copy_entries` as in `View`; `linear` where the map is linear up to a constant.
     `extremum` is 1 for the largest and -1 for the least entries of groups of two or more, and says along which axes they lie.
     `within` gives the constant and the values from an interval for each entry of the one source; `monotone`, exactly the map
-    itself, where it rises in every entry of it.
+    itself, where it rises in every entry of its sources; `compared` says which entries a map compares.
     """
 
     upper: float
@@ -265,7 +282,8 @@ class Lipschitz:
     extremum: tuple[int, tuple[int, ...]] | None = None
     linear: LinearAction | None = None
     within: Callable[[Tensor, Tensor], tuple[float, Tensor, Tensor]] | None = None
-    monotone: CopyEntries | None = None
+    monotone: Callable[..., Any] | None = None
+    compared: Compared | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gramlip.network.local.intervals import Region, Value, as_rows, chords, round_down, round_up, whole_of
-from gramlip.network.local.relaxations import Action, action, stray_of
+from gramlip.network.local.intervals import Region, Value, as_rows, chords, round_up
+from gramlip.network.local.relaxations import Action, action, copies, stray_of
 from gramlip.network.steps import Input, Linear, Lipschitz, Network, Slope, Step, Sum, terms
 from gramlip.norm.certify import certify_all
 from gramlip.numerics import rounding as rd
@@ -120,10 +120,15 @@ def rows_at(tile: Tile, places: Tensor, shape: Shape) -> Tensor:
 # ---- linear steps ------------------------------------------------------------------------------------------------------------
 
 
-def landing(step: Step, boxes: Sequence[Box | None], shapes: Sequence[Shape]) -> Box | None:
-    """The box outside of which the result is zero, from those of the sources; None where nothing is left. A source may have none."""
+def landing(step: Step, boxes: Sequence[Box | None], shapes: Sequence[Shape], copied: Tensor | None = None) -> Box | None:
+    """The box outside of which the result is zero, from those of the sources; None where nothing is left. A source may have none.
+
+    `copied` are the numbers of the entries of the source that a step copies, None for other steps.
+    """
     what, whole = step.what, whole_box(step.shape)
     known = [box for box in boxes if box is not None]
+    if copied is not None and len(step.shape) > 2:
+        return _around(_inside(copied.reshape(-1), shapes[0], known[0])[0].reshape(step.shape))
     if isinstance(what, Linear) and _slides(what.op):
         return _seen(what.op, known[0])
     if isinstance(what, Linear) and isinstance(what.op, Scale) and shapes[0] == step.shape:
@@ -131,6 +136,12 @@ def landing(step: Step, boxes: Sequence[Box | None], shapes: Sequence[Shape]) ->
     if isinstance(what, Sum) and all(shape == step.shape for shape in shapes):
         return tuple((min(a for a, _ in ends), max(b for _, b in ends)) for ends in zip(*known, strict=True))
     return whole
+
+
+def _around(kept: Tensor) -> Box | None:
+    """The least box that holds all entries that are kept."""
+    ends = [kept.movedim(j, 0).flatten(1).any(1).nonzero()[:, 0] for j in range(2, kept.ndim)]
+    return tuple((int(at[0]), int(at[-1]) + 1) for at in ends) if all(map(len, ends)) else None
 
 
 def _slides(op: object) -> bool:
@@ -151,9 +162,15 @@ def _seen(op: object, box: Box) -> Box | None:
     return tuple(ranges)
 
 
-def carried(step: Step, act: Act, tiles: Sequence[Tile | None], shapes: Sequence[Shape], box: Box) -> Tile:
-    """Columns after a linear step, which `act` computes on whole values; `box` is that of `landing`."""
+def carried(step: Step, act: Act, tiles: Sequence[Tile | None], shapes: Sequence[Shape], box: Box, copied: Tensor | None = None) -> Tile:
+    """Columns after a linear step, which `act` computes on whole values; `box` and `copied` are those of `landing`."""
     what, known = step.what, [tile for tile in tiles if tile is not None]
+    if copied is not None and len(step.shape) > 2:
+        part = cut(copied, box)
+        kept, numbers = _inside(part.reshape(-1), shapes[0], known[0].box)
+        values = torch.zeros(len(known[0].data), part.numel(), dtype=torch.float64)
+        values[:, kept] = as_rows(known[0].data)[:, numbers]
+        return Tile(box, values.reshape(-1, *part.shape))
     if isinstance(what, Linear) and isinstance(what.op, Conv) and _slides(what.op):
         return Tile(box, _slid(what.op, known[0], box))
     if isinstance(what, Linear) and isinstance(what.op, Scale) and shapes[0] == step.shape:
@@ -190,6 +207,7 @@ MOST = 2**27  # entries of the columns of one value
 WORK = 2**31  # and of those of all values together
 TOGETHER = 2**24  # of them in one tile
 SWITCHING = 2**12  # activations of a value that have columns
+FAINT = 1e-12  # of the longest column of a step: what is shorter has none
 FREE = 0.2  # of the steepest slope: where most slopes differ more from their middles, columns say nothing
 NEAR = 1024  # activations of a few tiles of which the norm is taken alone
 PRODUCTS = 1e11  # multiplications that a norm of what they are may take
@@ -280,6 +298,7 @@ class Columns:
         self._unit = area.far if centred else 1.0
         self._pays = budget > 0 and area.far < LARGEST
         self._actions: list[Action | None] = [action(steps, i) if self._pays else None for i in range(len(steps))]
+        self._copied = [copies(steps, i) if self._pays else None for i in range(len(steps))]
         reads = [step.sources if act is None else act[0] for step, act in zip(steps, self._actions, strict=True)]
         self._last = {s: i for i, sources in enumerate(reads) for s in sources} | dict.fromkeys(outputs, len(steps))
         self._read = {s for sources, act in zip(reads, self._actions, strict=True) if act is None for s in sources} | set(outputs)
@@ -341,14 +360,16 @@ class Columns:
         """A linear step."""
         shapes, run = [tuple(f.loose.shape) for f in forms], act[1]
         boxes: dict[int, tuple[tuple[int, int], ...]] = {}
+        source = self._copied[i]
+        copied = None if source is None else source[1]
         read = {key: [f.tiles.get(key) for f in forms] for key in dict.fromkeys(key for f in forms for key in f.tiles)}
         for key, tiles in read.items():
-            box = landing(step, [None if tile is None else tile.box for tile in tiles], shapes)
+            box = landing(step, [None if tile is None else tile.box for tile in tiles], shapes, copied)
             if box is not None:
                 boxes[key] = box
         if not self._pay(sum(len(self._groups[key].numbers) * size_of(box, step.shape) for key, box in boxes.items())):
             return None
-        mapped = {key: carried(step, run, read[key], shapes, box) for key, box in boxes.items()}
+        mapped = {key: carried(step, run, read[key], shapes, box, copied) for key, box in boxes.items()}
         what, wide = step.what, sum(f.loose.numel() for f in forms)
         products = terms(what.op) if isinstance(what, Linear) else wide if isinstance(what, Lipschitz) else len(forms)
         gamma = rd.gamma(8.0 * (products + 8))
@@ -379,7 +400,7 @@ class Columns:
         tiles = {key: Tile(tile.box, tile.data * cut(middle, tile.box)) for key, tile in form.tiles.items()}
         loose = (middle.abs() * (form.loose + rd.gamma(8.0) * form.most)) * gamma + LOST
         moved = (half * form.most * gamma).reshape(-1)
-        places = moved.topk(min(int((half > 0).sum()), SWITCHING)).indices.sort().values
+        places = moved.topk(min(int((moved > FAINT * moved.max()).sum()), SWITCHING)).indices.sort().values
         weights = moved[places] + (1.0 + half.reshape(-1)[places]) * LOST
         moved = moved.index_fill(0, places, 0.0)
         if len(places):
@@ -567,15 +588,6 @@ def _sums(matrix: Tensor) -> float:
     size = matrix.abs()
     room = 1.0 + rd.gamma(float(sum(matrix.shape)) + 16.0)
     return min(rd.sqrt_up(rd.mul_up(float(size.sum(0).max()) * room, float(size.sum(1).max()) * room)), float(frobenius_up(matrix)) * room)
-
-
-def inside(value: Value, span: Tensor, step: Step) -> Value:
-    """A value within so far of its value at the centre."""
-    if value.middle is None or not isinstance(value.low, Tensor):
-        return value
-    low = torch.maximum(value.low, round_down(value.middle[0] - span))
-    high = torch.minimum(value.high, round_up(value.middle[1] + span))
-    return replace(value, low=low, high=high, whole=whole_of(low, high, value.whole, step.shape), far=min(value.far, frobenius_up(span)))
 
 
 def columns_norm(network: Network, area: Region, inputs: Tensor | None, outputs: Tensor | None) -> float:

@@ -18,6 +18,7 @@ from gramlip.network.steps import (
     Attention,
     Join,
     Linear,
+    LinearAction,
     Lipschitz,
     OnInterval,
     Pad,
@@ -242,11 +243,32 @@ def _bounds(step: Step, sources: Sequence[tuple[Entries, Entries]], whole: Range
     plain = all(isinstance(end, Tensor) for pair in sources for end in pair)
     copied = getattr(step.what, "copy_entries", None)
     ends = (copied(sources[0][0]), copied(sources[0][1])) if copied is not None else entries(step.what, step, sources) if plain else None
+    if ends is None and step.op == "getitem" and isinstance(sources[0][0], list) and len(sources[0][0]) == 1:
+        ends = sources[0][0][0], sources[0][1][0]  # of an order's values and places the values alone are known
     if ends is not None and not isinstance(ends[0], Tensor):
         return ends
     if ends is None or tuple(ends[0].shape) != step.shape or bool(ends[0].isnan().any() | ends[1].isnan().any()):
         return tuple(torch.full(step.shape, end, dtype=torch.float64) for end in (whole.low, whole.high))  # type: ignore[return-value]
     return ends[0].clamp_min(whole.low), ends[1].clamp_max(whole.high)
+
+
+def inside(value: Value, span: Tensor, step: Step) -> Value:
+    """A value within so far of its value at the centre."""
+    if value.middle is None or not isinstance(value.low, Tensor):
+        return value
+    low = torch.maximum(value.low, round_down(value.middle[0] - span))
+    high = torch.minimum(value.high, round_up(value.middle[1] + span))
+    return replace(value, low=low, high=high, whole=whole_of(low, high, value.whole, step.shape), far=min(value.far, frobenius_up(span)))
+
+
+def between(value: Value, sign: int, sources: Sequence[Value], shape: Shape) -> Value:
+    """The larger (1) or the smaller (-1) of two values."""
+    if not all(isinstance(v.low, Tensor) for v in (value, *sources)):
+        return value
+    extreme = torch.maximum if sign > 0 else torch.minimum
+    low = torch.maximum(value.low, extreme(*(v.low for v in sources)))
+    high = torch.minimum(value.high, extreme(*(v.high for v in sources)))
+    return replace(value, low=low, high=high, whole=whole_of(low, high, value.whole, shape))
 
 
 def whole_of(low: Tensor, high: Tensor, before: Range, shape: Shape) -> Range:
@@ -336,6 +358,8 @@ def _(what: Linear, step: Step, sources: Sequence[tuple[Tensor, Tensor]]) -> tup
     half = torch.where(known & (half > 0), round_up(round_up(half)) + mid.abs() * 2.0**-51, half)
     if what.op.weight.is_complex():
         return None
+    if isinstance(what.op, Scale) and what.op.weight.numel() == 1 and float(what.op.weight) == -1.0 and not what.error + what.constant:
+        return -high, -low
     op, moduli = what.op, replace(what.op, weight=to_float64(what.op.weight).abs())
     bias = torch.as_tensor(what.bias, dtype=torch.float64)
     centre, spread, size = apply(op, mid) + bias, apply(moduli, half), apply(moduli, mid.abs()) + bias.abs()
@@ -359,8 +383,24 @@ def _(what: Slope, step: Step, sources: Sequence[tuple[Tensor, Tensor]]) -> tupl
 @entries.register
 def _(what: Lipschitz, step: Step, sources: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
     if what.monotone is not None:
-        return what.monotone(sources[0][0]), what.monotone(sources[0][1])
+        low, high = (what.monotone(*ends) for ends in zip(*sources, strict=True))
+        return (low, high) if isinstance(low, Tensor) else ([low[0]], [high[0]])  # type: ignore[return-value]
+    if what.linear is not None and what.linear.averages:
+        return _averages(what.linear, sources)
     return None if what.within is None else what.within(*sources[0])[1:]
+
+
+def _averages(linear: LinearAction, sources: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+    """The values of a linear map without negative entries, in float64 with a rounding for each entry that it reads, at most."""
+    ends = [torch.stack([low, high]) for low, high in sources]
+    if not all(bool(end.isfinite().all()) for end in ends):
+        return None
+    low, high = (linear.run(*(end[k] for end in ends)) for k in (0, 1))
+    sizes = [end.abs().amax(0) for end in ends]
+    count = sum(size.numel() for size in sizes)
+    room = 2.0 * rd.gamma(8.0 * (count + 8)) * linear.run(*sizes) + (count + 8) * rd.TINY
+    room = room + rd.mul_up(linear.error, rd.hypot_up(frobenius_up(size) for size in sizes))
+    return low - room, high + room
 
 
 @entries.register
@@ -379,8 +419,9 @@ def _(what: Pad, step: Step, sources: Sequence[tuple[Tensor, Tensor]]) -> tuple[
 @entries.register
 def _(what: Sum, step: Step, sources: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
     low, high = sources[0]
-    for a, b in sources[1:]:
-        low, high = round_down(low + a), round_up(high + b)
+    for a, b in sources[1:]:  # nothing is rounded where a term is zero
+        low = torch.where((low == 0) | (a == 0), low + a, round_down(low + a))
+        high = torch.where((high == 0) | (b == 0), high + b, round_up(high + b))
     return low, high
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from gramlip.network.compose import Composition, compose, constants
 from gramlip.network.fold import fold
-from gramlip.network.local.columns import WORK, Columns, inside
-from gramlip.network.local.intervals import Region, Value, as_rows, followed, given, round_down, round_up, shortened
-from gramlip.network.local.relaxations import BUDGET, Relaxations, action, adjoint, drift, roundings, stray_of
+from gramlip.network.local.columns import WORK, Columns
+from gramlip.network.local.intervals import Region, Value, as_rows, between, followed, given, inside, round_down, round_up, shortened
+from gramlip.network.local.relaxations import BUDGET, Apart, Relaxations, action, adjoint, drift, maxima_apart, roundings, stray_of
 from gramlip.network.steps import Argument, Drift, Input, Linear, Network, Slope, Step
 from gramlip.norm.certify import certify_all
 from gramlip.numerics import rounding as rd
@@ -30,11 +30,15 @@ INF = math.inf
 
 @dataclass(frozen=True)
 class Local:
-    """A network on a set of inputs: its steps restricted to it, and what is known of the value of each."""
+    """A network on a set of inputs: its steps restricted to it, and what is known of the value of each.
+
+    `apart` is the same with its maxima apart, which columns and rows follow; `columns` are of that.
+    """
 
     area: Region
     network: Network
     values: list[Value]
+    apart: Network
     columns: Columns
 
 
@@ -43,21 +47,37 @@ def restricted(network: Network, area: Region, budget: float = BUDGET, columns: 
 
     `budget` is of the linear relaxations, `columns` of the differences that are followed: entries, of which 2**31 take half a minute.
     """
-    steps, known = list[Step](), list[Value]()
-    inputs, lines, moved = iter(range(len(area.low))), Relaxations(area, budget), Columns(network, area, centred=True, budget=columns)
-    for step in network.steps:
+    steps, known, paired = list[Step](), list[Value](), maxima_apart(network)
+    inputs, lines = iter(range(len(area.low))), Relaxations(area, budget)
+    moved = Columns(paired.network, area, centred=True, budget=columns)
+    for step in paired.network.steps:
         if isinstance(step.what, Input):
             narrowed, value = step, given(area, next(inputs))
         else:
             for s in step.sources:
                 known[s] = lines.tighten(s, step.what)
-            narrowed, value = followed(step, [known[s] for s in step.sources], [network.steps[s].shape for s in step.sources])
+            narrowed, value = followed(step, [known[s] for s in step.sources], [steps[s].shape for s in step.sources])
             narrowed = shortened(narrowed, known)
+            if (pair := paired.pairs.get(len(steps))) is not None:
+                value = between(value, pair[0], [known[s] for s in pair[1:]], step.shape)
         span = moved.add(narrowed, known[step.sources[0]] if step.sources else None)
         value = value if span is None else inside(value, span, step)
         steps.append(lines.add(narrowed, value))
         known.append(value)
-    return Local(area, Network([_settled(step) for step in steps], network.outputs), known, moved)
+    apart = Network([_settled(step) for step in steps], paired.network.outputs)
+    if not paired.replaced:
+        return Local(area, apart, known, apart, moved)
+    values = [known[i] for i in paired.number]
+    return Local(
+        area, Network([_together(*at, apart, paired, values) for at in enumerate(network.steps)], network.outputs), values, apart, moved
+    )
+
+
+def _together(i: int, step: Step, apart: Network, paired: Apart, values: Sequence[Value]) -> Step:
+    """The step on the set, as its network has it; `values` are known of each of that network's."""
+    if i in paired.replaced:
+        return step
+    return replace(apart.steps[paired.number[i]], sources=step.sources, shortcut=shortened(step, values).shortcut)
 
 
 def _settled(step: Step) -> Step:
@@ -530,7 +550,9 @@ class Around:
 
     def __init__(self, network: Network) -> None:
         self._network = network = fold(network, biases=True)
-        self._constants = constants(network.steps, [[network.steps[s].shape for s in step.sources] for step in network.steps])
+        bounds = constants(network.steps, [[network.steps[s].shape for s in step.sources] for step in network.steps])
+        maps = [id(step.what) if isinstance(step.what, Linear) else None for step in network.steps]
+        self._constants = {number: bound for number, bound in zip(maps, bounds, strict=True) if number is not None}
 
     def results(self, area: Region, matrix: Tensor) -> Results:
         """Bounds on a set for the rows of a matrix applied to the only result: theorems L3 to L15."""
@@ -540,14 +562,7 @@ class Around:
             Step(last, (end,), (*self._network.steps[end].shape[:-1], len(matrix)), "pairs of results", "linear"),
         ]
         local = restricted(Network(whole, (len(whole) - 1,)), area)
-        steps = local.network.steps
-        shapes = [[steps[s].shape for s in step.sources] for step in steps]
-        moved = [i for i, step in enumerate(steps) if not isinstance(step.what, Linear) or step.what is last]
-        bounds = constants([steps[i] for i in moved], [shapes[i] for i in moved])
-        of_steps = [*self._constants, bounds[-1]]
-        for i, bound in zip(moved, bounds, strict=True):
-            of_steps[i] = bound
-        known = derivative(local.network, compose(local.network, of_steps), area)
+        known = self._derivative(local.apart, area)
         unknown, columns = torch.full((len(matrix),), math.inf, dtype=torch.float64), local.columns.rows()
         slopes = unknown if known is None else known.rows(area)
         rates = slopes if known is None else torch.minimum(slopes, known.rates(area))
@@ -555,3 +570,13 @@ class Around:
         value = local.values[-1]
         drops = unknown if value.middle is None else round_up(value.middle[1] - value.low).reshape(-1).nan_to_num(math.inf)
         return Results(slopes, rates, drops.clamp_min(0.0))
+
+    def _derivative(self, network: Network, area: Region) -> Derivative | None:
+        """The derivative of a restricted network; the maps that it shares with the network everywhere are not bounded again."""
+        steps = network.steps
+        bounds = [self._constants.get(id(step.what)) for step in steps]
+        fresh = [i for i, bound in enumerate(bounds) if bound is None]
+        of_fresh = constants([steps[i] for i in fresh], [[steps[s].shape for s in steps[i].sources] for i in fresh])
+        for i, bound in zip(fresh, of_fresh, strict=True):
+            bounds[i] = bound
+        return derivative(network, compose(network, [bound for bound in bounds if bound is not None]), area)

@@ -12,13 +12,17 @@ from torch import Tensor
 from gramlip.network.local.intervals import Region, Value, as_rows, round_down, round_up, whole_of
 from gramlip.network.steps import (
     Argument,
+    Compared,
     Drift,
     Input,
     Join,
     Linear,
     LinearAction,
     Lipschitz,
+    Network,
+    OnInterval,
     Pad,
+    Shortcut,
     Slice,
     Slope,
     Step,
@@ -30,7 +34,7 @@ from gramlip.network.steps import (
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
 from gramlip.numerics.rounding import row_norms_up
-from gramlip.operators.linear_maps import Conv, Dense, Shape, apply
+from gramlip.operators.linear_maps import Conv, Dense, Scale, Shape, apply
 
 INF = math.inf
 BUDGET = 5e10  # multiplications that rows may take by which intervals are tightened
@@ -58,7 +62,7 @@ def action(steps: Sequence[Step], i: int) -> Action | None:
     if isinstance(what, Linear) and not what.op.weight.is_complex():
         return step.sources, lambda xs, moduli: _linear(what, xs[0], moduli)
     if getattr(what, "copy_entries", None) is not None:
-        return _copied(steps, step)
+        return _copied(steps, i)
     if isinstance(what, View) and what.flat:
         return step.sources, lambda xs, _: xs[0].reshape(-1, *step.shape)
     if isinstance(what, Sum):
@@ -78,10 +82,13 @@ def action(steps: Sequence[Step], i: int) -> Action | None:
 
 
 def _matrices(step: Step, shapes: Sequence[Shape], linear: LinearAction) -> Action | None:
-    """Any other linear map by its matrices, one for each source, read off a basis; None where they are too large."""
+    """Any other linear map by its matrices, one for each source, read off a basis.
+
+    Where they are too large, averages by the map itself, which is that of the moduli too; None for others.
+    """
     sizes = [math.prod(shape) for shape in shapes]
     if sum(sizes) > COLUMNS or sum(sizes) * math.prod(step.shape) > MATRIX:
-        return None
+        return (step.sources, lambda xs, _: torch.vmap(linear.run)(*xs)) if linear.averages else None
     blank, blocks = [torch.zeros(shape, dtype=torch.float64) for shape in shapes], list[Tensor]()
     with torch.no_grad():
         for k, size in enumerate(sizes):
@@ -106,18 +113,28 @@ def stray_of(steps: Sequence[Step], i: int) -> float:
     return 0.0
 
 
-def _copied(steps: Sequence[Step], step: Step) -> Action | None:
-    copied, before = step.what.copy_entries, steps[step.sources[0]]  # type: ignore[union-attr]
-    inner = getattr(before.what, "copy_entries", None) if step.op == "getitem" else None
-    sources = step.sources if inner is None else before.sources
-
-    shape = steps[sources[0]].shape
-    numbers = torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
-    read = copied(numbers if inner is None else inner(numbers))  # type: ignore[misc]
-    if not isinstance(read, Tensor) or tuple(read.shape) != step.shape:
+def copies(steps: Sequence[Step], i: int) -> tuple[int, Tensor] | None:
+    """The step that one copies entries of, and their numbers there, of its own shape; None where it does not copy entries of one value."""
+    step = steps[i]
+    copied = getattr(step.what, "copy_entries", None)
+    if copied is None:
         return None
-    places = read.reshape(-1).long()
-    return sources, lambda xs, _: as_rows(xs[0])[:, places].reshape(-1, *step.shape)
+    before = steps[step.sources[0]]
+    inner = getattr(before.what, "copy_entries", None) if step.op == "getitem" else None
+    source = step.sources[0] if inner is None else before.sources[0]
+    shape = steps[source].shape
+    numbers = torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
+    read = copied(numbers if inner is None else inner(numbers))
+    return (source, read.long()) if isinstance(read, Tensor) and tuple(read.shape) == step.shape else None
+
+
+def _copied(steps: Sequence[Step], i: int) -> Action | None:
+    known, shape = copies(steps, i), steps[i].shape
+    if known is None:
+        return None
+    source, numbers = known
+    places = numbers.reshape(-1)
+    return (source,), lambda xs, _: as_rows(xs[0])[:, places].reshape(-1, *shape)
 
 
 def _linear(what: Linear, x: Tensor, moduli: bool) -> Tensor:
@@ -152,6 +169,149 @@ def roundings(steps: Sequence[Step]) -> float:
     read_by = [sum(math.prod(steps[k].shape) for k in s.sources) if w else len(s.sources) for s, w in zip(steps, wide, strict=True)]
     counts = [terms(s.what.op) if isinstance(s.what, Linear) else n for s, n in zip(steps, read_by, strict=True)]
     return 8.0 * sum(count + n + 8 for count, n in zip(counts, read, strict=True))
+
+
+# ---- maxima --------------------------------------------------------------------------------------------------------------
+#
+# A maximum of two values is the second one and a ReLU of their difference: theorem L16.
+
+COMPARED, MEMBERS = 16, 2**22  # entries of a group that are compared one by one, and of all groups of a step
+NEGATIVE = torch.tensor(-1.0, dtype=torch.float64)
+Side = tuple[int, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A network whose comparisons are ReLUs of differences.
+
+    `number` has for each step before the one that has its value, None for those that are `replaced` and their places. `pairs` are the
+    steps that are the larger (1) or the smaller (-1) of two others.
+    """
+
+    network: Network
+    number: list[int]
+    replaced: set[int]
+    pairs: dict[int, tuple[int, int, int]]
+
+
+def maxima_apart(network: Network) -> Apart:
+    """The same function, its values on a set included, with maxima, minima and orders of small groups by pairs of entries."""
+    made, number, replaced = _Pairs(), list[int](), set[int]()
+    for i, step in enumerate(network.steps):
+        what = step.what
+        if isinstance(what, Lipschitz) and step.op == "getitem" and step.sources[0] in replaced:
+            replaced.add(i)
+            number.append(number[step.sources[0]])
+        elif isinstance(what, Lipschitz) and what.compared is not None and _is_small(what.compared, step):
+            replaced.add(i)
+            moved = step.moved(number.__getitem__)
+            number.append(made.compared(moved, what.compared, moved.sources, what.upper))
+        else:
+            made.steps.append(step.moved(number.__getitem__))
+            number.append(len(made.steps) - 1)
+    return Apart(Network(made.steps, tuple(number[i] for i in network.outputs)), number, replaced, made.pairs)
+
+
+def _is_small(compared: Compared, step: Step) -> bool:
+    return compared.count <= COMPARED and compared.count * math.prod(step.shape) <= MEMBERS
+
+
+class _Pairs:
+    """The steps of a network whose maxima are apart; equal differences are one step."""
+
+    def __init__(self) -> None:
+        self.steps, self.pairs = list[Step](), dict[int, tuple[int, int, int]]()
+        self._known = dict[tuple[object, ...], int]()
+
+    def compared(self, step: Step, compared: Compared, sources: Sequence[int], upper: float) -> int:
+        """The result of a step that compares entries."""
+        if compared.members is None:
+            end = self._extreme(step, compared.sign, (sources[0], None), (sources[1], None))[0]
+        else:
+            members = compared.members()
+            values = [(self._entries(step, sources[0], part), part[None]) for part in members]
+            while compared.sign and len(values) > 1:
+                paired = [self._extreme(step, compared.sign, a, b) for a, b in zip(values[::2], values[1::2], strict=False)]
+                values = paired + values[len(paired) * 2 :]
+            end = values[0][0] if compared.sign else self._ordered(step, compared, [value for value, _ in values])
+        if end > max(sources):
+            self.steps[end] = replace(self.steps[end], shortcut=step.shortcut or Shortcut((upper,) * len(sources), tuple(sources)))
+        return end
+
+    def _ordered(self, step: Step, compared: Compared, values: list[int]) -> int:
+        """All entries of each group in order, by a network of comparisons."""
+        first, last = (1, -1) if compared.descending else (-1, 1)
+        for i, j in comparisons(len(values)):
+            a, b = (values[i], None), (values[j], None)
+            values[i], values[j] = self._extreme(step, first, a, b)[0], self._extreme(step, last, a, b)[0]
+        return self._step(step, Join(compared.axis), tuple(values), step.shape)
+
+    def _entries(self, step: Step, source: int, numbers: Tensor) -> int:
+        """The entries of a value that have these numbers."""
+        shape, places = tuple(numbers.shape), numbers.reshape(-1)
+
+        def copy(x: Tensor) -> Tensor:
+            return x.reshape(-1)[places].reshape(shape)
+
+        upper = rd.sqrt_up(float(places.bincount().max()))
+        what = Lipschitz(upper, "entries that are compared", same_range=True, copy_entries=copy)
+        return self._step(step, what, (source,), shape, places.numpy().tobytes())
+
+    def _extreme(self, step: Step, sign: int, first: Side, second: Side) -> Side:
+        """The larger or the smaller of two values, with the numbers of the entries that it is one of, where these are known."""
+        (a, in_a), (b, in_b) = sorted((first, second), key=lambda side: side[0])
+        if a == b:
+            return first
+        shape, joined, what, key = self.steps[a].shape, None, _excess(), b""
+        if in_a is not None and in_b is not None:
+            joined = torch.cat([in_a, in_b])
+            small, great = ((x[:, None] == y[None]).any(1).all(0) for x, y in ((in_a, in_b), (in_b, in_a))[::sign])
+            what, key = _excess(small, great), torch.stack([small, great]).numpy().tobytes()
+        away = self._step(step, Linear(Scale(NEGATIVE)), (b,), shape)
+        over = self._step(step, what, (self._step(step, Sum((1, 1)), (a, away), shape),), shape, key)
+        end = (b, over) if sign > 0 else (a, self._step(step, Linear(Scale(NEGATIVE)), (over,), shape))
+        number = self._step(step, Sum((1, 1)), end, shape)
+        self.pairs[number] = sign, a, b
+        return number, joined
+
+    def _step(self, step: Step, what: What, sources: tuple[int, ...], shape: Shape, *key: object) -> int:
+        """The number of such a step, which is written where there is none yet."""
+        name = (type(what), sources, shape, *key)
+        if name not in self._known:
+            self._known[name] = len(self.steps)
+            self.steps.append(Step(what, sources, shape, step.name, "compared", step.place))
+        return self._known[name]
+
+
+def comparisons(count: int) -> list[tuple[int, int]]:
+    """Pairs of places that are compared, one after the other, until the entries at all of so many places are in order.
+
+    Reference: Knuth, The Art of Computer Programming 3, 5.2.2, algorithm M.
+    """
+    pairs, top = list[tuple[int, int]](), 1 << max(0, (count - 1).bit_length() - 1)
+    p = top
+    while p > 0:
+        q, r, d = top, 0, p
+        while d > 0:
+            pairs += [(i, i + d) for i in range(count - d) if i & p == r]
+            q, r, d = q // 2, p, q - p
+        p //= 2
+    return pairs
+
+
+def _excess(never: Tensor | None = None, always: Tensor | None = None) -> Slope:
+    """A ReLU of differences; some are never above 0, and of the others some never below."""
+    low, high = (torch.zeros((), dtype=torch.bool) if given is None else given for given in (always, never))
+    zero, same = high, low & ~high
+
+    def within(a: Tensor, b: Tensor) -> OnInterval:
+        above = torch.where(zero, False, same | (b > 0))
+        least, most = (torch.where(same, end, torch.where(zero, 0.0, end.clamp_min(0.0))) for end in (a, b))
+        return OnInterval((same | ((a >= 0) & above)).double(), above.double(), least, most)
+
+    return Slope(
+        0.0, 1.0, "the larger of two entries less the other", (0.0, INF), within=within, reach=lambda a, b: (max(a, 0.0), max(b, 0.0))
+    )
 
 
 # ---- activations and lines -------------------------------------------------------------------------------------------------

@@ -236,7 +236,7 @@ def _written(call: Call, result: What | Var | tuple[Var, ...] | float) -> Var | 
     packet = call.op.rsplit(".", 1)[0]
     if isinstance(result, View | Lipschitz | Slice | Linear) and packet in PICKS and len(call.vars) == 1:
         return call.then(replace(result, copy_entries=call.run), *call.vars)
-    if isinstance(result, Lipschitz) and packet in RISING and len(call.vars) == 1:
+    if isinstance(result, Lipschitz) and packet in RISING:
         return call.then(replace(result, monotone=call.run), *call.vars)
     if isinstance(result, Var | tuple):
         return result

@@ -113,7 +113,9 @@ def kinked(value: Entries, knots: Sequence[float], slopes: Sequence[float]) -> W
         low, high = torch.full_like(a, INF), torch.full_like(a, -INF)
         for piece, s in enumerate(slopes):
             low, high = _held(low, high, (first <= piece) & (piece <= torch.maximum(first, last)), torch.tensor(s, dtype=torch.float64))
-        return OnInterval(low, high, *values(a, b)[2:])
+        least, most = values(a, b)[2:]
+        zero = (low == 0) & (high == 0) & (value(a) == 0) & (value(b) == 0)  # flat and 0: nothing is rounded
+        return OnInterval(low, high, torch.where(zero, 0.0, least), torch.where(zero, 0.0, most))
 
     return on
 

@@ -163,7 +163,7 @@ class Call:
         first = [args.pop(name) for name in positional]
         return target(*first, **args)
 
-    def linear(self, moduli: float, error: float | None = None, shifted: bool = False) -> LinearAction | None:
+    def linear(self, moduli: float, error: float | None = None, shifted: bool = False, averages: bool = False) -> LinearAction | None:
         """The call as a linear map of its variables, less what it makes of zeros where it is `shifted`: see `LinearAction`.
 
         None where its constants have errors of which `error` says nothing, or are complex.
@@ -172,7 +172,7 @@ class Call:
         if (self.inexact and error is None) or imaginary or not moduli < math.inf:
             return None
         run = self.run if not shifted else lambda *values: self.run(*values) - self.run(*map(torch.zeros_like, values))
-        return LinearAction(run, moduli, error or 0.0)
+        return LinearAction(run, moduli, error or 0.0, averages and not self.inexact)
 
 
 def _out_of_place(target: Any) -> Any:

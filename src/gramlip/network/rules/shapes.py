@@ -17,6 +17,7 @@ from gramlip.network.rules.affine import added, spread
 from gramlip.network.rules.enclosures import steepness_on, tied
 from gramlip.network.rules.entrywise import IDENTITY, Entrywise, NotACurveError, steepness
 from gramlip.network.rules.registry import Call, Var, register
+from gramlip.network.rules.statistics import compared
 from gramlip.network.steps import Join, Linear, LinearAction, Lipschitz, Pad, RowLayout, Shortcut, Slice, Step, Unbounded, View
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
@@ -47,7 +48,10 @@ PICKS = {
     *aten("slice narrow select index index_select gather expand expand_as broadcast_to repeat tile repeat_interleave"),
 }
 """Operations that copy entries, of one value that depends on the input."""
-RISING = {*aten("amax amin msort"), *(f"aten.{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in (1, 2, 3))}
+RISING = {
+    *aten("amax amin max min maximum minimum msort sort kthvalue median"),
+    *(f"aten.{kind}max_pool{d}d{rest}" for kind in ("", "adaptive_") for d in (1, 2, 3) for rest in ("", "_with_indices")),
+}
 """Operations that choose entries by comparing them: what they give rises with every entry, and is computed exactly."""
 
 
@@ -95,9 +99,9 @@ def _parts(call: Call) -> Lipschitz:
     parted = call.op.split(".")[1] in ("split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "chunk", "unbind", "tensor_split")
     upper = rd.sqrt_up(float(max(1, _widest(call))))
     row_layout = _row_layout(call) if parted else ""
-    return Lipschitz(
-        upper, "entries kept, sorted or compared", same_range=True, others=constants, row_layout=row_layout, extremum=_extremum(call)
-    )
+    extremum = _extremum(call)
+    plain = Lipschitz(upper, "entries kept, sorted or compared", same_range=True, others=constants, row_layout=row_layout)
+    return replace(plain, extremum=extremum, compared=compared(call, extremum))
 
 
 def _extremum(call: Call) -> tuple[int, tuple[int, ...]] | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from gramlip.errors import UndefinedError, UnsupportedError
 from gramlip.network.rules.affine import most
 from gramlip.network.rules.registry import Call, Radius, Var, register
-from gramlip.network.steps import Join, Linear, LinearAction, Lipschitz, Product, Slice, Unbounded, View
+from gramlip.network.steps import Compared, Join, Linear, LinearAction, Lipschitz, Product, Slice, Unbounded, View
 from gramlip.norm.methods import bound
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
@@ -34,9 +34,9 @@ def _mean(call: Call) -> Lipschitz:
     root = rd.sqrt_up(float(count))
     if ".sum" in call.op:
         because = f"sum over {count} entries: the root of their number"
-        return Lipschitz(root, because, same_range=True, times=float(count), linear=call.linear(root))
+        return Lipschitz(root, because, same_range=True, times=float(count), linear=call.linear(root, averages=True))
     averages = _average(count)
-    return replace(averages, linear=call.linear(averages.upper))
+    return replace(averages, linear=call.linear(averages.upper, averages=True))
 
 
 def _average(count: int) -> Lipschitz:
@@ -251,15 +251,52 @@ def _axes(value: Any, dims: int, default: Sequence[int] = ()) -> list[int]:
     return given * dims if len(given) == 1 else given
 
 
-def _windows(size: int, outputs: int, kernel: int, stride: int, pad: int, dilation: int) -> int:
-    """In how many windows the most frequent entry of an axis lies."""
+def _windows(size: int, outputs: int, kernel: int, stride: int, pad: int, dilation: int) -> tuple[Tensor, int]:
+    """The places of an axis that each of its windows reads, a row each, and in how many windows the most frequent place lies.
+
+    Instead of places outside, the first one of the window comes again.
+    """
     index = torch.arange(outputs)[:, None] * stride - pad + torch.arange(kernel) * dilation
     inside = (index >= 0) & (index < size)
     if not bool(inside.any(1).all()):
         window = f"{kernel}, stride {stride}, padding {pad}, dilation {dilation}"
         msg = f"max pooling of {size} entries by {window}: a window of it holds no entry; expected a larger input or less padding"
         raise UndefinedError(msg)
-    return int(torch.bincount(index[inside]).max())
+    first = index.gather(1, inside.long().argmax(1, keepdim=True))
+    return torch.where(inside, index, first), int(torch.bincount(index[inside]).max())
+
+
+def _largest_in_windows(x: Var, shape: Shape, axes: Sequence[tuple[Tensor, int]]) -> Lipschitz:
+    """The largest entries of products of windows of the last axes; with each axis comes in how many of its windows a place lies."""
+    most, count = math.prod(n for _, n in axes), math.prod(places.shape[1] for places, _ in axes)
+
+    def members() -> Tensor:
+        numbers = torch.arange(math.prod(x.shape)).reshape(x.shape)
+        for j, (places, _) in enumerate(axes):
+            axis = len(x.shape) - len(axes) + j
+            numbers = numbers.index_select(axis + j, places.reshape(-1)).unflatten(axis + j, places.shape).movedim(axis + j + 1, j)
+        return numbers.reshape(count, *shape)
+
+    because = f"max pooling: an entry lies in at most {most} windows"
+    return Lipschitz(rd.sqrt_up(float(most)), because, same_range=True, compared=Compared(1, count, members))
+
+
+def compared(call: Call, extremum: tuple[int, tuple[int, ...]] | None) -> Compared | None:
+    """Which entries are compared, for the largest or least of groups, or all of each group in order."""
+    shape, ordered = call.vars[0].shape, call.op.split(".")[1] in ("sort", "msort")
+    if extremum is not None and not extremum[1]:
+        return Compared(extremum[0], 2)
+    if (extremum is None and not ordered) or len(call.vars) > 1 or not shape:
+        return None
+    sign, axes = (0, (int(call.args.get("dim", 0 if "msort" in call.op else -1)) % len(shape),)) if extremum is None else extremum
+    count = math.prod(shape[axis] for axis in axes)
+    groups = tuple(1 if j in axes else n for j, n in enumerate(shape)) if ordered else call.shape
+
+    def members() -> Tensor:
+        numbers = torch.arange(math.prod(shape)).reshape(shape)
+        return numbers.movedim(axes, tuple(range(len(axes)))).reshape(count, *groups)
+
+    return Compared(sign, count, members, axes[0], bool(call.args.get("descending", False)))
 
 
 @register(
@@ -275,17 +312,19 @@ def _max_pool(call: Call) -> Lipschitz:
     stride = _axes(call.const("stride"), dims, kernel)
     pad, dilation = _axes(call.const("padding"), dims), _axes(call.const("dilation"), dims)
     sizes = zip(x.shape[-dims:], call.shape[-dims:], kernel, stride, pad, dilation, strict=True)
-    most = math.prod(_windows(*axis) for axis in sizes)
-    return Lipschitz(rd.sqrt_up(float(most)), f"max pooling: an entry lies in at most {most} windows", same_range=True)
+    return _largest_in_windows(x, call.shape, [_windows(*axis) for axis in sizes])
 
 
 @register(*(f"aten.adaptive_max_pool{d}d" for d in (1, 2, 3)))
 def _adaptive_max_pool(call: Call) -> Lipschitz:
     x, dims = call.var("self"), int(call.op.split("pool")[1][0])
-    most = 1
+    axes: list[tuple[Tensor, int]] = []
     for n, m in zip(x.shape[-dims:], call.shape[-dims:], strict=True):
-        most *= int(torch.bincount(torch.cat([torch.arange(i * n // m, -(-(i + 1) * n // m)) for i in range(m)])).max())
-    return Lipschitz(rd.sqrt_up(float(most)), f"max pooling: an entry lies in at most {most} windows", same_range=True)
+        windows = [torch.arange(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]
+        wide = max(map(len, windows))
+        places = torch.stack([torch.cat([places, places[:1].expand(wide - len(places))]) for places in windows])
+        axes.append((places, int(torch.bincount(torch.cat(windows)).max())))
+    return _largest_in_windows(x, call.shape, axes)
 
 
 @register(*(f"aten.avg_pool{d}d" for d in (1, 2, 3)))
@@ -470,7 +509,8 @@ def nonnegative(call: Call, what: str, shape: Sequence[int]) -> Lipschitz:
     most = [rd.mul_up(float(sums.abs().max()), slack) for sums in (rows, columns)]
     mean = abs(float(rows.max()) - 1) < 1e-9 and abs(float(rows.min()) - 1) < 1e-9
     upper = rd.up(rd.sqrt_up(rd.mul_up(*most)))
-    return Lipschitz(upper, f"{what}: Schur's test on its nonnegative entries", same_range=mean, linear=call.linear(upper))
+    linear = call.linear(upper, averages=bool((rows.detach() >= 0).all()))
+    return Lipschitz(upper, f"{what}: Schur's test on its nonnegative entries", same_range=mean, linear=linear)
 
 
 @register("aten.im2col", "aten.col2im", "aten.unfold", "aten.take", "aten.take_along_dim", "aten.diag_embed")
