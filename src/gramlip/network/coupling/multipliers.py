@@ -21,11 +21,13 @@ from gramlip.network.coupling.elimination import (
     certified,
     descend,
     eliminated,
+    middle_of,
     order,
+    part_of,
     root_of,
     start,
 )
-from gramlip.network.coupling.linear_forms import STEEP, Form, Slopes, System
+from gramlip.network.coupling.linear_forms import Form, Slopes, System
 
 FEW, MANY = 12, 60  # power steps: in the search, and where it counts, there
 BEST = 8  # of the frequencies with the largest quotients alone after the first
@@ -160,14 +162,14 @@ def closed_logarithms(system: System) -> Logarithms | None:
         return None if eliminated(system, start(system), weigh) is None else logarithms
 
 
+def _fixed(logarithms: Logarithms) -> Weigh:
+    return lambda k, _, exponent: (logarithms[k] - exponent * math.log(4.0)).exp()
+
+
 def proved(system: System, logarithms: Logarithms) -> float:
     """A proved upper bound of a system's norm for these multipliers; infinite where the proof fails."""
-
-    def weigh(k: int, block: Tensor, exponent: int) -> Tensor:
-        return (logarithms[k] - exponent * math.log(4.0)).exp()
-
     with torch.no_grad():
-        form = certified(system, start(system), weigh)
+        form = certified(system, start(system), _fixed(logarithms))
         return math.inf if form is None else root_of(form)
 
 
@@ -243,12 +245,13 @@ def improve(run: Sequence[Piece], search: MultiplierSearch, steps: int) -> Multi
 
 # ---- Newton steps --------------------------------------------------------------------------------------------------------
 #
-# The whole system at once: with every value as a form of z = (input, w), M(rho, l) = rho |x|^2 + sum l_i (|w_i|^2 - |q_i|^2) - |output|^2
-# is positive semidefinite where the norm is at most sqrt(rho). A primal-dual method makes rho small: X, positive definite as M is, tends
-# to a matrix with X M = 0 and with traces of X times what M gains by each variable of 1 for rho and 0 for the multipliers.
+# The whole system at once: with every value as a form of z, M(rho, l) = rho |x|^2 + sum l_i (|w_i|^2 - |q_i|^2) - |output|^2 is positive
+# semidefinite where the norm is at most sqrt(rho). A primal-dual method makes rho small: X, positive definite as M is, tends to a matrix
+# with X M = 0 and with traces of X times what M gains by each variable of 1 for rho and 0 for the multipliers. z are the input and, but
+# for steep and linear entries, the values themselves, so that a query reads few entries of z and M is made of few blocks.
 
-GAP = 2e-3  # relative, of rho: what is left where the search ends
-RATIO, LENGTHS = 0.86, 32  # steps are shortened to powers of the ratio
+GAP = 1e-3  # relative, of rho: what is left where the search ends
+ROUGH, FINE = (0.8, 8), (0.88, 32)  # steps are shortened to powers of a ratio, up to so many: to look ahead, and to be taken
 LONG = 8  # chains of so many anchors start from their halves,
 JOINED, MOST_JOINED = 0.3, 30  # whose gaps are so small, after at most so many steps
 
@@ -273,23 +276,18 @@ class Program:
     @staticmethod
     def of(system: System, logarithms: Logarithms, rho: float) -> Program:
         """The program of a system, around feasible multipliers; `rho` is the logarithm of their bound, squared."""
-        places, variable, total, count = list[tuple[int, int, int]](), list[Tensor](), 0, 0
-        for k in sorted(logarithms):
-            numbers = torch.unique(system.channels[k][system.slopes[k].on], return_inverse=True)[1]
-            variable.append(numbers + count)
-            count += int(numbers.max()) + 1
-            places.append((k, total, total + len(numbers)))
-            total += len(numbers)
+        places, variable = _places(system, logarithms)
         x, units = len(system.channels[0]), torch.cat([logarithms[k] for k, _, _ in places])
         halves = 0.5 * torch.cat([torch.full((x,), rho, dtype=torch.float64), units])
         queries, output = _forms(system, places)
-        scaled = list[tuple[slice, slice, Tensor]]()
-        for (k, first, last), wide in zip(places, queries, strict=True):
+        ratio = torch.cat([system.slopes[k].split[0][system.slopes[k].on] for k, _, _ in places])
+
+        def scaled(wide: Tensor, first: int, last: int) -> tuple[slice, slice, Tensor]:
             cols = _span(wide)
-            rows = halves[x + first : x + last, None] - halves[cols]
-            scaled.append((slice(first, last), cols, wide[:, :, cols] * rows.exp()))
-        ratio = torch.cat([_pulled_towards(system.slopes[k])[0][system.slopes[k].on] for k, _, _ in places])
-        return Program(scaled, ratio, output * (-halves).exp(), x, torch.cat(variable), rho, units, places)
+            return slice(first, last), cols, wide[:, :, cols] * (halves[x + first : x + last, None] - halves[cols]).exp()
+
+        blocks = [scaled(wide, first, last) for (_, first, last), wide in zip(places, queries, strict=True)]
+        return Program(blocks, ratio, output * (-halves).exp(), x, variable, rho, units, places)
 
     def matrix(self, y: Tensor) -> Tensor:
         """M at `y`: rho, and the multipliers."""
@@ -300,11 +298,11 @@ class Program:
         weights, n = dy[1:][self.variable], self.output.shape[-1]
         m = self.output.new_zeros(len(self.output), n, n)
         for rows, cols, q in self.queries:
-            l, ratio = weights[rows, None], self.ratio[rows, None]
-            m[:, cols, cols] += q.mH @ ((l * (ratio - 1.0) * (ratio + 1.0)) * q)
-            at = slice(self.x + rows.start, self.x + rows.stop)
-            m[:, at, cols] -= l * ratio * q
-            m[:, cols, at] -= (l * ratio * q).mH
+            weight, ratio = weights[rows, None], self.ratio[rows, None]
+            m[:, cols, cols] += q.mH @ ((weight * (ratio - 1.0) * (ratio + 1.0)) * q)
+            at, cross = slice(self.x + rows.start, self.x + rows.stop), weight * ratio * q
+            m[:, at, cols] -= cross
+            m[:, cols, at] -= cross.mH
         m.diagonal(dim1=-2, dim2=-1)[:] += torch.cat([dy[:1].expand(self.x), weights])
         return m
 
@@ -356,11 +354,15 @@ class Program:
     def blocks(self) -> list[tuple[slice, int]]:
         """The input and the anchors as parts of z, each with the first column that M couples it with."""
         parts = [slice(0, self.x), *(slice(self.x + first, self.x + last) for _, first, last in self.places)]
-        reads = [(slice(self.x + rows.start, self.x + rows.stop), cols) for rows, cols, _ in self.queries]
-        reads.append((slice(0, 0), _span(self.output)))
-        return [(at, min([at.start, *(cols.start for rows, cols in reads if rows == at or cols.start < at.stop <= cols.stop)])) for at in parts]
+        rows = [slice(self.x + rows.start, self.x + rows.stop) for rows, _, _ in self.queries]
+        reads = [*zip(rows, [cols for _, cols, _ in self.queries], strict=True), (slice(0, 0), _span(self.output))]
 
-    def longest(self, m: Tensor, step: Tensor) -> float:
+        def first(at: slice) -> int:
+            return min([at.start, *(cols.start for rows, cols in reads if rows == at or (cols.start < at.stop and at.start < cols.stop))])
+
+        return [(at, first(at)) for at in parts]
+
+    def longest(self, m: Tensor, step: Tensor, lengths: tuple[float, int]) -> float:
         """`_longest` for M and a change of it: anchor after anchor eliminated, from the last one."""
 
         def fits(length: float) -> bool:
@@ -377,7 +379,7 @@ class Program:
                 front, low = front[:, :-n, :-n] - root.mH @ root, min(low, first)
             return True
 
-        return _longest(fits)
+        return _longest(fits, lengths)
 
     @cached_property
     def count(self) -> int:
@@ -406,10 +408,16 @@ def _span(wide: Tensor) -> slice:
     return slice(int(read[0]), int(read[-1]) + 1) if len(read) else slice(0, 1)
 
 
-def _pulled_towards(slopes: Slopes) -> tuple[Tensor, Tensor]:
-    """Ratios k and multiples c with `v = c q + R z`, `w = z - k q`: c = 0, so that v reads z alone, but for steep or linear entries."""
-    steep = slopes.centre.abs() > STEEP * slopes.radius
-    return torch.where(steep, 0.0, slopes.centre / slopes.radius), torch.where(steep, slopes.centre, 0.0)
+def _places(system: System, logarithms: Logarithms) -> tuple[list[tuple[int, int, int]], Tensor]:
+    """The anchors with multipliers, each with its first and last + 1 entry among w; and for each w the number of its multiplier."""
+    places, variable, total, count = list[tuple[int, int, int]](), list[Tensor](), 0, 0
+    for k in sorted(logarithms):
+        numbers = torch.unique(system.channels[k][system.slopes[k].on], return_inverse=True)[1]
+        variable.append(numbers + count)
+        count += int(numbers.max()) + 1
+        places.append((k, total, total + len(numbers)))
+        total += len(numbers)
+    return places, torch.cat(variable)
 
 
 def _forms(system: System, places: Sequence[tuple[int, int, int]]) -> tuple[list[Tensor], Tensor]:
@@ -429,7 +437,7 @@ def _forms(system: System, places: Sequence[tuple[int, int, int]]) -> tuple[list
         query, slopes, on = system.queries[k], system.slopes[k], system.slopes[k].on
         assert query is not None
         q = on_z(query) if query.blocks else like.new_zeros(system.frequencies, len(slopes.centre), size)
-        value = _pulled_towards(slopes)[1][:, None] * q
+        value = slopes.split[1][:, None] * q
         if k in first:
             queries.append(q[:, on])
             value[:, on, x + first[k] + torch.arange(len(on))] += slopes.radius[on].to(like.dtype)
@@ -466,44 +474,28 @@ def _joined(system: System, logarithms: Logarithms) -> Logarithms:
 
     Where |v| <= r |x| and |output| <= s |v| follow from two sums of multipliers, s^2 times the first and the second give r s.
     """
-    joined, scale, last = Logarithms(), 0.0, len(system.queries) - 1
-    middle = _middle(system)
-    for part in (middle, last), (0, middle):
-        half = None if middle is None else _part(system, *part)
-        closed = None if half is None else closed_logarithms(half)
-        at = None if half is None or not closed else Iterate.first(half, _joined(half, closed))
-        for _ in range(MOST_JOINED):
-            if at is None or at.gap < JOINED * float(at.y[0]):
-                break
-            at = at.next()
+    middle, last = middle_of(system), len(system.queries) - 1
+    if middle is None or last < LONG:
+        return logarithms
+    joined, scale = Logarithms(), 0.0
+    for first, end in (middle, last), (0, middle):
+        at = _half(part_of(system, first, end))
         if at is None:
             return logarithms
-        joined |= {part[0] + k: logs + scale for k, logs in at.program.logarithms(at.y).items()}
+        joined |= {first + k: logs + scale for k, logs in at.program.logarithms(at.y).items()}
         scale += at.program.rho + math.log(float(at.y[0]))
     return joined if _bound_logarithm(system, joined) < _bound_logarithm(system, logarithms) else logarithms
 
 
-def _middle(system: System) -> int | None:
-    """The anchor nearest to the middle of a long chain that stands between all before and all after it; None where there is none."""
-    last = len(system.queries) - 1
-    reads = [min(form.blocks, default=0) if form is not None else 0 for form in (*system.queries, system.output)]
-    cuts = [k for k in range(2, last - 1) if min(reads[k + 1 :]) >= k]
-    return min(cuts, key=lambda k: abs(2 * k - last)) if cuts and last >= LONG else None
-
-
-def _part(system: System, first: int, last: int) -> System:
-    """The anchors after `first` up to `last`, with the one as input and the other as output."""
-
-    def shifted(form: Form | None) -> Form:
-        assert form is not None
-        return Form({a - first: b for a, b in form.blocks.items()}, {a - first: e for a, e in form.errors.items()}, form.clean)
-
-    like, ones = next(iter(system.output.blocks.values())), torch.ones(len(system.channels[first]), dtype=torch.float64)
-    eye = torch.eye(len(system.channels[last]), dtype=like.dtype)[None]
-    output = shifted(system.output) if last == len(system.queries) - 1 else Form({last - first: eye}, {last - first: 0.0}, True)
-    queries = [None, *map(shifted, system.queries[first + 1 : last + 1])]
-    slopes = [Slopes.between(ones, ones), *system.slopes[first + 1 : last + 1]]
-    return System(queries, system.channels[first : last + 1], output, system.frequencies, slopes)
+def _half(system: System) -> Iterate | None:
+    """A point of a half with a small gap; None where numbers fail."""
+    closed = closed_logarithms(system)
+    at = Iterate.first(system, _joined(system, closed)) if closed else None
+    for _ in range(MOST_JOINED):
+        if at is None or at.gap < JOINED * float(at.y[0]):
+            break
+        at = at.next()
+    return at
 
 
 @dataclass
@@ -530,9 +522,10 @@ class Iterate:
     def at(program: Program, y: Tensor, dual: Tensor | None = None) -> Iterate | None:
         """The point y, with a multiple of the inverse for X if none is given; None where M is not positive definite."""
         m = program.matrix(y)
-        inverse = _inverse(m)
-        if inverse is None:
+        factor, info = torch.linalg.cholesky_ex(m)
+        if bool(info.any()):
             return None
+        inverse = torch.cholesky_inverse(factor)
         dual = inverse / inverse.diagonal(dim1=-2, dim2=-1)[:, : program.x].real.sum() if dual is None else dual
         return Iterate(program, y, m, inverse, program.queried(inverse), dual)
 
@@ -546,61 +539,57 @@ class Iterate:
         lower, info = torch.linalg.cholesky_ex(self.program.products(self.dual, self.inverse, self.queried))
         if bool(info) or not bool(lower.isfinite().all()):
             return None
-        dy, turned = self._direction(lower, None)
-        left = 1.0 - self.program.longest(self.m, self.program.direction(dy))  # of the gap, were X as free as M
-        dx = self._dual_step(turned, None)
-        goal = -_hermitian(dx @ turned.to(dx.dtype)).to(turned.dtype)
-        goal += left**3 * self.gap / (self.m.shape[0] * self.m.shape[-1]) * self.inverse
-        dy, turned = self._direction(lower, goal)
-        dx, longest = self._dual_step(turned, goal), self.program.longest(self.m, self.program.direction(dy))
-        return Iterate.at(self.program, self.y + longest * dy, self.dual + self._longest_dual(dx) * dx)
+        _, dm, dx, turned = self._step(lower, torch.zeros_like(self.m))
+        mean = self._left(dm, dx) ** 3 * self.gap / (self.m.shape[0] * self.m.shape[-1])
+        dy, dm, dx, _ = self._step(lower, mean * self.inverse - _hermitian(dx @ turned))
+        part, dual_part = self.program.longest(self.m, dm, FINE), _longest_dual(self.dual, dx, FINE)
+        return Iterate.at(self.program, self.y + part * dy, self.dual + dual_part * dx) if part + dual_part > 0 else None
 
-    def _longest_dual(self, dx: Tensor) -> float:
-        return _longest(lambda length: not bool(torch.linalg.cholesky_ex(torch.add(self.dual, dx, alpha=length))[1].any()))
+    def _left(self, dm: Tensor, dx: Tensor) -> float:
+        """The part of the gap that the longest steps would leave."""
+        m = self.m + self.program.longest(self.m, dm, ROUGH) * dm
+        dual = self.dual + _longest_dual(self.dual, dx, ROUGH) * dx
+        return min(max(float(_product(dual, m).sum()) / self.gap, 0.0), 1.0)
 
-    def _direction(self, lower: Tensor, goal: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The step of y, and that of M times the inverse: to first order X M becomes `goal` M, and the traces of X what they should be."""
-        rest = torch.zeros_like(self.y) if goal is None else self.program.traces(goal)
+    def _step(self, lower: Tensor, goal: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The steps of y, of M and of X, and that of M times the inverse.
+
+        To first order, X M becomes `goal` M, and the traces of X what they should be.
+        """
+        rest = self.program.traces(goal)
         rest[0] -= 1.0
         dy = torch.cholesky_solve(rest[:, None], lower)[:, 0]
-        return dy, self.program.moved(dy, self.inverse, self.queried)
-
-    def _dual_step(self, turned: Tensor, goal: Tensor | None) -> Tensor:
-        """The step of X; without a goal in single precision, as it is for a correction alone."""
-        if goal is None:
-            single = torch.complex64 if turned.is_complex() else torch.float32
-            dual = self.dual.to(single)
-            return _hermitian(dual @ turned.to(single)).add_(dual).neg_()
-        return goal - _hermitian(self.dual @ turned).add_(self.dual)
+        turned = self.program.moved(dy, self.inverse, self.queried)
+        return dy, self.program.direction(dy), goal - _hermitian(self.dual @ turned).add_(self.dual), turned
 
 
 def _hermitian(matrix: Tensor) -> Tensor:
     return torch.add(matrix, matrix.mH).mul_(0.5)
 
 
-def _longest(fits: Callable[[float], bool]) -> float:
+def _longest_dual(dual: Tensor, dx: Tensor, lengths: tuple[float, int]) -> float:
+    return _longest(lambda length: not bool(torch.linalg.cholesky_ex(torch.add(dual, dx, alpha=length))[1].any()), lengths)
+
+
+def _longest(fits: Callable[[float], bool], lengths: tuple[float, int]) -> float:
     """Nearly the longest part of a step that fits, at most all of it, and a little less."""
     if fits(1.0):
         return 1.0
-    short, long = LENGTHS, 0  # by halves, among the powers of a ratio
+    (ratio, short), long = lengths, 0
     while short - long > 1:
         middle = (short + long) // 2
-        short, long = (middle, long) if fits(RATIO**middle) else (short, middle)
-    return 0.95 * RATIO**short if short < LENGTHS or fits(RATIO**short) else 0.0
+        short, long = (middle, long) if fits(ratio**middle) else (short, middle)
+    return 0.95 * ratio**short if short < lengths[1] or fits(ratio**short) else 0.0
 
 
-def _inverse(matrix: Tensor) -> Tensor | None:
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    return None if bool(info.any()) else torch.cholesky_inverse(factor)
+def promised(system: System, logarithms: Logarithms) -> float:
+    """What these multipliers give in plain floating point, which `proved` hardly differs from; very large where that fails."""
+    return math.exp(0.5 * min(_bound_logarithm(system, logarithms), 1400.0))
 
 
 def _bound_logarithm(system: System, logarithms: Logarithms) -> float:
     """The logarithm of the square of what these multipliers give in plain floating point."""
-
-    def weigh(k: int, block: Tensor, exponent: int) -> Tensor:
-        return (logarithms[k] - exponent * math.log(4.0)).exp()
-
-    form = eliminated(system, start(system), weigh)
+    form = eliminated(system, start(system), _fixed(logarithms))
     if form is None or not form.live or not bool(form.matrix.isfinite().all()):
         return math.inf
     top = float(torch.linalg.eigvalsh(form.matrix)[:, -1].max())
