@@ -14,12 +14,14 @@ from gramlip.network.coupling.circulant import Alias, Circulant, Link, NotCircul
 from gramlip.network.coupling.elimination import Piece, cost, narrowed, narrowed_matrix, single, system_cost, transposed
 from gramlip.network.coupling.linear_forms import Entries, System, system
 from gramlip.network.coupling.multipliers import (
+    Logarithms,
     MultiplierSearch,
     certificate,
     closed_logarithms,
     improve,
     newton,
     newton_cost,
+    promised,
     proved,
     reached,
 )
@@ -291,12 +293,13 @@ ALONE = 6.0  # times as many for a run that is searched entry by entry
 ROUNDS = (1.0, 2.0, 6.0, 18.0)  # times that in each round of the search
 GAIN = 1.02  # a run on tori is proved where the coarse ones promise so much over composition,
 HOPE = 30.0  # nothing is searched where closed forms promise so much more than composition,
-KEPT = 0.9  # and no choice counts for less than so much of its promise
+KEPT = 0.9  # and no choice counts for less than so much of its promise,
+SURE = 0.9999  # or so much of that of a Newton step
 PROOF = 6e9  # and an elimination takes at most so many multiplications, at effort 1
 CHEAP = 2e8  # an elimination that is searched on the true torus too
 NEWTON = 3e11  # multiplications of the Newton steps at effort 1,
 MOST = 60  # and how many of these steps
-FEWEST = 6  # a piece of which fewer could be paid for takes gradient steps
+FEWEST = 8  # a piece of which fewer could be paid for takes gradient steps
 
 
 @dataclass(frozen=True)
@@ -366,11 +369,22 @@ def _alone_coupled(system: System, effort: Effort) -> tuple[float, float]:
     at = min(range(len(sides)), key=lambda i: newton_cost(sides[i]))
     start, steps = closed[at], int(effort.amount * min(MOST, NEWTON / newton_cost(sides[at])))
     if start is not None:
+        choices: list[tuple[float, Logarithms]] = []
         for better in newton(sides[at], start, steps):
-            upper = min(upper, proved(sides[at], better))
+            choices.append((promised(sides[at], better), better))
             if effort.over:
                 break
+        upper = _least_proved(sides[at], choices, least)
     return least, upper
+
+
+def _least_proved(system: System, choices: list[tuple[float, Logarithms]], upper: float) -> float:
+    """The least bound of some choices with what they promise, each counted as no less than `SURE` of it, and of `upper`."""
+    for least, choice in sorted(choices, key=lambda pair: pair[0]):
+        if upper <= SURE * least:
+            break
+        upper = min(upper, max(SURE * least, proved(system, choice)))
+    return upper
 
 
 def _searched(planned: SegmentPlan, composed: float, effort: Effort, names: str) -> float:

@@ -367,7 +367,7 @@ def root_of(form: Quadratic) -> float:
 
 # ---- the same system, otherwise -------------------------------------------------------------------------------------------
 #
-# Two systems of the same norm: the adjoint, and one whose input is no wider than what reads it.
+# Two systems of the same norm: the adjoint, and one whose input is no wider than what reads it. And parts of a system.
 
 
 def transposed(system: System) -> System | None:
@@ -389,6 +389,29 @@ def transposed(system: System) -> System | None:
     channels = [torch.arange(width), *reversed(system.channels[1:])]
     ones = torch.ones(width, dtype=torch.float64)
     return System(queries, channels, output, system.frequencies, [Slopes.between(ones, ones), *reversed(system.slopes[1:])])
+
+
+def middle_of(system: System) -> int | None:
+    """The anchor nearest to the middle that all before it reach what comes after through; None where there is none."""
+    last = len(system.queries) - 1
+    reads = [min(form.blocks, default=0) if form is not None else 0 for form in (*system.queries, system.output)]
+    cuts = [k for k in range(2, last - 1) if min(reads[k + 1 :]) >= k]
+    return min(cuts, key=lambda k: abs(2 * k - last), default=None)
+
+
+def part_of(system: System, first: int, last: int) -> System:
+    """The anchors after `first` up to `last`, the first one as input, the last one (or the system's own output) as output."""
+
+    def shifted(form: Form | None) -> Form:
+        assert form is not None
+        return Form({a - first: b for a, b in form.blocks.items()}, {a - first: e for a, e in form.errors.items()}, form.clean)
+
+    like, ones = next(iter(system.output.blocks.values())), torch.ones(len(system.channels[first]), dtype=torch.float64)
+    eye = torch.eye(len(system.channels[last]), dtype=like.dtype)[None]
+    output = shifted(system.output) if last == len(system.queries) - 1 else Form({last - first: eye}, {last - first: 0.0}, True)
+    queries = [None, *map(shifted, system.queries[first + 1 : last + 1])]
+    slopes = [Slopes.between(ones, ones), *system.slopes[first + 1 : last + 1]]
+    return System(queries, system.channels[first : last + 1], output, system.frequencies, slopes)
 
 
 def narrowed(system: System) -> System:

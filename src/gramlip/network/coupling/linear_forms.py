@@ -112,6 +112,12 @@ class Slopes:
         """The entries that are not linear."""
         return (self.radius > 0).nonzero()[:, 0]
 
+    @cached_property
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Ratios k and multiples c with `v = c q + R z` for `z = w + k q`: c is 0, v reads z alone, but for steep or linear entries."""
+        steep = self.centre.abs() > STEEP * self.radius
+        return torch.where(steep, 0.0, self.centre / self.radius), torch.where(steep, self.centre, 0.0)
+
 
 STEEP = 8.0  # centres of at most so many radii: larger ones would cancel digits
 
