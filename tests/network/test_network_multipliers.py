@@ -19,9 +19,9 @@ from gramlip.network import Effort, coupling
 from gramlip.network.audit import steps_of
 from gramlip.network.compose import constants
 from gramlip.network.coupling import coupled, elimination
-from gramlip.network.coupling.elimination import narrowed, narrowed_matrix, transposed
+from gramlip.network.coupling.elimination import middle_of, narrowed, narrowed_matrix, transposed
 from gramlip.network.coupling.linear_forms import Entries, Slopes, system
-from gramlip.network.coupling.multipliers import closed_logarithms, newton, proved
+from gramlip.network.coupling.multipliers import FINE, Program, _joined, closed_logarithms, newton, proved
 from gramlip.network.steps import Input, Linear, Network, Slope, Step, Sum
 from gramlip.numerics import rounding as rd
 from gramlip.operators.linear_maps import Dense
@@ -272,6 +272,61 @@ def test_residual_sums_have_an_adjoint_too() -> None:
         found.append(min(proved(side, logs) for logs in newton(side, start, 30)))
         assert exact * (1 - 1e-12) <= min(found[-1], proved(side, start))
     assert max(found) <= 1.01 * min(found)  # the two programs have one optimum
+
+
+def residual_chain(blocks: int, seed: int) -> Network:
+    """Values v with `v <- a(v + w v)`, of slopes of all kinds, after a matrix and before one."""
+    weights = random_chain((3, *[4] * (blocks + 1), 2), seed)
+    ends = mixed_ends(weights, seed)
+    steps = [Step(Input(), (), (1, 3), "", ""), Step(Linear(Dense(weights[0])), (0,), (1, 4), "", "")]
+    for weight, (low, high) in zip(weights[1:-1], ends, strict=False):
+        at = len(steps) - 1
+        steps.append(Step(Linear(Dense(weight)), (at,), (1, 4), "", ""))
+        steps.append(Step(Sum((1, 1)), (at, at + 1), (1, 4), "", ""))
+        steps.append(Step(Slope(low, high, ""), (at + 2,), (1, 4), "", ""))
+    return Network([*steps, Step(Linear(Dense(weights[-1])), (len(steps) - 1,), (1, 2), "", "")], (len(steps),))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_blocks_of_a_program_are_those_of_the_whole_matrix(seed: int) -> None:
+    """Products, traces and step lengths that use how few entries a query reads are those of the dense matrices."""
+    network = residual_chain(3, seed)
+    inside = system(network, Entries([s.shape for s in network.steps]))
+    start = closed_logarithms(inside)
+    assert start is not None
+    program = Program.of(inside, start, 2 * math.log(proved(inside, start)))
+    torch.manual_seed(seed)
+    y = torch.ones(1 + program.count, dtype=torch.float64)
+    dy, m = torch.randn_like(y), program.matrix(y * 1.5)
+    s, t = (a @ a.mT for a in torch.randn(2, *m.shape, dtype=torch.float64))
+    queried, gains = program.queried(s), [program.direction(e)[0] for e in torch.eye(len(y), dtype=torch.float64)]
+    assert torch.allclose(program.moved(dy, s, queried), program.direction(dy) @ s)
+    assert torch.allclose(program.direction(dy)[0], sum(g * d for g, d in zip(gains, dy, strict=True)))  # type: ignore[arg-type]
+    assert torch.allclose(program.traces(s), torch.stack([(g * s[0]).sum() for g in gains]))
+    products = torch.tensor([[torch.trace(g @ t[0] @ h @ s[0]) for h in gains] for g in gains], dtype=torch.float64)
+    assert torch.allclose(program.products(t, s, queried), products)
+    step = program.direction(dy)
+    part = program.longest(m, step, FINE)
+    assert torch.linalg.eigvalsh(m + part * step).min() > 0
+    if 0 < part < 1:
+        assert torch.linalg.eigvalsh(m + part / (0.95 * FINE[0]) * step).min() < 0
+
+
+@pytest.mark.parametrize("widths", [(4, *[6] * 12, 3), (20, *[12] * 20, 3)], ids=str)
+def test_long_chains_start_from_their_halves(widths: tuple[int, ...]) -> None:
+    for seed in range(2):
+        weights = random_chain(widths, seed)
+        network = network_of(weights, all_ends(weights, -0.1, 1.0))
+        inside = system(network, Entries([s.shape for s in network.steps]))
+        start = closed_logarithms(inside)
+        assert start is not None
+        assert middle_of(inside) == (len(widths) - 2) // 2
+        first = proved(inside, _joined(inside, start))
+        least = min(proved(inside, logs) for logs in newton(inside, start, 60))
+        assert least <= first < 0.6 * proved(inside, start)
+        assert first < 2.5 * least
+    residual = residual_chain(4, 0)
+    assert middle_of(system(residual, Entries([s.shape for s in residual.steps]))) == 2
 
 
 # ---- steps and their limits ----------------------------------------------------------------------------------------------
