@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -126,29 +127,35 @@ def superkernel(op: Conv, fine: tuple[int, ...], coarse: tuple[int, ...]) -> tup
 
     Of the convolution whose adjoint it is when transposed. Index `s (R m + i) + d t - p` of x is phase and offset by division by r.
     """
-    weight = to_float64(op.weight)
-    g = op.groups
-    rows, columns = weight.shape[0], weight.shape[1] * g
-    single = torch.zeros(rows, columns, *weight.shape[2:], dtype=torch.float64)
-    for j in range(g):
-        r, c = slice(j * rows // g, (j + 1) * rows // g), slice(j * weight.shape[1], (j + 1) * weight.shape[1])
-        single[r, c] = weight[r]
+    single = _ungrouped(op)
+    rows, columns = single.shape[:2]
+    sides = zip(coarse, fine, single.shape[2:], op.stride, op.dilation, op.padding, strict=True)  # type: ignore[arg-type]
     blocks: dict[tuple[int, ...], Tensor] = {}
-    axes = [
-        [(i, t, *divmod(s * i + d * t - lo, r)) for i in range(big) for t in range(k)]
-        for big, r, k, s, d, (lo, _) in zip(coarse, fine, weight.shape[2:], op.stride, op.dilation, op.padding, strict=True)  # type: ignore[arg-type,misc]
-    ]
-    for combination in itertools.product(*axes):
-        phase = _flat([c[0] for c in combination], coarse)
-        tap = tuple(c[1] for c in combination)
-        offset = tuple(c[2] for c in combination)
-        source = _flat([c[3] for c in combination], fine)
+    for combination in itertools.product(*itertools.starmap(_taps_of_phases, sides)):  # type: ignore[arg-type]
+        phase, tap, offset, source = zip(*combination, strict=True)
         block = blocks.setdefault(offset, torch.zeros(rows * math.prod(coarse), columns * math.prod(fine), dtype=torch.float64))
-        block[phase * rows : (phase + 1) * rows, source * columns : (source + 1) * columns] += single[(slice(None), slice(None), *tap)]
+        i, j = _flat(phase, coarse) * rows, _flat(source, fine) * columns
+        block[i : i + rows, j : j + columns] += single[(slice(None), slice(None), *tap)]
     return torch.stack(list(blocks.values())), torch.tensor(list(blocks))
 
 
-def _flat(index: list[int], sides: tuple[int, ...]) -> int:
+def _ungrouped(op: Conv) -> Tensor:
+    """The kernel between all channels: zero between groups."""
+    weight, g = to_float64(op.weight), op.groups
+    rows, columns = len(weight) // g, weight.shape[1]
+    single = torch.zeros(len(weight), columns * g, *weight.shape[2:], dtype=torch.float64)
+    for j in range(g):
+        r = slice(j * rows, (j + 1) * rows)
+        single[r, j * columns : (j + 1) * columns] = weight[r]
+    return single
+
+
+def _taps_of_phases(big: int, r: int, k: int, s: int, d: int, padding: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    """Along one axis, for each phase of the output and each tap: both, and the offset and the phase of the input that it reads."""
+    return [(i, t, *divmod(s * i + d * t - padding[0], r)) for i in range(big) for t in range(k)]
+
+
+def _flat(index: Sequence[int], sides: tuple[int, ...]) -> int:
     flat = 0
     for i, n in zip(index, sides, strict=True):
         flat = flat * n + i

@@ -100,36 +100,37 @@ class Inverse:
 
 def inverse(block: Tensor, weights: Tensor) -> Inverse | None:
     """A proved upper bound of `S^-1 = (L - own)^-1`, for L at least these multipliers; None where there is no proof. Theorem N27."""
-    unit, n = rd.gamma(32.0 * (block.shape[-1] + 8)), len(weights)
-    eye = torch.eye(n, dtype=block.dtype)
+    unit, eye = rd.gamma(32.0 * (block.shape[-1] + 8)), torch.eye(len(weights), dtype=block.dtype)
     for lift in LIFTS:
         lifted = weights * lift
         roots = lifted.rsqrt()
         if not bool(lifted.isfinite().all() and roots.isfinite().all()):
             return None
         part = roots[:, None] * block * roots
-        inner = eye - part
-        factor, info = torch.linalg.cholesky_ex(inner)
+        factor, info = torch.linalg.cholesky_ex(eye - part)
         if bool(info.any()):
             continue
         root = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
-        test = root @ inner @ root.mH
-        test.diagonal(dim1=-2, dim2=-1).sub_(1.0)
-        wide = sizes_of(root)
-        off = (sizes_of(test) + unit * (wide.square() * (n**0.5 + sizes_of(part)) + 1.0)) * (1 + 1e-9)
+        off, wide = _off(root, part, eye, unit), sizes_of(root)
         if bool((off < OFF).all()):
             return Inverse(lifted, roots, root, off / (1.0 - off) * (1 + 1e-9), wide)
     return None
 
 
+def _off(root: Tensor, part: Tensor, eye: Tensor, unit: float) -> Tensor:
+    """A bound of `|I - G (I - part) G*|`, with its rounding, for G = `root`."""
+    test = root @ (eye - part) @ root.mH
+    test.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    return (sizes_of(test) + unit * (sizes_of(root).square() * (len(eye) ** 0.5 + sizes_of(part)) + 1.0)) * (1 + 1e-9)
+
+
 def bounded(matrix: Tensor, anchor: Anchor, error: float, approximate: Inverse) -> tuple[Tensor, Tensor]:
     """The matrix of a form, and by how much (in norm) the one that is left may exceed it; rows are right up to `error`."""
     weights, ratio, rows = approximate.weights, anchor.ratio, anchor.rows
-    steepest, wide = float((weights.sqrt() * ratio.abs()).max()), sizes_of(rows)
-    kept, across = sizes_of(matrix[:, : anchor.before, : anchor.before]), sizes_of(matrix[:, anchor.before :, : anchor.before])
-    reach = float((approximate.roots * anchor.radius).max()) * across + steepest * wide
-    off = (rd.gamma(32.0) * reach + steepest * error) * (1 + 1e-9)
-    left, noise = approximate.gram(approximate.roots[:, None] * anchor.right(matrix, weights), off)
+    wide, kept = sizes_of(rows), sizes_of(matrix[:, : anchor.before, : anchor.before])
+    left, noise = approximate.gram(
+        approximate.roots[:, None] * anchor.right(matrix, weights), _off_right(matrix, anchor, error, approximate)
+    )
     unit = rd.gamma(32.0 * (matrix.shape[-1] + rows.shape[-1] + 8))
     rest = anchor.rest(weights)
     most, thickest = float(rest.abs().max()), float((weights * (1.0 + ratio.square())).max())
@@ -139,6 +140,14 @@ def bounded(matrix: Tensor, anchor: Anchor, error: float, approximate: Inverse) 
     else:
         noise = noise + most * wide.square()
     return anchor.whole(matrix, left), noise * (1 + 1e-9)
+
+
+def _off_right(matrix: Tensor, anchor: Anchor, error: float, approximate: Inverse) -> Tensor:
+    """By how much `L^-1/2 D` as computed may be off in norm."""
+    steepest = float((approximate.weights.sqrt() * anchor.ratio.abs()).max())
+    across = sizes_of(matrix[:, anchor.before :, : anchor.before])
+    reach = float((approximate.roots * anchor.radius).max()) * across + steepest * sizes_of(anchor.rows)
+    return (rd.gamma(32.0) * reach + steepest * error) * (1 + 1e-9)
 
 
 # ---- all anchors -------------------------------------------------------------------------------------------------------

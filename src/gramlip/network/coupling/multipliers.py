@@ -124,6 +124,14 @@ class MultiplierSearch:
         copied = [{k: Choice(own(c.shape), own(c.excess)) for k, c in choices.items()} for choices in self.choices]
         return MultiplierSearch(copied, [own(p) for p in self.powers])
 
+    def inside(self) -> MultiplierSearch:
+        """A copy a little further inside."""
+        copied = self.copy()
+        for choices in copied.choices:
+            for choice in choices.values():
+                choice.excess.add_(0.2)
+        return copied
+
     def weighs(self, run: Sequence[Piece], steps: int) -> list[Weigh]:
         """The choices of each piece as `eliminated` and `certified` ask for them."""
         return [_weigh(piece.system, choices, steps) for piece, choices in zip(run, self.choices, strict=True)]
@@ -215,32 +223,27 @@ MEMORIES = (0.2, 0.5)  # and how much of the one before the averages of Adam kee
 
 def improve(run: Sequence[Piece], search: MultiplierSearch, steps: int) -> MultiplierSearch:
     """Choices after gradient steps on their logarithms, the best met; never worse than those given."""
-    lowered = 1.0
-    best, now, least = search.copy(), search.copy(), math.inf
-    for t in now.variables():
-        t.requires_grad_()
-    optimiser = torch.optim.Adam(now.variables(), betas=MEMORIES)
+    best, now, least, lowered = search.copy(), search.copy(), math.inf, 1.0
+    optimiser = _optimiser(now)
     for i in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = lowered * RATES[0] * (RATES[1] / RATES[0]) ** (i / steps)
         value = objective(run, now)
-        if value is None or not math.isfinite(float(value.detach())):
-            with torch.no_grad():
-                for t, good in zip(now.variables(), best.variables(), strict=True):
-                    t.copy_(good)
-                for choices in now.choices:
-                    for choice in choices.values():
-                        choice.excess.add_(0.2)  # back to the best, a little inside
-            lowered *= 0.5
-            optimiser = torch.optim.Adam(now.variables(), betas=MEMORIES)
+        size = math.nan if value is None else float(value.detach())
+        if value is None or not math.isfinite(size):
+            now, lowered = best.inside(), 0.5 * lowered
+            optimiser = _optimiser(now)
             continue
-        size = float(value.detach())
         if size < least:
             least, best = size, now.copy()
         optimiser.zero_grad()
         value.backward()  # type: ignore[reportUnknownMemberType]
         optimiser.step()
     return best
+
+
+def _optimiser(search: MultiplierSearch) -> torch.optim.Adam:
+    return torch.optim.Adam([t.requires_grad_() for t in search.variables()], betas=MEMORIES)
 
 
 # ---- Newton steps --------------------------------------------------------------------------------------------------------
