@@ -354,18 +354,18 @@ def _coupled(planned: SegmentPlan, composed: float, effort: Effort, names: str) 
     """The least proved bound: of closed forms, and of what the searches that the effort allows come to; more effort only adds some."""
     if planned.cost > CHEAP or len(planned.run) > 1:
         return _searched(planned, composed, effort, names)
-    closed, upper = _alone_coupled(planned.run[0].system, effort)
-    if closed < math.inf and newton_cost(planned.run[0].system) * FEWEST <= NEWTON:
-        return upper
-    return min(upper, _searched(planned, composed, effort, names))
+    upper, enough = _alone_coupled(planned.run[0].system, effort)
+    return upper if enough else min(upper, _searched(planned, composed, effort, names))
 
 
-def _alone_coupled(system: System, effort: Effort) -> tuple[float, float]:
-    """Of one piece, from both sides: what multipliers in closed form prove, and, on the side with the narrower input, Newton steps too."""
+def _alone_coupled(system: System, effort: Effort) -> tuple[float, bool]:
+    """What multipliers of one piece prove: in closed form from both sides, and by Newton steps on the side where these are cheaper.
+
+    And whether `FEWEST` of the steps can be paid for at effort 1.
+    """
     sides = [narrowed(side) for side in (system, transposed(system)) if side is not None]
     closed = [closed_logarithms(side) for side in sides]
-    least = min(math.inf if choice is None else proved(side, choice) for side, choice in zip(sides, closed, strict=True))
-    upper = least
+    upper = min(math.inf if choice is None else proved(side, choice) for side, choice in zip(sides, closed, strict=True))
     at = min(range(len(sides)), key=lambda i: newton_cost(sides[i]))
     start, steps = closed[at], int(effort.amount * min(MOST, NEWTON / newton_cost(sides[at])))
     if start is not None:
@@ -374,8 +374,8 @@ def _alone_coupled(system: System, effort: Effort) -> tuple[float, float]:
             choices.append((promised(sides[at], better), better))
             if effort.over:
                 break
-        upper = _least_proved(sides[at], choices, least)
-    return least, upper
+        upper = _least_proved(sides[at], choices, upper)
+    return upper, start is not None and upper < math.inf and newton_cost(sides[at]) * FEWEST <= NEWTON
 
 
 def _least_proved(system: System, choices: list[tuple[float, Logarithms]], upper: float) -> float:
