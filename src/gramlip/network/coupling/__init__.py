@@ -365,7 +365,8 @@ def _alone_coupled(system: System, effort: Effort) -> tuple[float, bool]:
     """
     sides = [narrowed(side) for side in (system, transposed(system)) if side is not None]
     closed = [closed_logarithms(side) for side in sides]
-    upper = min(math.inf if choice is None else proved(side, choice) for side, choice in zip(sides, closed, strict=True))
+    least = min(math.inf if choice is None else proved(side, choice) for side, choice in zip(sides, closed, strict=True))
+    upper = least
     at = min(range(len(sides)), key=lambda i: newton_cost(sides[i]))
     start, steps = closed[at], int(effort.amount * min(MOST, NEWTON / newton_cost(sides[at])))
     if start is not None:
@@ -374,8 +375,9 @@ def _alone_coupled(system: System, effort: Effort) -> tuple[float, bool]:
             choices.append((promised(sides[at], better), better))
             if effort.over:
                 break
-        upper = _least_proved(sides[at], choices, upper)
-    return upper, start is not None and upper < math.inf and newton_cost(sides[at]) * FEWEST <= NEWTON
+        upper = _least_proved(sides[at], choices, least)
+    # asked of what no effort changes: else more effort could leave out a search that less effort makes
+    return upper, start is not None and least < math.inf and newton_cost(sides[at]) * FEWEST <= NEWTON
 
 
 def _least_proved(system: System, choices: list[tuple[float, Logarithms]], upper: float) -> float:
