@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from gramlip.errors import InputError
 from gramlip.network import Effort, coupling
 from gramlip.network.audit import audit
-from gramlip.network.coupling import elimination
 from gramlip.network.lower_bound import CROP
 from test_network import models
 
@@ -63,11 +62,9 @@ def test_more_effort_never_gives_a_larger_upper_side(name: str, where: str, seed
 )
 def test_choices_that_are_not_proved_could_not_have_given_less(pairs: list[tuple[float, float]], composed: float) -> None:
     """Whatever choices prove and promise, in any order: more of them give no larger bound, and the result is that of proving all."""
-    run = list[elimination.Piece]()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coupling, "certificate", lambda _, choice: choice)
-        proved, promised = [p for p, _ in pairs], [q for _, q in pairs]
-        found = [coupling._least(run, proved[:n], promised[:n], composed, Effort()) for n in range(1, len(pairs) + 1)]  # type: ignore[arg-type]
+    proved = [p for p, _ in pairs]
+    choices = [(promise, bound) for bound, promise in pairs]  # a choice that is its own proof
+    found = [coupling._least(choices[:n], float, coupling.KEPT, composed, Effort()) for n in range(1, len(pairs) + 1)]
     assert found == sorted(found, reverse=True)
     counted = [max(p, coupling.KEPT * q) for p, q in pairs if q * coupling.GAIN < composed]
     assert found[-1] == min([math.inf, *counted])

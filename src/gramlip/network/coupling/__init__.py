@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import TypeVar
 
 from gramlip.network import Effort
 from gramlip.network.compose import compose
@@ -16,12 +17,12 @@ from gramlip.network.coupling.linear_forms import Entries, System, system
 from gramlip.network.coupling.multipliers import (
     Logarithms,
     MultiplierSearch,
+    bound_logarithm,
     certificate,
     closed_logarithms,
     improve,
     newton,
     newton_cost,
-    promised,
     proved,
     reached,
 )
@@ -31,6 +32,8 @@ from gramlip.operators.interval import Bound, decimals
 from gramlip.operators.linear_maps import Conv, Dense
 
 __all__ = ["Segment", "coupled", "slopes_of_channels"]
+
+T = TypeVar("T")
 
 
 # ---- plans ---------------------------------------------------------------------------------------------------------------
@@ -370,23 +373,14 @@ def _alone_coupled(system: System, effort: Effort) -> tuple[float, bool]:
     at = min(range(len(sides)), key=lambda i: newton_cost(sides[i]))
     start, steps = closed[at], int(effort.amount * min(MOST, NEWTON / newton_cost(sides[at])))
     if start is not None:
-        choices: list[tuple[float, Logarithms]] = []
+        choices = list[tuple[float, Logarithms]]()
         for better in newton(sides[at], start, steps):
-            choices.append((promised(sides[at], better), better))
+            choices.append((_promise(bound_logarithm(sides[at], better)), better))
             if effort.over:
                 break
-        upper = _least_proved(sides[at], choices, least)
+        upper = min(least, _least(choices, lambda choice: proved(sides[at], choice), SURE, math.inf, effort))
     # asked of what no effort changes: else more effort could leave out a search that less effort makes
     return upper, start is not None and least < math.inf and newton_cost(sides[at]) * FEWEST <= NEWTON
-
-
-def _least_proved(system: System, choices: list[tuple[float, Logarithms]], upper: float) -> float:
-    """The least bound of some choices with what they promise, each counted as no less than `SURE` of it, and of `upper`."""
-    for least, choice in sorted(choices, key=lambda pair: pair[0]):
-        if upper <= SURE * least:
-            break
-        upper = min(upper, max(SURE * least, proved(system, choice)))
-    return upper
 
 
 def _searched(planned: SegmentPlan, composed: float, effort: Effort, names: str) -> float:
@@ -397,7 +391,7 @@ def _searched(planned: SegmentPlan, composed: float, effort: Effort, names: str)
     shared = zip(planned.searches, SHARES, strict=True) if planned.searches else [(planned.run, ALONE)]
     tori = [(single(run) if planned.searches else run, share) for run, share in shared]
     coarse, met = tori[-1][0], [MultiplierSearch.closed(planned.searches[0] if planned.searches else planned.run)]
-    promised = [_promise(tori[0][0], met[0])]
+    promised = [_promise(reached(tori[0][0], met[0]))]
     if planned.searches and planned.cost <= CHEAP:
         tori.append((planned.run, 1.0))
     for i, size in enumerate(ROUNDS):
@@ -408,32 +402,34 @@ def _searched(planned: SegmentPlan, composed: float, effort: Effort, names: str)
             steps = int(size * min(STEPS, share * BUDGET / max(cost(pieces), 1e6)))
             now = improve(pieces, now, steps) if steps >= LEAST else now
         met.append(now)
-        promised.append(_promise(coarse, now))
+        promised.append(_promise(reached(coarse, now)))
     if not min(promised) * GAIN < composed:
         effort.say(f"{names} not coupled: no gain was seen on a coarse grid of frequencies")
         return math.inf
     if effort.over:
         effort.say(f"{names} not coupled: the time was up")
         return math.inf
-    return _least(planned.run, met, promised, composed, effort)
+    choices = list(zip(promised, met, strict=True))
+    return _least(choices, lambda choice: certificate(planned.run, choice), KEPT, composed, effort)
 
 
-def _least(run: Sequence[Piece], met: Sequence[MultiplierSearch], promised: Sequence[float], composed: float, effort: Effort) -> float:
-    """The least bound of some choices, each counted as no less than `KEPT` of what it promises: so that not all have to be proved.
+def _least(choices: Sequence[tuple[float, T]], prove: Callable[[T], float], kept: float, composed: float, effort: Effort) -> float:
+    """The least bound of some choices with what they promise, each counted as no less than `kept` of that: so that not all are proved.
 
-    The result is that of proving all of them, of which more effort has more: docs/network.md#effort.
+    Those that promise no gain over `composed` are left out. The result is that of proving all others, of which more effort has more:
+    docs/network.md#effort.
     """
     upper = math.inf
-    for choice, least in sorted(zip(met, promised, strict=True), key=lambda pair: pair[1]):
-        if upper <= KEPT * least or not least * GAIN < composed or (upper < math.inf and effort.over):
+    for least, choice in sorted(choices, key=lambda pair: pair[0]):
+        if upper <= kept * least or not least * GAIN < composed or (upper < math.inf and effort.over):
             break
-        upper = min(upper, max(KEPT * least, certificate(run, choice)))
+        upper = min(upper, max(kept * least, prove(choice)))
     return upper
 
 
-def _promise(pieces: Sequence[Piece], choice: MultiplierSearch) -> float:
-    """The value of a choice on the tori of the search."""
-    return math.exp(0.5 * min(reached(pieces, choice), 1400.0))
+def _promise(logarithm: float) -> float:
+    """The bound whose square has this logarithm, in plain floating point; very large where there is none."""
+    return math.exp(0.5 * min(logarithm, 1400.0))
 
 
 def _bounded(network: Network, constants: Sequence[Bound], first: int, last: int, planned: SegmentPlan | None, effort: Effort) -> Segment:

@@ -487,7 +487,7 @@ def _joined(system: System, logarithms: Logarithms) -> Logarithms:
             return logarithms
         joined |= {first + k: logs + scale for k, logs in at.program.logarithms(at.y).items()}
         scale += at.program.rho + math.log(float(at.y[0]))
-    return joined if _bound_logarithm(system, joined) < _bound_logarithm(system, logarithms) else logarithms
+    return joined if bound_logarithm(system, joined) < bound_logarithm(system, logarithms) else logarithms
 
 
 def _half(system: System) -> Iterate | None:
@@ -515,7 +515,7 @@ class Iterate:
     @staticmethod
     def first(system: System, logarithms: Logarithms) -> Iterate | None:
         """A little inside the multipliers given; None where they prove nothing."""
-        rho = _bound_logarithm(system, logarithms)
+        rho = bound_logarithm(system, logarithms)
         if not math.isfinite(rho):
             return None
         program = Program.of(system, logarithms, rho)
@@ -585,12 +585,7 @@ def _longest(fits: Callable[[float], bool], lengths: tuple[float, int]) -> float
     return 0.95 * ratio**short if short < lengths[1] or fits(ratio**short) else 0.0
 
 
-def promised(system: System, logarithms: Logarithms) -> float:
-    """What these multipliers give in plain floating point, which `proved` hardly differs from; very large where that fails."""
-    return math.exp(0.5 * min(_bound_logarithm(system, logarithms), 1400.0))
-
-
-def _bound_logarithm(system: System, logarithms: Logarithms) -> float:
+def bound_logarithm(system: System, logarithms: Logarithms) -> float:
     """The logarithm of the square of what these multipliers give in plain floating point."""
     form = eliminated(system, start(system), _fixed(logarithms))
     if form is None or not form.live or not bool(form.matrix.isfinite().all()):
