@@ -67,8 +67,8 @@ from test_enclosures import (
     test_functions_of_one_value_have_the_constant_that_their_derivatives_show,
     test_functions_that_jump_have_no_constant_however_flat_they_are,
     test_radial_maps_have_their_exact_constant,
-    test_what_is_known_without_an_end_holds_far_out,
     test_response_normalisation_is_bounded_and_nearly_attained,
+    test_what_is_known_without_an_end_holds_far_out,
 )
 from test_execution import test_the_worst_order_of_a_sum_is_covered, test_weights_that_the_format_does_not_hold_count
 from test_formats import test_products_of_two_vectors_exactly, test_ranks_of_zero_are_put_together
