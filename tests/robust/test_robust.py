@@ -240,7 +240,7 @@ class Of(nn.Module):
 def test_what_other_samples_can_change_has_no_radius(name: str) -> None:
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     with pytest.raises(
-        gl.InputError, match="the (first|last) sample in a batch of 4 differ by .* expected a model that treats samples apart"
+        gl.InputError, match=r"the (first|last) sample in a batch of 4 differ by .* expected a model that treats samples apart"
     ):
         gl.robust.certify(Of(ON_OTHERS[name]), [(x, x.argmax(1))], 1.0)
 
