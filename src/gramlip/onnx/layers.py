@@ -508,7 +508,7 @@ class Recurrence:
     """A recurrent layer for a number of steps, cells in one or two directions; `turned` where the batch is the first axis.
 
     With `lengths`, the last tensor says for each step and sample whether the sample is that long: where it is not, the state stays and the
-    result is 0.
+    result is 0, as all results of a sample without steps are.
     """
 
     steps: range
@@ -543,6 +543,8 @@ class Recurrence:
     def along(self, x: Tensor, state: State, by: Weights, cell: Cell, back: bool, alive: Tensor | None) -> State:
         """The results of all steps in one direction, in the order of the input, and behind them the last state."""
         results: list[Tensor] = []
+        if alive is not None:  # of a sample without steps all is 0
+            state = tuple(torch.where(alive[0], first, 0.0) for first in state)
         for t in reversed(self.steps) if back else self.steps:
             ahead = cell(x[t], state, by)
             results.append(ahead[0] if alive is None else torch.where(alive[t], ahead[0], 0.0))
@@ -593,6 +595,9 @@ def _cells(node: Node, ways: int) -> list[Cell]:
         raise RefusedError(msg)
     given = [iter(node.get(f"activation_{name}") or ()) for name in ("alpha", "beta")]
     functions = [_function(name, [next(values, usual) for values, usual in zip(given, _SETTINGS[name], strict=False)]) for name in names]
+    if not (clip := node.get("clip", math.inf)) > 0:
+        msg = f"clip={clip}; expected a number above 0"
+        raise RefusedError(msg)
     clip, coupled, reset_before = node.get("clip"), bool(node.get("input_forget", 0)), not node.get("linear_before_reset", 0)
     each = len(names) // ways
     gates = [Gates(functions[k : k + each], clip, coupled, reset_before) for k in range(0, len(names), each)]
