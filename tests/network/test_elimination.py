@@ -121,7 +121,8 @@ def test_parts_of_the_frequencies_prove_what_all_of_them_do_with_multipliers_rai
     anchor = Anchor(anchor.radius, anchor.ratio, anchor.rows.index_select(0, tops.argsort()), anchor.at)
     own, weights = own.index_select(0, tops.argsort()), weights * (float(tops.min()) * 0.5 + float(tops.max()) * 0.5)
     found = elimination.inverse(own, weights)
-    assert found is not None and bool((found.weights > weights).all())
+    assert found is not None
+    assert bool((found.weights > weights).all())
     whole, noise = elimination.bounded(matrix, anchor, 1e-9, found)
     whole = elimination.raised(elimination.Quadratic([], whole), noise).matrix
     for size in (1, 10**6):
