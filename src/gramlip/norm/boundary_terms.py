@@ -37,40 +37,46 @@ def upper_side(op: Conv, exponent: int, tap_norm_sums: Sequence[float], supremum
     `tap_norm_sums` are those of the groups, `supremum` is that of the symbol. Theorem 12 and its corollary; where no input is read
     beside its own place, as under a stride that steps over the padding, an axis needs neither.
     """
-    geometry = axes(op)
-    parts = [_ends(axis, op.padding_mode) for axis in geometry]
-    squares = [1 if part == [] else PADDING[op.padding_mode](axis).norm_squared for axis, part in zip(geometry, parts, strict=True)]
-    padded = [j for j in range(op.dims) if parts[j] != []]
+    padding = _PaddedAxes(op, exponent)
+    kernels = zip(grouped(op).detach(), tap_norm_sums, strict=True)
+    square, alone = max(padding.least(weight, tap_norm_sum, supremum, len(tap_norm_sums)) for weight, tap_norm_sum in kernels)
+    return rd.sqrt_up(square), alone, tuple(j for j in padding.padded if j not in alone)
 
-    def term(kernel: Callable[[], Tensor], m: int, tap_norm_sum: float, chosen: tuple[int, ...]) -> float | None:
+
+class _PaddedAxes:
+    """The padded axes of a layer, the matrices F of their ends (`parts`), and the squares of their padding's factors."""
+
+    def __init__(self, op: Conv, exponent: int) -> None:
+        self.geometry, self.exponent = axes(op), exponent
+        self.parts = [_ends(axis, op.padding_mode) for axis in self.geometry]
+        padding = PADDING[op.padding_mode]
+        self.squares = [1 if part == [] else padding(axis).norm_squared for axis, part in zip(self.geometry, self.parts, strict=True)]
+        self.padded = [j for j, part in enumerate(self.parts) if part != []]
+
+    def least(self, weight: Tensor, tap_norm_sum: float, supremum: float, groups: int) -> tuple[float, tuple[int, ...]]:
+        """The square of the bound of one group, from the best set of axes, and the other padded axes."""
+        kernel = cache(lambda: scaled_float64(weight, self.exponent)[0].cpu())  # if the term is small enough to be formed
+        terms = {chosen: self._term(kernel, weight.shape[0], tap_norm_sum, chosen, groups) for chosen in _subsets(self.padded) if chosen}
+        candidates: list[tuple[float, tuple[int, ...]]] = []
+        for added in _subsets(self.padded):
+            values = [value for chosen, value in terms.items() if set(chosen) <= set(added)]
+            if None not in values:
+                total = rd.add_up(rd.mul_up(supremum, supremum), *(value or 0.0 for value in values))
+                alone = tuple(j for j in self.padded if j not in added)
+                candidates.append((rd.mul_up(total, float(math.prod(self.squares[j] for j in alone))), alone))
+        return min(candidates)
+
+    def _term(self, kernel: Callable[[], Tensor], m: int, tap_norm_sum: float, chosen: tuple[int, ...], groups: int) -> float | None:
         """The largest eigenvalue of a boundary term, at least zero; None if its matrices are too large or too many."""
         if tap_norm_sum == 0.0:
             return 0.0
-        summands = [parts[j] or [] for j in chosen]
+        summands = [self.parts[j] or [] for j in chosen]
         if not all(summands) or m * math.prod(max(f.shape[-1] for f in ends) for ends in summands) > LARGEST:
             return None
-        points = _points(geometry, chosen, summands, m, len(tap_norm_sums))
+        points = _points(self.geometry, chosen, summands, m, groups)
         if points is None:
             return None
-        return max(_largest(kernel(), geometry, chosen, ends, tap_norm_sum, points) for ends in itertools.product(*summands))
-
-    def least(weight: Tensor, tap_norm_sum: float) -> tuple[float, tuple[int, ...]]:
-        """The square of the bound of one group, from the best set of axes."""
-        kernel = cache(lambda: scaled_float64(weight, exponent)[0].cpu())  # if the term is small enough to be formed
-        terms = {chosen: term(kernel, weight.shape[0], tap_norm_sum, chosen) for chosen in _subsets(padded) if chosen}
-        candidates: list[tuple[float, tuple[int, ...]]] = []
-        for added in _subsets(padded):
-            values = [value for chosen, value in terms.items() if set(chosen) <= set(added)]
-            if None not in values:
-                total = rd.mul_up(supremum, supremum)
-                for value in values:
-                    total = rd.add_up(total, value or 0.0)
-                alone = tuple(j for j in range(op.dims) if j not in added)
-                candidates.append((rd.mul_up(total, float(math.prod(squares[j] for j in alone))), tuple(j for j in alone if j in padded)))
-        return min(candidates)
-
-    square, alone = max(least(weight, tap_norm_sum) for weight, tap_norm_sum in zip(grouped(op).detach(), tap_norm_sums, strict=True))
-    return rd.sqrt_up(square), alone, tuple(j for j in padded if j not in alone)
+        return max(_largest(kernel(), self.geometry, chosen, ends, tap_norm_sum, points) for ends in itertools.product(*summands))
 
 
 def _subsets(of: list[int]) -> list[tuple[int, ...]]:

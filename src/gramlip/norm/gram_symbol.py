@@ -26,8 +26,7 @@ NARROW_BYTES = 230 << 20  # above, in single precision while that is smaller tha
 NARROW_RTOL = 1e-4  # for real kernels whose interval may be so wide
 MIXED_BYTES = 64 << 20  # blocks are formed in single precision from taps of at most this size there
 MOST_TAPS = 4096  # and in neither case with more taps
-SQUARED_SIDE = 128  # matrices from this order on, and few blocks of any, are squared one by one in single precision where
-SQUARED_PART = 0.7  # this costs at most such a part of the width, of a norm's square
+SQUARED_PART = 0.7  # few blocks are squared one by one in single precision where this costs at most such a part of the width
 SWEPT_SLACK = 0.45  # a GPU takes cells that lose such a part of the width,
 SWEPT_BLOCKS = 1 << 15  # while there are fewer
 SWEPT_OPERATIONS = 1e12  # that are formed and squared a few times by fewer operations
@@ -238,7 +237,7 @@ def _tap_count(span: tuple[int, ...]) -> int:
 def _few(tall: TallKernel, frequencies: int | None) -> bool:
     """Whether squaring this number of blocks one by one is cheaper than the products of all pairs of taps, in double."""
     pairs = tall.count * (tall.count + 1) // 2
-    few = frequencies is not None and frequencies <= pairs <= MOST_TAPS and (len(tall.span) > 0 or tall.side >= SQUARED_SIDE)
+    few = len(tall.span) > 0 and frequencies is not None and frequencies <= pairs <= MOST_TAPS
     return few and not tall.is_complex and not tall.parallel and tall.wide is not None
 
 

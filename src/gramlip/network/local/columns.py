@@ -307,7 +307,6 @@ class Columns:
         self._steps, self._forms, self._groups, self._inputs = list[Step](), dict[int, Form](), list[Group](), 0
         self._norms = dict[int, float]()  # of what the columns of the activations of a step stand for
         self._near = dict[int, Near]()  # and of what those of some of them stand for
-        self._switches = list[tuple[Tensor, float]]()  # of these, as functions of the input, up to a rest of that norm
 
     def add(self, step: Step, source: Value | None = None) -> Tensor | None:
         """One more step; how much each entry of its value differs at most, where that is read and known.
@@ -358,40 +357,32 @@ class Columns:
 
     def _mapped(self, i: int, step: Step, act: Action, forms: Sequence[Form]) -> Form | None:
         """A linear step."""
-        shapes, run = [tuple(f.loose.shape) for f in forms], act[1]
-        boxes: dict[int, tuple[tuple[int, int], ...]] = {}
-        source = self._copied[i]
+        shapes, source = [tuple(f.loose.shape) for f in forms], self._copied[i]
         copied = None if source is None else source[1]
         read = {key: [f.tiles.get(key) for f in forms] for key in dict.fromkeys(key for f in forms for key in f.tiles)}
-        for key, tiles in read.items():
-            box = landing(step, [None if tile is None else tile.box for tile in tiles], shapes, copied)
-            if box is not None:
-                boxes[key] = box
+        landed = {key: landing(step, [tile and tile.box for tile in tiles], shapes, copied) for key, tiles in read.items()}
+        boxes = {key: box for key, box in landed.items() if box is not None}
         if not self._pay(sum(len(self._groups[key].numbers) * size_of(box, step.shape) for key, box in boxes.items())):
             return None
-        mapped = {key: carried(step, run, read[key], shapes, box, copied) for key, box in boxes.items()}
+        mapped = {key: carried(step, act[1], read[key], shapes, box, copied) for key, box in boxes.items()}
+        return self._measured(Form(mapped, *self._rest(i, step, act[1], forms)), i in self._read)
+
+    def _rest(self, i: int, step: Step, act: Act, forms: Sequence[Form]) -> tuple[Tensor, Tensor]:
+        """`loose` and `size` of the form of a linear step, from those that it reads."""
         what, wide = step.what, sum(f.loose.numel() for f in forms)
         products = terms(what.op) if isinstance(what, Linear) else wide if isinstance(what, Lipschitz) else len(forms)
         gamma = rd.gamma(8.0 * (products + 8))
-        loose, size = (
-            run([end[None] for end in ends], True)[0] for ends in ([f.loose + gamma * f.size for f in forms], [f.size for f in forms])
-        )
-        loose = loose * (1.0 + gamma) + LOST
+        loose = act([(f.loose + gamma * f.size)[None] for f in forms], True)[0] * (1.0 + gamma) + LOST
+        size = act([f.size[None] for f in forms], True)[0]
         if stray := stray_of(self._steps, i):
             loose = round_up(loose + rd.mul_up(stray, rd.hypot_up(frobenius_up(f.size) for f in forms)))
-        return self._measured(Form(mapped, loose, size * (1.0 + gamma) + loose), i in self._read)
+        return loose, size * (1.0 + gamma) + loose
 
     def _activated(self, i: int, what: Slope, form: Form, source: Value | None) -> Form | None:
         """An activation: its middle slopes, and a column of its own for each entry that differs most from them, as many as fit."""
         assert form.most is not None
         shape = tuple(form.loose.shape)
-        known = self._centred and source is not None and isinstance(source.low, Tensor)
-        low, high = chords(what, source) if known and source is not None else (what.low, what.high)
-        low, high = (torch.as_tensor(end, dtype=torch.float64).expand(shape) for end in (low, high))
-        middle = low + (high - low) / 2
-        half = torch.maximum(high - middle, middle - low)
-        half = torch.where(half > 0, half * (1 + 2.0**-50) + rd.TINY, 0.0)
-        free = int((half > FREE * torch.maximum(low.abs(), high.abs()).max()).sum())
+        middle, half, free = self._slopes(what, shape, source)
         if (self._centred and free > SWITCHING and 2 * free > half.numel()) or not self._pay(
             sum(tile.data.numel() for tile in form.tiles.values())
         ):
@@ -412,6 +403,16 @@ class Columns:
             self._groups.append(Group(i, places[numbers]))
         loose = round_up(loose + moved.reshape(shape))
         return self._measured(Form(tiles, loose, (middle.abs() + half) * form.most * gamma + loose), i in self._read)
+
+    def _slopes(self, what: Slope, shape: Shape, source: Value | None) -> tuple[Tensor, Tensor, int]:
+        """The middles of an activation's slopes, by how much they differ from these, and how many of them do so by far."""
+        known = self._centred and source is not None and isinstance(source.low, Tensor)
+        low, high = chords(what, source) if known and source is not None else (what.low, what.high)
+        low, high = (torch.as_tensor(end, dtype=torch.float64).expand(shape) for end in (low, high))
+        middle = low + (high - low) / 2
+        half = torch.maximum(high - middle, middle - low)
+        half = torch.where(half > 0, half * (1 + 2.0**-50) + rd.TINY, 0.0)
+        return middle, half, int((half > FREE * torch.maximum(low.abs(), high.abs()).max()).sum())
 
     # ---- how much a value differs at most ------------------------------------------------------------------------------------
 
@@ -455,10 +456,6 @@ class Columns:
         parts = self._parts(rows)
         loose = form.loose.reshape(-1)[places] / scale
         apart = frobenius_up(loose) * (1.0 + rd.gamma(8.0))
-        if not self._centred:
-            blank = torch.zeros(len(places), 0, dtype=torch.float64)
-            rest = rd.add_up(_joint([part for step, part in parts.items() if step >= 0], 1e-2, plain), apart)
-            self._switches.append((parts.get(-1, blank), min(rest, 2.0 * plain)))
         if self._blocks > 1:
             self._near[i] = self._gram(rows, parts, loose)
         return min(plain, rd.add_up(_joint(list(parts.values()), 1e-2, plain), apart))
@@ -522,21 +519,8 @@ class Columns:
         if -1 not in parts:
             return frobenius_up(loose)
         middle = parts.pop(-1)
-        extra = {step: part / self._norms[step] for step, part in parts.items()}
-        switched = min(_joint(list(parts.values()), 1e-2, INF), self._switched_together(extra))
-        apart = rd.add_up(_upper(middle, 1e-6), switched)
+        apart = rd.add_up(_upper(middle, 1e-6), _joint(list(parts.values()), 1e-2, INF))
         return rd.add_up(min(apart, _joint([middle, *parts.values()], 1e-3, apart)), frobenius_up(loose))
-
-    def _switched_together(self, extra: Mapping[int, Tensor]) -> float:
-        """The norm that the activations of all steps together may add to the results: theorem L9."""
-        if not extra or not self._switches:
-            return INF
-        alike = [part for part, _ in self._switches if part.shape[1] == self._area.entries]
-        every, wide = torch.cat(list(extra.values()), 1), sum(len(part) for part, _ in self._switches)
-        if len(alike) < len(self._switches) or float(wide) * self._area.entries * min(wide, self._area.entries) > PRODUCTS:
-            return INF
-        rest = rd.hypot_up(rest for _, rest in self._switches)
-        return rd.mul_up(_upper(every, 1e-2), rd.add_up(_upper(torch.cat(alike), 1e-2), rest))
 
     def _results(self, form: Form, key: int, count: int) -> Tensor:
         tile = form.tiles.get(key)
