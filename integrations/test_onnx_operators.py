@@ -207,7 +207,7 @@ def seldom(x: Array) -> list[Any]:
         for way, n in (("forward", 1), ("reverse", 1), ("bidirectional", 2)):
             w, r, b = 3 * numbers(n, gates * 5, 3), numbers(n, gates * 5, 5), numbers(n, 2 * gates * 5)
             states = [numbers(n, 2, 5), 2 * numbers(n, 2, 4 + 1)][: 2 if op == "LSTM" else 1]
-            for lengths in ([4, 2], [3, 3], [1, 4]):
+            for lengths in ([4, 2], [3, 3], [1, 4], [0, 4], [0, 0]):
                 given = (w, r, b, np.int32(lengths), *states)
                 found.append(case(op, x, *given, direction=way, outputs=len(states) + 1, **size))
             found.append(case(op, x, w, r, b, direction=way, clip=0.7, outputs=len(states) + 1, **size))
@@ -567,6 +567,21 @@ def test_control_flow_that_is_the_same_for_every_input(tmp_path: Path, name: str
     model = folded(tmp_path / "x.onnx", nodes, held | {"zeros": numbers(1, 4) * 0}, x, opset)
     np.testing.assert_allclose(model(torch.from_numpy(x)).numpy(), run(tmp_path / "x.onnx", x)[0], rtol=1e-6)
     assert gl.audit(model, x.shape[1:]).upper < np.inf
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("nan")])
+def test_a_bound_of_gates_that_is_none_is_refused(tmp_path: Path, clip: float) -> None:
+    """Between -clip and clip there is no number, and `clamp` takes its upper end for all."""
+    saved(
+        path := tmp_path / "x.onnx",
+        "GRU",
+        (numbers(4, 2, 3), numbers(1, 15, 3), numbers(1, 15, 5)),
+        17,
+        1,
+        {"hidden_size": 5, "clip": clip},
+    )
+    with pytest.raises(gl.UnsupportedError, match=r"clip=.*; expected .* a clip above 0"):
+        load(path)
 
 
 def test_control_flow_that_depends_on_the_input_is_refused(tmp_path: Path) -> None:

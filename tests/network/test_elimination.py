@@ -109,6 +109,29 @@ def test_proved_forms_are_above_the_maximum() -> None:
     check_proved_forms()
 
 
+@pytest.mark.parametrize("old", [0, 2])
+def test_parts_of_the_frequencies_prove_what_all_of_them_do_with_multipliers_raised_alike(
+    old: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix, weights, anchor, _ = example("mixed", old, 3, 5)
+    own = anchor.radius[:, None] * matrix[:, old:, old:] * anchor.radius
+    scaled = weights.rsqrt()[:, None] * own * weights.rsqrt()
+    tops = torch.linalg.eigvalsh(scaled)[:, -1]
+    matrix = matrix.index_select(0, tops.argsort())  # the frequency that needs the largest multipliers comes last
+    anchor = Anchor(anchor.radius, anchor.ratio, anchor.rows.index_select(0, tops.argsort()), anchor.at)
+    own, weights = own.index_select(0, tops.argsort()), weights * (float(tops.min()) * 0.5 + float(tops.max()) * 0.5)
+    found = elimination.inverse(own, weights)
+    assert found is not None
+    assert bool((found.weights > weights).all())
+    whole, noise = elimination.bounded(matrix, anchor, 1e-9, found)
+    whole = elimination.raised(elimination.Quadratic([], whole), noise).matrix
+    for size in (1, 10**6):
+        monkeypatch.setattr(elimination, "PART", size)
+        parts = elimination._bounded_in_parts(matrix, own, weights, anchor, 1e-9)
+        assert parts is not None
+        assert torch.allclose(parts, whole, rtol=1e-7, atol=0.0)
+
+
 def check_inverses(condition: float = 1e9) -> None:
     """`S^-1 <= (1 + growth) L^-1/2 G* G L^-1/2` in exact arithmetic, for a system that is nearly singular."""
     proofs = 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gramlip.network import linear_stretches
+from gramlip.network import fold, linear_stretches
 from gramlip.network.audit import audit
 from test_rules import Map
 
@@ -211,6 +212,26 @@ def test_sums_of_entrywise_functions(name: str) -> None:
     upper = audit(Map(call), (1,), effort=-1).upper
     assert seen * (1 - 1e-6) <= upper
     assert not constant or upper <= math.hypot(constant, 1.0 if "beside" in name else 0.0) * (1 + 1e-8)
+
+
+def test_each_sum_of_a_long_chain_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums inside sums, as a chain of 12 or the comparisons of a sort are: each asked for those inside it again, 4^12 times in all."""
+    asked, plain = list[int](), fold._slopes
+
+    def counted(at: int, *others: Any) -> Any:
+        asked.append(at)
+        assert len(asked) < 1000
+        return plain(at, *others)
+
+    monkeypatch.setattr(fold, "_slopes", counted)
+
+    def chain(x: Tensor) -> Tensor:
+        for _ in range(12):
+            x = x + torch.tanh(x)
+        return x
+
+    assert 2.0**12 <= audit(Map(chain), (2,), effort=-1).upper <= 2.0**12 * (1 + 1e-8)
+    assert asked
 
 
 def test_slopes_of_channels_are_added_channel_by_channel() -> None:

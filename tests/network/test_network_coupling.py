@@ -19,9 +19,9 @@ from gramlip.network import coupling
 from gramlip.network.audit import audit
 from gramlip.network.compose import constants
 from gramlip.network.coupling.circulant import Circulant, circulant
-from gramlip.network.coupling.elimination import Piece
+from gramlip.network.coupling.elimination import Piece, single
 from gramlip.network.coupling.linear_forms import Entries, system
-from gramlip.network.coupling.multipliers import MultiplierSearch, certificate, improve
+from gramlip.network.coupling.multipliers import MultiplierSearch, certificate, improve, reached
 from gramlip.network.fold import fold
 from gramlip.network.graph import export
 from gramlip.network.rules import lower
@@ -289,3 +289,16 @@ def test_a_value_of_several_results_begins_no_part() -> None:
 
     report = audit(Last().eval(), (5, 4), effort=0)
     assert 0.0 < report.lower <= report.upper < math.inf
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_first_torus_of_a_search_takes_real_numbers_to_what_complex_ones_come_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coupling, "ENTRIES", 4)
+    monkeypatch.setattr(coupling, "SMALL", 0)
+    build, shape, _ = RUNS[name]
+    run = planned(steps(positive(build(), 1), shape)).searches[0]
+    rough = single(run)
+    assert any(block.is_complex() for piece in run for block in piece.system.output.blocks.values())
+    assert any(not block.is_complex() for piece in rough for block in piece.system.output.blocks.values())
+    search = MultiplierSearch.closed(run)
+    assert reached(rough, search) == pytest.approx(reached(run, search), abs=1e-4)

@@ -252,6 +252,27 @@ def drop_numbers(states):
     states["optimizer_state_dict"][key][0] = states["optimizer_state_dict"][key][0][:-7]
 
 
+def count_ranks(count):
+    return lambda states: states["optimizer_state_dict"].update(partition_count=count)
+
+
+def in_integers(states):
+    key = next(key for key in states["optimizer_state_dict"] if key in ("fp32_flat_groups", "single_partition_of_fp32_groups"))
+    states["optimizer_state_dict"][key] = [part.nan_to_num().int() for part in states["optimizer_state_dict"][key]]
+
+
+def add_parameter(name, shape):
+    """A whole one of ZeRO 1 and 2 that the module names, or one of no numbers among the trained ones."""
+
+    def change(states):
+        if 0 in shape:
+            states["param_shapes"][0][name] = shape
+        else:
+            states["module"] = {**states["module"], name: torch.ones(shape)}
+
+    return change
+
+
 def of_rank(folder, number, kind="optim"):
     return sorted(folder.glob(f"*pp_rank_{number}_*{kind}_states.pt"))
 
@@ -267,6 +288,19 @@ DAMAGES = {
     r"has, beside .* zero_pp_rank_3_mp": lambda s: [shutil.copy(f, renamed(f, "rank_2", "rank_3")) for f in of_rank(s, 2)],
     r"has \d+ numbers for shapes of \d+; expected the files": lambda s: [rewritten(f, drop_numbers) for f in of_rank(s, 2)],
     r"cannot be read as states of DeepSpeed": lambda s: [f.write_bytes(b"PK\x03\x04 short") for f in of_rank(s, 2)],
+    r"expected the files of 1000000000000000 ranks": lambda s: [rewritten(f, count_ranks(10**15)) for f in s.glob("*optim*")],
+    r"has .* and .*rank_2_mp_rank_00_optim_states.* for one rank": lambda s: [
+        shutil.copy(f, f.with_name("other_" + f.name)) for f in of_rank(s, 2)
+    ],
+    r"numbers of several types; expected the files": lambda s: [rewritten(f, in_integers) for f in of_rank(s, 0)],
+    r"DeepSpeed \(5 of shape \(2, 2\) is no parameter\)": lambda s: [rewritten(f, add_parameter(5, (2, 2))) for f in s.glob("*model*")],
+    r"DeepSpeed \('x' of shape \(0, -7\) is no": lambda s: [rewritten(f, add_parameter("x", (0, -7))) for f in s.glob("*model*")],
+    r"of shape \(0, 10{30}\) is no parameter": lambda s: [rewritten(f, add_parameter("x", (0, 10**30))) for f in s.glob("*model*")],
+    r"DeepSpeed \('float' object|of shape \(0\.0, 2\) is no parameter": lambda s: [
+        rewritten(f, add_parameter("x", (0.0, 2))) for f in s.glob("*model*")
+    ],
+    r"latest cannot be read \(.*codec.*\); expected the name of": lambda s: (s / "latest").write_bytes(b"\xff\xfe"),
+    r"latest cannot be read \(.*too long.*\); expected the name of": lambda s: (s / "latest").write_text("x" * 5000),
     r"2 ranks of tensor parallelism share": lambda s: [shutil.copy(f, renamed(f, "mp_rank_00", "mp_rank_01")) for f in s.glob("*.pt")],
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import gramlip as gl
@@ -209,6 +210,52 @@ def test_samples_that_depend_on_each_other_have_no_radius() -> None:
     net = nn.Sequential(nn.Linear(3, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 3))
     for kind in (torch.float32, torch.float64, torch.bfloat16):
         assert gl.robust.certify(net.to(kind), [(x.to(kind), labels)], 1e3).count == 4
+
+
+ON_OTHERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "all as the first": lambda x: x[[0]].expand(len(x), -1),
+    "all as the last": lambda x: x[[-1]].expand(len(x), -1),
+    "backwards": lambda x: x.flip(0),
+    "sums so far": lambda x: x.cumsum(0),
+    "differences": lambda x: torch.cat([x[:1], x[1:] - x[:-1]]),
+    "NaN alone": lambda x: (x - x.mean(0)) / (x - x.mean(0)).norm(dim=0),
+    "an error alone": lambda x: F.batch_norm(x, None, None, training=True),
+    "for four samples": lambda x: x.reshape(4, 3).flip(0),
+    "by their number": lambda x: x / len(x),
+}
+
+
+class Of(nn.Module):
+    """A function as a model."""
+
+    def __init__(self, call: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(x)
+
+
+@pytest.mark.parametrize("name", ON_OTHERS)
+def test_what_other_samples_can_change_has_no_radius(name: str) -> None:
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(
+        gl.InputError, match=r"the (first|last) sample in a batch of 4 differ by .* expected a model that treats samples apart"
+    ):
+        gl.robust.certify(Of(ON_OTHERS[name]), [(x, x.argmax(1))], 1.0)
+
+
+@pytest.mark.parametrize("call", [lambda x: x.squeeze(), lambda x: x.reshape(4, 3), lambda x: x > 0, lambda x: x * math.nan, F.dropout])
+def test_samples_that_go_through_apart_are_certified(call: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Dropout()) if call is F.dropout else Of(call)
+    assert gl.robust.certify(model, [(x, x.argmax(1))], 1.0).count == 4
+
+
+@pytest.mark.parametrize("call", [lambda x: x.sum(), lambda x: x.sum(1), lambda x: x[:0], lambda x: x[:, :0], lambda x: x[None]])
+def test_logits_of_another_shape_are_one_line(call: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    with pytest.raises(gl.InputError, match=r"and labels of shape \(4,\) were given; expected \(batch, classes\)"):
+        gl.robust.certify(Of(call), [(torch.randn(4, 3), torch.zeros(4))], 1.0)
 
 
 @pytest.mark.parametrize("local", [False, True, "eps"])

@@ -36,7 +36,8 @@ def fold(network: Network, *, biases: bool = False) -> Network:
             for at, folded in _folded(network, i, users, biases).items():
                 steps[at], changed = folded, True
         if not changed:
-            return Network([_entrywise(step, network) for step in network.steps], network.outputs)
+            summed = dict[int, Summed | None]()
+            return Network([_entrywise(i, network, summed) for i in range(len(network.steps))], network.outputs)
         network = renumbered(steps, network.outputs, {})
 
 
@@ -277,21 +278,25 @@ def _spread_groups(op: Conv) -> Conv:
 # A sum of entrywise functions of one value is such a function: its slopes are sums of theirs. docs/network.md#entrywise-sums.
 
 
-def _entrywise(step: Step, network: Network) -> Step:
-    """A sum of entrywise functions of one value with what their slopes say of it together."""
-    summed = _summed(step, network)
-    if summed is None or step.shortcut is not None:
+Summed = tuple[int, Tensor, Tensor]
+"""The value of which another one is an entrywise function, and the ends of its slopes."""
+
+
+def _entrywise(i: int, network: Network, known: dict[int, Summed | None]) -> Step:
+    """A sum of entrywise functions of one value with what their slopes say of it together; `known` are those of the steps before."""
+    step, known[i] = network.steps[i], _summed(network.steps[i], network, known)
+    if (summed := known[i]) is None or step.shortcut is not None:
         return step
     base, *ends = summed
     steepest = max(float(end.abs().max()) for end in ends)
     return replace(step, shortcut=Shortcut((steepest,), (base,))) if steepest < math.inf else step
 
 
-def _summed(step: Step, network: Network) -> tuple[int, Tensor, Tensor] | None:
-    """The value of which a sum is an entrywise function, and the ends of its slopes; None where there is none."""
+def _summed(step: Step, network: Network, known: dict[int, Summed | None]) -> Summed | None:
+    """A sum as a function of the nearest value that all its terms are functions of; None where there is none."""
     if not isinstance(step.what, Sum) or max(step.what.repeats) > 1:
         return None
-    ways = [_slopes(s, network) for s in step.sources]
+    ways = [_slopes(s, network, known) for s in step.sources]
     base = next((i for i in ways[0] if all(i in way for way in ways)), None)
     if base is None:
         return None
@@ -299,7 +304,7 @@ def _summed(step: Step, network: Network) -> tuple[int, Tensor, Tensor] | None:
     return base, _added_up(lows, -1.0), _added_up(highs, 1.0)
 
 
-def _slopes(at: int, network: Network) -> dict[int, tuple[Tensor, Tensor]]:
+def _slopes(at: int, network: Network, known: dict[int, Summed | None]) -> dict[int, tuple[Tensor, Tensor]]:
     """The values of which one is an entrywise function by activations, scales and sums, the nearest first, with the ends of its slopes."""
     low = high = torch.ones((), dtype=torch.float64)
     slopes = {at: (low, high)}
@@ -309,7 +314,7 @@ def _slopes(at: int, network: Network) -> dict[int, tuple[Tensor, Tensor]]:
             ends = [torch.as_tensor(end, dtype=torch.float64) for end in (what.low, what.high)]
         elif isinstance(what, Linear) and isinstance(what.op, Scale):
             ends = [_added_up((to_float64(what.op.weight), torch.tensor(e, dtype=torch.float64)), e) for e in (-what.error, what.error)]
-        elif (summed := _summed(network.steps[at], network)) is not None:
+        elif (summed := known[at]) is not None:
             base, *ends = summed[:1], *summed[1:]
         else:
             return slopes

@@ -470,16 +470,7 @@ class LayerTask:
             if again.bound is not None:
                 return again.bound
             lower = max(lower, again.lower)
-            upper, reason = self._closed_again(lower, upper, reason)
         return _with_lower(self._scaled(0.0, upper, reason), rd.ldexp_down(lower, self.exponent), "lower side from the layer itself")
-
-    def _closed_again(self, lower: float, upper: float, reason: str) -> tuple[float, str]:
-        """The upper bound from a second search of this layer alone, if its interval can still close."""
-        ceilings = np.zeros_like(self.search.lower.best)
-        ceilings[self.number], width = self.room(lower)
-        if upper <= lower * (1 + self.rtol) or width >= self.rtol / 2:
-            return upper, reason
-        return self._above(self.search.close(width, [self.number], ceilings)[0])
 
     def _above(self, enclosure: Enclosure) -> tuple[float, str]:
         """The layer's upper bound from that of the symbol, times the factor of the padding or plus the boundary terms; and the reason."""

@@ -508,7 +508,7 @@ class Recurrence:
     """A recurrent layer for a number of steps, cells in one or two directions; `turned` where the batch is the first axis.
 
     With `lengths`, the last tensor says for each step and sample whether the sample is that long: where it is not, the state stays and the
-    result is 0.
+    result is 0, as all results of a sample without steps are.
     """
 
     steps: range
@@ -542,7 +542,7 @@ class Recurrence:
 
     def along(self, x: Tensor, state: State, by: Weights, cell: Cell, back: bool, alive: Tensor | None) -> State:
         """The results of all steps in one direction, in the order of the input, and behind them the last state."""
-        results: list[Tensor] = []
+        results, state = list[Tensor](), state if alive is None else tuple(torch.where(alive[0], s, 0.0) for s in state)
         for t in reversed(self.steps) if back else self.steps:
             ahead = cell(x[t], state, by)
             results.append(ahead[0] if alive is None else torch.where(alive[t], ahead[0], 0.0))
@@ -588,12 +588,12 @@ def _recurrent(node: Node) -> Function:
 def _cells(node: Node, ways: int) -> list[Cell]:
     """The cell of each direction."""
     names = [name.decode() if isinstance(name, bytes) else name for name in node.get("activations") or _DEFAULTS[node.op] * ways]
-    if len(names) != ways * len(_DEFAULTS[node.op]) or not set(names) <= set(_SETTINGS):
-        msg = f"activations={names}; expected {len(_DEFAULTS[node.op])} for each direction of {', '.join(_SETTINGS)}"
+    clip, each = node.get("clip"), len(_DEFAULTS[node.op])
+    if len(names) != ways * each or not set(names) <= set(_SETTINGS) or not (clip is None or clip > 0):
+        msg = f"activations={names}, clip={clip}; expected {each} for each direction of {', '.join(_SETTINGS)}, and a clip above 0"
         raise RefusedError(msg)
     given = [iter(node.get(f"activation_{name}") or ()) for name in ("alpha", "beta")]
     functions = [_function(name, [next(values, usual) for values, usual in zip(given, _SETTINGS[name], strict=False)]) for name in names]
-    clip, coupled, reset_before = node.get("clip"), bool(node.get("input_forget", 0)), not node.get("linear_before_reset", 0)
-    each = len(names) // ways
+    coupled, reset_before = bool(node.get("input_forget", 0)), not node.get("linear_before_reset", 0)
     gates = [Gates(functions[k : k + each], clip, coupled, reset_before) for k in range(0, len(names), each)]
     return [{"LSTM": gate.lstm, "GRU": gate.gru, "RNN": gate.rnn}[node.op] for gate in gates]

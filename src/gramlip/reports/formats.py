@@ -333,8 +333,12 @@ def _pieces(path: Path, name: str, metadata: dict[str, Any], places: dict[Any, d
 
 def _deepspeed(path: Path) -> Stored:
     """A folder of DeepSpeed: the states of the module, or the optimiser's weights where the ranks of ZeRO share them."""
-    folder = path.parent / path.read_text().strip() if path.name == "latest" else path.parent
-    files = {file.name: file for file in sorted(folder.glob("*_states.pt"), key=lambda file: file.name)}
+    try:
+        folder = path.parent / path.read_text().strip() if path.name == "latest" else path.parent
+        files = {file.name: file for file in sorted(folder.glob("*_states.pt"), key=lambda file: file.name)}
+    except (OSError, ValueError) as error:
+        msg = f"{path} cannot be read ({line(error)}); expected the name of a training step: type the folder of that step"
+        raise InputError(msg) from None
     states = [file for name, file in files.items() if name.endswith("model_states.pt")]
     if not states or not folder.resolve().is_relative_to(path.parent.resolve()):
         msg = f"{path} names {folder.name}, where no model_states.pt lies; expected a folder of a training step: type that folder"

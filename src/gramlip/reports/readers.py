@@ -349,15 +349,21 @@ class Ranks:
         """All ranks, in their order; InputError where one is missing."""
         kinds: dict[str, dict[int, Path]] = {"model": {}, "optim": {}}
         for name, file in files.items():
-            if match := re.fullmatch(r"(?:\w+_)?zero_pp_rank_(\d+)_mp_rank_\d+_(model|optim)_states\.pt", name):
-                kinds[match[2]][int(match[1])] = file
-            elif name.startswith("mp_rank_") and name.endswith("model_states.pt"):
-                kinds["model"][0] = file
+            match = re.fullmatch(r"(?:\w+_)?zero_pp_rank_(\d+)_mp_rank_\d+_(model|optim)_states\.pt", name)
+            if match is None and not (name.startswith("mp_rank_") and name.endswith("model_states.pt")):
+                continue
+            kind, rank = (match[2], int(match[1])) if match else ("model", 0)
+            if (other := kinds[kind].setdefault(rank, file)) != file:
+                msg = f"{folder} has {other.name} and {name} for one rank; expected the files of one step of one run: fetch them again"
+                raise InputError(msg)
         contents = {file: unpickled(file) for kind in kinds.values() for _, file in sorted(kind.items())}
         states = [contents[file].value["optimizer_state_dict"] for _, file in sorted(kinds["optim"].items())]
         stage = 3 if not states or "fp32_flat_groups" in states[0] else 2
         _complete(folder, kinds, states[0]["partition_count"] if states else max(kinds["model"]) + 1, stage)
         flat = [list(state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]) for state in states]
+        if len({part.dtype for rank in flat for part in rank}) > 1:
+            msg = f"{folder} has ranks with numbers of several types; expected the files of one step of one run: fetch them again"
+            raise InputError(msg)
         models = [contents[file].value for _, file in sorted(kinds["model"].items())]
         names = tuple(dict.fromkeys(name for content in contents.values() for name in content.names))
         return Ranks(folder, models, flat, stage, tuple(contents), names)
@@ -371,6 +377,10 @@ class Ranks:
         for name, source in (first.get("shared_params") or {}).items():
             if source in gathered:
                 gathered.setdefault(name, gathered[source])
+        for name, entry in gathered.items():
+            if not isinstance(cast("object", name), str) or not all(isinstance(n, int) and 0 <= n < 2**63 for n in entry.shape):
+                msg = f"{name!r} of shape {entry.shape} is no parameter"
+                raise ValueError(msg)
         order = [name for name in module if name in gathered]
         entries = {name: gathered[name] for name in (*order, *(name for name in gathered if name not in module))}
         note = f"Weights are those of the optimiser, from the files of {len(self.flat)} ranks; a run may round them to fewer digits."
@@ -433,10 +443,10 @@ def _complete(folder: Path, kinds: dict[str, dict[int, Path]], shared: Any, stag
     world = max(counts)
     for kind, numbered in kinds.items():
         ranks = range(world if kind == "optim" or stage == 3 else 1)
-        missing = [rank for rank in ranks if rank not in numbered]
-        if missing or len(numbered) > len(ranks):
-            rank = missing[0] if missing else max(numbered)
-            given = f"{'lacks' if missing else 'has, beside those of its ranks,'} zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"
+        missing = next((rank for rank in ranks if rank not in numbered), None)  # the count is the file's word: no list so long is made
+        if missing is not None or max(numbered, default=-1) >= max(ranks.stop, 0):
+            rank = max(numbered) if missing is None else missing
+            given = f"{'has, beside those of its ranks,' if missing is None else 'lacks'} zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"
             msg = f"{folder} {given}; expected the files of {world} ranks: fetch those of one step of one run"
             raise InputError(msg)
     if len(set(counts)) > 1:

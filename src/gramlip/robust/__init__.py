@@ -23,7 +23,7 @@ from gramlip.nn.parametrize import evaluating, in_eval_mode
 from gramlip.numerics import rounding as rd
 from gramlip.operators.interval import Bound, decimals
 from gramlip.reports.report import Report
-from gramlip.robust.margins import LocalRadii, constant, least_favourable, numbers, pair_constants, radii, tensor
+from gramlip.robust.margins import LocalRadii, check_classes, constant, least_favourable, numbers, pair_constants, radii, tensor
 
 __all__ = ["EPS", "Certified", "attacked_accuracy", "certified_accuracy", "certify", "radii"]
 
@@ -174,6 +174,8 @@ class Run:
             )
             raise InputError(msg)
         logits, truth = tensor("logits", logits_of(self._model, inputs)), labels.to(_device(self._model))
+        logits = logits.byte() if logits.dtype == torch.bool else logits
+        check_classes(logits, truth)
         if not self._apart and len(inputs) > 1:
             _check_apart(self._model, inputs, logits)
             self._apart = True
@@ -200,17 +202,27 @@ def _check_apart(model: nn.Module, inputs: Tensor, logits: Tensor) -> None:
     Raises:
         InputError: such a model, by more than rounding makes of another size of the batch.
     """
-    try:
-        alone = tensor("logits", logits_of(model, inputs[:1]))
-    except (RuntimeError, ValueError):  # of a model for batches of one size nothing is seen
-        return
-    first = logits[:1].double()
-    off = float((alone.double() - first).abs().nan_to_num(0.0, 0.0).max()) if alone.shape == first.shape else math.inf
     rounding = torch.finfo(logits.dtype).eps ** (1 / 3) if logits.is_floating_point() else 0.0  # 0.005 for float32
-    if off > rounding * float(first.abs().nan_to_num(0.0, 0.0).max()):
-        given = f"the logits of the first sample in a batch of {len(inputs)} differ by {off:.3g} from those of the sample alone"
-        msg = f"{given}; expected a model that treats samples apart, as batch norm does by running statistics: type batches of one sample"
-        raise InputError(msg)
+    for at, place in (0, "first"), (-1, "last"):  # the first one alone may not depend on others, as in a sum of all before
+        sample, given = logits[at].double(), "alone"
+        try:
+            alone = tensor("logits", logits_of(model, inputs[at:] if at else inputs[:1])).double()
+        except (RuntimeError, ValueError):  # a model for batches of one size, or statistics of one sample
+            alone, given = tensor("logits", logits_of(model, inputs[at].expand_as(inputs))).double()[at], "among samples equal to it"
+        off = _most_off(alone, sample)
+        if off > rounding * float(sample.abs().nan_to_num(0.0, 0.0).max()):
+            given = f"the logits of the {place} sample in a batch of {len(inputs)} differ by {off:.3g} from those of the sample {given}"
+            msg = (
+                f"{given}; expected a model that treats samples apart, as batch norm does by running statistics: type batches of one sample"
+            )
+            raise InputError(msg)
+
+
+def _most_off(alone: Tensor, sample: Tensor) -> float:
+    """The largest difference of the logits of a sample; infinite where they are not as many, or NaN on one side alone."""
+    if alone.numel() != sample.numel() or not torch.equal(alone.isnan().flatten(), sample.isnan().flatten()):
+        return math.inf
+    return float((alone.flatten() - sample.flatten()).abs().nan_to_num(0.0).max())
 
 
 AROUND = "; or over the constants of pairs of classes around each input, where that is more"

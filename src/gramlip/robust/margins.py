@@ -109,6 +109,19 @@ def radii(
     tensor([1.4142, 0.0000], dtype=torch.float64)
     """
     logits, labels = tensor("logits", logits), tensor("labels", labels)
+    check_classes(logits, labels)
+    logits, labels = least_favourable(logits, labels, execution), labels.long()
+    gaps = logits.gather(1, labels[:, None]) - logits
+    if last is None:
+        slopes, units = torch.full_like(gaps, rd.sqrt_up(2.0)), torch.ones_like(gaps)
+    else:
+        slopes, units = (part[labels] for part in _pairs(last, logits))
+    least = _quotients(gaps, slopes, units, constant(lipschitz, std)).scatter(1, labels[:, None], torch.inf).amin(1)
+    return torch.where((least > 0) & logits.isfinite().all(1), least, 0.0)
+
+
+def check_classes(logits: Tensor, labels: Tensor) -> None:
+    """InputError unless there is a row of logits for each label, and a column for each class."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.shape[1] < 2:
         given = f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}"
         msg = f"{given} were given; expected (batch, classes) with at least 2 classes, and (batch,)"
@@ -118,14 +131,6 @@ def radii(
         given = f"a label of {labels.dtype}" if labels.is_floating_point() else f"the label {int(labels[wrong][0])}"
         msg = f"{given} was given for {logits.shape[1]} classes; expected integers from 0 to {logits.shape[1] - 1}"
         raise InputError(msg)
-    logits, labels = least_favourable(logits, labels, execution), labels.long()
-    gaps = logits.gather(1, labels[:, None]) - logits
-    if last is None:
-        slopes, units = torch.full_like(gaps, rd.sqrt_up(2.0)), torch.ones_like(gaps)
-    else:
-        slopes, units = (part[labels] for part in _pairs(last, logits))
-    least = _quotients(gaps, slopes, units, constant(lipschitz, std)).scatter(1, labels[:, None], torch.inf).amin(1)
-    return torch.where((least > 0) & logits.isfinite().all(1), least, 0.0)
 
 
 def least_favourable(logits: Tensor, labels: Tensor, execution: float | Tensor | ExecutionError) -> Tensor:

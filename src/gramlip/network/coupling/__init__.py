@@ -15,6 +15,8 @@ from gramlip.network.coupling.circulant import Alias, Circulant, Link, NotCircul
 from gramlip.network.coupling.elimination import Piece, cost, narrowed, narrowed_matrix, single, system_cost, transposed
 from gramlip.network.coupling.linear_forms import Entries, System, system
 from gramlip.network.coupling.multipliers import (
+    RATES,
+    RATES_AFTER,
     Logarithms,
     MultiplierSearch,
     bound_logarithm,
@@ -47,7 +49,7 @@ COST = 1e10  # multiplications of one piece's elimination on a torus that are st
 WIDE_COST = 5e11  # and entry by entry
 TOTAL = 3e10  # and of a run's
 SMALL = 1e8  # multiplications of a run of layers that is not cut
-COARSE = (3, 5)  # points an axis of the tori on which multipliers are searched for, one after the other
+COARSE = (2, 3, 5)  # points an axis of the tori on which multipliers are searched for, one after the other
 
 
 @dataclass(frozen=True)
@@ -288,10 +290,11 @@ def _pool(network: Network, first: int, last: int) -> tuple[float, float] | None
 #
 # Segments: the network cut where all paths meet, each part bounded by the better of composition and coupling.
 
-STEPS = 150  # gradient steps of the search for multipliers at effort 1, if
+STEPS = 150  # gradient steps of the search for multipliers at effort 1 on the first torus,
+AFTER = 60  # and on each of those after it, if
 LEAST = 4  # fewer steps are not worth their start
 BUDGET = 1.15e10  # so many multiplications allow them,
-SHARES = (0.8, 0.2)  # shared among the coarse tori;
+SHARES = (0.48, 0.35, 0.2)  # shared among the coarse tori;
 ALONE = 6.0  # times as many for a run that is searched entry by entry
 ROUNDS = (1.0, 2.0, 6.0, 18.0)  # times that in each round of the search
 GAIN = 1.02  # a run on tori is proved where the coarse ones promise so much over composition,
@@ -398,9 +401,9 @@ def _searched(planned: SegmentPlan, composed: float, effort: Effort, names: str)
         if sum(ROUNDS[: i + 1]) > effort.amount or effort.over or not promised[-1] < HOPE * composed:
             break
         now = met[-1]
-        for pieces, share in tori:
-            steps = int(size * min(STEPS, share * BUDGET / max(cost(pieces), 1e6)))
-            now = improve(pieces, now, steps) if steps >= LEAST else now
+        for j, (pieces, share) in enumerate(tori):
+            steps = int(size * min(AFTER if j else STEPS, share * BUDGET / max(cost(pieces), 1e6)))
+            now = improve(pieces, now, steps, RATES_AFTER if j else RATES) if steps >= LEAST else now
         met.append(now)
         promised.append(_promise(reached(coarse, now)))
     if not min(promised) * GAIN < composed:

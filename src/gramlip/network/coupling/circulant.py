@@ -308,9 +308,12 @@ class Alias:
         count = math.prod(self.outer)
         if count == 1:
             return fine, spread
-        turns = self._outer_turns.to(fine.dtype)
-        f, c = len(turns), fine.shape[-1]
-        joined = torch.einsum("fkj,fkcd,fki->fjcid", turns.conj(), fine.reshape(f, count, c, c), turns).reshape(f, count * c, count * c)
+        pairs = self._outer_pairs.to(torch.promote_types(fine.dtype, torch.complex64))
+        f, c = len(pairs), fine.shape[-1]
+        joined = (pairs.mH @ fine.to(pairs.dtype).reshape(f, count, c * c)).reshape(
+            f, count, count, c, c
+        )  # phases j and i of entries c and d
+        joined = joined.transpose(2, 3).reshape(f, count * c, count * c)
         spread = spread.reshape(f, count).amax(1)
         return joined, spread + rd.gamma(16.0 * count) * count * sizes_of(joined.detach())
 
@@ -320,8 +323,9 @@ class Alias:
         f, c = len(form), form.shape[-1] // count
         if count == 1:
             return form[:, None], torch.zeros(f, dtype=torch.float64)
-        turns = self._inner_turns.to(form.dtype)
-        parts = torch.einsum("fkj,fjcid,fki->fkcd", turns, form.reshape(f, count, c, count, c), turns.conj())
+        dtype = torch.promote_types(form.dtype, torch.complex64)
+        blocks = form.reshape(f, count, c, count, c).transpose(2, 3).reshape(f, count * count, c * c).to(dtype)
+        parts = (self._inner_pairs.to(dtype) @ blocks).reshape(f, count, c, c)
         sizes = parts.diagonal(dim1=-2, dim2=-1).real.sum(-1)
         sizes = sizes.clamp_min(1e-9 * float(sizes.detach().max()) + 1e-300)
         logs = power * sizes.log()
@@ -331,12 +335,12 @@ class Alias:
         return parts / shares[..., None, None], noise
 
     @cached_property
-    def _inner_turns(self) -> Tensor:
-        return _turns(self.later, self.inner)
+    def _inner_pairs(self) -> Tensor:
+        return _pairs(_turns(self.later, self.inner))
 
     @cached_property
-    def _outer_turns(self) -> Tensor:
-        return _turns(self.earlier, self.outer)
+    def _outer_pairs(self) -> Tensor:
+        return _pairs(_turns(self.earlier, self.outer))
 
     @cached_property
     def _sources(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -352,6 +356,11 @@ class Alias:
         for j, r in enumerate(self.inner):
             alias = alias * r + turned[:, j] // n[j]
         return index, alias, mirrored
+
+
+def _pairs(turns: Tensor) -> Tensor:
+    """The products (F, K, K K) of the entries of each row of unitary matrices and their conjugates."""
+    return (turns[..., None] * turns.conj()[..., None, :]).flatten(2)
 
 
 def _turns(torus: Circulant, phases: Sides) -> Tensor:

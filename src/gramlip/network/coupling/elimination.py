@@ -186,6 +186,11 @@ def raised(form: Quadratic, noise: Tensor | float) -> Quadratic:
     return replace(form, matrix=matrix)
 
 
+def _as(matrix: Tensor, like: Tensor) -> Tensor:
+    """A matrix in the type of another; where that is real, the imaginary part is rounding."""
+    return (matrix if like.is_complex() or not matrix.is_complex() else matrix.real).to(like.dtype)
+
+
 def start(system: System, terminal: Quadratic | None = None, *, rounded: bool = True) -> Quadratic:
     """The form `|output|^2`, or `output* terminal output` for a positive semidefinite form (F, m, m) of the output.
 
@@ -197,11 +202,11 @@ def start(system: System, terminal: Quadratic | None = None, *, rounded: bool = 
         return (
             Quadratic(live, alone.expand(system.frequencies, -1, -1))
             if terminal is None
-            else replace(terminal, live=live, matrix=terminal.matrix.to(alone.dtype))
+            else replace(terminal, live=live, matrix=_as(terminal.matrix, alone))
         )
     wide = torch.cat([system.output.blocks[a].expand(system.frequencies, -1, -1) for a in live], -1)
     if not rounded:
-        inner = wide if terminal is None else terminal.matrix.to(wide.dtype) @ wide
+        inner = wide if terminal is None else _as(terminal.matrix, wide) @ wide
         return Quadratic(live, wide.mH @ inner, 0 if terminal is None else terminal.exponent).normalised()
     size = size_of(wide)
     error = rd.hypot_up(system.output.errors[a] for a in live)
@@ -326,16 +331,44 @@ def certified(system: System, form: Quadratic, weigh: Weigh) -> Quadratic | None
         weights = torch.zeros_like(slopes.centre)
         if len(slopes.on):
             block = own_block(system, form, k)
-            approximate = inverse(block, weigh(k, block, form.exponent))
+            chosen = weigh(k, block, form.exponent)
+            if Anchor.fits(slopes.centre, slopes.radius):
+                matrix = _bounded_in_parts(form.matrix, block, chosen, *anchor_of(system, k, form.live))
+                if matrix is None:
+                    return None
+                form = replace(form, live=_left(system, form.live), matrix=matrix).normalised()
+                continue
+            approximate = inverse(block, chosen)
             if approximate is None:
                 return None
-            if Anchor.fits(slopes.centre, slopes.radius):
-                matrix, noise = bounded(form.matrix, *anchor_of(system, k, form.live), approximate)
-                form = raised(replace(form, live=_left(system, form.live), matrix=matrix), noise).normalised()
-                continue
             form, weights = _maximised(form, pulled(system, form, k), approximate), everywhere(slopes, approximate.weights)
         form = _replaced(system, form, k, weights).normalised()
     return form
+
+
+PART = 2**17  # entries of a matrix that are worked on at a time: what a fast memory holds
+
+
+def _bounded_in_parts(matrix: Tensor, block: Tensor, weights: Tensor, anchor: Anchor, error: float) -> Tensor | None:
+    """The matrices above those of the form that is left, some frequencies at a time; None where the proof fails.
+
+    Multipliers that have to be raised at one frequency are raised at all of them.
+    """
+    n, columns = anchor.rows.shape[-2:]
+    left, count, at = matrix.new_empty(len(matrix), columns, columns), max(1, PART // max(n, columns, 1) ** 2), 0
+    while at < len(matrix):
+        part = slice(at, at + count)
+        approximate = inverse(block[part], weights)
+        if approximate is None:
+            return None
+        if not torch.equal(approximate.weights, weights):
+            weights, at = approximate.weights, 0
+            continue
+        here = anchor if len(anchor.rows) == 1 else replace(anchor, rows=anchor.rows[part])
+        above, noise = bounded(matrix[part], here, error, approximate)
+        left[part] = raised(Quadratic([], above), noise).matrix
+        at += count
+    return left
 
 
 def _maximised(form: Quadratic, b: Tensor, approximate: Inverse) -> Quadratic:
@@ -481,22 +514,33 @@ class Piece:
 
 
 def single(run: Sequence[Piece]) -> list[Piece]:
-    """The same pieces in single precision, for searches alone."""
-
-    def narrow(t: Tensor) -> Tensor:
-        return t.to(torch.complex64 if t.is_complex() else torch.float32)
-
-    def rough(form: Form | None) -> Form | None:
-        return None if form is None else replace(form, blocks={a: narrow(b) for a, b in form.blocks.items()})
-
+    """The same pieces in single precision, for searches alone; in real numbers where imaginary parts are rounding."""
     pieces = list[Piece]()
     for piece in run:
-        system, output = piece.system, rough(piece.system.output)
+        system = piece.system
+        forms = [form for form in (*system.queries, system.output) if form is not None]
+        real = all(_nearly_real(block) for form in forms for block in form.blocks.values())
+
+        def rough(form: Form | None, real: bool = real) -> Form | None:
+            return None if form is None else replace(form, blocks={a: _narrow(b, real=real) for a, b in form.blocks.items()})
+
+        output = rough(system.output)
         assert output is not None
-        slopes = [Slopes(narrow(s.centre), narrow(s.radius)) for s in system.slopes]
+        slopes = [Slopes(_narrow(s.centre), _narrow(s.radius)) for s in system.slopes]
         queries = [rough(q) for q in system.queries]
         pieces.append(replace(piece, system=replace(system, queries=queries, output=output, slopes=slopes)))
     return pieces
+
+
+def _narrow(t: Tensor, *, real: bool = False) -> Tensor:
+    if t.is_complex() and real:
+        return t.real.float()
+    return t.to(torch.complex64 if t.is_complex() else torch.float32)
+
+
+def _nearly_real(block: Tensor) -> bool:
+    """Whether imaginary parts are rounding: at frequencies that are their own negatives, as all are on a torus of two points an axis."""
+    return not block.is_complex() or float(block.imag.abs().max()) <= 1e-12 * float(block.real.abs().max())
 
 
 Eliminate = Callable[[System, Quadratic, Weigh], Quadratic | None]

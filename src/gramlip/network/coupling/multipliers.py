@@ -67,7 +67,7 @@ def power_estimate(blocks: Tensor, steps: int) -> Tensor:
     """
     with torch.no_grad():
         tiny = max(1e-300, torch.finfo(blocks.dtype).tiny)
-        v = blocks.abs().sum(-1, keepdim=True).to(blocks.dtype) + tiny
+        v = torch.linalg.vector_norm(blocks, dim=-1, keepdim=True).to(blocks.dtype) + tiny
         estimate, v = _powered(blocks, v, min(steps, FEW), tiny)
         if steps > FEW:
             best = torch.topk(estimate[:, 0, 0], min(BEST, len(estimate)))[1]
@@ -217,17 +217,17 @@ def reached(run: Sequence[Piece], search: MultiplierSearch) -> float:
     return math.log(max(value, 1e-300)) + form.exponent * math.log(4.0) if form is not None and value < math.inf else math.inf
 
 
-RATES = (0.3, 0.04)  # of the first and the last step,
+RATES, RATES_AFTER = (0.3, 0.04), (0.12, 0.03)  # of the first and the last step, from closed forms and from a search on a coarser torus,
 MEMORIES = (0.2, 0.5)  # and how much of the one before the averages of Adam keep: few steps have to do
 
 
-def improve(run: Sequence[Piece], search: MultiplierSearch, steps: int) -> MultiplierSearch:
+def improve(run: Sequence[Piece], search: MultiplierSearch, steps: int, rates: tuple[float, float] = RATES) -> MultiplierSearch:
     """Choices after gradient steps on their logarithms, the best met; never worse than those given."""
     best, now, least, lowered = search.copy(), search.copy(), math.inf, 1.0
     optimiser = _optimiser(now)
     for i in range(steps):
         for group in optimiser.param_groups:
-            group["lr"] = lowered * RATES[0] * (RATES[1] / RATES[0]) ** (i / steps)
+            group["lr"] = lowered * rates[0] * (rates[1] / rates[0]) ** (i / steps)
         value = objective(run, now)
         size = math.nan if value is None else float(value.detach())
         if value is None or not math.isfinite(size):
