@@ -357,5 +357,5 @@ def test_norms_of_the_activations_that_a_value_reads() -> None:
 
 def test_the_activations_of_all_steps_together_count_less_than_one_by_one() -> None:
     x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    report = gl.audit(demo_regularised(), x, at=x, radius=1e-3, effort=-1)
+    report = gl.audit(demo_regularised(), x, at=x, radius=1e-3, effort=0.0)
     assert 9.97 < report.upper < 11.7  # theorem L9: without its third way 12.13
