@@ -68,6 +68,7 @@ from test_enclosures import (
     test_functions_that_jump_have_no_constant_however_flat_they_are,
     test_radial_maps_have_their_exact_constant,
     test_response_normalisation_is_bounded_and_nearly_attained,
+    test_what_is_known_without_an_end_holds_far_out,
 )
 from test_execution import test_the_worst_order_of_a_sum_is_covered, test_weights_that_the_format_does_not_hold_count
 from test_formats import test_products_of_two_vectors_exactly, test_ranks_of_zero_are_put_together
@@ -627,6 +628,17 @@ def products_of_slopes(patch: pytest.MonkeyPatch) -> None:
         return right(self, f, still, square)
 
     patch.setattr(enclosures.Pieces, "product", product)
+
+
+def sums_that_grow_like_their_last_term(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N32 for a sum with the rate of one term in place of a mean of both."""
+    patch.setattr(rd.Pieces, "_mean_rates", lambda self, f, g: (g.rate, g.q, g.pace))
+
+
+def one_power_more_than_it_falls(patch: pytest.MonkeyPatch) -> None:
+    """Theorem N32 with a power of t more than the rate allows."""
+    right = rd.Pieces._falling
+    patch.setattr(rd.Pieces, "_falling", lambda self, f, rate: right(self, f, rate - 1.0))
 
 
 def slopes_across_jumps(patch: pytest.MonkeyPatch) -> None:
@@ -1220,6 +1232,11 @@ MUTANTS: dict[str, Mutant] = {
         products_of_slopes, lambda: test_functions_of_one_value_have_the_constant_that_their_derivatives_show("a gate that is shifted")
     ),
     "N28: jumps": Mutant(slopes_across_jumps, lambda: test_functions_that_jump_have_no_constant_however_flat_they_are("at zero")),
+    "N32: the last term": Mutant(
+        sums_that_grow_like_their_last_term,
+        lambda: test_functions_of_one_value_have_the_constant_that_their_derivatives_show("softplus with another number"),
+    ),
+    "N32: one power more": Mutant(one_power_more_than_it_falls, lambda: test_what_is_known_without_an_end_holds_far_out(1.0, 3.0)),
     "N29: along spheres": Mutant(radial_maps_along_spheres, lambda: test_radial_maps_have_their_exact_constant("squash in one")),
     "N30: means that stand still": Mutant(responses_of_one_channel, lambda: test_response_normalisation_is_bounded_and_nearly_attained(5)),
     "half lines turned over": Mutant(half_lines_turned_over, _stretches(lambda x: torch.exp(2 * torch.relu(x)), 1e300)),

@@ -63,6 +63,26 @@ FUNCTIONS: dict[str, Call] = {
     "half of a normalisation": lambda x: x * torch.rsqrt(1 + x * x),
     "square of a gate": lambda x: x.tanh() ** 2,
     "difference of softpluses": lambda x: F.softplus(x + 1) - F.softplus(x - 1),
+    "sigmoid of exponentials": lambda x: 1 / (1 + torch.exp(-x)),
+    "sigmoids of several widths and signs": lambda x: (1 + torch.exp(torch.tensor([-3.0, -0.5, 1.0, 2.0]) * x + 0.3)) ** -1,
+    "swish of exponentials": lambda x: x / (1 + torch.exp(-x)),
+    "square times swish of a negative": lambda x: x * x / (1 + torch.exp(x.abs())),
+    "softplus of exponentials": lambda x: torch.log(1 + torch.exp(x)),
+    "softplus with another number": lambda x: torch.log(0.3 + torch.exp(-2 * x)),
+    "mish of exponentials": lambda x: x * torch.tanh(torch.log(1 + torch.exp(x))),
+    "logarithm of cosh": lambda x: torch.log(torch.cosh(x)),
+    "tanh of exponentials": lambda x: 1 - 2 / (torch.exp(2 * x) + 1),
+    "arc tangent of a cube": lambda x: torch.atan(x**3),
+    "tanh of a square": lambda x: torch.tanh(x**2),
+    "value over a hypotenuse": lambda x: x / torch.sqrt(1 + x**2),
+    "value times a bell": lambda x: x * torch.exp(-(x**2) / 2),
+    "third wave of an oscillator": lambda x: (x**3 - 3 * x) * torch.exp(-x * x / 2),
+    "a shifted bell and its second moment": lambda x: x * x * torch.exp(-((x - 1) ** 2) / 3),
+    "Morlet": lambda x: torch.cos(5 * x) * torch.exp(-x * x / 2),
+    "Gompertz": lambda x: torch.exp(-torch.exp(-x)),
+    "power of minus three halves": lambda x: (1 + x * x) ** -1.5,
+    "exponential of a sine": lambda x: torch.exp(torch.sin(x)),
+    "one over a wave": lambda x: 1 / (2 + torch.sin(x)),
 }
 UNBOUNDED: dict[str, Call] = {
     "square": lambda x: x * x.abs(),
@@ -71,6 +91,9 @@ UNBOUNDED: dict[str, Call] = {
     "cube beside it": lambda x: torch.cat([x, x**3], 1),
     "pole": lambda x: x / (x**2 - 1),
     "waves of two lengths that grow": lambda x: x.abs() * (x.sin() + (1.41 * x).cos()),
+    "wave of a square": lambda x: torch.sin(x**2),
+    "softplus of a square": lambda x: torch.log(1 + torch.exp(x * x)),
+    "square over an exponential that falls": lambda x: x * x / (1 + torch.exp(-x)),
 }
 JUMPS: dict[str, Call] = {
     "at zero": lambda x: x + F.hardtanh(1 / x),
@@ -81,6 +104,9 @@ JUMPS: dict[str, Call] = {
     "away from zero": lambda x: x + F.hardtanh(1 / (x + 1)),
     "at both ends of an interval": lambda x: x + F.hardtanh(1 / F.softshrink(x, 0.5)),
     "a sign": lambda x: x / x.abs(),
+    "arc tangent of one over it": lambda x: torch.atan(1 / x),
+    "sigmoid of one over it": lambda x: 1 / (1 + torch.exp(-1 / x)),
+    "tanh of a negative cube": lambda x: torch.tanh(x**-3),
     "a sign by a root": lambda x: x * torch.rsqrt(x * x),
 }
 
@@ -146,6 +172,11 @@ ACTIVATIONS: list[Call] = [
     lambda x: 1 / (1 + x * x),
     lambda x: torch.log1p(F.relu(x)),
     lambda x: x**3,
+    lambda x: 1 / (1 + torch.exp(-x)),
+    lambda x: torch.log(0.5 + torch.exp(x)),
+    lambda x: torch.exp(-x.abs()),
+    lambda x: (1 + x * x) ** -1.5,
+    torch.cosh,
 ]
 
 
@@ -277,3 +308,43 @@ def test_intervals_hold_the_exact_results_of_their_points() -> None:
                 for made, exact in ((rd.plus(a, b), Fraction(p) + Fraction(q)), (rd.times(a, b), Fraction(p) * Fraction(q))):
                     low, high = made.tolist()
                     assert low <= exact <= high
+
+
+# ---- pieces without an end -----------------------------------------------------------------------------------------------
+
+
+def falling(pieces: rd.Pieces) -> dict[str, tuple[rd.Known, Call]]:
+    """Functions that fall, as they are known on pieces, and the same by torch."""
+    t, one = pieces.start(1, rd.interval(1.0)), rd.interval(1.0)
+    square, minus = pieces.product(t, t, True), pieces.scaled(t, -one.flip(-1), rd.interval(0.0))
+    above = pieces.scaled(square, one, one)
+    hypotenuse, bell = pieces.root(above, 1), pieces.exponential(pieces.scaled(square, -one.flip(-1), rd.interval(0.0)))
+    power = pieces.raised(above, -1.5, rd.WHOLE, torch.tensor(0), rd.power(pieces.root(above, -1).value, 3), rd.interval(0.0, 1.0))
+    gate = pieces.inverse(pieces.scaled(pieces.exponential(minus), one, one))
+    return {
+        "over the third power": (power, lambda x: (1 + x * x) ** -1.5),
+        "over a hypotenuse": (pieces.inverse(hypotenuse), lambda x: (1 + x * x) ** -0.5),
+        "bell": (bell, lambda x: torch.exp(-x * x)),
+        "sigmoid": (gate, torch.sigmoid),
+        "swish": (pieces.product(t, gate, False), F.silu),
+        "logarithm": (pieces.logarithm(above), lambda x: torch.log(1 + x * x)),
+    }
+
+
+@pytest.mark.parametrize("start", [1.0, 3.0, 1024.0])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_what_is_known_without_an_end_holds_far_out(start: float, sign: float) -> None:
+    ends = torch.tensor([[start, math.inf]], dtype=torch.float64)
+    x = (sign * start * torch.logspace(0, 6, 400, dtype=torch.float64)).requires_grad_(True)
+    pieces = rd.Pieces(ends if sign > 0 else -ends.flip(-1), True, lambda at: (rd.WHOLE, rd.WHOLE))
+    for name, (known, call) in falling(pieces).items():
+        value = call(x)
+        slope = torch.autograd.grad(value.sum(), x)[0]
+        for exact, (low, high) in (
+            (value, known.value.reshape(-1)),
+            (value * x ** -int(known.k), known.h.reshape(-1)),
+            (slope, known.slope.reshape(-1)),
+            (x * slope, known.grown.reshape(-1)),
+        ):
+            room = 1e-12 * exact.abs() + 1e-140
+            assert bool(((exact >= low - room) & (exact <= high + room)).all()), name

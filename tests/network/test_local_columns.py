@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramlip as gl
+from gramlip.demo import demo_regularised
 from gramlip.network.coupling import slopes_of_channels
 from gramlip.network.fold import fold
 from gramlip.network.graph import export
@@ -352,3 +353,9 @@ def test_norms_of_the_activations_that_a_value_reads() -> None:
             at = torch.cat([groups[k] for k in read]) if read else torch.zeros(0, dtype=torch.long)
             truth = float(torch.linalg.matrix_norm(rows[at], 2) + loose[at].norm()) if read else 0.0
             assert truth * (1 - 1e-12) <= float(found[0, 0, y, x]) <= 1.06 * truth + 1e-100
+
+
+def test_the_activations_of_all_steps_together_count_less_than_one_by_one() -> None:
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    report = gl.audit(demo_regularised(), x, at=x, radius=1e-3, effort=0.0)
+    assert 9.97 < report.upper < 11.7  # theorem L9: without its third way 12.13

@@ -1,4 +1,4 @@
-"""Outward rounding: directed scalar arithmetic, error bounds of products, the shift of a Cholesky certificate.
+"""Outward rounding: directed scalar arithmetic, error bounds of products, intervals of numbers and of functions on pieces of the line.
 
 Every statement is proved in docs/rounding.md. Nothing here depends on a global setting: certified work runs in float64, which TF32, the
 matmul precision and autocast do not affect, and results below the normal range are moved outward so that flushed denormals cannot
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
-from functools import reduce
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,6 +140,7 @@ def interval(low: float, high: float | None = None) -> Tensor:
 
 
 WHOLE = interval(-math.inf, math.inf)
+_MINUS_ONE = torch.tensor(-1)
 LEAST = 1e-150  # moduli below it are moved outward, to it or to zero, so that no product underflows
 
 
@@ -201,3 +204,204 @@ def power(x: Tensor, k: int) -> Tensor:
 def root(x: Tensor) -> Tensor:
     """The square root of what is not negative."""
     return _outward(x.clamp_min(0.0).sqrt())
+
+
+def holds_zero(x: Tensor) -> Tensor:
+    """Whether it holds zero."""
+    return (x[..., 0] <= 0) & (x[..., 1] >= 0)
+
+
+def powers(x: Tensor, k: Tensor) -> Tensor:
+    """Powers, each with a whole exponent of its own."""
+    first, *others = (int(n) for n in k.unique().tolist())
+    return reduce(lambda made, n: torch.where((k == n)[..., None], power(x, n), made), others, power(x, first))
+
+
+# ---- functions on pieces of the line: docs/network.md#enclosures ---------------------------------------------------------
+
+ORDER = 16  # the highest power of t of which a function is said to fall faster
+LARGEST = 300  # exponent of two that such a power may have at the end of a piece
+ROOM = 1.0 + 2.0**-41  # torch's exp and log are off by a few units in the last place
+
+
+class Known(NamedTuple):
+    """A function f of t on pieces of the line: `f = t^k h`, its value, its slope f', `grown = t f'`, and how fast it grows.
+
+    `rate` and `t^q pace` both hold some p with `t f' = p f`. k and q are whole numbers, one for each piece.
+    f is continuous on the piece, its ends among it: at t other than 0 where `away` says so, and at 0 where `at_zero` does.
+    """
+
+    k: Tensor
+    h: Tensor
+    value: Tensor
+    slope: Tensor
+    grown: Tensor
+    rate: Tensor
+    away: Tensor
+    at_zero: Tensor
+    q: Tensor = torch.tensor(0)
+    pace: Tensor = WHOLE
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Pieces of the line, none of which has 0 inside; `far` where all are outside of [-1, 1], else all are within.
+
+    `constant` gives the weights and biases of a step of constants. `half` if t > 0 alone counts, as for lengths.
+    """
+
+    t: Tensor
+    far: bool
+    constant: Callable[[int], tuple[Tensor, Tensor]]
+    half: bool = False
+
+    _powers: dict[int, Tensor] = field(default_factory=dict[int, Tensor], repr=False)
+
+    @cached_property
+    def endless(self) -> bool:
+        """Whether a piece goes to infinity: `q` and `pace` are followed there, and say no more than `rate` elsewhere."""
+        return bool(self.t.isinf().any())
+
+    def to(self, k: Tensor) -> Tensor:
+        """`t^k`."""
+        if k.numel() > 1:
+            return powers(self.t, k)
+        n = int(k)
+        if n not in self._powers:
+            self._powers[n] = power(self.t, n)
+        return self._powers[n]
+
+    def start(self, k: int, scale: Tensor) -> Known:
+        """`scale t^k`."""
+        order, sure = torch.tensor(k), torch.ones(self.t.shape[:-1], dtype=torch.bool)
+        value = times(scale, self.to(order))
+        slope = times(times(scale, self.to(order - 1)), interval(k))
+        return Known(order, scale, value, slope, times(value, interval(k)), interval(k), sure, sure, pace=interval(k))
+
+    def joined(self, f: Known) -> Known:
+        """The same; without finite slopes where f may jump: theorem N28 reads those of a continuous function."""
+        sure = (f.away & (f.at_zero | ~holds_zero(self.t) | self.half))[..., None]
+        return f._replace(slope=torch.where(sure, f.slope, WHOLE), grown=torch.where(sure, f.grown, WHOLE))
+
+    def closed(self, f: Known) -> Known:
+        """The same, each part with what the others know of it."""
+        value = meet(f.value, times(self.to(f.k), f.h))
+        rate = meet(meet(f.rate, times(f.grown, inverse(value))), times(times(f.slope, self.to(1 - f.k)), inverse(f.h)))
+        f = f._replace(value=value, rate=rate)
+        f = self._without_end(f) if self.endless else f
+        grown = meet(f.grown, times(f.rate, f.value))
+        slope = meet(f.slope, meet(times(f.rate, times(self.to(f.k - 1), f.h)), times(grown, self.to(_MINUS_ONE))))
+        return f._replace(slope=slope, grown=grown, at_zero=f.at_zero | ((f.k > 0) & f.h.isfinite().all(-1)))
+
+    def _without_end(self, f: Known) -> Known:
+        """The same with what q and pace say, and a smaller k where f falls faster than `t^k` on a piece without an end: theorem N32."""
+        rate = meet(f.rate, times(self.to(f.q), f.pace))
+        pace = meet(f.pace, times(self.to(-f.q), rate))
+        k, h = self._falling(f, rate)
+        growth = times(pace, h)
+        value, grown, slope = (
+            meet(part, times(self.to(n), factor))
+            for part, n, factor in ((f.value, k, h), (f.grown, f.q + k, growth), (f.slope, f.q + k - 1, growth))
+        )
+        return f._replace(k=k, h=h, value=value, slope=slope, grown=grown, rate=rate, pace=pace)
+
+    def _falling(self, f: Known, rate: Tensor) -> tuple[Tensor, Tensor]:
+        near = self.t.gather(-1, self.t.abs().argmin(-1, keepdim=True)).expand(self.t.shape)
+        room = LARGEST / near[..., 0].abs().log2().clamp_min(1.0)
+        order = torch.minimum(-rate[..., 1], room).nan_to_num(0.0).clamp(0, ORDER).long()
+        falls = self.t.isinf().any(-1) & f.away & (order > 0) & (-order < f.k)
+        if not bool(falls.any()):
+            return f.k, f.h
+        order = torch.where(falls, order, 0)
+        fallen = times(powers(near, order), hull(f.value, interval(0.0)))
+        return torch.where(falls, -order, f.k), torch.where(falls[..., None], fallen, f.h)
+
+    def poles(self, f: Known) -> tuple[Tensor, Tensor]:
+        """Where `1 / f` is continuous, as in `Known`: where f has no zero, or none but that of a power of t at 0."""
+        zero = holds_zero(f.value)
+        return f.away & ~(zero & holds_zero(f.h)), f.at_zero & ~(zero & holds_zero(self.t))
+
+    def scaled(self, f: Known, weight: Tensor, bias: Tensor) -> Known:
+        """`weight f + bias`."""
+        h, value, slope, grown = (times(weight, part) for part in (f.h, f.value, f.slope, f.grown))
+        scaled = f._replace(h=h, value=value, slope=slope, grown=grown)
+        return self.sum(scaled, self.start(0, bias)) if bool(bias.any()) else scaled
+
+    def sum(self, f: Known, g: Known) -> Known:
+        """`f + g`."""
+        k = self._order(f.k, g.k)
+        h = plus(*(times(self.to(x.k - k), x.h) for x in (f, g)))
+        value, slope, grown = plus(f.value, g.value), plus(f.slope, g.slope), plus(f.grown, g.grown)
+        rate, q, pace = self._mean_rates(f, g)
+        return self.closed(Known(k, h, value, slope, grown, rate, f.away & g.away, f.at_zero & g.at_zero, q, pace))
+
+    def _order(self, k: Tensor, other: Tensor) -> Tensor:
+        """The exponent of a sum of powers of t, so that what stands beside it is bounded."""
+        return torch.maximum(k, other) if self.far else torch.minimum(k, other)
+
+    def _mean_rates(self, f: Known, g: Known) -> tuple[Tensor, Tensor, Tensor]:
+        """The rate, q and pace of `f + g`: means of those of f and g, with their shares of the sum as weights."""
+        alike = ((f.value[..., 0] >= 0) & (g.value[..., 0] >= 0) | (f.value[..., 1] <= 0) & (g.value[..., 1] <= 0))[..., None]
+        if not self.endless:
+            return torch.where(alike, hull(f.rate, g.rate), WHOLE), f.q, WHOLE
+        shares = [inverse(plus(interval(1.0), times(y.value, inverse(x.value)))) for x, y in ((f, g), (g, f))]
+
+        def mean(x: Tensor, y: Tensor) -> Tensor:
+            return meet(plus(times(shares[0], x), times(shares[1], y)), torch.where(alike, hull(x, y), WHOLE))
+
+        q = self._order(f.q, g.q)
+        return mean(f.rate, g.rate), q, mean(*(times(self.to(x.q - q), x.pace) for x in (f, g)))
+
+    def product(self, f: Known, g: Known, square: bool) -> Known:
+        """`f g`; a `square` where the two are one."""
+        values, k = (f.value, g.value), f.k + g.k
+        h, value = (power(f.h, 2), power(f.value, 2)) if square else (times(f.h, g.h), times(*values))
+        slopes = [
+            meet(times(first.slope, second.value), times(first.grown, times(self.to(second.k - 1), second.h)))
+            for first, second in ((f, g), (g, f))
+        ]
+        grown = plus(times(f.grown, values[1]), times(values[0], g.grown))
+        q = self._order(f.q, g.q)
+        pace = plus(*(times(self.to(x.q - q), x.pace) for x in (f, g))) if self.endless else WHOLE
+        sure = f.away & g.away, f.at_zero & g.at_zero
+        return self.closed(Known(k, h, value, plus(*slopes), grown, plus(f.rate, g.rate), *sure, q, pace))
+
+    def raised(self, f: Known, exponent: float, inner: Tensor, k: Tensor, h: Tensor, value: Tensor) -> Known:
+        """A power of f that is `t^k h`, has this value, and this derivative by f."""
+        rate, pace = (times(part, interval(exponent)) for part in (f.rate, f.pace))
+        sure = self.poles(f) if exponent < 0 else (f.away, f.at_zero)
+        return self.closed(Known(k, h, value, times(inner, f.slope), times(inner, f.grown), rate, *sure, f.q, pace))
+
+    def inverse(self, f: Known) -> Known:
+        """`1 / f`."""
+        value = inverse(f.value)
+        return self.raised(f, -1.0, times(power(value, 2), interval(-1.0)), -f.k, inverse(f.h), value)
+
+    def power(self, f: Known, exponent: int) -> Known:
+        """`f^exponent`."""
+        inner = times(power(f.value, exponent - 1), interval(exponent))
+        return self.raised(f, exponent, inner, exponent * f.k, power(f.h, exponent), power(f.value, exponent))
+
+    def root(self, f: Known, sign: int) -> Known:
+        """`sqrt(f)`, or one over it for the sign -1."""
+        even = (f.k % 4 == 0) | ((f.k % 2 == 0) & (self.t >= 0).all(-1))
+        k, h = torch.where(even, f.k // 2, 0), root(torch.where(even[..., None], f.h, f.value))
+        h, value = (h, root(f.value)) if sign > 0 else (inverse(h), inverse(root(f.value)))
+        inner = times(times(value, inverse(f.value)), interval(0.5 * sign))
+        return self.raised(f, 0.5 * sign, inner, sign * k, h, value)
+
+    def exponential(self, f: Known) -> Known:
+        """`exp(f)`."""
+        low, high = f.value.exp().unbind(-1)
+        value = flushed(torch.stack([low / ROOM, high * ROOM], -1))
+        pace = meet(times(f.rate, f.h), meet(times(f.slope, self.to(1 - f.k)), times(f.grown, self.to(-f.k))))
+        slope, grown = times(value, f.slope), times(value, f.grown)
+        return self.closed(Known(torch.tensor(0), value, value, slope, grown, f.grown, f.away, f.at_zero, f.k, pace))
+
+    def logarithm(self, f: Known) -> Known:
+        """`log(f)`, without slopes where f may be zero or less."""
+        above = f.value[..., 0] > 0
+        value = f.value.clamp_min(0.0).log()
+        value = _outward(value + value.abs() * interval(1.0 - ROOM, ROOM - 1.0).nan_to_num())
+        slope = meet(times(f.slope, inverse(f.value)), times(f.pace, self.to(f.q - 1)))
+        return self.closed(Known(torch.tensor(0), value, value, slope, f.rate, WHOLE, f.away & above, f.at_zero & above))

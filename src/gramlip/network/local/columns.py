@@ -307,6 +307,7 @@ class Columns:
         self._steps, self._forms, self._groups, self._inputs = list[Step](), dict[int, Form](), list[Group](), 0
         self._norms = dict[int, float]()  # of what the columns of the activations of a step stand for
         self._near = dict[int, Near]()  # and of what those of some of them stand for
+        self._switches = list[tuple[Tensor, float]]()  # of these, as functions of the input, up to a rest of that norm
 
     def add(self, step: Step, source: Value | None = None) -> Tensor | None:
         """One more step; how much each entry of its value differs at most, where that is read and known.
@@ -449,13 +450,15 @@ class Columns:
         """The l2 norm of what the columns of some activations will stand for, from the form of their arguments: theorem L10."""
         assert form.most is not None
         shape, scale = tuple(form.loose.shape), form.most.reshape(-1)[places].clamp_min(LOST)
-        plain, rows = (
-            rd.sqrt_up(float(len(places))),
-            {key: rows_at(tile, places, shape) / scale[:, None] for key, tile in form.tiles.items()},
-        )
+        plain = rd.sqrt_up(float(len(places)))
+        rows = {key: rows_at(tile, places, shape) / scale[:, None] for key, tile in form.tiles.items()}
         parts = self._parts(rows)
         loose = form.loose.reshape(-1)[places] / scale
         apart = frobenius_up(loose) * (1.0 + rd.gamma(8.0))
+        if not self._centred:
+            blank = torch.zeros(len(places), 0, dtype=torch.float64)
+            rest = rd.add_up(_joint([part for step, part in parts.items() if step >= 0], 1e-2, plain), apart)
+            self._switches.append((parts.get(-1, blank), min(rest, 2.0 * plain)))
         if self._blocks > 1:
             self._near[i] = self._gram(rows, parts, loose)
         return min(plain, rd.add_up(_joint(list(parts.values()), 1e-2, plain), apart))
@@ -519,8 +522,21 @@ class Columns:
         if -1 not in parts:
             return frobenius_up(loose)
         middle = parts.pop(-1)
-        apart = rd.add_up(_upper(middle, 1e-6), _joint(list(parts.values()), 1e-2, INF))
+        extra = {step: part / self._norms[step] for step, part in parts.items()}
+        switched = min(_joint(list(parts.values()), 1e-2, INF), self._switched_together(extra))
+        apart = rd.add_up(_upper(middle, 1e-6), switched)
         return rd.add_up(min(apart, _joint([middle, *parts.values()], 1e-3, apart)), frobenius_up(loose))
+
+    def _switched_together(self, extra: Mapping[int, Tensor]) -> float:
+        """The norm that the activations of all steps together may add to the results: theorem L9."""
+        if not extra or not self._switches:
+            return INF
+        alike = [part for part, _ in self._switches if part.shape[1] == self._area.entries]
+        every, wide = torch.cat(list(extra.values()), 1), sum(len(part) for part, _ in self._switches)
+        if len(alike) < len(self._switches) or float(wide) * self._area.entries * min(wide, self._area.entries) > PRODUCTS:
+            return INF
+        rest = rd.hypot_up(rest for _, rest in self._switches)
+        return rd.mul_up(_upper(every, 1e-2), rd.add_up(_upper(torch.cat(alike), 1e-2), rest))
 
     def _results(self, form: Form, key: int, count: int) -> Tensor:
         tile = form.tiles.get(key)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from gramlip.network.rules.registry import Call
 from gramlip.network.steps import Linear, OnInterval, Product, Slope, Step, Sum, Unbounded, What
 from gramlip.numerics import rounding as rd
 from gramlip.numerics.precision import to_float64
-from gramlip.numerics.rounding import WHOLE, flushed, hull, interval, inverse, meet, plus, power, root, times
+from gramlip.numerics.rounding import WHOLE, Known, Pieces, flushed, hull, interval, meet, plus, power, root, times
 from gramlip.operators.linear_maps import Scale
 
 INF = math.inf
@@ -33,148 +33,49 @@ CUTS, ENTRIES = 32, 2**18  # pieces of an interval that is given, and of all ent
 FAR = 1e300  # a point beyond it is not looked at
 CLOSE = 1e-5  # relative: how far the bound may be above the largest slope that was seen
 
-# ---- what is known of a function on pieces -------------------------------------------------------------------------------
+# ---- entrywise functions of functions ------------------------------------------------------------------------------------
 
 
-class Known(NamedTuple):
-    """A function f of t on pieces of the line: `f = t^k h`, its value, its slope f', `grown = t f'`, and `rate` with `t f' = rate f`.
-
-    f is continuous on the piece, its ends among it: at t other than 0 where `away` says so, and at 0 where `at_zero` does.
-    """
-
-    k: int
-    h: Tensor
-    value: Tensor
-    slope: Tensor
-    grown: Tensor
-    rate: Tensor
-    away: Tensor
-    at_zero: Tensor
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Pieces of the line, none of which has 0 inside; `far` where all are outside of [-1, 1], else all are within.
-
-    `constant` gives the weights and biases of a step of constants. `half` if t > 0 alone counts, as for lengths.
-    """
-
-    t: Tensor
-    far: bool
-    constant: Callable[[int], tuple[Tensor, Tensor]]
-    half: bool = False
-
-    def to(self, k: int) -> Tensor:
-        """`t^k`."""
-        return power(self.t, k)
-
-    def start(self, k: int, scale: Tensor) -> Known:
-        """`scale t^k`."""
-        grown, sure = times(times(scale, self.to(k)), interval(k)), torch.ones(self.t.shape[:-1], dtype=torch.bool)
-        slope = times(times(scale, self.to(k - 1)), interval(k))
-        return Known(k, scale, times(scale, self.to(k)), slope, grown, interval(k), sure, sure)
-
-    def joined(self, f: Known) -> Known:
-        """The same; without finite slopes where f may jump: theorem N28 reads those of a continuous function."""
-        sure = (f.away & (f.at_zero | ~_holds_zero(self.t) | self.half))[..., None]
-        return f._replace(slope=torch.where(sure, f.slope, WHOLE), grown=torch.where(sure, f.grown, WHOLE))
-
-    def closed(self, f: Known) -> Known:
-        """The same, each part with what the others know of it."""
-        value = meet(f.value, times(self.to(f.k), f.h))
-        rate = meet(meet(f.rate, times(f.grown, inverse(value))), times(times(f.slope, self.to(1 - f.k)), inverse(f.h)))
-        grown = meet(f.grown, times(rate, value))
-        slope = meet(f.slope, meet(times(rate, times(self.to(f.k - 1), f.h)), times(grown, self.to(-1))))
-        return f._replace(value=value, slope=slope, grown=grown, rate=rate, at_zero=f.at_zero | ((f.k > 0) & f.h.isfinite().all(-1)))
-
-    def poles(self, f: Known) -> tuple[Tensor, Tensor]:
-        """Where `1 / f` is continuous, as in `Known`: where f has no zero, or none but that of a power of t at 0."""
-        zero = _holds_zero(f.value)
-        return f.away & ~(zero & _holds_zero(f.h)), f.at_zero & ~(zero & _holds_zero(self.t))
-
-    def scaled(self, f: Known, weight: Tensor, bias: Tensor) -> Known:
-        """`weight f + bias`."""
-        h, value, slope, grown = (times(weight, part) for part in (f.h, f.value, f.slope, f.grown))
-        scaled, zero, sure = f._replace(h=h, value=value, slope=slope, grown=grown), interval(0.0), torch.tensor(True)
-        return self.sum(scaled, Known(0, bias, bias, zero, zero, zero, sure, sure)) if bool(bias.any()) else scaled
-
-    def sum(self, f: Known, g: Known) -> Known:
-        """`f + g`."""
-        k = max(f.k, g.k) if self.far else min(f.k, g.k)
-        parts = [times(self.to(x.k - k), x.h) for x in (f, g)]
-        left, right = parts
-        alike = (left[..., 0] >= 0) & (right[..., 0] >= 0) | (left[..., 1] <= 0) & (right[..., 1] <= 0)
-        rate = torch.where(alike[..., None], hull(f.rate, g.rate), WHOLE)
-        h, value, slope, grown = plus(*parts), plus(f.value, g.value), plus(f.slope, g.slope), plus(f.grown, g.grown)
-        return self.closed(Known(k, h, value, slope, grown, rate, f.away & g.away, f.at_zero & g.at_zero))
-
-    def product(self, f: Known, g: Known, square: bool) -> Known:
-        """`f g`; a `square` where the two are one."""
-        values, k = (f.value, g.value), f.k + g.k
-        h, value = (power(f.h, 2), power(f.value, 2)) if square else (times(f.h, g.h), times(*values))
-        slopes = [
-            meet(times(first.slope, values[1 - i]), times(first.grown, times(self.to(second.k - 1), second.h)))
-            for i, (first, second) in enumerate(((f, g), (g, f)))
-        ]
-        grown = plus(times(f.grown, values[1]), times(values[0], g.grown))
-        sure = f.away & g.away, f.at_zero & g.at_zero
-        return self.closed(Known(k, h, value, plus(*slopes), grown, plus(f.rate, g.rate), *sure))
-
-    def inverse(self, f: Known) -> Known:
-        """`1 / f`."""
-        return self.closed(Known(-f.k, inverse(f.h), inverse(f.value), WHOLE, WHOLE, times(f.rate, interval(-1.0)), *self.poles(f)))
-
-    def power(self, f: Known, exponent: int) -> Known:
-        """`f^exponent`."""
-        inner = power(f.value, exponent - 1)
-        slope, grown = (times(times(inner, part), interval(exponent)) for part in (f.slope, f.grown))
-        h, value, rate = power(f.h, exponent), power(f.value, exponent), times(f.rate, interval(exponent))
-        sure = self.poles(f) if exponent < 0 else (f.away, f.at_zero)
-        return self.closed(Known(exponent * f.k, h, value, slope, grown, rate, *sure))
-
-    def root(self, f: Known, sign: int) -> Known:
-        """`sqrt(f)`, or one over it for the sign -1."""
-        even = f.k % 4 == 0 or (f.k % 2 == 0 and bool((self.t >= 0).all()))
-        k, h = (f.k // 2, root(f.h)) if even else (0, root(f.value))
-        h, value = (h, root(f.value)) if sign > 0 else (inverse(h), inverse(root(f.value)))
-        sure = (f.away, f.at_zero) if sign > 0 else self.poles(f)
-        return self.closed(Known(sign * k, h, value, WHOLE, WHOLE, times(f.rate, interval(0.5 * sign)), *sure))
-
-    def activation(self, f: Known, what: Slope, name: str) -> Known:
-        """An entrywise function of f."""
-        slopes, values = _on(what, f.value)
-        inner = meet(times(slopes, f.value), _decay(what, name, f.value))  # v a'(v) at the values v of f
-        grown = meet(times(slopes, f.grown), times(inner, f.rate))
-        slope = meet(times(slopes, f.slope), times(grown, self.to(-1)))
-        bounded, at_zero = max(map(abs, what.image)) < INF, meet(interval(*what.at_zero), _on(what, interval(0.0))[1])
-        k = 0 if (bounded if self.far else what.at_zero != (0.0, 0.0)) else f.k
-        h = meet(times(values, self.to(-k)), self._along_chords(f, what, k, at_zero))
-        return self.closed(Known(k, h, values, slope, grown, WHOLE, f.away, f.at_zero))
-
-    def _along_chords(self, f: Known, what: Slope, k: int, at_zero: Tensor) -> Tensor:
-        """Values over `t^k`, from those at one point of each piece, and at 0, along the chords from there."""
-        near = f.value.gather(-1, f.value.abs().argmin(-1, keepdim=True)).clamp(-FAR, FAR)
-        near, zero = torch.where(_holds_zero(f.value)[..., None], 0.0, near).expand(f.value.shape), interval(0.0)
-        h = WHOLE
-        for start, image in ((near, _on(what, near)[1]), (zero, at_zero)):
-            chords = _on(what, hull(f.value, start))[0]
-            offset = plus(image, times(times(chords, start), interval(-1.0)))
-            h = meet(h, plus(times(times(chords, f.h), self.to(f.k - k)), times(offset, self.to(-k))))
-        return h
-
-    def steep(self, f: Known, what: Unbounded) -> Known:
-        """A function that has bounded slopes on intervals alone, each piece by itself."""
-        value = f.value
-        assert what.within is not None
-        slopes_on = [what.within(a, b) for a, b in value.flatten(0, -2).tolist()]
-        ends = torch.tensor([(-INF, INF, -INF, INF) if s is None else (s.low, s.high, *s.image) for s in slopes_on], dtype=torch.float64)
-        slopes, values = ends.reshape(*value.shape[:-1], 2, 2).unbind(-2)
-        sure = torch.tensor([s is not None for s in slopes_on]).reshape(value.shape[:-1])
-        return self.closed(Known(0, values, values, times(slopes, f.slope), times(slopes, f.grown), WHOLE, f.away & sure, f.at_zero & sure))
+def _activation(pieces: Pieces, f: Known, what: Slope, name: str) -> Known:
+    """An entrywise function of f."""
+    slopes, values = _on(what, f.value)
+    inner = meet(times(slopes, f.value), _decay(what, name, f.value))  # v a'(v) at the values v of f
+    grown = meet(times(slopes, f.grown), times(inner, f.rate))
+    slope = meet(times(slopes, f.slope), times(grown, pieces.to(torch.tensor(-1))))
+    bounded, at_zero = max(map(abs, what.image)) < INF, meet(interval(*what.at_zero), _on(what, interval(0.0))[1])
+    if pieces.far:
+        k = (f.k if what.at_zero == (0.0, 0.0) else f.k.clamp_min(0)).clamp_max(0 if bounded else f.k)
+    else:
+        k = f.k if what.at_zero == (0.0, 0.0) else torch.zeros_like(f.k)
+    h = meet(times(values, pieces.to(-k)), _along_chords(pieces, f, what, k, at_zero))
+    return pieces.closed(Known(k, h, values, slope, grown, WHOLE, f.away, f.at_zero))
 
 
-def _holds_zero(x: Tensor) -> Tensor:
-    return (x[..., 0] <= 0) & (x[..., 1] >= 0)
+def _along_chords(pieces: Pieces, f: Known, what: Slope, k: Tensor, at_zero: Tensor) -> Tensor:
+    """Values over `t^k`, from those at one point of each piece, and at 0, along the chords from there."""
+    near = f.value.gather(-1, f.value.abs().argmin(-1, keepdim=True)).clamp(-FAR, FAR)
+    near, zero = torch.where(rd.holds_zero(f.value)[..., None], 0.0, near).expand(f.value.shape), interval(0.0)
+    h = WHOLE
+    for start, image in ((near, _on(what, near)[1]), (zero, at_zero)):
+        chords = _on(what, hull(f.value, start))[0]
+        offset = plus(image, times(times(chords, start), interval(-1.0)))
+        h = meet(h, plus(times(times(chords, f.h), pieces.to(f.k - k)), times(offset, pieces.to(-k))))
+    return h
+
+
+def _steep(pieces: Pieces, f: Known, what: Unbounded, exponent: float) -> Known:
+    """A function that has bounded slopes on intervals alone, each piece by itself; a power where the exponent is not 0."""
+    value = f.value
+    assert what.within is not None
+    slopes_on = [what.within(a, b) for a, b in value.flatten(0, -2).tolist()]
+    ends = torch.tensor([(-INF, INF, -INF, INF) if s is None else (s.low, s.high, *s.image) for s in slopes_on], dtype=torch.float64)
+    slopes, values = ends.reshape(*value.shape[:-1], 2, 2).unbind(-2)
+    sure = torch.tensor([s is not None for s in slopes_on]).reshape(value.shape[:-1])
+    f = f._replace(away=f.away & sure, at_zero=f.at_zero & sure)
+    if exponent:
+        return pieces.raised(f, exponent, slopes, torch.tensor(0), values, values)
+    slope, grown = times(slopes, f.slope), times(slopes, f.grown)
+    return pieces.closed(Known(torch.tensor(0), values, values, slope, grown, WHOLE, f.away, f.at_zero))
 
 
 def _on(what: Slope, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,16 +230,25 @@ def _step(step: Step, sources: Sequence[Known], pieces: Pieces, at: int) -> Know
     if isinstance(what, Product):
         return pieces.product(first, sources[1], step.sources[0] == step.sources[1])
     if isinstance(what, Slope):
-        return pieces.activation(first, what, step.op.split(".")[1] if step.op.startswith("aten.") else "")
+        return _activation(pieces, first, what, step.op.split(".")[1] if step.op.startswith("aten.") else "")
     assert isinstance(what, Unbounded)
     if what.within is STEEP["reciprocal"]:
         return pieces.inverse(first)
     if what.within in (STEEP["sqrt"], STEEP["rsqrt"]):
         return pieces.root(first, 1 if what.within is STEEP["sqrt"] else -1)
-    exponent = what.within.args[0] if isinstance(what.within, partial) and step.op.startswith("aten.pow") else 0.5
+    if what.within is STEEP["exp"]:
+        return pieces.exponential(first)
+    if what.within is STEEP["log"]:
+        return pieces.logarithm(first)
+    if what.within is STEEP["log1p"]:
+        return pieces.logarithm(pieces.scaled(first, interval(1.0), interval(1.0)))
+    if what.within is STEEP["cosh"]:
+        sides = (pieces.exponential(pieces.scaled(first, interval(sign), interval(0.0))) for sign in (1.0, -1.0))
+        return pieces.scaled(pieces.sum(*sides), interval(0.5), interval(0.0))
+    exponent = what.within.args[0] if isinstance(what.within, partial) and step.op.startswith("aten.pow") else 0.0
     if exponent.is_integer() and 0 < abs(exponent) <= 16:
         return pieces.power(first, int(exponent))
-    return pieces.steep(first, what)
+    return _steep(pieces, first, what, exponent)
 
 
 # ---- the largest slope ---------------------------------------------------------------------------------------------------

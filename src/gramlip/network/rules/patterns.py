@@ -13,10 +13,9 @@ from torch import Tensor
 
 from gramlip.network.rules.activations import STEEP, probabilities
 from gramlip.network.rules.enclosures import (
+    FALLS,
     ROUNDS,
     Function,
-    Known,
-    Pieces,
     largest,
     of_one_value,
     remembered,
@@ -27,10 +26,10 @@ from gramlip.network.rules.enclosures import (
 )
 from gramlip.network.rules.entrywise import on_interval
 from gramlip.network.rules.registry import Call, Radius, Var, find, pattern
-from gramlip.network.rules.statistics import SLACK
+from gramlip.network.rules.statistics import SLACK, lengths_on, response_on
 from gramlip.network.steps import Linear, LinearAction, Lipschitz, Product, Shortcut, Slope, Step, Sum, Unbounded, Within
 from gramlip.numerics import rounding as rd
-from gramlip.numerics.rounding import interval, plus, power
+from gramlip.numerics.rounding import Known, Pieces, interval, plus, power
 from gramlip.operators.linear_maps import Scale, Shape
 
 # ---- parts of a pattern --------------------------------------------------------------------------------------------------
@@ -213,20 +212,13 @@ def _divided_on(divisor: _Divisor, most: float, a: Tensor, b: Tensor) -> tuple[f
     """Constant and values of `x / D(|x|)` on intervals of its arguments: docs/local.md#slopes."""
     axes = [j for j in range(a.ndim) if divisor.shape == () or divisor.shape[j] == 1]
     factor, room = divisor.radius.factor, 1.0 + a.numel() * 2.0**-50 + 8 * SLACK
-    least, longest = _lengths(a, b, axes)
+    least, longest = lengths_on(a, b, axes)
     below = (divisor.at(least * factor / room) * (1 - SLACK)).clamp_min(divisor.least)
     above = divisor.at(longest * factor * room) * (1 + SLACK)
     ends = torch.stack([end / d for end in (a, b) for d in (below, above)]).nan_to_num(0.0, most, -most)
     slack = SLACK * ends.abs().amax(0) + rd.TINY
     low, high = (ends.amin(0) - slack).clamp(-most, most), (ends.amax(0) + slack).clamp(-most, most)
     return float((1.0 / below).max()) * (1 + SLACK), low, high
-
-
-def _lengths(a: Tensor, b: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
-    """The least and the largest l2 norm along some axes of entries in intervals, up to rounding."""
-    nearest = torch.where((a <= 0) & (b >= 0), 0.0, torch.minimum(a.abs(), b.abs()))
-    least, most = (torch.linalg.vector_norm(x, dim=axes, keepdim=True) for x in (nearest, torch.maximum(a.abs(), b.abs())))
-    return least, most
 
 
 @pattern("aten.sqrt")
@@ -307,7 +299,20 @@ def _smooth_modulus(call: Call) -> Var | None:
     if not _is_square(call.steps[inner], x) or call.steps[x.step].shape != call.shape:
         return None
     least = rd.sqrt_down(shift)
-    return call.then(Slope(-1.0, 1.0, "sqrt(x^2 + c): slopes in (-1, 1)", (least, math.inf), (least, rd.sqrt_up(shift)), sharp=True), x)
+    what = Slope(-1.0, 1.0, "sqrt(x^2 + c): slopes in (-1, 1)", (least, math.inf), (least, rd.sqrt_up(shift)), sharp=True)
+    return _also_as_written(call, what, x)
+
+
+def _also_as_written(call: Call, what: Slope, x: Var) -> Var:
+    """The value of a pattern, which functions of one value read as it was written."""
+    rule = find(call.op)
+    assert rule is not None
+    step = rule(call)
+    assert isinstance(step, Unbounded)
+    written = call.then(step, call.var("self"))
+    value = call.then(what, x)
+    call.known.written[value.step] = written.step
+    return value
 
 
 @pattern("aten.div", "aten.true_divide")
@@ -317,7 +322,7 @@ def _softmax(call: Call) -> Var | None:
     if not (isinstance(powers, Var) and isinstance(total, Var)) or powers.shape != call.shape or call.args.get("rounding_mode") is not None:
         return None
     step = call.steps[powers.step]
-    if not step.op.startswith("aten.exp.") or not isinstance(step.what, Unbounded):  # a Gaussian's step reads the length, not its square
+    if not _is_exp(step):
         return None
     if not _reduces(call, Var(_repeated(call, total.step), total.shape), "sum", powers):
         return None
@@ -364,9 +369,8 @@ def _gaussian(call: Call) -> Var | None:
     x = _as_length(call, radius) if of is None and radius is not None else Var(of or 0, call.shape)
     steep = rd.up(math.sqrt(2 * high / math.e) * (1 + SLACK))
     within = _gaussian_on(high, steep) if high <= low * (1 + SLACK) else None
-    return call.then(
-        Slope(-steep, steep, f"exp(-c x^2), c at most {high:.6g}: slopes up to sqrt(2c/e)", (0.0, 1.0), (1.0, 1.0), within=within), x
-    )
+    what = Slope(-steep, steep, f"exp(-c x^2), c at most {high:.6g}: slopes up to sqrt(2c/e)", (0.0, 1.0), (1.0, 1.0), within=within)
+    return _also_as_written(call, what, x)
 
 
 def _gaussian_on(c: float, steep: float) -> Within:
@@ -405,6 +409,45 @@ def _of_one_value(call: Call) -> Var | None:
         short = Shortcut((math.inf,), tuple(f.base), within=(partial(steepness_on, f),))
         call.steps[result.step] = replace(call.steps[result.step], shortcut=short)
     return result
+
+
+@pattern("aten.log", "aten.log1p")
+def _softplus(call: Call) -> Var | None:
+    """`log(1 + exp(x))`."""
+    at = call.var("self").step
+    power, one = (at, 1.0) if "log1p" in call.op else _shifted(call, at)
+    if power is None or one != 1.0 or not _is_exp(call.steps[power]) or call.steps[power].shape != call.shape:
+        return None
+    x = Var(call.steps[power].sources[0], call.shape)
+    softplus = replace(call, op="aten.softplus.default", args={"self": x, "beta": 1.0, "threshold": 1e3})
+    rule = find(softplus.op)
+    what = None if rule is None else rule(softplus)
+    return softplus.then(what, x) if isinstance(what, Slope) else None
+
+
+def _is_exp(step: Step) -> bool:
+    """Whether a step is an exponential; a Gaussian's step reads the length, not its square."""
+    return step.op.startswith("aten.exp.") and isinstance(step.what, Unbounded)
+
+
+@pattern(*(f"aten.{name}" for name in (*STEEP, "pow", *FALLS, "sin", "cos")))
+def _of_a_function(call: Call) -> Var | None:
+    """A function of a function, one of which has no constant, such as `1 / (1 + exp(-x))` or `tanh(x^2)`, as one of an earlier value."""
+    rule = find(call.op)
+    what = rule(call) if rule is not None and len(call.vars) == 1 and call.vars[0].shape == call.shape else None
+    if not isinstance(what, Slope | Unbounded):
+        return None
+    value = call.then(what, call.vars[0])
+    for f in of_one_value(call, [value.step]):
+        kinds = [type(call.steps[i].what) for i in f.inner if not isinstance(call.steps[i].what, Linear | Sum)]
+        if len(kinds) == 1 or set(kinds) == {Slope}:
+            continue
+        function = remembered(call, ("slopes", f.key), lambda f=f: slope_of(f, "a function of one value", math.inf))
+        if function is not None:
+            last, value = value, call.then(function, Var(min(f.base), call.shape))
+            call.known.written[value.step] = last.step
+            break
+    return value
 
 
 @pattern("aten.pow", "aten.square", "aten.mul")
@@ -520,7 +563,7 @@ def _response(call: Call) -> Var | None:
             count = math.prod(groups) // max(1, math.prod(means))
             upper = rd.mul_up(float(count), rd.sqrt_up(float(count)))
             because = f"global response normalisation of {count} channels: at most the power 3/2 of their number"
-            return call.then(Lipschitz(upper, because, within=partial(_response_on, groups, means, eps)), x)
+            return call.then(Lipschitz(upper, because, within=partial(response_on, groups, means, eps)), x)
     return None
 
 
@@ -542,23 +585,3 @@ def _over_its_mean(call: Call, at: int, x: int) -> tuple[int, int, float] | None
     if mean is None or not _reduces(call, Var(mean, call.steps[mean].shape), "mean", Var(lengths, call.steps[lengths].shape)):
         return None
     return lengths, mean, eps
-
-
-def _response_on(groups: Shape, means: Shape, eps: float, a: Tensor, b: Tensor) -> tuple[float, Tensor, Tensor]:
-    """Constant and values of the normalisation on intervals of its arguments: docs/local.md#slopes."""
-    within, across = ([j for j, (n, m) in enumerate(zip(x, y, strict=True)) if n != m] for x, y in ((a.shape, groups), (groups, means)))
-    count, room = math.prod(groups) / max(1, math.prod(means)), 1.0 + (a.numel() + 64.0) * 2.0**-50
-    low, high = _lengths(a, b, within)
-    most = (high / ((low / room).mean(across, keepdim=True) + eps) * room * room).nan_to_num(count, count).clamp_max(count)
-    least = (low / ((high * room).mean(across, keepdim=True) + eps) / room / room).nan_to_num(0.0)
-    ends = torch.stack([x * n for x in (a, b) for n in (least, most)]).nan_to_num(0.0)
-    slack = SLACK * ends.abs().amax(0) + rd.TINY
-    return _response_slope(most, count, across) * room * (1 + SLACK), ends.amin(0) - slack, ends.amax(0) + slack
-
-
-def _response_slope(most: Tensor, count: float, across: list[int]) -> float:
-    """The constant of the normalisation where the lengths are at most these multiples of their mean."""
-    share = most / count
-    whole = count * (4 * share**2 * (1 - share) + count * share**4).sum(across, keepdim=True).sqrt()
-    apart = 2 * most.amax(across, keepdim=True) + (most**4).sum(across, keepdim=True).sqrt() / math.sqrt(count)
-    return float(torch.minimum(whole, apart).max())

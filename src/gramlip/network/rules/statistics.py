@@ -520,3 +520,33 @@ def _windows_of(call: Call) -> Lipschitz:
     for name in call.args.keys() - {"self"}:
         call.const(name)
     return nonnegative(call, "entries copied or added up", call.vars[0].shape)
+
+
+# ---- lengths and response normalisation (ConvNeXt V2): docs/network.md#radial-maps ----------------------------------------------------
+
+
+def lengths_on(a: Tensor, b: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
+    """The least and the largest l2 norm along some axes of entries in intervals, up to rounding."""
+    nearest = torch.where((a <= 0) & (b >= 0), 0.0, torch.minimum(a.abs(), b.abs()))
+    least, most = (torch.linalg.vector_norm(x, dim=axes, keepdim=True) for x in (nearest, torch.maximum(a.abs(), b.abs())))
+    return least, most
+
+
+def response_on(groups: Shape, means: Shape, eps: float, a: Tensor, b: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Constant and values of the normalisation on intervals of its arguments: docs/local.md#slopes."""
+    within, across = ([j for j, (n, m) in enumerate(zip(x, y, strict=True)) if n != m] for x, y in ((a.shape, groups), (groups, means)))
+    count, room = math.prod(groups) / max(1, math.prod(means)), 1.0 + (a.numel() + 64.0) * 2.0**-50
+    low, high = lengths_on(a, b, within)
+    most = (high / ((low / room).mean(across, keepdim=True) + eps) * room * room).nan_to_num(count, count).clamp_max(count)
+    least = (low / ((high * room).mean(across, keepdim=True) + eps) / room / room).nan_to_num(0.0)
+    ends = torch.stack([x * n for x in (a, b) for n in (least, most)]).nan_to_num(0.0)
+    slack = SLACK * ends.abs().amax(0) + rd.TINY
+    return _response_slope(most, count, across) * room * (1 + SLACK), ends.amin(0) - slack, ends.amax(0) + slack
+
+
+def _response_slope(most: Tensor, count: float, across: list[int]) -> float:
+    """The constant of the normalisation where the lengths are at most these multiples of their mean."""
+    share = most / count
+    whole = count * (4 * share**2 * (1 - share) + count * share**4).sum(across, keepdim=True).sqrt()
+    apart = 2 * most.amax(across, keepdim=True) + (most**4).sum(across, keepdim=True).sqrt() / math.sqrt(count)
+    return float(torch.minimum(whole, apart).max())
