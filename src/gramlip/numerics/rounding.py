@@ -309,7 +309,7 @@ class Pieces:
         near = self.t.gather(-1, self.t.abs().argmin(-1, keepdim=True)).expand(self.t.shape)
         room = LARGEST / near[..., 0].abs().log2().clamp_min(1.0)
         order = torch.minimum(-rate[..., 1], room).nan_to_num(0.0).clamp(0, ORDER).long()
-        falls = self.t.isinf().any(-1) & f.away & (order > 0) & (-order < f.k)
+        falls = self.t.isinf().any(-1) & ~holds_zero(self.t) & f.away & (order > 0) & (-order < f.k)
         if not bool(falls.any()):
             return f.k, f.h
         order = torch.where(falls, order, 0)
