@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import gramlip as gl
 from gramlip.cli import main
 from gramlip.errors import InputError
+from gramlip.network import audit as way
 from gramlip.network.compose import compose, constants
 from gramlip.network.graph import export
 from gramlip.network.local import derivative, jacobians, region, restricted
@@ -403,6 +404,20 @@ def test_it_is_never_above_the_global_constant(name: str) -> None:
     make, shape = MODELS[name]
     model, x = make(), centre(shape, 2)
     assert gl.audit(model, x, at=x, radius=50.0, effort=0.0).upper <= gl.audit(model, x, effort=0.0).upper * (1 + 1e-6)
+
+
+def test_a_search_around_an_input_that_ends_above_that_of_all_inputs_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    inner = [layer for _ in range(2) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())]
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), *inner, nn.Conv2d(4, 2, 3, padding=1)).eval()
+    x = torch.randn(1, 1, 6, 6)
+    everywhere = gl.audit(model, x, effort=0.0)
+    right = way._coupled
+    monkeypatch.setattr(way, "_coupled", lambda whole, network, effort: None if whole.local else right(whole, network, effort))
+    monkeypatch.setattr(way, "WAYS", {name: way.WAYS[name] for name in ("composition", "coupling")})
+    around = gl.audit(model, x, at=x, radius=1.0, effort=0.0)
+    assert 0.0 < everywhere.upper < math.inf
+    assert around.upper == everywhere.upper
 
 
 @pytest.mark.parametrize(

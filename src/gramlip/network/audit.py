@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import torch
@@ -278,7 +278,8 @@ def _composed(problem: Problem, rtol: float, effort: Effort) -> tuple[Whole, lis
     network, local = _restricted(problem.lowered.network, problem.area, problem.part)
     constants, seconds = _constants(network, rtol, effort)
     ways = linear_stretches(network, constants, rtol, effort)
-    return Whole(network, constants, ways, compose(network, constants, ways), problem.part, local), seconds
+    everywhere = None if problem.area is None else lambda: _composed(replace(problem, area=None), rtol, effort)[0]
+    return Whole(network, constants, ways, compose(network, constants, ways), problem.part, local, everywhere), seconds
 
 
 def _contradicted(assumed: Sequence[str], below: Stretch, upper: float) -> None:
@@ -296,6 +297,7 @@ class Whole:
     """The network whose upper side is searched: the folded steps, the constant of each of them, shortcuts, and all of it composed.
 
     `part` says from which entries to which, `local` what is known on the set of inputs that it is meant for, None for all of them.
+    `everywhere` gives the same network for all inputs where it is meant for a set.
     """
 
     network: Network
@@ -304,6 +306,7 @@ class Whole:
     composed: Composition
     part: Part
     local: Local | None
+    everywhere: Callable[[], Whole] | None = None
 
 
 @dataclass(frozen=True)
@@ -321,14 +324,16 @@ def _composition(whole: Whole, best: float, effort: Effort) -> Upper:
 def _coupling(whole: Whole, best: float, effort: Effort) -> Upper | None:
     """Coupling, with the slopes of each entry and, where these differ over the places of a channel, with those of channels.
 
-    The second is left out where another way is so far below composition that it will not be needed.
+    The second is left out where another way is so far below composition that it will not be needed. With it come the slopes of all
+    inputs: a search may end higher with smaller slopes.
     """
-    found = _coupled(whole, whole.network, effort)
+    uppers = [_coupled(whole, whole.network, effort)]
     shared = slopes_of_channels(whole.network)
-    if shared is None or best * COUPLING_GAINS < whole.composed.upper:
-        return found
-    wide = _coupled(whole, shared, effort)
-    return min((upper for upper in (found, wide) if upper is not None), key=lambda upper: upper.value, default=None)
+    if shared is not None and best * COUPLING_GAINS >= whole.composed.upper:
+        uppers.append(_coupled(whole, shared, effort))
+        if whole.everywhere is not None:
+            uppers.append(_coupling(whole.everywhere(), best, effort))
+    return min((upper for upper in uppers if upper is not None), key=lambda upper: upper.value, default=None)
 
 
 def _coupled(whole: Whole, network: Network, effort: Effort) -> Upper | None:
