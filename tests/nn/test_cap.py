@@ -168,5 +168,5 @@ def test_layers_far_below_the_target_are_read_in_turns_and_caught() -> None:
         model[1].weight.mul_(15.0)
     calls = [cap() for _ in range(TURNS)]
     assert "0" in calls[0]  # near the target: at once
-    assert sum("1" in found for found in calls) == 1
+    assert sum(found.get("1", 1.0) < 0.99 for found in calls) == 1  # what rounding leaves above the target is taken off at later calls
     assert all(gl.bound(layer).lower <= 1.0 + 1e-3 for layer in model)
