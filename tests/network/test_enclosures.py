@@ -146,6 +146,12 @@ def test_a_jump_that_vanishes_with_its_factor_is_none() -> None:
     assert 1.0 <= upper(lambda x: x.tanh() * F.hardsigmoid(1 / x)) < math.inf
 
 
+def test_a_logarithm_of_an_exponential_that_overflows_is_not_infinite() -> None:
+    pieces = rd.Pieces(torch.tensor([[720.0, 730.0]], dtype=torch.float64), True, lambda at: (rd.WHOLE, rd.WHOLE))
+    low, high = pieces.logarithm(pieces.exponential(pieces.start(1, rd.interval(1.0)))).value[0].tolist()
+    assert low <= 720.0 < 730.0 <= high
+
+
 def test_slopes_at_a_single_number_are_in_order() -> None:
     low, high = torch.tensor([0.0, 0.0, 0.0, -0.1]), torch.tensor([0.0, 0.0, 1e-3, 0.1])  # the first two entries do not move
     assert 1.9 <= upper(lambda x: x + 0.9 * torch.sin(x), domain=(low.double(), high.double())) <= 1.91  # type: ignore[arg-type]

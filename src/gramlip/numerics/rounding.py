@@ -393,7 +393,7 @@ class Pieces:
     def exponential(self, f: Known) -> Known:
         """`exp(f)`."""
         low, high = f.value.exp().unbind(-1)
-        value = flushed(torch.stack([low / ROOM, high * ROOM], -1))
+        value = _outward(torch.stack([low / ROOM, high * ROOM], -1))  # a lower end that overflows becomes the largest number
         pace = meet(times(f.rate, f.h), meet(times(f.slope, self.to(1 - f.k)), times(f.grown, self.to(-f.k))))
         slope, grown = times(value, f.slope), times(value, f.grown)
         return self.closed(Known(torch.tensor(0), value, value, slope, grown, f.grown, f.away, f.at_zero, f.k, pace))
@@ -402,6 +402,6 @@ class Pieces:
         """`log(f)`, without slopes where f may be zero or less."""
         above = f.value[..., 0] > 0
         value = f.value.clamp_min(0.0).log()
-        value = _outward(value + value.abs() * interval(1.0 - ROOM, ROOM - 1.0).nan_to_num())
+        value = _outward(value + value.abs() * interval(1.0 - ROOM, ROOM - 1.0))
         slope = meet(times(f.slope, inverse(f.value)), times(f.pace, self.to(f.q - 1)))
         return self.closed(Known(torch.tensor(0), value, value, slope, f.rate, WHOLE, f.away & above, f.at_zero & above))
