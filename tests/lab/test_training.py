@@ -9,6 +9,7 @@ import shutil
 import signal
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,14 @@ TINY = {"epochs": 2, "samples": 48, "test_samples": 16, "batch": 16}
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small recipes with a network that is audited in no time."""
+    """The small recipes with networks that are audited in no time."""
 
     def make() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 4, 4, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10, bias=False))
 
     monkeypatch.setitem(MODELS, "small", make)
+    monkeypatch.setattr(recipes, "small", make)
+    monkeypatch.setattr(recipes, "Denoiser", partial(recipes.Denoiser, width=4))
 
 
 def train(name: str, cifar: Path, out: Path, **options: Any) -> dict[str, Any]:
