@@ -29,7 +29,9 @@ from gramlip.lab import train as run  # noqa: E402
 from gramlip.lab.recipes import (  # noqa: E402
     MODELS,
     RECIPES,
+    Denoiser,
     build,
+    small,
 )
 from gramlip.lab.train import Task  # noqa: E402
 
@@ -58,7 +60,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(MODELS, "small", make)
     monkeypatch.setattr(recipes, "small", make)
-    monkeypatch.setattr(recipes, "Denoiser", partial(recipes.Denoiser, width=4))
+    monkeypatch.setattr(recipes, "Denoiser", partial(Denoiser, width=4))
 
 
 def train(name: str, cifar: Path, out: Path, **options: Any) -> dict[str, Any]:
@@ -118,6 +120,13 @@ def test_every_small_recipe_ends_certified(name: str, cifar: Path, tmp_path: Pat
         shares = [entry["accuracy"] for entry in results["certified_by_pairs"]]
         assert shares == sorted(shares, reverse=True)
         assert shares[0] <= results["clean"]
+
+
+def test_the_small_classifier_and_the_denoiser_in_full_size() -> None:
+    """The other tests replace both by smaller networks."""
+    images = torch.zeros(2, 3, 32, 32)
+    assert small()(images).shape == (2, 10)
+    assert Denoiser()(images).shape == images.shape
 
 
 def test_resnet18_has_twenty_convolutions_and_takes_every_control() -> None:

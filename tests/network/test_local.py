@@ -511,9 +511,13 @@ def test_radii_around_each_image_hold_against_points_and_are_never_smaller() -> 
         assert float(radius) <= nearest * (1 + 1e-9)
 
 
-def test_an_input_read_from_a_file_and_the_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def small() -> nn.Module:
+    """A network for the command line, the same at each call."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+
+
+def test_an_input_read_from_a_file_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = pytest.importorskip("PIL.Image")
     pixels = torch.arange(48, dtype=torch.uint8).reshape(4, 4, 3).numpy()
     image.fromarray(pixels).save(tmp_path / "image.png")
@@ -524,26 +528,16 @@ def test_an_input_read_from_a_file_and_the_command(
     assert read_input(tmp_path / "grey.png").shape == (1, 1, 4, 4)
     torch.save(torch.zeros(1, 3, 4, 4), tmp_path / "x.pt")
     np.save(tmp_path / "x.npy", np.zeros((3, 4, 4), dtype=np.float32))
-    lines = [
-        "import torch",
-        "from torch import nn",
-        "def small():",
-        "    torch.manual_seed(0)",
-        "    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)",
-    ]
-    (tmp_path / "network_of_a_file.py").write_text("\n".join([*lines, "    return nn.Sequential(*layers)"]))
-    monkeypatch.syspath_prepend(tmp_path)
-    network = "network_of_a_file:small"
     uppers = []
     for name in ("x.pt", "x.npy"):
         options = ["--at", str(tmp_path / name), "--radius", "0.01", "--effort", "0", "--json", "-"]
-        assert main(["audit", network, "--input", "3,4,4", "--outputs", "0,1", *options]) == 0
+        assert main(["audit", "test_local:small", "--input", "3,4,4", "--outputs", "0,1", *options]) == 0
         uppers.append(json.loads(capsys.readouterr().out)["network"]["upper"])
     assert uppers[0] == uppers[1]
     (tmp_path / "bad.npy").write_text("no array")
     torch.save({"x": 1}, tmp_path / "dict.pt")
     for bad in ("bad.npy", "dict.pt", "none.npy", "x.txt"):
-        assert main(["audit", network, "--input", "3,4,4", "--at", str(tmp_path / bad), "--radius", "1"]) == 2
+        assert main(["audit", "test_local:small", "--input", "3,4,4", "--at", str(tmp_path / bad), "--radius", "1"]) == 2
         assert bad in capsys.readouterr().err
     assert main(["audit", "demo", "--at", str(tmp_path / "x.pt"), "--radius", "1"]) == 2
     assert "--at and --radius" in capsys.readouterr().err
