@@ -8,6 +8,7 @@ from gramlip import rules as rules  # the public face of network.rules
 from gramlip.errors import InputError, UnsupportedError
 from gramlip.network.audit import audit
 from gramlip.network.execution import execution_error
+from gramlip.norm import formulas as paper  # the algorithms of arXiv 2305.16173, under its names
 from gramlip.norm.formulas import conv_gram_norm
 from gramlip.norm.methods import METHODS, bound
 from gramlip.numerics.eigenvalues import gram_norm
@@ -33,6 +34,7 @@ __all__ = [
     "gram_norm",
     "nn",
     "onnx",
+    "paper",
     "robust",
 ]
 __version__ = "0.1.0"

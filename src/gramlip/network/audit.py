@@ -19,7 +19,7 @@ from gramlip.network.fold import fold
 from gramlip.network.graph import Program, export, undisturbed
 from gramlip.network.in_place import reads_memory
 from gramlip.network.linear_stretches import linear_stretches
-from gramlip.network.local import Local, Region, columns_norm, derivative, region, restricted
+from gramlip.network.local import Local, Region, columns_norm, derivative, region, region_search, restricted
 from gramlip.network.lower_bound import Function, Stretch, chosen, function, stretch
 from gramlip.network.ranges import capped
 from gramlip.network.rules import Lowered, lower
@@ -377,12 +377,30 @@ def _columns(whole: Whole, best: float, effort: Effort) -> Upper | None:
     return Upper(norm, f"the results as linear functions of the input, and what switches on the set, against {against}")
 
 
+def _regions(whole: Whole, best: float, effort: Effort) -> Upper | None:
+    """The steepest linear region, where few enough are expected; nothing where they turn out to be more."""
+    local, part, budget = whole.local, whole.part, int(REGIONS * effort.amount)
+    search = None if local is None or budget < 1 else region_search(local.apart, local.area, (part.inputs, part.outputs), budget)
+    if search is None:
+        return None
+    norm = search.norm(lambda least: effort.over or least >= best)
+    if norm is None:
+        if search.budget <= 0:
+            effort.say(f"linear regions given up: more than {budget} halvings")
+        return None
+    return Upper(
+        norm, f"the steepest linear region that meets the set, against {decimals(whole.composed.upper, upward=True)} by composition"
+    )
+
+
+REGIONS = 2**15  # halvings of linear regions that a search of effort 1 may take: about three seconds
 COUPLING_GAINS = 100.0  # times less than composition, at most, is expected of coupling
 PLAIN = "product of layers, sum at residuals, root of squares at joins"
 WAYS: dict[str, Callable[[Whole, float, Effort], Upper | None]] = {
     "composition": _composition,
     "columns": _columns,
     "jacobian": _jacobian,
+    "regions": _regions,
     "coupling": _coupling,
 }
 """Name -> an upper side of the whole, from the best so far, None where it has none; composition comes first and is always finished."""

@@ -3,5 +3,6 @@
 from gramlip.network.local.columns import columns_norm
 from gramlip.network.local.intervals import Region, region
 from gramlip.network.local.jacobians import Around, Local, Results, derivative, restricted
+from gramlip.network.local.regions import region_search
 
-__all__ = ["Around", "Local", "Region", "Results", "columns_norm", "derivative", "region", "restricted"]
+__all__ = ["Around", "Local", "Region", "Results", "columns_norm", "derivative", "region", "region_search", "restricted"]

@@ -217,8 +217,7 @@ def _prelu(call: Call) -> Slope:
         ones[1] = weight.numel()
     w = weight.reshape(ones)
     because = f"prelu: slopes 1 and its weight, in [{float(w.min()):.6g}, {float(w.max()):.6g}]"
-    turns = [(0.0, 1.0), (0.0, w)]
-    on = on_interval(lambda x: torch.where(x > 0, x, w * x), lambda x: torch.where(x > 0, 1.0, w), turns, [0.0])
+    on = kinked(lambda x: torch.where(x > 0, x, w * x), [0.0], [w, 1.0])
     return Slope(w.clamp(max=1.0), w.clamp(min=1.0), because, sharp=True, within=on)
 
 

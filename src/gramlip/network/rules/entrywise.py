@@ -103,8 +103,8 @@ def _smooth(name: str, value: Entries, slope: Entries, turns: Turns = (), valley
     return on_interval(value, slope, turns, valleys, SLACK, ((low, high), image))
 
 
-def kinked(value: Entries, knots: Sequence[float], slopes: Sequence[float]) -> Within:
-    """A piecewise linear function with these slopes between its knots."""
+def kinked(value: Entries, knots: Sequence[float], slopes: Sequence[float | Tensor]) -> Within:
+    """A piecewise linear function with these slopes between its knots; tensors where channels differ, broadcast to the argument."""
     places = torch.tensor(knots, dtype=torch.float64)
     values = on_interval(value, torch.zeros_like, valleys=knots)
 
@@ -112,7 +112,7 @@ def kinked(value: Entries, knots: Sequence[float], slopes: Sequence[float]) -> W
         first, last = torch.bucketize(a.contiguous(), places, right=True), torch.bucketize(b.contiguous(), places)
         low, high = torch.full_like(a, INF), torch.full_like(a, -INF)
         for piece, s in enumerate(slopes):
-            low, high = _held(low, high, (first <= piece) & (piece <= torch.maximum(first, last)), torch.tensor(s, dtype=torch.float64))
+            low, high = _held(low, high, (first <= piece) & (piece <= torch.maximum(first, last)), torch.as_tensor(s, dtype=torch.float64))
         least, most = values(a, b)[2:]
         zero = (low == 0) & (high == 0) & (value(a) == 0) & (value(b) == 0)  # flat and 0: nothing is rounded
         return OnInterval(low, high, torch.where(zero, 0.0, least), torch.where(zero, 0.0, most))
