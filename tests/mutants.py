@@ -35,7 +35,7 @@ from gramlip.network import (
     running_errors,
 )
 from gramlip.network.coupling import elimination, linear_forms
-from gramlip.network.local import columns, intervals, jacobians, relaxations
+from gramlip.network.local import columns, intervals, jacobians, regions, relaxations
 from gramlip.network.rules import activations, enclosures, fourier, patterns
 from gramlip.network.rules import shapes as joins
 from gramlip.network.steps import Linear, Pad, Slope
@@ -90,6 +90,10 @@ from test_local_columns import (
     test_norms_of_the_activations_that_a_value_reads,
     test_slopes_that_the_places_of_a_channel_share_hold_those_of_each,
     test_values_of_folded_networks_are_in_their_intervals,
+)
+from test_local_regions import (
+    test_it_is_never_below_the_jacobians_of_the_set_and_reached_by_them,
+    test_small_relu_networks_have_the_constant_that_all_their_regions_give,
 )
 from test_network_multipliers import check_slopes_at_their_ends, network_of, steepest, upper_of
 from test_network_steps import (
@@ -1066,6 +1070,28 @@ def values_on_their_lines(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(jacobians.Derivative, "stray", lambda self, area: torch.zeros(len(self.centre), dtype=torch.float64))
 
 
+def regions_around_the_centre_alone(patch: pytest.MonkeyPatch) -> None:
+    """A region is empty where the centre of the set, moved half way, does not reach it."""
+    right = regions.Constraints.refuted
+    patch.setattr(regions.Constraints, "refuted", lambda self, gaps, area: right(self, gaps, replace(area, radius=area.radius / 2)))
+
+
+def regions_that_pass_through_the_centre(patch: pytest.MonkeyPatch) -> None:
+    """The linear map of a region has the network's own value at the centre, as if that were in it."""
+    right = regions.Splitting._activate
+
+    def through(self: regions.Splitting, i: int, parts: regions.Regions, slopes: Tensor) -> None:
+        right(self, i, parts, slopes)
+        parts.values[i][:, -1] = 0.0
+
+    patch.setattr(regions.Splitting, "_activate", through)
+
+
+def nearer_halves_alone(patch: pytest.MonkeyPatch) -> None:
+    """Of each region that an activation cuts, the half that a point is known in."""
+    patch.setattr(regions, "separated", lambda constraints, points, area: (torch.ones(len(points), dtype=torch.bool), points))
+
+
 def switches_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Columns of middle slopes alone: what switches adds nothing."""
     right = columns.Columns._activated
@@ -1193,6 +1219,15 @@ def gates_on_an_interval_unscaled(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(activations, "_rescaled", lambda within, b, scale, room: within)
 
 
+def regions_reach(name: str) -> None:
+    test_it_is_never_below_the_jacobians_of_the_set_and_reached_by_them(name, ball=True)
+
+
+def all_regions_agree() -> None:
+    for seed in range(3):
+        test_small_relu_networks_have_the_constant_that_all_their_regions_give((2, 6, 5, 2), seed)
+
+
 MUTANTS: dict[str, Mutant] = {
     "N1: gates on an interval unscaled": Mutant(
         gates_on_an_interval_unscaled, lambda: test_slopes_and_values_on_random_intervals("quick gelu")
@@ -1220,6 +1255,9 @@ MUTANTS: dict[str, Mutant] = {
     "folding: constants": Mutant(constants_of_the_outer_map_alone, lambda: test_values_of_folded_networks_are_in_their_intervals("zeros")),
     "L7: inner balls": Mutant(inner_balls_for_outer_ones, radii_on_rays_hold),
     "L7: stretches": Mutant(stretches_from_the_centre, radii_on_rays_hold),
+    "L17: nearer halves": Mutant(nearer_halves_alone, lambda: regions_reach("relu")),
+    "L17: through the centre": Mutant(regions_that_pass_through_the_centre, all_regions_agree),
+    "L18: half of the set": Mutant(regions_around_the_centre_alone, lambda: regions_reach("one layer")),
     "L5: middle slopes": Mutant(middle_slopes_alone, around("tanh")),
     "L13: weights": Mutant(weights_that_are_not_shared, lambda: test_the_middle_and_what_moves_are_bounded_together((3, 6), 1.0)),
     "L14: first order": Mutant(slopes_on_their_lines, lambda: test_the_derivative_stays_near_its_line_and_values_near_theirs("tanh", 0.3)),
