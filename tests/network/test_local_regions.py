@@ -13,7 +13,10 @@ from scipy.optimize import linprog
 from torch import Tensor, nn
 
 import gramlip as gl
-from gramlip.network.local import region, regions
+from gramlip.network.fold import fold
+from gramlip.network.graph import export
+from gramlip.network.local import region, region_search, regions, restricted
+from gramlip.network.rules import lower
 from test_local import centre, mlp
 from test_rules import Map
 
@@ -153,6 +156,22 @@ def test_it_is_never_below_the_jacobians_of_the_set_and_reached_by_them(name: st
         steep = float(torch.linalg.matrix_norm(slopes_at(model, spread_over(x, radius, 60000, ball)), 2).max())
         assert steep <= report.upper * (1 + 1e-9)
         assert report.lower <= report.upper <= steep * 1.02  # a sliver between points may be steeper
+
+
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_around_points_the_network_is_the_linear_function_that_is_followed(name: str) -> None:
+    model, x = settled(PIECEWISE[name](), 1), centre((2,), 1)
+    area = region([(1, 2)], (x - 1.0, x + 1.0), None, None)
+    assert area is not None
+    local = restricted(fold(lower(export(model, (x,))).network, biases=True), area)
+    search = region_search(local.apart, area, (None, None), 10**9)
+    assert search is not None
+    points = spread_over(torch.zeros_like(x), 1.0, 500, ball=False)
+    parts = search.around(points)
+    (value,) = (parts.values[i].flatten(2) for i in local.apart.outputs)
+    with torch.no_grad():
+        moved = (model(x + points) - model(x)).flatten(1)
+    assert bool(((value[:, :-1] * points[..., None]).sum(1) + value[:, -1]).allclose(moved, rtol=1e-10, atol=1e-10))
 
 
 def test_the_constant_of_controllers_is_less_than_half() -> None:

@@ -265,7 +265,7 @@ class Splitting:
             return self._norm(stop)
 
     def _norm(self, stop: Callable[[float], bool]) -> float | None:
-        self.level = self._sampled() * (1.0 + NEAR)
+        self.level = float(torch.linalg.matrix_norm(self._jacobian(self.around(self._drawn())), 2).max()) * (1.0 + NEAR)
         none = torch.zeros(1, len(self.area.halves), dtype=torch.float64)
         waiting = [(0, self._start(none))]
         while waiting:
@@ -288,9 +288,8 @@ class Splitting:
         """Upper bounds of the norm of the Jacobian of regions on which the network is linear."""
         return (tight_norms(self._jacobian(parts)) + float(norms_of_many(self._lost.mT[None]))) * (1.0 + 2.0**-50)
 
-    def _sampled(self) -> float:
-        """About the norm of the Jacobian at the steepest of some points."""
-        points = self._drawn()
+    def around(self, points: Tensor) -> Regions:
+        """The linear functions that the network is around points of the set, less the centre, up to rounding."""
         parts = self._start(points)
         for i in range(len(self.network.steps)):
             if i in self.kinks:
@@ -299,7 +298,7 @@ class Splitting:
                 self._activate(i, parts, torch.where(side, self.kinks[i].above, self.kinks[i].below))
             else:
                 self._carry(i, parts)
-        return float(torch.linalg.matrix_norm(self._jacobian(parts), 2).max())
+        return parts
 
     # -- forward
 
