@@ -19,8 +19,9 @@ from gramlip.numerics.rounding import row_norms_up
 
 SAMPLES = 256  # points whose Jacobians say below which norm no region matters
 ENTRIES = 2**25  # of the values of all regions at once, at the step that has most
-TRIALS = 5  # of the search for a point of a region, each with twice the steps of the one before, from 4 on
+TRIALS, LAST_TRIALS = 5, 12  # of the search for a point of a region, each with twice the steps of the one before, from 4 on
 TOGETHER = 512  # regions that are followed at once
+SURE = 4  # times as many halvings as are expected may be taken
 EXACT = 1e-9  # norms of regions are proved up to this part
 NEAR = 1e-6  # a region whose norm is above that of all others by less than this part is not split
 
@@ -127,13 +128,13 @@ def _filled(rows: Tensor, count: int) -> Tensor:
     return torch.cat([rows, rows.new_zeros(len(rows), count - rows.shape[1], *rows.shape[2:])], 1)
 
 
-def separated(constraints: Constraints, points: Tensor, area: Region) -> tuple[Tensor, Tensor]:
+def separated(constraints: Constraints, points: Tensor, area: Region, trials: int = TRIALS) -> tuple[Tensor, Tensor]:
     """Whether each of some regions is proved to be empty, and points that nearly meet the constraints of the others.
 
     Descent on the sum of the squares of what is missed: where it cannot be 0, what is missed at its end are the weights of a proof.
     """
     empty, ends, left = torch.zeros(len(points), dtype=torch.bool), points.clone(), torch.arange(len(points))
-    for k in range(TRIALS):
+    for k in range(trials):
         points = _descended(constraints, points, area, 4 << k)
         gaps = constraints.gaps(points)
         ends[left], empty[left] = points, constraints.refuted(gaps, area)
@@ -276,7 +277,7 @@ class Splitting:
             if not len(parts):
                 continue
             if i == len(self.network.steps):
-                self.level = max(self.level, float(torch.minimum(self._last(parts), parts.bounds).max()))
+                self._reach(parts)
             elif i in self.kinks:
                 waiting += self._split(i, parts)
             else:
@@ -284,9 +285,13 @@ class Splitting:
                 waiting.append((i + 1, parts))
         return self.level
 
-    def _last(self, parts: Regions) -> Tensor:
-        """Upper bounds of the norm of the Jacobian of regions on which the network is linear."""
-        return (tight_norms(self._jacobian(parts)) + float(norms_of_many(self._lost.mT[None]))) * (1.0 + 2.0**-50)
+    def _reach(self, parts: Regions) -> None:
+        """Raises the level to the norms of regions on which the network is linear, but for those that a longer search proves empty."""
+        norms = (tight_norms(self._jacobian(parts)) + float(norms_of_many(self._lost.mT[None]))) * (1.0 + 2.0**-50)
+        above = norms > self.level
+        if bool(above.any()):
+            empty, _ = separated(parts.constraints[above], parts.points[above], self.area, LAST_TRIALS)
+            self.level = max([self.level, *norms[above][~empty].tolist()])
 
     def around(self, points: Tensor) -> Regions:
         """The linear functions that the network is around points of the set, less the centre, up to rounding."""
@@ -516,7 +521,7 @@ def region_search(network: Network, area: Region, part: tuple[Tensor | None, Ten
         kinked = {i: kinks(step) for i, step in enumerate(steps) if isinstance(step.what, Slope)}
         known = {i: kink for i, kink in kinked.items() if kink is not None}
         count = expected(int((area.halves > 0).sum()), sum(int(kink.switches.sum()) for kink in known.values()))
-        if len(known) < len(kinked) or count > budget:
+        if len(known) < len(kinked) or SURE * count > budget:
             return None
         actions = [action(steps, i) for i in range(len(steps))]
         if any(act is None and i not in known and not isinstance(steps[i].what, Input) for i, act in enumerate(actions)):
