@@ -65,6 +65,10 @@ ENTRYWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu of a quotient": lambda x: 0.5 * x * (1.0 + torch.erf(x / 1.4142135)),
     "clamp": lambda x: x.clamp(-0.3, 1.0),
     "cube": lambda x: x**3,
+    "two relus": lambda x: x.relu() + (x - 0.3).relu(),
+    "leaky by hand": lambda x: torch.maximum(0.1 * x, x),
+    "tent": lambda x: x.abs() - 2.0 * (x - 0.25).abs() + (x - 0.5).abs(),
+    "shrunk": lambda x: torch.where(x > 0.2, x - 0.2, torch.where(x < -0.2, x + 0.2, torch.zeros_like(x))),
 }
 
 

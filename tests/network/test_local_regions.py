@@ -227,11 +227,26 @@ def test_weights_of_any_size_equal_rows_and_rows_of_zeros(scale: float) -> None:
     assert report.upper <= 1.02 * steep
 
 
+def test_where_all_slopes_are_zero() -> None:
+    x = torch.zeros(1, 2, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double().eval()
+    with torch.no_grad():
+        model[0].bias.fill_(-10.0)  # type: ignore[reportCallIssue, reportArgumentType]
+    assert gl.audit(model, x, at=x, radius=0.5).upper <= 1e-12
+    area = region([(1, 2)], (x - 1.0, x + 1.0), None, None)
+    assert area is not None
+    blank = torch.zeros(2, 0, dtype=torch.float64)
+    empty, _ = regions.separated(
+        regions.Constraints(torch.zeros(2, 0, 2, dtype=torch.float64), blank, blank), torch.zeros(2, 2).double(), area
+    )
+    assert not bool(empty.any())
+
+
 def test_where_regions_are_too_many_the_report_says_so_and_more_effort_is_never_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = mlp([2, 24, 24, 2], nn.ReLU, 0), centre((2,), 100)
     uppers: list[float] = []
     monkeypatch.setattr(regions, "expected", lambda dimension, count: 0.0)
-    for effort in (0.001, 0.01, 1.0):
+    for effort in (0.0005, 0.001, 1.0):
         report = gl.audit(model, x, domain=(x - 1.0, x + 1.0), effort=effort)
         assert ("linear regions given up" in report.network.because) == (effort < 1.0)
         uppers.append(report.upper)

@@ -134,7 +134,7 @@ def separated(constraints: Constraints, points: Tensor, area: Region, trials: in
     Descent on the sum of the squares of what is missed: where it cannot be 0, what is missed at its end are the weights of a proof.
     """
     empty, ends, left = torch.zeros(len(points), dtype=torch.bool), points.clone(), torch.arange(len(points))
-    for k in range(trials):
+    for k in range(trials if constraints.offsets.shape[1] else 0):
         points = _descended(constraints, points, area, 4 << k)
         gaps = constraints.gaps(points)
         ends[left], empty[left] = points, constraints.refuted(gaps, area)

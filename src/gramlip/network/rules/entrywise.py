@@ -225,6 +225,7 @@ WITHIN: dict[str, Within] = {
 KNOTS = 64  # of one curve
 EACH = 512  # different constants of a value's entries, each with a curve of its own
 CALLS = 64  # from which one curve is made
+LARGE = 10**200  # of the numbers of a curve that is followed on intervals
 EXACT = 2**53 - 1  # integers up to which float64 holds each
 Line = tuple[Fraction, Fraction]  # slope, height at 0
 
@@ -417,7 +418,37 @@ class Entrywise:
         rises = any(c.lines[0][0] < 0 or c.lines[-1][0] > 0 for c in curves)
         image = -math.inf if falls else least, math.inf if rises else most
         because = f"piecewise linear: slopes in [{low:.6g}, {high:.6g}]"
-        return Slope(low, high, because, image, _outward([c(Fraction(0)) for c in curves]), sharp=True)
+        within = enclosed(curves[0]) if len(curves) == 1 else None
+        return Slope(low, high, because, image, _outward([c(Fraction(0)) for c in curves]), sharp=True, within=within)
+
+
+def enclosed(curve: Curve) -> Within | None:
+    """Slopes and values of a continuous curve on an interval of each entry; None where its numbers are not all of float64."""
+    numbers = [[s for s, _ in curve.lines], [h for _, h in curve.lines], list(curve.knots), list(curve.values)]
+    if any(abs(x) > LARGE or Fraction(float(x)) != x for part in numbers for x in part):
+        return None
+    slopes, heights, knots, values = ([float(x) for x in part] for part in numbers)
+    pieces = kinked(torch.zeros_like, knots, slopes)
+    places, slope, height = (torch.tensor(part, dtype=torch.float64) for part in (knots, slopes, heights))
+
+    def on(a: Tensor, b: Tensor) -> OnInterval:
+        ends: list[Tensor] = []
+        for x in (a, b):
+            piece = torch.bucketize(x.contiguous(), places)
+            moved = torch.where(slope[piece] == 0, 0.0, slope[piece] * x)
+            room = 2.0**-50 * (moved.abs() + height[piece].abs()) + rd.TINY
+            ends += [moved + height[piece] - room, moved + height[piece] + room]
+        least, most = (
+            torch.minimum(ends[0], ends[2]).nan_to_num(-INF, INF, -INF),
+            torch.maximum(ends[1], ends[3]).nan_to_num(INF, INF, -INF),
+        )
+        for at, value in zip(knots, values, strict=True):
+            number = torch.tensor(value, dtype=torch.float64)
+            least, most = _held(least, most, (a <= at) & (b >= at), number)
+        known = pieces(a, b)
+        return OnInterval(known.low, known.high, least, most)
+
+    return on
 
 
 def aligned(values: Sequence[Entrywise]) -> list[list[Curve]]:
