@@ -227,6 +227,17 @@ def test_weights_of_any_size_equal_rows_and_rows_of_zeros(scale: float) -> None:
     assert report.upper <= 1.02 * steep
 
 
+@pytest.mark.parametrize("scale", [1e-90, 1e90])
+def test_numbers_that_overflow_or_underflow_on_the_way(scale: float) -> None:
+    model, x = settled(layers(2, 6, 6, 2), 0), centre((2,), 0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= scale
+    report = gl.audit(model, x, domain=(x - 0.5, x + 0.5))
+    steep = slopes_at(model, spread_over(x, 0.5, 2000, ball=False))
+    assert 0.0 < float(steep.abs().max()) <= report.upper  # an entry is at most the norm
+
+
 def test_where_all_slopes_are_zero() -> None:
     x = torch.zeros(1, 2, dtype=torch.float64)
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double().eval()

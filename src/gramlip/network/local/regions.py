@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gramlip.network.local.intervals import Region, as_rows, round_up
-from gramlip.network.local.jacobians import norms_of_many
+from gramlip.network.local.jacobians import LARGEST, LOST, norms_of_many
 from gramlip.network.local.relaxations import Action, action, adjoint, roundings, stray_of
 from gramlip.network.steps import Input, Network, Slope, Step, Within
 from gramlip.numerics import eigenvalues
@@ -254,7 +254,7 @@ class Splitting:
         for i, step in enumerate(self.network.steps):
             if not isinstance(step.what, Input):
                 self._weigh(i)
-        self._lost = self.gamma * self._moduli_of_all()
+        self._lost = self.gamma * self._moduli_of_all() + LOST
         self.ends = self._ends()
 
     def norm(self, stop: Callable[[float], bool]) -> float | None:
@@ -263,7 +263,7 @@ class Splitting:
         None where the budget ends, and where `stop` says so of a number that the bound will not be below.
         """
         with torch.no_grad():
-            return self._norm(stop)
+            return self._norm(stop) if all(bool((part < LARGEST).all()) for part in self.moduli.values()) else None
 
     def _norm(self, stop: Callable[[float], bool]) -> float | None:
         self.level = float(torch.linalg.matrix_norm(self._jacobian(self.around(self._drawn())), 2).max()) * (1.0 + NEAR)
@@ -354,7 +354,7 @@ class Splitting:
         """The moduli of all that is added up in a value, whatever the pattern."""
         step, kink = self.network.steps[i], self.kinks.get(i)
         if kink is None:
-            value, stray = self._linear(i, self.moduli, moduli=True), 1.001 * stray_of(self.network.steps, i) / self.gamma
+            value, stray = self._linear(i, self.moduli, moduli=True), 2.1 * stray_of(self.network.steps, i) / self.gamma
             for s in step.sources if stray else ():
                 value = value + stray * row_norms_up(self.moduli[s].flatten(1)).reshape(-1, *(1,) * len(step.shape))
             self.moduli[i] = value
@@ -450,7 +450,7 @@ class Splitting:
     def _error(self, i: int) -> Tensor:
         """How far the argument of an activation may be from what is computed, by rounding."""
         moduli = self.moduli[self.network.steps[i].sources[0]].flatten(1)
-        return self.gamma * (self.area.span(moduli[:-1].mT) + moduli[-1]) + self.kinks[i].error
+        return self.gamma * (self.area.span(moduli[:-1].mT) + moduli[-1]) + self.kinks[i].error + LOST
 
     def _decide(self, i: int, parts: Regions) -> None:
         """The slopes that each region knows by the interval of the argument on the whole set."""
